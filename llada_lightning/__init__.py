@@ -1,0 +1,3 @@
+"""Scaling studies of masked diffusion (LLaDA) against autoregression, under the same compute."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,8 @@
+"""`python -m llada_lightning` is the command `llada`."""
+
+import sys
+
+from llada_lightning.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
