@@ -1,0 +1,330 @@
+"""Corpora: where documents come from. Everything streams; memory holds one document, never the corpus.
+
+A source is written as one word on the command line:
+
+- ``python-stdlib``: the running interpreter's own library, a corpus that every machine has;
+- a text file, a JSONL file (``.jsonl``, ``.ndjson``, ``.json`` with one object a line), or a folder of such files, read
+  recursively in sorted order; each plain or compressed (``.gz``, ``.xz``, ``.bz2``, ``.zst``);
+- a pattern (``books/*.txt``) of such files;
+- ``hf:NAME[:CONFIG][@SPLIT]``: a dataset of the Hugging Face hub, or ``hf:FOLDER[@SPLIT]``: one on this machine.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import platform
+import sysconfig
+import tokenize
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llada_lightning.data.text_files import READ_ERRORS, Meter, is_text, json_documents, suffixes_of, text_documents
+from llada_lightning.errors import UserError
+
+PYTHON_STDLIB = "python-stdlib"
+HUB_PREFIX = "hf:"
+_SAMPLED_BYTES = 1 << 16
+_FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
+_TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
+_HUB_EXTRA = "install it with: pip install 'llada-lightning[hf]'"
+
+FileLister = Callable[[], Iterator[tuple[str, Path]]]
+"""Gives (relative path, path) of each file, sorted. Called anew for every pass, so that no list is held."""
+
+
+class Corpus(ABC):
+    """A stream of documents that can be read more than once.
+
+    Attributes:
+        identity: path-independent facts that tell this corpus from another; ``digest`` sums them up.
+        total_bytes: bytes of the source as stored, where that is known beforehand.
+        skipped: files of the last pass that hold no readable text.
+    """
+
+    identity: dict[str, Any]
+    total_bytes: int | None = None
+    skipped: int = 0
+
+    @abstractmethod
+    def documents(self) -> Iterator[str]:
+        """Each document that holds more than white space, in the source's order.
+
+        Raises:
+            UserError: the source cannot be read, or lacks the named field.
+        """
+
+    @property
+    def position(self) -> int:
+        """Bytes of the source (as stored) that the present pass has read."""
+        return 0
+
+
+class FileCorpus(Corpus):
+    """Documents from files.
+
+    Args:
+        list_files: gives the files.
+        read: gives a file's documents.
+        skip_binary: leave out files that are not text (in folders), where a file named by itself is a mistake.
+        facts: what else belongs to the identity.
+    """
+
+    def __init__(
+        self,
+        list_files: FileLister,
+        read: Callable[[Path, Meter], Iterator[str]],
+        *,
+        skip_binary: bool,
+        facts: dict[str, Any],
+    ) -> None:
+        self._list_files = list_files
+        self._read = read
+        self._skip_binary = skip_binary
+        self._meter = Meter()
+        self.identity = {**facts, **file_identity(list_files, facts)}
+        self.total_bytes = self.identity["bytes"]
+
+    @property
+    def position(self) -> int:
+        return self._meter.position
+
+    def documents(self) -> Iterator[str]:
+        self._meter = Meter()
+        self.skipped = 0
+        for _, path in self._list_files():
+            try:
+                if self._skip_binary and not is_text(path):
+                    self.skipped += 1
+                    continue
+                yield from (text for text in self._read(path, self._meter) if not text.isspace() and text)
+            except UnreadableError:
+                self.skipped += 1
+            except READ_ERRORS as error:
+                raise UserError(f"{path}: cannot be read ({error}); mend or remove the file") from error
+
+
+class UnreadableError(Exception):
+    """A file that its kind of corpus leaves out."""
+
+
+class DatasetCorpus(Corpus):
+    """Documents from a Hugging Face dataset, streamed.
+
+    Args:
+        spec: ``NAME[:CONFIG][@SPLIT]`` or ``FOLDER[@SPLIT]``; the split is ``train`` where none is given.
+        text_field: the column that holds the text.
+    """
+
+    def __init__(self, spec: str, text_field: str) -> None:
+        self._spec = spec
+        self._text_field = text_field
+        where, _, split = spec.rpartition("@") if "@" in spec else (spec, "", "")
+        self._split = split or "train"
+        self._path = Path(where).expanduser()
+        name, _, config = where.partition(":")
+        if self._path.exists():
+            # A dataset on this machine is known by its files, like every other corpus of files.
+            facts = {"kind": "dataset", "split": self._split}
+            self.identity = {**facts, **file_identity(lambda: list_path(self._path), facts)}
+            self._load_args: dict[str, Any] = _local_dataset(self._path)
+        else:
+            # The hub's revision is left out: a rerun that does nothing should need no network.
+            facts = {"kind": "dataset", "name": name, "config": config or None, "split": self._split}
+            self.identity = {**facts, "digest": digest_of(facts)}
+            self._load_args = {"path": name, "name": config or None}
+
+    def documents(self) -> Iterator[str]:
+        dataset = self._load()
+        try:
+            for row in dataset:
+                text = self._text_of(row)
+                if text and not text.isspace():
+                    yield text
+        except UserError:
+            raise
+        except Exception as error:  # what a reader of remote Parquet raises has no common type
+            raise self._failure(error) from error
+
+    def _load(self) -> Any:
+        try:
+            import datasets
+        except ImportError as error:
+            message = f"source '{HUB_PREFIX}{self._spec}' needs the package 'datasets'; {_HUB_EXTRA}"
+            raise UserError(message) from error
+        try:
+            return datasets.load_dataset(**self._load_args, split=self._split, streaming=True)
+        except Exception as error:  # the library's own mistakes, the hub's, the network's
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> UserError:
+        reason = one_line(error)
+        return UserError(
+            f"source '{HUB_PREFIX}{self._spec}' cannot be read ({type(error).__name__}: {reason}); "
+            "check the name, configuration, split and network, or give a local folder"
+        )
+
+    def _text_of(self, row: dict[str, Any]) -> str | None:
+        if self._text_field not in row:
+            raise UserError(
+                f"source '{HUB_PREFIX}{self._spec}': no column '{self._text_field}'; it has: {', '.join(row)}; "
+                "name it with --text-field"
+            )
+        text = row[self._text_field]
+        if text is not None and not isinstance(text, str):
+            raise UserError(
+                f"source '{HUB_PREFIX}{self._spec}': column '{self._text_field}' holds {type(text).__name__}, not "
+                "text; name another with --text-field"
+            )
+        return text
+
+
+def _local_dataset(path: Path) -> dict[str, Any]:
+    """The arguments of ``load_dataset`` for a folder, or for one file by its suffix."""
+    if path.is_dir():
+        return {"path": str(path)}
+    builder = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".txt": "text"}.get(path.suffix, "json")
+    return {"path": builder, "data_files": str(path)}
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """An exception's words on one line, cut to ``limit`` characters."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= limit else words[: limit - 1] + "…"
+
+
+def digest_of(facts: dict[str, Any]) -> str:
+    """SHA-256 of facts written in sorted order."""
+    return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
+
+
+def file_identity(list_files: FileLister, facts: dict[str, Any]) -> dict[str, Any]:
+    """Number, bytes and digest of files: relative names, sizes, and the first and last 64 KiB of each.
+
+    Neither the place nor the time of modification counts, so a copy on another machine is the same corpus. Reading
+    the ends, not all, keeps a rerun over a large corpus quick; a change in the middle of a file above 128 KiB that
+    keeps its size is not seen.
+    """
+    digest = hashlib.sha256(digest_of(facts).encode())
+    count = total = 0
+    for name, path in list_files():
+        try:
+            size = path.stat().st_size
+            with open(path, "rb") as file:
+                head = file.read(_SAMPLED_BYTES)
+                file.seek(max(len(head), size - _SAMPLED_BYTES))
+                tail = file.read()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); mend or remove the file") from error
+        digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+        digest.update(hashlib.sha256(head + tail).digest())
+        count += 1
+        total += size
+    return {"files": count, "bytes": total, "digest": digest.hexdigest()}
+
+
+def list_folder(
+    folder: Path, prefix: str = "", keep: Callable[[str], bool] = lambda _: True
+) -> Iterator[tuple[str, Path]]:
+    """The files under a folder, sorted by relative path; hidden names and links to folders are left out.
+
+    One folder's names are held at a time, not the whole tree's.
+    """
+    with os.scandir(folder) as entries:
+        # With a slash behind the folders, the order by name is the order of the relative paths.
+        named = sorted((entry.name + "/" * entry.is_dir(follow_symlinks=False), entry.path) for entry in entries)
+    for name, path in named:
+        if name.startswith(".") or not keep(name):
+            continue
+        if name.endswith("/"):
+            yield from list_folder(Path(path), prefix + name, keep)
+        elif os.path.isfile(path):
+            yield prefix + name, Path(path)
+
+
+def list_path(path: Path) -> Iterator[tuple[str, Path]]:
+    """A folder's files, or the file itself."""
+    if path.is_dir():
+        yield from list_folder(path)
+    else:
+        yield path.name, path
+
+
+def _python_documents(path: Path, meter: Meter) -> Iterator[str]:
+    """A Python file's text, decoded by its own coding line, as the interpreter would."""
+    try:
+        with tokenize.open(path) as file:
+            text = file.read()
+    except (SyntaxError, UnicodeDecodeError, LookupError) as error:
+        raise UnreadableError(str(path)) from error  # the library's tests hold files that are broken on purpose
+    meter.finished += path.stat().st_size
+    yield text
+
+
+def _stdlib_corpus() -> FileCorpus:
+    root = Path(sysconfig.get_paths()["stdlib"])
+
+    def wanted(name: str) -> bool:
+        return name.endswith(".py") or (name.endswith("/") and name[:-1] not in _FOREIGN_FOLDERS)
+
+    # Beside the version the files count: some distributions leave out the library's tests.
+    facts = {"kind": PYTHON_STDLIB, "python": f"{platform.python_implementation()} {platform.python_version()}"}
+    return FileCorpus(lambda: list_folder(root, keep=wanted), _python_documents, skip_binary=False, facts=facts)
+
+
+@dataclass(frozen=True)
+class _FileReader:
+    """Reads one file's documents by the kind that its name tells."""
+
+    text_field: str
+    separator: str | None
+
+    def __call__(self, path: Path, meter: Meter) -> Iterator[str]:
+        kind, _ = suffixes_of(path)
+        if kind in (".jsonl", ".ndjson", ".json"):
+            return json_documents(path, meter, self.text_field)
+        return text_documents(path, meter, self.separator)
+
+
+def open_corpus(source: str, *, text_field: str = "text", document_separator: str | None = None) -> Corpus:
+    """The corpus that a source's word names.
+
+    Args:
+        source: see this module's beginning.
+        text_field: the field (JSONL) or column (dataset) that holds the text.
+        document_separator: splits each text file into documents; without it a text file is one document.
+
+    Raises:
+        UserError: the source is unknown or cannot be listed.
+    """
+    if document_separator == "":
+        raise UserError("document separator '' is empty; give at least one character, or leave it out")
+    if source == PYTHON_STDLIB:
+        return _stdlib_corpus()
+    if source.startswith(HUB_PREFIX):
+        return DatasetCorpus(source[len(HUB_PREFIX) :], text_field)
+    path = Path(source).expanduser()
+    if path.suffix in _TABLE_SUFFIXES:
+        raise UserError(f"source '{source}': tables are read as datasets; write '{HUB_PREFIX}{source}'")
+    reader = _FileReader(text_field, document_separator)
+    facts = {"kind": "files"}
+    if path.exists():
+        return FileCorpus(lambda: list_path(path), reader, skip_binary=path.is_dir(), facts=facts)
+    matches = sorted(name for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+    if not matches:
+        raise UserError(
+            f"source '{source}' is not known: no such file, folder or pattern; give {PYTHON_STDLIB}, a text or .jsonl "
+            f"file, a folder of them, or {HUB_PREFIX}NAME"
+        )
+    base = os.path.dirname(os.path.commonprefix(matches))
+    named = [(os.path.relpath(match, base or "."), Path(match)) for match in matches]
+    return FileCorpus(lambda: iter(named), reader, skip_binary=False, facts=facts)
+
+
+def documents(source: str, *, text_field: str = "text", document_separator: str | None = None) -> Iterator[str]:
+    """The documents of a source, one by one; arguments and errors as :func:`open_corpus`."""
+    return open_corpus(source, text_field=text_field, document_separator=document_separator).documents()

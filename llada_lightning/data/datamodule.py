@@ -1,0 +1,236 @@
+"""The streaming data module that both objectives share."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from llada_lightning.data.datasets import (
+    ForwardProcess,
+    OrdinalSampler,
+    StridedSampler,
+    TokenStream,
+    TrainingDataset,
+    ValidationDataset,
+    take_batch,
+)
+from llada_lightning.data.manifest import Manifest, check_sequence_length, check_shards, read_manifest
+from llada_lightning.data.order import WINDOW_SHARDS
+from llada_lightning.errors import UserError
+from llada_lightning.objectives.forward_process import MASK_EPS, TimeSampling, expected_length
+
+
+class TokenDataModule(LightningDataModule):
+    """Streams fixed-length sequences of one corpus or of a weighted mixture, with their noise.
+
+    The order and the noise are pure functions of (seed, ordinal): the number of devices, workers and micro-batches
+    changes nothing, and a resumed run needs its step only.
+
+    Args:
+        path: a folder (or URL) that `llada prepare` wrote, or a mapping from folders to mixture weights.
+        sequence_length: L, tokens of a sequence.
+        global_batch: sequences of an optimizer step, exactly.
+        micro_batch: sequences of a forward pass on one device; null: the global batch over devices and accumulation.
+        val_sequences: validation sequences, the same for every run; null: all of the validation split.
+        val_batch: sequences of a validation batch on one device; null: as micro_batch.
+        random_length_share: share of the training sequences cut to a random length (paper, Sec. 2.2).
+        mask_eps: smallest mask probability of the forward process.
+        time_sampling: t stratified over the global batch (weyl) or independent (iid).
+        window_shards: shards whose sequences are shuffled together.
+        workers: loader processes; 0 loads in the training process.
+        seed: of order and noise; null: the run's seed.
+        val_seed: of the validation set's choice and noise, shared by runs that are to be compared.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[str, float],
+        sequence_length: int = 256,
+        global_batch: int = 16,
+        micro_batch: int | None = None,
+        val_sequences: int | None = 512,
+        val_batch: int | None = None,
+        random_length_share: float = 0.01,
+        mask_eps: float = MASK_EPS,
+        time_sampling: TimeSampling = "weyl",
+        window_shards: int = WINDOW_SHARDS,
+        workers: int = 0,
+        seed: int | None = None,
+        val_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("sequence_length", sequence_length), ("global_batch", global_batch)):
+            if value < 1:
+                raise UserError(f"data.{name}: {value} must be at least 1")
+        if not 0 <= random_length_share <= 1:
+            raise UserError(f"data.random_length_share: {random_length_share} must lie between 0 and 1")
+        if not 0 < mask_eps < 1:
+            raise UserError(f"data.mask_eps: {mask_eps} must lie between 0 and 1")
+        self.weights = {path: 1.0} if isinstance(path, str) else dict(path)
+        self.sequence_length, self.global_batch = sequence_length, global_batch
+        self._micro_batch, self._val_batch = micro_batch, val_batch
+        self.val_sequences = val_sequences
+        self.random_length_share, self.mask_eps, self.time_sampling = random_length_share, mask_eps, time_sampling
+        self.window_shards, self.workers = window_shards, workers
+        self.seed, self.val_seed = seed or 0, val_seed
+        self._manifests: list[Manifest] | None = None
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        """One manifest a source; read once."""
+        if self._manifests is None:
+            self._manifests = [read_manifest(folder) for folder in self.weights]
+            first, *others = self._manifests
+            for folder, manifest in zip(list(self.weights)[1:], others, strict=True):
+                if manifest.tokenizer.fingerprint != first.tokenizer.fingerprint:
+                    raise UserError(
+                        f"data.path: '{folder}' was prepared with another tokenizer than the mixture's first source; "
+                        "prepare it again with --tokenizer of the first"
+                    )
+        return self._manifests
+
+    @property
+    def tokenizer(self) -> Any:
+        """Vocabulary size, special ids and fingerprint of the sources' one tokenizer."""
+        return self.manifests[0].tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the corpus, or of the mixture with its weights."""
+        if len(self.manifests) == 1:
+            return self.manifests[0].fingerprint
+        parts = [f"{m.fingerprint}:{w!r}" for m, w in zip(self.manifests, self.weights.values(), strict=True)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
+    def expected_tokens_per_step(self) -> float:
+        """Mean tokens of a global batch: below global_batch * L by the sequences of random length."""
+        return self.global_batch * expected_length(self.sequence_length, self.random_length_share)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the validation text: the mean of its split, sources by weight."""
+        weights = list(self.weights.values())
+        by_source = [m.splits["val"].bytes_per_token for m in self.manifests]
+        return sum(w * b for w, b in zip(weights, by_source, strict=True)) / sum(weights)
+
+    def unique_tokens(self, steps: int) -> int:
+        """Distinct tokens that a run of ``steps`` steps reads (of full sequences)."""
+        stream = self._train_stream()
+        consumed = stream.consumed_items(steps * self.global_batch)
+        unique = (min(count, order.items) for count, order in zip(consumed, stream.orders, strict=True))
+        return sum(unique) * self.sequence_length
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of the training splits, in full sequences."""
+        return sum(m.splits["train"].items(self.sequence_length) for m in self.manifests) * self.sequence_length
+
+    def check(self) -> None:
+        """Refuse a data folder that cannot serve: missing or cut shards, sequences longer than a shard."""
+        for folder, manifest in zip(self.weights, self.manifests, strict=True):
+            check_shards(folder, manifest)
+            check_sequence_length(manifest, self.sequence_length)
+
+    def setup(self, stage: str | None = None) -> None:
+        self.check()
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of a forward pass on one device, such that the global batch is exact."""
+        assert self.trainer is not None
+        return exact_micro_batch(
+            self.global_batch, self._micro_batch, self.trainer.world_size, self.trainer.accumulate_grad_batches
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        process = ForwardProcess(self.seed, self.mask_eps, self.time_sampling, self.random_length_share)
+        dataset = TrainingDataset(
+            self._train_stream(), process, self.tokenizer.eos_id, self.global_batch, self.micro_batch
+        )
+        sampler = OrdinalSampler(
+            self.trainer.global_step,
+            self.global_batch,
+            self.micro_batch,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+        )
+        return self._loader(dataset, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        stream = self._stream("val", self.val_seed)
+        sequences = available_sequences(stream, self.val_sequences)
+        batch = self._val_batch or self.micro_batch
+        sampler = StridedSampler(sequences, batch, self.trainer.global_rank, self.trainer.world_size)
+        return self._loader(ValidationDataset(stream, sequences, self.val_seed), sampler)
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def _train_stream(self) -> TokenStream:
+        return self._stream("train", self.seed)
+
+    def _stream(self, split: str, seed: int) -> TokenStream:
+        shards = [m.splits[split].shards for m in self.manifests]
+        return TokenStream(
+            folders=[f"{folder.rstrip('/')}/{split}" for folder in self.weights],
+            shard_items=[[shard.tokens // self.sequence_length for shard in source] for source in shards],
+            weights=list(self.weights.values()),
+            sequence_length=self.sequence_length,
+            seed=seed,
+            window_shards=self.window_shards,
+        )
+
+    def _loader(self, dataset: Any, sampler: Any) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=take_batch,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.workers > 0,
+            # A generator of its own: the loader draws worker seeds, which must not move the global generator.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+
+def exact_micro_batch(global_batch: int, micro_batch: int | None, devices: int, accumulation: int) -> int:
+    """The micro-batch for which micro-batch x devices x accumulation is the global batch.
+
+    Raises:
+        UserError: there is none, or the given one is not it; the message names the nearest choices.
+    """
+    if micro_batch is None and global_batch % (devices * accumulation) == 0:
+        return global_batch // (devices * accumulation)
+    if micro_batch is not None and micro_batch * devices * accumulation == global_batch:
+        return micro_batch
+    per_step = (micro_batch or 1) * devices
+    lower = max(1, global_batch // per_step) * per_step
+    choices = sorted({lower, lower + per_step})
+    given = f"micro-batch {micro_batch or '(whole number)'} x {devices} device(s) x accumulation {accumulation}"
+    fits = [a for a in range(1, global_batch + 1) if global_batch % (per_step * a) == 0] if micro_batch else []
+    exact = [a for a in fits if per_step * a == global_batch]
+    mend = (
+        f"set --trainer.accumulate_grad_batches {exact[0]}"
+        if exact
+        else f"nearest global batches: {' or '.join(map(str, choices))} with accumulation "
+        f"{' or '.join(str(c // per_step) for c in choices)}"
+    )
+    raise UserError(f"data.global_batch: {global_batch} is not {given}; {mend}")
+
+
+def available_sequences(stream: TokenStream, wanted: int | None) -> int:
+    """Validation sequences before any source repeats, at most ``wanted``."""
+    totals = [order.items for order in stream.orders]
+    low, high = 0, sum(totals) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = all(c <= t for c, t in zip(stream.consumed_items(middle), totals, strict=True))
+        low, high = (middle, high) if fits else (low, middle)
+    return low if wanted is None else min(low, wanted)

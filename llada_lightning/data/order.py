@@ -1,0 +1,127 @@
+"""The order of training: ordinal -> source of the mixture, item. Pure functions, so no loader state exists.
+
+Each source is read in epochs; each epoch permutes the source's items by the seed. The permutation is local: shards
+are shuffled, grouped into windows, and items are shuffled within a window, so that a remote corpus streams through
+a window's worth of disk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from llada_lightning.errors import UserError
+from llada_lightning.objectives.noise import Stream, random_words
+
+WINDOW_SHARDS = 16
+_MAX_PERIOD = 10_000
+
+
+class EpochOrder:
+    """Position -> item of one source: each item once an epoch, epoch after epoch.
+
+    Args:
+        shard_items: items in each shard, in the order of the data set.
+        seed: of the run.
+        source: index of the source; sources of a mixture are permuted independently.
+        window_shards: shards whose items are shuffled together.
+    """
+
+    def __init__(
+        self, shard_items: Sequence[int], seed: int, source: int = 0, window_shards: int = WINDOW_SHARDS
+    ) -> None:
+        self._shard_items = np.asarray(shard_items, dtype=np.int64)
+        self._shard_starts = np.cumsum(self._shard_items) - self._shard_items
+        self._seed, self._source, self._window_shards = seed, source, window_shards
+        self.items = int(self._shard_items.sum())
+        assert self.items > 0, "a source without items has no order"
+        # Neighbouring ordinals share an epoch and a window; two of each also serve the passage to the next.
+        self._windows = lru_cache(maxsize=2)(self._windows_of_epoch)
+        self._items_of = lru_cache(maxsize=2)(self._items_of_window)
+
+    def item(self, position: int) -> int:
+        """The item at a position that counts on over all epochs."""
+        epoch, offset = divmod(position, self.items)
+        ends, _ = self._windows(epoch)
+        window = int(np.searchsorted(ends, offset, side="right"))
+        start = int(ends[window - 1]) if window else 0
+        return int(self._items_of(epoch, window)[offset - start])
+
+    def _windows_of_epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], list[npt.NDArray[np.int64]]]:
+        """Cumulative item counts of the epoch's windows, and the shards of each."""
+        shards = self._permutation(epoch, 0, len(self._shard_items))
+        windows = [shards[i : i + self._window_shards] for i in range(0, len(shards), self._window_shards)]
+        return np.cumsum([self._shard_items[window].sum() for window in windows]), windows
+
+    def _items_of_window(self, epoch: int, window: int) -> npt.NDArray[np.int64]:
+        shards = self._windows(epoch)[1][window]
+        items = np.concatenate([self._shard_starts[s] + np.arange(self._shard_items[s]) for s in shards])
+        return items[self._permutation(epoch, 1 + window, len(items))]
+
+    def _permutation(self, epoch: int, part: int, size: int) -> npt.NDArray[np.int64]:
+        words = random_words(self._seed, Stream.ORDER, epoch, size, sub_ordinal=(self._source << 32) + part)
+        return np.argsort(words, kind="stable")
+
+    def __getstate__(self) -> dict[str, object]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_windows", "_items_of")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._windows = lru_cache(maxsize=2)(self._windows_of_epoch)
+        self._items_of = lru_cache(maxsize=2)(self._items_of_window)
+
+
+class Mixture:
+    """Ordinal -> (source, position within the source), by weights.
+
+    A fixed pattern repeats: every period holds each source's exact share, spread as evenly as whole numbers allow
+    (the j-th of a source's c items is due at (j + 1/2) / c of the period), so every window of ordinals has the
+    weights' shares to within a few items. The position is the number of the source's earlier ordinals, in O(1).
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self.counts = apportion(weights)
+        due = np.concatenate([(np.arange(count) + 0.5) / count for count in self.counts])
+        sources = np.repeat(np.arange(len(self.counts)), self.counts)
+        self._pattern = sources[np.argsort(due, kind="stable")]
+        earlier = np.zeros(len(self._pattern), dtype=np.int64)
+        for source in range(len(self.counts)):
+            own = self._pattern == source
+            earlier[own] = np.arange(self.counts[source])
+        self._earlier = earlier
+
+    def locate(self, ordinal: int) -> tuple[int, int]:
+        """Source and position of an ordinal."""
+        period, offset = divmod(ordinal, len(self._pattern))
+        source = int(self._pattern[offset])
+        return source, period * int(self.counts[source]) + int(self._earlier[offset])
+
+    def consumed(self, ordinals: int) -> npt.NDArray[np.int64]:
+        """Items of each source among the first ``ordinals``."""
+        periods, rest = divmod(ordinals, len(self._pattern))
+        return periods * self.counts + np.bincount(self._pattern[:rest], minlength=len(self.counts))
+
+
+def apportion(weights: Sequence[float]) -> npt.NDArray[np.int64]:
+    """Items of each source in a period: the weights themselves where they are whole and small, else of 10 000 items
+    by largest remainder.
+
+    Raises:
+        UserError: a weight is not positive, or so small that it would get no item.
+    """
+    if not weights or any(not math.isfinite(w) or w <= 0 for w in weights):
+        raise UserError(f"data.path: mixture weights {list(weights)} must all be positive numbers")
+    if all(float(w).is_integer() for w in weights) and sum(weights) <= _MAX_PERIOD:
+        whole = np.array([int(w) for w in weights])
+        return whole // np.gcd.reduce(whole)
+    exact = np.asarray(weights, dtype=np.float64) / sum(weights) * _MAX_PERIOD
+    counts = np.floor(exact).astype(np.int64)
+    largest_remainders = np.argsort(counts - exact, kind="stable")[: _MAX_PERIOD - int(counts.sum())]
+    counts[largest_remainders] += 1
+    if (counts == 0).any():
+        raise UserError(f"data.path: a mixture weight of {min(weights):g} is below 1/{_MAX_PERIOD} of the whole; raise it")
+    return counts // np.gcd.reduce(counts)

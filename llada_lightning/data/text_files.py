@@ -1,0 +1,209 @@
+"""Documents from one file: text or JSONL, plain or compressed, read as a stream."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import contextlib
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from llada_lightning.errors import UserError
+
+MAX_TEXT_DOCUMENT = 1 << 28
+"""Characters of the longest document that a text file without a separator may be: it is held in memory whole."""
+
+_READ_CHARS = 1 << 20
+_SNIFFED_BYTES = 1 << 13
+_COMPRESSED = frozenset({".gz", ".xz", ".bz2", ".zst"})
+
+
+class BrokenZstdError(Exception):
+    """A zstd file that is damaged or cut short."""
+
+
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, BrokenZstdError)
+"""What reading a missing, forbidden, damaged or cut file raises."""
+
+
+@dataclass
+class Meter:
+    """How many bytes, as stored, have been read of a corpus of files."""
+
+    finished: int = 0
+    current: BinaryIO | None = None
+
+    @property
+    def position(self) -> int:
+        return self.finished + (self.current.tell() if self.current else 0)
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompresses zstd frames. Unlike zstandard's own reader it reports a file that ends inside a frame."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._error = zstandard.ZstdError
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._raw = raw
+        self._compressed = b""
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._compressed = self._compressed or self._raw.read(1 << 16)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise BrokenZstdError("the zstd stream ends inside a frame")
+                return 0
+            self._decompress()
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def _decompress(self) -> None:
+        self._frame = self._frame or self._decompressor.decompressobj()
+        try:
+            self._ready = self._frame.decompress(self._compressed)
+        except self._error as error:
+            raise BrokenZstdError(str(error)) from error
+        self._compressed = b""
+        if self._frame.eof:
+            self._compressed, self._frame = self._frame.unused_data, None
+
+
+def suffixes_of(path: Path) -> tuple[str, str]:
+    """(the suffix that tells the kind, the suffix of compression or ""), in lower case."""
+    last = path.suffix.lower()
+    if last in _COMPRESSED:
+        return Path(path.stem).suffix.lower(), last
+    return last, ""
+
+
+def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
+    if compression == ".gz":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    if compression == ".xz":
+        return cast(BinaryIO, lzma.LZMAFile(raw))
+    if compression == ".bz2":
+        return cast(BinaryIO, bz2.BZ2File(raw))
+    if compression == ".zst":
+        return cast(BinaryIO, io.BufferedReader(_ZstdReader(raw), 1 << 17))
+    return raw
+
+
+@contextlib.contextmanager
+def _opened(path: Path, meter: Meter) -> Iterator[BinaryIO]:
+    """A file's bytes, decompressed; the meter follows the compressed position."""
+    with open(path, "rb") as raw:
+        meter.current = raw
+        try:
+            yield _decompressed(raw, suffixes_of(path)[1])
+        finally:
+            meter.finished, meter.current = meter.position, None
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file begins as UTF-8 text without NUL bytes."""
+    with _opened(path, Meter()) as stream:
+        head = stream.read(_SNIFFED_BYTES)
+    try:
+        # An incremental decoder lets the last character be cut by the end of the sample.
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _SNIFFED_BYTES)
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in head
+
+
+def text_documents(path: Path, meter: Meter, separator: str | None) -> Iterator[str]:
+    """A UTF-8 text file's documents; line ends become ``\\n``.
+
+    Raises:
+        UserError: the file is not UTF-8, or without a separator longer than ``MAX_TEXT_DOCUMENT``.
+    """
+    with _opened(path, meter) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig")
+        try:
+            yield from _split(text, separator) if separator else _whole(text, path)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: is not UTF-8 text ({error.reason}); convert it, or leave it out") from error
+        finally:
+            with contextlib.suppress(ValueError):
+                text.detach()  # or its end would close the file under the meter
+
+
+def _whole(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
+    document = text.read(MAX_TEXT_DOCUMENT + 1)
+    if len(document) > MAX_TEXT_DOCUMENT:
+        raise UserError(
+            f"{path}: is one document of more than {MAX_TEXT_DOCUMENT} characters; "
+            "give --document-separator to split it"
+        )
+    yield document
+
+
+def _split(text: io.TextIOWrapper, separator: str) -> Iterator[str]:
+    rest = ""
+    while block := text.read(_READ_CHARS):
+        # Only the new part is searched, plus as much of the old as can hold the separator's beginning.
+        searched = max(0, len(rest) - len(separator) + 1)
+        rest += block
+        begin = 0
+        while (end := rest.find(separator, max(begin, searched))) >= 0:
+            yield rest[begin:end]
+            begin = end + len(separator)
+        rest = rest[begin:]
+    yield rest
+
+
+def json_documents(path: Path, meter: Meter, text_field: str) -> Iterator[str]:
+    """The named field of each line's JSON object; empty lines are passed over.
+
+    Raises:
+        UserError: a line is not a JSON object, or lacks the field, or holds something else than text in it.
+    """
+    with _opened(path, meter) as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.removeprefix(codecs.BOM_UTF8))
+            except (ValueError, RecursionError) as error:
+                message = f"{path}:{number}: is not a line of JSON ({error}); write one object a line"
+                raise UserError(message) from error
+            yield _mended(_field(record, text_field, f"{path}:{number}"))
+
+
+def _field(record: Any, text_field: str, where: str) -> str:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: holds {type(record).__name__}, not a JSON object; write one object a line")
+    if text_field not in record:
+        keys = ", ".join(record) or "nothing"
+        raise UserError(f"{where}: no field '{text_field}'; the line has: {keys}; name it with --text-field")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise UserError(
+            f"{where}: field '{text_field}' holds {type(text).__name__}, not text; name another with --text-field"
+        )
+    return text
+
+
+def _mended(text: str) -> str:
+    """Text without lone surrogates, which JSON can write (``\\ud800``) and UTF-8 cannot: U+FFFD takes their place."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

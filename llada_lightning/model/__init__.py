@@ -1,0 +1,5 @@
+"""Floor 1: the Transformer."""
+
+from llada_lightning.model.transformer import Transformer
+
+__all__ = ["Transformer"]

@@ -1,0 +1,100 @@
+"""The forward process of pre-training: how much of a sequence is masked, and where (paper, Eq. 7 and 8).
+
+All draws are pure functions of (seed, ordinal), made beside the sequence in the loader (see ``noise``).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from llada_lightning.objectives import noise
+from llada_lightning.objectives.noise import Stream
+
+TimeSampling = Literal["weyl", "iid"]
+TIME_SAMPLINGS: tuple[TimeSampling, ...] = get_args(TimeSampling)
+
+MASK_EPS = 1e-3
+"""Smallest mask probability, as in the authors' training code: it bounds the weight 1/p of Eq. 3 by 1000."""
+
+
+def mask_ratio(
+    seed: int, ordinals: npt.NDArray[np.int64], sampling: TimeSampling = "weyl"
+) -> npt.NDArray[np.float64]:
+    """t of each sequence, uniform on [0, 1): stratified over consecutive ordinals (``weyl``) or independent (``iid``).
+
+    Returns:
+        (B,) float64.
+    """
+    if sampling == "weyl":
+        return noise.weyl(seed, Stream.TIME, ordinals)
+    return noise.uniform_by_ordinal(seed, Stream.TIME, ordinals)[:, 0]
+
+
+def mask_probability(t: npt.NDArray[np.float64], eps: float = MASK_EPS) -> npt.NDArray[np.float64]:
+    """p = (1 - eps) t + eps, the probability with which each token of the sequence is masked."""
+    return (1 - eps) * t + eps
+
+
+def expected_mask_probability(eps: float = MASK_EPS) -> float:
+    """E[p] over t ~ U[0, 1]: the share of positions whose logits the training loss needs."""
+    return (1 + eps) / 2
+
+
+def random_mask(
+    seed: int, ordinals: npt.NDArray[np.int64], p_B: npt.NDArray[np.float64], sequence_length: int
+) -> npt.NDArray[np.bool_]:
+    """Mask each token independently with its sequence's probability (Eq. 8).
+
+    Returns:
+        (B, L) bool, True where masked.
+    """
+    uniform_BL = np.stack([noise.uniform(seed, Stream.MASK, int(n), sequence_length) for n in ordinals])
+    return uniform_BL < p_B[:, None]
+
+
+def stratified_mask_counts(seed: int, ordinals: npt.NDArray[np.int64], sequence_length: int) -> npt.NDArray[np.int64]:
+    """l of each sequence for Eq. 14: uniform on 1..L, stratified over consecutive ordinals.
+
+    floor, not round: rounding half to even favours even counts.
+
+    Returns:
+        (B,) int64.
+    """
+    u_B = noise.weyl(seed, Stream.VALIDATION_TIME, ordinals)
+    return 1 + np.floor(u_B * sequence_length).astype(np.int64)
+
+
+def fixed_count_mask(
+    seed: int, ordinals: npt.NDArray[np.int64], counts_B: npt.NDArray[np.int64], sequence_length: int
+) -> npt.NDArray[np.bool_]:
+    """Mask exactly l tokens of each sequence, uniformly without replacement (Eq. 14).
+
+    Returns:
+        (B, L) bool, True where masked.
+    """
+    words_BL = np.stack([noise.random_words(seed, Stream.VALIDATION_MASK, int(n), sequence_length) for n in ordinals])
+    ranks_BL = np.argsort(np.argsort(words_BL, axis=1, kind="stable"), axis=1, kind="stable")
+    return ranks_BL < counts_B[:, None]
+
+
+def random_lengths(
+    seed: int, ordinals: npt.NDArray[np.int64], sequence_length: int, share: float
+) -> npt.NDArray[np.int64]:
+    """Length of each sequence: full, but for a ``share`` of them whose length is uniform on 1..L (paper, Sec. 2.2).
+
+    Returns:
+        (B,) int64.
+    """
+    if share == 0:
+        return np.full(len(ordinals), sequence_length, dtype=np.int64)
+    u_B4 = noise.uniform_by_ordinal(seed, Stream.LENGTH, ordinals)
+    short = 1 + np.floor(u_B4[:, 1] * sequence_length).astype(np.int64)
+    return np.where(u_B4[:, 0] < share, short, sequence_length)
+
+
+def expected_length(sequence_length: int, share: float) -> float:
+    """Mean of :func:`random_lengths`, in tokens."""
+    return (1 - share) * sequence_length + share * (1 + sequence_length) / 2

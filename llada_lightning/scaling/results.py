@@ -1,0 +1,344 @@
+"""Results: the record that a run leaves, and the one table that every fit and figure reads.
+
+A run's folder holds ``result.json``, a list with one record for each budget that the run reached. ``collect`` walks
+folders and makes one table of them; its columns are the record's keys, and W&B's summary uses the same names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from llada_lightning.errors import UserError
+
+RESULT_COLUMNS = (
+    "run", "objective", "shape", "params_total", "params_nonembedding", "tokens", "unique_tokens", "epochs", "steps",
+    "global_batch_tokens", "sequence_length", "flops_6nd", "flops_attention", "flops_head", "flops_total", "lr",
+    "schedule", "warmup_steps", "decay_steps", "seed", "parent_checkpoint", "data_fingerprint", "tokenizer",
+    "vocab_size", "val_nats_per_token", "val_stderr", "val_kind", "val_bits_per_byte", "tokens_per_second", "mfu",
+    "device", "precision", "wall_seconds", "versions", "git_commit", "status",
+)  # fmt: skip
+"""Keys of a record and columns of the table. FLOPs are those of training, losses of validation in nats per token;
+``val_stderr`` is one standard error of ``val_nats_per_token``; ``val_kind`` is ``exact`` or ``bound``."""
+
+TEXT_COLUMNS = frozenset({
+    "run", "objective", "shape", "schedule", "parent_checkpoint", "data_fingerprint", "tokenizer", "val_kind", "device",
+    "precision", "versions", "git_commit", "status",
+})  # fmt: skip
+INTEGER_COLUMNS = frozenset({
+    "params_total", "params_nonembedding", "tokens", "unique_tokens", "steps", "global_batch_tokens",
+    "sequence_length", "warmup_steps", "decay_steps", "seed", "vocab_size",
+})  # fmt: skip
+
+RESULT_FILE = "result.json"
+CONFIG_FILE = "config.yaml"
+DONE = "done"
+
+_NOT_RUNS = frozenset({"checkpoints", "logs", "wandb", "__pycache__"})
+"""Folders that hold no runs of ours; W&B's own folders hold other files named config.yaml."""
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside ``path`` to write to, and renames it once the block has ended well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def strict_json(value: Any) -> Any:
+    """The same value with every non-finite number as None, because JSON has no NaN; tuples become lists."""
+    if isinstance(value, dict):
+        return {key: strict_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` as indented, strict JSON, atomically."""
+    with written_atomically(path) as temporary:
+        temporary.write_text(json.dumps(strict_json(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_records(folder: Path | str, records: Sequence[dict[str, Any]]) -> Path:
+    """Writes a run's ``result.json``: at no time is a part of it to be seen.
+
+    Args:
+        folder: the run's folder; made if it is not there.
+        records: one record for each budget reached, each with exactly the keys ``RESULT_COLUMNS``.
+
+    Raises:
+        ValueError: a record lacks a key or has a foreign one (a fault of the program, not of its user).
+    """
+    for record in records:
+        wrong = sorted(set(record) ^ set(RESULT_COLUMNS))
+        if wrong:
+            raise ValueError(f"a result record has missing or foreign keys: {wrong}")
+    path = Path(folder) / RESULT_FILE
+    write_json(path, [{column: record[column] for column in RESULT_COLUMNS} for record in records])
+    return path
+
+
+def read_records(folder: Path | str) -> list[dict[str, Any]]:
+    """The records of a run's folder; none if the run has not written ``result.json`` yet.
+
+    Raises:
+        UserError: the file is not a JSON list of records.
+    """
+    path = Path(folder) / RESULT_FILE
+    if not path.is_file():
+        return []
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); delete it and run again") from error
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise UserError(f"{path}: must hold a list of records; delete it and run again")
+    return records
+
+
+def is_done(folder: Path | str) -> bool:
+    """Whether the run of this folder has finished: it has a record, and every record says so."""
+    try:
+        records = read_records(folder)
+    except UserError:
+        return False
+    return bool(records) and all(record.get("status") == DONE for record in records)
+
+
+# --- collecting ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """One run and budget found in two folders; only the record in ``kept`` is in the table."""
+
+    run: str
+    steps: int | None
+    kept: str
+    dropped: str
+
+
+@dataclass
+class CollectReport:
+    """What ``collect`` found beside sound results. Folders are written as they were found."""
+
+    folders: int = 0
+    """Run folders found."""
+    records: int = 0
+    """Rows of the table."""
+    unfinished: dict[str, str] = field(default_factory=dict)
+    """Folder -> why its run is not finished. Records that exist are in the table, with their status."""
+    diverged: list[str] = field(default_factory=list)
+    """Folders of records whose validation loss is not finite. They are in the table."""
+    duplicates: list[Duplicate] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The report for people, one line a finding."""
+        unfinished = [f"unfinished: {folder} ({reason})" for folder, reason in self.unfinished.items()]
+        diverged = [f"diverged: {folder} (validation loss not finite)" for folder in self.diverged]
+        duplicates = [f"duplicate: {twin.dropped} left out, the same run as {twin.kept}" for twin in self.duplicates]
+        return unfinished + diverged + duplicates
+
+
+def find_run_folders(paths: Iterable[Path | str]) -> list[Path]:
+    """Folders that hold ``config.yaml`` or ``result.json``, at or below the paths, each once, in order of name.
+
+    Raises:
+        UserError: a path is not a folder.
+    """
+    found: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise UserError(f"collect: {path} is not a folder; give run folders, or folders that hold them")
+        for folder, subfolders, files in os.walk(path):
+            if CONFIG_FILE in files or RESULT_FILE in files:
+                subfolders.clear()
+                found.setdefault(Path(folder).resolve(), Path(folder))
+            subfolders[:] = sorted(name for name in subfolders if name not in _NOT_RUNS and not name.startswith("."))
+    return sorted(found.values())
+
+
+def collect(paths: Iterable[Path | str]) -> tuple[pd.DataFrame, CollectReport]:
+    """One row for each record of the run folders at or below ``paths``.
+
+    Returns:
+        The table, sorted by objective, FLOPs and size, and a report that names every run which is unfinished,
+        diverged, or a duplicate. Of duplicates the table keeps one (a finished one if there is any); all other
+        records are in it, whatever their status.
+
+    Raises:
+        UserError: a path is not a folder.
+    """
+    report = CollectReport()
+    kept: dict[tuple[str, Any], tuple[Path, dict[str, Any]]] = {}
+    for folder in find_run_folders(paths):
+        report.folders += 1
+        for record in _records_of(folder, report):
+            _keep_one(kept, folder, record, report)
+    for folder, record in kept.values():
+        if not _has_finite_loss(record):
+            report.diverged.append(str(folder))
+    report.records = len(kept)
+    table = table_of_records([record for _, record in kept.values()])
+    order = ["objective", "flops_6nd", "params_nonembedding", "run"]
+    return table.sort_values(order, kind="stable", ignore_index=True), report
+
+
+def _records_of(folder: Path, report: CollectReport) -> list[dict[str, Any]]:
+    """A folder's records; notes in the report why its run is not finished."""
+    try:
+        records = read_records(folder)
+    except UserError as error:
+        report.unfinished[str(folder)] = str(error)
+        return []
+    open_status = [str(record.get("status")) for record in records if record.get("status") != DONE]
+    if not records:
+        report.unfinished[str(folder)] = f"no {RESULT_FILE}"
+    elif open_status:
+        report.unfinished[str(folder)] = f"status {', '.join(open_status)}"
+    return records
+
+
+def _keep_one(
+    kept: dict[tuple[str, Any], tuple[Path, dict[str, Any]]],
+    folder: Path,
+    record: dict[str, Any],
+    report: CollectReport,
+) -> None:
+    # A run without an identity is only equal to itself. Steps tell a run's budgets apart.
+    key = (str(record.get("run") or folder), record.get("steps"))
+    if key not in kept:
+        kept[key] = (folder, record)
+        return
+    first_folder, first = kept[key]
+    new_is_better = record.get("status") == DONE and first.get("status") != DONE
+    winner, loser = (folder, first_folder) if new_is_better else (first_folder, folder)
+    kept[key] = (folder, record) if new_is_better else kept[key]
+    report.duplicates.append(Duplicate(key[0], key[1], str(winner), str(loser)))
+
+
+def _has_finite_loss(record: dict[str, Any]) -> bool:
+    loss = record.get("val_nats_per_token")
+    return isinstance(loss, (int, float)) and math.isfinite(loss)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def table_of_records(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """A table with the columns ``RESULT_COLUMNS``; a key that a record lacks is missing there."""
+    columns = {column: [record.get(column) for record in records] for column in RESULT_COLUMNS}
+    columns["versions"] = [_compact_json(versions) for versions in columns["versions"]]
+    return _typed(pd.DataFrame(columns, dtype=object), source="results")
+
+
+def write_results(table: pd.DataFrame, path: Path | str) -> Path:
+    """Writes a results table as CSV, or as parquet where the name ends so, atomically.
+
+    Raises:
+        UserError: the name ends in neither ``.csv`` nor ``.parquet``.
+    """
+    path = Path(path)
+    _check_suffix(path)
+    with written_atomically(path) as temporary:
+        if path.suffix == ".csv":
+            table.to_csv(temporary, index=False)
+        else:
+            _with_pyarrow(path, lambda: table.to_parquet(temporary, index=False))
+    return path
+
+
+def read_results(path: Path | str) -> pd.DataFrame:
+    """Reads a results table (``.csv`` or ``.parquet``).
+
+    Returns:
+        The columns ``RESULT_COLUMNS`` with their types (text, ``Int64``, ``float64``), then any others as they are.
+
+    Raises:
+        UserError: there is no such file, a column is missing, or a value is not of its column's type.
+    """
+    path = Path(path)
+    _check_suffix(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `llada collect` writes one from run folders")
+    table = _read_csv(path) if path.suffix == ".csv" else _with_pyarrow(path, lambda: pd.read_parquet(path))
+    missing = [column for column in RESULT_COLUMNS if column not in table.columns]
+    if missing:
+        raise UserError(f"{path}: columns missing: {', '.join(missing)}; `llada collect` writes all of them")
+    others = [column for column in table.columns if column not in RESULT_COLUMNS]
+    return _typed(table[[*RESULT_COLUMNS, *others]], source=str(path))
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        # Everything as text first: a run's identity of digits, or a shape called 1e5, must not become a number.
+        return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a CSV table ({error}); write it again with `llada collect`") from error
+
+
+def _with_pyarrow(path: Path, action: Any) -> Any:
+    try:
+        return action()
+    except ImportError as error:
+        raise UserError(f"{path}: parquet needs the package pyarrow; install it, or use a .csv name") from error
+    except ValueError as error:  # pyarrow's errors on damaged files are ValueErrors
+        raise UserError(f"{path}: not a parquet table ({error}); write it again with `llada collect`") from error
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in (".csv", ".parquet"):
+        raise UserError(f"{path}: a results table must be named .csv or .parquet")
+
+
+def _typed(table: pd.DataFrame, source: str) -> pd.DataFrame:
+    return table.assign(**{column: _typed_column(table[column], source) for column in RESULT_COLUMNS})
+
+
+def _typed_column(values: pd.Series, source: str) -> pd.Series:
+    column = str(values.name)
+    if column in TEXT_COLUMNS:
+        return values.astype("string")
+    if column in INTEGER_COLUMNS:
+        return pd.Series([_whole_number(value, column, source) for value in values], values.index, "Int64", column)
+    return pd.Series([_number(value, column, source) for value in values], values.index, "float64", column)
+
+
+def _number(value: Any, column: str, source: str) -> float:
+    if value is None or value is pd.NA:
+        return math.nan
+    try:
+        return float(value)  # unlike pandas' own parser, exact to the last digit
+    except (TypeError, ValueError):
+        raise UserError(f"{source}: column {column} holds {value!r}, which is not a number") from None
+
+
+def _whole_number(value: Any, column: str, source: str) -> Any:
+    if isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("-").isdecimal()):
+        return int(value)  # exact beyond 2^53, which a float is not
+    number = _number(value, column, source)
+    if math.isnan(number):
+        return pd.NA
+    if not number.is_integer():
+        raise UserError(f"{source}: column {column} holds {value!r}, which is not a whole number")
+    return int(number)
+
+
+def _compact_json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,373 @@
+"""Runs the points of a sweep as processes of this machine: some at once, finished ones skipped, safe to stop.
+
+The sweep keeps no state of its own. A run is done when its folder's ``result.json`` says so, and an unfinished one
+goes on from its own checkpoint; so the same command, given again, does what is left.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from llada_lightning.errors import UserError
+from llada_lightning.scaling.results import is_done
+from llada_lightning.scaling.sweep import Point, Sweep, fit_arguments, launch_fit, render_command
+
+METRICS_FILE = "metrics.csv"
+_POLL_SECONDS = 0.1
+_CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+RunFolder = Callable[[list[str]], Path]
+"""From the arguments of ``llada fit`` to the folder of that run. Injected: resolving a config needs torch."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep: the arguments of its fit, its folder and log, and its cost in FLOPs (1 if unknown)."""
+
+    arguments: list[str]
+    folder: Path
+    cost: float
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def log(self) -> Path:
+        return self.folder.parent / "logs" / f"{self.name}.log"
+
+
+@dataclass(frozen=True)
+class FailedRun:
+    name: str
+    reason: str
+    log: str
+
+
+@dataclass
+class SweepOutcome:
+    """What became of a sweep's runs, by name."""
+
+    done: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """Runs that had finished before."""
+    failed: list[FailedRun] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    """Runs not started, or stopped half-way, because the sweep was interrupted."""
+    interrupted: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0: every run is done; 1: some failed; 130: interrupted."""
+        if self.interrupted:
+            return 130
+        return 1 if self.failed else 0
+
+
+def plan_runs(sweep: Sweep, run_folder: RunFolder, extra: Sequence[str] = ()) -> list[PlannedRun]:
+    """The sweep's runs in order, each folder once: points that describe the same run are run once.
+
+    Args:
+        sweep: the sweep.
+        run_folder: from the arguments of ``llada fit`` to the run's folder.
+        extra: arguments appended to every run's.
+
+    Raises:
+        UserError: a command is not ``llada fit``, or ``run_folder`` refuses its arguments.
+    """
+    runs: dict[Path, PlannedRun] = {}
+    for point in sweep.points:
+        arguments = [*fit_arguments(render_command(sweep, point)), *extra]
+        folder = run_folder(arguments)
+        runs.setdefault(folder, PlannedRun(arguments, folder, _cost(point)))
+    return list(runs.values())
+
+
+def run_sweep(
+    sweep: Sweep,
+    run_folder: RunFolder,
+    *,
+    jobs: int = 1,
+    extra: Sequence[str] = (),
+    launch: Callable[[list[str]], list[str]] = launch_fit,
+    console: Console | None = None,
+    grace_seconds: float = 30.0,
+) -> SweepOutcome:
+    """Runs what is left of a sweep, ``jobs`` runs at once, and goes on after a failed run.
+
+    Ctrl-C, SIGTERM and SIGHUP ask the running fits to save and leave, and kill what is left of their process groups
+    after ``grace_seconds``, or at once at a second signal. Each run's output is appended to
+    ``<study>/logs/<name>.log``. Where the user has not set them, OMP_NUM_THREADS and MKL_NUM_THREADS share the
+    processor's cores among the jobs.
+
+    Args:
+        sweep: the sweep.
+        run_folder: from the arguments of ``llada fit`` to the run's folder.
+        jobs: runs at once.
+        extra: arguments appended to every run's.
+        launch: from the arguments of ``llada fit`` to the command that is run.
+        console: where progress goes; stderr by default.
+        grace_seconds: time for a stopped fit to save its checkpoint.
+
+    Raises:
+        UserError: ``jobs`` is below 1, or a run's arguments are refused (before anything is run).
+    """
+    if jobs < 1:
+        raise UserError(f"sweep: --jobs is {jobs}; it must be at least 1")
+    console = console or Console(stderr=True)
+    runs = plan_runs(sweep, run_folder, extra)
+    if len(runs) < len(sweep.points):
+        console.print(f"{len(sweep.points)} points describe {len(runs)} different runs; each is run once")
+    runner = _Runner(runs, jobs, launch, console)
+    try:
+        with _signals_interrupt(), runner.display():
+            runner.run()
+    except KeyboardInterrupt:
+        runner.outcome.interrupted = True
+        console.print("stopping: running fits save their checkpoints (again to kill them) …")
+    finally:
+        with _signals_interrupt():
+            runner.stop(grace_seconds)
+    return runner.outcome
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    run: PlannedRun
+    process: subprocess.Popen[bytes]
+    started: float
+
+    def kill_group(self) -> None:
+        """Ends what the run has left behind, such as workers of its loader."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class _Runner:
+    def __init__(
+        self, runs: list[PlannedRun], jobs: int, launch: Callable[[list[str]], list[str]], console: Console
+    ) -> None:
+        self.outcome = SweepOutcome(skipped=[run.name for run in runs if is_done(run.folder)])
+        self.waiting = deque(run for run in runs if not is_done(run.folder))
+        self.running: list[_Job] = []
+        self.total, self.to_do = len(runs), list(self.waiting)
+        self.jobs, self.launch, self.console = jobs, launch, console
+        self.environment = child_environment(jobs)
+        self.cost_done = 0.0
+        self.started = time.monotonic()
+
+    def run(self) -> None:
+        if self.outcome.skipped:
+            self.console.print(f"{len(self.outcome.skipped)} of {self.total} runs were done before")
+        while self.waiting or self.running:
+            while self.waiting and len(self.running) < self.jobs:
+                self._start(self.waiting.popleft())
+            for job in self._ended():
+                self.running.remove(job)
+                self._settle(job)
+
+    def _start(self, run: PlannedRun) -> None:
+        run.log.parent.mkdir(parents=True, exist_ok=True)
+        with run.log.open("ab") as log:
+            try:
+                # The run inherits the lock with its output: it lasts as long as the run, even if this sweep is killed.
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._fail(run, "another process is running it")
+                return
+            process = subprocess.Popen(
+                self.launch(run.arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                start_new_session=True,
+            )
+        self.running.append(_Job(run, process, time.monotonic()))
+
+    def _ended(self) -> list[_Job]:
+        if self.running:
+            with suppress(subprocess.TimeoutExpired):
+                self.running[0].process.wait(_POLL_SECONDS)
+        return [job for job in self.running if job.process.poll() is not None]
+
+    def _settle(self, job: _Job) -> None:
+        self.cost_done += job.run.cost
+        code = job.process.returncode
+        if code == 0 and is_done(job.run.folder):
+            self.outcome.done.append(job.run.name)
+            elapsed = format_seconds(time.monotonic() - job.started)
+            self.console.print(f"[green]done[/]    {escape(job.run.name)}  [dim]{elapsed}[/]")
+            return
+        job.kill_group()
+        self._fail(job.run, _reason(code, last_line(job.run.log)))
+
+    def _fail(self, run: PlannedRun, reason: str) -> None:
+        self.outcome.failed.append(FailedRun(run.name, reason, str(run.log)))
+        self.console.print(f"[red]failed[/]  {escape(run.name)}: {escape(reason)}")
+
+    def stop(self, grace_seconds: float) -> None:
+        """Asks the running fits to leave, and ends them if they do not in time or at a second signal."""
+        self.outcome.left = [job.run.name for job in self.running] + [run.name for run in self.waiting]
+        deadline = time.monotonic() + grace_seconds
+        try:
+            for job in self.running:
+                job.process.terminate()  # the fit alone: without its workers it could not end its step
+            for job in self.running:
+                job.process.wait(max(0.0, deadline - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            pass
+        finally:
+            for job in self.running:
+                job.kill_group()
+                job.process.wait()
+            self.running.clear()
+
+    # --- progress ---
+
+    @contextmanager
+    def display(self) -> Iterator[None]:
+        """The study's progress, drawn while the block runs, on a terminal only."""
+        if not self.console.is_terminal:
+            yield
+            return
+        with Live(get_renderable=self._picture, console=self.console, refresh_per_second=2, transient=True):
+            yield
+
+    def _picture(self) -> Group:
+        jobs = Table.grid(padding=(0, 2))
+        for job in list(self.running):
+            elapsed = format_seconds(time.monotonic() - job.started)
+            jobs.add_row("  running", escape(job.run.name), f"[dim]{escape(latest_state(job.run.folder))}[/]", elapsed)
+        study = Table.grid(padding=(0, 2))
+        cost = sum(run.cost for run in self.to_do) or 1.0
+        settled = len(self.outcome.done) + len(self.outcome.skipped)
+        failed = f", [red]{len(self.outcome.failed)} failed[/]" if self.outcome.failed else ""
+        study.add_row(
+            f"[bold]{settled}/{self.total} runs[/]{failed}",
+            ProgressBar(total=cost, completed=self.cost_done, width=30),
+            f"{format_seconds(time.monotonic() - self.started)} elapsed",
+            self._time_left(cost),
+        )
+        return Group(jobs, study)
+
+    def _time_left(self, cost: float) -> str:
+        if not self.cost_done:
+            return "[dim]time left: known after the first run[/]"
+        return f"about {format_seconds((time.monotonic() - self.started) * (cost / self.cost_done - 1))} left"
+
+
+def child_environment(jobs: int) -> dict[str, str]:
+    """The environment of a run: as ours, with the cores shared among ``jobs`` unless the user has set the threads."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(1, cores // jobs))
+    defaults = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    return {**defaults, **os.environ}
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt within the block, as Ctrl-C does (in the main thread only)."""
+
+    def interrupt(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    signals = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, interrupt) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- small things ----------------------------------------------------------------------------------------------------
+
+
+def _cost(point: Point) -> float:
+    nested = point.get("budget")
+    flops = point.get("budget.flops", nested.get("flops") if isinstance(nested, dict) else None)
+    try:
+        return float(flops)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return 1.0
+
+
+def _reason(code: int, line: str) -> str:
+    if code == 0:
+        return "ended without a finished result.json" + (f" ({line})" if line else "")
+    what = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    return f"{line} ({what})" if line else what
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says anything, without colours."""
+    lines = _CONTROL_SEQUENCE.sub("", _tail(path)).replace("\r", "\n").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def latest_state(folder: Path) -> str:
+    """Step and loss of a running fit, from the last row of its ``metrics.csv``; ``starting`` before there is one."""
+    rows = _tail(folder / METRICS_FILE).splitlines()
+    header = _head(folder / METRICS_FILE)
+    if len(rows) < 2 or not header:
+        return "starting"
+    values = dict(zip(header, next(csv.reader(rows[-1:])), strict=False))
+    loss = next(((name, values[name]) for name in header if _is_loss(name) and values.get(name)), None)
+    step = f"step {values.get('step', '?')}"
+    with suppress(TypeError, ValueError):
+        return f"{step}  {loss[0]} {float(loss[1]):.3f}"  # type: ignore[index]
+    return step
+
+
+def _is_loss(name: str) -> bool:
+    return "nats_per_token" in name or "loss" in name
+
+
+def _tail(path: Path, size: int = 4096) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            return file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _head(path: Path) -> list[str]:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return next(csv.reader(file), [])
+    except OSError:
+        return []
+
+
+def format_seconds(seconds: float) -> str:
+    """58s, 3m 20s, 5h 07m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"

@@ -1,0 +1,218 @@
+"""`ArmModule` and `LladaModule`: two objectives on one base, one Transformer and one data module.
+
+What differs between the two stands in the two small classes at the end: whether attention is causal, what goes in,
+and which loss comes out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from llada_lightning.data.batches import TrainingBatch, ValidationBatch
+from llada_lightning.model import Transformer
+from llada_lightning.objectives.bounds import nll_bound
+from llada_lightning.objectives.forward_process import expected_mask_probability
+from llada_lightning.objectives.losses import masked_diffusion_loss, next_token_loss, shift_right, token_nll
+from llada_lightning.scaling.flops import Objective, TrainingFlops, flops_per_token
+from llada_lightning.scaling.shapes import Shape, get_shape
+from llada_lightning.training.metrics import MeanEstimate
+from llada_lightning.training.schedules import WSD
+
+
+@dataclass
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2019).
+
+    Args:
+        betas: decay rates of the moments; (0.9, 0.95) as GPT-3 and Llama.
+        eps: added to the root of the second moment.
+        weight_decay: on matrices only (paper, B.2: 0.1); norms' gains get none.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+
+class LanguageModule(LightningModule):
+    """What both objectives share.
+
+    Args:
+        shape: a name (`llada-8b`, `443k`) or the five dimensions of ``scaling.shapes.Shape``.
+        vocab_size: words of embedding and head; null: of the data's tokenizer.
+        mask_token_id: [MASK]; null: of the data's tokenizer.
+        eos_token_id: EOS; null: of the data's tokenizer.
+        rope_theta: base of the rotary frequencies.
+        optimizer: AdamW's settings.
+        schedule: the learning rate.
+        compat: `llada` lets [MASK] have a logit, as the authors' released code does.
+        seed: of the initial weights; null: the run's seed.
+    """
+
+    objective: ClassVar[Objective]
+    val_kind: ClassVar[Literal["exact", "bound"]]
+
+    def __init__(
+        self,
+        shape: str | dict[str, int] = "443k",
+        vocab_size: int | None = None,
+        mask_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        rope_theta: float = 10_000.0,
+        optimizer: AdamW = AdamW(),  # noqa: B008 (read only; the parser shows its defaults)
+        schedule: WSD = WSD(),  # noqa: B008
+        compat: Literal["llada"] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape: Shape = get_shape(shape)
+        self.vocab_size, self.mask_token_id, self.eos_token_id = vocab_size, mask_token_id, eos_token_id
+        self.rope_theta, self.compat, self.seed = rope_theta, compat, seed or 0
+        self.optimizer_settings, self.schedule = optimizer, schedule
+        self.grad_norm: Tensor | None = None
+        self.val_estimate = MeanEstimate()
+        self._transformer: Transformer | None = None
+
+    def configure_model(self) -> None:
+        """Build and initialise the Transformer, inside the strategy's context."""
+        if self._transformer is not None:
+            return
+        assert self.vocab_size is not None, "the command fills in the vocabulary from the data"
+        self._transformer = Transformer(self.shape, self.vocab_size, self.rope_theta)
+        if not self._transformer.head.weight.is_meta:
+            device = self._transformer.head.weight.device
+            self._transformer.initialise(torch.Generator(device).manual_seed(self.seed))
+
+    @property
+    def model(self) -> Transformer:
+        """The Transformer; exists once ``configure_model`` has run."""
+        assert self._transformer is not None, "configure_model builds the Transformer"
+        return self._transformer
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with decay on matrices only, and the schedule by step."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        settings = self.optimizer_settings
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        # The rate itself is the multiplier of a base rate of 1: the schedule speaks in rates.
+        optimizer = torch.optim.AdamW(groups, lr=1.0, betas=settings.betas, eps=settings.eps, fused=True)
+        scheduler = LambdaLR(optimizer, self.schedule.at)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip by norm, also under FSDP2, and keep the norm for the log."""
+        clip = float("inf") if not gradient_clip_val else float(gradient_clip_val)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), clip)
+
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
+        return self.training_loss(batch)
+
+    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
+        nats_per_token_B = self.sequence_nll(batch) / batch.tokens_BL.shape[1]
+        self.val_estimate.update(nats_per_token_B[batch.counted_B])
+
+    def on_validation_epoch_end(self) -> None:
+        mean, stderr = self.val_estimate.compute()
+        self.val_estimate.reset()
+        values = {"val_nats_per_token": mean, "val_stderr": stderr}
+        assert self.trainer is not None
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            values["val_bits_per_byte"] = bits_per_byte(mean, data.bytes_per_token)
+        self.log_dict({name: torch.tensor(value) for name, value in values.items()}, rank_zero_only=True)
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: ValidationBatch, batch_idx: int) -> Tensor:
+        """(B,) nats per sequence: exact for `arm`, one sample of the bound for `llada`."""
+        return self.sequence_nll(batch)[batch.counted_B]
+
+    def training_loss(self, batch: TrainingBatch) -> Tensor:
+        """The objective's loss of a micro-batch, nats per token of the global batch (see ``objectives.losses``)."""
+        raise NotImplementedError
+
+    def sequence_nll(self, batch: ValidationBatch) -> Tensor:
+        """(B,) negative log-likelihood of each sequence, or a sample of its bound, in nats."""
+        raise NotImplementedError
+
+    def flops_per_token(self, sequence_length: int, mask_eps: float) -> TrainingFlops:
+        """Training FLOPs of a token by the three counts."""
+        raise NotImplementedError
+
+    @property
+    def excluded_token_id(self) -> int | None:
+        return None if self.compat == "llada" else self.mask_token_id
+
+
+class ArmModule(LanguageModule):
+    """Autoregression: causal attention, next-token prediction (Eq. 2). Its validation loss is exact."""
+
+    objective = "arm"
+    val_kind = "exact"
+
+    def training_loss(self, batch: TrainingBatch) -> Tensor:
+        nll_BL = self._nll(batch.tokens_BL, batch.attention_mask_BL)
+        if batch.attention_mask_BL is not None:
+            nll_BL = nll_BL * batch.attention_mask_BL
+        return next_token_loss(nll_BL, batch.denominator)
+
+    def sequence_nll(self, batch: ValidationBatch) -> Tensor:
+        return self._nll(batch.tokens_BL, None).double().sum(dim=1)
+
+    def flops_per_token(self, sequence_length: int, mask_eps: float) -> TrainingFlops:
+        assert self.vocab_size is not None
+        return flops_per_token(self.shape, self.vocab_size, sequence_length, self.objective)
+
+    def _nll(self, tokens_BL: Tensor, attention_mask_BL: Tensor | None) -> Tensor:
+        assert self.eos_token_id is not None
+        inputs_BL = shift_right(tokens_BL, self.eos_token_id)
+        # Right padding lies in the future of every token that counts: causal attention needs no mask for it.
+        logits_BLV = self.model(inputs_BL, causal=True)
+        nll_N = token_nll(logits_BLV.flatten(0, 1), tokens_BL.flatten(), self.excluded_token_id)
+        return nll_N.view_as(tokens_BL)
+
+
+class LladaModule(LanguageModule):
+    """Masked diffusion: full attention, the loss of Eq. 3. Its validation loss is the bound of Eq. 14."""
+
+    objective = "llada"
+    val_kind = "bound"
+
+    def training_loss(self, batch: TrainingBatch) -> Tensor:
+        nll_M = self._masked_nll(batch.tokens_BL, batch.masked_BL, batch.attention_mask_BL)
+        p_M = batch.p_B[:, None].expand_as(batch.masked_BL)[batch.masked_BL]
+        return masked_diffusion_loss(nll_M, p_M, batch.denominator)
+
+    def sequence_nll(self, batch: ValidationBatch) -> Tensor:
+        return nll_bound(self._masked_nll(batch.tokens_BL, batch.masked_BL, None), batch.masked_BL)
+
+    def flops_per_token(self, sequence_length: int, mask_eps: float) -> TrainingFlops:
+        """As computed: the head sees masked positions only, in expectation."""
+        assert self.vocab_size is not None
+        share = expected_mask_probability(mask_eps)
+        return flops_per_token(self.shape, self.vocab_size, sequence_length, self.objective, logit_share=share)
+
+    def _masked_nll(self, tokens_BL: Tensor, masked_BL: Tensor, attention_mask_BL: Tensor | None) -> Tensor:
+        """(M,) negative log-likelihood of the masked tokens."""
+        assert self.mask_token_id is not None
+        inputs_BL = tokens_BL.masked_fill(masked_BL, self.mask_token_id)
+        hidden_BLD = self.model.hidden(inputs_BL, causal=False, attention_mask_BL=attention_mask_BL)
+        logits_MV = self.model.head(hidden_BLD[masked_BL])
+        return token_nll(logits_MV, tokens_BL[masked_BL], self.excluded_token_id)
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """Nats per token in bits per byte of text."""
+    return nats_per_token / bytes_per_token / 0.6931471805599453
