@@ -37,6 +37,10 @@ FileLister = Callable[[], Iterator[tuple[str, Path]]]
 """Gives (relative path, path) of each file, sorted. Called anew for every pass, so that no list is held."""
 
 
+class UnreadableError(Exception):
+    """A file that its kind of corpus leaves out."""
+
+
 class Corpus(ABC):
     """A stream of documents that can be read more than once.
 
@@ -108,10 +112,6 @@ class FileCorpus(Corpus):
                 raise UserError(f"{path}: cannot be read ({error}); mend or remove the file") from error
 
 
-class UnreadableError(Exception):
-    """A file that its kind of corpus leaves out."""
-
-
 class DatasetCorpus(Corpus):
     """Documents from a Hugging Face dataset, streamed.
 
@@ -129,7 +129,7 @@ class DatasetCorpus(Corpus):
         name, _, config = where.partition(":")
         if self._path.exists():
             # A dataset on this machine is known by its files, like every other corpus of files.
-            facts = {"kind": "dataset", "split": self._split}
+            facts: dict[str, Any] = {"kind": "dataset", "split": self._split}
             self.identity = {**facts, **file_identity(lambda: list_path(self._path), facts)}
             self._load_args: dict[str, Any] = _local_dataset(self._path)
         else:
@@ -320,8 +320,8 @@ def open_corpus(source: str, *, text_field: str = "text", document_separator: st
             f"source '{source}' is not known: no such file, folder or pattern; give {PYTHON_STDLIB}, a text or .jsonl "
             f"file, a folder of them, or {HUB_PREFIX}NAME"
         )
-    base = os.path.dirname(os.path.commonprefix(matches))
-    named = [(os.path.relpath(match, base or "."), Path(match)) for match in matches]
+    base = os.path.commonpath([os.path.dirname(match) or "." for match in matches])
+    named = [(os.path.relpath(match, base), Path(match)) for match in matches]
     return FileCorpus(lambda: iter(named), reader, skip_binary=False, facts=facts)
 
 

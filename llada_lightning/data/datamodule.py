@@ -48,7 +48,7 @@ class TokenDataModule(LightningDataModule):
 
     def __init__(
         self,
-        path: str | dict[str, float],
+        path: dict[str, float] | str,
         sequence_length: int = 256,
         global_batch: int = 16,
         micro_batch: int | None = None,

@@ -123,5 +123,7 @@ def apportion(weights: Sequence[float]) -> npt.NDArray[np.int64]:
     largest_remainders = np.argsort(counts - exact, kind="stable")[: _MAX_PERIOD - int(counts.sum())]
     counts[largest_remainders] += 1
     if (counts == 0).any():
-        raise UserError(f"data.path: a mixture weight of {min(weights):g} is below 1/{_MAX_PERIOD} of the whole; raise it")
+        raise UserError(
+            f"data.path: a mixture weight of {min(weights):g} is below 1/{_MAX_PERIOD} of the whole; raise it"
+        )
     return counts // np.gcd.reduce(counts)

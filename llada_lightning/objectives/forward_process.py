@@ -20,9 +20,7 @@ MASK_EPS = 1e-3
 """Smallest mask probability, as in the authors' training code: it bounds the weight 1/p of Eq. 3 by 1000."""
 
 
-def mask_ratio(
-    seed: int, ordinals: npt.NDArray[np.int64], sampling: TimeSampling = "weyl"
-) -> npt.NDArray[np.float64]:
+def mask_ratio(seed: int, ordinals: npt.NDArray[np.int64], sampling: TimeSampling = "weyl") -> npt.NDArray[np.float64]:
     """t of each sequence, uniform on [0, 1): stratified over consecutive ordinals (``weyl``) or independent (``iid``).
 
     Returns:

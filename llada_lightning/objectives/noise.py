@@ -56,7 +56,7 @@ def uniform_by_ordinal(seed: int, stream: Stream, ordinals: npt.NDArray[np.int64
 
 def words_to_uniform(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     """Words of 64 bits to uniform numbers in [0, 1), by their upper 53 bits."""
-    return (words >> np.uint64(11)) * 2.0**-53
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def weyl(seed: int, stream: Stream, ordinals: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

@@ -41,6 +41,7 @@ INTEGER_COLUMNS = frozenset({
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
 DONE = "done"
+DIVERGED = "diverged"
 
 _NOT_RUNS = frozenset({"checkpoints", "logs", "wandb", "__pycache__"})
 """Folders that hold no runs of ours; W&B's own folders hold other files named config.yaml."""
@@ -145,7 +146,7 @@ class CollectReport:
     unfinished: dict[str, str] = field(default_factory=dict)
     """Folder -> why its run is not finished. Records that exist are in the table, with their status."""
     diverged: list[str] = field(default_factory=list)
-    """Folders of records whose validation loss is not finite. They are in the table."""
+    """Folders of finished runs whose validation loss is not finite. They are in the table."""
     duplicates: list[Duplicate] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -192,7 +193,7 @@ def collect(paths: Iterable[Path | str]) -> tuple[pd.DataFrame, CollectReport]:
         for record in _records_of(folder, report):
             _keep_one(kept, folder, record, report)
     for folder, record in kept.values():
-        if not _has_finite_loss(record):
+        if _has_diverged(record):
             report.diverged.append(str(folder))
     report.records = len(kept)
     table = table_of_records([record for _, record in kept.values()])
@@ -207,7 +208,7 @@ def _records_of(folder: Path, report: CollectReport) -> list[dict[str, Any]]:
     except UserError as error:
         report.unfinished[str(folder)] = str(error)
         return []
-    open_status = [str(record.get("status")) for record in records if record.get("status") != DONE]
+    open_status = [str(record.get("status")) for record in records if record.get("status") not in (DONE, DIVERGED)]
     if not records:
         report.unfinished[str(folder)] = f"no {RESULT_FILE}"
     elif open_status:
@@ -233,9 +234,10 @@ def _keep_one(
     report.duplicates.append(Duplicate(key[0], key[1], str(winner), str(loser)))
 
 
-def _has_finite_loss(record: dict[str, Any]) -> bool:
+def _has_diverged(record: dict[str, Any]) -> bool:
     loss = record.get("val_nats_per_token")
-    return isinstance(loss, (int, float)) and math.isfinite(loss)
+    finite = isinstance(loss, (int, float)) and math.isfinite(loss)
+    return record.get("status") == DIVERGED or (record.get("status") == DONE and not finite)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

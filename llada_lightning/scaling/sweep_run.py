@@ -10,6 +10,7 @@ import csv
 import fcntl
 import os
 import re
+import shlex
 import signal
 import subprocess
 import threading
@@ -28,7 +29,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from llada_lightning.errors import UserError
-from llada_lightning.scaling.results import is_done
+from llada_lightning.scaling.results import RESULT_FILE, is_done, read_records
 from llada_lightning.scaling.sweep import Point, Sweep, fit_arguments, launch_fit, render_command
 
 METRICS_FILE = "metrics.csv"
@@ -172,7 +173,7 @@ class _Runner:
         self.outcome = SweepOutcome(skipped=[run.name for run in runs if is_done(run.folder)])
         self.waiting = deque(run for run in runs if not is_done(run.folder))
         self.running: list[_Job] = []
-        self.total, self.to_do = len(runs), list(self.waiting)
+        self.total, self.cost = len(runs), sum(run.cost for run in self.waiting)
         self.jobs, self.launch, self.console = jobs, launch, console
         self.environment = child_environment(jobs)
         self.cost_done = 0.0
@@ -197,8 +198,11 @@ class _Runner:
             except BlockingIOError:
                 self._fail(run, "another process is running it")
                 return
+            command = self.launch(run.arguments)
+            log.write(f"$ {shlex.join(command)}\n".encode())
+            log.flush()
             process = subprocess.Popen(
-                self.launch(run.arguments),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -222,7 +226,7 @@ class _Runner:
             self.console.print(f"[green]done[/]    {escape(job.run.name)}  [dim]{elapsed}[/]")
             return
         job.kill_group()
-        self._fail(job.run, _reason(code, last_line(job.run.log)))
+        self._fail(job.run, _reason(job.run.folder, code, last_line(job.run.log)))
 
     def _fail(self, run: PlannedRun, reason: str) -> None:
         self.outcome.failed.append(FailedRun(run.name, reason, str(run.log)))
@@ -230,7 +234,6 @@ class _Runner:
 
     def stop(self, grace_seconds: float) -> None:
         """Asks the running fits to leave, and ends them if they do not in time or at a second signal."""
-        self.outcome.left = [job.run.name for job in self.running] + [run.name for run in self.waiting]
         deadline = time.monotonic() + grace_seconds
         try:
             for job in self.running:
@@ -243,6 +246,8 @@ class _Runner:
             for job in self.running:
                 job.kill_group()
                 job.process.wait()
+            left = [job.run for job in self.running if not is_done(job.run.folder)] + list(self.waiting)
+            self.outcome.left = [run.name for run in left]
             self.running.clear()
 
     # --- progress ---
@@ -258,25 +263,28 @@ class _Runner:
 
     def _picture(self) -> Group:
         jobs = Table.grid(padding=(0, 2))
+        spent = self.cost_done
         for job in list(self.running):
+            metrics = latest_metrics(job.run.folder)
+            share = budget_share(job.run, metrics)
+            spent += share * job.run.cost
             elapsed = format_seconds(time.monotonic() - job.started)
-            jobs.add_row("  running", escape(job.run.name), f"[dim]{escape(latest_state(job.run.folder))}[/]", elapsed)
-        study = Table.grid(padding=(0, 2))
-        cost = sum(run.cost for run in self.to_do) or 1.0
+            jobs.add_row("running", escape(job.run.name), f"[dim]{describe_state(share, metrics)}[/]", elapsed)
+        return Group(jobs, self._study_line(spent))
+
+    def _study_line(self, spent: float) -> Table:
+        elapsed = time.monotonic() - self.started
         settled = len(self.outcome.done) + len(self.outcome.skipped)
         failed = f", [red]{len(self.outcome.failed)} failed[/]" if self.outcome.failed else ""
-        study.add_row(
+        left = f"about {format_seconds(elapsed * (self.cost / spent - 1))} left" if spent else ""
+        line = Table.grid(padding=(0, 2))
+        line.add_row(
             f"[bold]{settled}/{self.total} runs[/]{failed}",
-            ProgressBar(total=cost, completed=self.cost_done, width=30),
-            f"{format_seconds(time.monotonic() - self.started)} elapsed",
-            self._time_left(cost),
+            ProgressBar(total=self.cost, completed=spent, width=30),
+            f"{format_seconds(elapsed)} elapsed",
+            left,
         )
-        return Group(jobs, study)
-
-    def _time_left(self, cost: float) -> str:
-        if not self.cost_done:
-            return "[dim]time left: known after the first run[/]"
-        return f"about {format_seconds((time.monotonic() - self.started) * (cost / self.cost_done - 1))} left"
+        return line
 
 
 def child_environment(jobs: int) -> dict[str, str]:
@@ -315,9 +323,11 @@ def _cost(point: Point) -> float:
         return 1.0
 
 
-def _reason(code: int, line: str) -> str:
+def _reason(folder: Path, code: int, line: str) -> str:
     if code == 0:
-        return "ended without a finished result.json" + (f" ({line})" if line else "")
+        with suppress(UserError):
+            states = {str(record.get("status")) for record in read_records(folder)}
+            return f"ended with status {', '.join(sorted(states))}" if states else f"ended without a {RESULT_FILE}"
     what = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     return f"{line} ({what})" if line else what
 
@@ -328,22 +338,32 @@ def last_line(path: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def latest_state(folder: Path) -> str:
-    """Step and loss of a running fit, from the last row of its ``metrics.csv``; ``starting`` before there is one."""
-    rows = _tail(folder / METRICS_FILE).splitlines()
-    header = _head(folder / METRICS_FILE)
-    if len(rows) < 2 or not header:
+def latest_metrics(folder: Path) -> dict[str, str]:
+    """The last row of a run's ``metrics.csv``, without its empty cells; nothing before there is one."""
+    rows, header = _tail(folder / METRICS_FILE).splitlines(), _head(folder / METRICS_FILE)
+    if len(rows) < 2 or rows[-1].count(",") != len(header) - 1:  # no row yet, or one that is being written
+        return {}
+    return {name: value for name, value in zip(header, rows[-1].split(","), strict=True) if value}
+
+
+def budget_share(run: PlannedRun, metrics: dict[str, str]) -> float:
+    """The share of its budget that a running fit has spent, 0 where it cannot be known."""
+    with suppress(KeyError, ValueError):
+        return min(1.0, float(metrics["flops_6nd"]) / run.cost) if run.cost > 1 else 0.0
+    return 0.0
+
+
+def describe_state(share: float, metrics: dict[str, str]) -> str:
+    """A running fit in words: ``62%  step 1200  3.214 nats/token  7,400 tokens/s``."""
+    if not metrics:
         return "starting"
-    values = dict(zip(header, next(csv.reader(rows[-1:])), strict=False))
-    loss = next(((name, values[name]) for name in header if _is_loss(name) and values.get(name)), None)
-    step = f"step {values.get('step', '?')}"
-    with suppress(TypeError, ValueError):
-        return f"{step}  {loss[0]} {float(loss[1]):.3f}"  # type: ignore[index]
-    return step
-
-
-def _is_loss(name: str) -> bool:
-    return "nats_per_token" in name or "loss" in name
+    words = [f"{share:.0%}"] if share else []
+    words.append(f"step {metrics.get('step', '?')}")
+    with suppress(KeyError, ValueError):
+        words.append(f"{float(metrics['train_nats_per_token']):.3f} nats/token")
+    with suppress(KeyError, ValueError):
+        words.append(f"{float(metrics['tokens_per_second']):,.0f} tokens/s")
+    return "  ".join(words)
 
 
 def _tail(path: Path, size: int = 4096) -> str:

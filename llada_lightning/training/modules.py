@@ -6,6 +6,7 @@ and which loss comes out.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from llada_lightning.data.batches import TrainingBatch, ValidationBatch
+from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
 from llada_lightning.objectives.bounds import nll_bound
 from llada_lightning.objectives.forward_process import expected_mask_probability
@@ -40,7 +42,7 @@ class AdamW:
     weight_decay: float = 0.1
 
 
-class LanguageModule(LightningModule):
+class LanguageModule(LightningModule, ABC):
     """What both objectives share.
 
     Args:
@@ -75,27 +77,22 @@ class LanguageModule(LightningModule):
         self.vocab_size, self.mask_token_id, self.eos_token_id = vocab_size, mask_token_id, eos_token_id
         self.rope_theta, self.compat, self.seed = rope_theta, compat, seed or 0
         self.optimizer_settings, self.schedule = optimizer, schedule
+        self.identity: dict[str, Any] = {}
         self.grad_norm: Tensor | None = None
         self.val_estimate = MeanEstimate()
-        self._transformer: Transformer | None = None
+        self.model: Transformer = None  # type: ignore[assignment]  # configure_model builds it
 
     def configure_model(self) -> None:
         """Build and initialise the Transformer, inside the strategy's context."""
-        if self._transformer is not None:
+        if self.model is not None:
             return
         assert self.vocab_size is not None, "the command fills in the vocabulary from the data"
-        self._transformer = Transformer(self.shape, self.vocab_size, self.rope_theta)
-        if not self._transformer.head.weight.is_meta:
-            device = self._transformer.head.weight.device
-            self._transformer.initialise(torch.Generator(device).manual_seed(self.seed))
+        self.model = Transformer(self.shape, self.vocab_size, self.rope_theta)
+        device = self.model.head.weight.device
+        if device.type != "meta":
+            self.model.initialise(torch.Generator(device).manual_seed(self.seed))
 
-    @property
-    def model(self) -> Transformer:
-        """The Transformer; exists once ``configure_model`` has run."""
-        assert self._transformer is not None, "configure_model builds the Transformer"
-        return self._transformer
-
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW with decay on matrices only, and the schedule by step."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         settings = self.optimizer_settings
@@ -105,7 +102,7 @@ class LanguageModule(LightningModule):
         ]
         # The rate itself is the multiplier of a base rate of 1: the schedule speaks in rates.
         optimizer = torch.optim.AdamW(groups, lr=1.0, betas=settings.betas, eps=settings.eps, fused=True)
-        scheduler = LambdaLR(optimizer, self.schedule.at)
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule.at(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -139,17 +136,36 @@ class LanguageModule(LightningModule):
         """(B,) nats per sequence: exact for `arm`, one sample of the bound for `llada`."""
         return self.sequence_nll(batch)[batch.counted_B]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint knows its run: every setting that makes it this run, and the fingerprints of its data."""
+        checkpoint["identity"] = self.identity
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another run's checkpoint; to validate, another model's or tokenizer's.
+
+        Raises:
+            UserError: names what differs.
+        """
+        assert self.trainer is not None
+        keys = self.identity.keys() if self.trainer.training else {"tokenizer"}
+        saved = checkpoint.get("identity", {})
+        found = differences({k: saved.get(k) for k in keys}, {k: self.identity.get(k) for k in keys})
+        if found:
+            raise UserError(
+                f"checkpoint: of another run ({'; '.join(found)}); restore these settings, or start a new --run.name"
+            )
+
+    @abstractmethod
     def training_loss(self, batch: TrainingBatch) -> Tensor:
         """The objective's loss of a micro-batch, nats per token of the global batch (see ``objectives.losses``)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sequence_nll(self, batch: ValidationBatch) -> Tensor:
         """(B,) negative log-likelihood of each sequence, or a sample of its bound, in nats."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops_per_token(self, sequence_length: int, mask_eps: float) -> TrainingFlops:
         """Training FLOPs of a token by the three counts."""
-        raise NotImplementedError
 
     @property
     def excluded_token_id(self) -> int | None:
@@ -211,6 +227,18 @@ class LladaModule(LanguageModule):
         hidden_BLD = self.model.hidden(inputs_BL, causal=False, attention_mask_BL=attention_mask_BL)
         logits_MV = self.model.head(hidden_BLD[masked_BL])
         return token_nll(logits_MV, tokens_BL[masked_BL], self.excluded_token_id)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The keys, dotted, in which two nested dictionaries differ, each with both values."""
+    found: list[str] = []
+    for key in sorted(set(old) | set(new)):
+        left, right = old.get(key), new.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key} was {left!r}, is {right!r}")
+    return found
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

@@ -110,5 +110,5 @@ class WSD:
         if min(self.warmup_steps, self.decay_steps) < 0 or knots != sorted(knots):
             raise UserError(
                 f"model.schedule: warmup ends at step {knots[0]}, plateaus start at {knots[1:-1]}, the decay at "
-                f"{knots[-1]} of {self.total_steps} steps; they must follow one another: shorten them or raise the budget"
+                f"{knots[-1]} of {self.total_steps} steps; they must follow one another: shorten them"
             )

@@ -1,0 +1,122 @@
+"""The command `llada`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from llada_lightning import __version__
+from llada_lightning.errors import UserError
+
+USAGE = """\
+usage: llada COMMAND [options]        (llada COMMAND --help lists a command's options)
+
+How does masked diffusion (LLaDA) scale against autoregression, under the same compute?
+
+  prepare    corpus -> tokenizer -> shards that training streams
+  fit        train one model; --budget.flops decides for how long; resumes by itself
+  validate   the loss of a checkpoint: exact for arm, the bound for llada
+  test       the same under Lightning's other name
+  predict    the loss of each validation sequence
+  sweep      run a sweep file on this machine, skipping what is done
+  collect    run folders -> one table of results
+  curves     table of results -> fits and figures
+
+  --version  print the version
+"""
+
+LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 done, 2 the user's mistake, 1 our fault (a traceback).
+
+    Args:
+        argv: the arguments after `llada`; those of the process by default.
+    """
+    args = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _dispatch(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as leave:  # --help, and a run that is done
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+
+
+def entry_point() -> None:
+    """What the console script calls."""
+    sys.exit(main())
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"llada-lightning {__version__}")
+        return 0
+    command, *rest = args
+    if command in LIGHTNING_COMMANDS:
+        return _lightning(args)
+    verbs = _verbs()
+    if command not in verbs:
+        known = ", ".join([*LIGHTNING_COMMANDS, *verbs])
+        raise UserError(f"'{command}' is not a command; choose from {known}")
+    return verbs[command](rest)
+
+
+def _verbs() -> dict[str, Callable[[list[str]], int]]:
+    """Commands beside Lightning's; each imports what it needs, so that none waits for torch in vain."""
+
+    def run_folder(args: list[str]) -> Path:
+        _quiet()
+        from llada_lightning.lightning_cli import run_folder
+
+        return run_folder(args)
+
+    def prepare(args: list[str]) -> int:
+        from llada_lightning.data.prepare_command import prepare_command
+
+        return prepare_command(args)
+
+    def sweep(args: list[str]) -> int:
+        from llada_lightning.scaling.commands import sweep_command
+
+        return sweep_command(args, run_folder)
+
+    def collect(args: list[str]) -> int:
+        from llada_lightning.scaling.commands import collect_command
+
+        return collect_command(args)
+
+    def curves(args: list[str]) -> int:
+        from llada_lightning.scaling.commands import curves_command
+
+        return curves_command(args)
+
+    return {"prepare": prepare, "sweep": sweep, "collect": collect, "curves": curves}
+
+
+def _lightning(args: list[str]) -> int:
+    _quiet()
+    from llada_lightning.lightning_cli import LladaCLI
+
+    LladaCLI(args)
+    return 0
+
+
+def _quiet() -> None:
+    """Silence what Lightning and litdata tell everyone at every start and nobody can act upon."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage() and "Tip:" not in record.getMessage()
+    )

@@ -1,0 +1,280 @@
+"""From what a user wrote to a fully resolved configuration: lengths, rates, vocabulary, precision, name.
+
+Everything that follows from other settings is computed here, before anything is built, and stands in the run's
+config.yaml. A value given by hand that disagrees with what follows is refused, never overruled in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pydoc
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from jsonargparse import Namespace
+
+from llada_lightning.data.datamodule import TokenDataModule
+from llada_lightning.errors import UserError
+from llada_lightning.scaling.budget import steps_for_budget
+from llada_lightning.scaling.flops import Convention
+from llada_lightning.scaling.hyperparameters import learning_rate
+from llada_lightning.scaling.shapes import format_count, get_shape, shape_name
+from llada_lightning.training.modules import LanguageModule
+from llada_lightning.training.schedules import WSD, Plateau
+
+
+@dataclass
+class Budget:
+    """What a run may spend; its length follows from it.
+
+    Args:
+        flops: training FLOPs; null: `trainer.max_steps` decides the length.
+        tokens: training tokens instead of FLOPs.
+        convention: which FLOPs the budget counts: 6ND, or the total with attention and head.
+    """
+
+    flops: float | None = None
+    tokens: float | None = None
+    convention: Convention = "6nd"
+
+
+@dataclass
+class Run:
+    """Where a run lives: `<root>/<study>/<name>/`.
+
+    Args:
+        study: the folder that runs of one question share.
+        name: null: objective, shape, length and a hash of the configuration.
+        root: the folder of all studies.
+        resume: auto goes on from the last checkpoint; never refuses a folder that has one.
+        checkpoint_every_steps: null: ten times a run.
+        keep_checkpoints: the last ones to keep.
+    """
+
+    study: str = "default"
+    name: str | None = None
+    root: str = "runs"
+    resume: Literal["auto", "never"] = "auto"
+    checkpoint_every_steps: int | None = None
+    keep_checkpoints: int = 2
+
+    @property
+    def folder(self) -> Path:
+        assert self.name is not None
+        return Path(self.root) / self.study / self.name
+
+
+@dataclass
+class Wandb:
+    """Weights & Biases; metrics.csv is written in any case.
+
+    Args:
+        project: null: no W&B, unless an agent of a sweep started this run.
+        entity: user or team.
+        group: null: the study.
+        offline: log to a folder, to be synchronised later.
+    """
+
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    offline: bool = False
+
+
+def resolve_data(config: Namespace) -> TokenDataModule:
+    """Fill in, in place, what follows from the data and the device: seeds, vocabulary, precision.
+
+    Args:
+        config: of `fit`, `validate`, `test` or `predict`, as parsed.
+
+    Returns:
+        A data module that knows its manifests, checked.
+
+    Raises:
+        UserError: settings contradict the data, or the data cannot serve.
+    """
+    _fill(config.model.init_args, "seed", config.seed_everything)
+    _fill(config.data.init_args, "seed", config.seed_everything)
+    data = TokenDataModule(**config.data.init_args.as_dict())
+    data.check()
+    if config.trainer.precision is None:
+        config.trainer.precision = native_precision(str(config.trainer.accelerator))
+    _fill_vocabulary(config, data)
+    return data
+
+
+def resolve_fit(config: Namespace, data: TokenDataModule) -> None:
+    """Fill in, in place, what follows from the budget: steps, schedule, intervals, the run's name.
+
+    Raises:
+        UserError: settings contradict one another.
+    """
+    arguments = config.model.init_args
+    module = module_class(config)(shape=_plain(arguments.shape), vocab_size=arguments.vocab_size)
+    steps = _total_steps(config, module, data)
+    arguments.schedule = _resolved_schedule(arguments.schedule, module, data, steps)
+    _fill_intervals(config, steps)
+    if config.run.name is None:
+        config.run.name = run_name(config, data)
+
+
+def _fill(config: Namespace, key: str, value: Any) -> None:
+    if config.get(key) is None:
+        config[key] = value
+
+
+def _fill_vocabulary(config: Namespace, data: TokenDataModule) -> None:
+    tokenizer = data.tokenizer
+    known = {
+        "vocab_size": tokenizer.vocab_size,
+        "mask_token_id": tokenizer.mask_id,
+        "eos_token_id": tokenizer.eos_id,
+    }
+    for key, value in known.items():
+        _fill(config.model.init_args, key, value)
+        given = config.model.init_args[key]
+        if given != value:
+            raise UserError(f"model.{key}: {given} given, but the data's tokenizer has {value}; leave it out")
+
+
+def _total_steps(config: Namespace, module: LanguageModule, data: TokenDataModule) -> int:
+    """Optimizer steps from the budget, or from `trainer.max_steps`."""
+    budget, given = config.budget, config.trainer.max_steps
+    if budget.flops is not None and budget.tokens is not None:
+        raise UserError(f"budget: flops {budget.flops:g} and tokens {budget.tokens:g} are both given; give one")
+    if budget.flops is None and budget.tokens is None:
+        if given < 1:
+            raise UserError("budget.flops: nothing says how long to train; give --budget.flops, such as 1e12")
+        return given
+    flops_per_token = module.flops_per_token(data.sequence_length, data.mask_eps)
+    per_step = data.expected_tokens_per_step
+    if budget.flops is not None:
+        steps = steps_for_budget(budget.flops, flops_per_token, per_step, budget.convention)
+    else:
+        steps = round(budget.tokens / per_step)
+        if budget.tokens < per_step:
+            raise UserError(
+                f"budget.tokens: {budget.tokens:g} is below one step of {per_step:.0f} tokens; raise it, or lower "
+                "the global batch"
+            )
+    if given not in (-1, steps):
+        raise UserError(f"trainer.max_steps: {given} given, but the budget makes {steps} steps; leave one of them out")
+    config.trainer.max_steps = steps
+    return steps
+
+
+def _resolved_schedule(given: Namespace, module: LanguageModule, data: TokenDataModule, steps: int) -> Namespace:
+    if given.total_steps not in (None, steps):
+        raise UserError(
+            f"model.schedule.total_steps: {given.total_steps} given, but the run has {steps} steps; leave it out"
+        )
+    values = {**_plain(given), "plateaus": [Plateau(**_plain(plateau)) for plateau in given.plateaus]}
+    tokens_per_step = data.global_batch * data.sequence_length
+    resolved = asdict(WSD(**values).resolve(steps, tokens_per_step, learning_rate(module.shape.params_nonembedding)))
+    resolved["plateaus"] = [Namespace(**plateau) for plateau in resolved["plateaus"]]
+    return Namespace(**resolved)
+
+
+def _fill_intervals(config: Namespace, steps: int) -> None:
+    """Validate three times on the way (the end is validated anyway), log and save at a pace that fits the length."""
+    trainer = config.trainer
+    _fill(trainer, "val_check_interval", (steps // 4 + 1) * trainer.accumulate_grad_batches)
+    _fill(trainer, "log_every_n_steps", max(1, min(50, steps // 100)))
+    _fill(config.run, "checkpoint_every_steps", max(1, steps // 10))
+
+
+def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
+    """bf16-mixed where the device multiplies bf16 in hardware, else fp32."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "32-true"
+    if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
+        features = torch.backends.cpu.get_cpu_capability()
+        has_bf16 = torch.cpu._is_amx_tile_supported() or _cpu_flag("avx512_bf16")
+        return "bf16-mixed" if has_bf16 and features != "DEFAULT" else "32-true"
+    return "32-true"
+
+
+def _cpu_flag(flag: str) -> bool:
+    try:
+        return flag in Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+
+
+_TRAINER_IDENTITY = ("max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
+_DATA_MACHINE = ("path", "workers", "micro_batch", "val_batch")
+
+
+def identity(config: Namespace, data: TokenDataModule) -> dict[str, Any]:
+    """What makes a run this run: its resolved settings without paths and without the machine's."""
+    plain = _plain(config)
+    data_arguments = {k: v for k, v in plain["data"]["init_args"].items() if k not in _DATA_MACHINE}
+    return {
+        "model": plain["model"],
+        "data": {**data_arguments, "class_path": plain["data"]["class_path"], "fingerprint": data.fingerprint},
+        "trainer": {key: plain["trainer"].get(key) for key in _TRAINER_IDENTITY},
+        "seed": plain["seed_everything"],
+        "tokenizer": data.tokenizer.fingerprint,
+    }
+
+
+def identity_hash(config: Namespace, data: TokenDataModule) -> str:
+    """Ten hexadecimal digits of the identity."""
+    text = json.dumps(identity(config, data), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def run_name(config: Namespace, data: TokenDataModule) -> str:
+    """`arm-443k-1e+12flops-0a1b2c3d4e`: objective, shape, length, identity."""
+    budget = config.budget
+    if budget.flops is not None:
+        length = f"{budget.flops:.3g}flops"
+    elif budget.tokens is not None:
+        length = f"{format_count(budget.tokens)}tokens"
+    else:
+        length = f"{config.trainer.max_steps}steps"
+    objective = module_class(config).objective
+    shape = shape_name(get_shape(_plain(config.model.init_args.shape)))
+    return f"{objective}-{shape}-{length}-{identity_hash(config, data)}"
+
+
+def module_class(config: Namespace) -> type[LanguageModule]:
+    """The LightningModule that `--model` names."""
+    found = pydoc.locate(config.model.class_path)
+    assert isinstance(found, type) and issubclass(found, LanguageModule)
+    return found
+
+
+def reject_unknown_keys(config: Namespace) -> None:
+    """Refuse keys of the given files that no setting has.
+
+    The parser refuses those that hold a value by itself, and lets pass those that hold an empty mapping.
+    """
+    for path in config.get("config") or []:
+        for key in _empty_mappings(yaml.safe_load(Path(str(path)).read_text()) or {}):
+            if key not in config:
+                raise UserError(f"{path}: '{key}' is not a known key; see llada fit --help")
+
+
+def _empty_mappings(mapping: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in mapping.items():
+        if value == {}:
+            found.append(f"{prefix}{key}")
+        elif isinstance(value, dict):
+            found += _empty_mappings(value, f"{prefix}{key}.")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        return {key: _plain(item) for key, item in vars(value).items()}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

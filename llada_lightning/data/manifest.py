@@ -1,0 +1,255 @@
+"""The manifest of a prepared data folder: what it holds, how it was made, and the checks before it is trained on.
+
+A prepared folder is ``manifest.json``, ``tokenizer.json``, and for each of the splits ``train`` and ``val`` litdata's
+``index.json`` with its shards. Counts are taken from the manifest, never from litdata, whose lengths are shares of
+the data under several processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from llada_lightning.errors import UserError
+
+FORMAT = 1
+"""The version of the folder's layout that this module reads and writes."""
+
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+_KIND = "llada-prepared-data"
+_LOCAL_PREFIXES = ("local:", "file://")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens.
+
+    Args:
+        file: path relative to the folder, with forward slashes.
+        tokens: tokens in it.
+        size: bytes of the file.
+        sha256: the file's checksum, in hexadecimal.
+    """
+
+    file: str
+    tokens: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training or the validation documents.
+
+    Args:
+        documents: documents in the split.
+        tokens: tokens, with one EOS for each document.
+        bytes: UTF-8 bytes of the documents' text.
+        shards: in the stream's order.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int
+    shards: tuple[Shard, ...]
+
+    def items(self, sequence_length: int) -> int:
+        """Blocks of ``sequence_length`` tokens; a shard's last tokens that fill no block are not counted."""
+        return sum(shard.tokens // sequence_length for shard in self.shards)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text for each token; nats/token over (bytes/token · ln 2) is bits/byte."""
+        return self.bytes / self.tokens
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What a model has to know of its tokenizer.
+
+    Args:
+        vocab_size: the largest id plus one, special tokens included.
+        eos_token, eos_id: ends every document.
+        mask_token, mask_id: [MASK], which no text is ever encoded to.
+        fingerprint: SHA-256 of the tokenizer's content and special ids.
+    """
+
+    vocab_size: int
+    eos_token: str
+    eos_id: int
+    mask_token: str
+    mask_id: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds.
+
+    Args:
+        source: identity of the corpus (path-independent).
+        settings: the settings it was prepared with.
+        tokenizer: vocabulary and special tokens.
+        dtype: of the stored tokens, "uint16" or "int32".
+        splits: "train" and "val".
+        fingerprint: SHA-256 of the shards' checksums and the tokenizer's fingerprint; equal data and tokenizer give
+            equal fingerprints, whatever the folder, the time and the number of cores.
+        versions: of the packages that wrote it, for the record.
+        format: of the folder's layout.
+    """
+
+    source: dict[str, Any]
+    settings: dict[str, Any]
+    tokenizer: TokenizerInfo
+    dtype: str
+    splits: dict[str, Split]
+    fingerprint: str
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The text of ``manifest.json``."""
+        return json.dumps({"kind": _KIND, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Manifest:
+        """The manifest of a decoded ``manifest.json``; KeyError or TypeError where something is missing."""
+        splits = {
+            name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
+            for name, split in record["splits"].items()
+        }
+        fields = {key: value for key, value in record.items() if key != "kind"}
+        return cls(**{**fields, "splits": splits, "tokenizer": TokenizerInfo(**record["tokenizer"])})
+
+
+def data_fingerprint(splits: Mapping[str, Split], tokenizer_fingerprint: str) -> str:
+    """SHA-256 over the checksums of all shards, split by split in order of names, and the tokenizer's fingerprint."""
+    lines = [f"tokenizer {tokenizer_fingerprint}"]
+    lines += [f"{name} {shard.tokens} {shard.sha256}" for name in sorted(splits) for shard in splits[name].shards]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def local_path(folder: str | os.PathLike[str]) -> str | None:
+    """The path of a folder on this machine (``local:`` and ``file://`` taken off), or None of a remote one."""
+    text = os.fspath(folder)
+    for prefix in _LOCAL_PREFIXES:
+        if text.startswith(prefix):
+            return text[len(prefix) :]
+    return None if "://" in text else os.path.expanduser(text)
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """The manifest of a prepared folder.
+
+    Args:
+        folder: a path, litdata's ``local:`` path, or a URL that fsspec opens (``s3://``, ``gs://``, …).
+
+    Raises:
+        UserError: the folder is missing or out of reach, is not a prepared one, or has another format.
+    """
+    path = local_path(folder)
+    text = _read_remote(os.fspath(folder)) if path is None else _read_local(path)
+    return _decode(text, os.fspath(folder))
+
+
+def _foreign(folder: str) -> UserError:
+    return UserError(f"'{folder}' is not a prepared data folder; run: llada prepare --source SOURCE --out {folder}")
+
+
+def _read_local(folder: str) -> str:
+    try:
+        with open(os.path.join(folder, MANIFEST_NAME), encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError as error:
+        if os.path.isdir(folder):
+            raise _foreign(folder) from error
+        message = f"data folder '{folder}' does not exist; run: llada prepare --source SOURCE --out {folder}"
+        raise UserError(message) from error
+    except NotADirectoryError as error:
+        raise _foreign(folder) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{folder}/{MANIFEST_NAME}' cannot be read ({error}); check the folder") from error
+
+
+def _read_remote(url: str) -> str:
+    import fsspec
+
+    try:
+        with fsspec.open(f"{url.rstrip('/')}/{MANIFEST_NAME}", "r", encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError as error:
+        raise UserError(f"'{url}' holds no {MANIFEST_NAME}; upload a folder written by llada prepare") from error
+    except ImportError as error:
+        raise UserError(f"'{url}' cannot be opened: {error}") from error
+    except Exception as error:  # each store has its own errors for access, names and networks
+        reason = " ".join(str(error).split())
+        message = f"'{url}' cannot be read ({type(error).__name__}: {reason}); check the address, access and network"
+        raise UserError(message) from error
+
+
+def _decode(text: str, folder: str) -> Manifest:
+    damaged = f"{MANIFEST_NAME} of '{folder}' is damaged; delete the folder and prepare it again"
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise UserError(damaged) from error
+    if not isinstance(record, dict) or record.get("kind") != _KIND:
+        raise _foreign(folder)
+    if record.get("format") != FORMAT:
+        raise UserError(
+            f"'{folder}' has format {record.get('format')}, this version reads format {FORMAT}; prepare it again, or "
+            "use the version of llada-lightning that wrote it"
+        )
+    try:
+        return Manifest.from_dict(record)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(damaged) from error
+
+
+def check_shards(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Checks that every file of a local folder is there in its full size; a remote folder is left to the loader.
+
+    litdata would wait for a missing shard as for a download, and read past the end of a short one.
+
+    Raises:
+        UserError: a shard or an index is missing or has another size.
+    """
+    root = local_path(folder)
+    if root is None:
+        return
+    mend = "copy the folder again, or delete it and prepare it again"
+    for name, split in manifest.splits.items():
+        if not os.path.isfile(os.path.join(root, name, "index.json")):
+            raise UserError(f"'{root}': {name}/index.json is missing; {mend}")
+        for shard in split.shards:
+            try:
+                size = os.stat(os.path.join(root, shard.file)).st_size
+            except OSError as error:
+                raise UserError(f"'{root}': shard {shard.file} is missing ({shard.size} bytes); {mend}") from error
+            if size != shard.size:
+                raise UserError(f"'{root}': shard {shard.file} has {size} bytes, expected {shard.size}; {mend}")
+
+
+def check_sequence_length(manifest: Manifest, sequence_length: int) -> None:
+    """Checks that every split holds at least one block of ``sequence_length`` tokens within a shard.
+
+    litdata would give an empty dataset, without an error.
+
+    Raises:
+        UserError: the length is below 1, or no shard of a split is as long.
+    """
+    if sequence_length < 1:
+        raise UserError(f"sequence length {sequence_length} is below 1; give at least 1")
+    for name, split in manifest.splits.items():
+        longest = max((shard.tokens for shard in split.shards), default=0)
+        if longest < sequence_length:
+            blocks = ", ".join(f"{key} {value.items(sequence_length)}" for key, value in manifest.splits.items())
+            raise UserError(
+                f"sequence length {sequence_length} is longer than every shard of '{name}' (the longest has {longest} "
+                f"tokens), blocks: {blocks}; shorten it, or prepare with more text or larger --shard-tokens"
+            )

@@ -1,0 +1,144 @@
+"""Writes one split's flat stream of tokens as litdata shards of exactly equal length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llada_lightning.data.manifest import Shard
+from llada_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from litdata.streaming.writer import BinaryWriter
+
+UINT16_WORDS = 1 << 16
+_MAX_SHARD_BYTES = (1 << 32) - 64
+"""litdata's offsets are 32-bit."""
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The narrowest dtype that litdata stores and torch reads for ids below ``vocab_size``."""
+    return "uint16" if vocab_size <= UINT16_WORDS else "int32"
+
+
+def check_shard_tokens(shard_tokens: int) -> None:
+    """Raises UserError unless a shard of so many tokens can be written."""
+    most = _MAX_SHARD_BYTES // 4
+    if not 1 <= shard_tokens <= most:
+        raise UserError(f"shard length {shard_tokens} must be between 1 and {most} tokens; change --shard-tokens")
+
+
+class ShardWriter:
+    """Cuts a stream of tokens into shards; memory holds about three of them.
+
+    Args:
+        root: the prepared folder (or its temporary name).
+        split: name of the folder below it.
+        shard_tokens: tokens of each shard but the last.
+        dtype: "uint16" or "int32".
+    """
+
+    def __init__(self, root: Path, split: str, *, shard_tokens: int, dtype: str) -> None:
+        self.shards: list[Shard] = []
+        self.tokens = 0
+        self._root = root
+        self._folder = root / split
+        self._shard_tokens = shard_tokens
+        self._dtype = np.dtype(dtype)
+        self._pending: list[np.ndarray] = []
+        self._pending_tokens = 0
+        self._lengths: list[int] = []
+        self._writer: BinaryWriter | None = None
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Adds tokens to the stream.
+
+        Raises:
+            UserError: the disk does not take a shard.
+        """
+        self._pending.append(tokens.astype(self._dtype, copy=False))
+        self._pending_tokens += len(tokens)
+        self.tokens += len(tokens)
+        if self._pending_tokens < self._shard_tokens:
+            return
+        stream = np.concatenate(self._pending)
+        whole = len(stream) - len(stream) % self._shard_tokens
+        for begin in range(0, whole, self._shard_tokens):
+            self._write(stream[begin : begin + self._shard_tokens])
+        # A copy, so that the rest of a large batch does not keep the batch alive.
+        self._pending, self._pending_tokens = [stream[whole:].copy()], len(stream) - whole
+
+    def close(self) -> tuple[Shard, ...]:
+        """Writes the last, shorter shard and litdata's index; returns the shards in order."""
+        if self._pending_tokens:
+            self._write(np.concatenate(self._pending))
+        if self._writer is not None:
+            with _disk_errors(self._folder):
+                for path in self._writer.done():
+                    self._record(path)
+                self._write_index(self._writer.rank)
+        return tuple(self.shards)
+
+    def _write(self, tokens: np.ndarray) -> None:
+        import torch
+
+        with _disk_errors(self._folder):
+            if self._writer is None:
+                self._writer = self._open()
+            # One item is one shard: litdata begins a new file where an item would pass chunk_size tokens, and every
+            # item but the last has exactly as many. So a file is written when the next item comes.
+            path = self._writer.add_item(len(self._lengths), torch.from_numpy(tokens))
+            self._lengths.append(len(tokens))
+            if path is not None:
+                self._record(path)
+
+    def _open(self) -> BinaryWriter:
+        from litdata.streaming.item_loader import TokensLoader
+        from litdata.streaming.writer import BinaryWriter
+
+        # chunk_size 0 is refused and the item loader needs no block size for writing: any length can be read later.
+        return BinaryWriter(str(self._folder), chunk_size=self._shard_tokens, item_loader=TokensLoader())
+
+    def _record(self, path: str) -> None:
+        with open(path, "rb") as file:
+            checksum = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file.read())
+        name = Path(path).relative_to(self._root).as_posix()
+        tokens = self._lengths[len(self.shards)]
+        self.shards.append(Shard(name, tokens, os.path.getsize(path), checksum.hexdigest()))
+
+    def _write_index(self, rank: int) -> None:
+        """Turns litdata's index of one writer into that of the split.
+
+        litdata's own merging stamps the time, by which readers know whether their cached copies are stale. A checksum
+        serves as well, and equal data gives equal files.
+        """
+        worker_index = self._folder / f"{rank}.index.json"
+        index = json.loads(worker_index.read_text(encoding="utf-8"))
+        index["updated_at"] = hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:32]
+        (self._folder / "index.json").write_text(json.dumps(index, sort_keys=True), encoding="utf-8")
+        worker_index.unlink()
+
+
+def _digest(content: bytes) -> hashlib._Hash:
+    return hashlib.sha256(content)  # Python 3.10 lacks file_digest
+
+
+class _disk_errors:  # noqa: N801 - used like a function
+    """Turns what a disk refuses into a UserError that names the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise UserError(
+                f"'{self._folder}' cannot be written ({error.strerror or error}); free or choose another disk"
+            )

@@ -1,0 +1,263 @@
+"""Tokenizers: train a byte-level BPE, or take one that exists, and make sure of [MASK] and EOS.
+
+Two promises hold for every tokenizer that leaves this module. Text is never encoded to the ids of [MASK] and EOS,
+also where it spells them out: such text is ordinary text. And nothing is added to text: no special tokens, padding or
+truncation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from llada_lightning.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo
+from llada_lightning.errors import UserError
+
+EOS_TOKEN = "[EOS]"
+MASK_TOKEN = "[MASK]"
+KNOWN_MASK_TOKENS = (MASK_TOKEN, "<|mdm_mask|>", "<mask>", "<|mask|>")
+KNOWN_EOS_TOKENS = (EOS_TOKEN, "<|endoftext|>", "</s>")
+SMALLEST_VOCABULARY = 256 + 2
+"""All bytes, EOS and [MASK]."""
+
+PIECE_CHARS = 1 << 16
+"""Text is encoded in pieces of at most so many characters."""
+
+_CONFIG_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+def pieces(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
+    """Cuts a long text into pieces of at most ``size`` characters that join to it again.
+
+    The encoder holds about 100 bytes for each token of a text, and gives a text to one core; a document of a gigabyte
+    would fill the memory. A cut stands before a single space between two words where there is one: there the
+    pre-tokenizers of GPT-2's kind, ours among them, cut by themselves, so the tokens are those of the whole text.
+    Elsewhere (no such space in 65 536 characters, or another kind of tokenizer) the words at a cut may be tokenized
+    in another way than in the whole text, always in the same way, and they decode to the same text.
+    """
+    begin = 0
+    while len(text) - begin > size:
+        end = _cut(text, begin, begin + size)
+        yield text[begin:end]
+        begin = end
+    yield text[begin:] if begin else text
+
+
+def _cut(text: str, begin: int, end: int) -> int:
+    """The last good place to cut in (begin, end]."""
+    space = text.rfind(" ", begin + 1, end)
+    while space > begin:
+        if not text[space - 1].isspace() and not text[space + 1].isspace():
+            return space
+        space = text.rfind(" ", begin + 1, space)
+    newline = text.rfind("\n", begin + 1, end)
+    return newline if newline > begin else end
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer with ``[EOS]`` (id 0) and ``[MASK]`` (id 1).
+
+    Args:
+        texts: what it is trained on.
+        vocab_size: total size with both special tokens; a small sample may give fewer.
+
+    Raises:
+        UserError: ``vocab_size`` has no room for the bytes and the special tokens.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"vocabulary size {vocab_size} is below {SMALLEST_VOCABULARY} (256 bytes and two special tokens); raise "
+            "--vocab-size"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS_TOKEN, MASK_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+    return _plain(tokenizer)
+
+
+def _plain(tokenizer: Tokenizer) -> Tokenizer:
+    """Takes special tokens that text spells out for text; neither truncates nor pads. (The file keeps no such flag.)"""
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenizer_from_file(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a ``tokenizer.json``, set so that text which spells a special token stays text.
+
+    Raises:
+        UserError: the file is missing or is not a tokenizer.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"tokenizer '{path}' cannot be read ({error}); give a tokenizer.json") from error
+    try:
+        return _plain(Tokenizer.from_str(text))
+    except Exception as error:  # the library raises bare Exceptions
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"'{path}' is not a tokenizer.json ({reason}); give a file of the tokenizers library"
+        ) from error
+
+
+def load_tokenizer(
+    spec: str,
+    *,
+    mask_token: str | None = None,
+    eos_token: str | None = None,
+    add_mask_token: bool = False,
+) -> tuple[Tokenizer, TokenizerInfo]:
+    """A tokenizer that exists, with its special tokens found and made safe.
+
+    Args:
+        spec: a ``tokenizer.json``; a folder with one (a Hugging Face tokenizer's, or a prepared data folder); or a
+            name on the Hugging Face hub.
+        mask_token: the token to mask with; by default the one its configuration names, else one of
+            ``KNOWN_MASK_TOKENS``.
+        eos_token: likewise, of ``KNOWN_EOS_TOKENS``.
+        add_mask_token: where there is no mask token, add one as the last id.
+
+    Raises:
+        UserError: no such tokenizer, no [MASK] or EOS in it, or text can be encoded to one of them.
+    """
+    path = _local_file(spec)
+    tokenizer = tokenizer_from_file(path)
+    named = _named_tokens(path.parent)
+    eos = _find(tokenizer, eos_token, named.get("eos_token"), KNOWN_EOS_TOKENS)
+    if eos is None:
+        wanted = repr(eos_token) if eos_token else f"none of {', '.join(KNOWN_EOS_TOKENS)}"
+        raise UserError(f"tokenizer '{spec}' has no end-of-text token ({wanted} is in it); name one with --eos-token")
+    mask = _find(tokenizer, mask_token, named.get("mask_token"), KNOWN_MASK_TOKENS)
+    if mask is None and add_mask_token:
+        mask = mask_token or MASK_TOKEN
+        tokenizer.add_special_tokens([AddedToken(mask, special=True, normalized=False)])
+    if mask is None:
+        wanted = repr(mask_token) if mask_token else f"none of {', '.join(KNOWN_MASK_TOKENS)}"
+        raise UserError(
+            f"tokenizer '{spec}' has no [MASK] ({wanted} is in it); name one with --mask-token, or add one with "
+            "--add-mask-token"
+        )
+    tokenizer = _as_special(tokenizer, (eos, mask))
+    info = tokenizer_info(tokenizer, eos_token=eos, mask_token=mask)
+    _check_apart(tokenizer, info, spec)
+    return tokenizer, info
+
+
+def _find(tokenizer: Tokenizer, wanted: str | None, named: str | None, known: tuple[str, ...]) -> str | None:
+    candidates = (wanted,) if wanted else (named, *known)
+    return next((token for token in candidates if token and tokenizer.token_to_id(token) is not None), None)
+
+
+def _local_file(spec: str) -> Path:
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        if not (path / TOKENIZER_NAME).is_file():
+            raise UserError(f"tokenizer folder '{spec}' holds no {TOKENIZER_NAME}; save a fast tokenizer there")
+        return path / TOKENIZER_NAME
+    # A name on the hub is "name" or "owner/name"; anything else can only be a path.
+    if path.exists() or path.suffix == ".json" or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        if not path.is_file():
+            raise UserError(f"tokenizer '{spec}': no such file or folder; give a tokenizer.json, a folder or a name")
+        return path
+    return _hub_file(spec)
+
+
+def _hub_file(name: str) -> Path:
+    """Fetches a tokenizer and its configuration from the hub into its cache."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(name, TOKENIZER_NAME)
+    except Exception as error:  # no such name, no tokenizer.json, no network, no access
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"tokenizer '{name}': no such file or folder, and the Hugging Face hub does not give it "
+            f"({type(error).__name__}: {reason}); give a tokenizer.json or a folder"
+        ) from error
+    for config in _CONFIG_NAMES:
+        try:
+            hf_hub_download(name, config)
+        except Exception:  # both are optional; without them the tokens are looked for by their usual names
+            continue
+    return Path(path)
+
+
+def _named_tokens(folder: Path) -> dict[str, str]:
+    """``eos_token`` and ``mask_token`` as the files beside a ``tokenizer.json`` name them."""
+    found: dict[str, str] = {}
+    for name in (*_CONFIG_NAMES, MANIFEST_NAME):
+        try:
+            record = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if name == MANIFEST_NAME and isinstance(record, dict):
+            record = record.get("tokenizer")
+        for key in ("eos_token", "mask_token"):
+            value = record.get(key) if isinstance(record, dict) else None
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                found.setdefault(key, value)
+    return found
+
+
+def _as_special(tokenizer: Tokenizer, tokens: tuple[str, ...]) -> Tokenizer:
+    """The tokenizer with these tokens marked as special in its file, so that text never becomes them."""
+    record = json.loads(tokenizer.to_str())
+    added = {entry["content"]: entry for entry in record["added_tokens"]}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    for token in tokens:
+        added[token] = {
+            **plain,
+            **added.get(token, {"id": tokenizer.token_to_id(token), "content": token}),
+            "special": True,
+        }
+    record["added_tokens"] = sorted(added.values(), key=lambda entry: entry["id"])
+    return _plain(Tokenizer.from_str(json.dumps(record, ensure_ascii=False)))
+
+
+def _check_apart(tokenizer: Tokenizer, info: TokenizerInfo, spec: str) -> None:
+    for token, token_id in ((info.mask_token, info.mask_id), (info.eos_token, info.eos_id)):
+        for text in (token, f" {token} ", f"a{token}b", f"\n{token}\n"):
+            if token_id in tokenizer.encode(text, add_special_tokens=False).ids:
+                raise UserError(
+                    f"tokenizer '{spec}' encodes the text {text!r} to its special token '{token}'; use a tokenizer "
+                    "that has it as an added token, or another --mask-token / --eos-token"
+                )
+    if info.mask_id == info.eos_id:
+        raise UserError(f"tokenizer '{spec}': [MASK] and EOS are both '{info.mask_token}'; name two with --mask-token")
+
+
+def tokenizer_info(tokenizer: Tokenizer, *, eos_token: str = EOS_TOKEN, mask_token: str = MASK_TOKEN) -> TokenizerInfo:
+    """Vocabulary, special ids and fingerprint of a tokenizer that has both tokens.
+
+    Raises:
+        UserError: it lacks one of them.
+    """
+    eos_id, mask_id = tokenizer.token_to_id(eos_token), tokenizer.token_to_id(mask_token)
+    if eos_id is None or mask_id is None:
+        raise UserError(f"the tokenizer lacks '{eos_token if eos_id is None else mask_token}'; use one that has it")
+    # Ids may have holes, and a model needs a row for each up to the largest.
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    content = {"tokenizer": json.loads(tokenizer.to_str()), "eos_id": eos_id, "mask_id": mask_id}
+    fingerprint = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    return TokenizerInfo(vocab_size, eos_token, eos_id, mask_token, mask_id, fingerprint)
+
+
+def canonical_json(content: Any) -> str:
+    """JSON that is equal for equal content: keys sorted, no white space, ASCII."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))

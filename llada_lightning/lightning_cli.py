@@ -1,0 +1,220 @@
+"""`llada fit | validate | test | predict`: LightningCLI with one line for an error and a resolved configuration."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from llada_lightning.configuration import (
+    Budget,
+    Run,
+    Wandb,
+    identity,
+    reject_unknown_keys,
+    resolve_data,
+    resolve_fit,
+    run_name,
+)
+from llada_lightning.data.datamodule import TokenDataModule
+from llada_lightning.errors import UserError
+from llada_lightning.scaling.results import read_records, write_records, written_atomically
+from llada_lightning.training.callbacks.accounting import Accounting
+from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoints, last_checkpoint
+from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
+from llada_lightning.training.callbacks.progress import BudgetProgress
+from llada_lightning.training.callbacks.wandb_log import wandb_logger
+from llada_lightning.training.modules import LanguageModule
+from llada_lightning.training.record import result_record
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "gradient_clip_val": 1.0,
+    "use_distributed_sampler": False,  # the sampler knows its rank
+    "max_epochs": -1,
+    "check_val_every_n_epoch": None,  # the training stream has no end
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "logger": False,  # metrics.csv always, W&B by --wandb.project
+}
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are UserErrors of one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(one_line(message)) from ex
+
+
+def one_line(message: str) -> str:
+    """The parser's report of several lines as one: the key, the value, what was expected."""
+    key = re.search(r'Parser key "([^"]+)"', message)
+    value = re.search(r"(?:Given value|Got value|value): (.+)", message)
+    expected = dict.fromkeys(re.findall(r"Expected an? (?!path\b)([^\n.]+?)(?:\.|: |\n|$)", message))
+    if key and value and expected:
+        return f"{key[1]}: {value[1].strip()} given; expected {' or '.join(expected)}"
+    return f"{' '.join(message.split())}; see llada fit --help"
+
+
+class LladaCLI(LightningCLI):
+    """Adds budget, run folder and W&B; resolves the configuration before anything is built.
+
+    Args:
+        args: the command line from the subcommand on.
+        execute: build and run, or only resolve (``settings`` then holds the outcome).
+    """
+
+    def __init__(self, args: list[str], execute: bool = True) -> None:
+        self._execute = execute
+        super().__init__(
+            model_class=LanguageModule,
+            datamodule_class=TokenDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=OneLineParser,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--budget", type=Budget, default=Budget(), help="What the run may spend.")
+        parser.add_argument("--run", type=Run, default=Run(), help="Where the run lives.")
+        parser.add_argument("--wandb", type=Wandb, default=Wandb(), help="Weights & Biases.")
+        data = {"class_path": "llada_lightning.data.datamodule.TokenDataModule"}
+        parser.set_defaults({"data": {**data, "init_args": {"path": "data/python-stdlib"}}})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint's hyperparameters never replace what the user wrote: they are compared with it on loading."""
+
+    def _set_seed(self) -> None:
+        if self._execute:
+            super()._set_seed()
+
+    @property
+    def settings(self) -> Namespace:
+        """The configuration of the subcommand."""
+        return self.config[self.subcommand]
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Run(**vars(self.settings.run)).folder
+
+    def before_instantiate_classes(self) -> None:
+        reject_unknown_keys(self.settings)
+        data = resolve_data(self.settings)
+        self.identity = identity(self.settings, data)
+        if self.subcommand == "fit":
+            resolve_fit(self.settings, data)
+            self.identity = identity(self.settings, data)
+            self.run_name = run_name(self.settings, data)
+            if self._execute:
+                self._open_folder()
+
+    def instantiate_classes(self) -> None:
+        if self._execute:
+            super().instantiate_classes()
+            self.model.identity = self.identity
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self.subcommand != "fit":
+            return super().instantiate_trainer(**kwargs)
+        run, settings = self.settings.run, self.config_init[self.subcommand]
+        model = self.model
+        self.accounting = Accounting(model.flops_per_token(self.datamodule.sequence_length, self.datamodule.mask_eps))
+        title = f"{model.objective} {self.run_name.split('-')[1]}"
+        own_callbacks = [
+            self.accounting,
+            BudgetProgress(title, self.accounting),
+            StepCheckpoints(self.folder / "checkpoints", run.checkpoint_every_steps, run.keep_checkpoints),
+        ]
+        w = self.settings.wandb
+        self.wandb = wandb_logger(self.folder, run.name, w.project, w.entity, w.group or run.study, w.offline)
+        loggers = [MetricsCSV(self.folder), *([self.wandb] if self.wandb else []), *_as_list(settings.trainer.logger)]
+        return super().instantiate_trainer(
+            callbacks=[*own_callbacks, *_as_list(settings.trainer.callbacks)],
+            logger=loggers,
+            plugins=[AtomicCheckpointIO(), *_as_list(settings.trainer.plugins)],
+            **kwargs,
+        )
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "fit" and kwargs.get("ckpt_path") is None:
+            checkpoint = last_checkpoint(self.folder / "checkpoints")
+            if checkpoint is not None:
+                rank_zero_info(f"going on from {checkpoint}")
+                kwargs["ckpt_path"] = str(checkpoint)
+        return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self._execute:
+            super()._run_subcommand(subcommand)
+
+    def after_fit(self) -> None:
+        """Validate at the end, write the record, say where it is."""
+        if self.trainer.global_step < self.trainer.max_steps:
+            raise UserError(f"stopped at step {self.trainer.global_step}; the same command goes on from there")
+        [validation] = self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        record = result_record(
+            self.run_name, self.trainer, self.model, self.datamodule, self.accounting, dict(validation)
+        )
+        self._write(record)
+
+    @rank_zero_only
+    def _write(self, record: dict[str, Any]) -> None:
+        path = write_records(self.folder, [record])
+        if isinstance(self.wandb, WandbLogger):
+            self.wandb.experiment.summary.update(record)
+        rank_zero_info(
+            f"{record['run']}: {record['val_nats_per_token']:.4f} ± {record['val_stderr']:.4f} nats/token "
+            f"({record['val_kind']}), {record['flops_6nd']:.3g} FLOPs (6ND), {record['wall_seconds']:.0f} s; {path}"
+        )
+
+    def _open_folder(self) -> None:
+        """Leave if the run is done, refuse a folder of another run, else write the resolved configuration."""
+        records = read_records(self.folder)
+        if records and records[0].get("run") != self.run_name:
+            raise UserError(
+                f"run.name: {self.folder} holds the finished run {records[0].get('run')}, not {self.run_name}; "
+                "choose another --run.name, or leave it out"
+            )
+        if records:
+            rank_zero_info(f"{self.folder} is done; nothing to do")
+            sys.exit(0)
+        if self.settings.run.resume == "never" and last_checkpoint(self.folder / "checkpoints"):
+            raise UserError(f"run.resume: never given, but {self.folder} has checkpoints; delete it, or resume: auto")
+        self._write_config()
+
+    @rank_zero_only
+    def _write_config(self) -> None:
+        settings = self.settings.clone()
+        settings.pop("config", None)
+        text = self._parser(self.subcommand).dump(settings, skip_none=False, skip_validation=True)
+        with written_atomically(self.folder / "config.yaml") as path:
+            path.write_text(text)
+
+
+def run_folder(args: list[str]) -> Path:
+    """The folder that `llada ARGS` (from `fit` on) would run in; builds and starts nothing."""
+    return LladaCLI(args, execute=False).folder
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Lightning's arguments that take nothing, one thing or a list."""
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]

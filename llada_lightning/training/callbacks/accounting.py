@@ -1,0 +1,144 @@
+"""Counts what a run consumes - tokens, FLOPs, seconds - and logs every step's figures."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.throughput import Throughput
+from torch import Tensor
+
+from llada_lightning.data.batches import TrainingBatch
+from llada_lightning.scaling.flops import TrainingFlops
+from llada_lightning.scaling.hardware import peak_flops
+
+
+class Accounting(Callback):
+    """Tokens, FLOPs by the three counts, throughput and MFU; counters survive a restart with the checkpoint.
+
+    Args:
+        per_token: training FLOPs of a token.
+
+    Attributes:
+        tokens: training tokens so far, padding not counted.
+        train_seconds: seconds in training steps, without validation, over all starts of the run.
+        wall_seconds: all seconds since the first start that checkpoints know of, validation included.
+    """
+
+    def __init__(self, per_token: TrainingFlops) -> None:
+        self.per_token = per_token
+        self.tokens = 0
+        self.train_seconds = 0.0
+        self.wall_seconds = 0.0
+        self.last: dict[str, float] = {}
+        self._loss: Tensor | None = None
+        self._step = 0
+
+    @property
+    def flops(self) -> TrainingFlops:
+        """FLOPs so far."""
+        return self.per_token * self.tokens
+
+    def mean_tokens_per_second(self) -> float:
+        """Over the whole run, all devices together."""
+        return self.tokens / self.train_seconds if self.train_seconds else 0.0
+
+    def mean_mfu(self, trainer: Trainer) -> float | None:
+        """Achieved total FLOP/s over the devices' dense bf16 peak; None where the peak is not known."""
+        peak = device_peak(trainer)
+        if peak is None or not self.train_seconds:
+            return None
+        return self.flops.flops_total / self.train_seconds / (peak * trainer.world_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "train_seconds": self.train_seconds, "wall_seconds": self.wall_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.tokens = state_dict["tokens"]
+        self.train_seconds, self.wall_seconds = state_dict["train_seconds"], state_dict["wall_seconds"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._tick = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+        self._throughput = Throughput(device_peak(trainer), trainer.world_size, window_size=20)
+        self._advance()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._advance(training=trainer.training)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._advance()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TrainingBatch, batch_idx: int
+    ) -> None:
+        # Lightning has divided each micro-batch's loss by their number: the sum is the global batch's loss.
+        loss = outputs["loss"]
+        self._loss = loss if self._loss is None else self._loss + loss
+        if trainer.global_step == self._step:
+            return
+        self._step, loss, self._loss = trainer.global_step, self._loss, None
+        self.tokens += batch.global_tokens
+        if self._step % trainer.log_every_n_steps == 0 or self._step == trainer.max_steps:  # type: ignore[attr-defined]
+            self._log(trainer, pl_module, loss)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        # .item() waits for the device, so the clock is read after it.
+        mean_loss = trainer.strategy.reduce(loss, reduce_op="mean").item()
+        self._advance(training=True)
+        values: dict[str, float] = {
+            "tokens": self.tokens,
+            "flops_6nd": self.flops.flops_6nd,
+            "flops_attention": self.flops.flops_attention,
+            "flops_head": self.flops.flops_head,
+            "flops_total": self.flops.flops_total,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train_nats_per_token": mean_loss,
+            "seconds": self.wall_seconds,
+        }
+        grad_norm = getattr(pl_module, "grad_norm", None)
+        if grad_norm is not None:
+            values["grad_norm"] = float(grad_norm)
+        values.update(self._rates(trainer))
+        self.last = values
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=self._step)
+
+    def _rates(self, trainer: Trainer) -> dict[str, float]:
+        """Windowed tokens/s over all devices, and MFU where the device's peak is known."""
+        self._throughput.update(
+            time=self.train_seconds,
+            batches=self._step,
+            samples=self._step,
+            lengths=self.tokens,
+            flops=round(self.per_token.flops_total * (self.tokens - self._counted_tokens) / trainer.world_size),
+        )
+        self._counted_tokens = self.tokens
+        rates = self._throughput.compute()
+        named = {"tokens_per_second": "device/items_per_sec", "mfu": "device/mfu"}
+        return {name: float(rates[key]) for name, key in named.items() if key in rates}
+
+    _counted_tokens = 0
+    _tick = 0.0
+
+    def _advance(self, training: bool = False) -> None:
+        now = time.monotonic()
+        self.wall_seconds += now - self._tick
+        if training:
+            self.train_seconds += now - self._tick
+        self._tick = now
+
+
+def device_name(trainer: Trainer) -> str:
+    """The device's name as its driver gives it; `cpu` without a GPU."""
+    device = trainer.strategy.root_device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def device_peak(trainer: Trainer) -> float | None:
+    """Dense bf16 FLOP/s of one device, or None."""
+    return peak_flops(device_name(trainer))

@@ -1,0 +1,65 @@
+"""Checkpoints: written to a temporary name and renamed, found again by step."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+_PARTIAL = ".partial"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A checkpoint appears whole or not at all."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + _PARTIAL)
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+
+
+class StepCheckpoints(ModelCheckpoint):
+    """The last ``keep`` checkpoints, every ``every_steps`` steps and at the end."""
+
+    def __init__(self, folder: Path, every_steps: int, keep: int = 2) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="step={step:08d}",
+            auto_insert_metric_name=False,
+            monitor="step",
+            mode="max",
+            save_top_k=keep,
+            every_n_train_steps=every_steps,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        assert self.dirpath is not None
+        for leftover in Path(self.dirpath).glob(f"*{_PARTIAL}"):
+            if trainer.is_global_zero:
+                leftover.unlink(missing_ok=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the highest step, or None."""
+    steps = {
+        int(match[1]): path for path in folder.glob("step=*.ckpt") if (match := re.fullmatch(r"step=(\d+)", path.stem))
+    }
+    return steps[max(steps)] if steps else None

@@ -1,0 +1,115 @@
+"""One progress line: loss, bits/byte, tokens/s, MFU, percent of the budget, time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from llada_lightning.training.callbacks.accounting import Accounting
+from llada_lightning.training.modules import bits_per_byte
+
+_SMOOTHING = 0.9
+_LINES_WITHOUT_TERMINAL = 10
+
+
+class BudgetProgress(ProgressBar):
+    """A live line on a terminal; elsewhere about ten plain lines a run. All on stderr.
+
+    Args:
+        title: names the run: objective and shape.
+        accounting: the callback that has the figures; must stand before this one.
+    """
+
+    def __init__(self, title: str, accounting: Accounting) -> None:
+        super().__init__()
+        self._title, self._accounting = title, accounting
+        self._progress: Progress | None = None
+        self._enabled = True
+        self._loss: float | None = None
+        self._shown: dict[str, float] | None = None
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started, self._first_step = time.monotonic(), trainer.global_step
+        self._next_line = trainer.global_step + self._line_every(trainer)
+        if not self._enabled or not sys.stderr.isatty():
+            return
+        self._progress = Progress(
+            TextColumn(f"[bold]{self._title}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn("{task.percentage:>5.1f}%"),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=Console(stderr=True),
+        )
+        self._task = self._progress.add_task(
+            "fit", total=trainer.max_steps, completed=trainer.global_step, figures="starting"
+        )
+        self._progress.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._enabled:
+            return
+        last = self._accounting.last
+        if last and last is not self._shown:
+            self._shown = last
+            loss = last["train_nats_per_token"]
+            self._loss = loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
+        if self._progress is not None:
+            self._progress.update(self._task, completed=trainer.global_step, figures=self._figures(trainer))
+        elif self._shown and (trainer.global_step >= self._next_line or trainer.global_step == trainer.max_steps):
+            self._next_line = trainer.global_step + self._line_every(trainer)
+            self._print_line(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, figures=f"{self._figures(trainer)} · validating")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _figures(self, trainer: Trainer) -> str:
+        parts = [f"step {trainer.global_step}/{trainer.max_steps}"]
+        if self._loss is not None:
+            parts.append(f"loss {self._loss:.3f} nats/token")
+            data = getattr(trainer, "datamodule", None)
+            if data is not None:
+                parts.append(f"{bits_per_byte(self._loss, data.bytes_per_token):.3f} bits/byte")
+        if "tokens_per_second" in self._accounting.last:
+            parts.append(f"{self._accounting.last['tokens_per_second']:,.0f} tokens/s")
+        mfu = self._accounting.last.get("mfu")
+        parts.append("MFU n/a" if mfu is None else f"MFU {100 * mfu:.1f}%")
+        return " · ".join(parts)
+
+    def _print_line(self, trainer: Trainer) -> None:
+        done = trainer.global_step - self._first_step
+        left = (time.monotonic() - self._started) / done * (trainer.max_steps - trainer.global_step)
+        percent = 100 * trainer.global_step / trainer.max_steps
+        print(
+            f"{self._title} {percent:.0f}% · {self._figures(trainer)} · {left:.0f} s left", file=sys.stderr, flush=True
+        )
+
+    def _line_every(self, trainer: Trainer) -> int:
+        return max(1, trainer.max_steps // _LINES_WITHOUT_TERMINAL)

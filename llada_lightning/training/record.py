@@ -1,0 +1,104 @@
+"""The record of a finished run: everything that a table of results needs to know about it."""
+
+from __future__ import annotations
+
+import math
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+
+import llada_lightning
+from llada_lightning.data.datamodule import TokenDataModule
+from llada_lightning.scaling.results import DONE
+from llada_lightning.scaling.shapes import shape_name
+from llada_lightning.training.callbacks.accounting import Accounting, device_name
+from llada_lightning.training.modules import LanguageModule
+
+_VERSIONED = ("torch", "lightning", "litdata", "tokenizers", "numpy")
+
+
+def result_record(
+    run: str,
+    trainer: Trainer,
+    module: LanguageModule,
+    data: TokenDataModule,
+    accounting: Accounting,
+    validation: dict[str, float],
+) -> dict[str, Any]:
+    """One record of ``result.json`` (keys and units: ``scaling.results.RESULT_COLUMNS``).
+
+    Args:
+        run: the run's name, which holds the hash of its configuration.
+        validation: ``val_nats_per_token``, ``val_stderr`` and ``val_bits_per_byte`` after the last step.
+    """
+    steps, flops, schedule = trainer.global_step, accounting.flops, module.schedule
+    assert module.vocab_size is not None
+    finite = math.isfinite(validation["val_nats_per_token"])
+    return {
+        "run": run,
+        "objective": module.objective,
+        "shape": shape_name(module.shape),
+        "params_total": module.shape.params_total(module.vocab_size),
+        "params_nonembedding": module.shape.params_nonembedding,
+        "tokens": accounting.tokens,
+        "unique_tokens": min(accounting.tokens, data.unique_tokens(steps)),
+        "epochs": accounting.tokens / data.train_tokens,
+        "steps": steps,
+        "global_batch_tokens": data.global_batch * data.sequence_length,
+        "sequence_length": data.sequence_length,
+        "flops_6nd": flops.flops_6nd,
+        "flops_attention": flops.flops_attention,
+        "flops_head": flops.flops_head,
+        "flops_total": flops.flops_total,
+        "lr": schedule.lr,
+        "schedule": "wsd",
+        "warmup_steps": schedule.warmup_steps,
+        "decay_steps": schedule.decay_steps,
+        "seed": module.seed,
+        "parent_checkpoint": None,
+        "data_fingerprint": data.fingerprint,
+        "tokenizer": data.tokenizer.fingerprint,
+        "vocab_size": module.vocab_size,
+        "val_nats_per_token": validation["val_nats_per_token"],
+        "val_stderr": validation["val_stderr"],
+        "val_kind": module.val_kind,
+        "val_bits_per_byte": validation["val_bits_per_byte"],
+        "tokens_per_second": accounting.mean_tokens_per_second(),
+        "mfu": accounting.mean_mfu(trainer),
+        "device": device_name(trainer) if device_name(trainer) != "cpu" else f"cpu ({platform.machine()})",
+        "precision": str(trainer.precision),
+        "wall_seconds": accounting.wall_seconds,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "status": DONE if finite else "diverged",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of what the numbers rest on."""
+    found = {"python": platform.python_version(), "llada_lightning": llada_lightning.__version__}
+    for package in _VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, `+` where it has changes; None outside one."""
+    folder = Path(llada_lightning.__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

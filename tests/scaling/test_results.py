@@ -1,0 +1,204 @@
+"""Records, the results table, and what ``collect`` says of runs that are not sound."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from studies import record, study
+
+from llada_lightning.errors import UserError
+from llada_lightning.scaling import results
+from llada_lightning.scaling.results import (
+    RESULT_COLUMNS,
+    collect,
+    find_run_folders,
+    is_done,
+    read_records,
+    read_results,
+    table_of_records,
+    write_records,
+    write_results,
+)
+
+
+def sound(name: str = "a", budget: float = 1e12, **other: object) -> dict[str, object]:
+    return record("arm", "107k", budget, 4.0, run=name, **other)
+
+
+def test_records_come_back_as_they_were(tmp_path: Path) -> None:
+    records = [sound(budget=1e12), sound(budget=3e12)]
+    write_records(tmp_path / "run", records)
+    assert read_records(tmp_path / "run") == records
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["result.json"]
+
+
+def test_no_result_is_no_records(tmp_path: Path) -> None:
+    assert read_records(tmp_path) == []
+    assert not is_done(tmp_path)
+
+
+def test_numbers_that_json_lacks_are_written_as_null(tmp_path: Path) -> None:
+    write_records(tmp_path, [sound(val_nats_per_token=math.nan, val_stderr=math.inf)])
+    assert "NaN" not in (tmp_path / "result.json").read_text()
+    assert read_records(tmp_path)[0]["val_nats_per_token"] is None
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_records(tmp_path, [sound()])
+    before = (tmp_path / "result.json").read_bytes()
+
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(results.os, "replace", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_records(tmp_path, [sound(name="b")])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"result.json": before}
+
+
+@pytest.mark.parametrize("change", [{"extra": 1}, {"status": ...}])
+def test_foreign_and_missing_keys_are_our_fault(tmp_path: Path, change: dict[str, object]) -> None:
+    wrong = {key: value for key, value in {**sound(), **change}.items() if value is not ...}
+    with pytest.raises(ValueError, match="missing or foreign"):
+        write_records(tmp_path, [wrong])
+
+
+@pytest.mark.parametrize("text", ["{", '{"run": 1}', "[1]"])
+def test_a_damaged_result_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(UserError, match=r"result\.json"):
+        read_records(tmp_path)
+    assert not is_done(tmp_path)
+    table, report = collect([tmp_path])
+    assert table.empty
+    assert list(report.unfinished) == [str(tmp_path)]
+
+
+def test_done_means_every_record(tmp_path: Path) -> None:
+    write_records(tmp_path, [sound(), sound(status="running")])
+    assert not is_done(tmp_path)
+    write_records(tmp_path, [sound(), sound()])
+    assert is_done(tmp_path)
+
+
+# --- collect ---
+
+
+def test_collect_gives_one_row_a_record_and_drops_nothing_in_silence(tmp_path: Path) -> None:
+    write_records(tmp_path / "study/two-budgets", [sound(budget=1e12), sound(budget=3e12)])
+    write_records(tmp_path / "study/diverged", [sound("d", val_nats_per_token=math.nan, status="diverged")])
+    write_records(tmp_path / "study/blown-up", [sound("e", val_nats_per_token=math.inf)])
+    write_records(tmp_path / "study/running", [sound("r", status="running")])
+    write_records(tmp_path / "other/copy", [sound(budget=3e12)])
+    (tmp_path / "study/started").mkdir()
+    (tmp_path / "study/started/config.yaml").touch()
+    table, report = collect([tmp_path])
+    assert list(table.columns) == list(RESULT_COLUMNS)
+    assert sorted(table["run"]) == ["a", "a", "d", "e", "r"]
+    assert (report.folders, report.records) == (6, 5)
+    folder = str(tmp_path / "study")
+    assert report.unfinished == {
+        f"{folder}/running": "status running",
+        f"{folder}/started": "no result.json",
+    }
+    assert report.diverged == [f"{folder}/blown-up", f"{folder}/diverged"]
+    (twin,) = report.duplicates
+    assert (twin.kept, twin.dropped) == (str(tmp_path / "other/copy"), f"{folder}/two-budgets")
+    assert len(report.lines()) == 5
+
+
+def test_of_duplicates_the_finished_one_is_kept(tmp_path: Path) -> None:
+    write_records(tmp_path / "1", [sound(status="running")])
+    write_records(tmp_path / "2", [sound()])
+    table, report = collect([tmp_path])
+    assert list(table["status"]) == ["done"]
+    assert report.duplicates[0].dropped == str(tmp_path / "1")
+
+
+def test_overlapping_paths_are_no_duplicates(tmp_path: Path) -> None:
+    write_records(tmp_path / "runs/a", [sound()])
+    table, report = collect([tmp_path, tmp_path / "runs", tmp_path / "runs/a"])
+    assert len(table) == 1
+    assert report.lines() == []
+
+
+def test_foreign_configs_below_a_run_are_no_runs(tmp_path: Path) -> None:
+    write_records(tmp_path / "run", [sound()])
+    for folder in ("run/wandb/offline/files", "wandb/offline/files", ".cache"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.yaml").touch()
+    assert find_run_folders([tmp_path]) == [tmp_path / "run"]
+
+
+def test_a_missing_folder_is_a_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a folder"):
+        collect([tmp_path / "nowhere"])
+
+
+# --- table ---
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_table_comes_back_as_it_was(tmp_path: Path, suffix: str) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    table = study()
+    path = write_results(table, tmp_path / f"results{suffix}")
+    again = read_results(path)
+    pd.testing.assert_frame_equal(again, table)
+    assert again["tokens"].dtype == "Int64"
+    assert again["lr"].dtype == "float64"
+    assert again["shape"].dtype == "string"
+    assert json.loads(again["versions"][0]) == {"python": "3.11.7", "torch": "2.13.0"}
+    assert ": " not in again["versions"][0]
+
+
+def test_names_that_look_like_numbers_stay_names(tmp_path: Path) -> None:
+    table = table_of_records([sound("0012", git_commit="1e5", tokenizer="NA", seed=2**63 - 1)])
+    again = read_results(write_results(table, tmp_path / "r.csv"))
+    assert list(again.loc[0, ["run", "git_commit", "tokenizer", "seed"]]) == ["0012", "1e5", "NA", 2**63 - 1]
+
+
+@given(loss=st.floats(allow_nan=False, allow_infinity=False), seed=st.integers(0, 2**62))
+def test_csv_keeps_every_digit(tmp_path_factory: pytest.TempPathFactory, loss: float, seed: int) -> None:
+    path = tmp_path_factory.getbasetemp() / "digits.csv"
+    write_results(table_of_records([sound(val_nats_per_token=loss, seed=seed)]), path)
+    assert list(read_results(path).loc[0, ["val_nats_per_token", "seed"]]) == [loss, seed]
+
+
+def test_further_columns_are_kept(tmp_path: Path) -> None:
+    path = write_results(study().assign(mmlu=0.25), tmp_path / "r.csv")
+    assert list(read_results(path).columns) == [*RESULT_COLUMNS, "mmlu"]
+
+
+def test_missing_columns_are_named(tmp_path: Path) -> None:
+    path = write_results(study().drop(columns=["tokens", "val_kind"]), tmp_path / "r.csv")
+    with pytest.raises(UserError, match="columns missing: tokens, val_kind"):
+        read_results(path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [("lr", "fast", "'fast', which is not a number"), ("steps", "1.5", "not a whole number")],
+)
+def test_wrong_values_are_named(tmp_path: Path, column: str, value: str, words: str) -> None:
+    path = write_results(study().astype(object).assign(**{column: value}), tmp_path / "r.csv")
+    with pytest.raises(UserError, match=words):
+        read_results(path)
+
+
+def test_wrong_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "text.parquet").write_text("no parquet")
+    for name, words in [
+        ("none.csv", "no such file"), ("r.txt", r"\.csv or \.parquet"), ("empty.csv", "not a CSV"),
+        ("text.parquet", "parquet"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            read_results(tmp_path / name)

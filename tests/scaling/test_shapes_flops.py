@@ -1,0 +1,121 @@
+"""Shapes, FLOP counts and budgets against the paper's numbers."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llada_lightning.errors import UserError
+from llada_lightning.scaling.budget import steps_for_budget
+from llada_lightning.scaling.flops import TrainingFlops, flops_6nd, flops_per_token
+from llada_lightning.scaling.shapes import (
+    PAPER_SHAPES,
+    PAPER_VOCAB_SIZE,
+    format_count,
+    get_shape,
+    ladder,
+    named_shapes,
+    shape_name,
+)
+
+
+def paper_rows() -> list[dict[str, str]]:
+    """Training tokens and FLOPs as printed in Tables 18 and 19 of "Large Language Diffusion Models" (Nie et al.
+    2025, arXiv:2502.09992); the tables' accuracies are left out."""
+    with Path(__file__).with_name("paper_flops.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "nonembedding"),
+    [("arm-1b", 1.49, 0.97), ("llada-1b", 1.49, 0.97), ("arm-7b", 6.83, 5.80), ("llada-8b", 8.02, 6.98)],
+)
+def test_table_5_counts_to_the_printed_digits(name: str, total: float, nonembedding: float) -> None:
+    shape = get_shape(name)
+    assert round(shape.params_total(PAPER_VOCAB_SIZE) / 1e9, 2) == total
+    assert round(shape.params_nonembedding / 1e9, 2) == nonembedding
+
+
+def test_all_rows_of_tables_18_and_19_by_6nd() -> None:
+    rows = paper_rows()
+    assert [sum(row["table"] == table for row in rows) for table in ("18", "19")] == [20, 21]
+    for row in rows:
+        counted = flops_6nd(get_shape(row["model"]).params_nonembedding, float(row["tokens"]))
+        assert counted == pytest.approx(float(row["flops"]), rel=0.005), row
+
+
+def test_ladder_names_state_true_counts_in_rising_order() -> None:
+    counts = [shape.params_nonembedding for shape in ladder().values()]
+    assert counts == sorted(counts)
+    assert counts[0] < 1.2e5
+    assert counts[-1] > 1.9e9
+    units = {"k": 1e3, "m": 1e6, "b": 1e9}
+    for name, shape in ladder().items():
+        assert float(name[:-1]) * units[name[-1]] == pytest.approx(shape.params_nonembedding, rel=0.005)
+
+
+def test_every_name_leads_to_a_shape_and_back_to_an_equal_one() -> None:
+    for name, shape in named_shapes().items():
+        assert get_shape(name) == shape
+        assert get_shape(shape_name(shape)) == shape  # two names of the paper share a shape
+
+
+@pytest.mark.parametrize(("objective", "ratio"), [("llada", 1.65), ("arm", 1.46)])
+def test_true_cost_over_6nd_at_1b(objective: str, ratio: float) -> None:
+    shape = PAPER_SHAPES[f"{objective}-1b"]
+    per_token = flops_per_token(shape, PAPER_VOCAB_SIZE, 4096, objective)  # type: ignore[arg-type]
+    assert round(per_token.flops_total / per_token.flops_6nd, 2) == ratio
+
+
+def test_only_computed_logits_cost() -> None:
+    shape = get_shape("llada-1b")
+    full = flops_per_token(shape, PAPER_VOCAB_SIZE, 4096, "llada")
+    half = flops_per_token(shape, PAPER_VOCAB_SIZE, 4096, "llada", logit_share=0.5)
+    assert half.flops_head == full.flops_head / 2
+    assert (half.flops_6nd, half.flops_attention) == (full.flops_6nd, full.flops_attention)
+
+
+@given(flops=st.floats(1e3, 1e24), cost=st.floats(1.0, 1e12), batch=st.integers(1, 10**6))
+def test_steps_come_nearest_to_the_budget(flops: float, cost: float, batch: int) -> None:
+    per_token = TrainingFlops(cost, cost, cost)
+    per_step = cost * batch
+    if flops < per_step:
+        with pytest.raises(UserError, match="below one step"):
+            steps_for_budget(flops, per_token, batch)
+        return
+    steps = steps_for_budget(flops, per_token, batch)
+    assert steps >= 1
+    assert abs(steps * per_step - flops) <= per_step * (0.5 + 1e-9 * steps)
+
+
+def test_convention_decides_what_a_budget_buys() -> None:
+    per_token = TrainingFlops(flops_6nd=1.0, flops_attention=0.5, flops_head=0.5)
+    assert steps_for_budget(1000, per_token, 10, "6nd") == 100
+    assert steps_for_budget(1000, per_token, 10, "total") == 50
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("llada-9b", "not known"),
+        ({"n_layers": 2}, "missing or unknown"),
+        ({"n_layers": 0, "d_model": 64, "n_heads": 2, "n_kv_heads": 2, "d_ff": 128}, "n_layers is 0"),
+        ({"n_layers": 2, "d_model": 65, "n_heads": 2, "n_kv_heads": 2, "d_ff": 128}, "head dimension"),
+        ({"n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 3, "d_ff": 128}, "must divide"),
+    ],
+)
+def test_wrong_shapes_are_refused(spec: object, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        get_shape(spec)  # type: ignore[arg-type]
+
+
+@given(st.floats(1e3, 9e10))
+def test_format_count_keeps_three_digits(count: float) -> None:
+    text = format_count(count)
+    value = float(text[:-1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[text[-1]]
+    assert math.isclose(value, count, rel_tol=0.0051)
