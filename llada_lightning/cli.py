@@ -108,15 +108,19 @@ def _lightning(args: list[str]) -> int:
 
 
 def _quiet() -> None:
-    """Silence what Lightning and litdata tell everyone at every start and nobody can act upon."""
+    """Silence what the libraries tell everyone at every start and nobody can act upon."""
     import logging
     import os
     import warnings
 
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage() and "Tip:" not in record.getMessage()
-    )
+    import lightning  # noqa: F401  (sets the levels that follow)
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*isinstance.treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -97,6 +97,8 @@ def resolve_data(config: Namespace) -> TokenDataModule:
     Raises:
         UserError: settings contradict the data, or the data cannot serve.
     """
+    if isinstance(config.seed_everything, bool):
+        raise UserError(f"seed_everything: {config.seed_everything} given; a run that can be repeated needs a number")
     _fill(config.model.init_args, "seed", config.seed_everything)
     _fill(config.data.init_args, "seed", config.seed_everything)
     data = TokenDataModule(**config.data.init_args.as_dict())
@@ -128,17 +130,17 @@ def _fill(config: Namespace, key: str, value: Any) -> None:
 
 
 def _fill_vocabulary(config: Namespace, data: TokenDataModule) -> None:
-    tokenizer = data.tokenizer
-    known = {
-        "vocab_size": tokenizer.vocab_size,
-        "mask_token_id": tokenizer.mask_id,
-        "eos_token_id": tokenizer.eos_id,
-    }
-    for key, value in known.items():
-        _fill(config.model.init_args, key, value)
-        given = config.model.init_args[key]
-        if given != value:
-            raise UserError(f"model.{key}: {given} given, but the data's tokenizer has {value}; leave it out")
+    tokenizer, arguments = data.tokenizer, config.model.init_args
+    _fill(arguments, "vocab_size", tokenizer.vocab_size)
+    if arguments.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {arguments.vocab_size} is below the {tokenizer.vocab_size} words of the data's "
+            "tokenizer; leave it out (a larger one pads)"
+        )
+    for key, value in {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id}.items():
+        _fill(arguments, key, value)
+        if arguments[key] != value:
+            raise UserError(f"model.{key}: {arguments[key]} given, but the data's tokenizer has {value}; leave it out")
 
 
 def _total_steps(config: Namespace, module: LanguageModule, data: TokenDataModule) -> int:
@@ -173,8 +175,8 @@ def _resolved_schedule(given: Namespace, module: LanguageModule, data: TokenData
             f"model.schedule.total_steps: {given.total_steps} given, but the run has {steps} steps; leave it out"
         )
     values = {**_plain(given), "plateaus": [Plateau(**_plain(plateau)) for plateau in given.plateaus]}
-    tokens_per_step = data.global_batch * data.sequence_length
-    resolved = asdict(WSD(**values).resolve(steps, tokens_per_step, learning_rate(module.shape.params_nonembedding)))
+    default_lr = learning_rate(module.shape.params_nonembedding)
+    resolved = asdict(WSD(**values).resolve(steps, data.expected_tokens_per_step, default_lr))
     resolved["plateaus"] = [Namespace(**plateau) for plateau in resolved["plateaus"]]
     return Namespace(**resolved)
 

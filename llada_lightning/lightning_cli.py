@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
-from lightning import Trainer
+from lightning import Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from llada_lightning.configuration import (
     Budget,
@@ -101,7 +101,7 @@ class LladaCLI(LightningCLI):
 
     def _set_seed(self) -> None:
         if self._execute:
-            super()._set_seed()
+            seed_everything(self.settings.seed_everything, workers=True, verbose=False)
 
     @property
     def settings(self) -> Namespace:
@@ -156,7 +156,7 @@ class LladaCLI(LightningCLI):
         if subcommand == "fit" and kwargs.get("ckpt_path") is None:
             checkpoint = last_checkpoint(self.folder / "checkpoints")
             if checkpoint is not None:
-                rank_zero_info(f"going on from {checkpoint}")
+                announce(f"going on from {checkpoint}")
                 kwargs["ckpt_path"] = str(checkpoint)
         return kwargs
 
@@ -168,18 +168,17 @@ class LladaCLI(LightningCLI):
         """Validate at the end, write the record, say where it is."""
         if self.trainer.global_step < self.trainer.max_steps:
             raise UserError(f"stopped at step {self.trainer.global_step}; the same command goes on from there")
-        [validation] = self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-        record = result_record(
-            self.run_name, self.trainer, self.model, self.datamodule, self.accounting, dict(validation)
-        )
-        self._write(record)
+        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        for logger in self.trainer.loggers:
+            logger.save()
+        self._write(result_record(self.run_name, self.trainer, self.model, self.datamodule, self.accounting))
 
     @rank_zero_only
     def _write(self, record: dict[str, Any]) -> None:
         path = write_records(self.folder, [record])
         if isinstance(self.wandb, WandbLogger):
             self.wandb.experiment.summary.update(record)
-        rank_zero_info(
+        announce(
             f"{record['run']}: {record['val_nats_per_token']:.4f} ± {record['val_stderr']:.4f} nats/token "
             f"({record['val_kind']}), {record['flops_6nd']:.3g} FLOPs (6ND), {record['wall_seconds']:.0f} s; {path}"
         )
@@ -193,7 +192,7 @@ class LladaCLI(LightningCLI):
                 "choose another --run.name, or leave it out"
             )
         if records:
-            rank_zero_info(f"{self.folder} is done; nothing to do")
+            announce(f"{self.folder} is done; nothing to do")
             sys.exit(0)
         if self.settings.run.resume == "never" and last_checkpoint(self.folder / "checkpoints"):
             raise UserError(f"run.resume: never given, but {self.folder} has checkpoints; delete it, or resume: auto")
@@ -211,6 +210,12 @@ class LladaCLI(LightningCLI):
 def run_folder(args: list[str]) -> Path:
     """The folder that `llada ARGS` (from `fit` on) would run in; builds and starts nothing."""
     return LladaCLI(args, execute=False).folder
+
+
+@rank_zero_only
+def announce(message: str) -> None:
+    """One line to whoever watches, on stderr."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def _as_list(value: Any) -> list[Any]:

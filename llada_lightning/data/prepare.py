@@ -125,9 +125,21 @@ def prepare(
     Raises:
         UserError: the source, the tokenizer, the settings or the folder is not right; nothing has been written.
     """
-    arguments = {**locals()}
-    settings = PrepareSettings(**{name: arguments[name] for name in PrepareSettings.__dataclass_fields__})
-    folder = Path(os.path.abspath(os.path.expanduser(out)))
+    settings = PrepareSettings(
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        text_field=text_field,
+        val_fraction=val_fraction,
+        shard_tokens=shard_tokens,
+        max_documents=max_documents,
+        max_bytes=max_bytes,
+        mask_token=mask_token,
+        eos_token=eos_token,
+        add_mask_token=add_mask_token,
+        document_separator=document_separator,
+        tokenizer_bytes=tokenizer_bytes,
+    )
+    folder = Path(os.path.realpath(os.path.expanduser(out)))  # a link's target is written, and on its own disk
     _check_outside(folder, source)
     corpus = open_corpus(source, text_field=text_field, document_separator=document_separator)
     given = None
@@ -158,7 +170,7 @@ def in_validation(raw: bytes, val_fraction: float) -> bool:
 
 
 def _check_outside(out: Path, source: str) -> None:
-    root = Path(os.path.abspath(os.path.expanduser(source)))
+    root = Path(os.path.realpath(os.path.expanduser(source)))
     if root.is_dir() and out.is_relative_to(root):
         raise UserError(
             f"output '{out}' lies in the source '{source}' and would become part of it; choose another --out"
@@ -362,5 +374,6 @@ def _write(
         (folder / TOKENIZER_NAME).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"output cannot be written ({error.strerror}); free or choose another disk") from error
+        message = f"'{folder}' cannot be written ({error.strerror}); free space, or choose another --out"
+        raise UserError(message) from error
     return manifest

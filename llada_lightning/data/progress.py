@@ -40,7 +40,7 @@ class PrepareProgress:
             BarColumn(bar_width=24),
             TextColumn("{task.fields[counts]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("{task.fields[left]}"),
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
@@ -72,7 +72,7 @@ class PrepareProgress:
         self._started = time.monotonic()
         self._limit, self._size = max_bytes, total_bytes
         total = 1.0 if total_bytes or max_bytes else None
-        self._task = self._bar.add_task(name, total=total, counts="")
+        self._task = self._bar.add_task(name, total=total, counts="", left="left" if total else "")
 
     def update(self, splits: Iterable[Counts], position: int, *, force: bool = False) -> None:
         """Shows how far it is; called for every document, drawn five times a second.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,7 +103,7 @@ class ShardWriter:
         from litdata.streaming.item_loader import TokensLoader
         from litdata.streaming.writer import BinaryWriter
 
-        # chunk_size 0 is refused and the item loader needs no block size for writing: any length can be read later.
+        # For writing the item loader needs no block size: any sequence length can be read later.
         return BinaryWriter(str(self._folder), chunk_size=self._shard_tokens, item_loader=TokensLoader())
 
     def _record(self, path: str) -> None:
@@ -128,17 +130,11 @@ def _digest(content: bytes) -> hashlib._Hash:
     return hashlib.sha256(content)  # Python 3.10 lacks file_digest
 
 
-class _disk_errors:  # noqa: N801 - used like a function
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
     """Turns what a disk refuses into a UserError that names the folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise UserError(
-                f"'{self._folder}' cannot be written ({error.strerror or error}); free or choose another disk"
-            )
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"'{folder}' cannot be written ({reason}); free space, or choose another --out") from error

@@ -80,6 +80,7 @@ class LanguageModule(LightningModule, ABC):
         self.identity: dict[str, Any] = {}
         self.grad_norm: Tensor | None = None
         self.val_estimate = MeanEstimate()
+        self.validation: dict[str, float] = {}
         self.model: Transformer = None  # type: ignore[assignment]  # configure_model builds it
 
     def configure_model(self) -> None:
@@ -122,12 +123,13 @@ class LanguageModule(LightningModule, ABC):
     def on_validation_epoch_end(self) -> None:
         mean, stderr = self.val_estimate.compute()
         self.val_estimate.reset()
-        values = {"val_nats_per_token": mean, "val_stderr": stderr}
+        self.validation = {"val_nats_per_token": mean, "val_stderr": stderr}
         assert self.trainer is not None
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
-            values["val_bits_per_byte"] = bits_per_byte(mean, data.bytes_per_token)
-        self.log_dict({name: torch.tensor(value) for name, value in values.items()}, rank_zero_only=True)
+            self.validation["val_bits_per_byte"] = bits_per_byte(mean, data.bytes_per_token)
+        # Every rank has the same values: the estimate is summed over ranks.
+        self.log_dict(self.validation, rank_zero_only=True)
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end

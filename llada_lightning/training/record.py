@@ -22,20 +22,15 @@ _VERSIONED = ("torch", "lightning", "litdata", "tokenizers", "numpy")
 
 
 def result_record(
-    run: str,
-    trainer: Trainer,
-    module: LanguageModule,
-    data: TokenDataModule,
-    accounting: Accounting,
-    validation: dict[str, float],
+    run: str, trainer: Trainer, module: LanguageModule, data: TokenDataModule, accounting: Accounting
 ) -> dict[str, Any]:
     """One record of ``result.json`` (keys and units: ``scaling.results.RESULT_COLUMNS``).
 
     Args:
         run: the run's name, which holds the hash of its configuration.
-        validation: ``val_nats_per_token``, ``val_stderr`` and ``val_bits_per_byte`` after the last step.
+        module: validated after its last step.
     """
-    steps, flops, schedule = trainer.global_step, accounting.flops, module.schedule
+    steps, flops, schedule, validation = trainer.global_step, accounting.flops, module.schedule, module.validation
     assert module.vocab_size is not None
     finite = math.isfinite(validation["val_nats_per_token"])
     return {

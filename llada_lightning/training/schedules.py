@@ -42,7 +42,7 @@ class WSD:
         final_lr_fraction: end of the decay, as a share of ``lr``.
         final_lr: the same as a rate.
         total_steps: length of the run.
-        tokens_per_step: tokens of a full global batch; turns tokens into steps.
+        tokens_per_step: (expected) tokens of a global batch; turns tokens into steps.
     """
 
     lr: float | None = None
@@ -55,9 +55,9 @@ class WSD:
     final_lr_fraction: float = 0.1
     final_lr: float | None = None
     total_steps: int | None = None
-    tokens_per_step: int | None = None
+    tokens_per_step: float | None = None
 
-    def resolve(self, total_steps: int, tokens_per_step: int, default_lr: float) -> WSD:
+    def resolve(self, total_steps: int, tokens_per_step: float, default_lr: float) -> WSD:
         """The same schedule with every null filled in.
 
         Raises:

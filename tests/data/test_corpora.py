@@ -161,7 +161,7 @@ def test_an_unknown_source(source: str) -> None:
 
 
 def test_a_table_and_an_empty_separator(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="hf:x.parquet"):
+    with pytest.raises(UserError, match=r"hf:x\.parquet"):
         documents("x.parquet")
     with pytest.raises(UserError, match="separator '' is empty"):
         documents("python-stdlib", document_separator="")
@@ -179,7 +179,7 @@ def test_a_dataset_on_this_machine_is_streamed(tmp_path: Path) -> None:
         list(documents(f"hf:{tmp_path}", text_field="body"))
     with pytest.raises(UserError, match="holds int"):
         list(documents(f"hf:{tmp_path}", text_field="id"))
-    with pytest.raises(UserError, match="cannot be read .*other"):
+    with pytest.raises(UserError, match=r"cannot be read .*other"):
         list(documents(f"hf:{tmp_path}@other"))
 
 

@@ -122,7 +122,7 @@ def test_a_sequence_longer_than_every_shard() -> None:
     check_sequence_length(manifest, 8)
     with pytest.raises(UserError, match=r"length 9 .* of 'val' .*8 tokens.*train 2, val 0"):
         check_sequence_length(manifest, 9)
-    with pytest.raises(UserError, match="length 21 .* of 'train'"):
+    with pytest.raises(UserError, match=r"length 21 .* of 'train'"):
         check_sequence_length(manifest, 21)
     with pytest.raises(UserError, match="below 1"):
         check_sequence_length(manifest, 0)

@@ -17,7 +17,7 @@ from llada_lightning.data.tokenizers import (
 )
 from llada_lightning.errors import UserError
 
-SAMPLE = ["the cat sat on the mat, the rat ran", "def f(x):\n    return x + 1\n"] * 20
+SAMPLE = [Path(__file__).read_text()]
 TRAINED = train_tokenizer(SAMPLE, 300)
 
 spelled = st.text() | st.lists(st.sampled_from(["[MASK]", "[EOS]", " ", "[", "MASK", "a", "\n"])).map("".join)
@@ -125,7 +125,7 @@ def test_without_a_mask_token_the_mend_is_named_and_works(tmp_path: Path) -> Non
 
 def test_without_an_end_of_text_token_the_mend_is_named(tmp_path: Path) -> None:
     path = str(foreign_tokenizer(tmp_path, "[MASK]", "<stop>"))
-    with pytest.raises(UserError, match="no end-of-text token.*--eos-token"):
+    with pytest.raises(UserError, match=r"no end-of-text token.*--eos-token"):
         load_tokenizer(path)
     assert load_tokenizer(path, eos_token="<stop>")[1].eos_token == "<stop>"
     with pytest.raises(UserError, match="both"):

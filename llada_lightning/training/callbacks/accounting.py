@@ -34,7 +34,10 @@ class Accounting(Callback):
         self.wall_seconds = 0.0
         self.last: dict[str, float] = {}
         self._loss: Tensor | None = None
+        self._lr = 0.0
         self._step = 0
+        self._tick = 0.0
+        self._rated_tokens = 0
 
     @property
     def flops(self) -> TrainingFlops:
@@ -63,7 +66,7 @@ class Accounting(Callback):
         self._tick = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
+        self._step, self._rated_tokens = trainer.global_step, self.tokens
         self._throughput = Throughput(device_peak(trainer), trainer.world_size, window_size=20)
         self._advance()
 
@@ -72,6 +75,11 @@ class Accounting(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._advance()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._lr = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TrainingBatch, batch_idx: int
@@ -96,7 +104,7 @@ class Accounting(Callback):
             "flops_attention": self.flops.flops_attention,
             "flops_head": self.flops.flops_head,
             "flops_total": self.flops.flops_total,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": self._lr,
             "train_nats_per_token": mean_loss,
             "seconds": self.wall_seconds,
         }
@@ -115,15 +123,12 @@ class Accounting(Callback):
             batches=self._step,
             samples=self._step,
             lengths=self.tokens,
-            flops=round(self.per_token.flops_total * (self.tokens - self._counted_tokens) / trainer.world_size),
+            flops=round(self.per_token.flops_total * (self.tokens - self._rated_tokens) / trainer.world_size),
         )
-        self._counted_tokens = self.tokens
+        self._rated_tokens = self.tokens
         rates = self._throughput.compute()
         named = {"tokens_per_second": "device/items_per_sec", "mfu": "device/mfu"}
         return {name: float(rates[key]) for name, key in named.items() if key in rates}
-
-    _counted_tokens = 0
-    _tick = 0.0
 
     def _advance(self, training: bool = False) -> None:
         now = time.monotonic()

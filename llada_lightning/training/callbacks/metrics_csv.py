@@ -57,10 +57,10 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Put the row in hand on disk; a later value of the same step replaces it."""
+        """Put the row in hand on disk; values that the same step logs later are added to it."""
         if self._row is not None:
             self._append(self._row)
-            self._row = self._open(self._row["step"])
+            self._row = None
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

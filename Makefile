@@ -1,0 +1,52 @@
+# `make help` lists what can be made.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+LLADA := $(BIN)/python -m llada_lightning
+JOBS ?= 2
+
+.PHONY: help setup quickstart test lint format bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready  ## the environment in .venv, pinned by constraints.txt
+
+# litdata asks for torchvision, whose build on PyPI wants CUDA: beside a CPU build of torch it breaks
+# `import lightning`, and nothing here uses it.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -c "import torchvision" 2>/dev/null || { \
+	  echo "removing torchvision: it does not fit this build of torch, and nothing here uses it"; \
+	  $(BIN)/python -m pip uninstall --quiet --yes torchvision; }
+	$(BIN)/python -c "import lightning"
+	@touch $@
+
+quickstart: setup  ## both objectives over three budgets: runs/quickstart/scaling.png and a table
+	$(LLADA) prepare --source python-stdlib --out data/quickstart --vocab-size 2048
+	$(LLADA) sweep run sweeps/quickstart.yaml --jobs $(JOBS)
+	$(LLADA) collect runs/quickstart --out runs/quickstart/results.csv
+	$(LLADA) curves runs/quickstart/results.csv --out runs/quickstart
+
+test: setup  ## lint, types and tests
+	$(MAKE) lint
+	$(BIN)/python -m pytest
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup  ## speed and size on this machine, each a ratio in one run
+	$(BIN)/python benchmarks/fit_overhead.py
+	$(BIN)/python benchmarks/stream_speed.py
+	$(BIN)/python benchmarks/prepare_speed.py
+
+clean:  ## remove the environment and caches; data and runs stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

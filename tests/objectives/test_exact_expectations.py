@@ -1,0 +1,220 @@
+"""Eq. 3, 14 and 15 by exhaustive enumeration, and the estimators against it.
+
+The predictor is arbitrary: a random table that holds, for each partially masked context, a categorical for each
+position. For one sequence x_0 all that matters is ``nll_SL``: for each set of masked positions (a bit set S) and each
+position i the negative log-likelihood of x_0^i given the rest of x_0.
+"""
+
+from __future__ import annotations
+
+from itertools import permutations, product
+from math import comb, factorial, log
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import beta, log_softmax
+
+from llada_lightning.objectives.bounds import nll_bound
+from llada_lightning.objectives.forward_process import (
+    MASK_EPS,
+    TIME_SAMPLINGS,
+    TimeSampling,
+    fixed_count_mask,
+    mask_probability,
+    mask_ratio,
+    random_mask,
+    stratified_mask_counts,
+)
+from llada_lightning.objectives.losses import masked_diffusion_loss, token_nll
+
+WORDS = 3
+MASK = WORDS
+Array = npt.NDArray[np.float64]
+
+predictors = st.builds(
+    lambda length, seed, scale: random_table(length, seed) * scale,
+    length=st.integers(2, 4),
+    seed=st.integers(0, 2**32 - 1),
+    scale=st.sampled_from([0.1, 1.0, 5.0]),
+)
+
+
+def random_table(length: int, seed: int) -> Array:
+    """Logits: one axis of words and [MASK] for each position of the context, then (position, word)."""
+    return np.random.default_rng(seed).normal(size=(WORDS + 1,) * length + (length, WORDS + 1))
+
+
+def length_of(table: Array) -> int:
+    return table.ndim - 2
+
+
+def mask_sets(length: int) -> npt.NDArray[np.bool_]:
+    """(2^L, L): row S holds the bits of S."""
+    return (np.arange(2**length)[:, None] >> np.arange(length) & 1).astype(bool)
+
+
+def nll_by_set(table: Array, x0_L: npt.NDArray[np.int64]) -> Array:
+    """(2^L, L) in fp64; [MASK] itself gets no probability."""
+    contexts_SL = np.where(mask_sets(len(x0_L)), MASK, x0_L)
+    logits_SLV = table[tuple(contexts_SL.T)][..., :WORDS]
+    return -log_softmax(logits_SLV, axis=-1)[:, np.arange(len(x0_L)), x0_L]
+
+
+def masked_sums(nll_SL: Array) -> tuple[npt.NDArray[np.int64], Array]:
+    """Of each set: how many are masked, and the sum of their nll."""
+    sets_SL = mask_sets(nll_SL.shape[1])
+    return sets_SL.sum(axis=1), (nll_SL * sets_SL).sum(axis=1)
+
+
+def moment_of_eq_3(nll_SL: Array, eps: float, power: int = 1) -> Array:
+    """E[(sum of the masked / p)^power] over t and masks, by Gauss-Legendre quadrature in log p (smooth for 1/p too)."""
+    length = nll_SL.shape[1]
+    counts_S, sums_S = masked_sums(nll_SL)
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    p_T1 = np.exp(log(eps) * (1 - nodes) / 2)[:, None]
+    probability_TS = p_T1**counts_S * (1 - p_T1) ** (length - counts_S)
+    integrand_T = (probability_TS * (sums_S / p_T1) ** power).sum(axis=1)
+    return (weights * integrand_T * p_T1[:, 0]).sum() * -log(eps) / 2 / (1 - eps)
+
+
+def eq_3(nll_SL: Array) -> Array:
+    """Its limit eps -> 0: a set of m masked tokens weighs the integral of t^(m-1) (1-t)^(L-m), a beta function."""
+    counts_S, sums_S = masked_sums(nll_SL)
+    return (beta(counts_S[1:], nll_SL.shape[1] - counts_S[1:] + 1) * sums_S[1:]).sum()
+
+
+def moment_of_eq_14(nll_SL: Array, power: int = 1) -> Array:
+    """E[(L / l times the sum of the masked)^power] over l, uniform on 1..L, and over all sets of l."""
+    length = nll_SL.shape[1]
+    counts_S, sums_S = masked_sums(nll_SL)
+    values_S = length * sums_S[1:] / counts_S[1:]
+    return np.sum([v**power / length / comb(length, m) for m, v in zip(counts_S[1:], values_S, strict=True)])
+
+
+def eq_15(nll_SL: Array) -> Array:
+    """Mean over all L! orders: position pi(i) is predicted where pi(i), pi(i+1), ... are masked."""
+    length = nll_SL.shape[1]
+    total = np.float64(0)
+    for order in permutations(range(length)):
+        total += sum(nll_SL[sum(1 << j for j in order[i:]), order[i]] for i in range(length))
+    return total / factorial(length)
+
+
+@settings(max_examples=20, deadline=None)
+@given(predictors)
+def test_equations_3_14_and_15_are_equal_for_any_predictor_and_sequence(table: Array) -> None:
+    for x0 in product(range(WORDS), repeat=length_of(table)):
+        nll_SL = nll_by_set(table, np.array(x0))
+        assert moment_of_eq_14(nll_SL) == pytest.approx(eq_3(nll_SL), rel=1e-12)
+        assert eq_15(nll_SL) == pytest.approx(eq_3(nll_SL), rel=1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(predictors)
+def test_eq_3_approaches_its_limit_linearly_in_eps(table: Array) -> None:
+    # (1 - eps) E_eps = E_0 - the integral from 0 to eps, whose integrand at 0 is the sum over single masks.
+    nll_SL = nll_by_set(table, np.zeros(length_of(table), dtype=np.int64))
+    limit, single_masks = eq_3(nll_SL), sum(nll_SL[1 << i, i] for i in range(length_of(table)))
+    for eps in (1e-3, 1e-4, 1e-5, 1e-6):
+        bias = moment_of_eq_3(nll_SL, eps) - limit
+        scale = nll_SL.sum()
+        assert bias == pytest.approx(eps * (limit - single_masks), abs=10 * eps**2 * scale + 1e-12 * scale)
+
+
+@settings(max_examples=50, deadline=None)
+@given(predictors)
+def test_variance_of_eq_14_is_below_that_of_eq_3(table: Array) -> None:
+    # A law, while log(1/eps) > 1 + H(L-1): sets of m have weights L/m^2 and L/(m(m-1)) in the second moments, those
+    # of one token L and about L (log(1/eps) - H(L-1)); the means are equal up to eps.
+    assert log(1 / MASK_EPS) > 1 + sum(1 / k for k in range(1, length_of(table)))
+    nll_SL = nll_by_set(table, np.zeros(length_of(table), dtype=np.int64))
+    assert variance_of_eq_14(nll_SL) < variance_of_eq_3(nll_SL)
+
+
+def variance_of_eq_3(nll_SL: Array) -> Array:
+    return moment_of_eq_3(nll_SL, MASK_EPS, power=2) - moment_of_eq_3(nll_SL, MASK_EPS) ** 2
+
+
+def variance_of_eq_14(nll_SL: Array) -> Array:
+    return moment_of_eq_14(nll_SL, power=2) - moment_of_eq_14(nll_SL) ** 2
+
+
+LENGTH = 4
+RUNS, WINDOW = 300, 64
+X0_L = np.array([2, 0, 1, 1])
+
+
+def masked_nll(table: Array, masked_BL: npt.NDArray[np.bool_]) -> torch.Tensor:
+    """(M,) by the package's ``token_nll``."""
+    contexts_BL = np.where(masked_BL, MASK, X0_L)
+    logits_BLV = torch.tensor(table[tuple(contexts_BL.T)])
+    targets_BL = torch.tensor(X0_L).expand(masked_BL.shape)
+    masked = torch.tensor(masked_BL)
+    return token_nll(logits_BLV[masked], targets_BL[masked], excluded_token_id=MASK)
+
+
+def estimates_of_eq_3(table: Array, sampling: TimeSampling) -> Array:
+    """(runs, window): one sample of the loss for each ordinal of a window, for each of many seeds."""
+    n_B = np.arange(7000, 7000 + WINDOW)
+    values = []
+    for seed in range(RUNS):
+        p_B = mask_probability(mask_ratio(seed, n_B, sampling))
+        masked_BL = random_mask(seed, n_B, p_B, LENGTH)
+        rows_M = masked_BL.nonzero()[0]
+        nll_M, p_M = masked_nll(table, masked_BL), torch.tensor(p_B)[rows_M]
+        values.append([float(masked_diffusion_loss(nll_M[rows_M == b], p_M[rows_M == b], 1)) for b in range(WINDOW)])
+    return np.array(values)
+
+
+def estimates_of_eq_14(table: Array) -> Array:
+    n_B = np.arange(7000, 7000 + WINDOW)
+    values = []
+    for seed in range(RUNS):
+        masked_BL = fixed_count_mask(seed, n_B, stratified_mask_counts(seed, n_B, LENGTH), LENGTH)
+        values.append(nll_bound(masked_nll(table, masked_BL), torch.tensor(masked_BL)).numpy())
+    return np.array(values)
+
+
+def assert_unbiased(values_RB: Array, expected: Array) -> None:
+    """Within 4 standard errors. Runs are independent, the values of one (stratified) run are not."""
+    means_R = values_RB.mean(axis=1)
+    assert abs(means_R.mean() - expected) < 4 * means_R.std(ddof=1) / np.sqrt(RUNS)
+
+
+@pytest.mark.parametrize("sampling", TIME_SAMPLINGS)
+def test_training_loss_is_an_unbiased_estimate_of_eq_3(sampling: TimeSampling) -> None:
+    table = random_table(LENGTH, seed=1)
+    nll_SL = nll_by_set(table, X0_L)
+    values_RB = estimates_of_eq_3(table, sampling)
+    assert_unbiased(values_RB, moment_of_eq_3(nll_SL, MASK_EPS))
+    squares_RB = (values_RB - moment_of_eq_3(nll_SL, MASK_EPS)) ** 2
+    assert_unbiased(squares_RB, variance_of_eq_3(nll_SL))
+
+
+def test_bound_is_an_unbiased_estimate_of_all_three() -> None:
+    table = random_table(LENGTH, seed=1)
+    nll_SL = nll_by_set(table, X0_L)
+    values_RB = estimates_of_eq_14(table)
+    assert_unbiased(values_RB, eq_3(nll_SL))
+    assert_unbiased((values_RB - eq_3(nll_SL)) ** 2, variance_of_eq_14(nll_SL))
+
+
+def test_stratified_t_takes_its_own_part_out_of_the_variance_of_a_windows_mean() -> None:
+    counts_S, sums_S = masked_sums(nll_by_set(random_table(LENGTH, seed=1), X0_L))
+    n_B = np.arange(WINDOW)
+    variances = {}
+    for sampling in TIME_SAMPLINGS:
+        p_RB1 = np.stack([mask_probability(mask_ratio(seed, n_B, sampling)) for seed in range(RUNS)])[..., None]
+        expected_given_t_RB = (p_RB1 ** (counts_S - 1.0) * (1 - p_RB1) ** (LENGTH - counts_S) * sums_S).sum(axis=-1)
+        variances[sampling] = expected_given_t_RB.mean(axis=1).var()
+    assert variances["weyl"] < 0.05 * variances["iid"]
+
+
+def test_exact_counts_lower_the_variance_of_a_windows_mean() -> None:
+    table = random_table(LENGTH, seed=1)
+    means_14, means_3 = (v_RB.mean(axis=1) for v_RB in (estimates_of_eq_14(table), estimates_of_eq_3(table, "weyl")))
+    assert means_14.var() < 0.1 * means_3.var()
