@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from lightning import Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
 
 from llada_lightning.configuration import (
     Budget,
@@ -142,7 +144,8 @@ class LladaCLI(LightningCLI):
             StepCheckpoints(self.folder / "checkpoints", run.checkpoint_every_steps, run.keep_checkpoints),
         ]
         w = self.settings.wandb
-        self.wandb = wandb_logger(self.folder, run.name, w.project, w.entity, w.group or run.study, w.offline)
+        group = w.group or run.study
+        self.wandb = wandb_logger(self.folder, self.run_name, run.name, w.project, w.entity, group, w.offline)
         loggers = [MetricsCSV(self.folder), *([self.wandb] if self.wandb else []), *_as_list(settings.trainer.logger)]
         return super().instantiate_trainer(
             callbacks=[*own_callbacks, *_as_list(settings.trainer.callbacks)],
@@ -169,18 +172,30 @@ class LladaCLI(LightningCLI):
         if self.trainer.global_step < self.trainer.max_steps:
             raise UserError(f"stopped at step {self.trainer.global_step}; the same command goes on from there")
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-        for logger in self.trainer.loggers:
-            logger.save()
         self._write(result_record(self.run_name, self.trainer, self.model, self.datamodule, self.accounting))
+
+    @rank_zero_only
+    def after_validate(self) -> None:
+        """The figure, with its error bar, on stdout."""
+        print(describe_loss(self.model.validation, self.model.val_kind))
+
+    after_test = after_validate
+
+    def predict(self, **kwargs: Any) -> None:
+        """The nats of each validation sequence, one line each, on stdout."""
+        for nats_B in self.trainer.predict(**kwargs) or []:
+            assert isinstance(nats_B, Tensor)
+            print("\n".join(f"{nats:.6f}" for nats in nats_B.tolist()))
 
     @rank_zero_only
     def _write(self, record: dict[str, Any]) -> None:
         path = write_records(self.folder, [record])
         if isinstance(self.wandb, WandbLogger):
             self.wandb.experiment.summary.update(record)
+            self.wandb.experiment.finish()
         announce(
-            f"{record['run']}: {record['val_nats_per_token']:.4f} ± {record['val_stderr']:.4f} nats/token "
-            f"({record['val_kind']}), {record['flops_6nd']:.3g} FLOPs (6ND), {record['wall_seconds']:.0f} s; {path}"
+            f"{record['run']}: {describe_loss(record, record['val_kind'])}, {record['flops_6nd']:.3g} FLOPs (6ND), "
+            f"{record['wall_seconds']:.0f} s; {path}"
         )
 
     def _open_folder(self) -> None:
@@ -210,6 +225,14 @@ class LladaCLI(LightningCLI):
 def run_folder(args: list[str]) -> Path:
     """The folder that `llada ARGS` (from `fit` on) would run in; builds and starts nothing."""
     return LladaCLI(args, execute=False).folder
+
+
+def describe_loss(values: Mapping[str, float], kind: str) -> str:
+    """A validation loss with its standard error, its kind and both units."""
+    return (
+        f"{values['val_nats_per_token']:.4f} ± {values['val_stderr']:.4f} nats/token ({kind}), "
+        f"{values['val_bits_per_byte']:.4f} bits/byte"
+    )
 
 
 @rank_zero_only

@@ -118,7 +118,9 @@ def _print_curves(table: pd.DataFrame, fits: Fits, files: dict[str, str]) -> Non
     console.print(runs_table(table, fits.convention), end="\n\n")
     for objective, fit in fits.envelopes.items():
         if fit.law is None:
-            console.print(f"{objective}: no fit, {len(fit.points)} budgets; at least {MIN_BUDGETS} are needed")
+            console.print(
+                f"{objective}: no fit, budgets on the envelope: {len(fit.points)}; at least {MIN_BUDGETS} are needed"
+            )
             continue
         low, high = fit.law.interval_b
         law = f"{fit.law.a:.3f} {UNIT_NAMES[fits.unit]} x (C / {fit.law.c0:.3g})^-{fit.law.b:.4f}"
@@ -185,7 +187,7 @@ def sweep_command(argv: list[str], run_folder: RunFolder) -> int:
 
     Args:
         argv: the words after ``llada sweep``; what follows ``--`` is handed to every fit.
-        run_folder: from the arguments of ``llada fit`` to the folder of that run.
+        run_folder: from ``fit`` and its arguments to the folder of that run.
 
     Returns:
         0 if every run is done, 1 if some failed, 130 if the sweep was interrupted.

@@ -242,7 +242,7 @@ class EnvelopeFit:
         points = [{key: getattr(point, key) for key in EnvelopePoint.__dataclass_fields__} for point in self.points]
         fit: dict[str, Any] = {"convention": self.convention, "points": points}
         if self.law is None:
-            return {**fit, "note": f"no fit: {len(points)} budgets on the envelope, at least {MIN_BUDGETS} are needed"}
+            return {**fit, "note": f"no fit, budgets on the envelope: {len(points)}; at least {MIN_BUDGETS} are needed"}
         names = ("a", "b", "c0", "interval_a", "interval_b", "residual", "error_scale")
         return {**fit, **{name: getattr(self.law, name) for name in names}}
 

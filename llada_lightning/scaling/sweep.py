@@ -161,18 +161,22 @@ def _macro(macro: str, sweep: Sweep, point: Point) -> list[str]:
 
 
 def fit_arguments(command: list[str]) -> list[str]:
-    """What follows ``llada fit`` (or ``python -m llada_lightning fit``) in a rendered command.
+    """What follows ``llada`` (or ``python -m llada_lightning``) in a rendered command: ``fit`` and its arguments.
 
     Raises:
         UserError: the command is another one.
     """
     words = command[1:] if command[:1] == ["/usr/bin/env"] else command
-    for start in (["llada", "fit"], ["python", "-m", "llada_lightning", "fit"]):
-        if words[: len(start)] == start:
+    for start in (["llada"], ["python", "-m", "llada_lightning"]):
+        if words[: len(start) + 1] == [*start, "fit"]:
             return words[len(start) :]
     raise UserError(f"sweep: the command must start with `llada fit`, not `{' '.join(words[:2])}`")
 
 
 def launch_fit(arguments: list[str]) -> list[str]:
-    """``llada fit`` as this very interpreter and package run it, whatever ``llada`` is on the PATH."""
-    return [sys.executable, "-m", "llada_lightning", "fit", *arguments]
+    """``llada fit …`` as this very interpreter and package run it, whatever ``llada`` is on the PATH.
+
+    Args:
+        arguments: ``fit`` and its arguments.
+    """
+    return [sys.executable, "-m", "llada_lightning", *arguments]

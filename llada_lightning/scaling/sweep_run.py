@@ -37,12 +37,12 @@ _POLL_SECONDS = 0.1
 _CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 RunFolder = Callable[[list[str]], Path]
-"""From the arguments of ``llada fit`` to the folder of that run. Injected: resolving a config needs torch."""
+"""From ``fit`` and its arguments to the folder of that run. Injected: resolving a config needs torch."""
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a sweep: the arguments of its fit, its folder and log, and its cost in FLOPs (1 if unknown)."""
+    """One run of a sweep: ``fit`` and its arguments, its folder and log, and its cost in FLOPs (1 if unknown)."""
 
     arguments: list[str]
     folder: Path
@@ -89,7 +89,7 @@ def plan_runs(sweep: Sweep, run_folder: RunFolder, extra: Sequence[str] = ()) ->
 
     Args:
         sweep: the sweep.
-        run_folder: from the arguments of ``llada fit`` to the run's folder.
+        run_folder: from ``fit`` and its arguments to the run's folder.
         extra: arguments appended to every run's.
 
     Raises:
@@ -122,10 +122,10 @@ def run_sweep(
 
     Args:
         sweep: the sweep.
-        run_folder: from the arguments of ``llada fit`` to the run's folder.
+        run_folder: from ``fit`` and its arguments to the run's folder.
         jobs: runs at once.
         extra: arguments appended to every run's.
-        launch: from the arguments of ``llada fit`` to the command that is run.
+        launch: from ``fit`` and its arguments to the command that is run.
         console: where progress goes; stderr by default.
         grace_seconds: time for a stopped fit to save its checkpoint.
 

@@ -128,8 +128,9 @@ class LanguageModule(LightningModule, ABC):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self.validation["val_bits_per_byte"] = bits_per_byte(mean, data.bytes_per_token)
-        # Every rank has the same values: the estimate is summed over ranks.
-        self.log_dict(self.validation, rank_zero_only=True)
+        # For callbacks and the table of `llada validate`; the accounting logs them, by step. Every rank has the same
+        # values: the estimate is summed over ranks.
+        self.log_dict(self.validation, logger=False, rank_zero_only=True)
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end

@@ -70,7 +70,7 @@ def masked_sums(nll_SL: Array) -> tuple[npt.NDArray[np.int64], Array]:
     return sets_SL.sum(axis=1), (nll_SL * sets_SL).sum(axis=1)
 
 
-def moment_of_eq_3(nll_SL: Array, eps: float, power: int = 1) -> Array:
+def moment_of_eq_3(nll_SL: Array, eps: float, power: int = 1) -> float:
     """E[(sum of the masked / p)^power] over t and masks, by Gauss-Legendre quadrature in log p (smooth for 1/p too)."""
     length = nll_SL.shape[1]
     counts_S, sums_S = masked_sums(nll_SL)
@@ -78,29 +78,29 @@ def moment_of_eq_3(nll_SL: Array, eps: float, power: int = 1) -> Array:
     p_T1 = np.exp(log(eps) * (1 - nodes) / 2)[:, None]
     probability_TS = p_T1**counts_S * (1 - p_T1) ** (length - counts_S)
     integrand_T = (probability_TS * (sums_S / p_T1) ** power).sum(axis=1)
-    return (weights * integrand_T * p_T1[:, 0]).sum() * -log(eps) / 2 / (1 - eps)
+    return float((weights * integrand_T * p_T1[:, 0]).sum() * -log(eps) / 2 / (1 - eps))
 
 
-def eq_3(nll_SL: Array) -> Array:
+def eq_3(nll_SL: Array) -> float:
     """Its limit eps -> 0: a set of m masked tokens weighs the integral of t^(m-1) (1-t)^(L-m), a beta function."""
     counts_S, sums_S = masked_sums(nll_SL)
-    return (beta(counts_S[1:], nll_SL.shape[1] - counts_S[1:] + 1) * sums_S[1:]).sum()
+    return float((beta(counts_S[1:], nll_SL.shape[1] - counts_S[1:] + 1) * sums_S[1:]).sum())
 
 
-def moment_of_eq_14(nll_SL: Array, power: int = 1) -> Array:
+def moment_of_eq_14(nll_SL: Array, power: int = 1) -> float:
     """E[(L / l times the sum of the masked)^power] over l, uniform on 1..L, and over all sets of l."""
     length = nll_SL.shape[1]
     counts_S, sums_S = masked_sums(nll_SL)
     values_S = length * sums_S[1:] / counts_S[1:]
-    return np.sum([v**power / length / comb(length, m) for m, v in zip(counts_S[1:], values_S, strict=True)])
+    return sum(float(v) ** power / length / comb(length, m) for m, v in zip(counts_S[1:], values_S, strict=True))
 
 
-def eq_15(nll_SL: Array) -> Array:
+def eq_15(nll_SL: Array) -> float:
     """Mean over all L! orders: position pi(i) is predicted where pi(i), pi(i+1), ... are masked."""
     length = nll_SL.shape[1]
-    total = np.float64(0)
+    total = 0.0
     for order in permutations(range(length)):
-        total += sum(nll_SL[sum(1 << j for j in order[i:]), order[i]] for i in range(length))
+        total += sum(float(nll_SL[sum(1 << j for j in order[i:]), order[i]]) for i in range(length))
     return total / factorial(length)
 
 
@@ -135,11 +135,11 @@ def test_variance_of_eq_14_is_below_that_of_eq_3(table: Array) -> None:
     assert variance_of_eq_14(nll_SL) < variance_of_eq_3(nll_SL)
 
 
-def variance_of_eq_3(nll_SL: Array) -> Array:
+def variance_of_eq_3(nll_SL: Array) -> float:
     return moment_of_eq_3(nll_SL, MASK_EPS, power=2) - moment_of_eq_3(nll_SL, MASK_EPS) ** 2
 
 
-def variance_of_eq_14(nll_SL: Array) -> Array:
+def variance_of_eq_14(nll_SL: Array) -> float:
     return moment_of_eq_14(nll_SL, power=2) - moment_of_eq_14(nll_SL) ** 2
 
 
@@ -179,7 +179,7 @@ def estimates_of_eq_14(table: Array) -> Array:
     return np.array(values)
 
 
-def assert_unbiased(values_RB: Array, expected: Array) -> None:
+def assert_unbiased(values_RB: Array, expected: float) -> None:
     """Within 4 standard errors. Runs are independent, the values of one (stratified) run are not."""
     means_R = values_RB.mean(axis=1)
     assert abs(means_R.mean() - expected) < 4 * means_R.std(ddof=1) / np.sqrt(RUNS)

@@ -87,7 +87,7 @@ def test_two_budgets_are_drawn_without_a_fit(tmp_path: Path, capsys: Captured) -
     path = write_results(study(budgets=(3e11, 1e12)), tmp_path / "r.csv")
     assert curves_command([str(path), "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "arm: no fit, 2 budgets; at least 3 are needed" in out
+    assert "arm: no fit, budgets on the envelope: 2; at least 3 are needed" in out
     assert "compute multiplier: none" in out
     assert (tmp_path / "scaling.png").exists()
 

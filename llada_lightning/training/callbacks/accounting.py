@@ -75,6 +75,9 @@ class Accounting(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._advance()
+        for logger in trainer.loggers:
+            logger.log_metrics(getattr(pl_module, "validation", {}), step=trainer.global_step)
+            logger.save()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer

@@ -11,15 +11,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from llada_lightning.errors import UserError
 
-INIT_TIMEOUT_SECONDS = 30
+INIT_TIMEOUT_SECONDS = float(os.environ.get("WANDB_INIT_TIMEOUT", "30"))
 
 
 def wandb_logger(
-    folder: Path, name: str, project: str | None, entity: str | None, group: str | None, offline: bool
+    folder: Path, run_id: str, name: str, project: str | None, entity: str | None, group: str | None, offline: bool
 ) -> WandbLogger | None:
     """The logger of a run, started; None where neither a project nor a sweep's agent asks for one.
 
-    The run's name is W&B's id too, so a restarted run goes on in the same curves. Where W&B cannot be reached the
+    The id follows from the run's configuration, so a restarted run goes on in the same curves. Where W&B cannot be reached the
     run is logged offline, into ``folder/wandb``, from where ``wandb sync`` sends it later.
 
     Raises:
@@ -33,7 +33,7 @@ def wandb_logger(
     except ImportError as error:
         raise UserError("wandb.project: the package wandb is not installed; pip install wandb") from error
     # An agent has chosen the id already.
-    identity: dict[str, Any] = {} if in_sweep else {"id": name, "resume": "allow"}
+    identity: dict[str, Any] = {} if in_sweep else {"id": run_id, "resume": "allow"}
 
     def start(offline: bool) -> WandbLogger:
         logger = WandbLogger(
@@ -54,6 +54,7 @@ def wandb_logger(
     except (wandb.errors.Error, OSError) as error:
         reason = " ".join(str(error).split())
         rank_zero_warn(f"W&B is not reachable ({reason}); this run is logged offline, into {folder}/wandb")
+        wandb.teardown()  # or its service would hold the id for the run that failed
         return start(offline=True)
 
 

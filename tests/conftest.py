@@ -1,0 +1,43 @@
+"""Fixtures that several folders share: one small corpus, prepared once a session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Two threads of torch beside loader workers and ranks on two cores slow each other down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def write_corpus(folder: Path, documents: int = 60, first: int = 0) -> Path:
+    """Text files of arithmetic sentences: enough tokens for a few epochs of tiny runs."""
+    folder.mkdir(parents=True)
+    for n in range(first, first + documents):
+        lines = [f"{n} plus {k} is {n + k}, and {n} times {k} is {n * k}." for k in range(25)]
+        (folder / f"{n:04d}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder: 512 words, shards of 2048 tokens."""
+    from llada_lightning.data.prepare import prepare
+
+    root = tmp_path_factory.mktemp("prepared")
+    source = write_corpus(root / "text")
+    prepare(str(source), str(root / "data"), vocab_size=384, val_fraction=0.15, shard_tokens=2048, progress=False)
+    return root / "data"
+
+
+@pytest.fixture(scope="session")
+def prepared_second(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another corpus with the first one's tokenizer, for mixtures."""
+    from llada_lightning.data.prepare import prepare
+
+    root = tmp_path_factory.mktemp("prepared_second")
+    source = write_corpus(root / "text", first=1000)
+    tokenizer = str(prepared / "tokenizer.json")
+    prepare(str(source), str(root / "data"), tokenizer=tokenizer, val_fraction=0.15, shard_tokens=2048, progress=False)
+    return root / "data"

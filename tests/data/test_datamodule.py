@@ -1,0 +1,210 @@
+"""Batches are functions of (seed, ordinal): whatever the ranks, accumulation, micro-batch and workers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from litdata import StreamingDataset, TokensLoader
+
+from llada_lightning.data.batches import TrainingBatch
+from llada_lightning.data.datamodule import TokenDataModule, exact_micro_batch
+from llada_lightning.errors import UserError
+from llada_lightning.objectives.forward_process import random_lengths
+
+L, G = 32, 8
+
+
+def module(
+    path: Any, rank: int = 0, ranks: int = 1, accumulation: int = 1, step: int = 0, **settings: Any
+) -> TokenDataModule:
+    data = TokenDataModule(path=path, sequence_length=L, global_batch=G, **settings)
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_step=step, global_rank=rank, world_size=ranks, accumulate_grad_batches=accumulation
+    )
+    return data
+
+
+def batches(data: TokenDataModule, count: int) -> list[TrainingBatch]:
+    return [batch for batch, _ in zip(data.train_dataloader(), range(count), strict=False)]
+
+
+def merged(data: list[TokenDataModule], steps: int) -> dict[int, tuple[list[int], list[bool], float]]:
+    """Ordinal -> tokens, mask and p, over all ranks."""
+    found = {}
+    for one in data:
+        for batch in batches(one, steps * G // (one.micro_batch * len(data))):
+            for i, n in enumerate(batch.ordinals_B.tolist()):
+                assert n not in found
+                found[n] = (batch.tokens_BL[i].tolist(), batch.masked_BL[i].tolist(), float(batch.p_B[i]))
+    return found
+
+
+def stored_blocks(folder: Path) -> list[list[int]]:
+    stored = StreamingDataset(str(folder / "train"), item_loader=TokensLoader(block_size=L))
+    return [stored[i].tolist() for i in range(len(stored))]
+
+
+@pytest.mark.parametrize(("ranks", "accumulation", "workers"), [(1, 2, 0), (2, 1, 0), (2, 2, 1), (1, 1, 2), (4, 2, 0)])
+def test_any_split_of_the_global_batch_sees_the_same(
+    prepared: Path, ranks: int, accumulation: int, workers: int
+) -> None:
+    reference = merged([module(str(prepared))], steps=3)
+    assert sorted(reference) == list(range(3 * G))
+    split = [module(str(prepared), r, ranks, accumulation, workers=workers) for r in range(ranks)]
+    assert merged(split, steps=3) == reference
+
+
+def test_a_resumed_stream_goes_on_with_the_next_ordinal(prepared: Path) -> None:
+    whole = batches(module(str(prepared)), 6)
+    for resumed, expected in zip(batches(module(str(prepared), step=4), 2), whole[4:], strict=True):
+        assert resumed.ordinals_B.tolist() == expected.ordinals_B.tolist()
+        assert torch.equal(resumed.tokens_BL, expected.tokens_BL)
+        assert torch.equal(resumed.masked_BL, expected.masked_BL)
+
+
+def test_ranks_never_share_masks(prepared: Path) -> None:
+    masks = [batches(module(str(prepared), r, 2), 4) for r in range(2)]
+    rows = [tuple(row) for of_rank in masks for batch in of_rank for row in batch.masked_BL.tolist() if any(row)]
+    assert len(set(rows)) > len(rows) - 4  # short masks may coincide by chance; whole streams may not
+    assert not torch.equal(masks[0][0].masked_BL, masks[1][0].masked_BL)
+
+
+def test_an_epoch_reads_every_block_once(prepared: Path) -> None:
+    data = module(str(prepared), random_length_share=0.0)
+    blocks = sorted(stored_blocks(prepared))
+    steps = -(-len(blocks) // G)
+    read = [row for batch in batches(data, steps) for row in batch.tokens_BL.tolist()]
+    assert sorted(read[: len(blocks)]) == blocks
+    assert data.train_tokens == len(blocks) * L
+
+
+def test_mixture_reads_each_source_by_its_weight(prepared: Path, prepared_second: Path) -> None:
+    data = module({str(prepared): 1, str(prepared_second): 3})
+    stream = data.train_dataloader().dataset.stream
+    sources = np.array([stream.locate(n)[0] for n in range(400)])
+    assert (sources == 1).sum() == 300
+    known = set(map(tuple, stored_blocks(prepared_second)))
+    mixed = module(data.weights, random_length_share=0.0)
+    read = [tuple(row) for batch in batches(mixed, 10) for row in batch.tokens_BL.tolist()]
+    assert sum(row in known for row in read) == 60
+
+
+def test_random_lengths_pad_with_eos_and_count_true_tokens(prepared: Path) -> None:
+    data = module(str(prepared), random_length_share=0.5, seed=3)
+    for step, batch in enumerate(batches(data, 5)):
+        ordinals = np.arange(step * G, (step + 1) * G)
+        lengths = random_lengths(3, ordinals, L, 0.5)
+        assert batch.attention_mask_BL is not None
+        assert batch.attention_mask_BL.sum(1).tolist() == lengths.tolist()
+        assert batch.global_tokens == batch.denominator == lengths.sum()
+        padded = ~batch.attention_mask_BL
+        assert (batch.tokens_BL[padded] == data.tokenizer.eos_id).all()
+        assert not batch.masked_BL[padded].any()
+
+
+def test_full_sequences_carry_no_attention_mask(prepared: Path) -> None:
+    assert all(b.attention_mask_BL is None for b in batches(module(str(prepared), random_length_share=0.0), 3))
+
+
+def test_micro_batches_of_a_step_share_its_token_count(prepared: Path) -> None:
+    data = module(str(prepared), accumulation=4, random_length_share=0.5)
+    step = batches(data, 4)
+    assert {b.global_tokens for b in step} == {step[0].global_tokens}
+    assert sum(b.denominator for b in step) == pytest.approx(step[0].global_tokens)
+
+
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 4), (2, 4), (3, 5)])
+def test_validation_covers_each_sequence_once_over_ranks(prepared: Path, ranks: int, batch: int) -> None:
+    counted, steps = [], set()
+    for rank in range(ranks):
+        data = module(str(prepared), rank, ranks, val_batch=batch, val_sequences=18, micro_batch=None)
+        data.trainer.accumulate_grad_batches = 1
+        data.global_batch = ranks * batch  # any exact batch; the validation set must not depend on it
+        loaded = list(data.val_dataloader())
+        steps.add(len(loaded))
+        counted += [n for b in loaded for n, c in zip(b.ordinals_B.tolist(), b.counted_B.tolist(), strict=True) if c]
+    assert sorted(counted) == list(range(18))
+    assert len(steps) == 1  # every rank runs the same number of batches
+
+
+def test_validation_noise_is_the_same_for_every_run(prepared: Path) -> None:
+    def all_of(**settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loaded = list(module(str(prepared), **settings).val_dataloader())
+        return torch.cat([b.tokens_BL for b in loaded]), torch.cat([b.masked_BL for b in loaded])
+
+    tokens, masked = all_of(seed=0, val_sequences=16)
+    other_tokens, other_masked = all_of(seed=5, val_sequences=16, random_length_share=0.5)
+    assert torch.equal(tokens, other_tokens)
+    assert torch.equal(masked, other_masked)
+
+
+def test_validation_takes_no_sequence_twice(prepared: Path, prepared_second: Path) -> None:
+    data = module({str(prepared): 1, str(prepared_second): 9}, val_sequences=None)
+    stream = data.val_dataloader().dataset.stream
+    sequences = data.val_dataloader().dataset.sequences
+    located = [stream.locate(n) for n in range(sequences)]
+    assert len(set(located)) == sequences > 0
+
+
+def test_a_remote_folder_streams_the_same(prepared: Path) -> None:
+    local = batches(module(str(prepared)), 2)
+    remote = batches(module(f"local:{prepared}"), 2)
+    assert all(torch.equal(a.tokens_BL, b.tokens_BL) for a, b in zip(local, remote, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (10, 4, 1, 1),
+            "10 is not micro-batch 4 x 1 device.* nearest global batches: 8 or 12 with accumulation 2 or 3",
+        ),
+        ((16, 4, 2, 1), "set --trainer.accumulate_grad_batches 2"),
+        ((7, None, 2, 1), "nearest global batches: 6 or 8"),
+    ],
+)
+def test_a_global_batch_that_does_not_divide_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        exact_micro_batch(*arguments)
+
+
+def test_a_global_batch_that_divides_gives_the_micro_batch() -> None:
+    assert exact_micro_batch(16, None, 2, 2) == 4
+    assert exact_micro_batch(16, 4, 2, 2) == 4
+
+
+def test_damaged_folders_are_refused(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="llada prepare"):
+        module(str(tmp_path)).check()
+    with pytest.raises(UserError):
+        module(str(tmp_path / "absent")).check()
+    shard = next(iter(sorted((prepared / "train").glob("*.bin"))))
+    for name, damage in {"cut": lambda p: p.write_bytes(p.read_bytes()[:-8]), "missing": Path.unlink}.items():
+        copy = tmp_path / name
+        shutil.copytree(prepared, copy)
+        damage(copy / "train" / shard.name)  # type: ignore[operator]
+        with pytest.raises(UserError, match=shard.name):
+            module(str(copy)).check()
+
+
+def test_a_sequence_longer_than_a_shard_is_refused(prepared: Path) -> None:
+    data = TokenDataModule(path=str(prepared), sequence_length=4096)
+    with pytest.raises(UserError, match="4096"):
+        data.check()
+
+
+def test_a_mixture_of_two_tokenizers_is_refused(prepared: Path, tmp_path: Path) -> None:
+    from conftest import write_corpus
+
+    from llada_lightning.data.prepare import prepare
+
+    other = write_corpus(tmp_path / "text", first=500)
+    prepare(str(other), str(tmp_path / "data"), vocab_size=300, val_fraction=0.2, progress=False)
+    with pytest.raises(UserError, match="another tokenizer"):
+        module({str(prepared): 1, str(tmp_path / "data"): 1}).check()

@@ -1,0 +1,92 @@
+"""Tiny runs for the tests: in this process, or in one that kills itself."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from llada_lightning.cli import main
+
+MODELS = {"arm": "ArmModule", "llada": "LladaModule"}
+TESTS = Path(__file__).parent
+
+
+class KillAt(Callback):
+    """Kills its process with -9 when a step has ended, before that step is logged or saved by anyone else."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fit_arguments(objective: str, data: Path, root: Path, *extra: str) -> list[str]:
+    """A run of 24 steps of 8 sequences of 32 tokens in fp32; `extra` overrides."""
+    return [
+        "fit",
+        f"--model={MODELS[objective]}",
+        "--model.shape={n_layers: 2, d_model: 32, n_heads: 2, n_kv_heads: 1, d_ff: 64}",
+        "--model.schedule.lr=0.01",
+        f"--data.path={data}",
+        "--data.sequence_length=32",
+        "--data.global_batch=8",
+        "--data.val_sequences=24",
+        "--data.random_length_share=0.1",
+        "--trainer.max_steps=24",
+        "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
+        "--trainer.log_every_n_steps=1",
+        f"--run.root={root}",
+        "--run.study=test",
+        "--run.name=run",
+        "--run.checkpoint_every_steps=5",
+        *extra,
+    ]
+
+
+def fit(objective: str, data: Path, root: Path, *extra: str) -> Path:
+    """Fit in this process; returns the run's folder."""
+    assert main(fit_arguments(objective, data, root, *extra)) == 0
+    return root / "test" / "run"
+
+
+def fit_process(objective: str, data: Path, root: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+    """Fit in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "llada_lightning", *fit_arguments(objective, data, root, *extra)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def kill_at(step: int) -> str:
+    """The argument that adds :class:`KillAt`."""
+    return f"--trainer.callbacks=[{{class_path: runs.KillAt, init_args: {{step: {step}}}}}]"
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(folder: Path) -> list[float]:
+    """The training loss of every step, in order."""
+    return [float(row["train_nats_per_token"]) for row in metrics(folder)]
+
+
+def weights(folder: Path, step: int = 24) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / f"step={step:08d}.ckpt")["state_dict"]
+
+
+def record(folder: Path) -> dict[str, Any]:
+    [found] = json.loads((folder / "result.json").read_text())
+    return found
