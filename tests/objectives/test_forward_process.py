@@ -6,7 +6,6 @@ from itertools import combinations
 from math import sqrt
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,11 +39,6 @@ def fibonacci_blocks(count: int) -> int:
         if number <= count:
             count, blocks = count - number, blocks + 1
     return blocks
-
-
-def same(values: npt.NDArray[np.int64], seed: int = 0) -> npt.NDArray[np.int64]:
-    """Masks are functions of the ordinal: 0, 1, 2, ... beside given values."""
-    return np.arange(len(values)) + 1000 * seed
 
 
 def test_mask_probability_goes_from_eps_to_one() -> None:
@@ -85,11 +79,9 @@ def test_masked_share_is_p_everywhere(p: float) -> None:
     sequences, length = 500, 256
     masked_BL = random_mask(2, np.arange(sequences), np.full(sequences, p), length)
     assert abs(masked_BL.mean() - p) < 4 * sqrt(p * (1 - p) / masked_BL.size)
-    if p >= 0.05:
-        by_position_L, by_sequence_B = masked_BL.sum(axis=0), masked_BL.sum(axis=1)
-        assert chisquare(by_position_L).pvalue > 0.001 or p > 0.5
-        assert by_position_L.var() == pytest.approx(sequences * p * (1 - p), rel=0.3)
-        assert by_sequence_B.var() == pytest.approx(length * p * (1 - p), rel=0.3)
+    # Tokens are independent: counts along either axis vary as binomials do.
+    assert masked_BL.sum(axis=0).var() == pytest.approx(sequences * p * (1 - p), rel=0.35)
+    assert masked_BL.sum(axis=1).var() == pytest.approx(length * p * (1 - p), rel=0.35)
 
 
 @given(seeds, ordinals, st.floats(0, 1), st.floats(0, 1))

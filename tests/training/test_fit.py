@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +154,11 @@ def test_wandb_out_of_reach_does_not_stop_the_run(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb")
+    for leftover in [name for name in os.environ if "WANDB" in name]:  # of an offline run in this process
+        monkeypatch.delenv(leftover)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
-    monkeypatch.delenv("WANDB_MODE", raising=False)  # an offline run in this process leaves it behind
     done = fit_process("arm", prepared, tmp_path, "--wandb.project=test", "--trainer.max_steps=4")
     assert done.returncode == 0, done.stderr
     assert "this run is logged offline" in done.stderr
