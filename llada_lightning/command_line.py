@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser
@@ -19,8 +20,31 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises UserError: the command, what is wrong, and where to read the options."""
-        words = " ".join(message.split()).rstrip(".")
-        raise UserError(f"{words}; see '{self.prog} --help'") from ex
+        raise UserError(one_line(message, self.prog)) from ex
+
+
+def one_line(message: str, command: str) -> str:
+    """The parser's report of several lines as one: the key, the value, what was expected.
+
+    Args:
+        message: of jsonargparse; for a key within a class it holds, indented, what this function made of the cause.
+        command: whose ``--help`` lists the options.
+    """
+    key = re.search(r'Parser key "([^"]+)"', message)
+    within = re.search(r"^ +- (\S+: .* given; expected .*|Option '\S+' is not accepted.*)$", message, re.MULTILINE)
+    value = re.search(r"(?:Given|Got) value: (.+)", message)
+    expected = re.findall(r"Expected an? (?:<class '([\w.]+)'>|(\w[\w.]*\[.*\]))", message)
+    if key and within:
+        inner = within[1]
+        return f"{key[1]}: {inner}" if inner.startswith("Option") else f"{key[1]}.{inner}"
+    if key and key[1] == "model":
+        given = f"{value[1]} given" if value and "NestedArg" not in value[1] else "which one is not said"
+        return f"model: {given}; expected ArmModule, LladaModule or the path of a class of yours"
+    if key and value and expected:
+        types = dict.fromkeys((name or union.removeprefix("typing.")) for name, union in expected)
+        return f"{key[1]}: {value[1].strip()} given; expected {' or '.join(types).replace('NoneType', 'null')}"
+    words = " ".join(message.split()).rstrip(".")
+    return f"{words}; see '{command} --help'"
 
 
 def people_console(*, stderr: bool = False) -> Console:

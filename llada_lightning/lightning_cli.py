@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from llada_lightning.command_line import one_line
 from llada_lightning.configuration import (
     Budget,
     Run,
@@ -28,12 +28,18 @@ from llada_lightning.configuration import (
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.results import read_records, write_records, written_atomically
+from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.training.callbacks.accounting import Accounting
-from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoints, last_checkpoint
+from llada_lightning.training.callbacks.checkpoints import (
+    AtomicCheckpointIO,
+    StepCheckpoints,
+    last_checkpoint,
+    saved_identity,
+)
 from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
 from llada_lightning.training.callbacks.progress import BudgetProgress
 from llada_lightning.training.callbacks.wandb_log import wandb_logger
-from llada_lightning.training.modules import LanguageModule
+from llada_lightning.training.modules import LanguageModule, check_identity
 from llada_lightning.training.record import result_record
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -51,17 +57,7 @@ class OneLineParser(LightningArgumentParser):
     """A parser whose errors are UserErrors of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(one_line(message)) from ex
-
-
-def one_line(message: str) -> str:
-    """The parser's report of several lines as one: the key, the value, what was expected."""
-    key = re.search(r'Parser key "([^"]+)"', message)
-    value = re.search(r"(?:Given value|Got value|value): (.+)", message)
-    expected = dict.fromkeys(re.findall(r"Expected an? (?!path\b)([^\n.]+?)(?:\.|: |\n|$)", message))
-    if key and value and expected:
-        return f"{key[1]}: {value[1].strip()} given; expected {' or '.join(expected)}"
-    return f"{' '.join(message.split())}; see llada fit --help"
+        raise UserError(one_line(message, "llada fit")) from ex
 
 
 class LladaCLI(LightningCLI):
@@ -124,7 +120,7 @@ class LladaCLI(LightningCLI):
             self.identity = identity(self.settings, data)
             self.run_name = run_name(self.settings, data)
             if self._execute:
-                self._open_folder()
+                self._check_folder()
 
     def instantiate_classes(self) -> None:
         if self._execute:
@@ -134,25 +130,30 @@ class LladaCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.subcommand != "fit":
             return super().instantiate_trainer(**kwargs)
-        run, settings = self.settings.run, self.config_init[self.subcommand]
-        model = self.model
-        self.accounting = Accounting(model.flops_per_token(self.datamodule.sequence_length, self.datamodule.mask_eps))
-        title = f"{model.objective} {self.run_name.split('-')[1]}"
+        run, trainer = self.settings.run, self.config_init[self.subcommand].trainer
+        data, model = self.datamodule, self.model
+        self.accounting = Accounting(model.flops_per_token(data.sequence_length, data.mask_eps))
+        title = f"{model.objective} {shape_name(model.shape)}"
         own_callbacks = [
             self.accounting,
             BudgetProgress(title, self.accounting),
             StepCheckpoints(self.folder / "checkpoints", run.checkpoint_every_steps, run.keep_checkpoints),
         ]
-        w = self.settings.wandb
-        group = w.group or run.study
-        self.wandb = wandb_logger(self.folder, self.run_name, run.name, w.project, w.entity, group, w.offline)
-        loggers = [MetricsCSV(self.folder), *([self.wandb] if self.wandb else []), *_as_list(settings.trainer.logger)]
         return super().instantiate_trainer(
-            callbacks=[*own_callbacks, *_as_list(settings.trainer.callbacks)],
-            logger=loggers,
-            plugins=[AtomicCheckpointIO(), *_as_list(settings.trainer.plugins)],
+            callbacks=[*own_callbacks, *_as_list(trainer.callbacks)],
+            plugins=[AtomicCheckpointIO(), *_as_list(trainer.plugins)],
             **kwargs,
         )
+
+    def before_fit(self) -> None:
+        """Everything is known to fit together: only now write into the run's folder, and start W&B."""
+        self.datamodule.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
+        self._write_config()
+        run, w = self.settings.run, self.settings.wandb
+        group = w.group or run.study
+        self.wandb = wandb_logger(self.folder, self.run_name, run.name, w.project, w.entity, group, w.offline)
+        own = [MetricsCSV(self.folder), *_as_list(self.wandb)]
+        self.trainer.loggers = [*own, *self.trainer.loggers]
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -198,8 +199,8 @@ class LladaCLI(LightningCLI):
             f"{record['wall_seconds']:.0f} s; {path}"
         )
 
-    def _open_folder(self) -> None:
-        """Leave if the run is done, refuse a folder of another run, else write the resolved configuration."""
+    def _check_folder(self) -> None:
+        """Leave if the run is done; refuse the folder of another run. Nothing is written here."""
         records = read_records(self.folder)
         if records and records[0].get("run") != self.run_name:
             raise UserError(
@@ -209,9 +210,11 @@ class LladaCLI(LightningCLI):
         if records:
             announce(f"{self.folder} is done; nothing to do")
             sys.exit(0)
-        if self.settings.run.resume == "never" and last_checkpoint(self.folder / "checkpoints"):
+        checkpoint = last_checkpoint(self.folder / "checkpoints")
+        if checkpoint is not None and self.settings.run.resume == "never":
             raise UserError(f"run.resume: never given, but {self.folder} has checkpoints; delete it, or resume: auto")
-        self._write_config()
+        if checkpoint is not None:
+            check_identity(saved_identity(checkpoint), self.identity, set(self.identity))
 
     @rank_zero_only
     def _write_config(self) -> None:

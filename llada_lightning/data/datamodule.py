@@ -143,9 +143,11 @@ class TokenDataModule(LightningDataModule):
     def micro_batch(self) -> int:
         """Sequences of a forward pass on one device, such that the global batch is exact."""
         assert self.trainer is not None
-        return exact_micro_batch(
-            self.global_batch, self._micro_batch, self.trainer.world_size, self.trainer.accumulate_grad_batches
-        )
+        return self.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
+
+    def exact_micro_batch(self, devices: int, accumulation: int) -> int:
+        """As :attr:`micro_batch`, for a trainer to be."""
+        return exact_micro_batch(self.global_batch, self._micro_batch, devices, accumulation)
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None

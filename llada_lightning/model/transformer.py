@@ -134,7 +134,8 @@ class Transformer(nn.Module):
 def attention_pattern(attention_mask_BL: Tensor, causal: bool) -> Tensor:
     """Which keys each query sees: (B, 1, 1 or L, L) bool.
 
-    Every query sees itself, so that rows of padding have something to attend to and give no NaN.
+    Where causal, every query sees itself: else a row of padding on the left would see nothing, and its softmax would
+    be undefined.
     """
     length = attention_mask_BL.shape[1]
     keys_B11L = attention_mask_BL[:, None, None, :]

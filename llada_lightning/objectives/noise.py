@@ -46,7 +46,8 @@ def uniform(seed: int, stream: Stream, ordinal: int, count: int, sub_ordinal: in
 def uniform_by_ordinal(seed: int, stream: Stream, ordinals: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Four uniform numbers in [0, 1) for each of many ordinals: (B, 4).
 
-    The four words of the Philox block whose counter is the ordinal, so a range of ordinals is one draw.
+    The four words of the Philox block whose counter is the ordinal, so a range of ordinals is one draw; everything
+    between the lowest and the highest is drawn.
     """
     first = int(ordinals.min())
     counter = np.array([first, 0, 0, 0], dtype=np.uint64)

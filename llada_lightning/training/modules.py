@@ -150,13 +150,8 @@ class LanguageModule(LightningModule, ABC):
             UserError: names what differs.
         """
         assert self.trainer is not None
-        keys = self.identity.keys() if self.trainer.training else {"tokenizer"}
-        saved = checkpoint.get("identity", {})
-        found = differences({k: saved.get(k) for k in keys}, {k: self.identity.get(k) for k in keys})
-        if found:
-            raise UserError(
-                f"checkpoint: of another run ({'; '.join(found)}); restore these settings, or start a new --run.name"
-            )
+        keys = set(self.identity) if self.trainer.training else {"tokenizer"}
+        check_identity(checkpoint.get("identity", {}), self.identity, keys)
 
     @abstractmethod
     def training_loss(self, batch: TrainingBatch) -> Tensor:
@@ -230,6 +225,19 @@ class LladaModule(LanguageModule):
         hidden_BLD = self.model.hidden(inputs_BL, causal=False, attention_mask_BL=attention_mask_BL)
         logits_MV = self.model.head(hidden_BLD[masked_BL])
         return token_nll(logits_MV, tokens_BL[masked_BL], self.excluded_token_id)
+
+
+def check_identity(saved: dict[str, Any], current: dict[str, Any], keys: set[str]) -> None:
+    """Refuse a checkpoint whose run differs from this one in some of ``keys``.
+
+    Raises:
+        UserError: names every difference.
+    """
+    found = differences({k: saved.get(k) for k in keys}, {k: current.get(k) for k in keys})
+    if found:
+        raise UserError(
+            f"checkpoint: of another run ({'; '.join(found)}); restore these settings, or start a new --run.name"
+        )
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

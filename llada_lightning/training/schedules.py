@@ -64,6 +64,7 @@ class WSD:
             UserError: warmup, plateaus and decay do not fit into the run, in this order.
         """
         lr = default_lr if self.lr is None else self.lr
+        self._check_numbers()
         warmup_steps = self.warmup_steps
         if warmup_steps is None:
             warmup_steps = round(self.warmup_fraction * total_steps)
@@ -95,7 +96,7 @@ class WSD:
             if step >= self._first_step(plateau):
                 plateau_lr = plateau.lr
         into_decay = step - (self.total_steps - self.decay_steps)
-        if into_decay <= 0:
+        if into_decay <= 0 or not self.decay_steps:
             return plateau_lr
         return plateau_lr + (self.final_lr - plateau_lr) * min(1.0, into_decay / self.decay_steps)
 
@@ -103,6 +104,14 @@ class WSD:
         """The first step that begins with ``from_tokens`` tokens processed."""
         assert self.tokens_per_step is not None
         return math.ceil(plateau.from_tokens / self.tokens_per_step)
+
+    def _check_numbers(self) -> None:
+        named = {key: value for key, value in vars(self).items() if isinstance(value, (int, float))}
+        for i, plateau in enumerate(self.plateaus):
+            named |= {f"plateaus.{i}.{key}": value for key, value in vars(plateau).items()}
+        for key, value in named.items():
+            if not math.isfinite(value) or value < 0:
+                raise UserError(f"model.schedule.{key}: {value} must be a finite number of at least 0")
 
     def _check(self) -> None:
         assert self.warmup_steps is not None and self.decay_steps is not None and self.total_steps is not None

@@ -116,9 +116,9 @@ def test_gradient_is_that_of_eq_3_written_plainly() -> None:
     bias_V = torch.zeros(WORDS, dtype=torch.float64)
     bias_V[MASK] = -math.inf
     log_p_BL = (plain + bias_V).log_softmax(-1).gather(-1, targets_BL[..., None])[..., 0]
-    expected = -sum(
-        log_p_BL[b, i] / p_B[b] for b in range(batch) for i in range(length) if masked_BL[b, i]
-    ) / (batch * length)
+    expected = -sum(log_p_BL[b, i] / p_B[b] for b in range(batch) for i in range(length) if masked_BL[b, i]) / (
+        batch * length
+    )
 
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     (gradient,), (expected_gradient,) = torch.autograd.grad(loss, ours), torch.autograd.grad(expected, plain)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import MODELS, fit, fit_arguments, fit_process, losses, metrics, record, weights
 
 from llada_lightning.cli import main
 from llada_lightning.data.manifest import read_manifest
@@ -19,6 +18,7 @@ from llada_lightning.scaling.results import RESULT_COLUMNS
 from llada_lightning.scaling.shapes import Shape
 from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule, bits_per_byte
 from llada_lightning.training.schedules import WSD
+from runs import MODELS, fit, fit_arguments, fit_process, losses, metrics, record, weights
 
 SHAPE = Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=64)
 

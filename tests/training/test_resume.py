@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import fit, fit_process, kill_at, losses, metrics, record, weights
 
 from llada_lightning.cli import main
+from runs import fit, fit_process, kill_at, losses, metrics, record, weights
 
 WITHIN_AN_EPOCH, OVER_AN_EPOCHS_END = 13, 17
 

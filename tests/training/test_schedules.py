@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -124,7 +125,7 @@ def test_rates_rise_hold_and_fall_in_equal_steps(schedule: WSD) -> None:
     assert schedule.warmup_steps is not None and schedule.decay_steps is not None and schedule.total_steps is not None
     assert schedule.lr is not None and schedule.final_lr is not None
     rates = [schedule.at(step) for step in range(schedule.total_steps + 1)]
-    steps = [b - a for a, b in zip(rates[:-1], rates[1:], strict=True)]
+    steps = [b - a for a, b in pairwise(rates)]
     decay_start = schedule.total_steps - schedule.decay_steps
     tolerance = 1e-12 * schedule.lr
     rise, hold, fall = steps[: schedule.warmup_steps], steps[schedule.warmup_steps : decay_start], steps[decay_start:]

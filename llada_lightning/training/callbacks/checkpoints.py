@@ -63,3 +63,8 @@ def last_checkpoint(folder: Path) -> Path | None:
         int(match[1]): path for path in folder.glob("step=*.ckpt") if (match := re.fullmatch(r"step=(\d+)", path.stem))
     }
     return steps[max(steps)] if steps else None
+
+
+def saved_identity(checkpoint: Path) -> dict[str, Any]:
+    """The identity of the run that wrote a checkpoint, without reading its weights."""
+    return torch.load(checkpoint, mmap=True, weights_only=True, map_location="cpu").get("identity", {})

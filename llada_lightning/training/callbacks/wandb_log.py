@@ -19,8 +19,8 @@ def wandb_logger(
 ) -> WandbLogger | None:
     """The logger of a run, started; None where neither a project nor a sweep's agent asks for one.
 
-    The id follows from the run's configuration, so a restarted run goes on in the same curves. Where W&B cannot be reached the
-    run is logged offline, into ``folder/wandb``, from where ``wandb sync`` sends it later.
+    The id follows from the run's configuration, so a restarted run goes on in the same curves. Where W&B cannot be
+    reached the run is logged offline, into ``folder/wandb``, from where ``wandb sync`` sends it later.
 
     Raises:
         UserError: wandb is not installed.
