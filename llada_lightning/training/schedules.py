@@ -116,7 +116,7 @@ class WSD:
     def _check(self) -> None:
         assert self.warmup_steps is not None and self.decay_steps is not None and self.total_steps is not None
         knots = [self.warmup_steps, *(self._first_step(p) for p in self.plateaus), self.total_steps - self.decay_steps]
-        if min(self.warmup_steps, self.decay_steps) < 0 or knots != sorted(knots):
+        if knots != sorted(knots):
             raise UserError(
                 f"model.schedule: warmup ends at step {knots[0]}, plateaus start at {knots[1:-1]}, the decay at "
                 f"{knots[-1]} of {self.total_steps} steps; they must follow one another: shorten them"

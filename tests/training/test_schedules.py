@@ -92,8 +92,6 @@ def test_every_plateau_holds_until_the_next() -> None:
         WSD(warmup_steps=60, decay_steps=41),
         WSD(warmup_steps=101, decay_steps=0),
         WSD(warmup_steps=0, decay_steps=101),
-        WSD(warmup_steps=-1),
-        WSD(decay_steps=-1),
         WSD(decay_tokens=64 * 99.0),
         WSD(warmup_fraction=0.9),
         WSD(warmup_steps=10, plateaus=[Plateau(lr=1e-4, from_tokens=64 * 9)]),
@@ -152,3 +150,24 @@ def test_resolving_again_changes_nothing(
     resolved = schedule.resolve(total_steps, tokens_per_step, default_lr)
     assert resolved.resolve(total_steps, tokens_per_step, default_lr=7.0) == resolved
     assert schedule == WSD(warmup_steps=warmup_steps, final_lr=final_lr)  # its own values stay as they were
+
+
+@pytest.mark.parametrize(
+    ("schedule", "key"),
+    [
+        (WSD(warmup_steps=-1), "warmup_steps: -1"),
+        (WSD(decay_steps=-1), "decay_steps: -1"),
+        (WSD(lr=-1.0), "lr: -1.0"),
+        (WSD(lr=float("nan")), "lr: nan"),
+        (WSD(warmup_fraction=float("nan")), "warmup_fraction: nan"),
+        (WSD(plateaus=[Plateau(lr=1e-4, from_tokens=float("inf"))]), "plateaus.0.from_tokens: inf"),
+    ],
+    ids=str,
+)
+def test_numbers_that_make_no_rate_are_refused(schedule: WSD, key: str) -> None:
+    with pytest.raises(UserError, match=rf"^model\.schedule\.{key} must be a finite number"):
+        schedule.resolve(100, 64.0, 1e-3)
+
+
+def test_a_schedule_without_decay_goes_on_past_its_end() -> None:
+    assert WSD(lr=1e-3, decay_steps=0).resolve(2, 64.0, 1e-3).at(5) == 1e-3
