@@ -192,19 +192,18 @@ def _fill_intervals(config: Namespace, steps: int) -> None:
 def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
     """bf16-mixed where the device multiplies bf16 in hardware, else fp32."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "32-true"
-    if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
-        features = torch.backends.cpu.get_cpu_capability()
-        has_bf16 = torch.cpu._is_amx_tile_supported() or _cpu_flag("avx512_bf16")
-        return "bf16-mixed" if has_bf16 and features != "DEFAULT" else "32-true"
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    if accelerator in ("auto", "cpu") and cpu_flags() & {"avx512_bf16", "amx_bf16"}:
+        return "bf16-mixed"
     return "32-true"
 
 
-def _cpu_flag(flag: str) -> bool:
+def cpu_flags() -> set[str]:
+    """Instruction sets by Linux's names; empty on other systems."""
     try:
-        return flag in Path("/proc/cpuinfo").read_text().split()
+        return set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return False
+        return set()
 
 
 _TRAINER_IDENTITY = ("max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
@@ -213,10 +212,10 @@ _DATA_MACHINE = ("path", "workers", "micro_batch", "val_batch")
 
 def identity(config: Namespace, data: TokenDataModule) -> dict[str, Any]:
     """What makes a run this run: its resolved settings without paths and without the machine's."""
-    plain = _plain(config)
+    plain, model = _plain(config), module_class(config)
     data_arguments = {k: v for k, v in plain["data"]["init_args"].items() if k not in _DATA_MACHINE}
     return {
-        "model": plain["model"],
+        "model": {**plain["model"], "class_path": f"{model.__module__}.{model.__qualname__}"},
         "data": {**data_arguments, "class_path": plain["data"]["class_path"], "fingerprint": data.fingerprint},
         "trainer": {key: plain["trainer"].get(key) for key in _TRAINER_IDENTITY},
         "seed": plain["seed_everything"],

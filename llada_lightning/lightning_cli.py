@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import Namespace
 from lightning import Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -152,17 +153,26 @@ class LladaCLI(LightningCLI):
         run, w = self.settings.run, self.settings.wandb
         group = w.group or run.study
         self.wandb = wandb_logger(self.folder, self.run_name, run.name, w.project, w.entity, group, w.offline)
+        if self.wandb is not None:
+            self.wandb.log_hyperparams(yaml.safe_load(self._resolved()))
         own = [MetricsCSV(self.folder), *_as_list(self.wandb)]
         self.trainer.loggers = [*own, *self.trainer.loggers]
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if subcommand == "fit" and kwargs.get("ckpt_path") is None:
-            checkpoint = last_checkpoint(self.folder / "checkpoints")
-            if checkpoint is not None:
-                announce(f"going on from {checkpoint}")
-                kwargs["ckpt_path"] = str(checkpoint)
+        if kwargs.get("ckpt_path") is None:
+            kwargs["ckpt_path"] = self._last_checkpoint(subcommand)
         return kwargs
+
+    def _last_checkpoint(self, subcommand: str) -> str | None:
+        named = subcommand == "fit" or self.settings.run.name is not None
+        checkpoint = last_checkpoint(self.folder / "checkpoints") if named else None
+        if checkpoint is not None:
+            announce(f"going on from {checkpoint}" if subcommand == "fit" else f"reading {checkpoint}")
+            return str(checkpoint)
+        if subcommand != "fit":
+            raise UserError(f"ckpt_path: nothing to {subcommand}; give --ckpt_path, or a run's config.yaml")
+        return None
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self._execute:
@@ -216,13 +226,16 @@ class LladaCLI(LightningCLI):
         if checkpoint is not None:
             check_identity(saved_identity(checkpoint), self.identity, set(self.identity))
 
-    @rank_zero_only
-    def _write_config(self) -> None:
+    def _resolved(self) -> str:
+        """The resolved configuration as YAML."""
         settings = self.settings.clone()
         settings.pop("config", None)
-        text = self._parser(self.subcommand).dump(settings, skip_none=False, skip_validation=True)
+        return self._parser(self.subcommand).dump(settings, skip_none=False, skip_validation=True)
+
+    @rank_zero_only
+    def _write_config(self) -> None:
         with written_atomically(self.folder / "config.yaml") as path:
-            path.write_text(text)
+            path.write_text(self._resolved())
 
 
 def run_folder(args: list[str]) -> Path:

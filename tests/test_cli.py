@@ -139,6 +139,11 @@ def test_a_schedule_that_does_not_fit(fit) -> None:
     assert "warmup ends at step 5000" in fit("--model.schedule.warmup_steps=5000")
 
 
+def test_validation_without_a_checkpoint(fails, prepared: Path) -> None:
+    line = fails("validate", "--model=ArmModule", f"--data.path={prepared}", "--trainer.accelerator=cpu")
+    assert "ckpt_path: nothing to validate" in line
+
+
 def test_an_empty_corpus(fails, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     fails("prepare", f"--source={tmp_path / 'empty'}", f"--out={tmp_path / 'out'}")

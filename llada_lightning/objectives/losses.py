@@ -25,8 +25,7 @@ def token_nll(logits_NV: Tensor, targets_N: Tensor, excluded_token_id: int | Non
         (N,) float32.
     """
     if excluded_token_id is not None:
-        excluded = torch.tensor([excluded_token_id], device=logits_NV.device)
-        logits_NV = logits_NV.index_fill_(-1, excluded, float("-inf"))
+        logits_NV[:, excluded_token_id] = float("-inf")
     return F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
 
 

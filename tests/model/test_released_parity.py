@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
 
 from llada_lightning.model import Transformer
 from llada_lightning.scaling.shapes import Shape
@@ -33,19 +33,6 @@ BLOCK_NAMES = {
 }
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of fp32: 8 bytes of the header's length, a JSON header, the data."""
-    blob = path.read_bytes()
-    start = 8 + int.from_bytes(blob[:8], "little")
-    tensors = {}
-    for name, entry in json.loads(blob[8:start]).items():
-        if name != "__metadata__":
-            assert entry["dtype"] == "F32"
-            first, last = (start + offset for offset in entry["data_offsets"])
-            tensors[name] = torch.tensor(np.frombuffer(blob[first:last], dtype="<f4").reshape(entry["shape"]))
-    return tensors
-
-
 def our_name(released: str) -> str:
     parts = released.removeprefix("model.transformer.").split(".")
     if parts[0] == "blocks":
@@ -58,7 +45,7 @@ def released_model() -> Transformer:
     config = json.loads((GOLDEN / "config.json").read_text())
     names = ("n_layers", "d_model", "n_heads", "n_kv_heads", "mlp_hidden_size")
     model = Transformer(Shape(*(config[name] for name in names)), config["vocab_size"], config["rope_theta"])
-    weights = read_safetensors(GOLDEN / "model.safetensors")
+    weights = load_file(GOLDEN / "model.safetensors")
     model.load_state_dict({our_name(name): weight for name, weight in weights.items()})
     return model
 

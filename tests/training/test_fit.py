@@ -91,9 +91,18 @@ def test_the_resolved_configuration_says_everything(run: Path) -> None:
 
 
 def test_a_checkpoint_is_validated_to_the_same_figure(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = run / "checkpoints" / "step=00000024.ckpt"
-    assert main(["validate", f"--config={run / 'config.yaml'}", f"--ckpt_path={checkpoint}"]) == 0
-    assert f"{record(run)['val_nats_per_token']:.4f}" in capsys.readouterr().out
+    named = [f"--ckpt_path={run / 'checkpoints' / 'step=00000024.ckpt'}"]
+    for extra in ([], named):
+        assert main(["validate", f"--config={run / 'config.yaml'}", *extra]) == 0
+        assert f"{record(run)['val_nats_per_token']:.4f}" in capsys.readouterr().out
+
+
+def test_predictions_average_to_the_validation_loss(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["predict", f"--config={run / 'config.yaml'}"]) == 0
+    nats = [float(line) for line in capsys.readouterr().out.splitlines() if line.replace(".", "").isdigit()]
+    assert len(nats) == 24
+    assert sum(nats) / 24 / 32 == pytest.approx(record(run)["val_nats_per_token"], abs=1e-5)
 
 
 @pytest.mark.parametrize(("convention", "key"), [("6nd", "flops_6nd"), ("total", "flops_total")])

@@ -84,6 +84,9 @@ class BudgetProgress(ProgressBar):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop()
+        if self._enabled and isinstance(exception, KeyboardInterrupt):
+            where = f"interrupted at step {trainer.global_step}"
+            print(f"{self._title} {where}; the same command goes on from the last checkpoint", file=sys.stderr)
 
     def _stop(self) -> None:
         if self._progress is not None:
