@@ -34,17 +34,17 @@ def one_line(message: str, command: str) -> str:
     within = re.search(r"^ +- (\S+: .* given; expected .*|Option '\S+' is not accepted.*)$", message, re.MULTILINE)
     value = re.search(r"(?:Given|Got) value: (.+)", message)
     expected = re.findall(r"Expected an? (?:<class '([\w.]+)'>|(\w[\w.]*\[.*\]))", message)
-    if key and within:
+    see = f"; see '{command} --help'"
+    if key and within:  # ends with `see` already
         inner = within[1]
         return f"{key[1]}: {inner}" if inner.startswith("Option") else f"{key[1]}.{inner}"
     if key and key[1] == "model":
         given = f"{value[1]} given" if value and "NestedArg" not in value[1] else "which one is not said"
-        return f"model: {given}; expected ArmModule, LladaModule or the path of a class of yours"
+        return f"model: {given}; expected ArmModule, LladaModule or the path of a class of yours{see}"
     if key and value and expected:
         types = dict.fromkeys((name or union.removeprefix("typing.")) for name, union in expected)
-        return f"{key[1]}: {value[1].strip()} given; expected {' or '.join(types).replace('NoneType', 'null')}"
-    words = " ".join(message.split()).rstrip(".")
-    return f"{words}; see '{command} --help'"
+        return f"{key[1]}: {value[1].strip()} given; expected {' or '.join(types).replace('NoneType', 'null')}{see}"
+    return " ".join(message.split()).rstrip(".") + see
 
 
 def people_console(*, stderr: bool = False) -> Console:
