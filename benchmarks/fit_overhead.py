@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 
+from llada_lightning.cli import quiet_libraries
 from llada_lightning.configuration import native_precision
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.prepare import prepare
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--json", type=Path, help="write the result here too")
     arguments = parser.parse_args()
+    quiet_libraries()
     precision = native_precision("cpu")
     results = {}
     with tempfile.TemporaryDirectory() as folder:

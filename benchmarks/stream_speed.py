@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from lightning import Trainer
 
+from llada_lightning.cli import quiet_libraries
 from llada_lightning.configuration import native_precision
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.prepare import prepare
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--shape", default="1.28m")
     parser.add_argument("--json", type=Path, help="write the result here too")
     arguments = parser.parse_args()
+    quiet_libraries()
     torch.set_num_threads(1)
     precision = native_precision("cpu")
     with tempfile.TemporaryDirectory() as folder:

@@ -41,7 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except SystemExit as leave:  # --help, and a run that is done
+    except SystemExit as leave:  # --help, a run that is done, and Lightning's way to leave on SIGTERM
+        if type(leave).__name__ == "SIGTERMException":
+            print("stopped by SIGTERM; the same command goes on from the last checkpoint", file=sys.stderr)
+            return 143
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
 
 
@@ -71,7 +74,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
     """Commands beside Lightning's; each imports what it needs, so that none waits for torch in vain."""
 
     def run_folder(args: list[str]) -> Path:
-        _quiet()
+        quiet_libraries()
         from llada_lightning.lightning_cli import run_folder
 
         return run_folder(args)
@@ -100,14 +103,14 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
 
 def _lightning(args: list[str]) -> int:
-    _quiet()
+    quiet_libraries()
     from llada_lightning.lightning_cli import LladaCLI
 
     LladaCLI(args)
     return 0
 
 
-def _quiet() -> None:
+def quiet_libraries() -> None:
     """Silence what the libraries tell everyone at every start and nobody can act upon."""
     import logging
     import os

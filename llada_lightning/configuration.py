@@ -11,7 +11,7 @@ import json
 import pydoc
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
@@ -20,11 +20,13 @@ from jsonargparse import Namespace
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.budget import steps_for_budget
-from llada_lightning.scaling.flops import Convention
+from llada_lightning.scaling.flops import Convention, flops_6nd
 from llada_lightning.scaling.hyperparameters import learning_rate
-from llada_lightning.scaling.shapes import format_count, get_shape, shape_name
+from llada_lightning.scaling.shapes import get_shape, shape_name
 from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.schedules import WSD, Plateau
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Run:
         name: null: objective, shape, length and a hash of the configuration.
         root: the folder of all studies.
         resume: auto goes on from the last checkpoint; never refuses a folder that has one.
-        checkpoint_every_steps: null: ten times a run.
+        checkpoint_every_steps: null: ten times a run, and at least every 1000 steps.
         keep_checkpoints: the last ones to keep.
     """
 
@@ -101,10 +103,12 @@ def resolve_data(config: Namespace) -> TokenDataModule:
         raise UserError(f"seed_everything: {config.seed_everything} given; a run that can be repeated needs a number")
     _fill(config.model.init_args, "seed", config.seed_everything)
     _fill(config.data.init_args, "seed", config.seed_everything)
-    data = TokenDataModule(**config.data.init_args.as_dict())
+    data = located(config.data.class_path, TokenDataModule)(**config.data.init_args.as_dict())
     data.check()
     if config.trainer.precision is None:
         config.trainer.precision = native_precision(str(config.trainer.accelerator))
+    elif str(config.trainer.precision).startswith("16"):
+        raise UserError(f"trainer.precision: {config.trainer.precision} needs loss scaling; use bf16-mixed or 32-true")
     _fill_vocabulary(config, data)
     return data
 
@@ -115,6 +119,7 @@ def resolve_fit(config: Namespace, data: TokenDataModule) -> None:
     Raises:
         UserError: settings contradict one another.
     """
+    _refuse_what_breaks_the_contract(config)
     arguments = config.model.init_args
     module = module_class(config)(shape=_plain(arguments.shape), vocab_size=arguments.vocab_size)
     steps = _total_steps(config, module, data)
@@ -122,6 +127,43 @@ def resolve_fit(config: Namespace, data: TokenDataModule) -> None:
     _fill_intervals(config, steps)
     if config.run.name is None:
         config.run.name = run_name(config, data)
+
+
+_OURS = {
+    "fast_dev_run": False,
+    "limit_train_batches": None,
+    "limit_val_batches": None,
+    "overfit_batches": 0.0,
+    "max_epochs": -1,
+    "min_epochs": None,
+    "min_steps": None,
+    "max_time": None,
+    "check_val_every_n_epoch": None,
+    "use_distributed_sampler": False,
+    "reload_dataloaders_every_n_epochs": 0,
+}
+"""Settings of the trainer that would change a run's data or length behind its budget and identity."""
+
+
+def _refuse_what_breaks_the_contract(config: Namespace) -> None:
+    trainer, run = config.trainer, config.run
+    for key, value in _OURS.items():
+        if trainer[key] != value:
+            raise UserError(
+                f"trainer.{key}: {trainer[key]} would change a run's data or length behind its budget; leave it "
+                f"at {'null' if value is None else value}"
+            )
+    if trainer.gradient_clip_algorithm not in (None, "norm"):
+        raise UserError(f"trainer.gradient_clip_algorithm: {trainer.gradient_clip_algorithm} given; only norm is known")
+    counts = {
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "trainer.log_every_n_steps": trainer.log_every_n_steps,
+        "run.checkpoint_every_steps": run.checkpoint_every_steps,
+        "run.keep_checkpoints": run.keep_checkpoints,
+    }
+    for key, count in counts.items():
+        if count is not None and count < 1:
+            raise UserError(f"{key}: {count} must be at least 1")
 
 
 def _fill(config: Namespace, key: str, value: Any) -> None:
@@ -186,7 +228,7 @@ def _fill_intervals(config: Namespace, steps: int) -> None:
     trainer = config.trainer
     _fill(trainer, "val_check_interval", (steps // 4 + 1) * trainer.accumulate_grad_batches)
     _fill(trainer, "log_every_n_steps", max(1, min(50, steps // 100)))
-    _fill(config.run, "checkpoint_every_steps", max(1, steps // 10))
+    _fill(config.run, "checkpoint_every_steps", max(1, min(1000, steps // 10)))
 
 
 def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
@@ -230,23 +272,25 @@ def identity_hash(config: Namespace, data: TokenDataModule) -> str:
 
 
 def run_name(config: Namespace, data: TokenDataModule) -> str:
-    """`arm-443k-1e+12flops-0a1b2c3d4e`: objective, shape, length, identity."""
-    budget = config.budget
-    if budget.flops is not None:
-        length = f"{budget.flops:.3g}flops"
-    elif budget.tokens is not None:
-        length = f"{format_count(budget.tokens)}tokens"
-    else:
-        length = f"{config.trainer.max_steps}steps"
-    objective = module_class(config).objective
-    shape = shape_name(get_shape(_plain(config.model.init_args.shape)))
-    return f"{objective}-{shape}-{length}-{identity_hash(config, data)}"
+    """`arm-443k-1e+12flops-0a1b2c3d4e`: objective, shape, training FLOPs by 6ND, identity.
+
+    A function of the identity: however the length was given, the same run has the same name.
+    """
+    shape = get_shape(_plain(config.model.init_args.shape))
+    tokens = config.trainer.max_steps * data.expected_tokens_per_step
+    flops = f"{flops_6nd(shape.params_nonembedding, tokens):.2g}flops"
+    return f"{module_class(config).objective}-{shape_name(shape)}-{flops}-{identity_hash(config, data)}"
 
 
 def module_class(config: Namespace) -> type[LanguageModule]:
     """The LightningModule that `--model` names."""
-    found = pydoc.locate(config.model.class_path)
-    assert isinstance(found, type) and issubclass(found, LanguageModule)
+    return located(config.model.class_path, LanguageModule)  # type: ignore[type-abstract]
+
+
+def located(class_path: str, base: type[T]) -> type[T]:
+    """The class of a dotted path, which the parser has found to be a subclass of ``base``."""
+    found = pydoc.locate(class_path)
+    assert isinstance(found, type) and issubclass(found, base)
     return found
 
 

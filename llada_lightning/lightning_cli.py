@@ -9,9 +9,10 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
@@ -38,9 +39,9 @@ from llada_lightning.training.callbacks.checkpoints import (
     saved_identity,
 )
 from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
-from llada_lightning.training.callbacks.progress import BudgetProgress
+from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
 from llada_lightning.training.callbacks.wandb_log import wandb_logger
-from llada_lightning.training.modules import LanguageModule, check_identity
+from llada_lightning.training.modules import LanguageModule, check_identity, model_identity
 from llada_lightning.training.record import result_record
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -124,22 +125,26 @@ class LladaCLI(LightningCLI):
                 self._check_folder()
 
     def instantiate_classes(self) -> None:
-        if self._execute:
+        if not self._execute:
+            return
+        try:
             super().instantiate_classes()
-            self.model.identity = self.identity
+        except (MisconfigurationException, ValueError) as error:  # what Lightning says of the trainer's settings
+            raise UserError(" ".join(str(error).split())) from error
+        self.model.identity = self.identity
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.subcommand != "fit":
-            return super().instantiate_trainer(**kwargs)
+            return super().instantiate_trainer(callbacks=[EvaluationProgress()], **kwargs)
         run, trainer = self.settings.run, self.config_init[self.subcommand].trainer
         data, model = self.datamodule, self.model
         self.accounting = Accounting(model.flops_per_token(data.sequence_length, data.mask_eps))
-        title = f"{model.objective} {shape_name(model.shape)}"
-        own_callbacks = [
-            self.accounting,
-            BudgetProgress(title, self.accounting),
-            StepCheckpoints(self.folder / "checkpoints", run.checkpoint_every_steps, run.keep_checkpoints),
-        ]
+        own_callbacks: list[Callback] = [self.accounting]
+        if trainer.enable_progress_bar is not False:
+            own_callbacks.append(BudgetProgress(f"{model.objective} {shape_name(model.shape)}", self.accounting))
+        if trainer.enable_checkpointing is not False:
+            checkpoints = self.folder / "checkpoints"
+            own_callbacks.append(StepCheckpoints(checkpoints, run.checkpoint_every_steps, run.keep_checkpoints))
         return super().instantiate_trainer(
             callbacks=[*own_callbacks, *_as_list(trainer.callbacks)],
             plugins=[AtomicCheckpointIO(), *_as_list(trainer.plugins)],
@@ -149,7 +154,10 @@ class LladaCLI(LightningCLI):
     def before_fit(self) -> None:
         """Everything is known to fit together: only now write into the run's folder, and start W&B."""
         self.datamodule.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
-        self._write_config()
+        try:
+            self._write_config()
+        except OSError as error:
+            raise UserError(f"run.root: {self.folder} cannot be written ({error.strerror}); choose another") from error
         run, w = self.settings.run, self.settings.wandb
         group = w.group or run.study
         self.wandb = wandb_logger(self.folder, self.run_name, run.name, w.project, w.entity, group, w.offline)
@@ -162,6 +170,8 @@ class LladaCLI(LightningCLI):
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if kwargs.get("ckpt_path") is None:
             kwargs["ckpt_path"] = self._last_checkpoint(subcommand)
+        elif subcommand != "fit":
+            check_identity(model_identity(saved_identity(Path(kwargs["ckpt_path"]))), model_identity(self.identity))
         return kwargs
 
     def _last_checkpoint(self, subcommand: str) -> str | None:
@@ -180,7 +190,7 @@ class LladaCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Validate at the end, write the record, say where it is."""
-        if self.trainer.global_step < self.trainer.max_steps:
+        if self.trainer.global_step < self.model.schedule.total_steps:
             raise UserError(f"stopped at step {self.trainer.global_step}; the same command goes on from there")
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         self._write(result_record(self.run_name, self.trainer, self.model, self.datamodule, self.accounting))
@@ -223,8 +233,9 @@ class LladaCLI(LightningCLI):
         checkpoint = last_checkpoint(self.folder / "checkpoints")
         if checkpoint is not None and self.settings.run.resume == "never":
             raise UserError(f"run.resume: never given, but {self.folder} has checkpoints; delete it, or resume: auto")
-        if checkpoint is not None:
-            check_identity(saved_identity(checkpoint), self.identity, set(self.identity))
+        start = self.settings.ckpt_path or checkpoint
+        if start is not None:
+            check_identity(saved_identity(Path(start)), self.identity)
 
     def _resolved(self) -> str:
         """The resolved configuration as YAML."""

@@ -132,6 +132,39 @@ def test_a_vocabulary_that_contradicts_the_data(fit) -> None:
     assert "model.mask_token_id: 77 given" in fit("--model.mask_token_id=77")
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "fast_dev_run=true", "limit_train_batches=4", "limit_val_batches=0", "overfit_batches=1", "max_epochs=2",
+        "min_steps=100", "gradient_clip_algorithm=value", "accumulate_grad_batches=0", "log_every_n_steps=0",
+        "precision=16-mixed", "devices=0", "strategy=none_such", "accelerator=none_such",
+    ],
+)  # fmt: skip
+def test_a_trainer_setting_that_breaks_the_contract(fit, setting: str) -> None:
+    assert setting.split("=")[0].split("_")[0] in fit(f"--trainer.{setting}").lower()
+
+
+@pytest.mark.parametrize("setting", ["data.val_sequences=0", "data.workers=-1", "run.keep_checkpoints=0"])
+def test_a_number_out_of_range(fit, setting: str) -> None:
+    assert f"error: {setting.split('=')[0]}: " in fit(f"--{setting}")
+
+
+def test_betas_out_of_range(fit) -> None:
+    assert "betas must lie in [0, 1)" in fit("--model.optimizer.betas=[0.9, 2.0]")
+
+
+def test_a_runs_folder_that_cannot_be(fit, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert "cannot be written" in fit(f"--run.root={tmp_path / 'file'}")
+
+
+def test_prepare_into_a_foreign_folder(fails, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    line = fails("prepare", "--source=python-stdlib", f"--out={tmp_path / 'mine'}")
+    assert "is not a prepared data folder; choose another --out" in line
+
+
 def test_a_random_seed(fit) -> None:
     assert "seed_everything: True given" in fit("--seed_everything=true")
 

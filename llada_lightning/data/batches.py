@@ -36,10 +36,10 @@ class ValidationBatch(NamedTuple):
         tokens_BL: (B, L) int64.
         masked_BL: (B, L) bool: exactly l masked a row (Eq. 14).
         counted_B: (B,) bool, False where a row only fills up the batch of a rank that ran out.
-        ordinals_B: (B,) int64.
+        documents_B: (B,) int64: equal for sequences that begin in the same document.
     """
 
     tokens_BL: Tensor
     masked_BL: Tensor
     counted_B: Tensor
-    ordinals_B: Tensor
+    documents_B: Tensor

@@ -18,7 +18,7 @@ from llada_lightning.data.datasets import (
     ValidationDataset,
     take_batch,
 )
-from llada_lightning.data.manifest import Manifest, check_sequence_length, check_shards, read_manifest
+from llada_lightning.data.manifest import Manifest, check_sequence_length, check_shards, local_path, read_manifest
 from llada_lightning.data.order import WINDOW_SHARDS
 from llada_lightning.errors import UserError
 from llada_lightning.objectives.forward_process import MASK_EPS, TimeSampling, expected_length
@@ -63,9 +63,20 @@ class TokenDataModule(LightningDataModule):
         val_seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("sequence_length", sequence_length), ("global_batch", global_batch)):
-            if value < 1:
-                raise UserError(f"data.{name}: {value} must be at least 1")
+        least = {
+            "sequence_length": (sequence_length, 1),
+            "global_batch": (global_batch, 1),
+            "micro_batch": (micro_batch, 1),
+            "val_sequences": (val_sequences, 1),
+            "val_batch": (val_batch, 1),
+            "window_shards": (window_shards, 1),
+            "workers": (workers, 0),
+        }
+        for name, (value, minimum) in least.items():
+            if value is not None and value < minimum:
+                raise UserError(f"data.{name}: {value} must be at least {minimum}")
+        if not path:
+            raise UserError("data.path: no folder given; name one that llada prepare wrote")
         if not 0 <= random_length_share <= 1:
             raise UserError(f"data.random_length_share: {random_length_share} must lie between 0 and 1")
         if not 0 < mask_eps < 1:
@@ -125,10 +136,11 @@ class TokenDataModule(LightningDataModule):
         unique = (min(count, order.items) for count, order in zip(consumed, stream.orders, strict=True))
         return sum(unique) * self.sequence_length
 
-    @property
-    def train_tokens(self) -> int:
-        """Tokens of the training splits, in full sequences."""
-        return sum(m.splits["train"].items(self.sequence_length) for m in self.manifests) * self.sequence_length
+    def epochs(self, steps: int) -> float:
+        """How often a run of ``steps`` steps reads the source that it repeats most."""
+        stream = self._train_stream()
+        consumed = stream.consumed_items(steps * self.global_batch)
+        return max(count / order.items for count, order in zip(consumed, stream.orders, strict=True))
 
     def check(self) -> None:
         """Refuse a data folder that cannot serve: missing or cut shards, sequences longer than a shard."""
@@ -170,7 +182,7 @@ class TokenDataModule(LightningDataModule):
         sequences = available_sequences(stream, self.val_sequences)
         batch = self._val_batch or self.micro_batch
         sampler = StridedSampler(sequences, batch, self.trainer.global_rank, self.trainer.world_size)
-        return self._loader(ValidationDataset(stream, sequences, self.val_seed), sampler)
+        return self._loader(ValidationDataset(stream, sequences, self.val_seed, self.tokenizer.eos_id), sampler)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
@@ -181,7 +193,7 @@ class TokenDataModule(LightningDataModule):
     def _stream(self, split: str, seed: int) -> TokenStream:
         shards = [m.splits[split].shards for m in self.manifests]
         return TokenStream(
-            folders=[f"{folder.rstrip('/')}/{split}" for folder in self.weights],
+            folders=[f"{_for_litdata(folder)}/{split}" for folder in self.weights],
             shard_items=[[shard.tokens // self.sequence_length for shard in source] for source in shards],
             weights=list(self.weights.values()),
             sequence_length=self.sequence_length,
@@ -200,6 +212,11 @@ class TokenDataModule(LightningDataModule):
             # A generator of its own: the loader draws worker seeds, which must not move the global generator.
             generator=torch.Generator().manual_seed(0),
         )
+
+
+def _for_litdata(folder: str) -> str:
+    """As litdata takes it: ``~`` and ``file://`` resolved; ``local:``, its stand-in for a remote place, kept."""
+    return (folder if folder.startswith("local:") else local_path(folder) or folder).rstrip("/")
 
 
 def exact_micro_batch(global_batch: int, micro_batch: int | None, devices: int, accumulation: int) -> int:

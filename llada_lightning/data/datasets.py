@@ -52,6 +52,7 @@ class TokenStream:
         self.sequence_length = sequence_length
         self.mixture = Mixture(weights)
         self.orders = [EpochOrder(items, seed, source, window_shards) for source, items in enumerate(shard_items)]
+        self._documents: dict[tuple[int, int], int] = {}
         self._datasets = [
             StreamingDataset(folder, item_loader=TokensLoader(block_size=sequence_length), shuffle=False)
             for folder in folders
@@ -66,6 +67,30 @@ class TokenStream:
         """(B, L) int64."""
         located = (self.locate(ordinal) for ordinal in ordinals)
         return torch.stack([self._datasets[source][item].long() for source, item in located])
+
+    def document(self, ordinal: int, eos_token_id: int) -> int:
+        """A number for the document that a sequence begins in, equal for all sequences that do.
+
+        It is the place of the document's beginning: of the last EOS before the sequence, looked for backwards. EOS
+        ends every document.
+        """
+        source, item = self.locate(ordinal)
+        if (source, item) not in self._documents:
+            self._documents[source, item] = self._find_document(source, item, eos_token_id)
+        return self._documents[source, item]
+
+    def _find_document(self, source: int, item: int, eos_token_id: int) -> int:
+        for earlier in range(item - 1, -1, -1):
+            ends = (self._datasets[source][earlier] == eos_token_id).nonzero()
+            if len(ends):
+                return self._place(source, earlier) + 1 + int(ends[-1])
+            if (source, earlier) in self._documents:
+                return self._documents[source, earlier]
+        return self._place(source, 0)
+
+    def _place(self, source: int, item: int) -> int:
+        """A sequence's first token, counted over all sources."""
+        return (sum(order.items for order in self.orders[:source]) + item) * self.sequence_length
 
     def consumed_items(self, ordinals: int) -> list[int]:
         """Sequences read from each source by the first ``ordinals`` ones, repeats counted."""
@@ -119,8 +144,9 @@ class TrainingDataset(Dataset[TrainingBatch]):
 class ValidationDataset(Dataset[ValidationBatch]):
     """Ordinals of a validation batch -> the batch, with Eq. 14's masks. Ordinals beyond ``sequences`` fill up."""
 
-    def __init__(self, stream: TokenStream, sequences: int, noise_seed: int) -> None:
+    def __init__(self, stream: TokenStream, sequences: int, noise_seed: int, eos_token_id: int) -> None:
         self.stream, self.sequences, self.noise_seed = stream, sequences, noise_seed
+        self.eos_token_id = eos_token_id
 
     def __getitems__(self, ordinals: list[int]) -> ValidationBatch:
         n_B = np.asarray(ordinals, dtype=np.int64)
@@ -130,10 +156,10 @@ class ValidationDataset(Dataset[ValidationBatch]):
         counts_B = forward_process.stratified_mask_counts(self.noise_seed, n_B, length)
         masked_BL = forward_process.fixed_count_mask(self.noise_seed, n_B, counts_B, length)
         return ValidationBatch(
-            tokens_BL=self.stream.tokens([int(n) for n in n_B]),
+            tokens_BL=self.stream.tokens(n_B.tolist()),
             masked_BL=torch.from_numpy(masked_BL),
             counted_B=torch.from_numpy(counted_B),
-            ordinals_B=torch.from_numpy(n_B),
+            documents_B=torch.tensor([self.stream.document(n, self.eos_token_id) for n in n_B.tolist()]),
         )
 
 

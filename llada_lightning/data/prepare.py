@@ -181,7 +181,10 @@ def _present(out: Path, corpus: Corpus, record: dict[str, Any]) -> Manifest | No
     """The manifest of an ``out`` that holds what was asked for; None where there is nothing yet."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    manifest = read_manifest(out)
+    try:
+        manifest = read_manifest(out)
+    except UserError as error:
+        raise UserError(f"output '{out}' is there and is not a prepared data folder; choose another --out") from error
     if manifest.source["digest"] != corpus.identity["digest"]:
         raise UserError(
             f"output '{out}' was prepared from another (or changed) source; choose another --out, or delete it"

@@ -34,9 +34,14 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor, rope: tuple[Tensor, Tensor], causal: bool, mask: Tensor | None) -> Tensor:
         q, k, v = (self._heads(projection(x_BLD)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        grouped = self.grouped
+        if grouped and mask is not None:
+            # On CUDA no kernel but the plain one takes groups and a mask together, and it keeps all L x L scores.
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            grouped = False
         # SDPA takes a mask or is_causal, not both: a mask already holds the causal part.
         out_BHLD = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=self.grouped
+            q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=grouped
         )
         return self.out_proj(out_BHLD.transpose(1, 2).flatten(2))
 

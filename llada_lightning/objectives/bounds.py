@@ -1,4 +1,4 @@
-"""The bound on the negative log-likelihood (Eq. 14), and a mean with its standard error."""
+"""The bound on the negative log-likelihood (Eq. 14), and a mean with its standard error by document."""
 
 from __future__ import annotations
 
@@ -26,14 +26,26 @@ def nll_bound(nll_M: Tensor, masked_BL: Tensor) -> Tensor:
     return sums_B * masked_BL.shape[1] / counts_B
 
 
-def mean_and_stderr(total: float, total_of_squares: float, count: int) -> tuple[float, float]:
-    """Mean of ``count`` values and its standard error, from their sum and sum of squares.
+def clustered_mean_and_stderr(values_N: Tensor, clusters_N: Tensor) -> tuple[float, float]:
+    """Mean of N values and its standard error, where values of one cluster are alike.
 
-    The standard error takes the values as independent. Where they are stratified (the bound's l), it is an upper
-    estimate: the part of the variance that stratification removes is still in it. It is NaN for one value.
+    Sequences of one document share its style and subject: taken as independent they would claim too small an error.
+    So the error is that of the documents' sums (the linearised ratio estimator of cluster sampling; Cochran 1977,
+    Sec. 11): the root of G / (G - 1) times the sum over the G documents of (the sum of their deviations / N)^2.
+
+    Args:
+        values_N: (N,) float64.
+        clusters_N: (N,) int64.
+
+    Returns:
+        mean, standard error; the latter NaN with fewer than two clusters.
     """
-    mean = total / count
-    if count < 2:
-        return mean, math.nan
-    variance = max(0.0, total_of_squares - count * mean * mean) / (count - 1)
-    return mean, math.sqrt(variance / count)
+    mean = values_N.mean()
+    _, cluster_of_N = clusters_N.unique(return_inverse=True)
+    groups = int(cluster_of_N.max()) + 1
+    sums_G = torch.zeros(groups, dtype=torch.float64, device=values_N.device)
+    sums_G.index_add_(0, cluster_of_N, (values_N - mean).double())
+    if groups < 2:
+        return float(mean), math.nan
+    variance = groups / (groups - 1) * (sums_G / len(values_N)).square().sum()
+    return float(mean), math.sqrt(float(variance))

@@ -219,6 +219,7 @@ def _print_outcome(outcome: SweepOutcome) -> None:
     counts = {
         "done": len(outcome.done),
         "done before": len(outcome.skipped),
+        "of these diverged": len(outcome.diverged),
         "failed": len(outcome.failed),
         "left": len(outcome.left),
     }

@@ -49,13 +49,13 @@ def usable_runs(table: pd.DataFrame) -> pd.DataFrame:
 def check_comparable(table: pd.DataFrame) -> None:
     """Raises UserError where the losses of a table cannot stand on one axis.
 
-    That is: several tokenizers or data fingerprints, an unknown objective, or a ``val_kind`` that is not the
-    objective's own (``arm`` is exact, ``llada`` a bound).
+    That is: several tokenizers, data fingerprints or sequence lengths, an unknown objective, or a ``val_kind`` that
+    is not the objective's own (``arm`` is exact, ``llada`` a bound).
     """
-    for column in ("tokenizer", "data_fingerprint"):
+    for column in ("tokenizer", "data_fingerprint", "sequence_length"):
         kinds = sorted(table[column].dropna().unique())
         if len(kinds) > 1:
-            raise UserError(f"results: {column} is mixed ({', '.join(kinds)}); collect runs on the same data")
+            raise UserError(f"results: {column} is mixed ({', '.join(map(str, kinds))}); collect runs on the same data")
     for objective, kind in table[["objective", "val_kind"]].drop_duplicates().itertuples(index=False):
         if objective not in OBJECTIVES:
             raise UserError(f"results: objective {objective!r} is not known; it is one of {', '.join(OBJECTIVES)}")

@@ -25,6 +25,8 @@ PEAK_FLOPS_BF16: dict[str, float] = {
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a device by the name its driver gives, or None where it is not known."""
+    if "MIG" in device_name:  # a slice has a share of the peak
+        return None
     for part, peak in PEAK_FLOPS_BF16.items():
         if all(word in device_name.replace("-", " ").split() for word in part.split()):
             return peak

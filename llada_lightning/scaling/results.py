@@ -114,12 +114,20 @@ def read_records(folder: Path | str) -> list[dict[str, Any]]:
 
 
 def is_done(folder: Path | str) -> bool:
-    """Whether the run of this folder has finished: it has a record, and every record says so."""
+    """Whether the run of this folder has finished: it has a record, and every record says so.
+
+    A run that diverged has finished too: the same configuration would diverge again.
+    """
     try:
         records = read_records(folder)
     except UserError:
         return False
-    return bool(records) and all(record.get("status") == DONE for record in records)
+    return bool(records) and all(record.get("status") in (DONE, DIVERGED) for record in records)
+
+
+def has_diverged(folder: Path | str) -> bool:
+    """Whether the run of this folder has finished with a loss that is not a number."""
+    return is_done(folder) and any(record["status"] == DIVERGED for record in read_records(folder))
 
 
 # --- collecting ------------------------------------------------------------------------------------------------------

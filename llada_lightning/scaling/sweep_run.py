@@ -29,7 +29,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from llada_lightning.errors import UserError
-from llada_lightning.scaling.results import RESULT_FILE, is_done, read_records
+from llada_lightning.scaling.results import RESULT_FILE, has_diverged, is_done, read_records
 from llada_lightning.scaling.sweep import Point, Sweep, fit_arguments, launch_fit, render_command
 
 METRICS_FILE = "metrics.csv"
@@ -71,6 +71,8 @@ class SweepOutcome:
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     """Runs that had finished before."""
+    diverged: list[str] = field(default_factory=list)
+    """Runs, of those done or skipped, whose loss is not a number: results, and bad ones."""
     failed: list[FailedRun] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     """Runs not started, or stopped half-way, because the sweep was interrupted."""
@@ -170,7 +172,10 @@ class _Runner:
     def __init__(
         self, runs: list[PlannedRun], jobs: int, launch: Callable[[list[str]], list[str]], console: Console
     ) -> None:
-        self.outcome = SweepOutcome(skipped=[run.name for run in runs if is_done(run.folder)])
+        self.outcome = SweepOutcome(
+            skipped=[run.name for run in runs if is_done(run.folder)],
+            diverged=[run.name for run in runs if has_diverged(run.folder)],
+        )
         self.waiting = deque(run for run in runs if not is_done(run.folder))
         self.running: list[_Job] = []
         self.total, self.cost = len(runs), sum(run.cost for run in self.waiting)
@@ -223,7 +228,11 @@ class _Runner:
         if code == 0 and is_done(job.run.folder):
             self.outcome.done.append(job.run.name)
             elapsed = format_seconds(time.monotonic() - job.started)
-            self.console.print(f"[green]done[/]    {escape(job.run.name)}  [dim]{elapsed}[/]")
+            word = "[green]done[/]    "
+            if has_diverged(job.run.folder):
+                self.outcome.diverged.append(job.run.name)
+                word = "[yellow]diverged[/]"
+            self.console.print(f"{word} {escape(job.run.name)}  [dim]{elapsed}[/]")
             return
         job.kill_group()
         self._fail(job.run, _reason(job.run.folder, code, last_line(job.run.log)))

@@ -1,34 +1,34 @@
-"""A mean with its standard error, over sequences and ranks."""
+"""A validation loss with its standard error, over sequences, documents and ranks."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
-from llada_lightning.objectives.bounds import mean_and_stderr
+from llada_lightning.objectives.bounds import clustered_mean_and_stderr
 
 
-class MeanEstimate(Metric):
-    """Mean of per-sequence values and its standard error; sums are taken in fp64 over all ranks."""
+class ValidationLoss(Metric):
+    """Mean of per-sequence values and its standard error, clustered by document, in fp64.
+
+    Every sequence's value is gathered from all ranks, so the result does not depend on how they were spread.
+    """
 
     full_state_update = False
-    total: Tensor
-    total_of_squares: Tensor
-    count: Tensor
+    values: list[Tensor]
+    documents: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total_of_squares", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("values", default=[], dist_reduce_fx="cat")
+        self.add_state("documents", default=[], dist_reduce_fx="cat")
 
-    def update(self, values_B: Tensor) -> None:
-        values_B = values_B.double()
-        self.total += values_B.sum()
-        self.total_of_squares += values_B.square().sum()
-        self.count += values_B.numel()
+    def update(self, values_B: Tensor, documents_B: Tensor) -> None:
+        """Args: values_B: (B,) of each sequence; documents_B: (B,) int64, the document that each begins in."""
+        self.values.append(values_B.double())
+        self.documents.append(documents_B)
 
     def compute(self) -> tuple[float, float]:
-        """Mean and standard error (NaN for one value)."""
-        return mean_and_stderr(self.total.item(), self.total_of_squares.item(), int(self.count.item()))
+        """Mean and standard error (NaN with fewer than two documents)."""
+        return clustered_mean_and_stderr(dim_zero_cat(self.values), dim_zero_cat(self.documents))

@@ -6,6 +6,7 @@ and which loss comes out.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -23,7 +24,7 @@ from llada_lightning.objectives.forward_process import expected_mask_probability
 from llada_lightning.objectives.losses import masked_diffusion_loss, next_token_loss, shift_right, token_nll
 from llada_lightning.scaling.flops import Objective, TrainingFlops, flops_per_token
 from llada_lightning.scaling.shapes import Shape, get_shape
-from llada_lightning.training.metrics import MeanEstimate
+from llada_lightning.training.metrics import ValidationLoss
 from llada_lightning.training.schedules import WSD
 
 
@@ -76,10 +77,12 @@ class LanguageModule(LightningModule, ABC):
         self.shape: Shape = get_shape(shape)
         self.vocab_size, self.mask_token_id, self.eos_token_id = vocab_size, mask_token_id, eos_token_id
         self.rope_theta, self.compat, self.seed = rope_theta, compat, seed or 0
+        if not (all(0 <= beta < 1 for beta in optimizer.betas) and optimizer.eps > 0 <= optimizer.weight_decay):
+            raise UserError(f"model.optimizer: {optimizer}; betas must lie in [0, 1), eps above 0, weight_decay from 0")
         self.optimizer_settings, self.schedule = optimizer, schedule
         self.identity: dict[str, Any] = {}
         self.grad_norm: Tensor | None = None
-        self.val_estimate = MeanEstimate()
+        self.val_loss = ValidationLoss()
         self.validation: dict[str, float] = {}
         self.model: Transformer = None  # type: ignore[assignment]  # configure_model builds it
 
@@ -110,7 +113,7 @@ class LanguageModule(LightningModule, ABC):
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         """Clip by norm, also under FSDP2, and keep the norm for the log."""
-        clip = float("inf") if not gradient_clip_val else float(gradient_clip_val)
+        clip = float(gradient_clip_val) if gradient_clip_val else float("inf")
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), clip)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
@@ -118,18 +121,17 @@ class LanguageModule(LightningModule, ABC):
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
         nats_per_token_B = self.sequence_nll(batch) / batch.tokens_BL.shape[1]
-        self.val_estimate.update(nats_per_token_B[batch.counted_B])
+        self.val_loss.update(nats_per_token_B[batch.counted_B], batch.documents_B[batch.counted_B])
 
     def on_validation_epoch_end(self) -> None:
-        mean, stderr = self.val_estimate.compute()
-        self.val_estimate.reset()
+        mean, stderr = self.val_loss.compute()
+        self.val_loss.reset()
         self.validation = {"val_nats_per_token": mean, "val_stderr": stderr}
         assert self.trainer is not None
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self.validation["val_bits_per_byte"] = bits_per_byte(mean, data.bytes_per_token)
-        # For callbacks and the table of `llada validate`; the accounting logs them, by step. Every rank has the same
-        # values: the estimate is summed over ranks.
+        # For callbacks; the accounting logs them, by step. Every rank has the same values: they are gathered.
         self.log_dict(self.validation, logger=False, rank_zero_only=True)
 
     test_step = validation_step
@@ -150,8 +152,17 @@ class LanguageModule(LightningModule, ABC):
             UserError: names what differs.
         """
         assert self.trainer is not None
-        keys = set(self.identity) if self.trainer.training else {"tokenizer"}
-        check_identity(checkpoint.get("identity", {}), self.identity, keys)
+        saved = checkpoint.get("identity", {})
+        if not self.trainer.training:
+            check_identity(model_identity(saved), model_identity(self.identity))
+            return
+        check_identity(saved, self.identity)
+        # Lightning counts micro-batches and steps where the count divides by the accumulation. A run may go on with
+        # another accumulation, so the count is what it would be had the run had it from the start.
+        batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for name in ("total", "current"):
+            progress[name].update(ready=batches, started=batches, processed=batches, completed=batches - 1)
 
     @abstractmethod
     def training_loss(self, batch: TrainingBatch) -> Tensor:
@@ -227,13 +238,23 @@ class LladaModule(LanguageModule):
         return token_nll(logits_MV, tokens_BL[masked_BL], self.excluded_token_id)
 
 
-def check_identity(saved: dict[str, Any], current: dict[str, Any], keys: set[str]) -> None:
-    """Refuse a checkpoint whose run differs from this one in some of ``keys``.
+_MODEL_IDENTITY = ("shape", "vocab_size", "rope_theta", "mask_token_id", "eos_token_id", "compat")
+
+
+def model_identity(identity: dict[str, Any]) -> dict[str, Any]:
+    """The part of an identity that says which model this is; any data of its tokenizer will do."""
+    model = identity.get("model", {})
+    arguments = {key: model.get("init_args", {}).get(key) for key in _MODEL_IDENTITY}
+    return {"model": {"class_path": model.get("class_path"), **arguments}, "tokenizer": identity.get("tokenizer")}
+
+
+def check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose run (or whose model) is another one.
 
     Raises:
         UserError: names every difference.
     """
-    found = differences({k: saved.get(k) for k in keys}, {k: current.get(k) for k in keys})
+    found = differences(saved, current)
     if found:
         raise UserError(
             f"checkpoint: of another run ({'; '.join(found)}); restore these settings, or start a new --run.name"
@@ -254,4 +275,4 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     """Nats per token in bits per byte of text."""
-    return nats_per_token / bytes_per_token / 0.6931471805599453
+    return nats_per_token / bytes_per_token / math.log(2)

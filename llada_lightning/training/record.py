@@ -13,7 +13,7 @@ from lightning import Trainer
 
 import llada_lightning
 from llada_lightning.data.datamodule import TokenDataModule
-from llada_lightning.scaling.results import DONE
+from llada_lightning.scaling.results import DIVERGED, DONE
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.training.callbacks.accounting import Accounting, device_name
 from llada_lightning.training.modules import LanguageModule
@@ -41,7 +41,7 @@ def result_record(
         "params_nonembedding": module.shape.params_nonembedding,
         "tokens": accounting.tokens,
         "unique_tokens": min(accounting.tokens, data.unique_tokens(steps)),
-        "epochs": accounting.tokens / data.train_tokens,
+        "epochs": data.epochs(steps),
         "steps": steps,
         "global_batch_tokens": data.global_batch * data.sequence_length,
         "sequence_length": data.sequence_length,
@@ -64,13 +64,19 @@ def result_record(
         "val_bits_per_byte": validation["val_bits_per_byte"],
         "tokens_per_second": accounting.mean_tokens_per_second(),
         "mfu": accounting.mean_mfu(trainer),
-        "device": device_name(trainer) if device_name(trainer) != "cpu" else f"cpu ({platform.machine()})",
+        "device": describe_devices(trainer),
         "precision": str(trainer.precision),
         "wall_seconds": accounting.wall_seconds,
         "versions": versions(),
         "git_commit": git_commit(),
-        "status": DONE if finite else "diverged",
+        "status": DONE if finite else DIVERGED,
     }
+
+
+def describe_devices(trainer: Trainer) -> str:
+    """How many of which device: `8 x NVIDIA H100 80GB HBM3`, `1 x cpu (x86_64)`."""
+    name = device_name(trainer)
+    return f"{trainer.world_size} x {f'cpu ({platform.machine()})' if name == 'cpu' else name}"
 
 
 def versions() -> dict[str, str]:
@@ -88,6 +94,7 @@ def git_commit() -> str | None:
     """The commit of the checkout that this package runs from, `+` where it has changes; None outside one."""
     folder = Path(llada_lightning.__file__).parent
     try:
+        _git(folder, "ls-files", "--error-unmatch", llada_lightning.__file__)  # else the checkout is someone else's
         commit = _git(folder, "rev-parse", "HEAD")
         return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):

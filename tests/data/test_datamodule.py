@@ -81,7 +81,7 @@ def test_an_epoch_reads_every_block_once(prepared: Path) -> None:
     steps = -(-len(blocks) // G)
     read = [row for batch in batches(data, steps) for row in batch.tokens_BL.tolist()]
     assert sorted(read[: len(blocks)]) == blocks
-    assert data.train_tokens == len(blocks) * L
+    assert data.epochs(steps) == steps * G / len(blocks)
 
 
 def test_mixture_reads_each_source_by_its_weight(prepared: Path, prepared_second: Path) -> None:
@@ -128,8 +128,9 @@ def test_validation_covers_each_sequence_once_over_ranks(prepared: Path, ranks: 
         data.global_batch = ranks * batch  # any exact batch; the validation set must not depend on it
         loaded = list(data.val_dataloader())
         steps.add(len(loaded))
-        counted += [n for b in loaded for n, c in zip(b.ordinals_B.tolist(), b.counted_B.tolist(), strict=True) if c]
-    assert sorted(counted) == list(range(18))
+        counted += [tuple(row) for b in loaded for row in b.tokens_BL[b.counted_B].tolist()]
+    stream = data.val_dataloader().dataset.stream
+    assert sorted(counted) == sorted(tuple(row) for row in stream.tokens(list(range(18))).tolist())
     assert len(steps) == 1  # every rank runs the same number of batches
 
 
@@ -150,6 +151,48 @@ def test_validation_takes_no_sequence_twice(prepared: Path, prepared_second: Pat
     sequences = data.val_dataloader().dataset.sequences
     located = [stream.locate(n) for n in range(sequences)]
     assert len(set(located)) == sequences > 0
+
+
+def test_sequences_know_the_document_they_begin_in(prepared: Path, prepared_second: Path) -> None:
+    data = module({str(prepared): 1, str(prepared_second): 2}, val_sequences=None)
+    eos = data.tokenizer.eos_id
+    loaded = [b.documents_B[b.counted_B].tolist() for b in data.val_dataloader()]
+    stream = data.val_dataloader().dataset.stream
+    documents = [document for of_batch in loaded for document in of_batch]
+    assert documents == [stream.document(n, eos) for n in range(len(documents))]
+    for source, folder in enumerate((prepared, prepared_second)):
+        stored = StreamingDataset(str(folder / "val"), item_loader=TokensLoader(block_size=L))
+        ended, by_item = 0, {}
+        for i in range(len(stored)):
+            by_item[i] = ended
+            ended += int((stored[i] == eos).sum())
+        own = [(n, by_item[stream.locate(n)[1]]) for n in range(len(documents)) if stream.locate(n)[0] == source]
+        pairs = {(documents[n], ordinal) for n, ordinal in own}
+        assert len(pairs) == len({d for d, _ in pairs}) == len({o for _, o in pairs})
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"val_sequences": 0}, "val_sequences"),
+        ({"val_batch": -4}, "val_batch"),
+        ({"micro_batch": 0}, "micro_batch"),
+        ({"workers": -1}, "workers"),
+        ({"window_shards": 0}, "window_shards"),
+        ({"random_length_share": 1.5}, "random_length_share"),
+        ({"mask_eps": 0.0}, "mask_eps"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(prepared: Path, settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=rf"^data\.{named}: "):
+        TokenDataModule(str(prepared), **settings)
+
+
+def test_a_home_folder_and_a_file_url_are_local(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(prepared.parent))
+    expected = batches(module(str(prepared)), 1)[0].tokens_BL
+    for spelling in (f"~/{prepared.name}", f"file://{prepared}", f"{prepared}/"):
+        assert torch.equal(batches(module(spelling), 1)[0].tokens_BL, expected)
 
 
 def test_a_remote_folder_streams_the_same(prepared: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llada_lightning.objectives.bounds import mean_and_stderr, nll_bound
+from llada_lightning.objectives.bounds import clustered_mean_and_stderr, nll_bound
 from llada_lightning.objectives.losses import masked_diffusion_loss, next_token_loss, shift_right, token_nll
 
 WORDS = 11
@@ -135,13 +135,40 @@ def test_bound_weighs_each_sequence_by_its_own_count() -> None:
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=2, max_size=50))
-def test_mean_and_standard_error_as_numpy_has_them(values: list[float]) -> None:
-    mean, stderr = mean_and_stderr(sum(values), sum(v * v for v in values), len(values))
+def test_a_document_each_gives_the_usual_standard_error(values: list[float]) -> None:
+    mean, stderr = clustered_mean_and_stderr(torch.tensor(values, dtype=torch.float64), torch.arange(len(values)))
     assert mean == pytest.approx(np.mean(values), rel=1e-9)
     assert stderr == pytest.approx(np.std(values, ddof=1) / math.sqrt(len(values)), rel=1e-6, abs=1e-7 * max(values))
 
 
-def test_one_value_has_no_standard_error() -> None:
-    mean, stderr = mean_and_stderr(3.0, 9.0, 1)
-    assert mean == 3.0
+@given(st.lists(st.floats(0, 1e3), min_size=2, max_size=20), st.integers(2, 5))
+def test_copies_within_a_document_add_no_certainty(values: list[float], copies: int) -> None:
+    once = torch.tensor(values, dtype=torch.float64)
+    one = clustered_mean_and_stderr(once, torch.arange(len(values)))
+    many = clustered_mean_and_stderr(once.repeat(copies), torch.arange(len(values)).repeat(copies))
+    assert many == pytest.approx(one, rel=1e-6, abs=1e-6)
+
+
+def test_the_clustered_error_covers_the_truth_where_documents_differ() -> None:
+    """Documents with a mean of their own: the spread over many samples is the standard error that each claims."""
+    draws = np.random.default_rng(0)
+    means, errors = [], []
+    for _ in range(300):
+        values = np.repeat(draws.normal(5.0, 1.0, 30), 8) + draws.normal(0.0, 0.5, 240)
+        mean, stderr = clustered_mean_and_stderr(torch.from_numpy(values), torch.arange(30).repeat_interleave(8))
+        means.append(mean)
+        errors.append(stderr)
+    assert np.std(means) == pytest.approx(np.mean(errors), rel=0.12)
+    assert np.mean(errors) > 2 * np.std(values) / math.sqrt(240)
+
+
+def test_one_document_has_no_standard_error() -> None:
+    mean, stderr = clustered_mean_and_stderr(torch.tensor([3.0, 5.0]), torch.tensor([7, 7]))
+    assert mean == 4.0
+    assert math.isnan(stderr)
+
+
+def test_a_loss_that_is_not_a_number_stays_one() -> None:
+    mean, stderr = clustered_mean_and_stderr(torch.tensor([3.0, math.nan]), torch.tensor([0, 1]))
+    assert math.isnan(mean)
     assert math.isnan(stderr)

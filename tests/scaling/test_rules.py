@@ -23,6 +23,7 @@ from llada_lightning.scaling.hyperparameters import learning_rate
         ("NVIDIA L4", 121e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("cpu", None),
         ("NVIDIA H1000", None),
         ("Some GPU of tomorrow", None),

@@ -257,11 +257,13 @@ def test_a_failed_run_does_not_stop_the_others_and_is_named_with_its_last_line(t
     assert study.log("bad").read_text().count("$ ") == 2  # the log keeps both attempts
 
 
-def test_a_diverged_run_has_failed(tmp_path: Path) -> None:
+def test_a_diverged_run_is_settled_and_named(tmp_path: Path) -> None:
     study = Study(tmp_path, {"a": "silent"})
     (tmp_path / "a").mkdir()
     (tmp_path / "a/result.json").write_text(json.dumps([{"status": "diverged"}]))
-    assert [failed.reason for failed in study.run().failed] == ["ended with status diverged"]
+    outcome = study.run()
+    assert (outcome.skipped, outcome.diverged, outcome.failed, outcome.exit_code) == (["a"], ["a"], [], 0)
+    assert study.started() == []
 
 
 def test_several_at_once_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

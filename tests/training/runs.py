@@ -21,14 +21,14 @@ TESTS = Path(__file__).parent
 
 
 class KillAt(Callback):
-    """Kills its process with -9 when a step has ended, before that step is logged or saved by anyone else."""
+    """Sends its own process a signal in the middle of the step after ``step``."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, name: str = "SIGKILL") -> None:
+        self.step, self.name = step, name
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.Signals[self.name])
 
 
 def fit_arguments(objective: str, data: Path, root: Path, *extra: str) -> list[str]:
@@ -68,9 +68,9 @@ def fit_process(objective: str, data: Path, root: Path, *extra: str) -> subproce
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def kill_at(step: int) -> str:
+def kill_at(step: int, name: str = "SIGKILL") -> str:
     """The argument that adds :class:`KillAt`."""
-    return f"--trainer.callbacks=[{{class_path: runs.KillAt, init_args: {{step: {step}}}}}]"
+    return f"--trainer.callbacks=[{{class_path: runs.KillAt, init_args: {{step: {step}, name: {name}}}}}]"
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:

@@ -121,9 +121,40 @@ def test_a_run_is_named_by_its_configuration(prepared: Path, tmp_path: Path) -> 
     name = run_folder(base).name
     machine = ["--data.workers=1", "--trainer.accumulate_grad_batches=2", "--trainer.log_every_n_steps=3"]
     assert run_folder([*base, *machine]).name == name
-    assert name.startswith("arm-L2-d32-h2-kv1-ff64-24steps-")
+    assert name.startswith("arm-L2-d32-h2-kv1-ff64-6.5e+08flops-")
     for change in ("--seed_everything=1", "--data.global_batch=4", "--model.schedule.lr=0.02", "--trainer.max_steps=9"):
         assert run_folder([*base, change]).name != name
+
+
+def test_the_same_length_by_flops_or_steps_is_the_same_run(prepared: Path, tmp_path: Path) -> None:
+    from llada_lightning.lightning_cli import run_folder
+
+    base = [a for a in fit_arguments("arm", prepared, tmp_path) if "run.name" not in a and "max_steps" not in a]
+    names = {run_folder([*base, how]).name for how in ("--budget.flops=6.40e8", "--budget.flops=6.41e8")}
+    assert len(names) == 1
+
+
+def test_seconds_of_training_leave_none_out(prepared: Path, tmp_path: Path) -> None:
+    """Validations off the log's grid must not swallow the steps before them."""
+    folder = fit("arm", prepared, tmp_path, "--trainer.log_every_n_steps=24", "--trainer.val_check_interval=1")
+    state = torch.load(folder / "checkpoints" / "step=00000024.ckpt")["callbacks"]["Accounting"]
+    assert 0.2 * state["wall_seconds"] < state["train_seconds"] < state["wall_seconds"]
+    assert record(folder)["tokens_per_second"] == pytest.approx(state["tokens"] / state["train_seconds"], rel=0.2)
+
+
+@pytest.mark.parametrize("change", ["--model=LladaModule", "--model.rope_theta=500"])
+def test_another_models_checkpoint_is_not_validated(
+    prepared: Path, tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = fit("arm", prepared, tmp_path, "--trainer.max_steps=4")
+    capsys.readouterr()
+    model = change if change.startswith("--model=") else "--model=ArmModule"
+    arguments = [a for a in fit_arguments("arm", prepared, tmp_path) if a.startswith("--data")]
+    shape = "--model.shape={n_layers: 2, d_model: 32, n_heads: 2, n_kv_heads: 1, d_ff: 64}"
+    checkpoint = f"--ckpt_path={folder / 'checkpoints' / 'step=00000004.ckpt'}"
+    extra = [] if change == model else [change]
+    assert main(["validate", model, shape, *extra, *arguments, checkpoint, "--trainer.accelerator=cpu"]) == 2
+    assert capsys.readouterr().err.startswith("error: checkpoint: of another run (model.")
 
 
 def test_both_objectives_share_initial_weights_and_data(prepared: Path, tmp_path: Path) -> None:
@@ -180,3 +211,4 @@ def test_a_run_that_diverges_says_so(prepared: Path, tmp_path: Path) -> None:
     found = json.loads((folder / "result.json").read_text())[0]
     assert found["status"] == "diverged"
     assert found["val_nats_per_token"] is None
+    assert found["val_stderr"] is None

@@ -11,8 +11,6 @@ import torch
 from llada_lightning.cli import main
 from runs import fit, fit_process, kill_at, losses, metrics, record, weights
 
-WITHIN_AN_EPOCH, OVER_AN_EPOCHS_END = 13, 17
-
 
 @pytest.mark.parametrize("objective", ["arm", "llada"])
 @pytest.mark.parametrize(("workers", "step"), [(0, 17), (2, 13)])
@@ -35,16 +33,58 @@ def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(
     assert [record(folder)[key] for key in exact] == [record(whole)[key] for key in exact]
 
 
-def test_a_run_killed_on_two_ranks_goes_on_on_one(prepared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("then", [(), ("--trainer.accumulate_grad_batches=2",)], ids=["whole", "accumulated"])
+def test_a_run_killed_on_two_ranks_goes_on_on_one(prepared: Path, tmp_path: Path, then: tuple[str, ...]) -> None:
     whole = fit("llada", prepared, tmp_path / "whole")
     ranks = ("--trainer.devices=2", "--trainer.strategy=ddp")
     killed = fit_process("llada", prepared, tmp_path / "killed", *ranks, kill_at(13))
     assert killed.returncode != 0
-    folder = fit("llada", prepared, tmp_path / "killed")
+    folder = fit("llada", prepared, tmp_path / "killed", *then)
     assert [int(row["step"]) for row in metrics(folder)] == list(range(1, 25))
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
     for key, value in weights(whole).items():
         assert torch.allclose(weights(folder)[key], value, atol=1e-5)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 2)])
+def test_another_accumulation_goes_on_with_the_same_batches(
+    prepared: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    """From an odd step, where a count of micro-batches does not divide by the new accumulation."""
+    whole = fit("llada", prepared, tmp_path / "whole")
+    odd = ("--run.checkpoint_every_steps=15", "--run.keep_checkpoints=9")
+    folder = fit("llada", prepared, tmp_path / "changed", f"--trainer.accumulate_grad_batches={before}", *odd)
+    (folder / "result.json").unlink()
+    (folder / "checkpoints" / "step=00000024.ckpt").unlink()
+    fit("llada", prepared, tmp_path / "changed", f"--trainer.accumulate_grad_batches={after}", *odd)
+    assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
+    assert [row["step"] for row in metrics(folder) if row["val_nats_per_token"]] == [
+        row["step"] for row in metrics(whole) if row["val_nats_per_token"]
+    ]
+
+
+def test_sigterm_saves_the_step_and_the_run_goes_on(prepared: Path, tmp_path: Path) -> None:
+    whole = fit("arm", prepared, tmp_path / "whole")
+    stopped = fit_process("arm", prepared, tmp_path / "stopped", kill_at(13, "SIGTERM"))
+    assert stopped.returncode == 143
+    assert "the same command goes on" in stopped.stderr
+    folder = tmp_path / "stopped" / "test" / "run"
+    assert (folder / "checkpoints" / "step=00000014.ckpt").exists()  # the step that the signal fell into
+    fit("arm", prepared, tmp_path / "stopped")
+    assert losses(folder) == losses(whole)
+    assert all(torch.equal(weights(folder)[key], value) for key, value in weights(whole).items())
+
+
+def test_a_given_checkpoint_that_is_none_is_refused(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from runs import fit_arguments
+
+    (tmp_path / "garbage.ckpt").write_bytes(b"no checkpoint")
+    for name, said in {"garbage.ckpt": "damaged", "absent.ckpt": "does not exist"}.items():
+        assert main(fit_arguments("arm", prepared, tmp_path, f"--ckpt_path={tmp_path / name}")) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "test").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.utilities.throughput import Throughput
 from torch import Tensor
 
 from llada_lightning.data.batches import TrainingBatch
 from llada_lightning.scaling.flops import TrainingFlops
 from llada_lightning.scaling.hardware import peak_flops
+
+_WINDOW = 20
+"""Logged steps over which the rates of the log and the progress line are taken."""
 
 
 class Accounting(Callback):
@@ -37,7 +40,7 @@ class Accounting(Callback):
         self._lr = 0.0
         self._step = 0
         self._tick = 0.0
-        self._rated_tokens = 0
+        self._window: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
 
     @property
     def flops(self) -> TrainingFlops:
@@ -56,6 +59,7 @@ class Accounting(Callback):
         return self.flops.flops_total / self.train_seconds / (peak * trainer.world_size)
 
     def state_dict(self) -> dict[str, Any]:
+        self._advance(training=True)
         return {"tokens": self.tokens, "train_seconds": self.train_seconds, "wall_seconds": self.wall_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -66,12 +70,17 @@ class Accounting(Callback):
         self._tick = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step, self._rated_tokens = trainer.global_step, self.tokens
-        self._throughput = Throughput(device_peak(trainer), trainer.world_size, window_size=20)
+        self._step = trainer.global_step
         self._advance()
+        self._window.append((self.train_seconds, self.tokens))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._advance(training=trainer.training)
+        if trainer.state.fn != "fit":
+            self._advance()
+            return
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()  # or the steps still in the queue would count as validation
+        self._advance(training=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._advance()
@@ -121,17 +130,14 @@ class Accounting(Callback):
 
     def _rates(self, trainer: Trainer) -> dict[str, float]:
         """Windowed tokens/s over all devices, and MFU where the device's peak is known."""
-        self._throughput.update(
-            time=self.train_seconds,
-            batches=self._step,
-            samples=self._step,
-            lengths=self.tokens,
-            flops=round(self.per_token.flops_total * (self.tokens - self._rated_tokens) / trainer.world_size),
-        )
-        self._rated_tokens = self.tokens
-        rates = self._throughput.compute()
-        named = {"tokens_per_second": "device/items_per_sec", "mfu": "device/mfu"}
-        return {name: float(rates[key]) for name, key in named.items() if key in rates}
+        self._window.append((self.train_seconds, self.tokens))
+        (first_seconds, first_tokens), (seconds, tokens) = self._window[0], self._window[-1]
+        if seconds == first_seconds:
+            return {}
+        rate = (tokens - first_tokens) / (seconds - first_seconds)
+        peak = device_peak(trainer)
+        mfu = {} if peak is None else {"mfu": rate * self.per_token.flops_total / (peak * trainer.world_size)}
+        return {"tokens_per_second": rate, **mfu}
 
     def _advance(self, training: bool = False) -> None:
         now = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from llada_lightning.errors import UserError
 
 _PARTIAL = ".partial"
 
@@ -52,6 +56,11 @@ class StepCheckpoints(ModelCheckpoint):
             if trainer.is_global_zero:
                 leftover.unlink(missing_ok=True)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """SIGTERM: Lightning lets the step end, on all ranks, before it leaves; the step is saved."""
+        if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and trainer.global_step > 0:
+            self.on_train_end(trainer, pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -66,5 +75,14 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def saved_identity(checkpoint: Path) -> dict[str, Any]:
-    """The identity of the run that wrote a checkpoint, without reading its weights."""
-    return torch.load(checkpoint, mmap=True, weights_only=True, map_location="cpu").get("identity", {})
+    """The identity of the run that wrote a checkpoint, without reading its weights.
+
+    Raises:
+        UserError: the file is not a checkpoint of a run.
+    """
+    try:
+        return torch.load(checkpoint, mmap=True, weights_only=True, map_location="cpu")["identity"]
+    except FileNotFoundError as error:
+        raise UserError(f"checkpoint: '{checkpoint}' does not exist; give one of a run's checkpoints/") from error
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint: '{checkpoint}' is damaged or of another program; take another one") from error

@@ -116,3 +116,37 @@ class BudgetProgress(ProgressBar):
 
     def _line_every(self, trainer: Trainer) -> int:
         return max(1, trainer.max_steps // _LINES_WITHOUT_TERMINAL)
+
+
+class EvaluationProgress(ProgressBar):
+    """A bar over the batches of `validate`, `test` or `predict`, on a terminal's stderr: stdout holds the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._progress = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+    def disable(self) -> None:
+        self._progress.disable = True
+
+    def enable(self) -> None:
+        self._progress.disable = not sys.stderr.isatty()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._task = self._progress.add_task(stage, total=None)
+        self._progress.start()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._progress.stop()
+
+    def on_validation_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        self._advance(sum(trainer.num_val_batches))
+
+    def on_test_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        self._advance(sum(trainer.num_test_batches))
+
+    def on_predict_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        self._advance(sum(trainer.num_predict_batches))
+
+    def _advance(self, total: float) -> None:
+        self._progress.update(self._task, total=total, advance=1)
