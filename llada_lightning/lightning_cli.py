@@ -17,20 +17,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from llada_lightning.command_line import one_line
-from llada_lightning.configuration import (
-    Budget,
-    Run,
-    Wandb,
-    identity,
-    reject_unknown_keys,
-    resolve_data,
-    resolve_fit,
-    run_name,
-)
+from llada_lightning.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.results import read_records, write_records, written_atomically
 from llada_lightning.scaling.shapes import shape_name
+from llada_lightning.settings import Budget, Run, Wandb
 from llada_lightning.training.callbacks.accounting import Accounting
 from llada_lightning.training.callbacks.checkpoints import (
     AtomicCheckpointIO,

@@ -1,0 +1,67 @@
+"""Settings of a run beside model, data and trainer: its budget, its place, its second log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llada_lightning.scaling.flops import Convention
+
+
+@dataclass
+class Budget:
+    """What a run may spend; its length follows from it.
+
+    Args:
+        flops: training FLOPs; null: `trainer.max_steps` decides the length.
+        tokens: training tokens instead of FLOPs.
+        convention: which FLOPs the budget counts: 6ND, or the total with attention and head.
+    """
+
+    flops: float | None = None
+    tokens: float | None = None
+    convention: Convention = "6nd"
+
+
+@dataclass
+class Run:
+    """Where a run lives: `<root>/<study>/<name>/`.
+
+    Args:
+        study: the folder that runs of one question share.
+        name: null: objective, shape, length and a hash of the configuration.
+        root: the folder of all studies.
+        resume: auto goes on from the last checkpoint; never refuses a folder that has one.
+        checkpoint_every_steps: null: ten times a run, and at least every 1000 steps.
+        keep_checkpoints: the last ones to keep.
+    """
+
+    study: str = "default"
+    name: str | None = None
+    root: str = "runs"
+    resume: Literal["auto", "never"] = "auto"
+    checkpoint_every_steps: int | None = None
+    keep_checkpoints: int = 2
+
+    @property
+    def folder(self) -> Path:
+        assert self.name is not None
+        return Path(self.root) / self.study / self.name
+
+
+@dataclass
+class Wandb:
+    """Weights & Biases; metrics.csv is written in any case.
+
+    Args:
+        project: null: no W&B, unless an agent of a sweep started this run.
+        entity: user or team.
+        group: null: the study.
+        offline: log to a folder, to be synchronised later.
+    """
+
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    offline: bool = False
