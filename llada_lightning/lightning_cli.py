@@ -86,7 +86,7 @@ class LladaCLI(LightningCLI):
         parser.set_defaults({"data": {**data, "init_args": {"path": "data/python-stdlib"}}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(class_first(args))
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint's hyperparameters never replace what the user wrote: they are compared with it on loading."""
@@ -239,6 +239,18 @@ class LladaCLI(LightningCLI):
     def _write_config(self) -> None:
         with written_atomically(self.folder / "config.yaml") as path:
             path.write_text(self._resolved())
+
+
+def class_first(args: list[str]) -> list[str]:
+    """The arguments with each `--model=NAME` before its `--model.…`: the parser needs the class before its settings,
+    and a sweep's agent hands arguments over in an order of its own."""
+    args = list(args)
+    for key in ("--model", "--data"):
+        named = next((i for i, arg in enumerate(args) if arg.startswith(f"{key}=")), None)
+        setting = next((i for i, arg in enumerate(args) if arg.startswith(f"{key}.")), None)
+        if named is not None and setting is not None and setting < named:
+            args.insert(setting, args.pop(named))
+    return args
 
 
 def run_folder(args: list[str]) -> Path:

@@ -78,6 +78,15 @@ def test_an_unknown_module(fails) -> None:
     assert "which one is not said; expected ArmModule" in fails("fit", "--model.init_args.shape=107k")
 
 
+def test_an_agent_may_hand_over_arguments_in_any_order(prepared: Path, tmp_path: Path) -> None:
+    from llada_lightning.lightning_cli import run_folder
+
+    common = [f"--data.path={prepared}", "--data.sequence_length=32", f"--run.root={tmp_path}", "--budget.flops=1e10"]
+    settings = ["--model.init_args.shape=107k", "--model.rope_theta=500"]
+    first = run_folder(["fit", "--model=ArmModule", *settings, *common])
+    assert run_folder(["fit", *settings, *common, "--model=ArmModule"]) == first
+
+
 def test_an_unknown_shape(fit) -> None:
     line = fit("--model.shape=9z")
     assert "shape: '9z' is not known; choose from arm-1b" in line
