@@ -108,13 +108,12 @@ class LladaCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         reject_unknown_keys(self.settings)
         data = resolve_data(self.settings)
-        self.identity = identity(self.settings, data)
         if self.subcommand == "fit":
             resolve_fit(self.settings, data)
-            self.identity = identity(self.settings, data)
+        self.identity = identity(self.settings, data)
+        if self.subcommand == "fit" and self._execute:
             self.run_name = run_name(self.settings, data)
-            if self._execute:
-                self._check_folder()
+            self._check_folder()
 
     def instantiate_classes(self) -> None:
         if not self._execute:

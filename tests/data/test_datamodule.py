@@ -244,7 +244,6 @@ def test_a_sequence_longer_than_a_shard_is_refused(prepared: Path) -> None:
 
 def test_a_mixture_of_two_tokenizers_is_refused(prepared: Path, tmp_path: Path) -> None:
     from conftest import write_corpus
-
     from llada_lightning.data.prepare import prepare
 
     other = write_corpus(tmp_path / "text", first=500)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from studies import record, study
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling import commands
@@ -14,6 +13,7 @@ from llada_lightning.scaling.commands import collect_command, curves_command, sw
 from llada_lightning.scaling.results import read_results, write_records, write_results
 from llada_lightning.scaling.sweep import Sweep
 from llada_lightning.scaling.sweep_run import FailedRun, SweepOutcome
+from studies import record, study
 
 Captured = pytest.CaptureFixture[str]
 

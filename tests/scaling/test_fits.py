@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from studies import LAWS, record, study
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.fits import (
@@ -21,6 +20,7 @@ from llada_lightning.scaling.fits import (
     usable_runs,
 )
 from llada_lightning.scaling.results import strict_json, table_of_records
+from studies import LAWS, record, study
 
 BUDGETS = np.geomspace(1e15, 1e18, 7)
 factors = st.floats(1e-3, 1e3)

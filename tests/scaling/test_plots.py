@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
-from studies import record, study
 
 from llada_lightning.scaling.fits import Unit, fit_table
 from llada_lightning.scaling.flops import Convention
 from llada_lightning.scaling.plots import scaling_curve
 from llada_lightning.scaling.results import table_of_records
+from studies import record, study
 
 
 def legend_of(figure: Figure) -> list[str]:

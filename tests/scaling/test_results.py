@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from studies import record, study
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling import results
@@ -25,6 +24,7 @@ from llada_lightning.scaling.results import (
     write_records,
     write_results,
 )
+from studies import record, study
 
 
 def sound(name: str = "a", budget: float = 1e12, **other: object) -> dict[str, object]:

@@ -18,7 +18,7 @@ from llada_lightning.scaling.results import RESULT_COLUMNS
 from llada_lightning.scaling.shapes import Shape
 from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule, bits_per_byte
 from llada_lightning.training.schedules import WSD
-from runs import MODELS, fit, fit_arguments, fit_process, losses, metrics, record, weights
+from tiny_runs import MODELS, fit, fit_arguments, fit_process, losses, metrics, record, weights
 
 SHAPE = Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=64)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import MODELS, fit, fit_process, losses, record
+from tiny_runs import MODELS, fit, fit_process, losses, record
 
 
 @pytest.fixture(scope="module", params=MODELS)

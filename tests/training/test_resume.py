@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llada_lightning.cli import main
-from runs import fit, fit_process, kill_at, losses, metrics, record, weights
+from tiny_runs import fit, fit_process, kill_at, losses, metrics, record, weights
 
 
 @pytest.mark.parametrize("objective", ["arm", "llada"])
@@ -78,7 +78,7 @@ def test_sigterm_saves_the_step_and_the_run_goes_on(prepared: Path, tmp_path: Pa
 def test_a_given_checkpoint_that_is_none_is_refused(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from runs import fit_arguments
+    from tiny_runs import fit_arguments
 
     (tmp_path / "garbage.ckpt").write_bytes(b"no checkpoint")
     for name, said in {"garbage.ckpt": "damaged", "absent.ckpt": "does not exist"}.items():
@@ -98,7 +98,7 @@ def test_a_given_checkpoint_that_is_none_is_refused(
 def test_a_checkpoint_of_another_run_is_refused(
     prepared: Path, tmp_path: Path, change: str, named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from runs import fit_arguments
+    from tiny_runs import fit_arguments
 
     folder = fit("arm", prepared, tmp_path, "--trainer.max_steps=10")
     (folder / "result.json").unlink()
@@ -111,7 +111,7 @@ def test_a_checkpoint_of_another_run_is_refused(
 def test_a_checkpoint_of_other_data_is_refused(
     prepared: Path, prepared_second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from runs import fit_arguments
+    from tiny_runs import fit_arguments
 
     folder = fit("llada", prepared, tmp_path, "--trainer.max_steps=10")
     (folder / "result.json").unlink()

@@ -70,7 +70,7 @@ def fit_process(objective: str, data: Path, root: Path, *extra: str) -> subproce
 
 def kill_at(step: int, name: str = "SIGKILL") -> str:
     """The argument that adds :class:`KillAt`."""
-    return f"--trainer.callbacks=[{{class_path: runs.KillAt, init_args: {{step: {step}, name: {name}}}}}]"
+    return f"--trainer.callbacks=[{{class_path: tiny_runs.KillAt, init_args: {{step: {step}, name: {name}}}}}]"
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:
