@@ -39,12 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _dispatch(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # A loader's worker hands its error over with a traceback before it.
+        print(f"error: {str(error).splitlines()[-1].split('UserError: ')[-1]}", file=sys.stderr)
         return 2
-    except SystemExit as leave:  # --help, a run that is done, and Lightning's way to leave on SIGTERM
-        if type(leave).__name__ == "SIGTERMException":
-            print("stopped by SIGTERM; the same command goes on from the last checkpoint", file=sys.stderr)
-            return 143
+    except SystemExit as leave:  # --help, a run that is done, a signal
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
 
 
@@ -125,6 +123,7 @@ def quiet_libraries() -> None:
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
+        ".*custom batch sampler.*",
         ".*The given buffer is not writable.*",
         ".*isinstance.treespec, LeafSpec.*",
     ):

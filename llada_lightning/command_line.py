@@ -34,6 +34,9 @@ def one_line(message: str, command: str) -> str:
     within = re.search(r"^ +- (\S+: .* given; expected .*|Option '\S+' is not accepted.*)$", message, re.MULTILINE)
     value = re.search(r"(?:Given|Got) value: (.+)", message)
     expected = re.findall(r"Expected an? (?:<class '([\w.]+)'>|(\w[\w.]*\[.*\]))", message)
+    unnamed = re.search(r"required: (?:\w+\.)?model$", message.strip())
+    if unnamed:
+        return "model: which one is not said; give --model ArmModule or LladaModule, or --config of a run"
     see = f"; see '{command} --help'"
     if key and within:  # ends with `see` already
         inner = within[1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +25,7 @@ from llada_lightning.errors import UserError
 from llada_lightning.scaling.results import read_records, write_records, written_atomically
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.settings import Budget, Run, Wandb
+from llada_lightning.signals import stopping_at_a_steps_end
 from llada_lightning.training.callbacks.accounting import Accounting
 from llada_lightning.training.callbacks.checkpoints import (
     AtomicCheckpointIO,
@@ -47,8 +50,15 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+FEW_DOCUMENTS = 20
+"""Below this many clusters a standard error has itself an error of a sixth and more."""
+
+
 class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are UserErrors of one line."""
+    """A parser whose errors are UserErrors of one line, and that takes no abbreviated keys."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(one_line(message, "llada fit")) from ex
@@ -176,7 +186,9 @@ class LladaCLI(LightningCLI):
         return None
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if self._execute:
+        if not self._execute:
+            return
+        with stopping_at_a_steps_end() if subcommand == "fit" else nullcontext():
             super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
@@ -190,6 +202,7 @@ class LladaCLI(LightningCLI):
     def after_validate(self) -> None:
         """The figure, with its error bar, on stdout."""
         print(describe_loss(self.model.validation, self.model.val_kind))
+        self._warn_of_few_documents()
 
     after_test = after_validate
 
@@ -198,6 +211,13 @@ class LladaCLI(LightningCLI):
         for nats_B in self.trainer.predict(**kwargs) or []:
             assert isinstance(nats_B, Tensor)
             print("\n".join(f"{nats:.6f}" for nats in nats_B.tolist()))
+
+    def _warn_of_few_documents(self) -> None:
+        if self.model.val_documents < FEW_DOCUMENTS:
+            announce(
+                f"note: validation sequences begin in {self.model.val_documents} documents only, so the standard error "
+                "means little; give more text, or prepare it with a larger --val-fraction"
+            )
 
     @rank_zero_only
     def _write(self, record: dict[str, Any]) -> None:
@@ -209,6 +229,7 @@ class LladaCLI(LightningCLI):
             f"{record['run']}: {describe_loss(record, record['val_kind'])}, {record['flops_6nd']:.3g} FLOPs (6ND), "
             f"{record['wall_seconds']:.0f} s; {path}"
         )
+        self._warn_of_few_documents()
 
     def _check_folder(self) -> None:
         """Leave if the run is done; refuse the folder of another run. Nothing is written here."""
@@ -219,7 +240,7 @@ class LladaCLI(LightningCLI):
                 "choose another --run.name, or leave it out"
             )
         if records:
-            announce(f"{self.folder} is done; nothing to do")
+            announce(f"{self.folder} is done ({describe_loss(records[0], records[0]['val_kind'])}); nothing to do")
             sys.exit(0)
         checkpoint = last_checkpoint(self.folder / "checkpoints")
         if checkpoint is not None and self.settings.run.resume == "never":
@@ -257,12 +278,13 @@ def run_folder(args: list[str]) -> Path:
     return LladaCLI(args, execute=False).folder
 
 
-def describe_loss(values: Mapping[str, float], kind: str) -> str:
+def describe_loss(values: Mapping[str, float | None], kind: str) -> str:
     """A validation loss with its standard error, its kind and both units."""
-    return (
-        f"{values['val_nats_per_token']:.4f} ± {values['val_stderr']:.4f} nats/token ({kind}), "
-        f"{values['val_bits_per_byte']:.4f} bits/byte"
+    loss, stderr, bits = (
+        math.nan if values[key] is None else values[key]
+        for key in ("val_nats_per_token", "val_stderr", "val_bits_per_byte")
     )
+    return f"{loss:.4f} ± {stderr:.4f} nats/token ({kind}), {bits:.4f} bits/byte"
 
 
 @rank_zero_only

@@ -49,6 +49,31 @@ def test_an_unknown_command(fails) -> None:
     assert "'train' is not a command; choose from fit" in fails("train")
 
 
+def test_an_abbreviated_option(fit) -> None:
+    assert "--budget.flop" in fit("--budget.flop=1e9")
+
+
+def test_no_module(fails) -> None:
+    assert "give --model ArmModule or LladaModule" in fails("fit", "--budget.flops=1e9")
+    assert "--config of a run" in fails("validate")
+
+
+def test_shards_with_foreign_tokens(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found when they are read, by a worker too; checksums are for `prepare`."""
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    for shard in (copy / "train").glob("*.bin"):
+        content = bytearray(shard.read_bytes())
+        content[100:] = b"\xff" * len(content[100:])
+        shard.write_bytes(bytes(content))
+    for workers in (0, 1):
+        arguments = [f"--data.path={copy}", f"--run.root={tmp_path / 'runs'}", f"--data.workers={workers}", *SMALL]
+        assert main(["fit", "--model=ArmModule", *arguments, "--budget.flops=1e10"]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("error: data.path: sequence")
+        assert line.endswith("the shards are damaged: prepare the corpus again")
+
+
 def test_an_unknown_option(fit) -> None:
     assert "--modell.shape=3" in fit("--modell.shape=3")
     assert "shapee" in fit("--model.init_args.shapee=3")

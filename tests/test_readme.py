@@ -51,7 +51,7 @@ def test_ci_runs_the_readmes_test_command() -> None:
 
 def test_the_tour_by_hand(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tour = [line for line in COMMANDS if line.startswith("llada") and "sweep run" not in line]
-    assert [line.split()[1] for line in tour] == ["prepare", "fit", "fit", "collect", "curves", "fit"]
+    assert [line.split()[1] for line in tour] == ["prepare", "fit", "fit", "validate", "collect", "curves", "fit"]
     for line in tour:
         assert run_llada(line) == 0, capsys.readouterr().err
     table = read_results(checkout / "runs" / "tour" / "results.csv")

@@ -197,6 +197,7 @@ class TokenDataModule(LightningDataModule):
             shard_items=[[shard.tokens // self.sequence_length for shard in source] for source in shards],
             weights=list(self.weights.values()),
             sequence_length=self.sequence_length,
+            vocab_size=self.tokenizer.vocab_size,
             seed=seed,
             window_shards=self.window_shards,
         )

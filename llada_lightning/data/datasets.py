@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from llada_lightning.data.batches import TrainingBatch, ValidationBatch
 from llada_lightning.data.order import EpochOrder, Mixture
+from llada_lightning.errors import UserError
 from llada_lightning.objectives import forward_process
 from llada_lightning.objectives.forward_process import TimeSampling
 
@@ -36,6 +37,7 @@ class TokenStream:
         shard_items: for each source, the sequences in each of its shards.
         weights: of the mixture.
         sequence_length: L.
+        vocab_size: of the tokenizer.
         seed: of the order.
         window_shards: shards whose items are shuffled together.
     """
@@ -46,10 +48,11 @@ class TokenStream:
         shard_items: Sequence[Sequence[int]],
         weights: Sequence[float],
         sequence_length: int,
+        vocab_size: int,
         seed: int,
         window_shards: int,
     ) -> None:
-        self.sequence_length = sequence_length
+        self.sequence_length, self._vocab_size, self._folders = sequence_length, vocab_size, folders
         self.mixture = Mixture(weights)
         self.orders = [EpochOrder(items, seed, source, window_shards) for source, items in enumerate(shard_items)]
         self._documents: dict[tuple[int, int], int] = {}
@@ -64,9 +67,21 @@ class TokenStream:
         return source, self.orders[source].item(position)
 
     def tokens(self, ordinals: Sequence[int]) -> Tensor:
-        """(B, L) int64."""
-        located = (self.locate(ordinal) for ordinal in ordinals)
-        return torch.stack([self._datasets[source][item].long() for source, item in located])
+        """(B, L) int64.
+
+        Raises:
+            UserError: a token that the tokenizer does not have: the shards are damaged.
+        """
+        located = [self.locate(ordinal) for ordinal in ordinals]
+        tokens_BL = torch.stack([self._datasets[source][item].long() for source, item in located])
+        foreign = (tokens_BL >= self._vocab_size).any(dim=1).nonzero()
+        if len(foreign):
+            source, item = located[int(foreign[0])]
+            raise UserError(
+                f"data.path: sequence {item} of '{self._folders[source]}' has tokens beyond the vocabulary of "
+                f"{self._vocab_size}; the shards are damaged: prepare the corpus again"
+            )
+        return tokens_BL
 
     def document(self, ordinal: int, eos_token_id: int) -> int:
         """A number for the document that a sequence begins in, equal for all sequences that do.

@@ -170,7 +170,8 @@ def _local_file(spec: str) -> Path:
             raise UserError(f"tokenizer folder '{spec}' holds no {TOKENIZER_NAME}; save a fast tokenizer there")
         return path / TOKENIZER_NAME
     # A name on the hub is "name" or "owner/name"; anything else can only be a path.
-    if path.exists() or path.suffix == ".json" or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+    local = path.suffix == ".json" or spec.startswith((".", "/", "~")) or spec.count("/") > 1
+    if path.exists() or local or ("/" in spec and path.parent.is_dir()):
         if not path.is_file():
             raise UserError(f"tokenizer '{spec}': no such file or folder; give a tokenizer.json, a folder or a name")
         return path

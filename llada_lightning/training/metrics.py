@@ -29,6 +29,7 @@ class ValidationLoss(Metric):
         self.values.append(values_B.double())
         self.documents.append(documents_B)
 
-    def compute(self) -> tuple[float, float]:
-        """Mean and standard error (NaN with fewer than two documents)."""
-        return clustered_mean_and_stderr(dim_zero_cat(self.values), dim_zero_cat(self.documents))
+    def compute(self) -> tuple[float, float, int]:
+        """Mean, standard error (NaN with fewer than two documents), and the number of documents."""
+        values, documents = dim_zero_cat(self.values), dim_zero_cat(self.documents)
+        return *clustered_mean_and_stderr(values, documents), len(documents.unique())

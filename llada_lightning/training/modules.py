@@ -84,6 +84,7 @@ class LanguageModule(LightningModule, ABC):
         self.grad_norm: Tensor | None = None
         self.val_loss = ValidationLoss()
         self.validation: dict[str, float] = {}
+        self.val_documents = 0
         self.model: Transformer = None  # type: ignore[assignment]  # configure_model builds it
 
     def configure_model(self) -> None:
@@ -124,7 +125,7 @@ class LanguageModule(LightningModule, ABC):
         self.val_loss.update(nats_per_token_B[batch.counted_B], batch.documents_B[batch.counted_B])
 
     def on_validation_epoch_end(self) -> None:
-        mean, stderr = self.val_loss.compute()
+        mean, stderr, self.val_documents = self.val_loss.compute()
         self.val_loss.reset()
         self.validation = {"val_nats_per_token": mean, "val_stderr": stderr}
         assert self.trainer is not None

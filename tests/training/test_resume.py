@@ -33,6 +33,19 @@ def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(
     assert [record(folder)[key] for key in exact] == [record(whole)[key] for key in exact]
 
 
+def test_a_run_killed_in_its_validation_misses_no_row(prepared: Path, tmp_path: Path) -> None:
+    """The step of a checkpoint has its validation: here both fall on step 10, and the kill between them."""
+    both = ("--run.checkpoint_every_steps=5", "--trainer.val_check_interval=5")
+    whole = fit("llada", prepared, tmp_path / "whole", *both)
+    callbacks = "--trainer.callbacks=[{class_path: tiny_runs.KillInValidation, init_args: {step: 10}}]"
+    assert fit_process("llada", prepared, tmp_path / "killed", *both, callbacks).returncode == -signal.SIGKILL
+    folder = fit("llada", prepared, tmp_path / "killed", *both)
+    kept = ("step", "tokens", "train_nats_per_token", "val_nats_per_token", "val_stderr")
+    assert [[row[key] for key in kept] for row in metrics(folder)] == [
+        [row[key] for key in kept] for row in metrics(whole)
+    ]
+
+
 @pytest.mark.parametrize("then", [(), ("--trainer.accumulate_grad_batches=2",)], ids=["whole", "accumulated"])
 def test_a_run_killed_on_two_ranks_goes_on_on_one(prepared: Path, tmp_path: Path, then: tuple[str, ...]) -> None:
     whole = fit("llada", prepared, tmp_path / "whole")
@@ -63,11 +76,12 @@ def test_another_accumulation_goes_on_with_the_same_batches(
     ]
 
 
-def test_sigterm_saves_the_step_and_the_run_goes_on(prepared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
+def test_a_signal_saves_the_step_and_the_run_goes_on(prepared: Path, tmp_path: Path, name: str, code: int) -> None:
     whole = fit("arm", prepared, tmp_path / "whole")
-    stopped = fit_process("arm", prepared, tmp_path / "stopped", kill_at(13, "SIGTERM"))
-    assert stopped.returncode == 143
-    assert "the same command goes on" in stopped.stderr
+    stopped = fit_process("arm", prepared, tmp_path / "stopped", kill_at(13, name))
+    assert stopped.returncode == code, stopped.stderr
+    assert "saved step 14; the same command goes on from there" in stopped.stderr
     folder = tmp_path / "stopped" / "test" / "run"
     assert (folder / "checkpoints" / "step=00000014.ckpt").exists()  # the step that the signal fell into
     fit("arm", prepared, tmp_path / "stopped")

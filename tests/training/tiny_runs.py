@@ -31,6 +31,17 @@ class KillAt(Callback):
             os.kill(os.getpid(), signal.Signals[self.name])
 
 
+class KillInValidation(Callback):
+    """Kills its process with -9 in the validation after ``step``."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def fit_arguments(objective: str, data: Path, root: Path, *extra: str) -> list[str]:
     """A run of 24 steps of 8 sequences of 32 tokens in fp32; `extra` overrides."""
     return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class StepCheckpoints(ModelCheckpoint):
-    """The last ``keep`` checkpoints, every ``every_steps`` steps and at the end."""
+    """The last ``keep`` checkpoints, every ``every_steps`` steps and at the end.
+
+    A checkpoint is written when all of its step is: after the step's validation, if it has one, and after its row of
+    metrics.csv. So a run that goes on from it misses nothing in its record.
+    """
 
     def __init__(self, folder: Path, every_steps: int, keep: int = 2) -> None:
+        self._every_steps = every_steps
         super().__init__(
             dirpath=folder,
             filename="step={step:08d}",
@@ -56,10 +62,26 @@ class StepCheckpoints(ModelCheckpoint):
             if trainer.is_global_zero:
                 leftover.unlink(missing_ok=True)
 
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        batches = trainer.global_step * trainer.accumulate_grad_batches
+        if batches % int(trainer.val_check_interval):  # else the step's validation follows
+            super().on_train_batch_end(trainer, *arguments)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and trainer.global_step % self._every_steps == 0:
+            self.on_train_end(trainer, pl_module)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        for logger in trainer.loggers:
+            logger.save()
+        super()._save_checkpoint(trainer, filepath)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """SIGTERM: Lightning lets the step end, on all ranks, before it leaves; the step is saved."""
         if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and trainer.global_step > 0:
             self.on_train_end(trainer, pl_module)
+            if trainer.is_global_zero:
+                print(f"saved step {trainer.global_step}; the same command goes on from there", file=sys.stderr)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._last_global_step_saved != trainer.global_step:

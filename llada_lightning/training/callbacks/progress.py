@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -14,7 +15,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from llada_lightning.training.callbacks.accounting import Accounting
 from llada_lightning.training.modules import bits_per_byte
 
-_SMOOTHING = 0.9
+_LOSSES = 10
+"""Logged steps whose mean loss is shown."""
 _LINES_WITHOUT_TERMINAL = 10
 
 
@@ -31,7 +33,7 @@ class BudgetProgress(ProgressBar):
         self._title, self._accounting = title, accounting
         self._progress: Progress | None = None
         self._enabled = True
-        self._loss: float | None = None
+        self._losses: deque[float] = deque(maxlen=_LOSSES)
         self._shown: dict[str, float] | None = None
 
     def disable(self) -> None:
@@ -67,8 +69,7 @@ class BudgetProgress(ProgressBar):
         last = self._accounting.last
         if last and last is not self._shown:
             self._shown = last
-            loss = last["train_nats_per_token"]
-            self._loss = loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
+            self._losses.append(last["train_nats_per_token"])
         if self._progress is not None:
             self._progress.update(self._task, completed=trainer.global_step, figures=self._figures(trainer))
         elif self._shown and (trainer.global_step >= self._next_line or trainer.global_step == trainer.max_steps):
@@ -85,8 +86,7 @@ class BudgetProgress(ProgressBar):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop()
         if self._enabled and isinstance(exception, KeyboardInterrupt):
-            where = f"interrupted at step {trainer.global_step}"
-            print(f"{self._title} {where}; the same command goes on from the last checkpoint", file=sys.stderr)
+            print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
 
     def _stop(self) -> None:
         if self._progress is not None:
@@ -95,11 +95,12 @@ class BudgetProgress(ProgressBar):
 
     def _figures(self, trainer: Trainer) -> str:
         parts = [f"step {trainer.global_step}/{trainer.max_steps}"]
-        if self._loss is not None:
-            parts.append(f"loss {self._loss:.3f} nats/token")
+        if self._losses:
+            loss = sum(self._losses) / len(self._losses)
+            parts.append(f"training loss {loss:.3f} nats/token")
             data = getattr(trainer, "datamodule", None)
             if data is not None:
-                parts.append(f"{bits_per_byte(self._loss, data.bytes_per_token):.3f} bits/byte")
+                parts.append(f"{bits_per_byte(loss, data.bytes_per_token):.3f} bits/byte")
         if "tokens_per_second" in self._accounting.last:
             parts.append(f"{self._accounting.last['tokens_per_second']:,.0f} tokens/s")
         mfu = self._accounting.last.get("mfu")
