@@ -18,8 +18,15 @@ from llada_lightning.data.datasets import (
     ValidationDataset,
     take_batch,
 )
-from llada_lightning.data.manifest import Manifest, check_sequence_length, check_shards, local_path, read_manifest
-from llada_lightning.data.order import WINDOW_SHARDS
+from llada_lightning.data.manifest import (
+    Manifest,
+    TokenizerInfo,
+    check_sequence_length,
+    check_shards,
+    local_path,
+    read_manifest,
+)
+from llada_lightning.data.order import WINDOW_SHARDS, Mixture
 from llada_lightning.errors import UserError
 from llada_lightning.objectives.forward_process import MASK_EPS, TimeSampling, expected_length
 
@@ -105,7 +112,7 @@ class TokenDataModule(LightningDataModule):
         return self._manifests
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> TokenizerInfo:
         """Vocabulary size, special ids and fingerprint of the sources' one tokenizer."""
         return self.manifests[0].tokenizer
 
@@ -131,16 +138,17 @@ class TokenDataModule(LightningDataModule):
 
     def unique_tokens(self, steps: int) -> int:
         """Distinct tokens that a run of ``steps`` steps reads (of full sequences)."""
-        stream = self._train_stream()
-        consumed = stream.consumed_items(steps * self.global_batch)
-        unique = (min(count, order.items) for count, order in zip(consumed, stream.orders, strict=True))
-        return sum(unique) * self.sequence_length
+        return sum(min(read, items) for read, items in self._read_of(steps)) * self.sequence_length
 
     def epochs(self, steps: int) -> float:
         """How often a run of ``steps`` steps reads the source that it repeats most."""
-        stream = self._train_stream()
-        consumed = stream.consumed_items(steps * self.global_batch)
-        return max(count / order.items for count, order in zip(consumed, stream.orders, strict=True))
+        return max(read / items for read, items in self._read_of(steps))
+
+    def _read_of(self, steps: int) -> list[tuple[int, int]]:
+        """For each source the sequences that a run reads, repeats counted, and those that there are."""
+        read = Mixture(list(self.weights.values())).consumed(steps * self.global_batch)
+        items = [m.splits["train"].items(self.sequence_length) for m in self.manifests]
+        return list(zip(read.tolist(), items, strict=True))
 
     def check(self) -> None:
         """Refuse a data folder that cannot serve: missing or cut shards, sequences longer than a shard."""
@@ -165,7 +173,7 @@ class TokenDataModule(LightningDataModule):
         assert self.trainer is not None
         process = ForwardProcess(self.seed, self.mask_eps, self.time_sampling, self.random_length_share)
         dataset = TrainingDataset(
-            self._train_stream(), process, self.tokenizer.eos_id, self.global_batch, self.micro_batch
+            self._stream("train", self.seed), process, self.tokenizer.eos_id, self.global_batch, self.micro_batch
         )
         sampler = OrdinalSampler(
             self.trainer.global_step,
@@ -186,9 +194,6 @@ class TokenDataModule(LightningDataModule):
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
-
-    def _train_stream(self) -> TokenStream:
-        return self._stream("train", self.seed)
 
     def _stream(self, split: str, seed: int) -> TokenStream:
         shards = [m.splits[split].shards for m in self.manifests]

@@ -6,10 +6,8 @@ goes on from its own checkpoint; so the same command, given again, does what is 
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -31,10 +29,9 @@ from rich.table import Table
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.results import RESULT_FILE, has_diverged, is_done, read_records
 from llada_lightning.scaling.sweep import Point, Sweep, fit_arguments, launch_fit, render_command
+from llada_lightning.scaling.sweep_watch import budget_share, describe_state, format_seconds, last_line, latest_metrics
 
-METRICS_FILE = "metrics.csv"
 _POLL_SECONDS = 0.1
-_CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 RunFolder = Callable[[list[str]], Path]
 """From ``fit`` and its arguments to the folder of that run. Injected: resolving a config needs torch."""
@@ -339,64 +336,3 @@ def _reason(folder: Path, code: int, line: str) -> str:
             return f"ended with status {', '.join(sorted(states))}" if states else f"ended without a {RESULT_FILE}"
     what = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     return f"{line} ({what})" if line else what
-
-
-def last_line(path: Path) -> str:
-    """The last line of a log that says anything, without colours."""
-    lines = _CONTROL_SEQUENCE.sub("", _tail(path)).replace("\r", "\n").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-def latest_metrics(folder: Path) -> dict[str, str]:
-    """The last row of a run's ``metrics.csv``, without its empty cells; nothing before there is one."""
-    rows, header = _tail(folder / METRICS_FILE).splitlines(), _head(folder / METRICS_FILE)
-    if len(rows) < 2 or rows[-1].count(",") != len(header) - 1:  # no row yet, or one that is being written
-        return {}
-    return {name: value for name, value in zip(header, rows[-1].split(","), strict=True) if value}
-
-
-def budget_share(run: PlannedRun, metrics: dict[str, str]) -> float:
-    """The share of its budget that a running fit has spent, 0 where it cannot be known."""
-    with suppress(KeyError, ValueError):
-        return min(1.0, float(metrics["flops_6nd"]) / run.cost) if run.cost > 1 else 0.0
-    return 0.0
-
-
-def describe_state(share: float, metrics: dict[str, str]) -> str:
-    """A running fit in words: ``62%  step 1200  3.214 nats/token  7,400 tokens/s``."""
-    if not metrics:
-        return "starting"
-    words = [f"{share:.0%}"] if share else []
-    words.append(f"step {metrics.get('step', '?')}")
-    with suppress(KeyError, ValueError):
-        words.append(f"{float(metrics['train_nats_per_token']):.3f} nats/token")
-    with suppress(KeyError, ValueError):
-        words.append(f"{float(metrics['tokens_per_second']):,.0f} tokens/s")
-    return "  ".join(words)
-
-
-def _tail(path: Path, size: int = 4096) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - size))
-            return file.read().decode("utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _head(path: Path) -> list[str]:
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return next(csv.reader(file), [])
-    except OSError:
-        return []
-
-
-def format_seconds(seconds: float) -> str:
-    """58s, 3m 20s, 5h 07m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"

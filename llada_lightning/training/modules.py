@@ -189,19 +189,20 @@ class ArmModule(LanguageModule):
     val_kind = "exact"
 
     def training_loss(self, batch: TrainingBatch) -> Tensor:
-        nll_BL = self._nll(batch.tokens_BL, batch.attention_mask_BL)
+        nll_BL = self._nll(batch.tokens_BL)
         if batch.attention_mask_BL is not None:
             nll_BL = nll_BL * batch.attention_mask_BL
         return next_token_loss(nll_BL, batch.denominator)
 
     def sequence_nll(self, batch: ValidationBatch) -> Tensor:
-        return self._nll(batch.tokens_BL, None).double().sum(dim=1)
+        return self._nll(batch.tokens_BL).double().sum(dim=1)
 
     def flops_per_token(self, sequence_length: int, mask_eps: float) -> TrainingFlops:
         assert self.vocab_size is not None
         return flops_per_token(self.shape, self.vocab_size, sequence_length, self.objective)
 
-    def _nll(self, tokens_BL: Tensor, attention_mask_BL: Tensor | None) -> Tensor:
+    def _nll(self, tokens_BL: Tensor) -> Tensor:
+        """(B, L) negative log-likelihood of every token."""
         assert self.eos_token_id is not None
         inputs_BL = shift_right(tokens_BL, self.eos_token_id)
         # Right padding lies in the future of every token that counts: causal attention needs no mask for it.

@@ -30,17 +30,13 @@ from llada_lightning.scaling.sweep import (
     read_sweep,
     render_command,
 )
-from llada_lightning.scaling.sweep_run import (
-    PlannedRun,
-    SweepOutcome,
+from llada_lightning.scaling.sweep_run import PlannedRun, SweepOutcome, child_environment, plan_runs, run_sweep
+from llada_lightning.scaling.sweep_watch import (
     budget_share,
-    child_environment,
     describe_state,
     format_seconds,
     last_line,
     latest_metrics,
-    plan_runs,
-    run_sweep,
 )
 
 QUICKSTART = """

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from llada_lightning.scaling.results import written_atomically
 
 COLUMNS = (
     "step", "tokens", "flops_6nd", "flops_attention", "flops_head", "flops_total", "lr", "train_nats_per_token",
@@ -47,7 +48,7 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         assert step is not None
-        values = {key: _plain(value) for key, value in metrics.items() if key != "epoch"}
+        values = {key: _number(value) for key, value in metrics.items() if key != "epoch"}
         if self._row is None:
             self._row = self._open(step)
         elif self._row["step"] != step:
@@ -83,10 +84,8 @@ class MetricsCSV(Logger):
             file.write(self._render([row], header=False))
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_text(self._render(rows, header=True))
-        os.replace(partial, self._path)
+        with written_atomically(self._path) as temporary:
+            temporary.write_text(self._render(rows, header=True))
 
     def _render(self, rows: list[dict[str, Any]], header: bool) -> str:
         text = io.StringIO()
@@ -106,6 +105,6 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return [{key: value for key, value in row.items() if value != ""} for row in rows if row["step"].isdigit()]
 
 
-def _plain(value: Any) -> Any:
+def _number(value: Any) -> Any:
     number = float(value)
     return int(number) if math.isfinite(number) and number.is_integer() and abs(number) < 1e15 else number
