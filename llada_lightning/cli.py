@@ -83,17 +83,17 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
         return prepare_command(args)
 
     def sweep(args: list[str]) -> int:
-        from llada_lightning.scaling.commands import sweep_command
+        from llada_lightning.scaling.sweep_command import sweep_command
 
         return sweep_command(args, run_folder)
 
     def collect(args: list[str]) -> int:
-        from llada_lightning.scaling.commands import collect_command
+        from llada_lightning.scaling.collect_command import collect_command
 
         return collect_command(args)
 
     def curves(args: list[str]) -> int:
-        from llada_lightning.scaling.commands import curves_command
+        from llada_lightning.scaling.curves_command import curves_command
 
         return curves_command(args)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from llada_lightning.errors import UserError
+from llada_lightning.files import strict_json
 
 
 class CommandParser(ArgumentParser):
@@ -53,3 +55,13 @@ def one_line(message: str, command: str) -> str:
 def people_console(*, stderr: bool = False) -> Console:
     """A console for tables and progress: on stdout for results, on stderr for what passes by."""
     return Console(stderr=stderr)
+
+
+def add_json(parser: CommandParser) -> None:
+    """The option that every sibling of ``llada fit`` has."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One strict JSON object on stdout."""
+    print(json.dumps(strict_json(value), allow_nan=False))

@@ -22,7 +22,8 @@ from llada_lightning.command_line import one_line
 from llada_lightning.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.errors import UserError
-from llada_lightning.scaling.results import read_records, write_records, written_atomically
+from llada_lightning.files import written_atomically
+from llada_lightning.scaling.results import read_records, write_records
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.settings import Budget, Run, Wandb
 from llada_lightning.signals import stopping_at_a_steps_end

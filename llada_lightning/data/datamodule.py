@@ -28,7 +28,8 @@ from llada_lightning.data.manifest import (
 )
 from llada_lightning.data.order import WINDOW_SHARDS, Mixture
 from llada_lightning.errors import UserError
-from llada_lightning.objectives.forward_process import MASK_EPS, TimeSampling, expected_length
+from llada_lightning.objectives.forward_process import TimeSampling
+from llada_lightning.scaling.budget import MASK_EPS, expected_length
 
 
 class TokenDataModule(LightningDataModule):

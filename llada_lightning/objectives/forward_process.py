@@ -12,12 +12,10 @@ import numpy.typing as npt
 
 from llada_lightning.objectives import noise
 from llada_lightning.objectives.noise import Stream
+from llada_lightning.scaling.budget import MASK_EPS
 
 TimeSampling = Literal["weyl", "iid"]
 TIME_SAMPLINGS: tuple[TimeSampling, ...] = get_args(TimeSampling)
-
-MASK_EPS = 1e-3
-"""Smallest mask probability, as in the authors' training code: it bounds the weight 1/p of Eq. 3 by 1000."""
 
 
 def mask_ratio(seed: int, ordinals: npt.NDArray[np.int64], sampling: TimeSampling = "weyl") -> npt.NDArray[np.float64]:
@@ -34,11 +32,6 @@ def mask_ratio(seed: int, ordinals: npt.NDArray[np.int64], sampling: TimeSamplin
 def mask_probability(t: npt.NDArray[np.float64], eps: float = MASK_EPS) -> npt.NDArray[np.float64]:
     """p = (1 - eps) t + eps, the probability with which each token of the sequence is masked."""
     return (1 - eps) * t + eps
-
-
-def expected_mask_probability(eps: float = MASK_EPS) -> float:
-    """E[p] over t ~ U[0, 1]: the share of positions whose logits the training loss needs."""
-    return (1 + eps) / 2
 
 
 def random_mask(
@@ -91,8 +84,3 @@ def random_lengths(
     u_B4 = noise.uniform_by_ordinal(seed, Stream.LENGTH, ordinals)
     short = 1 + np.floor(u_B4[:, 1] * sequence_length).astype(np.int64)
     return np.where(u_B4[:, 0] < share, short, sequence_length)
-
-
-def expected_length(sequence_length: int, share: float) -> float:
-    """Mean of :func:`random_lengths`, in tokens."""
-    return (1 - share) * sequence_length + share * (1 + sequence_length) / 2

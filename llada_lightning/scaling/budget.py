@@ -5,6 +5,19 @@ from __future__ import annotations
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.flops import Convention, TrainingFlops
 
+MASK_EPS = 1e-3
+"""Smallest mask probability, as in the authors' training code: it bounds the weight 1/p of Eq. 3 by 1000."""
+
+
+def expected_mask_probability(eps: float = MASK_EPS) -> float:
+    """E[p] of p = (1 - eps) t + eps over t ~ U[0, 1]: the share of positions whose logits `llada`'s loss needs."""
+    return (1 + eps) / 2
+
+
+def expected_length(sequence_length: int, share: float) -> float:
+    """Mean tokens of a sequence when a ``share`` of them has a length uniform on 1..L (paper, Sec. 2.2)."""
+    return (1 - share) * sequence_length + share * (1 + sequence_length) / 2
+
 
 def steps_for_budget(
     flops: float, per_token: TrainingFlops, tokens_per_step: float, convention: Convention = "6nd"

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from llada_lightning.files import written_atomically
 from llada_lightning.scaling.fits import (
     UNIT_NAMES,
     EnvelopeFit,
@@ -26,7 +27,6 @@ from llada_lightning.scaling.fits import (
     usable_runs,
 )
 from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
-from llada_lightning.scaling.results import written_atomically
 
 
 @dataclass(frozen=True)

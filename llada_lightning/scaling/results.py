@@ -1,23 +1,21 @@
 """Results: the record that a run leaves, and the one table that every fit and figure reads.
 
-A run's folder holds ``result.json``, a list with one record for each budget that the run reached. ``collect`` walks
-folders and makes one table of them; its columns are the record's keys, and W&B's summary uses the same names.
+A run's folder holds ``result.json``, a list with one record for each budget that the run reached. The table's columns
+are the record's keys, and W&B's summary uses the same names.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from llada_lightning.errors import UserError
+from llada_lightning.files import write_json, written_atomically
 
 RESULT_COLUMNS = (
     "run", "objective", "shape", "params_total", "params_nonembedding", "tokens", "unique_tokens", "epochs", "steps",
@@ -42,38 +40,6 @@ RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
 DONE = "done"
 DIVERGED = "diverged"
-
-_NOT_RUNS = frozenset({"checkpoints", "logs", "wandb", "__pycache__"})
-"""Folders that hold no runs of ours; W&B's own folders hold other files named config.yaml."""
-
-
-@contextmanager
-def written_atomically(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path`` to write to, and renames it once the block has ended well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def strict_json(value: Any) -> Any:
-    """The same value with every non-finite number as None, because JSON has no NaN; tuples become lists."""
-    if isinstance(value, dict):
-        return {key: strict_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented, strict JSON, atomically."""
-    with written_atomically(path) as temporary:
-        temporary.write_text(json.dumps(strict_json(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_records(folder: Path | str, records: Sequence[dict[str, Any]]) -> Path:
@@ -128,124 +94,6 @@ def is_done(folder: Path | str) -> bool:
 def has_diverged(folder: Path | str) -> bool:
     """Whether the run of this folder has finished with a loss that is not a number."""
     return is_done(folder) and any(record["status"] == DIVERGED for record in read_records(folder))
-
-
-# --- collecting ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Duplicate:
-    """One run and budget found in two folders; only the record in ``kept`` is in the table."""
-
-    run: str
-    steps: int | None
-    kept: str
-    dropped: str
-
-
-@dataclass
-class CollectReport:
-    """What ``collect`` found beside sound results. Folders are written as they were found."""
-
-    folders: int = 0
-    """Run folders found."""
-    records: int = 0
-    """Rows of the table."""
-    unfinished: dict[str, str] = field(default_factory=dict)
-    """Folder -> why its run is not finished. Records that exist are in the table, with their status."""
-    diverged: list[str] = field(default_factory=list)
-    """Folders of finished runs whose validation loss is not finite. They are in the table."""
-    duplicates: list[Duplicate] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """The report for people, one line a finding."""
-        unfinished = [f"unfinished: {folder} ({reason})" for folder, reason in self.unfinished.items()]
-        diverged = [f"diverged: {folder} (validation loss not finite)" for folder in self.diverged]
-        duplicates = [f"duplicate: {twin.dropped} left out, the same run as {twin.kept}" for twin in self.duplicates]
-        return unfinished + diverged + duplicates
-
-
-def find_run_folders(paths: Iterable[Path | str]) -> list[Path]:
-    """Folders that hold ``config.yaml`` or ``result.json``, at or below the paths, each once, in order of name.
-
-    Raises:
-        UserError: a path is not a folder.
-    """
-    found: dict[Path, Path] = {}
-    for path in map(Path, paths):
-        if not path.is_dir():
-            raise UserError(f"collect: {path} is not a folder; give run folders, or folders that hold them")
-        for folder, subfolders, files in os.walk(path):
-            if CONFIG_FILE in files or RESULT_FILE in files:
-                subfolders.clear()
-                found.setdefault(Path(folder).resolve(), Path(folder))
-            subfolders[:] = sorted(name for name in subfolders if name not in _NOT_RUNS and not name.startswith("."))
-    return sorted(found.values())
-
-
-def collect(paths: Iterable[Path | str]) -> tuple[pd.DataFrame, CollectReport]:
-    """One row for each record of the run folders at or below ``paths``.
-
-    Returns:
-        The table, sorted by objective, FLOPs and size, and a report that names every run which is unfinished,
-        diverged, or a duplicate. Of duplicates the table keeps one (a finished one if there is any); all other
-        records are in it, whatever their status.
-
-    Raises:
-        UserError: a path is not a folder.
-    """
-    report = CollectReport()
-    kept: dict[tuple[str, Any], tuple[Path, dict[str, Any]]] = {}
-    for folder in find_run_folders(paths):
-        report.folders += 1
-        for record in _records_of(folder, report):
-            _keep_one(kept, folder, record, report)
-    for folder, record in kept.values():
-        if _has_diverged(record):
-            report.diverged.append(str(folder))
-    report.records = len(kept)
-    table = table_of_records([record for _, record in kept.values()])
-    order = ["objective", "flops_6nd", "params_nonembedding", "run"]
-    return table.sort_values(order, kind="stable", ignore_index=True), report
-
-
-def _records_of(folder: Path, report: CollectReport) -> list[dict[str, Any]]:
-    """A folder's records; notes in the report why its run is not finished."""
-    try:
-        records = read_records(folder)
-    except UserError as error:
-        report.unfinished[str(folder)] = str(error)
-        return []
-    open_status = [str(record.get("status")) for record in records if record.get("status") not in (DONE, DIVERGED)]
-    if not records:
-        report.unfinished[str(folder)] = f"no {RESULT_FILE}"
-    elif open_status:
-        report.unfinished[str(folder)] = f"status {', '.join(open_status)}"
-    return records
-
-
-def _keep_one(
-    kept: dict[tuple[str, Any], tuple[Path, dict[str, Any]]],
-    folder: Path,
-    record: dict[str, Any],
-    report: CollectReport,
-) -> None:
-    # A run without an identity is only equal to itself. Steps tell a run's budgets apart.
-    key = (str(record.get("run") or folder), record.get("steps"))
-    if key not in kept:
-        kept[key] = (folder, record)
-        return
-    first_folder, first = kept[key]
-    new_is_better = record.get("status") == DONE and first.get("status") != DONE
-    winner, loser = (folder, first_folder) if new_is_better else (first_folder, folder)
-    kept[key] = (folder, record) if new_is_better else kept[key]
-    report.duplicates.append(Duplicate(key[0], key[1], str(winner), str(loser)))
-
-
-def _has_diverged(record: dict[str, Any]) -> bool:
-    loss = record.get("val_nats_per_token")
-    finite = isinstance(loss, (int, float)) and math.isfinite(loss)
-    return record.get("status") == DIVERGED or (record.get("status") == DONE and not finite)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from llada_lightning.data.batches import TrainingBatch, ValidationBatch
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
 from llada_lightning.objectives.bounds import nll_bound
-from llada_lightning.objectives.forward_process import expected_mask_probability
 from llada_lightning.objectives.losses import masked_diffusion_loss, next_token_loss, shift_right, token_nll
+from llada_lightning.scaling.budget import expected_mask_probability
 from llada_lightning.scaling.flops import Objective, TrainingFlops, flops_per_token
 from llada_lightning.scaling.shapes import Shape, get_shape
 from llada_lightning.training.metrics import ValidationLoss

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from llada_lightning.cli import main
-from llada_lightning.objectives.forward_process import expected_length
+from llada_lightning.scaling.budget import expected_length
 from llada_lightning.scaling.shapes import PAPER_SHAPES, PAPER_VOCAB_SIZE
 from llada_lightning.scaling.sweep import read_sweep, render_command
 from llada_lightning.training import ArmModule, LladaModule

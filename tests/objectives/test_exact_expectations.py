@@ -20,7 +20,6 @@ from scipy.special import beta, log_softmax
 
 from llada_lightning.objectives.bounds import nll_bound
 from llada_lightning.objectives.forward_process import (
-    MASK_EPS,
     TIME_SAMPLINGS,
     TimeSampling,
     fixed_count_mask,
@@ -30,6 +29,7 @@ from llada_lightning.objectives.forward_process import (
     stratified_mask_counts,
 )
 from llada_lightning.objectives.losses import masked_diffusion_loss, token_nll
+from llada_lightning.scaling.budget import MASK_EPS
 
 WORDS = 3
 MASK = WORDS

@@ -12,11 +12,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
 from llada_lightning.objectives.forward_process import (
-    MASK_EPS,
     TIME_SAMPLINGS,
     TimeSampling,
-    expected_length,
-    expected_mask_probability,
     fixed_count_mask,
     mask_probability,
     mask_ratio,
@@ -24,6 +21,7 @@ from llada_lightning.objectives.forward_process import (
     random_mask,
     stratified_mask_counts,
 )
+from llada_lightning.scaling.budget import MASK_EPS, expected_length, expected_mask_probability
 
 ordinals = st.integers(0, 10**12)
 seeds = st.integers(0, 2**32)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_lightning.errors import UserError
+from llada_lightning.files import strict_json
 from llada_lightning.scaling.fits import (
     PowerLaw,
     best_of_budgets,
@@ -19,7 +20,7 @@ from llada_lightning.scaling.fits import (
     fit_table,
     usable_runs,
 )
-from llada_lightning.scaling.results import strict_json, table_of_records
+from llada_lightning.scaling.results import table_of_records
 from studies import LAWS, record, study
 
 BUDGETS = np.geomspace(1e15, 1e18, 7)

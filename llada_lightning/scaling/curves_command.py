@@ -1,10 +1,8 @@
-"""The commands ``llada collect``, ``llada curves`` and ``llada sweep``: from argv to an exit code."""
+"""``llada curves``: from a results table to fits, figures and a table for people."""
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from llada_lightning.command_line import CommandParser, people_console
+from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
 from llada_lightning.errors import UserError
+from llada_lightning.files import write_json
 from llada_lightning.scaling.fits import (
     MIN_BUDGETS,
     OBJECTIVES,
@@ -29,47 +28,8 @@ from llada_lightning.scaling.fits import (
     usable_runs,
 )
 from llada_lightning.scaling.flops import CONVENTION_NAMES, CONVENTIONS, Convention
-from llada_lightning.scaling.results import (
-    collect,
-    read_results,
-    strict_json,
-    write_json,
-    write_results,
-)
+from llada_lightning.scaling.results import read_results
 from llada_lightning.scaling.shapes import format_count
-from llada_lightning.scaling.sweep import read_sweep
-from llada_lightning.scaling.sweep_run import RunFolder, SweepOutcome, run_sweep
-
-# --- collect ---------------------------------------------------------------------------------------------------------
-
-
-def collect_command(argv: list[str]) -> int:
-    """``llada collect PATH … --out results.csv``: run folders -> one results table.
-
-    Raises:
-        UserError: a path is no folder, no run has left a record, or the table's name is neither CSV nor parquet.
-    """
-    parser = CommandParser(prog="llada collect", description="Collect the results of run folders into one table.")
-    parser.add_argument("paths", nargs="+", type=str, metavar="PATH", help="run folders, or folders that hold them")
-    parser.add_argument("--out", type=str, default="results.csv", help="table to write: .csv or .parquet")
-    _add_json(parser)
-    options = parser.parse_args(argv)
-    table, report = collect(options.paths)
-    notes = people_console(stderr=True)
-    for line in report.lines():
-        notes.print(escape(line), soft_wrap=True)
-    if table.empty:
-        where = ", ".join(options.paths)
-        raise UserError(f"collect: no results under {where} ({report.folders} run folders, none has a record yet)")
-    path = write_results(table, options.out)
-    if options.json:
-        _print_json({"out": str(path), **asdict(report)})
-    else:
-        people_console().print(f"{report.records} results of {report.folders} run folders -> {escape(str(path))}")
-    return 0
-
-
-# --- curves ----------------------------------------------------------------------------------------------------------
 
 
 def curves_command(argv: list[str]) -> int:
@@ -87,7 +47,7 @@ def curves_command(argv: list[str]) -> int:
     parser.add_argument("--unit", choices=UNITS, default="nats_per_token", help="unit of the loss")
     parser.add_argument("--samples", type=int, default=4000, help="bootstrap draws")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
-    _add_json(parser)
+    add_json(parser)
     options = parser.parse_args(argv)
     if options.samples < 100:
         raise UserError(f"curves: --samples is {options.samples}; 95 % intervals need at least 100")
@@ -98,7 +58,7 @@ def curves_command(argv: list[str]) -> int:
         people_console(stderr=True).print(f"{left_out} of {len(table)} rows left out: not done, or no finite loss")
     files = _write_curves(table, fits, Path(options.out))
     if options.json:
-        _print_json({**files, "left_out": left_out, **fits.as_dict()})
+        print_json({**files, "left_out": left_out, **fits.as_dict()})
     else:
         _print_curves(table, fits, files)
     return 0
@@ -177,68 +137,3 @@ def _row(run: Any, convention: Convention) -> list[str]:
         f"{run['val_bits_per_byte']:.3f}",
         f"{run['tokens_per_second']:,.0f}",
     ]
-
-
-# --- sweep -----------------------------------------------------------------------------------------------------------
-
-
-def sweep_command(argv: list[str], run_folder: RunFolder) -> int:
-    """``llada sweep run FILE``: runs what is left of a W&B sweep on this machine.
-
-    Args:
-        argv: the words after ``llada sweep``; what follows ``--`` is handed to every fit.
-        run_folder: from ``fit`` and its arguments to the folder of that run.
-
-    Returns:
-        0 if every run is done, 1 if some failed, 130 if the sweep was interrupted.
-
-    Raises:
-        UserError: the file is no grid sweep of ``llada fit``, or a run's arguments are refused.
-    """
-    cut = argv.index("--") if "--" in argv else len(argv)
-    parser = CommandParser(
-        prog="llada sweep",
-        description="Run a W&B sweep file on this machine. Arguments after `--` are handed to every fit.",
-    )
-    parser.add_argument("action", choices=["run"], help="run: do what is left of the sweep")
-    parser.add_argument("file", type=str, metavar="FILE", help="W&B sweep file, method grid, command `llada fit …`")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    _add_json(parser)
-    options = parser.parse_args(argv[:cut])
-    notes = people_console(stderr=True)
-    outcome = run_sweep(read_sweep(options.file), run_folder, jobs=options.jobs, extra=argv[cut + 1 :], console=notes)
-    if options.json:
-        _print_json(asdict(outcome))
-    else:
-        _print_outcome(outcome)
-    return outcome.exit_code
-
-
-def _print_outcome(outcome: SweepOutcome) -> None:
-    console = people_console()
-    counts = {
-        "done": len(outcome.done),
-        "done before": len(outcome.skipped),
-        "of these diverged": len(outcome.diverged),
-        "failed": len(outcome.failed),
-        "left": len(outcome.left),
-    }
-    console.print("runs: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
-    for failed in outcome.failed:
-        line = f"failed: {failed.name}: {failed.reason}; log: {failed.log}"
-        console.print(escape(line), soft_wrap=True)
-    if outcome.interrupted:
-        console.print("interrupted; the same command goes on where it stopped")
-    elif outcome.failed:
-        console.print("the same command tries the failed runs again")
-
-
-# --- shared ----------------------------------------------------------------------------------------------------------
-
-
-def _add_json(parser: CommandParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(strict_json(value), allow_nan=False))
