@@ -9,7 +9,7 @@ import pytest
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.collect import collect, find_run_folders
-from llada_lightning.scaling.results import write_records
+from llada_lightning.scaling.results import RESULT_COLUMNS, write_records
 from studies import record
 
 
