@@ -124,6 +124,7 @@ def quiet_libraries() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*custom batch sampler.*",
+        ".*The dirpath has changed.*",
         ".*The given buffer is not writable.*",
         ".*isinstance.treespec, LeafSpec.*",
     ):

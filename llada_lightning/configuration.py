@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pydoc
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,7 +25,7 @@ from llada_lightning.scaling.flops import flops_6nd
 from llada_lightning.scaling.hyperparameters import learning_rate
 from llada_lightning.scaling.shapes import get_shape, shape_name
 from llada_lightning.training.modules import LanguageModule
-from llada_lightning.training.schedules import WSD, Plateau
+from llada_lightning.training.schedules import WSD, schedule_from
 
 T = TypeVar("T")
 
@@ -55,8 +56,12 @@ def resolve_data(config: Namespace) -> TokenDataModule:
     return data
 
 
-def resolve_fit(config: Namespace, data: TokenDataModule) -> None:
+def resolve_fit(config: Namespace, data: TokenDataModule) -> list[WSD]:
     """Fill in, in place, what follows from the budget: steps, schedule, intervals, the run's name.
+
+    Returns:
+        The schedule of each budget, smallest first. With one budget it stands in the configuration; with several, the
+        configuration holds what they share.
 
     Raises:
         UserError: settings contradict one another.
@@ -64,11 +69,15 @@ def resolve_fit(config: Namespace, data: TokenDataModule) -> None:
     _refuse_what_breaks_the_contract(config)
     arguments = config.model.init_args
     module = module_class(config)(shape=_plain(arguments.shape), vocab_size=arguments.vocab_size)
-    steps = _total_steps(config, module, data)
-    arguments.schedule = _resolved_schedule(arguments.schedule, module, data, steps)
-    _fill_intervals(config, steps)
+    lengths = _lengths(config, module, data)
+    given = schedule_from(_plain(arguments.schedule))
+    schedules = _resolved_schedules(given, module, data, lengths)
+    alike = replace(schedules[-1], total_steps=None, decay_steps=given.decay_steps)
+    arguments.schedule = as_namespace(schedules[0] if len(lengths) == 1 else alike)
+    _fill_intervals(config, lengths)
     if config.run.name is None:
-        config.run.name = run_name(config, data)
+        config.run.name = run_name(config, data, schedules)
+    return schedules
 
 
 _OURS = {
@@ -127,49 +136,58 @@ def _fill_vocabulary(config: Namespace, data: TokenDataModule) -> None:
             raise UserError(f"model.{key}: {arguments[key]} given, but the data's tokenizer has {value}; leave it out")
 
 
-def _total_steps(config: Namespace, module: LanguageModule, data: TokenDataModule) -> int:
-    """Optimizer steps from the budget, or from `trainer.max_steps`."""
+def _lengths(config: Namespace, module: LanguageModule, data: TokenDataModule) -> list[int]:
+    """Optimizer steps of each budget, ascending, or those of `trainer.max_steps`."""
     budget, given = config.budget, config.trainer.max_steps
     if budget.flops is not None and budget.tokens is not None:
-        raise UserError(f"budget: flops {budget.flops:g} and tokens {budget.tokens:g} are both given; give one")
+        raise UserError(f"budget: flops {budget.flops} and tokens {budget.tokens:g} are both given; give one")
     if budget.flops is None and budget.tokens is None:
         if given < 1:
             raise UserError("budget.flops: nothing says how long to train; give --budget.flops, such as 1e12")
-        return given
+        return [given]
     flops_per_token = module.flops_per_token(data.sequence_length, data.mask_eps)
     per_step = data.expected_tokens_per_step
     if budget.flops is not None:
-        steps = steps_for_budget(budget.flops, flops_per_token, per_step, budget.convention)
+        budgets = budget.flops if isinstance(budget.flops, list) else [budget.flops]
+        lengths = [steps_for_budget(flops, flops_per_token, per_step, budget.convention) for flops in budgets]
+        if not lengths or any(later <= earlier for earlier, later in pairwise(lengths)):
+            raise UserError(f"budget.flops: {budgets} make {lengths} steps; several budgets must ascend by a step each")
     else:
-        steps = round(budget.tokens / per_step)
+        lengths = [round(budget.tokens / per_step)]
         if budget.tokens < per_step:
             raise UserError(
                 f"budget.tokens: {budget.tokens:g} is below one step of {per_step:.0f} tokens; raise it, or lower "
                 "the global batch"
             )
-    if given not in (-1, steps):
-        raise UserError(f"trainer.max_steps: {given} given, but the budget makes {steps} steps; leave one of them out")
-    config.trainer.max_steps = steps
-    return steps
-
-
-def _resolved_schedule(given: Namespace, module: LanguageModule, data: TokenDataModule, steps: int) -> Namespace:
-    if given.total_steps not in (None, steps):
+    if given not in (-1, lengths[-1]):
         raise UserError(
-            f"model.schedule.total_steps: {given.total_steps} given, but the run has {steps} steps; leave it out"
+            f"trainer.max_steps: {given} given, but the budget makes {lengths[-1]} steps; leave one of them out"
         )
-    values = {**_plain(given), "plateaus": [Plateau(**_plain(plateau)) for plateau in given.plateaus]}
+    config.trainer.max_steps = lengths[-1]
+    return lengths
+
+
+def _resolved_schedules(given: WSD, module: LanguageModule, data: TokenDataModule, lengths: list[int]) -> list[WSD]:
+    if given.total_steps is not None and [given.total_steps] != lengths:
+        raise UserError(
+            f"model.schedule.total_steps: {given.total_steps} given, but the run has {lengths} steps; leave it out"
+        )
     default_lr = learning_rate(module.shape.params_nonembedding)
-    resolved = asdict(WSD(**values).resolve(steps, data.expected_tokens_per_step, default_lr))
-    resolved["plateaus"] = [Namespace(**plateau) for plateau in resolved["plateaus"]]
-    return Namespace(**resolved)
+    return given.resolve_all(lengths, data.expected_tokens_per_step, default_lr)
 
 
-def _fill_intervals(config: Namespace, steps: int) -> None:
+def as_namespace(schedule: WSD) -> Namespace:
+    """A schedule as the parser holds it."""
+    values = asdict(schedule)
+    values["plateaus"] = [Namespace(**plateau) for plateau in values["plateaus"]]
+    return Namespace(**values)
+
+
+def _fill_intervals(config: Namespace, lengths: list[int]) -> None:
     """Validate three times on the way (the end is validated anyway), log and save at a pace that fits the length."""
-    trainer = config.trainer
+    trainer, steps = config.trainer, lengths[-1]
     _fill(trainer, "val_check_interval", (steps // 4 + 1) * trainer.accumulate_grad_batches)
-    _fill(trainer, "log_every_n_steps", max(1, min(50, steps // 100)))
+    _fill(trainer, "log_every_n_steps", max(1, min(50, lengths[0] // 100)))
     _fill(config.run, "checkpoint_every_steps", max(1, min(1000, steps // 10)))
 
 
@@ -194,9 +212,18 @@ _TRAINER_IDENTITY = ("max_steps", "precision", "gradient_clip_val", "gradient_cl
 _DATA_MACHINE = ("path", "workers", "micro_batch", "val_batch")
 
 
-def identity(config: Namespace, data: TokenDataModule) -> dict[str, Any]:
-    """What makes a run this run: its resolved settings without paths and without the machine's."""
+def identity(config: Namespace, data: TokenDataModule, schedule: WSD | None = None) -> dict[str, Any]:
+    """What makes a run this run: its resolved settings without paths and without the machine's.
+
+    Args:
+        config: resolved.
+        data: what it trains on.
+        schedule: of one budget of several; the configuration's own by default.
+    """
     plain, model = _plain(config), module_class(config)
+    if schedule is not None:
+        plain["model"]["init_args"]["schedule"] = asdict(schedule)
+        plain["trainer"]["max_steps"] = schedule.total_steps
     data_arguments = {k: v for k, v in plain["data"]["init_args"].items() if k not in _DATA_MACHINE}
     return {
         "model": {**plain["model"], "class_path": f"{model.__module__}.{model.__qualname__}"},
@@ -207,21 +234,20 @@ def identity(config: Namespace, data: TokenDataModule) -> dict[str, Any]:
     }
 
 
-def identity_hash(config: Namespace, data: TokenDataModule) -> str:
-    """Ten hexadecimal digits of the identity."""
-    text = json.dumps(identity(config, data), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+def run_name(config: Namespace, data: TokenDataModule, schedules: list[WSD]) -> str:
+    """`arm-443k-1e+12flops-0a1b2c3d4e`: objective, shape, training FLOPs by 6ND, ten digits of the identity's hash.
 
-
-def run_name(config: Namespace, data: TokenDataModule) -> str:
-    """`arm-443k-1e+12flops-0a1b2c3d4e`: objective, shape, training FLOPs by 6ND, identity.
-
-    A function of the identity: however the length was given, the same run has the same name.
+    A function of the identity: however the length was given, the same run has the same name. Of several budgets the
+    first and the last are named: `arm-443k-1e+12-to-8e+12flops-5f6a7b8c9d`.
     """
     shape = get_shape(_plain(config.model.init_args.shape))
-    tokens = config.trainer.max_steps * data.expected_tokens_per_step
-    flops = f"{flops_6nd(shape.params_nonembedding, tokens):.2g}flops"
-    return f"{module_class(config).objective}-{shape_name(shape)}-{flops}-{identity_hash(config, data)}"
+    per_step = flops_6nd(shape.params_nonembedding, data.expected_tokens_per_step)
+    ends = schedules if len(schedules) == 1 else [schedules[0], schedules[-1]]
+    flops = "-to-".join(f"{per_step * schedule.total_steps:.2g}" for schedule in ends if schedule.total_steps)
+    identities = [identity(config, data, schedule) for schedule in schedules]
+    text = json.dumps(identities[0] if len(schedules) == 1 else identities, sort_keys=True)
+    digits = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return f"{module_class(config).objective}-{shape_name(shape)}-{flops}flops-{digits}"
 
 
 def module_class(config: Namespace) -> type[LanguageModule]:

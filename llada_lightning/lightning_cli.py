@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +22,8 @@ from llada_lightning.command_line import one_line
 from llada_lightning.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.errors import UserError
-from llada_lightning.files import written_atomically
+from llada_lightning.files import strict_json, written_atomically
+from llada_lightning.phases import Phase, final_checkpoint, phases_of
 from llada_lightning.scaling.results import read_records, write_records
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.settings import Budget, Run, Wandb
@@ -31,7 +32,7 @@ from llada_lightning.training.callbacks.accounting import Accounting
 from llada_lightning.training.callbacks.checkpoints import (
     AtomicCheckpointIO,
     StepCheckpoints,
-    last_checkpoint,
+    checkpoint_of_step,
     saved_identity,
 )
 from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
@@ -120,11 +121,20 @@ class LladaCLI(LightningCLI):
         reject_unknown_keys(self.settings)
         data = resolve_data(self.settings)
         if self.subcommand == "fit":
-            resolve_fit(self.settings, data)
-        self.identity = identity(self.settings, data)
-        if self.subcommand == "fit" and self._execute:
-            self.run_name = run_name(self.settings, data)
-            self._check_folder()
+            schedules = resolve_fit(self.settings, data)
+            self.run_name = run_name(self.settings, data, schedules)
+            self.phases = phases_of(self.settings, data, schedules, self.folder)
+            self.resolved = self._dump()
+            if self._execute:
+                self._check_folder()
+                self._enter(self.phases[0])
+        else:
+            self.identity = identity(self.settings, data)
+
+    def _enter(self, phase: Phase) -> None:
+        """Make the configuration that of a phase."""
+        self.phase, self.identity = phase, phase.identity
+        phase.apply(self.settings)
 
     def instantiate_classes(self) -> None:
         if not self._execute:
@@ -138,15 +148,16 @@ class LladaCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.subcommand != "fit":
             return super().instantiate_trainer(callbacks=[EvaluationProgress()], **kwargs)
-        run, trainer = self.settings.run, self.config_init[self.subcommand].trainer
+        run, phase, trainer = self.settings.run, self.phase, self.config_init[self.subcommand].trainer
         data, model = self.datamodule, self.model
         self.accounting = Accounting(model.flops_per_token(data.sequence_length, data.mask_eps))
         own_callbacks: list[Callback] = [self.accounting]
         if trainer.enable_progress_bar is not False:
-            own_callbacks.append(BudgetProgress(f"{model.objective} {shape_name(model.shape)}", self.accounting))
+            title = f"{model.objective} {shape_name(model.shape)} {phase.title}".rstrip()
+            own_callbacks.append(BudgetProgress(title, self.accounting))
         if trainer.enable_checkpointing is not False:
-            checkpoints = self.folder / "checkpoints"
-            own_callbacks.append(StepCheckpoints(checkpoints, run.checkpoint_every_steps, run.keep_checkpoints))
+            keep, forks = run.keep_checkpoints, phase.forks
+            own_callbacks.append(StepCheckpoints(phase.checkpoints, run.checkpoint_every_steps, keep, forks))
         return super().instantiate_trainer(
             callbacks=[*own_callbacks, *_as_list(trainer.callbacks)],
             plugins=[AtomicCheckpointIO(), *_as_list(trainer.plugins)],
@@ -164,40 +175,56 @@ class LladaCLI(LightningCLI):
         group = w.group or run.study
         self.wandb = wandb_logger(self.folder, self.run_name, run.name, w.project, w.entity, group, w.offline)
         if self.wandb is not None:
-            self.wandb.log_hyperparams(yaml.safe_load(self._resolved()))
-        own = [MetricsCSV(self.folder), *_as_list(self.wandb)]
-        self.trainer.loggers = [*own, *self.trainer.loggers]
+            self.wandb.log_hyperparams(yaml.safe_load(self.resolved))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if kwargs.get("ckpt_path") is None:
-            kwargs["ckpt_path"] = self._last_checkpoint(subcommand)
-        elif subcommand != "fit":
+        if kwargs.get("ckpt_path") is not None:
             check_identity(model_identity(saved_identity(Path(kwargs["ckpt_path"]))), model_identity(self.identity))
-        return kwargs
-
-    def _last_checkpoint(self, subcommand: str) -> str | None:
-        named = subcommand == "fit" or self.settings.run.name is not None
-        checkpoint = last_checkpoint(self.folder / "checkpoints") if named else None
-        if checkpoint is not None:
-            announce(f"going on from {checkpoint}" if subcommand == "fit" else f"reading {checkpoint}")
-            return str(checkpoint)
-        if subcommand != "fit":
+            return kwargs
+        checkpoint = final_checkpoint(self.folder) if self.settings.run.name is not None else None
+        if checkpoint is None:
             raise UserError(f"ckpt_path: nothing to {subcommand}; give --ckpt_path, or a run's config.yaml")
-        return None
+        announce(f"reading {checkpoint}")
+        return {**kwargs, "ckpt_path": str(checkpoint)}
 
     def _run_subcommand(self, subcommand: str) -> None:
         if not self._execute:
             return
-        with stopping_at_a_steps_end() if subcommand == "fit" else nullcontext():
+        if subcommand != "fit":
             super()._run_subcommand(subcommand)
+            return
+        with stopping_at_a_steps_end():
+            self.before_fit()
+            done = {record["run"] for record in read_records(self.folder)}
+            for phase in self.phases:
+                if phase.run not in done:
+                    self._fit(phase)
+        if isinstance(self.wandb, WandbLogger):
+            self._finish_wandb()
 
-    def after_fit(self) -> None:
-        """Validate at the end, write the record, say where it is."""
-        if self.trainer.global_step < self.model.schedule.total_steps:
+    def _fit(self, phase: Phase) -> None:
+        """Train a phase to its end; if a budget ends there, validate, write the record, say where it is."""
+        if phase.run is None and checkpoint_of_step(phase.checkpoints, phase.last_step).exists():
+            return
+        if phase is not self.phases[0]:
+            self._enter(phase)
+            self.instantiate_classes()
+        trunk = phase.folder == self.folder
+        self.trainer.loggers = [
+            MetricsCSV(phase.folder), *(_as_list(self.wandb) if trunk else []), *self.trainer.loggers
+        ]  # fmt: skip
+        start = phase.start()
+        if start is not None:
+            announce(f"going on from {start}")
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=start)
+        if self.trainer.global_step < phase.last_step:
             raise UserError(f"stopped at step {self.trainer.global_step}; the same command goes on from there")
+        if phase.run is None:
+            return
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-        self._write(result_record(self.run_name, self.trainer, self.model, self.datamodule, self.accounting))
+        parent = phase.parent_hash() if self.trainer.is_global_zero else None
+        self._write(result_record(phase.run, self.trainer, self.model, self.datamodule, self.accounting, parent))
 
     @rank_zero_only
     def after_validate(self) -> None:
@@ -222,35 +249,41 @@ class LladaCLI(LightningCLI):
 
     @rank_zero_only
     def _write(self, record: dict[str, Any]) -> None:
-        path = write_records(self.folder, [record])
+        records = sorted([*read_records(self.folder), record], key=lambda known: int(known["steps"]))
+        path = write_records(self.folder, records)
         if isinstance(self.wandb, WandbLogger):
-            self.wandb.experiment.summary.update(record)
-            self.wandb.experiment.finish()
+            # Of several budgets the largest one's figures stand in the summary, and all of them below one key.
+            everything = {"records": json.dumps(strict_json(records))} if len(self.phases) > 1 else {}
+            self.wandb.experiment.summary.update({**records[-1], **everything})
         announce(
             f"{record['run']}: {describe_loss(record, record['val_kind'])}, {record['flops_6nd']:.3g} FLOPs (6ND), "
             f"{record['wall_seconds']:.0f} s; {path}"
         )
         self._warn_of_few_documents()
 
+    @rank_zero_only
+    def _finish_wandb(self) -> None:
+        assert self.wandb is not None
+        self.wandb.experiment.finish()
+
     def _check_folder(self) -> None:
         """Leave if the run is done; refuse the folder of another run. Nothing is written here."""
         records = read_records(self.folder)
-        if records and records[0].get("run") != self.run_name:
-            raise UserError(
-                f"run.name: {self.folder} holds the finished run {records[0].get('run')}, not {self.run_name}; "
-                "choose another --run.name, or leave it out"
-            )
-        if records:
-            announce(f"{self.folder} is done ({describe_loss(records[0], records[0]['val_kind'])}); nothing to do")
+        names = {phase.run for phase in self.phases if phase.run is not None}
+        for record in records:
+            if record.get("run") not in names:
+                raise UserError(
+                    f"run.name: {self.folder} holds the finished run {record.get('run')}, not {self.run_name}; "
+                    "choose another --run.name, or leave it out"
+                )
+        if len(records) == len(names):
+            for record in records:
+                announce(f"{self.folder} is done ({describe_loss(record, record['val_kind'])}); nothing to do")
             sys.exit(0)
-        checkpoint = last_checkpoint(self.folder / "checkpoints")
-        if checkpoint is not None and self.settings.run.resume == "never":
-            raise UserError(f"run.resume: never given, but {self.folder} has checkpoints; delete it, or resume: auto")
-        start = self.settings.ckpt_path or checkpoint
-        if start is not None:
-            check_identity(saved_identity(Path(start)), self.identity)
+        for phase in self.phases:
+            phase.check_start(never=self.settings.run.resume == "never")
 
-    def _resolved(self) -> str:
+    def _dump(self) -> str:
         """The resolved configuration as YAML."""
         settings = self.settings.clone()
         settings.pop("config", None)
@@ -259,7 +292,7 @@ class LladaCLI(LightningCLI):
     @rank_zero_only
     def _write_config(self) -> None:
         with written_atomically(self.folder / "config.yaml") as path:
-            path.write_text(self._resolved())
+            path.write_text(self.resolved)
 
 
 def class_first(args: list[str]) -> list[str]:

@@ -14,12 +14,13 @@ class Budget:
     """What a run may spend; its length follows from it.
 
     Args:
-        flops: training FLOPs; null: `trainer.max_steps` decides the length.
+        flops: training FLOPs, or an ascending list of them: one trunk of constant rate, and for each budget a branch
+            that decays; null: `trainer.max_steps` decides the length.
         tokens: training tokens instead of FLOPs.
         convention: which FLOPs the budget counts: 6ND, or the total with attention and head.
     """
 
-    flops: float | None = None
+    flops: float | list[float] | None = None
     tokens: float | None = None
     convention: Convention = "6nd"
 

@@ -6,6 +6,7 @@ and which loss comes out.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from llada_lightning.scaling.budget import expected_mask_probability
 from llada_lightning.scaling.flops import Objective, TrainingFlops, flops_per_token
 from llada_lightning.scaling.shapes import Shape, get_shape
 from llada_lightning.training.metrics import ValidationLoss
-from llada_lightning.training.schedules import WSD
+from llada_lightning.training.schedules import WSD, schedule_from
 
 
 @dataclass
@@ -157,7 +158,7 @@ class LanguageModule(LightningModule, ABC):
         if not self.trainer.training:
             check_identity(model_identity(saved), model_identity(self.identity))
             return
-        check_identity(saved, self.identity)
+        check_history(saved, self.identity, checkpoint["global_step"])
         # Lightning counts micro-batches and steps where the count divides by the accumulation. A run may go on with
         # another accumulation, so the count is what it would be had the run had it from the start.
         batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
@@ -261,6 +262,28 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
         raise UserError(
             f"checkpoint: of another run ({'; '.join(found)}); restore these settings, or start a new --run.name"
         )
+
+
+def check_history(saved: dict[str, Any], current: dict[str, Any], step: int) -> None:
+    """Refuse a checkpoint that the current run would not have reached by itself after ``step`` steps.
+
+    Another length is allowed while both schedules still agree: so a branch starts from its trunk.
+
+    Raises:
+        UserError: names every difference.
+    """
+    if saved != current and not _same_history(saved, current, step):
+        check_identity(saved, current)
+
+
+def _same_history(saved: dict[str, Any], current: dict[str, Any], step: int) -> bool:
+    then, now = copy.deepcopy(saved), copy.deepcopy(current)
+    try:
+        rates = [schedule_from(identity["model"]["init_args"].pop("schedule")) for identity in (then, now)]
+        del then["trainer"]["max_steps"], now["trainer"]["max_steps"]
+    except (KeyError, TypeError):
+        return False
+    return not differences(then, now) and rates[0].agrees(rates[1], step)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -22,13 +22,19 @@ _VERSIONED = ("torch", "lightning", "litdata", "tokenizers", "numpy")
 
 
 def result_record(
-    run: str, trainer: Trainer, module: LanguageModule, data: TokenDataModule, accounting: Accounting
+    run: str,
+    trainer: Trainer,
+    module: LanguageModule,
+    data: TokenDataModule,
+    accounting: Accounting,
+    parent_checkpoint: str | None = None,
 ) -> dict[str, Any]:
     """One record of ``result.json`` (keys and units: ``scaling.results.RESULT_COLUMNS``).
 
     Args:
         run: the run's name, which holds the hash of its configuration.
         module: validated after its last step.
+        parent_checkpoint: sha256 of the checkpoint of another run, or of the trunk, that it started from.
     """
     steps, flops, schedule, validation = trainer.global_step, accounting.flops, module.schedule, module.validation
     assert module.vocab_size is not None
@@ -54,7 +60,7 @@ def result_record(
         "warmup_steps": schedule.warmup_steps,
         "decay_steps": schedule.decay_steps,
         "seed": module.seed,
-        "parent_checkpoint": None,
+        "parent_checkpoint": parent_checkpoint,
         "data_fingerprint": data.fingerprint,
         "tokenizer": data.tokenizer.fingerprint,
         "vocab_size": module.vocab_size,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from llada_lightning.errors import UserError
 
@@ -85,6 +86,27 @@ class WSD:
         resolved._check()
         return resolved
 
+    def resolve_all(self, lengths: list[int], tokens_per_step: float, default_lr: float) -> list[WSD]:
+        """One schedule for each length (ascending), alike until the decay: the warmup is the shortest one's.
+
+        Raises:
+            UserError: as :meth:`resolve`.
+        """
+        first = self.resolve(lengths[0], tokens_per_step, default_lr)
+        alike = replace(self, lr=first.lr, warmup_steps=first.warmup_steps, final_lr=first.final_lr)
+        return [alike.resolve(length, tokens_per_step, default_lr) for length in lengths]
+
+    def agrees(self, other: WSD, last_step: int) -> bool:
+        """Whether two resolved schedules give the same rates up to ``last_step``: both are linear between knots."""
+        knots = {0, last_step}
+        for schedule in (self, other):
+            assert schedule.warmup_steps is not None
+            assert schedule.total_steps is not None and schedule.decay_steps is not None
+            starts = [schedule.warmup_steps, schedule.total_steps - schedule.decay_steps, schedule.total_steps]
+            starts += [schedule._first_step(plateau) for plateau in schedule.plateaus]
+            knots |= {start + side for start in starts for side in (-1, 0, 1)}
+        return all(self.at(step) == other.at(step) for step in knots if 0 <= step <= last_step)
+
     def at(self, step: int) -> float:
         """The rate of optimizer step ``step``, counted from 0; of a resolved schedule."""
         assert self.lr is not None and self.warmup_steps is not None and self.decay_steps is not None
@@ -121,3 +143,8 @@ class WSD:
                 f"model.schedule: warmup ends at step {knots[0]}, plateaus start at {knots[1:-1]}, the decay at "
                 f"{knots[-1]} of {self.total_steps} steps; they must follow one another: shorten them"
             )
+
+
+def schedule_from(values: dict[str, Any]) -> WSD:
+    """The schedule of plain values, as a configuration or a checkpoint holds them."""
+    return WSD(**{**values, "plateaus": [Plateau(**plateau) for plateau in values["plateaus"]]})

@@ -39,10 +39,17 @@ class StepCheckpoints(ModelCheckpoint):
 
     A checkpoint is written when all of its step is: after the step's validation, if it has one, and after its row of
     metrics.csv. So a run that goes on from it misses nothing in its record.
+
+    Args:
+        folder: where they go.
+        every_steps: steps between them.
+        keep: the last ones to keep.
+        forks: steps whose checkpoints stay beside these.
     """
 
-    def __init__(self, folder: Path, every_steps: int, keep: int = 2) -> None:
+    def __init__(self, folder: Path, every_steps: int, keep: int = 2, forks: frozenset[int] = frozenset()) -> None:
         self._every_steps = every_steps
+        self._forks = forks
         super().__init__(
             dirpath=folder,
             filename="step={step:08d}",
@@ -71,6 +78,10 @@ class StepCheckpoints(ModelCheckpoint):
         if trainer.state.fn == "fit" and trainer.global_step % self._every_steps == 0:
             self.on_train_end(trainer, pl_module)
 
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        is_fork = any(Path(previous) == checkpoint_of_step(Path(previous).parent, step) for step in self._forks)
+        return not is_fork and super()._should_remove_checkpoint(trainer, previous, current)
+
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         for logger in trainer.loggers:
             logger.save()
@@ -88,6 +99,11 @@ class StepCheckpoints(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
+def checkpoint_of_step(folder: Path, step: int) -> Path:
+    """Where a folder holds the checkpoint of a step."""
+    return folder / f"step={step:08d}.ckpt"
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step, or None."""
     steps = {
@@ -102,8 +118,21 @@ def saved_identity(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is not a checkpoint of a run.
     """
+    return _saved(checkpoint, "identity")
+
+
+def saved_step(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was written.
+
+    Raises:
+        UserError: the file is not a checkpoint of a run.
+    """
+    return _saved(checkpoint, "global_step")
+
+
+def _saved(checkpoint: Path, key: str) -> Any:
     try:
-        return torch.load(checkpoint, mmap=True, weights_only=True, map_location="cpu")["identity"]
+        return torch.load(checkpoint, mmap=True, weights_only=True, map_location="cpu")[key]
     except FileNotFoundError as error:
         raise UserError(f"checkpoint: '{checkpoint}' does not exist; give one of a run's checkpoints/") from error
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:

@@ -1,0 +1,175 @@
+"""A run as a sequence of fits: one fit, or a trunk of constant rate from which each budget's decay branches off.
+
+Order and noise are functions of the ordinal, and up to its decay a run does not know its budget. So a branch is the run
+that would have been made for its budget alone, step by step, and goes by that run's name; what the budgets share is
+trained once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from llada_lightning.configuration import as_namespace, identity, run_name
+from llada_lightning.data.datamodule import TokenDataModule
+from llada_lightning.errors import UserError
+from llada_lightning.training.callbacks.checkpoints import (
+    checkpoint_of_step,
+    last_checkpoint,
+    saved_identity,
+    saved_step,
+)
+from llada_lightning.training.modules import check_history, check_identity
+from llada_lightning.training.schedules import WSD
+
+BRANCHES = "branches"
+"""Folder, in a run's folder, with one folder for each branch, named by its length in steps."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One fit of a run.
+
+    Args:
+        title: what the progress line adds to objective and shape.
+        folder: where its `metrics.csv` and `checkpoints/` are.
+        schedule: of its learning rate, resolved.
+        first_step: where it starts from another's checkpoint; 0 for a trunk and for a run of one fit.
+        last_step: where it ends.
+        identity: of the run that it is a part of, or is.
+        run: name of the result at its end; None where it ends in none.
+        parent: checkpoint of another run, or of the trunk, that it starts from.
+        forks: steps whose checkpoints stay, because branches start there.
+    """
+
+    title: str
+    folder: Path
+    schedule: WSD
+    first_step: int
+    last_step: int
+    identity: dict[str, Any]
+    run: str | None
+    parent: Path | None = None
+    forks: frozenset[int] = frozenset()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def start(self) -> Path | None:
+        """The checkpoint to go on from: the last one of its own, else its parent; one of its own that was named."""
+        return self.parent if self._rewinds() else last_checkpoint(self.checkpoints) or self.parent
+
+    def _rewinds(self) -> bool:
+        return self.parent is not None and self.parent.parent.resolve() == self.checkpoints.resolve()
+
+    def check_start(self, never: bool) -> None:
+        """Refuse to go on from a checkpoint of another run.
+
+        Args:
+            never: refuse any checkpoint of its own.
+
+        Raises:
+            UserError: names what differs.
+        """
+        own = last_checkpoint(self.checkpoints)
+        if own is not None and never:
+            raise UserError(f"run.resume: never given, but {self.folder} has checkpoints; delete it, or resume: auto")
+        if own is not None:
+            check_identity(saved_identity(own), self.identity)
+        if self.parent is not None and not self.first_step:  # a branch's parent is yet to be made
+            step = saved_step(self.parent)
+            check_history(saved_identity(self.parent), self.identity, step)
+            if step > self.last_step:
+                raise UserError(
+                    f"ckpt_path: '{self.parent}' is at step {step}, beyond step {self.last_step} of a budget; leave "
+                    "that budget out"
+                )
+
+    def parent_hash(self) -> str | None:
+        """sha256 of the checkpoint of another run, or of the trunk, that it started from; None where there is none."""
+        return None if self.parent is None or self._rewinds() else checkpoint_hash(self.parent)
+
+    def apply(self, config: Namespace) -> None:
+        """Set, in place, what of a run's configuration is this phase's."""
+        config.model.init_args.schedule = as_namespace(self.schedule)
+        config.trainer.max_steps = self.last_step
+        if self.first_step:
+            # A branch is validated at its end only.
+            config.trainer.val_check_interval = (self.last_step + 1) * config.trainer.accumulate_grad_batches
+
+
+def phases_of(config: Namespace, data: TokenDataModule, schedules: list[WSD], folder: Path) -> list[Phase]:
+    """The fits of a resolved configuration, in the order in which they are run: smallest budget first.
+
+    Args:
+        config: as ``configuration.resolve_fit`` leaves it.
+        schedules: one for each budget, shortest first.
+        folder: the run's folder.
+
+    Raises:
+        UserError: a budget's decay is shorter than a step.
+    """
+    if len(schedules) == 1:
+        return [_whole(config, data, schedules[0], folder)]
+    forks = [fork_step(schedule) for schedule in schedules]
+    given = Path(config.ckpt_path) if config.ckpt_path else None
+    trunk = replace(schedules[-1], total_steps=forks[-1], decay_steps=0)
+    trunk_identity = identity(config, data, trunk)
+    phases = []
+    for schedule, fork in zip(schedules, forks, strict=True):
+        assert schedule.total_steps is not None
+        if fork == schedule.total_steps:
+            raise UserError(
+                f"model.schedule: the decay of {schedule.total_steps} steps is shorter than one; several budgets need "
+                "a decay: raise decay_fraction"
+            )
+        phases += [
+            Phase("trunk", folder, trunk, 0, fork, trunk_identity, run=None, parent=given, forks=frozenset(forks)),
+            Phase(
+                title=f"branch {schedules.index(schedule) + 1} of {len(schedules)}",
+                folder=folder / BRANCHES / str(schedule.total_steps),
+                schedule=schedule,
+                first_step=fork,
+                last_step=schedule.total_steps,
+                identity=identity(config, data, schedule),
+                run=run_name(config, data, [schedule]),
+                parent=checkpoint_of_step(folder / "checkpoints", fork),
+            ),
+        ]
+    return phases
+
+
+def fork_step(schedule: WSD) -> int:
+    """The step at which a run's decay begins."""
+    assert schedule.total_steps is not None and schedule.decay_steps is not None
+    return schedule.total_steps - schedule.decay_steps
+
+
+def _whole(config: Namespace, data: TokenDataModule, schedule: WSD, folder: Path) -> Phase:
+    assert schedule.total_steps is not None
+    name = run_name(config, data, [schedule])
+    given = Path(config.ckpt_path) if config.ckpt_path else None
+    return Phase("", folder, schedule, 0, schedule.total_steps, identity(config, data, schedule), name, parent=given)
+
+
+def final_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint of a run's folder: of its largest budget that has one, else of its only fit or trunk."""
+    lengths = [int(branch.name) for branch in (folder / BRANCHES).glob("*") if branch.name.isdigit()]
+    found = (last_checkpoint(folder / BRANCHES / str(length) / "checkpoints") for length in sorted(lengths)[::-1])
+    return next((path for path in found if path is not None), None) or last_checkpoint(folder / "checkpoints")
+
+
+def checkpoint_hash(path: Path) -> str:
+    """sha256 of a checkpoint: of its file, or of all files of a sharded one, in order of name."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as content:
+                while block := content.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,138 @@
+"""One run for several budgets: a trunk, and for each a branch, which is the run that this budget alone would be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llada_lightning.cli import main
+from llada_lightning.scaling.collect import collect
+from llada_lightning.scaling.shapes import Shape
+from tiny_runs import fit, fit_arguments, fit_process, kill_at, losses, metrics
+
+SHAPE = Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=64)
+TOKENS_PER_STEP = 8 * 32
+STEPS = (12, 24, 36)
+WARMUP = "--model.schedule.warmup_steps=2"
+EXACT = ("val_nats_per_token", "val_stderr", "tokens", "flops_6nd", "unique_tokens", "steps", "decay_steps", "run")
+
+
+def flops(steps: int) -> float:
+    return 6.0 * SHAPE.params_nonembedding * TOKENS_PER_STEP * steps
+
+
+def budgets(*steps: int) -> list[str]:
+    given = [flops(n) for n in steps]
+    several = str(given) if len(given) > 1 else str(given[0])
+    return [f"--budget.flops={several}", "--trainer.max_steps=-1", "--data.random_length_share=0", WARMUP]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "result.json").read_text())
+
+
+def branch(folder: Path, steps: int) -> Path:
+    return folder / "branches" / str(steps)
+
+
+def weights_of(checkpoints: Path, steps: int) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoints / "checkpoints" / f"step={steps:08d}.ckpt")["state_dict"]
+
+
+@pytest.mark.parametrize("objective", ["arm", "llada"])
+def test_branches_equal_separate_runs_bit_for_bit(prepared: Path, tmp_path: Path, objective: str) -> None:
+    family = fit(objective, prepared, tmp_path / "family", *budgets(*STEPS))
+    assert [record["steps"] for record in records(family)] == list(STEPS)
+    assert [int(row["step"]) for row in metrics(family)] == list(range(1, 30))  # the trunk ends at the last fork
+    for steps, record in zip(STEPS, records(family), strict=True):
+        alone = fit(objective, prepared, tmp_path / f"alone{steps}", *budgets(steps))
+        [separate] = records(alone)
+        assert [record[key] for key in EXACT] == [separate[key] for key in EXACT]
+        theirs = weights_of(alone, steps)
+        mine = weights_of(branch(family, steps), steps)
+        assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+        fork = steps - record["decay_steps"]
+        assert losses(branch(family, steps)) == losses(alone)[fork:]
+        parent = (family / "checkpoints" / f"step={fork:08d}.ckpt").read_bytes()
+        assert record["parent_checkpoint"] == hashlib.sha256(parent).hexdigest()
+        assert separate["parent_checkpoint"] is None
+    table, report = collect([tmp_path])
+    assert (len(table), len(report.duplicates), report.unfinished) == (3, 3, {})
+
+
+@pytest.mark.parametrize("step", [5, 10, 11, 17], ids=["trunk", "first branch", "its end", "trunk again"])
+def test_a_killed_family_ends_bit_for_bit_as_an_uninterrupted_one(prepared: Path, tmp_path: Path, step: int) -> None:
+    whole = fit("llada", prepared, tmp_path / "whole", *budgets(*STEPS))
+    killed = fit_process("llada", prepared, tmp_path / "killed", *budgets(*STEPS), kill_at(step))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder = fit("llada", prepared, tmp_path / "killed", *budgets(*STEPS))
+    assert [[r[key] for key in EXACT] for r in records(folder)] == [[r[key] for key in EXACT] for r in records(whole)]
+    assert losses(folder) == losses(whole)
+    for steps in STEPS:
+        assert losses(branch(folder, steps)) == losses(branch(whole, steps))
+
+
+def test_two_ranks_train_the_same_family(prepared: Path, tmp_path: Path) -> None:
+    whole = fit("arm", prepared, tmp_path / "whole", *budgets(12, 24))
+    ranks = ("--trainer.devices=2", "--trainer.strategy=ddp")
+    pair = fit_process("arm", prepared, tmp_path / "pair", *budgets(12, 24), *ranks)
+    assert pair.returncode == 0, pair.stderr
+    for mine, theirs in zip(records(tmp_path / "pair/test/run"), records(whole), strict=True):
+        assert mine["val_nats_per_token"] == pytest.approx(theirs["val_nats_per_token"], abs=1e-5)
+
+
+def test_a_family_done_is_left_alone_and_validated_at_its_largest_budget(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = fit("arm", prepared, tmp_path, *budgets(12, 24))
+    before = (folder / "result.json").read_bytes()
+    capsys.readouterr()
+    assert main(fit_arguments("arm", prepared, tmp_path, *budgets(12, 24))) == 0
+    assert capsys.readouterr().err.count("is done") == 2
+    assert (folder / "result.json").read_bytes() == before
+    assert main(["fit", "--config", str(folder / "config.yaml")]) == 0  # resolves to the same run
+    assert main(["validate", "--config", str(folder / "config.yaml")]) == 0
+    assert f"{records(folder)[-1]['val_nats_per_token']:.4f}" in capsys.readouterr().out
+
+
+def test_a_larger_budget_goes_on_from_the_trunk_of_another_run(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = fit("arm", prepared, tmp_path / "first", *budgets(12, 24))
+    fork = first / "checkpoints" / "step=00000019.ckpt"
+    alone = fit("arm", prepared, tmp_path / "alone", *budgets(48))
+    more = fit("arm", prepared, tmp_path / "more", *budgets(48), f"--ckpt_path={fork}")
+    assert [records(more)[0][key] for key in EXACT] == [records(alone)[0][key] for key in EXACT]
+    assert records(more)[0]["parent_checkpoint"] == hashlib.sha256(fork.read_bytes()).hexdigest()
+    for steps, extra, said in [
+        (22, (), "is at step 19, beyond"),
+        (48, ("--model.schedule.lr=0.02",), "model.init_args.schedule.lr was 0.01, is 0.02"),
+    ]:
+        root = tmp_path / f"refused{steps}{len(extra)}"
+        words = budgets(steps // 2, steps) if not extra else budgets(steps)
+        assert main(fit_arguments("arm", prepared, root, *words, f"--ckpt_path={fork}", *extra)) == 2
+        assert said in capsys.readouterr().err
+        assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (budgets(24, 12), "several budgets must ascend"),
+        (["--budget.flops=[]", "--trainer.max_steps=-1"], "several budgets must ascend"),
+        ([*budgets(12, 24), "--model.schedule.decay_fraction=0"], "several budgets need a decay"),
+        ([*budgets(12, 24), "--model.schedule.decay_steps=11"], "they must follow one another"),
+    ],
+)
+def test_budgets_that_make_no_family_are_refused(
+    prepared: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(fit_arguments("arm", prepared, tmp_path, *words)) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "test").exists()
