@@ -85,7 +85,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
     def sweep(args: list[str]) -> int:
         from llada_lightning.scaling.sweep_command import sweep_command
 
-        return sweep_command(args, run_folder)
+        return sweep_command(args, run_folder, _lightning)
 
     def collect(args: list[str]) -> int:
         from llada_lightning.scaling.collect_command import collect_command

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.flops import Convention, TrainingFlops
 
 MASK_EPS = 1e-3
 """Smallest mask probability, as in the authors' training code: it bounds the weight 1/p of Eq. 3 by 1000."""
+
+
+DECAY_FRACTION = 0.2
+"""Share of a run's steps over which its rate decays (Hägele et al. 2024: 10 to 20 % suffice)."""
 
 
 def expected_mask_probability(eps: float = MASK_EPS) -> float:
@@ -41,3 +47,11 @@ def steps_for_budget(
             f"{tokens_per_step:.0f} tokens); raise the budget, or lower the global batch"
         )
     return steps
+
+
+def cost_of_budgets(budgets: Sequence[float], decay_fraction: float = DECAY_FRACTION) -> float:
+    """FLOPs of one trunk that serves several budgets, each with a decay of its own.
+
+    The trunk goes as far as the largest budget's decay begins; every budget adds its decay.
+    """
+    return (1 - decay_fraction) * max(budgets) + decay_fraction * sum(budgets)

@@ -10,6 +10,7 @@ import itertools
 import os
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,14 @@ class Sweep:
         program: what ``${program}`` stands for.
         command: the command with its macros, ``${args}`` last.
         points: the runs, in the grid's order.
+        path: the file, where there is one.
     """
 
     name: str
     program: str | None
     command: tuple[str, ...]
     points: tuple[Point, ...]
+    path: Path | None = None
 
 
 def read_sweep(path: Path | str) -> Sweep:
@@ -71,6 +74,7 @@ def read_sweep(path: Path | str) -> Sweep:
         program=config.get("program"),
         command=_checked_command(config.get("command") or DEFAULT_COMMAND),
         points=tuple(expand_grid(config.get("parameters"))),
+        path=path,
     )
 
 
@@ -158,6 +162,21 @@ def _macro(macro: str, sweep: Sweep, point: Point) -> list[str]:
                 raise UserError("sweep: command uses ${program}, but the file names no program")
             return [sweep.program]
     raise UserError(f"sweep: {macro} is not handled; use ${{env}}, ${{interpreter}}, ${{program}}, ${{args}}")
+
+
+def settings_of(point: Point) -> dict[str, Any]:
+    """A point's settings by their dotted names; those within an inline ``config`` under their own."""
+    flat: dict[str, Any] = {}
+    for name, value in point.items():
+        if name == "config" and isinstance(value, str):
+            with suppress(yaml.YAMLError):
+                value = yaml.safe_load(value)
+            flat |= settings_of(value) if isinstance(value, dict) else {}
+        elif isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in settings_of(value).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def fit_arguments(command: list[str]) -> list[str]:

@@ -2,45 +2,97 @@
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
+from rich.table import Table
 
 from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
-from llada_lightning.scaling.sweep import read_sweep
+from llada_lightning.errors import UserError
+from llada_lightning.scaling.sweep import Sweep, fit_arguments, read_sweep, render_command
 from llada_lightning.scaling.sweep_run import RunFolder, SweepOutcome, run_sweep
+from llada_lightning.scaling.sweep_study import check_unchanged, state_of
+
+Fit = Callable[[list[str]], int]
+"""Runs ``fit`` and its arguments in this process; gives its exit code."""
 
 
-def sweep_command(argv: list[str], run_folder: RunFolder) -> int:
-    """``llada sweep run FILE``: runs what is left of a W&B sweep on this machine.
+def sweep_command(argv: list[str], run_folder: RunFolder, fit: Fit) -> int:
+    """``llada sweep run FILE``: runs what is left of a W&B sweep on this machine; ``llada sweep show FILE`` lists it.
 
     Args:
         argv: the words after ``llada sweep``; what follows ``--`` is handed to every fit.
         run_folder: from ``fit`` and its arguments to the folder of that run.
+        fit: runs one in this process.
 
     Returns:
-        0 if every run is done, 1 if some failed, 130 if the sweep was interrupted.
+        0 if every run is done, 1 if some failed, 130 if the sweep was interrupted; of one run by its index, the exit
+        code of its fit.
 
     Raises:
-        UserError: the file is no grid sweep of ``llada fit``, or a run's arguments are refused.
+        UserError: the file is no grid sweep of ``llada fit``, a run's arguments are refused, or the file was edited
+            since the study was begun.
     """
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = CommandParser(
         prog="llada sweep",
         description="Run a W&B sweep file on this machine. Arguments after `--` are handed to every fit.",
     )
-    parser.add_argument("action", choices=["run"], help="run: do what is left of the sweep")
+    parser.add_argument("action", choices=["run", "show"], help="run: do what is left of it; show: list its runs")
     parser.add_argument("file", type=str, metavar="FILE", help="W&B sweep file, method grid, command `llada fit …`")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument(
+        "--index", type=int | None, default=None, help="run only this one (from 0), in this process: a job array's task"
+    )
+    parser.add_argument("--edited", action="store_true", help="the file was changed half-way, and that is meant")
     add_json(parser)
     options = parser.parse_args(argv[:cut])
+    sweep, extra = read_sweep(options.file), argv[cut + 1 :]
+    if options.action == "show":
+        return _show(sweep, run_folder, extra, options.json)
+    if options.index is not None:
+        return _run_one(sweep, options.index, run_folder, fit, extra, options.edited)
     notes = people_console(stderr=True)
-    outcome = run_sweep(read_sweep(options.file), run_folder, jobs=options.jobs, extra=argv[cut + 1 :], console=notes)
+    outcome = run_sweep(sweep, run_folder, jobs=options.jobs, extra=extra, edited=options.edited, console=notes)
     if options.json:
         print_json(asdict(outcome))
     else:
         _print_outcome(outcome)
     return outcome.exit_code
+
+
+def _run_one(sweep: Sweep, index: int, run_folder: RunFolder, fit: Fit, extra: list[str], edited: bool) -> int:
+    if not 0 <= index < len(sweep.points):
+        raise UserError(f"sweep: --index is {index}, but {sweep.path} has runs 0 to {len(sweep.points) - 1}")
+    arguments = [*fit_arguments(render_command(sweep, sweep.points[index])), *extra]
+    check_unchanged(sweep, run_folder(arguments).parent, by_index=True, edited=edited)
+    return fit(arguments)
+
+
+def _show(sweep: Sweep, run_folder: RunFolder, extra: list[str], as_json: bool) -> int:
+    runs = []
+    for index, point in enumerate(sweep.points):
+        command = [*render_command(sweep, point), *extra]
+        folder = run_folder(fit_arguments(command))
+        runs.append({"index": index, "state": state_of(folder), "folder": str(folder), "command": shlex.join(command)})
+    if as_json:
+        print_json({"name": sweep.name, "runs": runs})
+        return 0
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    table.add_column("index", justify="right")
+    table.add_column("state", no_wrap=True)
+    table.add_column("run", overflow="fold")
+    for run in runs:
+        table.add_row(str(run["index"]), str(run["state"]), escape(str(run["folder"])))
+    console = people_console()
+    console.print(table)
+    counts = Counter(str(run["state"]) for run in runs)
+    console.print(f"{len(runs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+    return 0
 
 
 def _print_outcome(outcome: SweepOutcome) -> None:

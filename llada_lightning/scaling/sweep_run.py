@@ -27,8 +27,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from llada_lightning.errors import UserError
+from llada_lightning.scaling.budget import DECAY_FRACTION, cost_of_budgets
 from llada_lightning.scaling.results import RESULT_FILE, has_diverged, is_done, read_records
-from llada_lightning.scaling.sweep import Point, Sweep, fit_arguments, launch_fit, render_command
+from llada_lightning.scaling.sweep import Point, Sweep, fit_arguments, launch_fit, render_command, settings_of
+from llada_lightning.scaling.sweep_study import check_unchanged
 from llada_lightning.scaling.sweep_watch import budget_share, describe_state, format_seconds, last_line, latest_metrics
 
 _POLL_SECONDS = 0.1
@@ -108,6 +110,7 @@ def run_sweep(
     *,
     jobs: int = 1,
     extra: Sequence[str] = (),
+    edited: bool = False,
     launch: Callable[[list[str]], list[str]] = launch_fit,
     console: Console | None = None,
     grace_seconds: float = 30.0,
@@ -124,12 +127,13 @@ def run_sweep(
         run_folder: from ``fit`` and its arguments to the run's folder.
         jobs: runs at once.
         extra: arguments appended to every run's.
+        edited: the file was changed since the study was begun, and this is meant.
         launch: from ``fit`` and its arguments to the command that is run.
         console: where progress goes; stderr by default.
         grace_seconds: time for a stopped fit to save its checkpoint.
 
     Raises:
-        UserError: ``jobs`` is below 1, or a run's arguments are refused (before anything is run).
+        UserError: ``jobs`` is below 1, a run's arguments are refused, or the file was edited (before anything is run).
     """
     if jobs < 1:
         raise UserError(f"sweep: --jobs is {jobs}; it must be at least 1")
@@ -137,6 +141,10 @@ def run_sweep(
     runs = plan_runs(sweep, run_folder, extra)
     if len(runs) < len(sweep.points):
         console.print(f"{len(sweep.points)} points describe {len(runs)} different runs; each is run once")
+    for study in dict.fromkeys(run.folder.parent for run in runs):
+        added = check_unchanged(sweep, study, edited=edited)
+        if added:
+            console.print(f"{added} runs are new in the file since the study was begun")
     runner = _Runner(runs, jobs, launch, console)
     try:
         with _signals_interrupt(), runner.display():
@@ -272,7 +280,7 @@ class _Runner:
         spent = self.cost_done
         for job in list(self.running):
             metrics = latest_metrics(job.run.folder)
-            share = budget_share(job.run, metrics)
+            share = budget_share(job.run)
             spent += share * job.run.cost
             elapsed = format_seconds(time.monotonic() - job.started)
             jobs.add_row("running", escape(job.run.name), f"[dim]{describe_state(share, metrics)}[/]", elapsed)
@@ -321,10 +329,12 @@ def _signals_interrupt() -> Iterator[None]:
 
 
 def _cost(point: Point) -> float:
-    nested = point.get("budget")
-    flops = point.get("budget.flops", nested.get("flops") if isinstance(nested, dict) else None)
+    settings = settings_of(point)
+    flops = settings.get("budget.flops")
     try:
-        return float(flops)  # type: ignore[arg-type]
+        budgets = [float(budget) for budget in (flops if isinstance(flops, list) else [flops])]  # type: ignore[arg-type]
+        decay = float(settings.get("model.init_args.schedule.decay_fraction", DECAY_FRACTION))
+        return cost_of_budgets(budgets, decay)
     except (TypeError, ValueError):
         return 1.0
 

@@ -22,18 +22,36 @@ def last_line(path: Path) -> str:
 
 
 def latest_metrics(folder: Path) -> dict[str, str]:
-    """The last row of a run's ``metrics.csv``, without its empty cells; nothing before there is one."""
-    rows, header = _tail(folder / METRICS_FILE).splitlines(), _head(folder / METRICS_FILE)
+    """The newest row of a run's ``metrics.csv``, or of its branches', without its empty cells; nothing before one."""
+    written = [path for path in _metrics_files(folder) if path.exists()]
+    return _last_row(max(written, key=lambda path: path.stat().st_mtime)) if written else {}
+
+
+def _metrics_files(folder: Path) -> list[Path]:
+    return [folder / METRICS_FILE, *sorted(folder.glob(f"branches/*/{METRICS_FILE}"))]
+
+
+def _last_row(path: Path) -> dict[str, str]:
+    rows, header = _tail(path).splitlines(), _head(path)
     if len(rows) < 2 or rows[-1].count(",") != len(header) - 1:  # no row yet, or one that is being written
         return {}
     return {name: value for name, value in zip(header, rows[-1].split(","), strict=True) if value}
 
 
-def budget_share(run: PlannedRun, metrics: dict[str, str]) -> float:
-    """The share of its budget that a running fit has spent, 0 where it cannot be known."""
-    with suppress(KeyError, ValueError):
-        return min(1.0, float(metrics["flops_6nd"]) / run.cost) if run.cost > 1 else 0.0
-    return 0.0
+def budget_share(run: PlannedRun) -> float:
+    """The share of its cost that a running fit has spent, trunk and branches together; 0 where it cannot be known."""
+    spent = 0.0
+    with suppress(KeyError, ValueError, OSError):
+        for path in _metrics_files(run.folder):
+            spent += float(_last_row(path).get("flops_6nd", 0.0))
+            if path.parent != run.folder and spent:  # a branch's count begins with its trunk's
+                spent -= float(_first_row(path)["flops_6nd"])
+    return min(1.0, spent / run.cost) if run.cost > 1 else 0.0
+
+
+def _first_row(path: Path) -> dict[str, str]:
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        return next(csv.DictReader(file), {})
 
 
 def describe_state(share: float, metrics: dict[str, str]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llada_lightning.errors import UserError
+from llada_lightning.scaling.budget import DECAY_FRACTION
 
 
 @dataclass
@@ -50,7 +51,7 @@ class WSD:
     warmup_fraction: float = 0.05
     warmup_steps: int | None = None
     plateaus: list[Plateau] = field(default_factory=list)
-    decay_fraction: float = 0.2
+    decay_fraction: float = DECAY_FRACTION
     decay_tokens: float | None = None
     decay_steps: int | None = None
     final_lr_fraction: float = 0.1

@@ -78,7 +78,7 @@ def test_wrong_options_are_one_line(table: str, tmp_path: Path, options: list[st
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("command", [collect_command, curves_command, lambda argv: sweep_command(argv, Path)])
+@pytest.mark.parametrize("command", [collect_command, curves_command, lambda argv: sweep_command(argv, Path, len)])
 def test_every_command_has_help(command: object, capsys: Captured) -> None:
     with pytest.raises(SystemExit) as left:
         command(["--help"])  # type: ignore[operator]

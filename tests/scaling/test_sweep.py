@@ -362,7 +362,7 @@ def test_a_running_fit_is_described_from_its_metrics(tmp_path: Path) -> None:
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("1200,6.2e11,,3.2144,7400\n")
     metrics = latest_metrics(tmp_path)
-    share = budget_share(run, metrics)
+    share = budget_share(run)
     assert share == pytest.approx(0.62)
     assert describe_state(share, metrics) == "62%  step 1200  3.214 nats/token  7,400 tokens/s"
     with (tmp_path / "metrics.csv").open("a") as file:
@@ -370,11 +370,30 @@ def test_a_running_fit_is_described_from_its_metrics(tmp_path: Path) -> None:
     assert latest_metrics(tmp_path) == {}
 
 
+def test_a_familys_progress_counts_the_trunk_once(tmp_path: Path) -> None:
+    """A trunk to 9e11, a branch from 4e11 to 5e11 (done), one from 9e11 that has gone to 9.5e11."""
+    for folder, rows in {"": [1e10, 9e11], "branches/5": [4e11, 5e11], "branches/10": [9e11, 9.5e11]}.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        lines = [f"{step},{flops}" for step, flops in enumerate(rows)]
+        (tmp_path / folder / "metrics.csv").write_text("\n".join(["step,flops_6nd", *lines]) + "\n")
+    assert budget_share(PlannedRun([], tmp_path, cost=2e12)) == pytest.approx((9e11 + 1e11 + 0.5e11) / 2e12)
+
+
 def test_the_budget_is_a_runs_cost(tmp_path: Path) -> None:
-    for point, cost in [({"budget.flops": 3e11}, 3e11), ({"budget": {"flops": "1e18"}}, 1e18), ({"lr": 1}, 1.0)]:
+    inline = {"config": "{budget: {flops: [1.0e+12, 2.0e+12]}, model: {init_args: {schedule: {decay_fraction: 0.5}}}}"}
+    costs: list[tuple[dict[str, Any], float]] = [
+        ({"budget.flops": 3e11}, 3e11),
+        ({"budget": {"flops": "1e18"}}, 1e18),
+        ({"lr": 1}, 1.0),
+        ({"budget.flops": [1e12, 2e12]}, 0.8 * 2e12 + 0.2 * 3e12),
+        (inline, 0.5 * 2e12 + 0.5 * 3e12),
+        ({"config": "study.yaml"}, 1.0),
+    ]
+    for point, cost in costs:
         sweep = Sweep("s", None, ("llada", "fit", "${args}"), (point,))
         assert [run.cost for run in plan_runs(sweep, lambda _: tmp_path)] == [cost]
-    assert budget_share(PlannedRun([], tmp_path, cost=1.0), {"flops_6nd": "5e11"}) == 0.0
+    (tmp_path / "metrics.csv").write_text("step,flops_6nd\n1,5e11\n")
+    assert budget_share(PlannedRun([], tmp_path, cost=1.0)) == 0.0
 
 
 @pytest.mark.parametrize(
