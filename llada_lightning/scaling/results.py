@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,7 @@ def _number(value: Any, column: str, source: str) -> float:
 
 
 def _whole_number(value: Any, column: str, source: str) -> Any:
-    if isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("-").isdecimal()):
+    if isinstance(value, Integral) or (isinstance(value, str) and value.strip().lstrip("-").isdecimal()):
         return int(value)  # exact beyond 2^53, which a float is not
     number = _number(value, column, source)
     if math.isnan(number):
