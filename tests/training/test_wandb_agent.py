@@ -1,0 +1,122 @@
+"""A sweep through wandb's real client (`wandb sweep`, `wandb agent`, runs, public API) and a stand-in for its server.
+
+Real are wandb's command line, its agent, its background process, and our fits, each in processes of its own. Played,
+on loopback, are the server's answers: ``wandb_standin.py`` says which, and what is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llada_lightning.cli import main
+from llada_lightning.errors import UserError
+from llada_lightning.scaling.collect import collect
+from llada_lightning.scaling.results import RESULT_COLUMNS, read_records, read_results
+from llada_lightning.scaling.sweep import read_sweep, render_command
+from llada_lightning.scaling.wandb_projects import read_project
+from tiny_runs import fit_arguments
+from wandb_standin import ENTITY, PAGE, WandbStandIn
+
+pytest.importorskip("wandb")
+PROJECT = f"wandb:{ENTITY}/study"
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbStandIn]:
+    """The stand-in, and an environment in which wandb's client knows nothing else."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    with WandbStandIn() as standin:
+        own = {name: str(tmp_path / "wandb-home") for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
+        for name, value in {**standin.environment, **own, "OMP_NUM_THREADS": "1"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.chdir(tmp_path)
+        yield standin
+        import wandb
+
+        wandb.teardown()
+
+
+def sweep_file(folder: Path, data: Path) -> Path:
+    """Both objectives at one tiny budget; the fit's other settings stand in a file beside it."""
+    given = dict(word.removeprefix("--").split("=", 1) for word in fit_arguments("arm", data, folder / "runs")[1:])
+    dropped = ("model", "trainer.max_steps", "run.name")
+    fixed = [f"--{key}={value}" for key, value in given.items() if key not in dropped]
+    config = {
+        "program": "llada",
+        "method": "grid",
+        "command": ["${env}", "${interpreter}", "-m", "llada_lightning", "fit", *fixed, "${args}"],
+        "parameters": {"model": {"values": ["ArmModule", "LladaModule"]}, "budget.flops": {"values": [5.0e8]}},
+    }
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def wandb_command(*words: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "wandb", *words], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_agents_runs_are_collected_and_the_same_sweep_has_nothing_left(
+    prepared: Path, tmp_path: Path, server: WandbStandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = sweep_file(tmp_path, prepared)
+    wandb_command("sweep", "--project", "study", str(file))
+    [(sweep, known)] = server.sweeps.items()
+    assert known["config"] == yaml.safe_load(file.read_text())
+
+    wandb_command("agent", "--project", "study", sweep)
+    assert server.unknown == []
+    assert known["next"] == len(known["points"]) == 2
+    assert [run["state"] for run in server.runs.values()] == ["finished"] * 2
+    assert {run["sweepName"] for run in server.runs.values()} == {sweep}
+
+    out = tmp_path / "results.csv"
+    capsys.readouterr()
+    assert main(["collect", str(tmp_path / "runs"), PROJECT, "--out", str(out), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["folders"], report["wandb_runs"], report["records"]) == (2, 2, 2)
+    assert [twin["difference"] for twin in report["duplicates"]] == [0.0, 0.0]
+    assert report["unfinished"] == {}
+    assert report["covariance"]["rows"] == 2
+    table = read_results(out)
+    assert sorted(table["objective"]) == ["arm", "llada"]
+
+    remote, _ = collect([PROJECT])
+    for column in RESULT_COLUMNS:
+        assert remote[column].equals(table[column]), column
+
+    assert main(["sweep", "run", str(file), "--json"]) == 0
+    outcome = json.loads(capsys.readouterr().out)
+    assert sorted(outcome["skipped"]) == sorted(table["run"])
+    assert outcome["done"] == outcome["failed"] == []
+
+
+def test_a_projects_runs_come_page_by_page(server: WandbStandIn) -> None:
+    import wandb
+
+    for number in range(2 * PAGE + 1):
+        with wandb.init(project="study", id=f"run{number}", settings=wandb.Settings(silent=True)) as run:
+            run.summary.update({"run": f"r{number}", "objective": "arm", "val_nats_per_token": float("nan")})
+    runs = read_project(PROJECT)
+    assert [run.records[0]["run"] for run in runs] == [f"r{n}" for n in range(2 * PAGE + 1)]
+    assert server.operations.count("Runs") == PAGE + 1
+    with pytest.raises(UserError, match="Could not find project nowhere"):
+        read_project(f"wandb:{ENTITY}/nowhere")
+
+
+def test_without_an_account_one_line_says_so(server: WandbStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    with pytest.raises(UserError, match=r"No API key configured.*wandb login"):
+        read_project(PROJECT)
