@@ -8,8 +8,9 @@ It plays the server's side of these, and of nothing else:
   runs, page by page (``Runs``). Unknown operations get an error, as from a server that lacks them, and are noted.
 - the file stream of a run: its history, summary and end. What is uploaded as a file is taken and thrown away.
 
-It checks that a key is sent, not which; filters and orders of queries are ignored; a grid is the only search it knows.
-What W&B's server does with the data beyond (early stopping, other searches, quotas, teams, web pages) is not played.
+There is one account with one key. A sweep's points come in the order of its parameters' names. Filters and orders of
+queries are ignored; a grid is the only search it knows. What W&B's server does beyond (early stopping, other searches,
+resuming a run, quotas, teams, web pages) is not played.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import yaml
 
-ENTITY = "lab"
+ENTITY, KEY = "lab", "0" * 40
 PAGE = 2
 """Runs a page at most, so that a few runs take several pages."""
 
@@ -54,7 +55,7 @@ class WandbStandIn:
         """What makes wandb's client speak to this server alone."""
         return {
             "WANDB_BASE_URL": self.url,
-            "WANDB_API_KEY": "0" * 40,
+            "WANDB_API_KEY": KEY,
             "WANDB_ENTITY": ENTITY,
             "WANDB_SILENT": "true",
             "WANDB_ERROR_REPORTING": "false",
@@ -77,7 +78,7 @@ class WandbStandIn:
         """The response to a GraphQL request."""
         found = re.search(r"\b(?:query|mutation)\s+(\w+)", query)
         name = found[1] if found else "anonymous"
-        play = getattr(self, f"_play_{name}", None)
+        play = getattr(self, "_play" + re.sub("([A-Z])", r"_\1", name).lower(), None)
         with self._lock:
             self.operations.append(name)
             if play is None:
@@ -87,11 +88,11 @@ class WandbStandIn:
 
     # --- GraphQL, by the operation's name ---
 
-    def _play_Viewer(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _play_viewer(self, variables: dict[str, Any]) -> dict[str, Any]:
         teams = {"edges": [{"node": {"name": ENTITY}}]}
         return {"viewer": {"id": "viewer", "entity": ENTITY, "username": ENTITY, "flags": "{}", "teams": teams}}
 
-    def _play_UpsertSweep(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _play_upsert_sweep(self, variables: dict[str, Any]) -> dict[str, Any]:
         config = yaml.safe_load(variables["config"])
         choices = {
             name: spec["values"] if "values" in spec else [spec["value"]]
@@ -104,7 +105,7 @@ class WandbStandIn:
         project = {"id": "project", "name": variables["projectName"], "entity": entity}
         return {"upsertSweep": {"sweep": {"name": name, "project": project}, "configValidationWarnings": []}}
 
-    def _play_SweepWithRuns(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _play_sweep_with_runs(self, variables: dict[str, Any]) -> dict[str, Any]:
         sweep = self.sweeps.get(variables["sweep"])
         if sweep is None:
             return {"project": {"sweep": None}}
@@ -112,28 +113,19 @@ class WandbStandIn:
         config = yaml.safe_dump(sweep["config"])
         return {"project": {"sweep": {**known, "config": config, "runs": {"edges": []}}}}
 
-    def _play_CreateAgent(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _play_create_agent(self, variables: dict[str, Any]) -> dict[str, Any]:
         agent = f"agent{len(self.agents)}"
         self.agents[agent] = variables["sweep"]
         return {"createAgent": {"agent": {"id": agent}}}
 
-    def _play_Heartbeat(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _play_heartbeat(self, variables: dict[str, Any]) -> dict[str, Any]:
         sweep_name = self.agents[variables["id"]]
         sweep = self.sweeps[sweep_name]
-        commands: list[dict[str, Any]] = []
-        if json.loads(variables["runState"]):
-            pass  # the agent is busy
-        elif sweep["next"] == len(sweep["points"]):
-            commands = [{"type": "exit"}]
-        else:
-            point = sweep["points"][sweep["next"]]
-            arguments = {name: {"value": value} for name, value in point.items()}
-            run = f"{sweep_name}run{sweep['next']}"
-            commands = [{"type": "run", "run_id": run, "program": sweep["config"]["program"], "args": arguments}]
-            sweep["next"] += 1
+        busy = bool(json.loads(variables["runState"]))
+        commands = [] if busy else [_next_command(sweep_name, sweep)]
         return {"agentHeartbeat": {"agent": {"id": variables["id"]}, "commands": json.dumps(commands)}}
 
-    def _play_UpsertBucket(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _play_upsert_bucket(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables.get("name") or base64.b64decode(variables["id"]).decode().split(":")[1]
         new = name not in self.runs
         run = self.runs.setdefault(name, {"name": name, "state": "running", "config": "{}", "summaryMetrics": "{}"})
@@ -154,14 +146,14 @@ class WandbStandIn:
         }
         return {"upsertBucket": {"bucket": bucket, "inserted": new}}
 
-    def _play_RunResumeStatus(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _play_run_resume_status(self, variables: dict[str, Any]) -> dict[str, Any]:
         return {"model": None}
 
-    def _play_CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _play_create_run_files(self, variables: dict[str, Any]) -> dict[str, Any]:
         files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
         return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
 
-    def _play_Runs(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _play_runs(self, variables: dict[str, Any]) -> dict[str, Any]:
         runs = [run for run in self.runs.values() if run.get("project") == variables["project"]]
         if not runs or variables["entity"] != ENTITY:
             return {"project": None}
@@ -191,6 +183,15 @@ class WandbStandIn:
                 run["state"] = "finished" if body.get("exitcode") == 0 else "failed"
 
 
+def _next_command(name: str, sweep: dict[str, Any]) -> dict[str, Any]:
+    number = sweep["next"]
+    if number == len(sweep["points"]):
+        return {"type": "exit"}
+    sweep["next"] += 1
+    arguments = {parameter: {"value": value} for parameter, value in sweep["points"][number].items()}
+    return {"type": "run", "run_id": f"{name}run{number}", "program": sweep["config"]["program"], "args": arguments}
+
+
 def _node(run: dict[str, Any]) -> dict[str, Any]:
     nothing = {
         "user": {"name": ENTITY, "username": ENTITY},
@@ -217,8 +218,8 @@ def _handler(server: WandbStandIn) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
-            if not self.headers.get("Authorization"):
-                self._send(401, {"errors": [{"message": "no key"}]})
+            if self.headers.get("Authorization") != f"Basic {base64.b64encode(f'api:{KEY}'.encode()).decode()}":
+                self._send(401, {"errors": [{"message": "invalid key"}]})
             elif self.path == "/graphql":
                 self._send(200, server.answer(body["query"], body.get("variables") or {}))
             elif self.path.endswith("/file_stream"):

@@ -19,11 +19,11 @@ import yaml
 from llada_lightning.cli import main
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.collect import collect
-from llada_lightning.scaling.results import RESULT_COLUMNS, read_records, read_results
+from llada_lightning.scaling.results import RESULT_COLUMNS, read_results
 from llada_lightning.scaling.sweep import read_sweep, render_command
 from llada_lightning.scaling.wandb_projects import read_project
 from tiny_runs import fit_arguments
-from wandb_standin import ENTITY, PAGE, WandbStandIn
+from wandb_standin import ENTITY, KEY, PAGE, WandbStandIn
 
 pytest.importorskip("wandb")
 PROJECT = f"wandb:{ENTITY}/study"
@@ -32,18 +32,25 @@ PROJECT = f"wandb:{ENTITY}/study"
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbStandIn]:
     """The stand-in, and an environment in which wandb's client knows nothing else."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+    import wandb
+
+    wandb.teardown()  # or it would go on with what an earlier test told it
+    for name in [name for name in os.environ if "WANDB" in name]:
         monkeypatch.delenv(name)
+    home = str(tmp_path / "wandb-home")
     with WandbStandIn() as standin:
-        own = {name: str(tmp_path / "wandb-home") for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
-        for name, value in {**standin.environment, **own, "OMP_NUM_THREADS": "1"}.items():
+        for name, value in {**standin.environment, "OMP_NUM_THREADS": "1"}.items():
             monkeypatch.setenv(name, value)
+        for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+            monkeypatch.setenv(name, home)
+        monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
         monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         monkeypatch.chdir(tmp_path)
+        before = set(os.environ)
         yield standin
-        import wandb
-
         wandb.teardown()
+        for name in set(os.environ) - before:
+            del os.environ[name]
 
 
 def sweep_file(folder: Path, data: Path) -> Path:
@@ -62,9 +69,11 @@ def sweep_file(folder: Path, data: Path) -> Path:
     return path
 
 
-def wandb_command(*words: str) -> None:
+def wandb_command(*words: str) -> str:
+    """What it says, on either stream."""
     done = subprocess.run([sys.executable, "-m", "wandb", *words], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
 
 def test_an_agents_runs_are_collected_and_the_same_sweep_has_nothing_left(
@@ -75,7 +84,10 @@ def test_an_agents_runs_are_collected_and_the_same_sweep_has_nothing_left(
     [(sweep, known)] = server.sweeps.items()
     assert known["config"] == yaml.safe_load(file.read_text())
 
-    wandb_command("agent", "--project", "study", sweep)
+    said = wandb_command("agent", "--project", "study", sweep)
+    for point in known["points"]:
+        words = render_command(read_sweep(file), point)
+        assert "About to run command: " + " ".join(f'"{word}"' if " " in word else word for word in words) in said
     assert server.unknown == []
     assert known["next"] == len(known["points"]) == 2
     assert [run["state"] for run in server.runs.values()] == ["finished"] * 2
@@ -111,12 +123,35 @@ def test_a_projects_runs_come_page_by_page(server: WandbStandIn) -> None:
     runs = read_project(PROJECT)
     assert [run.records[0]["run"] for run in runs] == [f"r{n}" for n in range(2 * PAGE + 1)]
     assert server.operations.count("Runs") == PAGE + 1
-    with pytest.raises(UserError, match="Could not find project nowhere"):
-        read_project(f"wandb:{ENTITY}/nowhere")
 
 
-def test_without_an_account_one_line_says_so(server: WandbStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_API_KEY")
-    monkeypatch.setenv("HOME", "/nonexistent")
-    with pytest.raises(UserError, match=r"No API key configured.*wandb login"):
-        read_project(PROJECT)
+def test_a_failed_run_and_a_foreign_one_are_named(server: WandbStandIn) -> None:
+    import wandb
+
+    settings = wandb.Settings(silent=True)
+    ours = {section: {"set": True} for section in ("model", "data", "trainer", "budget", "run")}
+    wandb.init(project="study", id="fit", config=ours, settings=settings).finish(exit_code=1)
+    wandb.init(project="study", id="someone", settings=settings).finish()
+    table, report = collect([PROJECT])
+    assert table.empty
+    assert report.unfinished == {f"{PROJECT}/fit": "state failed; no record in its summary"}
+    assert report.foreign == {PROJECT: ["someone"]}
+
+
+@pytest.mark.parametrize(
+    ("key", "project", "words"),
+    [
+        (KEY, "nowhere", "Could not find project nowhere"),
+        ("1" * 40, "study", "invalid key"),
+        ("short", "study", "API key must have 40"),
+        ("", "study", "No API key configured"),
+    ],
+)
+def test_what_the_server_or_the_account_refuses_is_one_line(
+    server: WandbStandIn, monkeypatch: pytest.MonkeyPatch, key: str, project: str, words: str
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    with pytest.raises(UserError) as caught:
+        read_project(f"wandb:{ENTITY}/{project}")
+    assert words in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
