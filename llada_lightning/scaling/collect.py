@@ -28,6 +28,9 @@ from llada_lightning.scaling.wandb_projects import FINISHED, PREFIX, ProjectRun,
 _NOT_RUNS = frozenset({"checkpoints", "logs", "wandb", "__pycache__"})
 """Folders that hold no runs of ours; W&B's own folders hold other files named config.yaml."""
 
+_NAMES_A_LINE = 10
+"""Names in one line for people; ``--json`` lists all."""
+
 SAME_RUN_TOLERANCE = 1e-3
 """Relative difference of two losses of one run above which they cannot be the same run's: rounding is far below."""
 
@@ -87,7 +90,7 @@ class CollectReport:
         diverged = [f"diverged: {where} (validation loss not finite)" for where in self.diverged]
         duplicates = [line for twin in self.duplicates for line in twin.lines()]
         foreign = [
-            f"not ours: {len(runs)} of {project}'s runs, without a record of `llada fit`: {', '.join(runs)}"
+            f"not ours: {len(runs)} of {project}'s runs, without a record of `llada fit`: {_first_of(runs)}"
             for project, runs in self.foreign.items()
         ]
         return unfinished + diverged + duplicates + foreign + (self.covariance.lines() if self.covariance else [])
@@ -224,6 +227,11 @@ def _open_ends(records: list[dict[str, Any]], expected: int, nothing: str) -> It
         yield nothing
     elif len(records) < expected:
         yield f"{len(records)} of {expected} budgets reached"
+
+
+def _first_of(names: list[str]) -> str:
+    more = len(names) - _NAMES_A_LINE
+    return ", ".join(names[:_NAMES_A_LINE]) + (f" and {more} more" if more > 0 else "")
 
 
 def _has_diverged(record: dict[str, Any]) -> bool:

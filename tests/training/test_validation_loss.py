@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llada_lightning import lightning_cli
 from llada_lightning.objectives.bounds import clustered_mean_and_stderr, mean_by_cluster
 from llada_lightning.scaling.collect import gather
 from llada_lightning.scaling.covariance import covariance_of_means, read_covariance, write_covariance
@@ -66,3 +67,19 @@ def test_the_joint_error_of_two_fits(prepared: Path, tmp_path: Path) -> None:
         found = record(folder)
         label = f"{found['run']}@{found['steps']}"
         assert matrix.loc[label, label] == pytest.approx(found["val_stderr"] ** 2, rel=1e-9)
+
+
+def test_the_validation_is_there_before_the_result(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is done once it has its result: a kill between the two must not leave one without its validation."""
+    folder = tmp_path / "test" / "run"
+
+    def killed(*_: object) -> None:
+        raise KeyError("killed")
+
+    monkeypatch.setattr(lightning_cli, "write_records", killed)
+    with pytest.raises(KeyError, match="killed"):
+        fit("arm", prepared, tmp_path, "--trainer.max_steps=2")
+    assert set(read_validation(folder)["steps"]) == {2}
+    assert not (folder / "result.json").exists()

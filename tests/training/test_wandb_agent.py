@@ -22,7 +22,7 @@ from llada_lightning.scaling.collect import collect
 from llada_lightning.scaling.results import RESULT_COLUMNS, read_results
 from llada_lightning.scaling.sweep import read_sweep, render_command
 from llada_lightning.scaling.wandb_projects import read_project
-from tiny_runs import fit_arguments
+from tiny_runs import fit, fit_arguments
 from wandb_standin import ENTITY, KEY, PAGE, WandbStandIn
 
 pytest.importorskip("wandb")
@@ -112,6 +112,22 @@ def test_an_agents_runs_are_collected_and_the_same_sweep_has_nothing_left(
     outcome = json.loads(capsys.readouterr().out)
     assert sorted(outcome["skipped"]) == sorted(table["run"])
     assert outcome["done"] == outcome["failed"] == []
+
+
+def test_an_offline_run_is_synchronised_and_read_back(prepared: Path, tmp_path: Path, server: WandbStandIn) -> None:
+    """What a run without network wrote, sent later by `wandb sync`, gives the very record of its folder."""
+    offline = ("--wandb.project=study", "--wandb.offline=true", "--trainer.max_steps=4")
+    folder = fit("llada", prepared, tmp_path / "runs", *offline)
+    assert server.runs == {}
+    [written] = (folder / "wandb").glob("offline-run-*")
+    wandb_command("sync", str(written))
+    assert server.unknown == []
+    table, report = collect([folder, PROJECT])
+    assert (report.wandb_runs, report.records, report.unfinished) == (1, 1, {})
+    assert [twin.difference for twin in report.duplicates] == [0.0]
+    remote, _ = collect([PROJECT])
+    for column in RESULT_COLUMNS:
+        assert remote[column].equals(table[column]), column
 
 
 def test_a_projects_runs_come_page_by_page(server: WandbStandIn) -> None:
