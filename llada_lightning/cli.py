@@ -20,7 +20,7 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   test       the same under Lightning's other name
   predict    the loss of each validation sequence
   sweep      run a sweep file on this machine, skipping what is done
-  collect    run folders -> one table of results
+  collect    run folders, W&B projects -> one table of results
   curves     table of results -> fits and figures
 
   --version  print the version

@@ -24,7 +24,7 @@ from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
 from llada_lightning.phases import Phase, final_checkpoint, phases_of
-from llada_lightning.scaling.results import read_records, write_records
+from llada_lightning.scaling.results import read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.settings import Budget, Run, Wandb
 from llada_lightning.signals import stopping_at_a_steps_end
@@ -249,6 +249,7 @@ class LladaCLI(LightningCLI):
 
     @rank_zero_only
     def _write(self, record: dict[str, Any]) -> None:
+        write_validation(self.folder, record["steps"], self.model.val_by_document)
         records = sorted([*read_records(self.folder), record], key=lambda known: int(known["steps"]))
         path = write_records(self.folder, records)
         if isinstance(self.wandb, WandbLogger):

@@ -49,3 +49,19 @@ def clustered_mean_and_stderr(values_N: Tensor, clusters_N: Tensor) -> tuple[flo
         return float(mean), math.nan
     variance = groups / (groups - 1) * (sums_G / len(values_N)).square().sum()
     return float(mean), math.sqrt(float(variance))
+
+
+def mean_by_cluster(values_N: Tensor, clusters_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the error of a mean, and of a difference of two, follows from.
+
+    Args:
+        values_N: (N,) float64.
+        clusters_N: (N,) int64.
+
+    Returns:
+        (G,) int64 clusters in ascending order, (G,) int64 values of each, (G,) float64 mean of each.
+    """
+    clusters_G, cluster_of_N, counts_G = clusters_N.unique(return_inverse=True, return_counts=True)
+    sums_G = torch.zeros(len(clusters_G), dtype=torch.float64, device=values_N.device)
+    sums_G.index_add_(0, cluster_of_N, values_N.double())
+    return clusters_G, counts_G, sums_G / counts_G

@@ -4,35 +4,66 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from rich.console import Console
 from rich.markup import escape
 
 from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
 from llada_lightning.errors import UserError
-from llada_lightning.scaling.collect import collect
+from llada_lightning.scaling.collect import gather
+from llada_lightning.scaling.covariance import write_covariance
 from llada_lightning.scaling.results import write_results
 
 
 def collect_command(argv: list[str]) -> int:
-    """``llada collect PATH … --out results.csv``: run folders -> one results table.
+    """``llada collect PATH … --out results.csv``: run folders and W&B projects -> one results table.
+
+    Beside it comes ``results.covariance.csv``, the joint error of the losses, from the folders' validation files.
 
     Raises:
-        UserError: a path is no folder, no run has left a record, or the table's name is neither CSV nor parquet.
+        UserError: a path is no folder, a W&B project cannot be read, no run has left a record, or the table's name is
+            neither CSV nor parquet.
     """
-    parser = CommandParser(prog="llada collect", description="Collect the results of run folders into one table.")
-    parser.add_argument("paths", nargs="+", type=str, metavar="PATH", help="run folders, or folders that hold them")
+    parser = CommandParser(
+        prog="llada collect", description="Collect the results of run folders and of W&B projects into one table."
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=str,
+        metavar="PATH",
+        help="run folders, or folders that hold them; wandb:ENTITY/PROJECT for the runs of a W&B project",
+    )
     parser.add_argument("--out", type=str, default="results.csv", help="table to write: .csv or .parquet")
     add_json(parser)
     options = parser.parse_args(argv)
-    table, report = collect(options.paths)
+    collection = gather(options.paths)
+    table, report = collection.table(), collection.report
     notes = people_console(stderr=True)
-    for line in report.lines():
-        notes.print(escape(line), soft_wrap=True)
     if table.empty:
+        _say(notes, report.lines())
         where = ", ".join(options.paths)
-        raise UserError(f"collect: no results under {where} ({report.folders} run folders, none has a record yet)")
+        found = _count(report.folders, report.wandb_runs)
+        raise UserError(f"collect: no results under {where} ({found}, none has a record yet)")
     path = write_results(table, options.out)
+    report.covariance = write_covariance(collection.rows(), path)
+    _say(notes, report.lines())
     if options.json:
         print_json({"out": str(path), **asdict(report)})
-    else:
-        people_console().print(f"{report.records} results of {report.folders} run folders -> {escape(str(path))}")
+        return 0
+    console = people_console()
+    found = _count(report.folders, report.wandb_runs)
+    console.print(f"{report.records} results of {found} -> {escape(str(path))}", soft_wrap=True)
+    if report.covariance.path:
+        joint = f"joint errors of {report.covariance.rows} results -> {report.covariance.path}"
+        console.print(escape(joint), soft_wrap=True)
     return 0
+
+
+def _say(console: Console, lines: list[str]) -> None:
+    for line in lines:
+        console.print(escape(line), soft_wrap=True)
+
+
+def _count(folders: int, wandb_runs: int) -> str:
+    """`12 run folders`, and the W&B runs where there are any."""
+    return f"{folders} run folders" + (f" and {wandb_runs} W&B runs" if wandb_runs else "")

@@ -1,18 +1,22 @@
 """Results: the record that a run leaves, and the one table that every fit and figure reads.
 
-A run's folder holds ``result.json``, a list with one record for each budget that the run reached. The table's columns
-are the record's keys, and W&B's summary uses the same names.
+A run's folder holds ``result.json``, a list with one record for each budget that the run reached, and beside it
+``validation.csv``, the loss of each validation document at each of them. The table's columns are the record's keys,
+and W&B's summary uses the same names.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from llada_lightning.errors import UserError
 from llada_lightning.files import write_json, written_atomically
@@ -38,6 +42,8 @@ INTEGER_COLUMNS = frozenset({
 
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
+VALIDATION_FILE = "validation.csv"
+VALIDATION_COLUMNS = ("steps", "document", "sequences", "nats_per_token")
 DONE = "done"
 DIVERGED = "diverged"
 
@@ -80,7 +86,7 @@ def read_records(folder: Path | str) -> list[dict[str, Any]]:
 
 
 def is_done(folder: Path | str) -> bool:
-    """Whether the run of this folder has finished: it has a record, and every record says so.
+    """Whether the run of this folder has finished: every budget has a record, and every record says so.
 
     A run that diverged has finished too: the same configuration would diverge again.
     """
@@ -88,12 +94,67 @@ def is_done(folder: Path | str) -> bool:
         records = read_records(folder)
     except UserError:
         return False
-    return bool(records) and all(record.get("status") in (DONE, DIVERGED) for record in records)
+    finished = all(record.get("status") in (DONE, DIVERGED) for record in records)
+    return finished and len(records) >= expected_records(folder)
+
+
+def expected_records(folder: Path | str) -> int:
+    """The number of budgets that the run of this folder is to reach: at least 1, also where no config.yaml says it."""
+    try:
+        config = yaml.safe_load((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return 1
+    return expected_budgets(config)
+
+
+def expected_budgets(config: Any) -> int:
+    """Budgets of a resolved configuration: the length of ``budget.flops`` where that is a list, else 1."""
+    budget = config.get("budget") if isinstance(config, Mapping) else None
+    flops = budget.get("flops") if isinstance(budget, Mapping) else None
+    return max(1, len(flops)) if isinstance(flops, list) else 1
 
 
 def has_diverged(folder: Path | str) -> bool:
     """Whether the run of this folder has finished with a loss that is not a number."""
     return is_done(folder) and any(record["status"] == DIVERGED for record in read_records(folder))
+
+
+def write_validation(folder: Path | str, steps: int, documents: Sequence[tuple[int, int, float]]) -> Path:
+    """Writes the validation loss of each document after ``steps``; rows of other steps stay. Atomic.
+
+    Args:
+        folder: the run's folder; made if it is not there.
+        steps: optimizer steps of the validated weights.
+        documents: (document, its sequences, their mean in nats per token) of every validation document.
+    """
+    path = Path(folder) / VALIDATION_FILE
+    table = pd.DataFrame([(steps, *row) for row in documents], columns=list(VALIDATION_COLUMNS))
+    with suppress(UserError):  # a damaged file must not cost a finished run its result
+        if path.exists():
+            before = read_validation(folder)
+            table = pd.concat([before[before["steps"] != steps], table]).sort_values(["steps", "document"])
+    with written_atomically(path) as temporary:
+        table.to_csv(temporary, index=False)
+    return path
+
+
+def read_validation(folder: Path | str) -> pd.DataFrame:
+    """The columns ``VALIDATION_COLUMNS``: whole numbers, and nats per token to the last digit (NaN if it diverged).
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    path = Path(folder) / VALIDATION_FILE
+    types = dict(zip(VALIDATION_COLUMNS, ("int64", "int64", "int64", "float64"), strict=True))
+    try:
+        table = pd.read_csv(path, dtype=types, float_precision="round_trip")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); validate the run again") from error
+    except ValueError as error:  # pandas' errors of parsing are ValueErrors
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}); delete it and run again") from error
+    if list(table.columns) != list(VALIDATION_COLUMNS):
+        raise UserError(f"{path}: its columns must be {', '.join(VALIDATION_COLUMNS)}; delete it and run again")
+    return table
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -104,6 +165,18 @@ def table_of_records(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     columns = {column: [record.get(column) for record in records] for column in RESULT_COLUMNS}
     columns["versions"] = [_compact_json(versions) for versions in columns["versions"]]
     return _typed(pd.DataFrame(columns, dtype=object), source="results")
+
+
+def typed_record(record: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The keys ``RESULT_COLUMNS`` of a record, each of its column's type or None; the word "NaN" becomes the number.
+
+    Args:
+        source: where the record stands, for the error.
+
+    Raises:
+        UserError: a value is not of its column's type.
+    """
+    return {column: _typed_value(record.get(column), column, source) for column in RESULT_COLUMNS}
 
 
 def write_results(table: pd.DataFrame, path: Path | str) -> Path:
@@ -129,7 +202,7 @@ def read_results(path: Path | str) -> pd.DataFrame:
         The columns ``RESULT_COLUMNS`` with their types (text, ``Int64``, ``float64``), then any others as they are.
 
     Raises:
-        UserError: there is no such file, a column is missing, or a value is not of its column's type.
+        UserError: there is no such file, it has no rows, a column is missing, or a value is not of its column's type.
     """
     path = Path(path)
     _check_suffix(path)
@@ -139,6 +212,8 @@ def read_results(path: Path | str) -> pd.DataFrame:
     missing = [column for column in RESULT_COLUMNS if column not in table.columns]
     if missing:
         raise UserError(f"{path}: columns missing: {', '.join(missing)}; `llada collect` writes all of them")
+    if table.empty:
+        raise UserError(f"{path}: a table without rows; `llada collect` writes one from run folders that hold results")
     others = [column for column in table.columns if column not in RESULT_COLUMNS]
     return _typed(table[[*RESULT_COLUMNS, *others]], source=str(path))
 
@@ -155,7 +230,7 @@ def _with_pyarrow(path: Path, action: Any) -> Any:
     try:
         return action()
     except ImportError as error:
-        raise UserError(f"{path}: parquet needs the package pyarrow; install it, or use a .csv name") from error
+        raise UserError(f"{path}: parquet needs pyarrow; pip install pyarrow, or use a .csv name") from error
     except ValueError as error:  # pyarrow's errors on damaged files are ValueErrors
         raise UserError(f"{path}: not a parquet table ({error}); write it again with `llada collect`") from error
 
@@ -178,6 +253,15 @@ def _typed_column(values: pd.Series, source: str) -> pd.Series:
     return pd.Series([_number(value, column, source) for value in values], values.index, "float64", column)
 
 
+def _typed_value(value: Any, column: str, source: str) -> Any:
+    if value is None or column == "versions":
+        return value
+    if column in TEXT_COLUMNS:
+        return str(value)
+    number = _whole_number(value, column, source) if column in INTEGER_COLUMNS else _number(value, column, source)
+    return None if number is pd.NA else number
+
+
 def _number(value: Any, column: str, source: str) -> float:
     if value is None or value is pd.NA:
         return math.nan
@@ -188,7 +272,7 @@ def _number(value: Any, column: str, source: str) -> float:
 
 
 def _whole_number(value: Any, column: str, source: str) -> Any:
-    if isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("-").isdecimal()):
+    if isinstance(value, Integral) or (isinstance(value, str) and value.strip().lstrip("-").isdecimal()):
         return int(value)  # exact beyond 2^53, which a float is not
     number = _number(value, column, source)
     if math.isnan(number):

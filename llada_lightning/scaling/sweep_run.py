@@ -28,7 +28,7 @@ from rich.table import Table
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.budget import DECAY_FRACTION, cost_of_budgets
-from llada_lightning.scaling.results import RESULT_FILE, has_diverged, is_done, read_records
+from llada_lightning.scaling.results import RESULT_FILE, expected_records, has_diverged, is_done, read_records
 from llada_lightning.scaling.sweep import Point, Sweep, fit_arguments, launch_fit, render_command, settings_of
 from llada_lightning.scaling.sweep_study import check_unchanged
 from llada_lightning.scaling.sweep_watch import budget_share, describe_state, format_seconds, last_line, latest_metrics
@@ -342,7 +342,10 @@ def _cost(point: Point) -> float:
 def _reason(folder: Path, code: int, line: str) -> str:
     if code == 0:
         with suppress(UserError):
-            states = {str(record.get("status")) for record in read_records(folder)}
+            records, budgets = read_records(folder), expected_records(folder)
+            if records and len(records) < budgets:
+                return f"ended with {len(records)} of {budgets} budgets"
+            states = {str(record.get("status")) for record in records}
             return f"ended with status {', '.join(sorted(states))}" if states else f"ended without a {RESULT_FILE}"
     what = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     return f"{line} ({what})" if line else what

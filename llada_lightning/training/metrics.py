@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from llada_lightning.objectives.bounds import clustered_mean_and_stderr
+from llada_lightning.objectives.bounds import clustered_mean_and_stderr, mean_by_cluster
+
+
+class ValidationSummary(NamedTuple):
+    """Mean, standard error (NaN with fewer than two documents), and (document, sequences, mean) of each document."""
+
+    mean: float
+    stderr: float
+    by_document: list[tuple[int, int, float]]
 
 
 class ValidationLoss(Metric):
@@ -29,7 +39,8 @@ class ValidationLoss(Metric):
         self.values.append(values_B.double())
         self.documents.append(documents_B)
 
-    def compute(self) -> tuple[float, float, int]:
-        """Mean, standard error (NaN with fewer than two documents), and the number of documents."""
+    def compute(self) -> ValidationSummary:
+        """The mean over all sequences of all ranks, its standard error, and the documents' means."""
         values, documents = dim_zero_cat(self.values), dim_zero_cat(self.documents)
-        return *clustered_mean_and_stderr(values, documents), len(documents.unique())
+        columns = (column_G.tolist() for column_G in mean_by_cluster(values, documents))
+        return ValidationSummary(*clustered_mean_and_stderr(values, documents), list(zip(*columns, strict=True)))

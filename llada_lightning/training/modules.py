@@ -85,7 +85,7 @@ class LanguageModule(LightningModule, ABC):
         self.grad_norm: Tensor | None = None
         self.val_loss = ValidationLoss()
         self.validation: dict[str, float] = {}
-        self.val_documents = 0
+        self.val_by_document: list[tuple[int, int, float]] = []
         self.model: Transformer = None  # type: ignore[assignment]  # configure_model builds it
 
     def configure_model(self) -> None:
@@ -126,7 +126,7 @@ class LanguageModule(LightningModule, ABC):
         self.val_loss.update(nats_per_token_B[batch.counted_B], batch.documents_B[batch.counted_B])
 
     def on_validation_epoch_end(self) -> None:
-        mean, stderr, self.val_documents = self.val_loss.compute()
+        mean, stderr, self.val_by_document = self.val_loss.compute()
         self.val_loss.reset()
         self.validation = {"val_nats_per_token": mean, "val_stderr": stderr}
         assert self.trainer is not None
@@ -177,6 +177,11 @@ class LanguageModule(LightningModule, ABC):
     @abstractmethod
     def flops_per_token(self, sequence_length: int, mask_eps: float) -> TrainingFlops:
         """Training FLOPs of a token by the three counts."""
+
+    @property
+    def val_documents(self) -> int:
+        """Documents that the last validation's sequences begin in."""
+        return len(self.val_by_document)
 
     @property
     def excluded_token_id(self) -> int | None:

@@ -9,7 +9,8 @@ import pytest
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.collect_command import collect_command
-from llada_lightning.scaling.results import read_results, write_records
+from llada_lightning.scaling.covariance import read_covariance
+from llada_lightning.scaling.results import read_results, write_records, write_validation
 from studies import record
 
 Captured = pytest.CaptureFixture[str]
@@ -24,7 +25,27 @@ def test_collect_writes_the_table_and_names_what_is_not_sound(tmp_path: Path, ca
     assert len(read_results(out)) == 1
     captured = capsys.readouterr()
     assert "1 results of 2 run folders" in captured.out
-    assert captured.err.splitlines() == [f"unfinished: {tmp_path}/runs/b (no result.json)"]
+    assert captured.err.splitlines() == [
+        f"unfinished: {tmp_path}/runs/b (no result.json)",
+        "covariance: 1 results left out (no validation.csv): arm-107k-1e+12@762",
+    ]
+    assert not (tmp_path / "results.covariance.csv").exists()
+
+
+def test_collect_writes_the_joint_errors_beside_the_table(tmp_path: Path, capsys: Captured) -> None:
+    for number, name in enumerate("ab"):
+        found = record("arm", "107k", 1e12, 4.0, run=name, steps=5)
+        write_validation(tmp_path / name, 5, [(0, 2, 3.0), (7, 1, 6.0 + number)])
+        write_records(tmp_path / name, [found])
+    out = tmp_path / "results.parquet"
+    pytest.importorskip("pyarrow")
+    assert collect_command([str(tmp_path), "--out", str(out), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    written = json.loads(captured.out)["covariance"]
+    assert written == {"path": str(tmp_path / "results.covariance.csv"), "rows": 2, "left_out": {}}
+    assert list(read_covariance(written["path"]).index) == ["a@5", "b@5"]
+    assert len(read_results(out)) == 2
 
 
 def test_collect_as_json(tmp_path: Path, capsys: Captured) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -16,12 +17,16 @@ from llada_lightning.errors import UserError
 from llada_lightning.scaling.collect import collect
 from llada_lightning.scaling.results import (
     RESULT_COLUMNS,
+    expected_records,
+    has_diverged,
     is_done,
     read_records,
     read_results,
+    read_validation,
     table_of_records,
     write_records,
     write_results,
+    write_validation,
 )
 from studies import record, study
 
@@ -86,6 +91,58 @@ def test_done_means_every_record(tmp_path: Path) -> None:
     assert is_done(tmp_path)
 
 
+def test_done_means_every_budget(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("budget:\n  flops: [1.0e+12, 3.0e+12]\n  tokens: null\n")
+    write_records(tmp_path, [sound(budget=1e12)])
+    assert expected_records(tmp_path) == 2
+    assert not is_done(tmp_path)
+    write_records(tmp_path, [sound(budget=1e12), sound(budget=3e12, status="diverged")])
+    assert is_done(tmp_path)
+    assert has_diverged(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["budget: {flops: 1.0e+12}", "budget: {flops: [1.0e+12]}", "budget: {flops: []}",
+    "budget: {flops: null, tokens: 1e6}", "budget: null", "", "[1]", "a: [", None])  # fmt: skip
+def test_a_config_that_lists_no_budgets_means_one(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    assert expected_records(tmp_path) == 1
+
+
+# --- the validation by document ---
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=False), min_size=1, max_size=4))
+def test_validation_comes_back_to_the_last_digit(tmp_path_factory: pytest.TempPathFactory, losses: list[float]) -> None:
+    folder = tmp_path_factory.mktemp("validation")
+    documents = [(100 * n, n + 1, loss) for n, loss in enumerate(losses)]
+    write_validation(folder, 7, documents)
+    again = read_validation(folder)
+    expected = pd.DataFrame([(7, *row) for row in documents], columns=list(again.columns))
+    pd.testing.assert_frame_equal(again, expected, check_exact=True)
+    assert [path.name for path in folder.iterdir()] == ["validation.csv"]
+
+
+def test_validations_of_several_budgets_share_the_file(tmp_path: Path) -> None:
+    write_validation(tmp_path, 20, [(0, 1, 2.0), (9, 2, 3.0)])
+    write_validation(tmp_path, 10, [(0, 1, 4.0), (9, 2, 5.0)])
+    write_validation(tmp_path, 20, [(0, 1, 2.5), (9, 2, 3.5)])
+    found = read_validation(tmp_path)
+    assert list(found["steps"]) == [10, 10, 20, 20]
+    assert list(found["nats_per_token"]) == [4.0, 5.0, 2.5, 3.5]
+
+
+@pytest.mark.parametrize("text", ["", "steps,document\n1,2\n", "steps,document,sequences,nats_per_token\n1,x,2,3\n"])
+def test_a_damaged_validation_is_named_and_overwritten(tmp_path: Path, text: str) -> None:
+    (tmp_path / "validation.csv").write_text(text)
+    with pytest.raises(UserError, match=r"validation\.csv"):
+        read_validation(tmp_path)
+    write_validation(tmp_path, 1, [(0, 1, 2.0)])
+    assert len(read_validation(tmp_path)) == 1
+    with pytest.raises(UserError, match="cannot be read"):
+        read_validation(tmp_path / "none")
+
+
 # --- table ---
 
 
@@ -120,6 +177,38 @@ def test_csv_keeps_every_digit(tmp_path_factory: pytest.TempPathFactory, loss: f
 def test_further_columns_are_kept(tmp_path: Path) -> None:
     path = write_results(study().assign(mmlu=0.25), tmp_path / "r.csv")
     assert list(read_results(path).columns) == [*RESULT_COLUMNS, "mmlu"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_every_type_comes_back_with_missing_values(tmp_path: Path, suffix: str) -> None:
+    """Text, whole numbers beyond 2^53, numbers and nested versions; beside them a row where all may be missing is."""
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    bare = {"run": "bare", "objective": "arm", "val_nats_per_token": math.nan, "mfu": math.inf}
+    full = {**sound(seed=2**62 + 1, mfu=0.1 + 0.2, parent_checkpoint="0" * 64), "shape": "1e5"}
+    table = table_of_records([full, bare])
+    again = read_results(write_results(table, tmp_path / f"r{suffix}"))
+    pd.testing.assert_frame_equal(again, table, check_exact=True)
+    assert again.loc[0, "seed"] == 2**62 + 1
+    assert again.loc[1, "seed"] is pd.NA
+    assert again.loc[1, "mfu"] == math.inf
+
+
+def test_without_pyarrow_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for action in (
+        lambda: write_results(study(), tmp_path / "r.parquet"),
+        lambda: read_results(tmp_path / "r.parquet"),
+    ):
+        (tmp_path / "r.parquet").touch()
+        with pytest.raises(UserError, match=r"parquet needs pyarrow; pip install pyarrow, or use a \.csv name"):
+            action()
+
+
+def test_a_table_without_rows_is_named(tmp_path: Path) -> None:
+    path = write_results(study().iloc[:0], tmp_path / "r.csv")
+    with pytest.raises(UserError, match="a table without rows"):
+        read_results(path)
 
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:

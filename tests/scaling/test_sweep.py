@@ -253,6 +253,14 @@ def test_a_failed_run_does_not_stop_the_others_and_is_named_with_its_last_line(t
     assert study.log("bad").read_text().count("$ ") == 2  # the log keeps both attempts
 
 
+def test_a_run_that_lacks_a_budget_is_not_done(tmp_path: Path) -> None:
+    study = Study(tmp_path, {"a": "ok"})
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.yaml").write_text("budget: {flops: [1.0e+9, 2.0e+9]}")
+    outcome = study.run()
+    assert [failed.reason for failed in outcome.failed] == ["ended with 1 of 2 budgets"]
+
+
 def test_a_diverged_run_is_settled_and_named(tmp_path: Path) -> None:
     study = Study(tmp_path, {"a": "silent"})
     (tmp_path / "a").mkdir()

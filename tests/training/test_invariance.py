@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llada_lightning.scaling.results import read_validation
 from tiny_runs import MODELS, fit, fit_process, losses, record
 
 
@@ -38,3 +39,7 @@ def test_two_ranks_give_the_same_curve(reference: Path, prepared: Path, tmp_path
     assert losses(folder) == pytest.approx(losses(reference), abs=1e-5)
     for key, tolerance in {"val_nats_per_token": 1e-5, "val_stderr": 1e-5, "tokens": 0, "flops_total": 0}.items():
         assert record(folder)[key] == pytest.approx(record(reference)[key], abs=tolerance)
+    mine, theirs = read_validation(folder), read_validation(reference)
+    whole = ["steps", "document", "sequences"]
+    assert mine[whole].equals(theirs[whole])
+    assert list(mine["nats_per_token"]) == pytest.approx(list(theirs["nats_per_token"]), abs=1e-5)
