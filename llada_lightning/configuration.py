@@ -238,16 +238,15 @@ def located(class_path: str, base: type[T]) -> type[T]:
 
 
 def reject_unknown_keys(config: Namespace) -> None:
-    """Refuse keys of the given files, and of configurations given inline, that no setting has.
+    """Refuse keys of the given files that no setting has.
 
-    The parser refuses those that hold a value by itself, and lets pass those that hold an empty mapping.
+    The parser refuses those that hold a value by itself, and lets pass those that hold an empty mapping. A
+    configuration given inline, as a planned sweep gives it, leaves no path.
     """
-    for given in config.get("config") or []:
-        inline = given is None or isinstance(given, str)
-        text = given if inline else Path(str(given)).read_text()
-        for key in _empty_mappings(yaml.safe_load(text or "") or {}):
+    for path in filter(None, config.get("config") or []):
+        for key in _empty_mappings(yaml.safe_load(Path(str(path)).read_text()) or {}):
             if key not in config:
-                raise UserError(f"{'--config' if inline else given}: '{key}' is not a known key; see llada fit --help")
+                raise UserError(f"{path}: '{key}' is not a known key; see llada fit --help")
 
 
 def _empty_mappings(mapping: dict[str, Any], prefix: str = "") -> list[str]:

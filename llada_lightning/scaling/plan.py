@@ -171,8 +171,8 @@ class Plan:
             if not ratios.min() <= centre <= ratios.max():
                 side = f"above {ratios.max():.3g}" if centre > ratios.max() else f"below {ratios.min():.3g}"
                 found.append(
-                    f"{budget:g} FLOPs of {objective}: the grid's centre, {centre:g} tokens per parameter, lies {side}, out "
-                    "of reach of the shapes that are proposed; the minimum may too"
+                    f"{budget:g} FLOPs of {objective}: the centre, {centre:g} tokens per parameter, lies {side}, "
+                    "out of reach of the shapes that are proposed; so may the minimum"
                 )
         return found
 
