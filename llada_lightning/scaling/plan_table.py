@@ -29,12 +29,12 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def plan_table(plan: Plan) -> Table:
-    """The plan of its first seed. Trunks have numbers: rows with the same one come from one run."""
+    """The plan of its first seed. Runs have numbers: rows with the same one are served by one trunk."""
     table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for name, side in {
         "N": "right", "shape": "left", "tokens": "right", "per N": "right", "steps": "right", "batch": "right",
         "lr": "right", "warmup": "right", "decay": "right", "FLOPs": "right", "epochs": "right", "GiB": "right",
-        "hours": "right", "trunk": "right",
+        "hours": "right", "run": "right",
     }.items():  # fmt: skip
         table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
     rows = plan.table()
@@ -54,17 +54,21 @@ def _cells(row: dict[str, Any]) -> list[str]:
         format_count(row["params_nonembedding"]),
         f"{shape.n_layers}x{shape.d_model}",
         format_count(row["tokens"]),
-        f"{row['tokens_per_param']:.3g}",
+        _ratio(row["tokens_per_param"]),
         str(row["steps"]),
         str(row["global_batch"]),
-        f"{row['lr']:.2e}",
+        f"{row['lr']:.1e}",
         str(row["warmup_steps"]),
         str(row["decay_steps"]),
-        f"{row['flops_total']:.2e}",
+        f"{row['flops_total']:.1e}",
         _number(row["epochs"], ".2g"),
-        f"{row['memory_gib']:.3g}",
+        f"{row['memory_gib']:.1f}",
         _number(row["wall_hours"], ".3g"),
     ]
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def _number(value: float | None, form: str) -> str:
