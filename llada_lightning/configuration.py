@@ -12,6 +12,7 @@ import pydoc
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.budget import steps_for_budget
 from llada_lightning.scaling.flops import flops_6nd
-from llada_lightning.scaling.hyperparameters import learning_rate
+from llada_lightning.scaling.hyperparameters import default_learning_rate
 from llada_lightning.scaling.shapes import get_shape, shape_name
 from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.schedules import WSD, schedule_from
@@ -172,7 +173,8 @@ def _resolved_schedules(given: WSD, module: LanguageModule, data: TokenDataModul
         raise UserError(
             f"model.schedule.total_steps: {given.total_steps} given, but the run has {lengths} steps; leave it out"
         )
-    default_lr = learning_rate(module.shape.params_nonembedding)
+    per_step = flops_6nd(module.shape.params_nonembedding, data.expected_tokens_per_step)
+    default_lr = default_learning_rate(geometric_mean([length * per_step for length in lengths]))
     return given.resolve_all(lengths, data.expected_tokens_per_step, default_lr)
 
 
@@ -265,9 +267,10 @@ def located(class_path: str, base: type[T]) -> type[T]:
 def reject_unknown_keys(config: Namespace) -> None:
     """Refuse keys of the given files that no setting has.
 
-    The parser refuses those that hold a value by itself, and lets pass those that hold an empty mapping.
+    The parser refuses those that hold a value by itself, and lets pass those that hold an empty mapping. A
+    configuration given inline, as a planned sweep gives it, leaves no path.
     """
-    for path in config.get("config") or []:
+    for path in filter(None, config.get("config") or []):
         for key in _empty_mappings(yaml.safe_load(Path(str(path)).read_text()) or {}):
             if key not in config:
                 raise UserError(f"{path}: '{key}' is not a known key; see llada fit --help")

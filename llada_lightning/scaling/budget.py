@@ -11,10 +11,6 @@ MASK_EPS = 1e-3
 """Smallest mask probability, as in the authors' training code: it bounds the weight 1/p of Eq. 3 by 1000."""
 
 
-DECAY_FRACTION = 0.2
-"""Share of a run's steps over which its rate decays (Hägele et al. 2024: 10 to 20 % suffice)."""
-
-
 def expected_mask_probability(eps: float = MASK_EPS) -> float:
     """E[p] of p = (1 - eps) t + eps over t ~ U[0, 1]: the share of positions whose logits `llada`'s loss needs."""
     return (1 + eps) / 2
@@ -49,7 +45,7 @@ def steps_for_budget(
     return steps
 
 
-def cost_of_budgets(budgets: Sequence[float], decay_fraction: float = DECAY_FRACTION) -> float:
+def cost_of_budgets(budgets: Sequence[float], decay_fraction: float) -> float:
     """FLOPs of one trunk that serves several budgets, each with a decay of its own.
 
     The trunk goes as far as the largest budget's decay begins; every budget adds its decay.

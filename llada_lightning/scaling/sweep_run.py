@@ -27,7 +27,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from llada_lightning.errors import UserError
-from llada_lightning.scaling.budget import DECAY_FRACTION, cost_of_budgets
+from llada_lightning.scaling.budget import cost_of_budgets
+from llada_lightning.scaling.hyperparameters import DECAY_FRACTION
 from llada_lightning.scaling.results import RESULT_FILE, expected_records, has_diverged, is_done, read_records
 from llada_lightning.scaling.sweep import Point, Sweep, fit_arguments, launch_fit, render_command, settings_of
 from llada_lightning.scaling.sweep_study import check_unchanged

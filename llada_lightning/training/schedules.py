@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llada_lightning.errors import UserError
-from llada_lightning.scaling.budget import DECAY_FRACTION
+from llada_lightning.scaling.hyperparameters import DECAY_FRACTION
 
 
 @dataclass
