@@ -62,8 +62,7 @@ def test_the_head_holds_command_and_totals_and_the_table_lies_beside(tmp_path: P
     assert len(table.read_text().splitlines()) == 1 + len(plan.table())
 
 
-@pytest.mark.parametrize("convention", ["6nd", "total"])
-@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize(("convention", "with_base"), [("6nd", True), ("total", False)])
 def test_llada_fit_resolves_to_what_was_planned(
     prepared: Path, tmp_path: Path, convention: str, with_base: bool
 ) -> None:
