@@ -131,7 +131,7 @@ def test_the_job_saves_and_queues_again_at_slurms_signal(tmp_path: Path) -> None
         "llada": """echo "$@ ntasks=$SLURM_NTASKS" >> log
             trap "echo saved >> log; exit 0" TERM
             kill -USR1 $PPID
-            read < pipe""",
+            read -t 20 < pipe""",
         "scontrol": 'echo "scontrol $@" >> log',
     }
     for name, body in stand_ins.items():
