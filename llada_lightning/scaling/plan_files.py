@@ -175,15 +175,13 @@ _BATCH_SCRIPT = """\
 # Lightning starts the processes of this node's devices itself; with SLURM's count it would expect srun to.
 unset SLURM_NTASKS
 
-llada sweep run {sweep} --index "$SLURM_ARRAY_TASK_ID" &
-run=$!
-
 # A terminated run saves a checkpoint and leaves; the job then waits its turn again and goes on from there.
-save() {{ kill -TERM "$run"; wait "$run"; }}
+save() {{ kill -TERM "$!"; wait "$!"; }}
 trap 'save; scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"; exit 0' USR1
 trap 'save; exit 143' TERM
 
-wait "$run"
+llada sweep run {sweep} --index "$SLURM_ARRAY_TASK_ID" &
+wait "$!"
 """
 
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_lightning.errors import UserError
@@ -84,12 +84,14 @@ def test_dimensions_that_make_no_shape_are_refused_by_name_too() -> None:
 SIZES = st.floats(math.log(1.4e4), math.log(6.4e10)).map(math.exp)
 
 
+@settings(deadline=None)  # the first example makes the list of shapes
 @given(SIZES, SIZES)
 def test_a_larger_size_gets_no_smaller_shape(size: float, other: float) -> None:
     smaller, larger = sorted([size, other])
     assert propose_shape(smaller).params_nonembedding <= propose_shape(larger).params_nonembedding
 
 
+@settings(deadline=None)  # the first example makes the list of shapes
 @given(st.floats(math.log(1e6), math.log(6.3e10)).map(math.exp))
 def test_a_proposal_is_near_in_size_and_in_width_over_depth(size: float) -> None:
     shape = propose_shape(size)
