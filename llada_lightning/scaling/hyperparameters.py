@@ -6,6 +6,8 @@ All were fitted to autoregressive models; they serve both objectives until a stu
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from statistics import geometric_mean
 from typing import Literal, get_args
 
 LearningRateRule = Literal["deepseek", "step-law", "kaplan"]
@@ -67,6 +69,10 @@ def default_learning_rate(flops_6nd: float) -> float:
     return learning_rate("deepseek", math.nan, math.nan, flops_6nd)
 
 
-def warmup_steps(steps: int) -> int:
-    """5 % of a run's steps, at least 1 and at most 2000."""
-    return min(MAX_WARMUP_STEPS, max(1, round(WARMUP_FRACTION * steps)))
+def warmup_steps(lengths: Sequence[int], fraction: float = WARMUP_FRACTION) -> int:
+    """Of runs of these lengths, which share a trunk: a share of their geometric mean, at least 1 and at most 2000.
+
+    At most a quarter of the shortest one, too: most of a run is to be trained at its rate.
+    """
+    shared = round(fraction * geometric_mean(lengths))
+    return max(1, min(MAX_WARMUP_STEPS, shared, min(lengths) // 4))

@@ -77,7 +77,12 @@ def _parser() -> CommandParser:
     add("--batch-rule", choices=BATCH_RULES, default="deepseek", help="global batch by tokens or budget")
     add("--lr", type=float, default=None, help="one learning rate for all runs instead")
     add("--batch", type=int, default=None, metavar="SEQUENCES", help="one global batch for all runs instead")
-    add("--warmup-steps", type=int, default=None, help="for all runs; default 5 %% of the shortest, at most 2000")
+    add(
+        "--warmup-steps",
+        type=int,
+        default=None,
+        help="for all runs; default 5 %% of the mean length, at most 2000 and a quarter of the shortest run",
+    )
     add("--decay-fraction", type=float, default=DECAY_FRACTION, help="share of each run over which the rate falls")
 
     add("--base", type=str, default=None, metavar="YAML", help="configuration under every run's own settings")

@@ -148,7 +148,7 @@ def plan_trunk(
         Branch(budget, count, round(recipe.decay_fraction * count))
         for budget, count in zip(budgets, steps, strict=True)
     )
-    warmup = warmup_steps(steps[0]) if recipe.warmup_steps is None else recipe.warmup_steps
+    warmup = warmup_steps(steps) if recipe.warmup_steps is None else recipe.warmup_steps
     _check_branches(branches, warmup, f"{objective} {shape_name(shape)}")
     accumulation = machine.accumulation(shape, stream.vocab_size, stream.sequence_length, batch)
     micro_batch = batch // machine.devices // accumulation

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llada_lightning.errors import UserError
-from llada_lightning.scaling.hyperparameters import DECAY_FRACTION
+from llada_lightning.scaling.hyperparameters import DECAY_FRACTION, warmup_steps
 
 
 @dataclass
@@ -88,13 +88,14 @@ class WSD:
         return resolved
 
     def resolve_all(self, lengths: list[int], tokens_per_step: float, default_lr: float) -> list[WSD]:
-        """One schedule for each length (ascending), alike until the decay: the warmup is the shortest one's.
+        """One schedule for each length (ascending), alike until the decay; their warmup follows from all lengths.
 
         Raises:
             UserError: as :meth:`resolve`.
         """
-        first = self.resolve(lengths[0], tokens_per_step, default_lr)
-        alike = replace(self, lr=first.lr, warmup_steps=first.warmup_steps, final_lr=first.final_lr)
+        alike = self
+        if len(lengths) > 1 and self.warmup_steps is None:
+            alike = replace(self, warmup_steps=warmup_steps(lengths, self.warmup_fraction))
         return [alike.resolve(length, tokens_per_step, default_lr) for length in lengths]
 
     def agrees(self, other: WSD, last_step: int) -> bool:

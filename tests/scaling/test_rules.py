@@ -73,7 +73,9 @@ def test_a_fit_that_sets_no_rate_has_deepseeks() -> None:
 
 
 def test_warmup_is_a_twentieth_of_the_steps_within_limits() -> None:
-    assert [warmup_steps(steps) for steps in (1, 9, 100, 1000, 40_000, 10**6)] == [1, 1, 5, 50, 2000, 2000]
+    assert [warmup_steps([steps]) for steps in (1, 9, 100, 1000, 40_000, 10**6)] == [1, 1, 5, 50, 2000, 2000]
+    assert warmup_steps([100, 1600]) == 20  # of the geometric mean, 400
+    assert warmup_steps([100, 10_000, 1_000_000]) == 25  # a quarter of the shortest
 
 
 def test_the_rate_follows_kaplan_and_falls_with_size() -> None:
