@@ -105,6 +105,31 @@ def test_llada_fit_resolves_to_what_was_planned(
         assert (settings.run.study, settings.seed_everything) == ("planned", 1)
 
 
+def test_trunks_and_separate_runs_of_a_plan_have_the_same_results(prepared: Path, tmp_path: Path) -> None:
+    """One fit a trunk ends in the very runs, by name, that separate fits would be; forks and steps are the plan's."""
+    from llada_lightning.lightning_cli import LladaCLI
+
+    facts = read_data_facts(str(prepared), 64)
+    stream = Stream(facts.vocab_size, 64, sources=facts.sources)
+    names: dict[bool, list[str | None]] = {}
+    for separate in (False, True):
+        grid = Grid(shapes=["107k", "214k", "443k"])
+        plan = plan_study([1e11, 2e11, 4e11], stream, grid=grid, objectives=["llada"], separate=separate)
+        path = tmp_path / f"separate-{separate}.yaml"
+        write_sweep(path, plan, Destination("planned", data=str(prepared)), COMMAND)
+        sweep = read_sweep(path)
+        fits = [LladaCLI(fit_arguments(render_command(sweep, point)), execute=False) for point in sweep.points]
+        assert len(fits) == (9 if separate else 3)
+        branches = [phase for fit in fits for phase in fit.phases if phase.run is not None]
+        names[separate] = [phase.run for phase in branches]
+        planned = [branch for trunk in plan.trunks for branch in trunk.branches]
+        assert [phase.last_step for phase in branches] == [branch.steps for branch in planned]
+        if not separate:
+            assert [phase.first_step for phase in branches] == [branch.fork_step for branch in planned]
+    assert names[True] == names[False]
+    assert len(set(names[True])) == 9
+
+
 # --- SLURM -----------------------------------------------------------------------------------------------------------
 
 
