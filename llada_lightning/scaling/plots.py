@@ -19,7 +19,7 @@ from llada_lightning.files import written_atomically
 from llada_lightning.scaling.fits import (
     UNIT_NAMES,
     EnvelopeFit,
-    Fits,
+    StudyFits,
     Unit,
     best_of_budgets,
     flops_column,
@@ -47,9 +47,16 @@ _INK, _GREY = "#222222", "#8A8A8A"
 _RATIO_TOLERANCE = 1e-3
 
 
+def draw_study(table: pd.DataFrame, fits: StudyFits, folder: Path, convention: Convention) -> dict[str, str]:
+    """The figures of a study, written to ``folder``: name -> path."""
+    path = folder / "scaling.png"
+    scaling_curve(table, fits, path, convention, fits.unit)
+    return {"scaling": str(path)}
+
+
 def scaling_curve(
     table: pd.DataFrame,
-    fits: Fits,
+    fits: StudyFits,
     path: Path | str,
     convention: Convention = "6nd",
     unit: Unit = "nats_per_token",
@@ -61,28 +68,29 @@ def scaling_curve(
 
     Args:
         table: a results table.
-        fits: its fits, under the same convention and unit.
+        fits: its fits, in the same unit.
         path: where the figure is written; the suffix chooses the format (``.png``, ``.svg``, ``.pdf``).
         convention: which FLOPs the x axis counts.
         unit: of the loss.
 
     Raises:
-        ValueError: the fits are of another convention or unit.
+        ValueError: the fits are of another unit, or do not count FLOPs by that convention.
     """
-    if (fits.convention, fits.unit) != (convention, unit):
-        raise ValueError(f"fits are by {fits.convention} in {fits.unit}, the figure by {convention} in {unit}")
+    if fits.unit != unit or convention not in fits.conventions:
+        counted = " and ".join(fits.conventions)
+        raise ValueError(f"fits are by {counted} in {fits.unit}, the figure by {convention} in {unit}")
     runs = usable_runs(table)
     markers = _markers_of_shapes(runs)
     figure = Figure(figsize=(8.0, 4.6), dpi=200, layout="constrained")
     axes = figure.subplots()
-    for objective, fit in fits.envelopes.items():
+    for objective, fit in fits.envelopes(convention).items():
         style, members = STYLES[objective], runs[runs["objective"] == objective]
         _draw_envelope(axes, fit, style)
         _draw_runs(axes, members, convention, unit, style, markers)
     _dress(axes, convention, unit)
     if unit == "nats_per_token":
         _add_bits_per_byte(axes, runs)
-    _add_legends(figure, fits, markers)
+    _add_legends(figure, fits.envelopes(convention), markers)
     path = Path(path)
     with written_atomically(path) as temporary:
         figure.savefig(temporary)
@@ -180,8 +188,8 @@ def _add_bits_per_byte(axes: Axes, runs: pd.DataFrame) -> None:
     right.spines["right"].set_color(_GREY)
 
 
-def _add_legends(figure: Figure, fits: Fits, markers: dict[str, str]) -> None:
-    lines = [_objective_handle(objective, fit) for objective, fit in fits.envelopes.items()]
+def _add_legends(figure: Figure, envelopes: dict[str, EnvelopeFit], markers: dict[str, str]) -> None:
+    lines = [_objective_handle(objective, fit) for objective, fit in envelopes.items()]
     shapes = [
         Line2D([], [], linestyle="", marker=marker, color=_GREY, markersize=5.5, label=shape)
         for shape, marker in markers.items()
@@ -192,7 +200,7 @@ def _add_legends(figure: Figure, fits: Fits, markers: dict[str, str]) -> None:
     ]
     spacer = Line2D([], [], linestyle="", label=" ")
     notes = [_note("error bars: ± 1 s.e.")]
-    if any(fit.law is not None for fit in fits.envelopes.values()):
+    if any(fit.law is not None for fit in envelopes.values()):
         notes.append(_note("band: 95 % of the fit"))
     figure.legend(
         handles=[*lines, spacer, *shapes, spacer, *kinds, spacer, *notes],
