@@ -1,0 +1,144 @@
+"""Which runs of a results table a fit may see, their losses and FLOPs, and the budgets that they form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from llada_lightning.errors import UserError
+from llada_lightning.scaling.fits.estimate import Array
+from llada_lightning.scaling.flops import CONVENTIONS, Convention
+from llada_lightning.scaling.results import DONE
+
+Unit = Literal["nats_per_token", "bits_per_byte"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+UNIT_NAMES: dict[Unit, str] = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
+
+OBJECTIVES = ("arm", "llada")
+VAL_KINDS = {"arm": "exact", "llada": "bound"}
+
+BUDGET_TOLERANCE = 1.1
+"""Runs whose FLOPs differ by less than this factor belong to one budget: whole steps cannot hit it exactly."""
+
+
+def usable_runs(table: pd.DataFrame) -> pd.DataFrame:
+    """The finished runs with a finite loss, the only ones that a fit may see."""
+    finite = np.isfinite(table["val_nats_per_token"].to_numpy(float, na_value=np.nan))
+    return table[(table["status"] == DONE).fillna(False).to_numpy(bool) & finite].reset_index(drop=True)
+
+
+def check_comparable(table: pd.DataFrame) -> None:
+    """Raises UserError where the losses of a table cannot stand on one axis.
+
+    That is: several tokenizers, data fingerprints or sequence lengths, an unknown objective, or a ``val_kind`` that
+    is not the objective's own (``arm`` is exact, ``llada`` a bound).
+    """
+    for column in ("tokenizer", "data_fingerprint", "sequence_length"):
+        kinds = sorted(table[column].dropna().unique())
+        if len(kinds) > 1:
+            raise UserError(f"results: {column} is mixed ({', '.join(map(str, kinds))}); collect runs on the same data")
+    for objective, kind in table[["objective", "val_kind"]].drop_duplicates().itertuples(index=False):
+        if objective not in OBJECTIVES:
+            raise UserError(f"results: objective {objective!r} is not known; it is one of {', '.join(OBJECTIVES)}")
+        if kind != VAL_KINDS[objective]:
+            raise UserError(f"results: val_kind of {objective} is {kind!r}; it must be {VAL_KINDS[objective]!r}")
+
+
+def in_canonical_order(runs: pd.DataFrame) -> pd.DataFrame:
+    """Sorted by what the runs are, so that the order of a table's rows changes no draw."""
+    return runs.sort_values(
+        ["objective", "tokens", "params_nonembedding", "flops_6nd", "run", "val_nats_per_token"], ignore_index=True
+    )
+
+
+def flops_column(convention: Convention) -> str:
+    """The column that counts a run's FLOPs by a convention."""
+    return "flops_6nd" if convention == "6nd" else "flops_total"
+
+
+def counted_conventions(runs: pd.DataFrame, wanted: tuple[Convention, ...] = CONVENTIONS) -> tuple[Convention, ...]:
+    """Those of the wanted conventions by which every run has its FLOPs counted."""
+    return tuple(name for name in wanted if np.all(_positive(runs[flops_column(name)])))
+
+
+def _positive(column: pd.Series) -> npt.NDArray[np.bool_]:
+    values = column.to_numpy(float, na_value=np.nan)
+    return np.isfinite(values) & (values > 0)
+
+
+def losses(table: pd.DataFrame, unit: Unit) -> tuple[Array, Array]:
+    """Loss and its standard error, in ``unit``; the error is NaN where the run reports none."""
+    nats = table["val_nats_per_token"].to_numpy(float, na_value=np.nan)
+    stderr = table["val_stderr"].to_numpy(float, na_value=np.nan)
+    if unit == "nats_per_token":
+        return nats, stderr
+    bits = table["val_bits_per_byte"].to_numpy(float, na_value=np.nan)
+    return bits, stderr * bits / nats
+
+
+# --- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def budget_groups(flops: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """For each run the ordinal of its budget, cheapest first: a gap above ``BUDGET_TOLERANCE`` starts a new one."""
+    values = np.log(np.asarray(flops, float))
+    order = np.argsort(values, kind="stable")
+    groups = np.empty(len(values), np.int64)
+    groups[order] = np.cumsum(np.diff(values[order], prepend=values[order][:1]) > np.log(BUDGET_TOLERANCE))
+    return groups
+
+
+def budget_members(flops: npt.ArrayLike) -> list[npt.NDArray[np.intp]]:
+    """Row positions of the runs of each budget, cheapest budget first."""
+    groups = budget_groups(flops)
+    return [np.flatnonzero(groups == group) for group in range(groups.max() + 1)] if len(groups) else []
+
+
+def is_budget(flops: npt.ArrayLike) -> bool:
+    """Whether runs of these FLOPs are of one budget, and no cloud that has no gap in it."""
+    values = np.asarray(flops, float)
+    return bool(values.max() < BUDGET_TOLERANCE * values.min())
+
+
+def best_of_budgets(runs: pd.DataFrame, convention: Convention, unit: Unit) -> list[int]:
+    """Row positions of the best run of each budget, cheapest budget first. ``runs`` are of one objective."""
+    loss, _ = losses(runs, unit)
+    return [int(members[np.argmin(loss[members])]) for members in budget_members(runs[flops_column(convention)])]
+
+
+# --- the cost of a token ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """Training FLOPs of a token as a function of non-embedding parameters, in logarithms.
+
+    By 6ND it is log 6 + log N. By the total it depends on the shapes as well: a line through the study's own shapes,
+    straight between two of them and beyond the ends (knots: log N rising, log FLOPs a token).
+    """
+
+    log_n: Array
+    log_cost: Array
+
+    @classmethod
+    def of_runs(cls, runs: pd.DataFrame, convention: Convention) -> TokenCost:
+        log_n = np.log(runs["params_nonembedding"].to_numpy(float))
+        if convention == "6nd":
+            ends = np.array([log_n.min(), log_n.min() + 1.0])
+            return cls(ends, np.log(6.0) + ends)
+        log_cost = np.log(runs[flops_column(convention)].to_numpy(float) / runs["tokens"].to_numpy(float))
+        knots = np.unique(log_n)
+        return cls(knots, np.array([log_cost[log_n == knot].mean() for knot in knots]))
+
+    def __call__(self, log_n: npt.ArrayLike) -> Array:
+        """log FLOPs a token at log N, any shape."""
+        log_n = np.asarray(log_n, float)
+        if len(self.log_n) == 1:  # one shape says nothing of others but that FLOPs grow with N
+            return self.log_cost[0] + (log_n - self.log_n[0])
+        left = np.clip(np.searchsorted(self.log_n, log_n) - 1, 0, len(self.log_n) - 2)
+        slope = np.diff(self.log_cost) / np.diff(self.log_n)
+        return self.log_cost[left] + slope[left] * (log_n - self.log_n[left])
