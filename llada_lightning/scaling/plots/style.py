@@ -17,12 +17,15 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from llada_lightning.errors import UserError
 from llada_lightning.files import written_atomically
+from llada_lightning.scaling.fits import Estimate, StudyFits
 from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
 from llada_lightning.scaling.shapes import format_count
 
@@ -42,9 +45,12 @@ class Style:
         """The marker's filling."""
         return self.color if self.filled else "white"
 
-    def handle(self, label: str = "") -> Line2D:
-        """The style in a legend."""
-        return Line2D([], [], color=self.color, linestyle=self.line, linewidth=1.8, label=label or self.label)
+    def handle(self, label: str = "", *, marker: str = "") -> Line2D:
+        """The style in a legend; ``marker`` adds one, filled as the style's are."""
+        return Line2D(
+            [], [], color=self.color, linestyle=self.line, linewidth=1.8, label=label or self.label,
+            marker=marker, markerfacecolor=self.face, markersize=5.5,
+        )  # fmt: skip
 
 
 STYLES = {
@@ -105,6 +111,15 @@ def _save_png(figure: Figure, target: Path | io.BytesIO, dpi: int) -> None:
     Image.open(buffer).convert("RGB").quantize(256).save(target, format="PNG", optimize=True)
 
 
+def check_counted(fits: StudyFits, convention: Convention) -> None:
+    """Raises UserError where a study's runs lack the FLOPs of a convention."""
+    if convention not in fits.conventions:
+        raise UserError(
+            f"figure: the runs have no FLOPs by {CONVENTION_NAMES[convention]} ({convention}); "
+            f"draw by {' or '.join(fits.conventions)}"
+        )
+
+
 # --- axes ------------------------------------------------------------------------------------------------------------
 
 
@@ -118,10 +133,14 @@ def dress(axes: Axes) -> None:
     axes.tick_params(which="both", color=GREY, labelcolor=INK)
 
 
-def flops_axis(axes: Axes, convention: Convention, whose: str = "training FLOPs") -> None:
-    """A logarithmic x axis of FLOPs that names its convention."""
+def flops_label(convention: Convention, whose: str = "training FLOPs") -> str:
+    """What stands below an axis of FLOPs."""
+    return f"{whose} ({CONVENTION_NAMES[convention]})"
+
+
+def flops_axis(axes: Axes) -> None:
+    """A logarithmic x axis of FLOPs; ``flops_label`` names it."""
     axes.set_xscale("log")
-    axes.set_xlabel(f"{whose} ({CONVENTION_NAMES[convention]})", color=INK)
     label_powers(axes.xaxis, axes.get_xlim())
 
 
@@ -173,6 +192,18 @@ def interval_bars(value: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLike)
     middle = np.asarray(value, float)
     bars = np.stack([middle - np.asarray(low, float), np.asarray(high, float) - middle])
     return np.where(np.isfinite(bars), bars, 0.0).clip(min=0)
+
+
+def shades(color: str, count: int) -> list[Any]:
+    """A colour from light to full, for budgets from the cheapest to the dearest."""
+    full = np.array(to_rgb(color))
+    return [tuple(1 + (full - 1) * share) for share in np.linspace(0.45, 1, count)] if count > 1 else [color]
+
+
+def exponent_text(symbol: str, estimate: Estimate, sign: int = 1) -> str:
+    """``loss ∝ C^-0.052 [-0.060, -0.045]`` for a legend, in two lines."""
+    ends = sorted((sign * estimate.low, sign * estimate.high))
+    return f"  {symbol} ∝ C$^{{{sign * estimate.value:.3f}}}$\n  [{ends[0]:.3f}, {ends[1]:.3f}]"
 
 
 def note(text: str) -> Line2D:

@@ -19,6 +19,7 @@ from llada_lightning.scaling.plots.style import (
     StudyFigure,
     dress,
     flops_axis,
+    flops_label,
     label_plain,
     marker_handle,
     markers_of,
@@ -83,20 +84,19 @@ def task_accuracy(
         if name in chance:
             panel.axhline(chance[name], color=CHANCE.color, linewidth=1, linestyle=CHANCE.line, zorder=1)
         panel.set_title(titles.get(name, name), fontsize=11, color=INK)
-        flops_axis(panel, convention)
-        panel.set_xlabel("")
+        flops_axis(panel)
         label_plain(panel.yaxis, 6)
         dress(panel)
     for panel in panels[len(names) :]:
         panel.set_visible(False)
     figure.supylabel("score (%)", fontsize=10, color=INK)
-    x_label = f"training FLOPs ({CONVENTION_NAMES[convention]})"
-    figure.supxlabel(f"{x_label}\n{remark}" if remark else x_label, fontsize=10, color=INK)
+    label = flops_label(convention)
+    figure.supxlabel(f"{label}\n{remark}" if remark else label, fontsize=10, color=INK)
     objectives = [name for name in OBJECTIVES if (table["objective"] == name).any()]
     errors = any(f"{_PREFIX}{name}{_STDERR}" in table.columns for name in names)
     guesses = [CHANCE.handle()] if set(names) & set(chance) else []
     side_legend(figure, [
-        [STYLES[name].handle(name) for name in objectives],
+        [STYLES[name].handle(name, marker="o") for name in objectives],
         [note("N, non-embedding"), *(marker_handle(marker, format_count(size)) for size, marker in markers.items())],
         [*guesses, *([note("bars: ± 1 s.e.")] if errors else [])],
     ])  # fmt: skip
