@@ -75,9 +75,7 @@ def isoflop_curves(table: pd.DataFrame, fits: StudyFits, convention: Convention 
     return figure
 
 
-def _draw_budgets(
-    axes: Axes, runs: pd.DataFrame, fit: IsoflopFit, fits: StudyFits, convention: Convention
-) -> None:
+def _draw_budgets(axes: Axes, runs: pd.DataFrame, fit: IsoflopFit, fits: StudyFits, convention: Convention) -> None:
     style = STYLES[str(runs["objective"].iloc[0])]
     flops = runs[flops_column(convention)].to_numpy(float)
     sizes = runs["params_nonembedding"].to_numpy(float)

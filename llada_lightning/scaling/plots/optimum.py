@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -15,8 +16,8 @@ from llada_lightning.scaling.plots.style import (
     GREY,
     INK,
     STYLES,
-    Style,
     StudyFigure,
+    Style,
     check_counted,
     dress,
     exponent_text,
@@ -84,8 +85,8 @@ def _draw_isoflop(panels: Sequence[Axes], fit: IsoflopFit, style: Style) -> None
         return
     line = np.geomspace(flops.min(), flops.max(), 50)
     n, d = fit.n_law.value(line), fit.d_law.value(line)
-    for panel, values in zip(panels, (n, d, d / n), strict=True):
-        panel.plot(line, values, style.line, color=style.color, linewidth=1.6, zorder=3)
+    for panel, optima in zip(panels, (n, d, d / n), strict=True):
+        panel.plot(line, optima, style.line, color=style.color, linewidth=1.6, zorder=3)
 
 
 def _draw_frontier(panels: Sequence[Axes], fit: ParametricFit, style: Style, convention: Convention) -> None:
@@ -102,8 +103,8 @@ def _draw_frontier(panels: Sequence[Axes], fit: ParametricFit, style: Style, con
         panel.fill_between(flops, low, high, color=style.color, alpha=0.16, linewidth=0, zorder=1)
 
 
-def _legend(fits: StudyFits, convention: Convention) -> list[list[Line2D | Patch]]:
-    groups: list[list[Line2D | Patch]] = []
+def _legend(fits: StudyFits, convention: Convention) -> list[list[Artist]]:
+    groups: list[list[Artist]] = []
     for objective, fit in fits.objectives.items():
         laws = fit.isoflop[convention]
         texts = [
@@ -113,7 +114,7 @@ def _legend(fits: StudyFits, convention: Convention) -> list[list[Line2D | Patch
         ]
         style = STYLES[objective]
         groups.append([style.handle("\n".join([objective, *texts]), marker=style.marker)])
-    notes: list[Line2D | Patch] = []
+    notes: list[Artist] = []
     if any(budget.interior for fit in fits.objectives.values() for budget in fit.isoflop[convention].budgets):
         notes.append(note("points, lines: IsoFLOP"))
     if any(fit.parametric is not None for fit in fits.objectives.values()):

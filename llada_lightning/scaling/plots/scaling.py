@@ -24,8 +24,8 @@ from llada_lightning.scaling.plots.style import (
     GREY,
     INK,
     STYLES,
-    Style,
     StudyFigure,
+    Style,
     check_counted,
     dress,
     exponent_text,
@@ -127,9 +127,7 @@ def _add_bits_per_byte(axes: Axes, runs: pd.DataFrame) -> None:
     right.spines["right"].set_color(GREY)
 
 
-def _legend(
-    runs: pd.DataFrame, fits: StudyFits, convention: Convention, shapes: dict[str, str]
-) -> list[list[Line2D]]:
+def _legend(runs: pd.DataFrame, fits: StudyFits, convention: Convention, shapes: dict[str, str]) -> list[list[Line2D]]:
     envelopes = fits.envelopes(convention)
     many = len(shapes) > _MOST_SHAPES
     lines = [

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
@@ -156,9 +157,9 @@ def label_powers(axis: Axis, limits: tuple[float, float]) -> None:
 
 def power_of_ten(value: float) -> str:
     """1e19 as 10^19, 3e19 as 3×10^19, 2.5e12 as 2.5×10^12, for matplotlib's mathtext."""
-    exponent = int(np.floor(np.log10(value) + 1e-9))
-    mantissa = f"{value / 10**exponent:.2g}"
-    return f"$10^{{{exponent}}}$" if mantissa == "1" else f"${mantissa}\\times10^{{{exponent}}}$"
+    digits, exponent = f"{value:.1e}".split("e")  # rounds before it splits: 9.99e11 is 10^12
+    mantissa, power = f"{float(digits):g}", int(exponent)
+    return f"$10^{{{power}}}$" if mantissa == "1" else f"${mantissa}\\times10^{{{power}}}$"
 
 
 def label_counts(axis: Axis, limits: tuple[float, float]) -> None:
@@ -217,9 +218,9 @@ def marker_handle(marker: str, label: str, *, filled: bool = True) -> Line2D:
     return Line2D([], [], linestyle="", marker=marker, color=GREY, markerfacecolor=face, markersize=5.5, label=label)
 
 
-def side_legend(figure: Figure, groups: Sequence[Sequence[Line2D]]) -> Legend:
+def side_legend(figure: Figure, groups: Sequence[Sequence[Artist]]) -> Legend:
     """One legend on the right of all panels, its groups set apart; empty groups are left out."""
-    handles: list[Line2D] = []
+    handles: list[Artist] = []
     for group in groups:
         handles += [note(" "), *group] if handles and group else group
     return figure.legend(
