@@ -14,11 +14,11 @@ from llada_lightning.scaling.fits import (
     IsoflopBudget,
     IsoflopFit,
     StudyFits,
-    budget_members,
     flops_column,
     losses,
     usable_runs,
 )
+from llada_lightning.scaling.fits.runs import budget_members
 from llada_lightning.scaling.flops import Convention
 from llada_lightning.scaling.plots.style import (
     GREY,
@@ -68,6 +68,8 @@ def isoflop_curves(table: pd.DataFrame, fits: StudyFits, convention: Convention 
     panels[0].set_xscale("log")
     panels[0].set_yscale("log")
     panels[0].margins(x=0.08, y=0.06)
+    low, high = panels[0].get_xlim()
+    panels[0].set_xlim(low, high * (high / low) ** 0.09)  # room for the budgets' names
     panels[0].set_ylabel(f"validation loss ({UNIT_NAMES[fits.unit]})", color=INK)
     label_counts(panels[0].xaxis, panels[0].get_xlim())
     label_plain(panels[0].yaxis)
@@ -119,9 +121,11 @@ def _draw_parabola(axes: Axes, budget: IsoflopBudget, color: Any) -> None:
         xerr=interval_bars([optimum.value], [optimum.low], [optimum.high]),
         fmt="*",
         color=INK,
-        markersize=9,
+        markersize=8,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
         elinewidth=1.2,
-        capsize=2.5,
+        capsize=4,
         zorder=5,
     )
 
@@ -132,7 +136,7 @@ def _curves_legend(runs: pd.DataFrame, fits: StudyFits, convention: Convention) 
     if any(budget.interior for budget in budgets):
         handles += [
             Line2D([], [], color=GREY, linewidth=1.4, label="parabola in log N"),
-            Line2D([], [], color=INK, linestyle="", marker="*", markersize=9, label="optimum, 95 %"),
+            Line2D([], [], color=INK, linestyle="", marker="*", markersize=8, label="optimum, 95 %"),
         ]
     if not all(budget.interior for budget in budgets):
         handles += [

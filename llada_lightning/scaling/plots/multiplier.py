@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.fits import Multiplier, StudyFits
-from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
+from llada_lightning.scaling.flops import Convention
 from llada_lightning.scaling.plots.style import (
     GREY,
     INK,
@@ -20,6 +20,7 @@ from llada_lightning.scaling.plots.style import (
     Style,
     dress,
     flops_axis,
+    flops_label,
     interval_bars,
     new_figure,
     note,
@@ -54,7 +55,7 @@ def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None
         for method, style in METHODS.items():
             _draw_curve(panel, _of(fits.multiplier_curve, convention, method), style)
             _draw_points(panel, _of(fits.compute_multiplier, convention, method), style, _DODGE[method])
-        panel.set_title(CONVENTION_NAMES[convention], fontsize=11, color=INK)
+        panel.set_xlabel(flops_label(convention, "training FLOPs of arm"), color=INK)
         flops_axis(panel)
         dress(panel)
     shown = [entry for entry in entries if entry.convention in drawn]
@@ -67,7 +68,6 @@ def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None
     for panel in panels:
         if panel.get_ylim()[0] < 1:
             panel.axhline(1, color=GREY, linewidth=1, zorder=1)
-    figure.supxlabel("training FLOPs of arm, by the panel's convention", fontsize=10, color=INK)
     side_legend(figure, _legend(shown))
     return figure
 
@@ -111,12 +111,12 @@ def _draw_curve(axes: Axes, entries: list[Multiplier], style: Style) -> None:
 
 
 def _limits(entries: Sequence[Multiplier]) -> tuple[float, float]:
-    """Around everything finite, but no further than a factor of 5 from the points: open intervals leave the panel."""
+    """Around everything finite, but no further than a factor of 3 from the points: open intervals leave the panel."""
     values = np.array([entry.multiplier for entry in entries])
     ends = np.array([[entry.low, entry.high] for entry in entries]).ravel()
     ends = ends[np.isfinite(ends) & (ends > 0)]
     low, high = values.min(), values.max()
-    return max(min(low, ends.min(initial=low)), low / 5) / 1.15, min(max(high, ends.max(initial=high)), high * 5) * 1.15
+    return max(min(low, ends.min(initial=low)), low / 3) / 1.15, min(max(high, ends.max(initial=high)), high * 3) * 1.15
 
 
 def _legend(entries: Sequence[Multiplier]) -> list[list[Line2D]]:

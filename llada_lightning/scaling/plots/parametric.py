@@ -7,7 +7,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from llada_lightning.errors import UserError
-from llada_lightning.scaling.fits import UNIT_NAMES, ParametricFit, StudyFits, Unit, budget_members, losses, usable_runs
+from llada_lightning.scaling.fits import UNIT_NAMES, ParametricFit, StudyFits, Unit, losses, usable_runs
+from llada_lightning.scaling.fits.runs import budget_members
 from llada_lightning.scaling.plots.style import (
     GREY,
     INK,

@@ -135,6 +135,7 @@ def _legend(runs: pd.DataFrame, fits: StudyFits, convention: Convention, shapes:
             STYLES[name].label
             + ("" if fit.law is None else "\n" + exponent_text("loss", fit.law.exponent, fit.law.sign)),
             marker=STYLES[name].marker if many else "",
+            face=STYLES[name].color,
         )
         for name, fit in envelopes.items()
     ]

@@ -46,11 +46,11 @@ class Style:
         """The marker's filling."""
         return self.color if self.filled else "white"
 
-    def handle(self, label: str = "", *, marker: str = "") -> Line2D:
-        """The style in a legend; ``marker`` adds one, filled as the style's are."""
+    def handle(self, label: str = "", *, marker: str = "", face: str = "") -> Line2D:
+        """The style in a legend; ``marker`` adds one, filled as the style's are or with ``face``."""
         return Line2D(
             [], [], color=self.color, linestyle=self.line, linewidth=1.8, label=label or self.label,
-            marker=marker, markerfacecolor=self.face, markersize=5.5,
+            marker=marker, markerfacecolor=face or self.face, markersize=5.5,
         )  # fmt: skip
 
 
@@ -224,5 +224,5 @@ def side_legend(figure: Figure, groups: Sequence[Sequence[Artist]]) -> Legend:
     for group in groups:
         handles += [note(" "), *group] if handles and group else group
     return figure.legend(
-        handles=handles, loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK, handlelength=2.2
+        handles=handles, loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK, handlelength=2.6
     )
