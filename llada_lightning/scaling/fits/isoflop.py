@@ -8,10 +8,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
+from scipy.linalg import block_diag
 
-from llada_lightning.scaling.fits.estimate import Array, Estimate, interval
-from llada_lightning.scaling.fits.power_law import PowerLaw
-from llada_lightning.scaling.flops import Convention
+from llada_lightning.scaling.fits.estimate import INTERVAL, Array, Estimate, interval
+from llada_lightning.scaling.fits.noise import Noise, fit_linear, solver
+from llada_lightning.scaling.fits.power_law import MIN_BUDGETS, PowerLaw, power_law
+from llada_lightning.scaling.fits.runs import TokenCost, Unit, budget_members, flops_column, is_budget, losses
+from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
+
+MIN_SHAPES = 3
+"""A parabola has three parameters."""
+
+MIN_SHAPES_FOR_CHECK = 5
+"""A cubic has four, and a parabola without the outermost two shapes needs three others."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,16 @@ class IsoflopBudget:
         """Lower and upper end of the 95 % interval of the loss at N."""
         x = np.log(np.atleast_1d(np.asarray(n, float))) - self.center
         return interval(np.exp(self.draws @ np.stack([np.ones_like(x), x, x * x])))
+
+    @property
+    def drawn_log_n_opt(self) -> Array:
+        """log N_opt in every draw, no further out of the grid than the grid is wide: (samples,)."""
+        return self.center + _vertex(self.draws, self.log_n - self.center)
+
+    @property
+    def drawn_log_loss_opt(self) -> Array:
+        """Log of the loss at the optimum in every draw: (samples,)."""
+        return _at(self.draws, self.drawn_log_n_opt - self.center)
 
     def as_dict(self) -> dict[str, Any]:
         estimates = ("n_opt", "d_opt", "tokens_per_param", "loss_opt")
@@ -116,3 +136,200 @@ class IsoflopFit:
             **{name: law.as_dict() for name, law in laws.items() if law},
             **({"note": self.note} if self.note else {}),
         }
+
+
+# --- fitting ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Valley:
+    """The runs of one budget, before the fit."""
+
+    rows: npt.NDArray[np.intp]
+    flops: float
+    x: Array
+    """log N - center."""
+    center: float
+    log_loss: Array
+
+    @property
+    def design(self) -> Array:
+        return np.stack([np.ones_like(self.x), self.x, self.x**2], axis=1)
+
+
+def fit_isoflop(runs: pd.DataFrame, convention: Convention, unit: Unit, noise: Noise, seed: int = 0) -> IsoflopFit:
+    """Parabolas of log loss in log N at every budget, and the laws of their optima.
+
+    The spread between runs is one number for all budgets: a single budget has too few runs to tell it.
+
+    Args:
+        runs: usable runs of one objective.
+        convention: which FLOPs a budget counts. Runs that were planned to be equal by the other convention do not
+            form budgets by this one; the fit then holds a note instead.
+        unit: of the losses.
+        noise: of these runs, in their order.
+        seed: of the draws of the laws' own spread.
+    """
+    valleys, notes = _valleys(runs, convention, unit)
+    if not valleys:
+        return IsoflopFit(convention, [], None, None, None, None, "no fit: " + "; ".join(notes))
+    pooled = noise.take(np.concatenate([valley.rows for valley in valleys]))
+    log_loss = np.concatenate([valley.log_loss for valley in valleys])
+    fit = fit_linear(block_diag(*(valley.design for valley in valleys)), log_loss, pooled)
+    if not np.isfinite(fit.spread.tau):
+        notes.append("no intervals: three shapes a budget and no standard errors leave nothing to judge by; add shapes")
+    ends = np.cumsum([len(valley.rows) for valley in valleys])[:-1]
+    errors = np.split(pooled.draws(fit.spread), ends, axis=1)
+    weights = np.split(pooled.weights(np.nan_to_num(fit.spread.tau)), ends)
+    cost = TokenCost.of_runs(runs, convention)
+    budgets = [
+        _fit_budget(valley, runs.iloc[valley.rows], unit, *noise_of_budget, cost)
+        for valley, *noise_of_budget in zip(valleys, weights, errors, strict=True)
+    ]
+    return _with_laws(convention, budgets, cost, notes, seed)
+
+
+def _valleys(runs: pd.DataFrame, convention: Convention, unit: Unit) -> tuple[list[_Valley], list[str]]:
+    """The budgets with enough shapes, and what is to be said of the others."""
+    flops = runs[flops_column(convention)].to_numpy(float)
+    log_n = np.log(runs["params_nonembedding"].to_numpy(float))
+    log_loss = np.log(losses(runs, unit)[0])
+    valleys, few, apart = [], [], 0
+    for rows in budget_members(flops):
+        shapes = len(np.unique(log_n[rows]))
+        if not is_budget(flops[rows]) or shapes == 1:
+            apart += 1
+        elif shapes < MIN_SHAPES:
+            few.append(f"{flops[rows[0]]:.2g} ({shapes})")
+        else:
+            center = float(log_n[rows].mean())
+            budget = float(np.exp(np.log(flops[rows]).mean()))
+            valleys.append(_Valley(rows, budget, log_n[rows] - center, center, log_loss[rows]))
+    notes = []
+    if apart and not valleys:
+        name = CONVENTION_NAMES[convention]
+        notes.append(f"runs of several shapes do not share budgets by {name}: they were not planned to be equal by it")
+    if few:
+        shown = ", ".join(few[:4]) + (", …" if len(few) > 4 else "")
+        notes.append(f"budgets (shapes): {shown}; a parabola needs at least {MIN_SHAPES} shapes")
+    return valleys, notes
+
+
+def _fit_budget(
+    valley: _Valley, runs: pd.DataFrame, unit: Unit, weights: Array, errors: Array, cost: TokenCost
+) -> IsoflopBudget:
+    solve = solver(valley.design, weights)
+    coefficients = solve @ valley.log_loss
+    draws = coefficients + errors @ solve.T
+    x_opt, drawn_x = _vertex(coefficients, valley.x), _vertex(draws, valley.x)
+    log_n, drawn_n = valley.center + float(x_opt), valley.center + _opened(drawn_x, valley.x)
+    log_d, drawn_d = (np.log(valley.flops) - cost(value) for value in (log_n, drawn_n))
+    n_opt = Estimate.of(np.exp(log_n), np.exp(drawn_n))
+    shifts = _grid_shifts(valley, weights, errors, float(x_opt), drawn_x)
+    loss, stderr = losses(runs, unit)
+    return IsoflopBudget(
+        flops=valley.flops,
+        runs=tuple(runs["run"].astype(str)),
+        log_n=valley.x + valley.center,
+        losses=loss,
+        stderr=stderr,
+        center=valley.center,
+        coefficients=coefficients,
+        n_opt=n_opt,
+        d_opt=Estimate.of(np.exp(log_d), np.exp(drawn_d)),
+        tokens_per_param=Estimate.of(np.exp(log_d - log_n), np.exp(drawn_d - drawn_n)),
+        loss_opt=Estimate.of(np.exp(_at(coefficients, x_opt)), np.exp(_at(draws, drawn_x))),
+        interior=bool(coefficients[2] > 0 and valley.x.min() < x_opt < valley.x.max()),
+        grid_sensitivity=max((float(np.expm1(abs(shift.value))) for shift in shifts), default=None),
+        biased=any(
+            not shift.covers(0.0) and not n_opt.covers(n_opt.value * float(np.exp(shift.value))) for shift in shifts
+        ),
+        draws=draws,
+    )
+
+
+def _vertex(coefficients: Array, x: Array) -> Array:
+    """Where a parabola is lowest, (..., 3) -> (...); no further out of the grid than the grid is wide.
+
+    A draw that opens downwards falls towards one side without an end: it is put at that side's bound.
+    """
+    _, slope, curvature = np.moveaxis(coefficients, -1, 0)
+    width = np.ptp(x)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        vertex = np.where(curvature > 0, -slope / (2 * curvature), -np.sign(slope) * np.inf)
+    return np.clip(vertex, x.min() - width, x.max() + width)
+
+
+def _at(coefficients: Array, x: Array) -> Array:
+    return coefficients[..., 0] + coefficients[..., 1] * x + coefficients[..., 2] * x**2
+
+
+def _opened(drawn_x: Array, x: Array) -> Array:
+    """Draws of the vertex with those at its bounds as infinite: the data do not say how far out they are."""
+    width = np.ptp(x)
+    opened = np.where(drawn_x <= x.min() - width, -np.inf, drawn_x)
+    return np.where(drawn_x >= x.max() + width, np.inf, opened)
+
+
+def _grid_shifts(valley: _Valley, weights: Array, errors: Array, x_opt: float, drawn_x: Array) -> list[Estimate]:
+    """How far log N_opt moves with a cubic term, and without the outermost shapes, each with its own interval.
+
+    A skewed valley pulls the vertex of a parabola to one side, the more so the further the grid's centre is off.
+    """
+    sizes = np.unique(valley.x)
+    if len(sizes) < MIN_SHAPES_FOR_CHECK:
+        return []
+    shifts = []
+    cubic = solver(np.column_stack([valley.design, valley.x**3]), weights)
+    theta = cubic @ valley.log_loss
+    inner = (valley.x > sizes[0]) & (valley.x < sizes[-1])
+    shorter = solver(valley.design[inner], weights[inner])
+    short_theta = shorter @ valley.log_loss[inner]
+    for other, drawn in (
+        (_cubic_minimum(theta), _cubic_minimum(theta + errors @ cubic.T)),
+        (_vertex(short_theta, valley.x), _vertex(short_theta + errors[:, inner] @ shorter.T, valley.x)),
+    ):
+        if np.isfinite(other):
+            low, high = np.nanpercentile(drawn - drawn_x, INTERVAL)
+            shifts.append(Estimate(float(other) - x_opt, float(low), float(high)))
+    return shifts
+
+
+def _cubic_minimum(coefficients: Array) -> Array:
+    """Where a cubic has its minimum, (..., 4) -> (...); NaN where it has none."""
+    _, first, second, third = np.moveaxis(coefficients, -1, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return -first / (second + np.sqrt(second**2 - 3 * first * third))
+
+
+# --- laws ------------------------------------------------------------------------------------------------------------
+
+
+def _with_laws(
+    convention: Convention, budgets: list[IsoflopBudget], cost: TokenCost, notes: list[str], seed: int
+) -> IsoflopFit:
+    inside = [budget for budget in budgets if budget.interior]
+    outside = [f"{budget.flops:.2g}" for budget in budgets if not budget.interior]
+    if outside:
+        notes.append(f"optimum outside of the grid at {', '.join(outside)} FLOPs, left out of the laws; move the grid")
+    if len(inside) < MIN_BUDGETS:
+        notes.append(f"no laws: {len(inside)} budgets with an optimum inside the grid; at least {MIN_BUDGETS} are needed")
+        return IsoflopFit(convention, budgets, None, None, None, None, "; ".join(notes))
+    log_c = np.log([budget.flops for budget in inside])
+    log_n = np.log([budget.n_opt.value for budget in inside])
+    log_loss = np.log([budget.loss_opt.value for budget in inside])
+    drawn_n = np.stack([budget.drawn_log_n_opt for budget in inside], axis=1)
+    drawn_loss = np.stack([budget.drawn_log_loss_opt for budget in inside], axis=1)
+    noise_n, noise_loss = Noise.of_draws(log_n, drawn_n, seed), Noise.of_draws(log_loss, drawn_loss, seed + 1)
+    noise_d = Noise.of_draws(log_c - cost(log_n), log_c - cost(drawn_n), seed)
+    x = log_c - log_c.mean()
+    curve = fit_linear(np.stack([np.ones_like(x), x, x * x], axis=1), log_loss, noise_loss)
+    return IsoflopFit(
+        convention,
+        budgets,
+        n_law=power_law(log_c, log_n, noise_n, sign=1),
+        d_law=power_law(log_c, log_c - cost(log_n), noise_d, sign=1),
+        loss_law=power_law(log_c, log_loss, noise_loss),
+        loss_curve=LossCurve(float(np.exp(log_c.mean())), curve.theta, curve.draws),
+        note="; ".join(notes) or None,
+    )

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
+import numpy as np
+import numpy.typing as npt
+
+from llada_lightning.scaling.fits.estimate import Array, Estimate
+from llada_lightning.scaling.fits.isoflop import LossCurve
+from llada_lightning.scaling.fits.parametric import ParametricFit
+from llada_lightning.scaling.fits.power_law import PowerLaw
 from llada_lightning.scaling.flops import Convention
 
 Method = Literal["envelope", "isoflop", "parametric"]
 METHODS: tuple[Method, ...] = get_args(Method)
+
+EXTRAPOLATION = 10.0
+"""How far beyond its budgets ``llada`` may reach a loss for the multiplier to be told."""
+
+DRAWN_DECADES = 3.0
+"""How far beyond its budgets a draw is followed."""
+
+POINTS_A_DECADE = 12
+ROUNDING = 1 + 1e-6
 
 
 @dataclass(frozen=True)
@@ -26,3 +42,102 @@ class Multiplier:
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
+
+
+# --- fitting ---------------------------------------------------------------------------------------------------------
+
+
+class LossLine(Protocol):
+    """The best loss at given training FLOPs by some method, at its point estimate and in every draw."""
+
+    @property
+    def flops_range(self) -> tuple[float, float]: ...
+    def loss(self, flops: npt.ArrayLike) -> Array: ...
+    def drawn(self, flops: npt.ArrayLike) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Line:
+    """A law or curve with the FLOPs of the budgets that it goes through."""
+
+    curve: PowerLaw | LossCurve
+    flops_range: tuple[float, float]
+
+    def loss(self, flops: npt.ArrayLike) -> Array:
+        return self.curve.loss(flops)
+
+    def drawn(self, flops: npt.ArrayLike) -> Array:
+        return self.curve.drawn(flops)
+
+
+@dataclass(frozen=True)
+class FrontierLine:
+    """The parametric law's frontier by one convention."""
+
+    fit: ParametricFit
+    convention: Convention
+
+    @property
+    def flops_range(self) -> tuple[float, float]:
+        return self.fit.flops_ranges[self.convention]
+
+    def loss(self, flops: npt.ArrayLike) -> Array:
+        return self.fit.frontier_loss(self.convention, flops)
+
+    def drawn(self, flops: npt.ArrayLike) -> Array:
+        return self.fit.drawn_frontier(self.convention, flops)
+
+
+def compute_multipliers(
+    convention: Convention, method: Method, arm: LossLine, llada: LossLine, arm_flops: npt.ArrayLike
+) -> list[Multiplier]:
+    """The compute multiplier at given FLOPs of ``arm``, joint over the draws of both objectives.
+
+    Left out is what ``llada`` reaches only more than a decade beyond its own budgets, or never. An interval's end that
+    lies more than ``DRAWN_DECADES`` beyond them is open (infinite, or zero).
+    """
+    flops = np.asarray(arm_flops, float)
+    low, high = llada.flops_range
+    decades = np.log10(high / low) + 2 * DRAWN_DECADES
+    log_grid = np.linspace(
+        np.log(low) - DRAWN_DECADES * np.log(10),
+        np.log(high) + DRAWN_DECADES * np.log(10),
+        int(np.ceil(POINTS_A_DECADE * decades)) + 1,
+    )
+    grid = np.exp(log_grid)
+    needed = np.exp(_first_reached(log_grid, llada.loss(grid)[None], arm.loss(flops)[None]))[0]
+    drawn = np.exp(_first_reached(log_grid, llada.drawn(grid), arm.drawn(flops))) / flops
+    found = []
+    for number, value in enumerate(needed):
+        if low / EXTRAPOLATION <= value <= high * EXTRAPOLATION:
+            estimate = Estimate.of(value / flops[number], drawn[:, number])
+            outside = not low / ROUNDING <= value <= high * ROUNDING
+            found.append(
+                Multiplier(
+                    convention, method, float(flops[number]), estimate.value, estimate.low, estimate.high, outside
+                )
+            )
+    return found
+
+
+def _first_reached(log_grid: Array, losses: Array, goals: Array) -> Array:
+    """log FLOPs at which a loss is first reached, per draw: losses (S, g) on the grid and goals (S, k) give (S, k).
+
+    Minus infinity where the grid begins below the goal, infinity where it is never reached, NaN where unknown.
+    Between two points of the grid the logarithm of the loss is a straight line.
+    """
+    best = np.log(np.minimum.accumulate(losses, axis=1))
+    wanted = np.log(goals)
+    reached = np.empty_like(wanted)
+    rows = np.arange(len(best))
+    for column in range(wanted.shape[1]):
+        goal = wanted[:, column]
+        right = np.sum(best > goal[:, None], axis=1)
+        inner = np.clip(right, 1, len(log_grid) - 1)
+        before, after = best[rows, inner - 1], best[rows, inner]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share = (before - goal) / (before - after)
+        value = log_grid[inner - 1] + share * (log_grid[inner] - log_grid[inner - 1])
+        value = np.where(right == 0, -np.inf, np.where(right == len(log_grid), np.inf, value))
+        reached[:, column] = np.where(np.isnan(goal) | np.isnan(best[:, 0]), np.nan, value)
+    return reached

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.fits.estimate import Array, Estimate, interval
+from llada_lightning.scaling.fits.noise import Noise, fit_linear
 
 MIN_BUDGETS = 3
 """A line has two parameters: with fewer than three budgets nothing is left to judge it by."""
@@ -69,3 +70,61 @@ def check_budgets(count: int) -> None:
             f"fit: {count} budgets, a power law needs at least {MIN_BUDGETS}; run {missing} more budget"
             + ("s" if missing > 1 else "")
         )
+
+
+def fit_power_law(
+    flops: npt.ArrayLike,
+    loss: npt.ArrayLike,
+    stderr: npt.ArrayLike,
+    *,
+    c0: float | None = None,
+    samples: int = 4000,
+    seed: int = 0,
+) -> PowerLaw:
+    """Weighted least squares of log loss on log FLOPs, with independent errors.
+
+    Each point weighs by the inverse of its variance, its own error and the spread beyond it; if any error is missing
+    or zero, all weigh the same. Intervals follow the noise model of ``fits.noise``, so that a law that does not hold
+    does not get a narrow one.
+
+    Args:
+        flops: training FLOPs of each point.
+        loss: loss of each point.
+        stderr: one standard error of each loss.
+        c0: reference FLOPs; the geometric mean by default, where a and b are nearly uncorrelated.
+        samples: bootstrap draws.
+        seed: of the draws.
+
+    Raises:
+        UserError: fewer than three points.
+    """
+    values, errors = np.asarray(loss, float), np.asarray(stderr, float)
+    known = bool(np.all(np.isfinite(errors) & (errors > 0)))
+    covariance = np.diag((errors / values) ** 2) if known else np.zeros((len(values), len(values)))
+    noise = Noise.of(covariance, "standard errors" if known else "scatter", samples, seed)
+    return power_law(np.log(np.asarray(flops, float)), np.log(values), noise, log_c0=np.log(c0) if c0 else None)
+
+
+def power_law(
+    log_c: Array, log_y: Array, noise: Noise, *, sign: Literal[-1, 1] = -1, log_c0: float | None = None
+) -> PowerLaw:
+    """A power law through points whose log y errs by ``noise``.
+
+    Raises:
+        UserError: fewer than three points.
+    """
+    check_budgets(len(log_c))
+    log_c0 = float(log_c.mean()) if log_c0 is None else float(log_c0)
+    fit = fit_linear(np.stack([np.ones_like(log_c), sign * (log_c - log_c0)], axis=1), log_y, noise)
+    low, high = interval(fit.draws)
+    return PowerLaw(
+        a=float(np.exp(fit.theta[0])),
+        b=float(fit.theta[1]),
+        c0=float(np.exp(log_c0)),
+        interval_a=(float(np.exp(low[0])), float(np.exp(high[0]))),
+        interval_b=(float(low[1]), float(high[1])),
+        residual=fit.residual,
+        spread=fit.spread.tau,
+        draws=fit.draws,
+        sign=sign,
+    )

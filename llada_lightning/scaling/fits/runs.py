@@ -48,6 +48,18 @@ def check_comparable(table: pd.DataFrame) -> None:
             raise UserError(f"results: val_kind of {objective} is {kind!r}; it must be {VAL_KINDS[objective]!r}")
 
 
+def check_complete(runs: pd.DataFrame, unit: Unit) -> None:
+    """Raises UserError where a usable run lacks what every fit reads: N, D, a positive loss in the unit."""
+    columns = ["params_nonembedding", "tokens", "val_nats_per_token"]
+    if unit == "bits_per_byte":
+        columns.append("val_bits_per_byte")
+    for column in columns:
+        wrong = ~_positive(runs[column])
+        if wrong.any():
+            name = runs.loc[wrong, "run"].iloc[0]
+            raise UserError(f"results: {column} of {wrong.sum()} runs is missing or not positive ({name}); mend the table")
+
+
 def in_canonical_order(runs: pd.DataFrame) -> pd.DataFrame:
     """Sorted by what the runs are, so that the order of a table's rows changes no draw."""
     return runs.sort_values(
@@ -108,6 +120,16 @@ def best_of_budgets(runs: pd.DataFrame, convention: Convention, unit: Unit) -> l
     """Row positions of the best run of each budget, cheapest budget first. ``runs`` are of one objective."""
     loss, _ = losses(runs, unit)
     return [int(members[np.argmin(loss[members])]) for members in budget_members(runs[flops_column(convention)])]
+
+
+def planned_convention(runs: pd.DataFrame, conventions: tuple[Convention, ...]) -> Convention:
+    """The convention by which runs of one objective were planned to be equal: they form the fewest budgets by it."""
+
+    def budgets(convention: Convention) -> int:
+        flops = runs[flops_column(convention)].to_numpy(float)
+        return sum(1 if is_budget(flops[rows]) else len(rows) for rows in budget_members(flops))
+
+    return min(conventions, key=budgets)
 
 
 # --- the cost of a token ---------------------------------------------------------------------------------------------

@@ -5,25 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llada_lightning.scaling.fits.checks import Disagreement, HeldOut
-from llada_lightning.scaling.fits.envelope import EnvelopeFit
-from llada_lightning.scaling.fits.estimate import INTERVAL
-from llada_lightning.scaling.fits.isoflop import IsoflopFit
-from llada_lightning.scaling.fits.multiplier import Multiplier
-from llada_lightning.scaling.fits.parametric import ParametricFit
-from llada_lightning.scaling.fits.runs import Unit
-from llada_lightning.scaling.flops import Convention
+import numpy as np
+import pandas as pd
 
+from llada_lightning.errors import UserError
+from llada_lightning.scaling.fits.checks import Disagreement, HeldOut, disagreements, hold_out
+from llada_lightning.scaling.fits.envelope import EnvelopeFit, envelope_rows
+from llada_lightning.scaling.fits.estimate import INTERVAL, Array
+from llada_lightning.scaling.fits.multiplier import METHODS, Multiplier, compute_multipliers
+from llada_lightning.scaling.fits.noise import NOISE_MODELS, NoiseModel, noise_of_runs
+from llada_lightning.scaling.fits.objective import ObjectiveFits, fit_objective
+from llada_lightning.scaling.fits.parametric import EXPONENT_GRID, HUBER_DELTA, STARTS
+from llada_lightning.scaling.fits.runs import (
+    BUDGET_TOLERANCE,
+    OBJECTIVES,
+    Unit,
+    check_comparable,
+    check_complete,
+    counted_conventions,
+    flops_column,
+    in_canonical_order,
+    planned_convention,
+    usable_runs,
+)
+from llada_lightning.scaling.flops import CONVENTION_NAMES, CONVENTIONS, Convention
 
-@dataclass(frozen=True)
-class ObjectiveFits:
-    """One objective by all methods; ``parametric`` is None where there are too few runs, and its note says so."""
-
-    objective: str
-    envelope: dict[Convention, EnvelopeFit]
-    isoflop: dict[Convention, IsoflopFit]
-    parametric: ParametricFit | None
-    parametric_note: str | None
+CURVE_POINTS = 25
+"""Of the multiplier's curve, over the range of ``arm``'s budgets."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +41,13 @@ class StudyFits:
     unit: Unit
     samples: int
     seed: int
-    noise_model: str
+    noise_model: NoiseModel
     conventions: tuple[Convention, ...]
     objectives: dict[str, ObjectiveFits]
     compute_multiplier: list[Multiplier]
+    """At each of ``arm``'s budgets, by every convention and method."""
     multiplier_curve: list[Multiplier]
+    """The same over a grid between the smallest and the largest of those budgets, for figures."""
     held_out: list[HeldOut]
     disagreements: list[Disagreement]
     notes: list[str]
@@ -45,3 +55,119 @@ class StudyFits:
     def envelopes(self, convention: Convention) -> dict[str, EnvelopeFit]:
         """Each objective's envelope by a convention."""
         return {name: fits.envelope[convention] for name, fits in self.objectives.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """What ``fits.json`` holds: only what was computed."""
+        settings = {
+            "unit": self.unit,
+            "conventions": list(self.conventions),
+            "samples": self.samples,
+            "seed": self.seed,
+            "interval_percentiles": list(INTERVAL),
+            "noise_model": self.noise_model,
+            "noise": NOISE_MODELS[self.noise_model],
+            "huber_delta": HUBER_DELTA,
+            "exponent_grid": EXPONENT_GRID.tolist(),
+            "starts": STARTS,
+            "budget_tolerance": BUDGET_TOLERANCE,
+        }
+        return {
+            "settings": settings,
+            **{name: fits.as_dict() for name, fits in self.objectives.items()},
+            "compute_multiplier": [entry.as_dict() for entry in self.compute_multiplier],
+            "multiplier_curve": [entry.as_dict() for entry in self.multiplier_curve],
+            "held_out": [entry.as_dict() for entry in self.held_out],
+            "disagreements": [entry.as_dict() for entry in self.disagreements],
+            "notes": self.notes,
+        }
+
+
+def fit_table(
+    table: pd.DataFrame,
+    *,
+    unit: Unit = "nats_per_token",
+    samples: int = 4000,
+    seed: int = 0,
+    covariance: pd.DataFrame | None = None,
+    conventions: tuple[Convention, ...] = CONVENTIONS,
+) -> StudyFits:
+    """Fits every objective of a results table by every method.
+
+    Args:
+        table: a results table; runs that are unfinished or diverged are left out.
+        unit: of the losses.
+        samples: bootstrap draws.
+        seed: of the draws.
+        covariance: of the losses in nats^2, index and columns ``run@steps``, both objectives in one; None: the
+            table's standard errors, taken as independent.
+        conventions: by which FLOPs are counted; one by which a run's are missing is left out with a note.
+
+    Raises:
+        UserError: the table has no usable run, its losses cannot be compared, or the covariance does not fit it.
+    """
+    runs = usable_runs(table)
+    if runs.empty:
+        raise UserError(f"results: none of {len(table)} rows is a finished run with a finite loss; nothing to fit")
+    check_comparable(runs)
+    check_complete(runs, unit)
+    counted = counted_conventions(runs, conventions)
+    if not counted:
+        raise UserError(f"results: flops are missing by {' and by '.join(conventions)}; mend the table")
+    runs = in_canonical_order(runs)
+    noise = noise_of_runs(runs, covariance, samples, seed)
+    objectives: dict[str, ObjectiveFits] = {}
+    held_out: list[HeldOut] = []
+    for number, objective in enumerate(OBJECTIVES):
+        rows = np.flatnonzero((runs["objective"] == objective).to_numpy(bool))
+        if len(rows):
+            members, own_noise, own_seed = runs.iloc[rows].reset_index(drop=True), noise.take(rows), seed + 10 * number
+            objectives[objective] = fit_objective(objective, members, counted, unit, own_noise, own_seed)
+            held_out += hold_out(members, objectives[objective], unit, own_noise, own_seed)
+    at_budgets, curve = _multipliers(runs, objectives, counted, unit)
+    missing = [CONVENTION_NAMES[name] for name in conventions if name not in counted]
+    notes = [f"not counted by {name}: the table lacks the FLOPs of some runs" for name in missing]
+    notes += [note for fits in objectives.values() for note in fits.notes()]
+    if len(objectives) == len(OBJECTIVES) and not at_budgets:
+        notes.append("compute multiplier: none, the fits are missing or reach no common loss")
+    return StudyFits(
+        unit,
+        samples,
+        seed,
+        noise.model,
+        counted,
+        objectives,
+        at_budgets,
+        curve,
+        held_out,
+        disagreements(objectives.values(), at_budgets),
+        notes,
+    )
+
+
+def _multipliers(
+    runs: pd.DataFrame, objectives: dict[str, ObjectiveFits], conventions: tuple[Convention, ...], unit: Unit
+) -> tuple[list[Multiplier], list[Multiplier]]:
+    """At ``arm``'s budgets, and over a grid between them."""
+    if len(objectives) < len(OBJECTIVES):
+        return [], []
+    at_budgets, curve = [], []
+    for convention in conventions:
+        flops = arm_budgets(runs[runs["objective"] == "arm"], convention, conventions, unit)
+        grid = np.geomspace(flops.min(), flops.max(), CURVE_POINTS)
+        for method in METHODS:
+            arm, llada = (objectives[name].line(method, convention) for name in OBJECTIVES)
+            if arm and llada:
+                at_budgets += compute_multipliers(convention, method, arm, llada, flops)
+                curve += compute_multipliers(convention, method, arm, llada, grid)
+    return at_budgets, curve
+
+
+def arm_budgets(
+    runs: pd.DataFrame, convention: Convention, conventions: tuple[Convention, ...], unit: Unit
+) -> Array:
+    """FLOPs of the best run of each budget that no cheaper run beats, ascending.
+
+    The budgets are those by which the runs were planned, whichever convention counts their FLOPs here.
+    """
+    rows = envelope_rows(runs, planned_convention(runs, conventions), unit)
+    return np.unique(runs[flops_column(convention)].to_numpy(float)[rows])

@@ -1,0 +1,103 @@
+"""Many Huber fits of log L = log(E + A / N^alpha + B / D^beta) at once, each to its own losses.
+
+Parameters are theta = (log E, log A, log alpha, log B, log beta) with N and D in units of their geometric means: all
+of order one, and no sign to watch over.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llada_lightning.scaling.fits.estimate import Array
+
+PARAMETERS = 5
+_LONGEST_STEP = 1.0
+_TOLERANCE = 1e-10
+_MOST_DAMPING = 1e10
+
+
+def log_loss(theta: Array, log_n: Array, log_d: Array) -> Array:
+    """log L: theta (..., 5) and log N, log D (..., n) give (..., n)."""
+    return np.log(np.sum(_terms(theta, log_n, log_d), axis=0))
+
+
+def _terms(theta: Array, log_n: Array, log_d: Array) -> Array:
+    e, a, log_alpha, b, log_beta = np.moveaxis(theta, -1, 0)[..., None]
+    with np.errstate(over="ignore"):
+        return np.exp(np.stack(np.broadcast_arrays(e, a - np.exp(log_alpha) * log_n, b - np.exp(log_beta) * log_d)))
+
+
+def log_loss_and_jacobian(theta: Array, log_n: Array, log_d: Array) -> tuple[Array, Array]:
+    """log L (S, n) and its derivatives by theta (S, n, 5), for theta (S, 5)."""
+    terms = _terms(theta, log_n, log_d)
+    total = terms.sum(axis=0)
+    share = terms / total
+    alpha_n, beta_d = (np.exp(theta[:, [i]]) * size for i, size in ((2, log_n), (4, log_d)))
+    jacobian = np.stack([share[0], share[1], -alpha_n * share[1], share[2], -beta_d * share[2]], axis=-1)
+    return np.log(total), jacobian
+
+
+def huber(residuals: Array, delta: float) -> Array:
+    """r^2 / 2 within delta, delta (|r| - delta / 2) beyond."""
+    size = np.abs(residuals)
+    return np.where(size < delta, size**2 / 2, delta * (size - delta / 2))
+
+
+def fit_many(
+    start: Array, log_losses: Array, log_n: Array, log_d: Array, delta: float, *, most_steps: int = 300
+) -> tuple[Array, Array]:
+    """Levenberg-Marquardt on the sum of Huber losses, vectorised over the fits.
+
+    The damped matrix is H + lambda M: H is the Hessian of the points within delta (Gauss-Newton), M that of the
+    quadratic which lies above the Huber loss everywhere (iteratively reweighted least squares). Large lambda gives the
+    safe step of the latter, small lambda Newton's.
+
+    Args:
+        start: parameters to begin with (S, 5).
+        log_losses: what each fit is of (S, n).
+        log_n: log N over its geometric mean (n,); ``log_d`` likewise.
+        delta: of the Huber loss; infinite for least squares.
+        most_steps: after which a fit is given up as not converged.
+
+    Returns:
+        Parameters (S, 5), and which fits converged (S,).
+    """
+    theta = np.array(start, float)
+    converged = np.zeros(len(theta), bool)
+    damping = np.ones(len(theta))
+    active = np.arange(len(theta))
+    for _ in range(most_steps):
+        now, goal = theta[active], log_losses[active]
+        fitted, jacobian = log_loss_and_jacobian(now, log_n, log_d)
+        residuals = fitted - goal
+        value = huber(residuals, delta).sum(axis=1)
+        step, gain = _step(residuals, jacobian, damping[active], delta)
+        moved = now + step
+        drop = value - huber(log_loss(moved, log_n, log_d) - goal, delta).sum(axis=1)
+        better = drop > 0
+        theta[active[better]] = moved[better]
+        damping[active] = np.clip(damping[active] * np.where(better, 0.25, 6.0), 1e-9, 2 * _MOST_DAMPING)
+        small = np.maximum(np.abs(drop), gain) <= _TOLERANCE * (value + 1e-300)
+        done = small | (damping[active] > _MOST_DAMPING) | (value < 1e-26)
+        converged[active[done]] = True
+        active = active[~done]
+        if not len(active):
+            break
+    return theta, converged
+
+
+def _step(residuals: Array, jacobian: Array, damping: Array, delta: float) -> tuple[Array, Array]:
+    """The damped step (S, 5), and what the quadratic model says that it gains (S,)."""
+    size = np.abs(residuals)
+    within = (size < delta).astype(float)
+    above = np.minimum(1.0, delta / np.maximum(size, 1e-300)) if np.isfinite(delta) else np.ones_like(size)
+    pull = np.clip(residuals, -delta, delta)
+    weights = within + damping[:, None] * above
+    transposed = np.swapaxes(jacobian, 1, 2)
+    gradient = (transposed @ pull[:, :, None])[:, :, 0]
+    matrix = transposed @ (weights[:, :, None] * jacobian)
+    floor = 1e-12 * (1 + damping)[:, None] * (1 + np.trace(matrix, axis1=1, axis2=2)[:, None])
+    matrix[:, np.arange(PARAMETERS), np.arange(PARAMETERS)] += floor
+    step = -np.linalg.solve(matrix, gradient[:, :, None])[:, :, 0]
+    step *= np.minimum(1.0, _LONGEST_STEP / np.maximum(np.abs(step).max(axis=1), 1e-300))[:, None]
+    return step, -np.sum(gradient * step, axis=1) / 2

@@ -1,0 +1,215 @@
+"""How well the losses are known: the one noise model behind every interval.
+
+All fits are of log loss. The covariance of the n log losses is V + tau^2 I. V are the runs' own validation errors:
+independent where only standard errors are known, the full matrix where it is given (runs that share a validation set
+err together, so that differences are known far better than single losses). tau is the spread between runs beyond
+that: seeds, tuning, a law that does not hold. It is estimated from a fit's own residuals by moments (DerSimonian and
+Laird 1986); where no errors are known V is zero and tau holds all.
+
+A bootstrap draw is: fitted values + N(0, V + tau*^2 I), then a refit. tau*^2 is drawn anew each time as
+dof tau^2 / chi^2_dof, so that few degrees of freedom give wide intervals, as Student's t does. So an interval holds
+over runs and over each run's own error, and counts no noise twice. Cases are not resampled: of five runs of a budget
+a resample often keeps fewer than the three that a parabola needs, or all on one side of its valley.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import stats
+
+from llada_lightning.errors import UserError
+from llada_lightning.scaling.fits.estimate import Array
+from llada_lightning.scaling.fits.runs import losses
+
+NoiseModel = Literal["covariance", "standard errors", "scatter"]
+NOISE_MODELS: dict[NoiseModel, str] = {
+    "covariance": "covariance of the runs' validation errors, and the spread of runs beyond it",
+    "standard errors": "each run's own standard error, taken as independent, and the spread of runs beyond it",
+    "scatter": "the scatter of runs about each fit (no standard errors in the table)",
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Standard deviation of log loss beyond the known errors (NaN: not known), and what it was estimated with."""
+
+    tau: float
+    dof: int
+    reduced_chi_square: float
+    """Squared residuals over what the known errors alone make expect; NaN where none are known."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Errors of n log losses and the draws that every fit of them shares."""
+
+    model: NoiseModel
+    covariance: Array = field(repr=False)
+    """V (n, n), of log loss; zero where errors are not known."""
+    errors: Array = field(repr=False)
+    """Draws from N(0, V): (samples, n). Runs that err together do so in every draw, over both objectives."""
+    normals: Array = field(repr=False)
+    """Standard normals for the spread: (samples, n)."""
+    uniforms: Array = field(repr=False)
+    """For the spread's own uncertainty: (samples, n)."""
+
+    @classmethod
+    def of(cls, covariance: Array, model: NoiseModel, samples: int, seed: int) -> Noise:
+        runs = len(covariance)
+        generator = np.random.default_rng(seed)
+        draws, normals = generator.standard_normal((2, samples, runs))
+        values, vectors = np.linalg.eigh(covariance)
+        root = vectors * np.sqrt(np.maximum(values, 0))
+        return cls(model, covariance, draws @ root.T, normals, generator.uniform(size=(samples, runs)))
+
+    @property
+    def known(self) -> bool:
+        return self.model != "scatter"
+
+    @property
+    def variances(self) -> Array:
+        return np.diagonal(self.covariance)
+
+    @classmethod
+    def of_draws(cls, values: Array, draws: Array, seed: int) -> Noise:
+        """Errors of numbers that carry draws already (samples, n); by their scatter alone where draws are NaN."""
+        samples, count = draws.shape
+        errors = draws - values
+        covariance = np.atleast_2d(np.cov(errors, rowvar=False))
+        if not np.all(np.diagonal(covariance) > 1e-24):  # NaN, or numbers that are exact
+            return cls.of(np.zeros((count, count)), "scatter", samples, seed)
+        generator = np.random.default_rng(seed)
+        normals = generator.standard_normal((samples, count))
+        return cls("covariance", covariance, errors, normals, generator.uniform(size=(samples, count)))
+
+    def take(self, rows: npt.ArrayLike) -> Noise:
+        """Of some of the runs, draws and all."""
+        rows = np.asarray(rows, np.intp)
+        parts = (values[:, rows] for values in (self.errors, self.normals, self.uniforms))
+        return Noise(self.model, self.covariance[np.ix_(rows, rows)], *parts)
+
+    def weights(self, tau: float = 0.0) -> Array:
+        """Inverse variances of the log losses; ones where errors are not known.
+
+        The diagonal alone: weighing by the whole inverse of an estimated, nearly singular matrix can put a fit
+        outside of its points (Peelle's pertinent puzzle). Correlations enter by the draws.
+        """
+        return 1 / (self.variances + tau**2) if self.known else np.ones(len(self.covariance))
+
+    def spread(self, residuals: Array, design: Array) -> Spread:
+        """tau from the residuals of a least-squares fit with ``weights()``, by moments.
+
+        tau^2 = max(0, (RSS - tr(M V)) / tr(M W)), RSS weighted and M the residual maker of the weighted problem.
+
+        Args:
+            residuals: of log loss (n,).
+            design: derivatives of the fitted values by the parameters (n, p).
+        """
+        weights = self.weights()
+        root = np.sqrt(weights)
+        count, parameters = design.shape
+        dof = count - parameters
+        if dof <= 0:
+            return Spread(0.0 if self.known else np.nan, 0, np.nan)
+        basis, _ = np.linalg.qr(root[:, None] * design)
+        maker = np.eye(count) - basis @ basis.T
+        expected = np.sum(maker * (root[:, None] * self.covariance * root))
+        squares = float(np.sum(weights * residuals**2))
+        tau = np.sqrt(max(0.0, squares - expected) / np.sum(np.diagonal(maker) * weights))
+        return Spread(float(tau), dof, squares / expected if self.known else np.nan)
+
+    def draws(self, spread: Spread) -> Array:
+        """Errors of the log losses in every draw, N(0, V + tau*^2 I): (samples, n). NaN where nothing is known."""
+        return self.errors + drawn_tau(spread, self.uniforms[:, 0])[:, None] * self.normals
+
+
+def drawn_tau(spread: Spread, uniforms: Array) -> Array:
+    """tau* of every draw: dof tau^2 / chi^2_dof, the spread's own uncertainty."""
+    if not spread.tau > 0:  # zero, or NaN
+        return np.full(len(uniforms), spread.tau)
+    return spread.tau * np.sqrt(spread.dof / stats.chi2.ppf(uniforms, spread.dof))
+
+
+# --- linear fits -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """Weighted least squares: the parameters (p,), their draws (samples, p), and what the points scatter about it."""
+
+    theta: Array
+    draws: Array
+    spread: Spread
+    residual: float
+    """Root mean square."""
+    solve: Array
+    """theta = solve @ y."""
+
+
+def fit_linear(design: Array, y: Array, noise: Noise) -> LinearFit:
+    """Least squares of y (n,) on a design (n, p), each point weighed by its own error and the spread beyond it."""
+    spread = noise.spread(y - design @ (solver(design, noise.weights()) @ y), design)
+    solve = solver(design, noise.weights(np.nan_to_num(spread.tau)))
+    theta = solve @ y
+    residual = float(np.sqrt(np.mean((y - design @ theta) ** 2)))
+    return LinearFit(theta, theta + noise.draws(spread) @ solve.T, spread, residual, solve)
+
+
+def solver(design: Array, weights: Array) -> Array:
+    """Weighted least squares as a matrix (p, n): theta = solver @ y."""
+    root = np.sqrt(weights)
+    return np.linalg.pinv(root[:, None] * design) * root
+
+
+# --- of a results table ----------------------------------------------------------------------------------------------
+
+
+def noise_of_runs(runs: pd.DataFrame, covariance: pd.DataFrame | None, samples: int, seed: int) -> Noise:
+    """The noise of a results table's runs, both objectives at once.
+
+    Args:
+        runs: usable runs.
+        covariance: of the runs' ``val_nats_per_token`` in nats^2, index and columns ``run@steps``; None: by the
+            table's standard errors, or, where one of them is missing or zero, by the scatter alone.
+        samples: bootstrap draws.
+        seed: of the draws.
+
+    Raises:
+        UserError: the covariance lacks a run, or is no covariance.
+    """
+    loss, stderr = losses(runs, "nats_per_token")
+    if covariance is not None:
+        relative = _matching(covariance, runs) / np.outer(loss, loss)
+        return Noise.of(relative, "covariance", samples, seed)
+    if np.all(np.isfinite(stderr) & (stderr > 0)):
+        return Noise.of(np.diag((stderr / loss) ** 2), "standard errors", samples, seed)
+    return Noise.of(np.zeros((len(runs), len(runs))), "scatter", samples, seed)
+
+
+def run_names(runs: pd.DataFrame) -> list[str]:
+    """``run@steps``: what a covariance's rows and columns are called."""
+    return [f"{run}@{steps}" for run, steps in zip(runs["run"], runs["steps"], strict=True)]
+
+
+def _matching(covariance: pd.DataFrame, runs: pd.DataFrame) -> Array:
+    names = run_names(runs)
+    missing = [name for name in names if name not in covariance.index or name not in covariance.columns]
+    if missing:
+        raise UserError(
+            f"covariance: {len(missing)} of {len(names)} runs are not in it ({missing[0]} …); "
+            "collect both files from the same runs, or remove the covariance file"
+        )
+    if covariance.index.has_duplicates or covariance.columns.has_duplicates:
+        raise UserError("covariance: a run's name stands in it twice; write it again")
+    matrix = covariance.loc[names, names].to_numpy(float)
+    largest = np.max(np.abs(matrix)) if np.all(np.isfinite(matrix)) else np.nan
+    if not (largest > 0 and np.allclose(matrix, matrix.T, atol=1e-9 * largest)):
+        raise UserError("covariance: not finite, not symmetric, or all zero; write it again")
+    if np.linalg.eigvalsh(matrix)[0] < -1e-6 * largest * len(matrix) or np.any(np.diagonal(matrix) <= 0):
+        raise UserError("covariance: negative along some direction, so it is none; write it again")
+    return (matrix + matrix.T) / 2

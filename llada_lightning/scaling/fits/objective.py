@@ -1,0 +1,85 @@
+"""All fits of one objective's runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from llada_lightning.scaling.fits.envelope import EnvelopeFit, fit_envelope
+from llada_lightning.scaling.fits.isoflop import IsoflopFit, fit_isoflop
+from llada_lightning.scaling.fits.multiplier import FrontierLine, Line, LossLine, Method
+from llada_lightning.scaling.fits.noise import Noise
+from llada_lightning.scaling.fits.parametric import ParametricFit, fit_parametric, what_lacks
+from llada_lightning.scaling.fits.runs import Unit
+from llada_lightning.scaling.flops import Convention
+
+
+@dataclass(frozen=True)
+class ObjectiveFits:
+    """One objective by all methods; ``parametric`` is None where there are too few runs, and its note says so."""
+
+    objective: str
+    envelope: dict[Convention, EnvelopeFit]
+    isoflop: dict[Convention, IsoflopFit]
+    parametric: ParametricFit | None
+    parametric_note: str | None
+
+    def line(self, method: Method, convention: Convention) -> LossLine | None:
+        """The best loss against FLOPs by a method; None where it has no fit."""
+        if method == "envelope":
+            envelope = self.envelope[convention]
+            return Line(envelope.law, envelope.flops_range) if envelope.law else None
+        if method == "isoflop":
+            isoflop = self.isoflop[convention]
+            return Line(isoflop.loss_curve, isoflop.flops_range) if isoflop.loss_curve else None
+        return FrontierLine(self.parametric, convention) if self.parametric else None
+
+    def notes(self) -> list[str]:
+        """What is to be said of the fits, each with the fit's name."""
+        found = [
+            f"{self.objective}, {method}, {convention}: {fit.note}"
+            for method, fits in (("envelope", self.envelope), ("isoflop", self.isoflop))
+            for convention, fit in fits.items()
+            if fit.note
+        ]
+        biased = [
+            f"{self.objective}, isoflop, {convention}: N_opt at {budget.flops:.2g} FLOPs moves by "
+            f"{budget.grid_sensitivity:.0%} with a cubic term or without the outermost shapes, beyond its interval"
+            for convention, fit in self.isoflop.items()
+            for budget in fit.budgets
+            if budget.biased
+        ]
+        parametric = self.parametric.note if self.parametric else self.parametric_note
+        return [*found, *biased, *([f"{self.objective}, parametric: {parametric}"] if parametric else [])]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "parametric": self.parametric.as_dict() if self.parametric else {"note": self.parametric_note},
+            "isoflop": {name: fit.as_dict() for name, fit in self.isoflop.items()},
+            "envelope": {name: fit.as_dict() for name, fit in self.envelope.items()},
+        }
+
+
+def fit_objective(
+    objective: str, runs: pd.DataFrame, conventions: tuple[Convention, ...], unit: Unit, noise: Noise, seed: int = 0
+) -> ObjectiveFits:
+    """Every method on one objective's runs.
+
+    Args:
+        objective: ``arm`` or ``llada``.
+        runs: its usable runs.
+        conventions: by which its FLOPs are counted.
+        unit: of the losses.
+        noise: of these runs, in their order.
+        seed: of the draws of the isoFLOP laws' own spread.
+    """
+    lacking = what_lacks(runs)
+    return ObjectiveFits(
+        objective,
+        {name: fit_envelope(runs, name, unit, noise) for name in conventions},
+        {name: fit_isoflop(runs, name, unit, noise, seed) for name in conventions},
+        None if lacking else fit_parametric(runs, conventions, unit, noise),
+        lacking,
+    )
