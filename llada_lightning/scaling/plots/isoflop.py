@@ -139,10 +139,11 @@ def _curves_legend(runs: pd.DataFrame, fits: StudyFits, convention: Convention) 
             Line2D([], [], color=INK, linestyle="", marker="*", markersize=8, label="optimum, 95 %"),
         ]
     if not all(budget.interior for budget in budgets):
-        handles += [
-            Line2D([], [], color=GREY, linewidth=1.4, linestyle=":", label="parabola without"),
-            Line2D([], [], color=INK, linestyle="", marker=">", markersize=8, label="optimum inside"),
-        ]
+        label = "optimum outside\nof the shapes tried"
+        handles.append(
+            Line2D([], [], color=GREY, linewidth=1.4, linestyle=":", marker=">", markerfacecolor=INK,
+                   markeredgecolor=INK, markersize=7, label=label)
+        )  # fmt: skip
     counted = "6ND" if convention == "6nd" else "total"
     notes = [note(f"numbers: training\nFLOPs ({counted})")]
     if np.isfinite(losses(runs, fits.unit)[1]).any():

@@ -10,7 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from llada_lightning.scaling.fits import IsoflopFit, ParametricFit, StudyFits
+from llada_lightning.scaling.fits import (
+    BUDGET_TOLERANCE,
+    IsoflopBudget,
+    IsoflopFit,
+    ObjectiveFits,
+    ParametricFit,
+    StudyFits,
+)
 from llada_lightning.scaling.flops import Convention
 from llada_lightning.scaling.plots.style import (
     GREY,
@@ -23,6 +30,7 @@ from llada_lightning.scaling.plots.style import (
     exponent_text,
     flops_axis,
     flops_label,
+    hold_limits,
     interval_bars,
     label_counts,
     new_figure,
@@ -46,13 +54,14 @@ def optimum(fits: StudyFits, convention: Convention = "6nd") -> StudyFigure:
     figure = new_figure(11.4, 3.6)
     panels = figure.subplots(1, 3)
     for objective, fit in fits.objectives.items():
-        _draw_isoflop(panels, fit.isoflop[convention], STYLES[objective])
-        if fit.parametric is not None:
+        _draw_isoflop(panels, _interior(fit, convention), fit.isoflop[convention], STYLES[objective])
+        if fit.parametric is not None and _has_frontier(fit, convention):
             _draw_frontier(panels, fit.parametric, STYLES[objective], convention)
     for panel, title in zip(panels, _TITLES, strict=True):
         panel.set_title(title, fontsize=10, color=INK)
         panel.set_yscale("log")
         flops_axis(panel)
+        hold_limits(panel, np.concatenate([np.ravel(line.get_ydata()) for line in panel.get_lines()]), 10)
         label_counts(panel.yaxis, panel.get_ylim())
         dress(panel)
     figure.supxlabel(flops_label(convention), fontsize=10, color=INK)
@@ -60,8 +69,24 @@ def optimum(fits: StudyFits, convention: Convention = "6nd") -> StudyFigure:
     return figure
 
 
-def _draw_isoflop(panels: Sequence[Axes], fit: IsoflopFit, style: Style) -> None:
-    budgets = [budget for budget in fit.budgets if budget.interior]
+def has_optimum(fits: StudyFits, convention: Convention) -> bool:
+    """Whether there is anything to draw: an IsoFLOP optimum inside of its grid, or a frontier over some budgets."""
+    return any(_interior(fit, convention) or _has_frontier(fit, convention) for fit in fits.objectives.values())
+
+
+def _interior(fit: ObjectiveFits, convention: Convention) -> list[IsoflopBudget]:
+    return [budget for budget in fit.isoflop[convention].budgets if budget.interior]
+
+
+def _has_frontier(fit: ObjectiveFits, convention: Convention) -> bool:
+    """A frontier over the budgets fitted on is a line only where they differ."""
+    if fit.parametric is None:
+        return False
+    low, high = fit.parametric.flops_ranges[convention]
+    return high > low * BUDGET_TOLERANCE
+
+
+def _draw_isoflop(panels: Sequence[Axes], budgets: list[IsoflopBudget], fit: IsoflopFit, style: Style) -> None:
     if not budgets:
         return
     flops = np.array([budget.flops for budget in budgets])
@@ -106,18 +131,21 @@ def _draw_frontier(panels: Sequence[Axes], fit: ParametricFit, style: Style, con
 def _legend(fits: StudyFits, convention: Convention) -> list[list[Artist]]:
     groups: list[list[Artist]] = []
     for objective, fit in fits.objectives.items():
-        laws = fit.isoflop[convention]
+        fitted = fit.isoflop[convention]
         texts = [
             exponent_text(symbol, law.exponent)
-            for symbol, law in (("N", laws.n_law), ("D", laws.d_law))
+            for symbol, law in (("N", fitted.n_law), ("D", fitted.d_law))
             if law is not None
         ]
         style = STYLES[objective]
-        groups.append([style.handle("\n".join([objective, *texts]), marker=style.marker)])
-    notes: list[Artist] = []
-    if any(budget.interior for fit in fits.objectives.values() for budget in fit.isoflop[convention].budgets):
-        notes.append(note("points, lines: IsoFLOP"))
-    if any(fit.parametric is not None for fit in fits.objectives.values()):
-        middle = Line2D([], [], color=GREY, linestyle=":", linewidth=1.6, label="parametric frontier")
-        notes += [middle, Patch(color=GREY, alpha=0.3, linewidth=0, label="its 95 %")]
-    return [*groups, [*notes, note("bars and [ ]: 95 %")]]
+        marker = style.marker if _interior(fit, convention) else ""
+        groups.append([style.handle("\n".join([objective, *texts]), marker=marker)])
+    members = fits.objectives.values()
+    isoflop = any(_interior(fit, convention) for fit in members)
+    frontier = any(_has_frontier(fit, convention) for fit in members)
+    middle = Line2D([], [], color=GREY, linestyle=":", linewidth=1.6, label="parametric frontier")
+    band = Patch(color=GREY, alpha=0.3, linewidth=0, label="its 95 %")
+    laws = any(fit.isoflop[convention].n_law is not None for fit in members)
+    points = note("points, lines: IsoFLOP" if laws else "points: IsoFLOP")
+    ends = note("bars and [ ]: 95 %" if laws else "bars: 95 %")
+    return [*groups, [points, ends] if isoflop else [], [middle, band] if frontier else []]

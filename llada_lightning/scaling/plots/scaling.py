@@ -31,6 +31,7 @@ from llada_lightning.scaling.plots.style import (
     exponent_text,
     flops_axis,
     flops_label,
+    hold_limits,
     label_plain,
     marker_handle,
     markers_of,
@@ -70,6 +71,8 @@ def scaling_curve(table: pd.DataFrame, fits: StudyFits, convention: Convention =
         _draw_runs(axes, members, convention, fits.unit, style, markers)
     axes.set_yscale("log")  # a power law is a straight line
     axes.margins(x=0.06, y=0.08)
+    drawn = losses(runs, fits.unit)[0]
+    hold_limits(axes, drawn, max(1.1, drawn.max() / drawn.min()))
     axes.set_ylabel(f"validation loss ({UNIT_NAMES[fits.unit]})", color=INK)
     axes.set_xlabel(flops_label(convention), color=INK)
     flops_axis(axes)

@@ -10,7 +10,7 @@ from llada_lightning.scaling.fits import StudyFits, usable_runs
 from llada_lightning.scaling.flops import Convention
 from llada_lightning.scaling.plots.isoflop import isoflop_curves
 from llada_lightning.scaling.plots.multiplier import compute_multiplier
-from llada_lightning.scaling.plots.optimum import optimum
+from llada_lightning.scaling.plots.optimum import has_optimum, optimum
 from llada_lightning.scaling.plots.parametric import parametric_residuals
 from llada_lightning.scaling.plots.scaling import scaling_curve
 from llada_lightning.scaling.plots.style import StudyFigure, check_counted, write_figure
@@ -32,7 +32,7 @@ def study_figures(table: pd.DataFrame, fits: StudyFits, convention: Convention =
     figures = {"scaling": scaling_curve(table, fits, convention)}
     if budgets:
         figures["isoflop"] = isoflop_curves(table, fits, convention)
-    if laws or any(budget.interior for budget in budgets):
+    if has_optimum(fits, convention):
         figures["optimum"] = optimum(fits, convention)
     if fits.compute_multiplier or fits.multiplier_curve:
         figures["multiplier"] = compute_multiplier(fits)

@@ -146,9 +146,9 @@ def flops_axis(axes: Axes) -> None:
 
 
 def label_powers(axis: Axis, limits: tuple[float, float]) -> None:
-    """Powers of ten, with 3 in between where the axis spans less than two decades and a half."""
+    """Powers of ten, with 3, or 2 and 5, in between where there is room."""
     low, high = limits
-    subs = (1.0, 3.0) if high / low < 10**2.5 else (1.0,)
+    subs = (1.0, 2.0, 5.0) if high / low < 15 else (1.0, 3.0) if high / low < 10**2.5 else (1.0,)
     axis.set_major_locator(LogLocator(10, subs=subs, numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
     axis.set_minor_locator(LogLocator(10, subs="all", numticks=100))
@@ -171,6 +171,12 @@ def label_counts(axis: Axis, limits: tuple[float, float]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
     axis.set_minor_locator(LogLocator(10, subs="all", numticks=100))
     axis.set_minor_formatter(NullFormatter())
+
+
+def hold_limits(axes: Axes, values: npt.ArrayLike, factor: float) -> None:
+    """Keeps a logarithmic y axis within a factor of the values: an interval that is nearly open may leave the panel."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, np.min(values) / factor), min(high, np.max(values) * factor))
 
 
 def label_plain(axis: Axis, bins: int = 7) -> None:
