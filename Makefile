@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LLADA := $(BIN)/python -m llada_lightning
 JOBS ?= 2
 
-.PHONY: help setup quickstart test lint format notebooks bench clean
+.PHONY: help setup quickstart test test-slow lint format notebooks bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test: setup  ## lint, types and tests
 	$(MAKE) lint
 	$(BIN)/python -m pytest
 
+test-slow: setup  ## the tests that take minutes: coverage of the fits' intervals in full
+	$(BIN)/python -m pytest -m slow
+
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,6 +53,7 @@ bench: setup  ## speed and size on this machine, each a ratio in one run
 	$(BIN)/python benchmarks/fit_overhead.py
 	$(BIN)/python benchmarks/stream_speed.py
 	$(BIN)/python benchmarks/prepare_speed.py
+	$(BIN)/python benchmarks/fit_speed.py
 
 clean:  ## remove the environment and caches; data and runs stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,48 +1,42 @@
-"""``llada curves``: from a results table to fits, figures and a table for people."""
+"""``llada curves``: a results table -> fits, figures and tables for people."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
 
 from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
 from llada_lightning.errors import UserError
 from llada_lightning.files import write_json
-from llada_lightning.scaling.fits import (
-    MIN_BUDGETS,
-    OBJECTIVES,
-    UNIT_NAMES,
-    UNITS,
-    Fits,
-    best_of_budgets,
-    budget_groups,
-    fit_table,
-    flops_column,
-    losses,
-    usable_runs,
-)
+from llada_lightning.scaling.curves_report import print_report
+from llada_lightning.scaling.fits import UNITS, StudyFits, fit_table, usable_runs
 from llada_lightning.scaling.flops import CONVENTION_NAMES, CONVENTIONS, Convention
 from llada_lightning.scaling.results import read_results
-from llada_lightning.scaling.shapes import format_count
+
+PUBLISHED = "published"
+"""In place of a table's path: the published isoFLOP study that the package holds."""
 
 
 def curves_command(argv: list[str]) -> int:
-    """``llada curves results.csv --out DIR``: a results table -> ``fits.json``, ``scaling.png`` and a table of runs.
+    """``llada curves results.csv --out DIR``: a results table -> ``fits.json``, figures, and what they say.
 
     Raises:
         UserError: the table cannot be read, or holds no usable run, or losses that cannot be compared.
     """
     parser = CommandParser(prog="llada curves", description="Fit and draw loss against training FLOPs.")
-    parser.add_argument("results", type=str, metavar="RESULTS", help="table that `llada collect` wrote")
-    parser.add_argument("--out", type=str, required=True, metavar="DIR", help="folder of fits.json and scaling.png")
     parser.add_argument(
-        "--convention", choices=CONVENTIONS, default="6nd", help="FLOPs counted: 6ND, or with attention and head"
+        "results",
+        type=str,
+        metavar="RESULTS",
+        help="table that `llada collect` wrote, or `published`: the isoFLOP study that ships with the package",
+    )
+    parser.add_argument("--out", type=str, required=True, metavar="DIR", help="folder of fits.json and the figures")
+    parser.add_argument(
+        "--convention",
+        choices=CONVENTIONS,
+        default="6nd",
+        help="FLOPs that are drawn and printed: 6ND, or with attention and head; fits.json holds both",
     )
     parser.add_argument("--unit", choices=UNITS, default="nats_per_token", help="unit of the loss")
     parser.add_argument("--samples", type=int, default=4000, help="bootstrap draws")
@@ -51,89 +45,57 @@ def curves_command(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.samples < 100:
         raise UserError(f"curves: --samples is {options.samples}; 95 % intervals need at least 100")
-    table = read_results(options.results)
-    fits = fit_table(table, options.convention, options.unit, samples=options.samples, seed=options.seed)
+    table, covariance = _read(options.results)
+    fits = fit_table(table, unit=options.unit, samples=options.samples, seed=options.seed, covariance=covariance)
+    if options.convention not in fits.conventions:
+        counted = " and ".join(fits.conventions)
+        name = CONVENTION_NAMES[options.convention]
+        raise UserError(f"curves: --convention {options.convention}: the table lacks FLOPs by {name}; it has {counted}")
     left_out = len(table) - len(usable_runs(table))
     if left_out:
         people_console(stderr=True).print(f"{left_out} of {len(table)} rows left out: not done, or no finite loss")
-    files = _write_curves(table, fits, Path(options.out))
+    files = _write(table, fits, Path(options.out), options.convention)
     if options.json:
-        print_json({**files, "left_out": left_out, **fits.as_dict()})
+        names = {"fits": files[0], "figures": dict(files[1])}
+        print_json({**names, "convention": options.convention, "left_out": left_out, **fits.as_dict()})
     else:
-        _print_curves(table, fits, files)
+        print_report(table, fits, options.convention, [files[0], *files[1].values()])
     return 0
 
 
-def _write_curves(table: pd.DataFrame, fits: Fits, folder: Path) -> dict[str, str]:
-    from llada_lightning.scaling.plots import scaling_curve  # matplotlib takes a second to import
+def _read(results: str) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """The table, and the covariance of its losses where a file beside it holds one."""
+    if results == PUBLISHED:
+        from llada_lightning.scaling.reference import published_isoflop
 
-    fits_path, figure_path = folder / "fits.json", folder / "scaling.png"
-    write_json(fits_path, fits.as_dict())
-    scaling_curve(table, fits, figure_path, fits.convention, fits.unit)
-    return {"fits": str(fits_path), "figure": str(figure_path)}
-
-
-def _print_curves(table: pd.DataFrame, fits: Fits, files: dict[str, str]) -> None:
-    console = people_console()
-    console.print(runs_table(table, fits.convention), end="\n\n")
-    for objective, fit in fits.envelopes.items():
-        if fit.law is None:
-            console.print(
-                f"{objective}: no fit, budgets on the envelope: {len(fit.points)}; at least {MIN_BUDGETS} are needed"
-            )
-            continue
-        low, high = fit.law.interval_b
-        law = f"{fit.law.a:.3f} {UNIT_NAMES[fits.unit]} x (C / {fit.law.c0:.3g})^-{fit.law.b:.4f}"
-        console.print(f"{objective}: loss = {law}, exponent's 95 % interval {low:.4f} to {high:.4f}", soft_wrap=True)
-    for entry in fits.compute_multiplier:
-        console.print(
-            f"compute multiplier of llada at arm's {entry.arm_flops:.3g} FLOPs ({CONVENTION_NAMES[entry.convention]}): "
-            f"{entry.multiplier:.2f}, 95 % interval {entry.low:.2f} to {entry.high:.2f}",
-            soft_wrap=True,
-        )
-    if len(fits.envelopes) == len(OBJECTIVES) and not fits.compute_multiplier:
-        console.print("compute multiplier: none, the fits are missing or reach no common loss")
-    console.print(f"-> {escape(files['fits'])}, {escape(files['figure'])}", soft_wrap=True)
+        return published_isoflop(), None
+    table, path = read_results(results), covariance_path(Path(results))
+    return table, read_covariance(path) if path.is_file() else None
 
 
-def runs_table(table: pd.DataFrame, convention: Convention = "6nd") -> Table:
-    """The usable runs as a table for people (80 columns wide), the best of each objective's budgets marked."""
-    title = f"Budgets in training FLOPs ({CONVENTION_NAMES[convention]})"
-    picture = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0), show_edge=False)
-    picture.add_column("objective", no_wrap=True)
-    picture.add_column("shape", overflow="fold")
-    for name in ("budget", "N", "tokens", "loss ± s.e."):
-        picture.add_column(name, justify="right", no_wrap=True)
-    picture.add_column("kind", no_wrap=True)
-    for name in ("bits/byte", "tokens/s"):
-        picture.add_column(name, justify="right", no_wrap=True)
-    picture.add_column("best", no_wrap=True)
-    runs = usable_runs(table)
-    for objective in OBJECTIVES:
-        members = _in_order(runs[runs["objective"] == objective], convention)
-        best = set(best_of_budgets(members, convention, "nats_per_token"))
-        for row in range(len(members)):
-            picture.add_row(*_row(members.iloc[row], convention), "best" if row in best else "")
-        picture.add_section()
-    return picture
+def covariance_path(results: Path) -> Path:
+    """Where the covariance of a table's losses stands: ``results.covariance.csv`` beside ``results.csv``."""
+    return results.with_name(f"{results.stem}.covariance.csv")
 
 
-def _in_order(runs: pd.DataFrame, convention: Convention) -> pd.DataFrame:
-    """By budget, then by size: the FLOPs themselves differ within a budget by a part of a step."""
-    ordered = runs.assign(_budget=budget_groups(runs[flops_column(convention)]))
-    return ordered.sort_values(["_budget", "params_nonembedding"], ignore_index=True)
+def read_covariance(path: Path) -> pd.DataFrame:
+    """A square table of covariances in nats^2, first column and header ``run@steps``.
+
+    Raises:
+        UserError: the file is no such table.
+    """
+    try:
+        matrix = pd.read_csv(path, index_col=0, dtype={0: str}).astype(float)
+    except (ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise UserError(f"{path}: not a table of numbers ({error}); write it again, or remove it") from error
+    if sorted(matrix.index) != sorted(matrix.columns):
+        raise UserError(f"{path}: rows and columns are not of the same runs; write it again, or remove it")
+    return matrix
 
 
-def _row(run: Any, convention: Convention) -> list[str]:
-    loss, stderr = (values[0] for values in losses(run.to_frame().T, "nats_per_token"))
-    return [
-        run["objective"],
-        escape(str(run["shape"])),
-        f"{run[flops_column(convention)]:.1e}".replace("e+", "e"),
-        format_count(run["params_nonembedding"]),
-        format_count(run["tokens"]),
-        f"{loss:.3f} ± {stderr:.3f}" if math.isfinite(stderr) else f"{loss:.3f}",
-        run["val_kind"],
-        f"{run['val_bits_per_byte']:.3f}",
-        f"{run['tokens_per_second']:,.0f}",
-    ]
+def _write(table: pd.DataFrame, fits: StudyFits, folder: Path, convention: Convention) -> tuple[str, dict[str, str]]:
+    from llada_lightning.scaling.plots import draw_study  # matplotlib takes a second to import
+
+    path = folder / "fits.json"
+    write_json(path, fits.as_dict())
+    return str(path), draw_study(table, fits, folder, convention)

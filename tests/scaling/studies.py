@@ -86,7 +86,7 @@ def study(
     return table_of_records(records)
 
 
-# --- worlds whose laws are those of the fits ---------------------------------------------------------------------------
+# --- worlds whose laws are those of the fits -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,15 @@ CHINCHILLA = {
 }
 VALLEYS = {"arm": Valleys(3.6, 0.06, 5e7, 0.5), "llada": Valleys(3.8, 0.055, 4e7, 0.48)}
 World = Mapping[str, Chinchilla | Valleys]
-SIMULATED_BUDGETS = tuple(np.geomspace(1e17, 1e19, 5))
+SIMULATED_BUDGETS = tuple(np.geomspace(1e17, 1e19, 6))
 
 
 def true_multiplier(world: World, arm_flops: float) -> float:
     """FLOPs by 6ND at which ``llada`` reaches what ``arm`` reaches at the given ones, over these."""
     goal = world["arm"].best(arm_flops)
-    root = brentq(lambda x: np.log(world["llada"].best(np.exp(x)) / goal), np.log(arm_flops) - 20, np.log(arm_flops) + 20)
+    root = brentq(
+        lambda x: np.log(world["llada"].best(np.exp(x)) / goal), np.log(arm_flops) - 20, np.log(arm_flops) + 20
+    )
     return float(np.exp(root) / arm_flops)
 
 
@@ -159,7 +161,7 @@ def simulated_study(
     shared: float = 0.0,
     stderr: bool = True,
     budgets: tuple[float, ...] = SIMULATED_BUDGETS,
-    shapes: int = 6,
+    shapes: int = 5,
     width: float = 4.0,
     drift: float = 0.0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -174,7 +176,7 @@ def simulated_study(
         budgets: in FLOPs by 6ND.
         shapes: at each budget, evenly in log N between N_opt / width and N_opt * width.
         width: see ``shapes``.
-        drift: by how much log N of the grid's centre is off at the first budget, and by as much the other way at the last.
+        drift: by how much log N of the grid's centre is off at the first budget, as much the other way at the last.
     """
     generator = np.random.default_rng(seed)
     common = shared * generator.standard_normal()

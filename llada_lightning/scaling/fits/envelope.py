@@ -92,6 +92,10 @@ def envelope_rows(runs: pd.DataFrame, convention: Convention, unit: Unit) -> lis
 
 def _points(runs: pd.DataFrame, rows: list[int], convention: Convention, unit: Unit) -> list[EnvelopePoint]:
     members = runs.iloc[rows]
-    columns = (members[flops_column(convention)].to_numpy(float), *losses(members, unit))
-    names = (members["run"].astype(str), members["shape"].astype(str))
-    return [EnvelopePoint(*map(float, values[:3]), *values[3:]) for values in zip(*columns, *names, strict=True)]
+    flops = members[flops_column(convention)].to_numpy(float)
+    loss, stderr = losses(members, unit)
+    names = zip(members["run"].astype(str), members["shape"].astype(str), strict=True)
+    return [
+        EnvelopePoint(float(flops[i]), float(loss[i]), float(stderr[i]), run, shape)
+        for i, (run, shape) in enumerate(names)
+    ]

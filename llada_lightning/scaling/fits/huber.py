@@ -7,6 +7,7 @@ of order one, and no sign to watch over.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from llada_lightning.scaling.fits.estimate import Array
 
@@ -45,7 +46,7 @@ def huber(residuals: Array, delta: float) -> Array:
 
 def fit_many(
     start: Array, log_losses: Array, log_n: Array, log_d: Array, delta: float, *, most_steps: int = 300
-) -> tuple[Array, Array]:
+) -> tuple[Array, npt.NDArray[np.bool_]]:
     """Levenberg-Marquardt on the sum of Huber losses, vectorised over the fits.
 
     The damped matrix is H + lambda M: H is the Hessian of the points within delta (Gauss-Newton), M that of the
@@ -98,6 +99,7 @@ def _step(residuals: Array, jacobian: Array, damping: Array, delta: float) -> tu
     matrix = transposed @ (weights[:, :, None] * jacobian)
     floor = 1e-12 * (1 + damping)[:, None] * (1 + np.trace(matrix, axis1=1, axis2=2)[:, None])
     matrix[:, np.arange(PARAMETERS), np.arange(PARAMETERS)] += floor
-    step = -np.linalg.solve(matrix, gradient[:, :, None])[:, :, 0]
+    step: Array = -np.linalg.solve(matrix, gradient[:, :, None])[:, :, 0]
     step *= np.minimum(1.0, _LONGEST_STEP / np.maximum(np.abs(step).max(axis=1), 1e-300))[:, None]
-    return step, -np.sum(gradient * step, axis=1) / 2
+    gain: Array = -np.sum(gradient * step, axis=1) / 2
+    return step, gain

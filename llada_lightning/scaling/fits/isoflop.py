@@ -44,7 +44,7 @@ class IsoflopBudget:
     interior: bool
     """Whether the optimum lies between the smallest and the largest shape; if not, the laws leave it out."""
     grid_sensitivity: float | None
-    """The largest relative change of N_opt by a cubic term or without the outermost shapes; None with under 5 shapes."""
+    """The largest relative change of N_opt by a cubic term or without the outermost shapes; None below 5 shapes."""
     biased: bool
     """Whether that change goes beyond N_opt's interval."""
     draws: Array = field(repr=False, compare=False)
@@ -183,8 +183,8 @@ def fit_isoflop(runs: pd.DataFrame, convention: Convention, unit: Unit, noise: N
     weights = np.split(pooled.weights(np.nan_to_num(fit.spread.tau)), ends)
     cost = TokenCost.of_runs(runs, convention)
     budgets = [
-        _fit_budget(valley, runs.iloc[valley.rows], unit, *noise_of_budget, cost)
-        for valley, *noise_of_budget in zip(valleys, weights, errors, strict=True)
+        _fit_budget(valley, runs.iloc[valley.rows], unit, own_weights, own_errors, cost)
+        for valley, own_weights, own_errors in zip(valleys, weights, errors, strict=True)
     ]
     return _with_laws(convention, budgets, cost, notes, seed)
 
@@ -224,7 +224,7 @@ def _fit_budget(
     x_opt, drawn_x = _vertex(coefficients, valley.x), _vertex(draws, valley.x)
     log_n, drawn_n = valley.center + float(x_opt), valley.center + _opened(drawn_x, valley.x)
     log_d, drawn_d = (np.log(valley.flops) - cost(value) for value in (log_n, drawn_n))
-    n_opt = Estimate.of(np.exp(log_n), np.exp(drawn_n))
+    n_opt = Estimate.of(float(np.exp(log_n)), np.exp(drawn_n))
     shifts = _grid_shifts(valley, weights, errors, float(x_opt), drawn_x)
     loss, stderr = losses(runs, unit)
     return IsoflopBudget(
@@ -236,9 +236,9 @@ def _fit_budget(
         center=valley.center,
         coefficients=coefficients,
         n_opt=n_opt,
-        d_opt=Estimate.of(np.exp(log_d), np.exp(drawn_d)),
-        tokens_per_param=Estimate.of(np.exp(log_d - log_n), np.exp(drawn_d - drawn_n)),
-        loss_opt=Estimate.of(np.exp(_at(coefficients, x_opt)), np.exp(_at(draws, drawn_x))),
+        d_opt=Estimate.of(float(np.exp(log_d)), np.exp(drawn_d)),
+        tokens_per_param=Estimate.of(float(np.exp(log_d - log_n)), np.exp(drawn_d - drawn_n)),
+        loss_opt=Estimate.of(float(np.exp(_at(coefficients, x_opt))), np.exp(_at(draws, drawn_x))),
         interior=bool(coefficients[2] > 0 and valley.x.min() < x_opt < valley.x.max()),
         grid_sensitivity=max((float(np.expm1(abs(shift.value))) for shift in shifts), default=None),
         biased=any(
@@ -313,7 +313,9 @@ def _with_laws(
     if outside:
         notes.append(f"optimum outside of the grid at {', '.join(outside)} FLOPs, left out of the laws; move the grid")
     if len(inside) < MIN_BUDGETS:
-        notes.append(f"no laws: {len(inside)} budgets with an optimum inside the grid; at least {MIN_BUDGETS} are needed")
+        notes.append(
+            f"no laws: {len(inside)} budgets with an optimum inside the grid; at least {MIN_BUDGETS} are needed"
+        )
         return IsoflopFit(convention, budgets, None, None, None, None, "; ".join(notes))
     log_c = np.log([budget.flops for budget in inside])
     log_n = np.log([budget.n_opt.value for budget in inside])

@@ -163,7 +163,8 @@ def fit_linear(design: Array, y: Array, noise: Noise) -> LinearFit:
 def solver(design: Array, weights: Array) -> Array:
     """Weighted least squares as a matrix (p, n): theta = solver @ y."""
     root = np.sqrt(weights)
-    return np.linalg.pinv(root[:, None] * design) * root
+    solution: Array = np.linalg.pinv(root[:, None] * design) * root
+    return solution
 
 
 # --- of a results table ----------------------------------------------------------------------------------------------

@@ -57,7 +57,9 @@ def check_complete(runs: pd.DataFrame, unit: Unit) -> None:
         wrong = ~_positive(runs[column])
         if wrong.any():
             name = runs.loc[wrong, "run"].iloc[0]
-            raise UserError(f"results: {column} of {wrong.sum()} runs is missing or not positive ({name}); mend the table")
+            raise UserError(
+                f"results: {column} of {wrong.sum()} runs is missing or not positive ({name}); mend the table"
+            )
 
 
 def in_canonical_order(runs: pd.DataFrame) -> pd.DataFrame:

@@ -162,9 +162,7 @@ def _multipliers(
     return at_budgets, curve
 
 
-def arm_budgets(
-    runs: pd.DataFrame, convention: Convention, conventions: tuple[Convention, ...], unit: Unit
-) -> Array:
+def arm_budgets(runs: pd.DataFrame, convention: Convention, conventions: tuple[Convention, ...], unit: Unit) -> Array:
     """FLOPs of the best run of each budget that no cheaper run beats, ascending.
 
     The budgets are those by which the runs were planned, whichever convention counts their FLOPs here.
