@@ -19,6 +19,7 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   validate   the loss of a checkpoint: exact for arm, the bound for llada
   test       the same under Lightning's other name
   predict    the loss of each validation sequence
+  plan       FLOP budgets -> a table of runs, and the sweep that runs them
   sweep      run a sweep file on this machine, skipping what is done
   collect    run folders -> one table of results
   curves     table of results -> fits and figures
@@ -82,6 +83,12 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return prepare_command(args)
 
+    def plan(args: list[str]) -> int:
+        from llada_lightning.data.facts import read_data_facts
+        from llada_lightning.scaling.plan_command import plan_command
+
+        return plan_command(args, read_data_facts)
+
     def sweep(args: list[str]) -> int:
         from llada_lightning.scaling.sweep_command import sweep_command
 
@@ -97,7 +104,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return curves_command(args)
 
-    return {"prepare": prepare, "sweep": sweep, "collect": collect, "curves": curves}
+    return {"prepare": prepare, "plan": plan, "sweep": sweep, "collect": collect, "curves": curves}
 
 
 def _lightning(args: list[str]) -> int:

@@ -21,7 +21,7 @@ from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.budget import steps_for_budget
 from llada_lightning.scaling.flops import flops_6nd
-from llada_lightning.scaling.hyperparameters import learning_rate
+from llada_lightning.scaling.hyperparameters import default_learning_rate
 from llada_lightning.scaling.shapes import get_shape, shape_name
 from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.schedules import WSD, Plateau
@@ -159,7 +159,8 @@ def _resolved_schedule(given: Namespace, module: LanguageModule, data: TokenData
             f"model.schedule.total_steps: {given.total_steps} given, but the run has {steps} steps; leave it out"
         )
     values = {**_plain(given), "plateaus": [Plateau(**_plain(plateau)) for plateau in given.plateaus]}
-    default_lr = learning_rate(module.shape.params_nonembedding)
+    tokens = steps * data.expected_tokens_per_step
+    default_lr = default_learning_rate(flops_6nd(module.shape.params_nonembedding, tokens))
     resolved = asdict(WSD(**values).resolve(steps, data.expected_tokens_per_step, default_lr))
     resolved["plateaus"] = [Namespace(**plateau) for plateau in resolved["plateaus"]]
     return Namespace(**resolved)
@@ -239,9 +240,10 @@ def located(class_path: str, base: type[T]) -> type[T]:
 def reject_unknown_keys(config: Namespace) -> None:
     """Refuse keys of the given files that no setting has.
 
-    The parser refuses those that hold a value by itself, and lets pass those that hold an empty mapping.
+    The parser refuses those that hold a value by itself, and lets pass those that hold an empty mapping. A
+    configuration given inline, as a planned sweep gives it, leaves no path.
     """
-    for path in config.get("config") or []:
+    for path in filter(None, config.get("config") or []):
         for key in _empty_mappings(yaml.safe_load(Path(str(path)).read_text()) or {}):
             if key not in config:
                 raise UserError(f"{path}: '{key}' is not a known key; see llada fit --help")

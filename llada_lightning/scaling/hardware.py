@@ -1,10 +1,13 @@
-"""Peak FLOP/s of devices, dense bf16, from the vendors' data sheets.
+"""Peak FLOP/s of devices, dense bf16, and their memory, from the vendors' data sheets.
 
 Figures with sparsity are twice as high and not meant here. A device that is not listed has no peak: its MFU is
 unknown, never guessed.
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Mapping
 
 PEAK_FLOPS_BF16: dict[str, float] = {
     "H200": 989e12,
@@ -22,12 +25,45 @@ PEAK_FLOPS_BF16: dict[str, float] = {
 }
 """Dense bf16 peak by a part of the device's name; the first that matches counts, so longer names stand first."""
 
+MEMORY_GB: dict[str, float] = {
+    "H200": 141,
+    "H100 PCIe": 80,
+    "H100 NVL": 94,
+    "H100": 80,
+    "H800": 80,
+    "A100": 40,
+    "A800": 80,
+    "L40S": 48,
+    "L4": 24,
+    "A10G": 24,
+    "A10": 24,
+    "RTX 4090": 24,
+}
+"""Memory in the data sheet's GB, the smaller where a device comes in two sizes and its name does not say which."""
+
+_NAMED_MEMORY = re.compile(r"(\d+)GB\b", re.IGNORECASE)
+
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a device by the name its driver gives, or None where it is not known."""
-    if "MIG" in device_name:  # a slice has a share of the peak
+    return _listed(PEAK_FLOPS_BF16, device_name)
+
+
+def memory_bytes(device_name: str) -> float | None:
+    """Memory of a device by the name its driver gives (`A100-SXM4-80GB` says it itself), or None where it is not known.
+
+    A data sheet's GB is read as 10^9 bytes, the smaller of its readings.
+    """
+    listed = _listed(MEMORY_GB, device_name)
+    named = _NAMED_MEMORY.search(device_name)
+    return None if listed is None else 1e9 * (float(named[1]) if named else listed)
+
+
+def _listed(table: Mapping[str, float], device_name: str) -> float | None:
+    if "MIG" in device_name:  # a slice has a share of peak and memory
         return None
-    for part, peak in PEAK_FLOPS_BF16.items():
-        if all(word in device_name.replace("-", " ").split() for word in part.split()):
-            return peak
+    words = device_name.replace("-", " ").lower().split()
+    for part, figure in table.items():
+        if all(word in words for word in part.lower().split()):
+            return figure
     return None

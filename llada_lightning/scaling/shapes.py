@@ -6,6 +6,9 @@ nowhere else; the model is checked against it by a test.
 
 from __future__ import annotations
 
+import math
+import re
+from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -92,6 +95,69 @@ def ladder_shape(n_layers: int, d_model: int) -> Shape:
     return Shape(n_layers, d_model, n_heads, n_heads, swiglu_width(d_model))
 
 
+ASPECT_WIDTH_OVER_DEPTH = 64.0
+ASPECT_PARAMS = 85e6
+ASPECT_EXPONENT = 0.1
+"""The rule for width over depth: 64 at 85M, as GPT-2 small (12 blocks of 768; Radford et al. 2019), growing by the
+tenth root of N: 82 at 1B (Table 5: 93) and 99 at 7B (Table 5: 128). Kaplan et al. 2020, Fig. 5: at fixed N the loss
+varies by a few per cent over an order of magnitude of this ratio."""
+
+_MAX_WIDTH = 8192
+
+
+def _keeps_aspect(shape: Shape) -> bool:
+    """Whether width over depth is near the rule: by a factor of 1.2, and of 1.5 (2.2) where fewer shapes are to be had,
+    below 300M (1M)."""
+    count = shape.params_nonembedding
+    rule = ASPECT_WIDTH_OVER_DEPTH * (count / ASPECT_PARAMS) ** ASPECT_EXPONENT
+    ratio = shape.d_model / shape.n_layers / rule
+    return max(ratio, 1 / ratio) <= (1.2 if count > 300e6 else 1.5 if count > 1e6 else 2.2)
+
+
+@cache
+def proposable_shapes() -> tuple[Shape, ...]:
+    """Every shape that :func:`propose_shape` may give, by rising N, from 16 thousand to 67 billion.
+
+    Dimensions that kernels like: width a multiple of 64 (32 below 256, 128 above 1024, 256 above 2048), heads of 64
+    (32 below width 256, 128 from 2048), SwiGLU at 8/3 of the width rounded up to a multiple of 64 (256 above width
+    1024). Below width 576 one multiple of 64 more or less is allowed too: whole blocks are steps of 10 % there.
+    """
+    widths = [*range(32, 256, 32), *range(256, 1024, 64), *range(1024, 2048, 128), *range(2048, _MAX_WIDTH + 1, 256)]
+    shapes = []
+    for width in widths:
+        n_heads = width // (32 if width < 256 else 64 if width < 2048 else 128)
+        inner = swiglu_width(width, 64 if width <= 1024 else 256)
+        for d_ff in (inner, inner - 64, inner + 64) if 96 <= width < 576 else (inner,):
+            for n_layers in range(1, 1 + 2 * math.ceil(width / 16)):
+                shape = Shape(n_layers, width, n_heads, n_heads, d_ff)
+                if _keeps_aspect(shape):
+                    shapes.append(shape)
+    return tuple(sorted(shapes, key=lambda shape: shape.params_nonembedding))
+
+
+def propose_shape(params_nonembedding: float) -> Shape:
+    """A good shape for a size: of :func:`proposable_shapes` the one whose N is nearest, within 6 % above 1M.
+
+    A larger size never gets a smaller shape.
+
+    Args:
+        params_nonembedding: N that is wished for.
+
+    Raises:
+        UserError: the size lies outside of what is proposed.
+    """
+    shapes = proposable_shapes()
+    least, most = shapes[0].params_nonembedding, shapes[-1].params_nonembedding
+    if not 0.8 * least <= params_nonembedding <= 1.2 * most:
+        raise UserError(
+            f"shape: {params_nonembedding:g} parameters are outside of what is proposed, {format_count(least)} to "
+            f"{format_count(most)}; give the dimensions yourself"
+        )
+    above = bisect_left(shapes, params_nonembedding, key=lambda shape: shape.params_nonembedding)
+    neighbours = shapes[max(0, above - 1) : above + 1]
+    return min(neighbours, key=lambda shape: abs(math.log(shape.params_nonembedding / params_nonembedding)))
+
+
 def format_count(count: float) -> str:
     """A count with three significant digits and a unit: 98.6k, 1.19m, 2.04b."""
     for unit, size in (("b", 1e9), ("m", 1e6), ("k", 1e3)):
@@ -112,8 +178,11 @@ def named_shapes() -> dict[str, Shape]:
     return {**PAPER_SHAPES, **ladder()}
 
 
+_DIMENSIONS = re.compile(r"L(\d+)-d(\d+)-h(\d+)-kv(\d+)-ff(\d+)", re.ASCII)
+
+
 def get_shape(spec: str | dict[str, Any] | Shape) -> Shape:
-    """The shape of a name, or of its five dimensions.
+    """The shape of a name, or of its five dimensions: a mapping, or one word as :func:`shape_name` writes it.
 
     Raises:
         UserError: the name is unknown, or the dimensions do not make a shape.
@@ -126,9 +195,14 @@ def get_shape(spec: str | dict[str, Any] | Shape) -> Shape:
             raise UserError(f"shape: {missing} missing or unknown; a shape has {list(Shape.__dataclass_fields__)}")
         return Shape(**spec)
     shapes = named_shapes()
-    if spec not in shapes:
-        raise UserError(f"shape: '{spec}' is not known; choose from {', '.join(shapes)}, or give its dimensions")
-    return shapes[spec]
+    if spec in shapes:
+        return shapes[spec]
+    if dimensions := _DIMENSIONS.fullmatch(spec):
+        return Shape(*map(int, dimensions.groups()))
+    raise UserError(
+        f"shape: '{spec}' is not known; choose from {', '.join(shapes)}, or give its dimensions, such as "
+        "L2-d64-h2-kv2-ff192"
+    )
 
 
 def shape_name(shape: Shape) -> str:

@@ -32,7 +32,7 @@ class WSD:
     the run's length is known, and the resolved configuration shows it.
 
     Args:
-        lr: rate after the warmup; null: the rule of ``scaling.hyperparameters`` for the shape.
+        lr: rate after the warmup; null: the rule of ``scaling.hyperparameters`` for its FLOPs.
         warmup_fraction: share of the steps that warm up.
         warmup_steps: the same in steps.
         plateaus: later rates, in order.

@@ -16,10 +16,13 @@ from llada_lightning.scaling.flops import TrainingFlops, flops_6nd, flops_per_to
 from llada_lightning.scaling.shapes import (
     PAPER_SHAPES,
     PAPER_VOCAB_SIZE,
+    Shape,
     format_count,
     get_shape,
     ladder,
     named_shapes,
+    proposable_shapes,
+    propose_shape,
     shape_name,
 )
 
@@ -63,6 +66,59 @@ def test_every_name_leads_to_a_shape_and_back_to_an_equal_one() -> None:
     for name, shape in named_shapes().items():
         assert get_shape(name) == shape
         assert get_shape(shape_name(shape)) == shape  # two names of the paper share a shape
+
+
+@given(st.integers(1, 200), st.integers(1, 64), st.integers(1, 64), st.integers(1, 8), st.integers(1, 10**5))
+def test_any_shape_has_a_name_of_one_word(n_layers: int, half_head: int, kv: int, groups: int, d_ff: int) -> None:
+    shape = Shape(n_layers, 2 * half_head * kv * groups, kv * groups, kv, d_ff)
+    assert get_shape(shape_name(shape)) == shape
+
+
+def test_dimensions_that_make_no_shape_are_refused_by_name_too() -> None:
+    with pytest.raises(UserError, match="head dimension"):
+        get_shape("L2-d65-h2-kv2-ff192")
+    with pytest.raises(UserError, match="not known"):
+        get_shape("L2-d64-h2-kv2")
+
+
+SIZES = st.floats(math.log(1.4e4), math.log(6.4e10)).map(math.exp)
+
+
+@given(SIZES, SIZES)
+def test_a_larger_size_gets_no_smaller_shape(size: float, other: float) -> None:
+    smaller, larger = sorted([size, other])
+    assert propose_shape(smaller).params_nonembedding <= propose_shape(larger).params_nonembedding
+
+
+@given(st.floats(math.log(1e6), math.log(6.3e10)).map(math.exp))
+def test_a_proposal_is_near_in_size_and_in_width_over_depth(size: float) -> None:
+    shape = propose_shape(size)
+    assert shape.params_nonembedding == pytest.approx(size, rel=0.06)
+    rule = 64 * (shape.params_nonembedding / 85e6) ** 0.1
+    assert 1 / 1.5 <= shape.d_model / shape.n_layers / rule <= 1.5
+    assert 2.3 < shape.d_ff / shape.d_model < 3.6
+
+
+def test_the_rule_passes_near_known_models() -> None:
+    assert propose_shape(85e6) == get_shape("85m")  # GPT-2 small: 12 blocks of 768
+    for name in ("llada-1b", "llada-8b"):  # Table 5
+        known = get_shape(name)
+        proposed = propose_shape(known.params_nonembedding)
+        assert proposed.d_model == pytest.approx(known.d_model, rel=0.15)
+        assert proposed.n_layers == pytest.approx(known.n_layers, rel=0.35)
+
+
+def test_proposals_have_dimensions_that_kernels_like() -> None:
+    for shape in proposable_shapes():
+        assert shape.d_model % (32 if shape.d_model < 256 else 64 if shape.d_model <= 1024 else 128) == 0
+        assert shape.head_dim == (32 if shape.d_model < 256 else 64 if shape.d_model < 2048 else 128)
+        assert shape.d_ff % (64 if shape.d_model <= 1024 else 256) == 0
+
+
+@pytest.mark.parametrize("size", [100, 1e12])
+def test_sizes_far_outside_of_what_is_proposed_are_refused(size: float) -> None:
+    with pytest.raises(UserError, match="outside of what is proposed"):
+        propose_shape(size)
 
 
 @pytest.mark.parametrize(("objective", "ratio"), [("llada", 1.65), ("arm", 1.46)])

@@ -1,0 +1,217 @@
+"""``llada plan``: from argv to a table of runs, and the sweep that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+
+from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
+from llada_lightning.errors import UserError
+from llada_lightning.scaling.flops import CONVENTIONS
+from llada_lightning.scaling.hyperparameters import BATCH_RULES, DECAY_FRACTION, LEARNING_RATE_RULES
+from llada_lightning.scaling.plan import OBJECTIVES, Plan, plan_study
+from llada_lightning.scaling.plan_cost import Machine, measured_rates
+from llada_lightning.scaling.plan_files import Destination, write_slurm, write_sweep
+from llada_lightning.scaling.plan_grid import CENTRES, Grid
+from llada_lightning.scaling.plan_table import print_plan
+from llada_lightning.scaling.plan_trunk import Recipe
+from llada_lightning.scaling.results import read_results
+from llada_lightning.scaling.stream import DataFacts, Stream
+
+DataPath = str | dict[str, float]
+"""A prepared folder, or a mixture's folders with weights."""
+
+ReadData = Callable[[DataPath, int], DataFacts]
+"""From the data's path and a sequence length to what is known of it. Injected: manifests are a floor above."""
+
+
+def plan_command(argv: list[str], read_data: ReadData) -> int:
+    """``llada plan --flops C …``: budgets -> a table of runs; with ``--out`` the sweep that runs them.
+
+    Args:
+        argv: the words after ``llada plan``.
+        read_data: from the data's path and a sequence length to what is known of it.
+
+    Raises:
+        UserError: a setting makes no plan, the data cannot be read, or a file cannot be written.
+    """
+    options = _parser().parse_args(argv)
+    base = _read_base(options.base)
+    plan, destination = _plan(options, base, read_data)
+    files = _write_files(options, plan, destination, ["llada", "plan", *argv])
+    if options.json:
+        runs = plan.table().astype(object).to_dict("records")
+        files_written = {key: str(path) for key, path in files.items()}
+        print_json({**files_written, "totals": plan.totals(), "warnings": plan.warnings(), "runs": runs})
+    else:
+        print_plan(plan, people_console())
+        for key, path in files.items():
+            people_console().print(f"{key}: {path}", soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="llada plan",
+        description="Turn FLOP budgets into a table of runs, and into the sweep that runs them.",
+    )
+    add = parser.add_argument
+    add("--flops", type=float, nargs="+", required=True, metavar="C", help="budgets of training FLOPs")
+    add("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), help="what to compare")
+    add("--budget-convention", choices=CONVENTIONS, default=None, help="FLOPs that a budget counts (default 6nd)")
+    add("--seeds", type=int, nargs="+", default=[0], help="each run once for each of them")
+    add("--separate", action="store_true", help="a run for each budget, instead of trunks that serve several")
+
+    add("--points", type=int, default=5, help="shapes at each budget, around the objective's centre")
+    for objective in OBJECTIVES:
+        add(f"--centre-{objective}", type=float, default=CENTRES[objective], help="tokens per parameter at the centre")
+    add("--shapes", nargs="+", type=str, default=[], metavar="SHAPE", help="exactly these at every budget instead")
+    add("--tokens-per-param", type=float, nargs="+", default=[], metavar="R", help="these ratios instead")
+
+    add("--lr-rule", choices=LEARNING_RATE_RULES, default="deepseek", help="learning rate by size, tokens and budget")
+    add("--batch-rule", choices=BATCH_RULES, default="deepseek", help="global batch by tokens or budget")
+    add("--lr", type=float, default=None, help="one learning rate for all runs instead")
+    add("--batch", type=int, default=None, metavar="SEQUENCES", help="one global batch for all runs instead")
+    add("--warmup-steps", type=int, default=None, help="for all runs; default 5 %% of the shortest, at most 2000")
+    add("--decay-fraction", type=float, default=DECAY_FRACTION, help="share of each run over which the rate falls")
+
+    add("--base", type=str, default=None, metavar="YAML", help="configuration under every run's own settings")
+    add("--data", type=str, default=None, metavar="DIR", help="prepared data: says vocabulary and epochs")
+    add("--vocab-size", type=int, default=None, help="words of the model; default: the data's tokenizer")
+    add("--sequence-length", type=int, default=None, help="tokens of a sequence (default 256)")
+    add("--study", type=str, default=None, help="folder of the results; default: the sweep's name")
+
+    add("--device", type=str, default=None, metavar="NAME", help="such as H100: for memory, and for hours with --mfu")
+    add("--devices", type=int, default=1, help="devices of one run")
+    add("--mfu", type=float, default=None, help="share of the device's peak that training achieves")
+    add("--measured", type=str, default=None, metavar="RESULTS", help="results table: hours by its throughput")
+    add("--micro-batch", type=int, default=None, help="sequences of a device's forward pass; default: what fits")
+    add("--sharded", action="store_true", help="FSDP divides the states among the devices")
+
+    add("--out", type=str, default=None, metavar="YAML", help="sweep to write; its table goes beside it as CSV")
+    add("--slurm", type=str, default=None, metavar="SBATCH", help="job array over the sweep to write")
+    add_json(parser)
+    return parser
+
+
+def _plan(options: Namespace, base: Mapping[str, Any], read_data: ReadData) -> tuple[Plan, Destination]:
+    data, model, trainer = base["data"], base["model"], base["trainer"]
+    path: DataPath | None = data.get("path") if options.data is None else options.data
+    sequence_length = _first(options.sequence_length, data.get("sequence_length"), 256)
+    if sequence_length < 1:
+        raise UserError(f"plan: --sequence-length {sequence_length} must be at least 1")
+    vocab_size = _first(options.vocab_size, model.get("vocab_size"))
+    facts = None if path is None else read_data(path, sequence_length)
+    if facts is not None and vocab_size is not None and vocab_size < facts.vocab_size:
+        raise UserError(f"plan: --vocab-size {vocab_size} is below the data's {facts.vocab_size} words; leave it out")
+    words = vocab_size if facts is None else _first(vocab_size, facts.vocab_size)
+    if words is None:
+        raise UserError("plan: the vocabulary is not known; give --data DIR, or --vocab-size")
+    stream = Stream(words, sequence_length, sources=() if facts is None else facts.sources)
+    given = {key: data[key] for key in ("random_length_share", "mask_eps") if data.get(key) is not None}
+    machine = Machine(
+        device=options.device,
+        devices=options.devices,
+        mfu=options.mfu,
+        measured=None if options.measured is None else measured_rates(read_results(options.measured)),
+        sharded=options.sharded,
+        micro_batch=_first(options.micro_batch, data.get("micro_batch")),
+    )
+    if trainer.get("accumulate_grad_batches") not in (None, 1) and machine.micro_batch is None:
+        raise UserError("base: trainer.accumulate_grad_batches follows from the batch; give --micro-batch instead")
+    plan = plan_study(
+        options.flops,
+        replace(stream, **given),
+        objectives=options.objectives,
+        grid=Grid(
+            points=options.points,
+            centres={objective: options[f"centre_{objective}"] for objective in OBJECTIVES},
+            shapes=options.shapes,
+            tokens_per_param=options.tokens_per_param,
+        ),
+        recipe=Recipe(
+            lr_rule=options.lr_rule,
+            batch_rule=options.batch_rule,
+            lr=options.lr,
+            batch=options.batch,
+            warmup_steps=options.warmup_steps,
+            decay_fraction=options.decay_fraction,
+        ),
+        machine=machine,
+        convention=_first(options.budget_convention, base["budget"].get("convention"), "6nd"),
+        seeds=options.seeds,
+        separate=options.separate,
+    )
+    study = _first(options.study, base["run"].get("study"), Path(options.out or "plan").stem)
+    return plan, Destination(study=study, data=path, base=options.base, vocab_size=vocab_size)
+
+
+def _first(*choices: Any) -> Any:
+    """The first that is given."""
+    return next((choice for choice in choices if choice is not None), None)
+
+
+_DECIDED = {
+    "budget": ("flops", "tokens"),
+    "trainer": ("max_steps",),
+    "schedule": ("decay_steps", "decay_tokens", "plateaus", "total_steps"),
+}
+"""Settings of a base that would change what the plan has counted."""
+
+
+def _read_base(path: str | None) -> dict[str, dict[str, Any]]:
+    """The sections of a base configuration that a plan reads.
+
+    Raises:
+        UserError: it cannot be read, or sets what the plan decides.
+    """
+    content: Any = {}
+    if path is not None:
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise UserError(f"plan: --base {path} cannot be read ({reason}); give one of llada fit's") from error
+    if not isinstance(content, dict):
+        raise UserError(f"plan: --base {path} holds no mapping; give one of llada fit's")
+    sections = {name: _section(content, name) for name in ("budget", "run", "trainer", "model", "data")}
+    for name in ("model", "data"):
+        sections[name] = _section(sections[name], "init_args")
+    sections["schedule"] = _section(sections["model"], "schedule")
+    for section, keys in _DECIDED.items():
+        for key in keys:
+            if sections[section].get(key) not in (None, [], -1):
+                where = "model.init_args.schedule" if section == "schedule" else section
+                raise UserError(f"plan: --base {path} sets {where}.{key}, which the plan decides; leave it out")
+    return sections
+
+
+def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = content.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _write_files(options: Namespace, plan: Plan, destination: Destination, command: list[str]) -> dict[str, Path]:
+    """The files that were asked for, by what they are."""
+    if options.out is None:
+        if options.slurm is not None:
+            raise UserError("plan: --slurm runs a sweep; give --out too")
+        return {}
+    out = Path(options.out)
+    if out.suffix not in (".yaml", ".yml"):
+        raise UserError(f"plan: --out {out} must end in .yaml")
+    if destination.data is None:
+        raise UserError("plan: --out needs the data that the runs read; give --data DIR, or --base with data.path")
+    try:
+        files = {"sweep": out, "table": write_sweep(out, plan, destination, command)}
+        if options.slurm is not None:
+            files["slurm"] = Path(options.slurm)
+            write_slurm(files["slurm"], plan, out, command)
+    except OSError as error:
+        raise UserError(f"plan: {error.filename} cannot be written ({error.strerror}); choose another place") from error
+    return files

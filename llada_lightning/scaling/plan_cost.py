@@ -1,0 +1,182 @@
+"""What a planned run costs on a machine: memory of one device, and hours."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pandas as pd
+
+from llada_lightning.errors import UserError
+from llada_lightning.scaling.flops import Objective
+from llada_lightning.scaling.hardware import PEAK_FLOPS_BF16, memory_bytes, peak_flops
+from llada_lightning.scaling.shapes import Shape
+
+STATE_BYTES = 16
+"""Bytes a parameter: fp32 weight, gradient, and AdamW's two moments (Rajbhandari et al. 2020, Sec. 3.1, with the
+weights themselves in fp32 as under Lightning's bf16-mixed)."""
+
+USABLE_MEMORY = 0.9
+"""Share of a device's memory that a plan fills: the rest is CUDA's context, workspaces and fragmentation."""
+
+
+def state_bytes(shape: Shape, vocab_size: int) -> float:
+    """Weights, gradients and moments, and autocast's bf16 copies of all matrices but the embedding, in bytes."""
+    return STATE_BYTES * shape.params_total(vocab_size) + 2 * (shape.params_nonembedding + vocab_size * shape.d_model)
+
+
+def activation_bytes_per_token(shape: Shape) -> float:
+    """What a step keeps of one token for the backward pass, logits apart, under bf16-mixed without recomputation.
+
+    Counted as Korthikanti et al. 2022 (arXiv:2205.05198, Sec. 4.1) count 34 bytes x width for GPT; here, for a block
+    of pre-norm RMSNorm, rotary positions, SwiGLU and no stored attention matrix, as PyTorch's autocast keeps them: the
+    two norms' fp32 inputs (8 d), a bf16 input for each of the five projections behind a norm (10 d), queries and the
+    attention's output (4 d), keys and values (4 kv), and four bf16 tensors of the inner width (8 d_ff). Then the last
+    norm's input and the head's (6 d). ``torch.compile`` keeps less.
+    """
+    kv_width = shape.n_kv_heads * shape.head_dim
+    block = 22 * shape.d_model + 4 * kv_width + 8 * shape.d_ff
+    return shape.n_layers * block + 6 * shape.d_model
+
+
+def logits_bytes_per_token(vocab_size: int) -> float:
+    """At the start of the backward pass three fp32 tensors of the vocabulary's width are alive: log-probabilities,
+    their gradient, and the logits'.
+
+    For `llada` too: with few sequences in a micro-batch nearly all of its positions may be masked.
+    """
+    return 12 * vocab_size
+
+
+def training_memory_bytes(
+    shape: Shape, vocab_size: int, sequence_length: int, micro_batch: int, shards: int = 1
+) -> float:
+    """Peak memory of one device in a training step under bf16-mixed: states, activations and logits.
+
+    Args:
+        shape: the Transformer's dimensions.
+        vocab_size: words of embedding and head.
+        sequence_length: tokens of a sequence.
+        micro_batch: sequences of a forward pass on the device.
+        shards: devices over which FSDP divides the states; the block that it gathers is not counted.
+    """
+    per_token = activation_bytes_per_token(shape) + logits_bytes_per_token(vocab_size)
+    return state_bytes(shape, vocab_size) / shards + micro_batch * sequence_length * per_token
+
+
+@dataclass(frozen=True)
+class MeasuredRate:
+    """What a run has achieved: FLOP/s (6ND, attention and head together) of one device."""
+
+    objective: str
+    params_nonembedding: float
+    flops_per_second: float
+
+
+def measured_rates(results: pd.DataFrame) -> tuple[MeasuredRate, ...]:
+    """The rates of a results table's runs (``scaling.results``), those without a throughput left out."""
+    rates = []
+    for row in results.to_dict("records"):
+        devices = re.match(r"(\d+) x ", str(row["device"]))
+        tokens_per_second = row["tokens_per_second"]
+        if pd.isna(tokens_per_second) or pd.isna(row["tokens"]) or not tokens_per_second > 0 < row["tokens"]:
+            continue
+        rate = tokens_per_second * row["flops_total"] / row["tokens"] / (int(devices[1]) if devices else 1)
+        if math.isfinite(rate):
+            rates.append(MeasuredRate(str(row["objective"]), float(row["params_nonembedding"]), rate))
+    return tuple(rates)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a study is to run. What is not known stays unknown, never guessed.
+
+    Args:
+        device: its name, such as H100.
+        devices: how many of them one run uses.
+        mfu: share of the dense bf16 peak that training achieves, all three FLOP counts over it.
+        measured: rates of runs on such a device, instead of ``mfu``.
+        sharded: FSDP divides weights, gradients and moments among the devices.
+        micro_batch: sequences of a forward pass on one device; None: as many as fit.
+    """
+
+    device: str | None = None
+    devices: int = 1
+    mfu: float | None = None
+    measured: tuple[MeasuredRate, ...] | None = None
+    sharded: bool = False
+    micro_batch: int | None = None
+
+    def check(self, objectives: Iterable[Objective]) -> None:
+        """Refuse settings that contradict one another.
+
+        Raises:
+            UserError: names the setting.
+        """
+        for option, count in {"devices": self.devices, "micro-batch": self.micro_batch}.items():
+            if count is not None and count < 1:
+                raise UserError(f"plan: --{option} {count} must be at least 1")
+        if self.mfu is not None and self.measured is not None:
+            raise UserError("plan: --mfu and --measured are both given; give one of them")
+        if self.mfu is not None and not 0 < self.mfu <= 1:
+            raise UserError(f"plan: --mfu {self.mfu:g} must lie above 0 and at most at 1, such as 0.4")
+        if self.mfu is not None and self.peak is None:
+            given = f"--device {self.device} has no known peak" if self.device else "--mfu needs --device"
+            raise UserError(f"plan: {given}; known: {', '.join(PEAK_FLOPS_BF16)}; or give --measured RESULTS")
+        for objective in objectives:
+            if self.measured is not None and all(rate.objective != objective for rate in self.measured):
+                raise UserError(f"plan: --measured holds no throughput of {objective}; measure a run of it first")
+
+    @property
+    def peak(self) -> float | None:
+        """Dense bf16 FLOP/s of one device."""
+        return peak_flops(self.device) if self.device else None
+
+    @property
+    def memory(self) -> float | None:
+        """Bytes of one device that a plan may fill."""
+        known = memory_bytes(self.device) if self.device else None
+        return None if known is None else USABLE_MEMORY * known
+
+    def seconds(self, objective: Objective, params_nonembedding: float, flops_total: float) -> float | None:
+        """Wall seconds of training on all devices, validation not counted; None where nothing tells the speed."""
+        rate = self._flops_per_second(objective, params_nonembedding)
+        return None if rate is None else flops_total / (rate * self.devices)
+
+    def _flops_per_second(self, objective: Objective, params_nonembedding: float) -> float | None:
+        if self.measured is not None:
+            own = [rate for rate in self.measured if rate.objective == objective]
+            distances = [abs(math.log(rate.params_nonembedding / params_nonembedding)) for rate in own]
+            nearest = [rate for rate, far in zip(own, distances, strict=True) if far == min(distances)]
+            return float(pd.Series([rate.flops_per_second for rate in nearest]).median())
+        return None if self.peak is None or self.mfu is None else self.peak * self.mfu
+
+    def memory_of(self, shape: Shape, vocab_size: int, sequence_length: int, micro_batch: int) -> float:
+        """Peak memory of one device in bytes (:func:`training_memory_bytes`)."""
+        shards = self.devices if self.sharded else 1
+        return training_memory_bytes(shape, vocab_size, sequence_length, micro_batch, shards)
+
+    def accumulation(self, shape: Shape, vocab_size: int, sequence_length: int, global_batch: int) -> int:
+        """Micro-batches of a step on one device: the fewest with which it fits the memory, where that is known.
+
+        Raises:
+            UserError: devices and micro-batch do not divide the global batch.
+        """
+        quantum = self.devices * (self.micro_batch or 1)
+        if global_batch % quantum:
+            micro = f" x micro-batch {self.micro_batch}" if self.micro_batch else ""
+            raise UserError(f"plan: global batch {global_batch} is no multiple of {self.devices} device(s){micro}")
+        per_device = global_batch // self.devices
+        if self.micro_batch:
+            return per_device // self.micro_batch
+        if self.memory is None:
+            return 1
+        divisors = [count for count in range(1, per_device + 1) if per_device % count == 0]
+        fitting = (
+            count
+            for count in divisors
+            if self.memory_of(shape, vocab_size, sequence_length, per_device // count) <= self.memory
+        )
+        return next(fitting, per_device)
