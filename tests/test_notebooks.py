@@ -58,7 +58,7 @@ def test_a_committed_notebook_is_small_and_names_no_machine(path: Path) -> None:
 
 def test_the_four_notebooks_are_there() -> None:
     names = {path.stem for path in NOTEBOOKS}
-    assert names >= {"paper_figure3", "published_isoflop", "your_study"}
+    assert names >= {"paper_figure3", "published_isoflop", "your_study", "plan_a_study"}
 
 
 def test_a_cell_shows_its_prints_and_its_last_value(render: ModuleType, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from llada_lightning.scaling.plots import (
     parametric_residuals,
     study_figures,
 )
-from studies import CHINCHILLA, simulated_study, study
+from studies import CHINCHILLA, SIMULATED_BUDGETS, simulated_study, study
 
 SAMPLES = 200
 Study = tuple[pd.DataFrame, StudyFits]
@@ -51,7 +51,7 @@ def test_each_budget_has_its_optimum_in_the_panel_of_its_objective(full: Study) 
     assert [axes.get_title() for axes in figure.axes] == ["arm (exact)", "llada (bound, NELBO)"]
     for axes, objective in zip(figure.axes, ("arm", "llada"), strict=True):
         budgets = fits.objectives[objective].isoflop["6nd"].budgets
-        assert len(budgets) == 5 and all(budget.interior for budget in budgets)
+        assert len(budgets) == len(SIMULATED_BUDGETS) and all(budget.interior for budget in budgets)
         stars = points(axes, "*")
         assert stars == [(budget.n_opt.value, budget.loss_opt.value) for budget in budgets]
     assert "outside" not in words(figure)
