@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LLADA := $(BIN)/python -m llada_lightning
 JOBS ?= 2
 
-.PHONY: help setup quickstart test test-slow lint format bench clean
+.PHONY: help setup quickstart test test-slow lint format notebooks bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ lint: setup  ## ruff and mypy
 format: setup  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+notebooks: setup  ## run the notebooks and store what they show
+	$(BIN)/python notebooks/render.py
 
 bench: setup  ## speed and size on this machine, each a ratio in one run
 	$(BIN)/python benchmarks/fit_overhead.py
