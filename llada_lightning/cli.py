@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llada_lightning import __version__
+from llada_lightning.cluster import says_it
 from llada_lightning.errors import UserError
 
 USAGE = """\
@@ -19,6 +20,7 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   validate   the loss of a checkpoint: exact for arm, the bound for llada
   test       the same under Lightning's other name
   predict    the loss of each validation sequence
+  launch     resolve a fit once and start it on many processes (srun, torchrun)
   sweep      run a sweep file on this machine, skipping what is done
   collect    run folders -> one table of results
   curves     table of results -> fits and figures
@@ -40,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         return _dispatch(args)
     except UserError as error:
         # A loader's worker hands its error over with a traceback before it.
-        print(f"error: {str(error).splitlines()[-1].split('UserError: ')[-1]}", file=sys.stderr)
+        line = str(error).splitlines()[-1].split("UserError: ")[-1]
+        if says_it(line):
+            print(f"error: {line}", file=sys.stderr)
         return 2
     except SystemExit as leave:  # --help, a run that is done, a signal
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
@@ -77,6 +81,13 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return run_folder(args)
 
+    def launch(args: list[str]) -> int:
+        quiet_libraries()
+        from llada_lightning.launch import launch_command
+        from llada_lightning.lightning_cli import resolved_run
+
+        return launch_command(args, resolved_run)
+
     def prepare(args: list[str]) -> int:
         from llada_lightning.data.prepare_command import prepare_command
 
@@ -97,7 +108,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return curves_command(args)
 
-    return {"prepare": prepare, "sweep": sweep, "collect": collect, "curves": curves}
+    return {"launch": launch, "prepare": prepare, "sweep": sweep, "collect": collect, "curves": curves}
 
 
 def _lightning(args: list[str]) -> int:
@@ -121,6 +132,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
+        ".*sync_dist=True.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*custom batch sampler.*",

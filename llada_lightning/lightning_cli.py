@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from llada_lightning.cluster import agreed_launch
 from llada_lightning.command_line import one_line
 from llada_lightning.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.data.datamodule import TokenDataModule
@@ -26,7 +27,7 @@ from llada_lightning.files import written_atomically
 from llada_lightning.scaling.results import read_records, write_records
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.settings import Budget, Run, Wandb
-from llada_lightning.signals import stopping_at_a_steps_end
+from llada_lightning.signals import LeaveRequest, leaving_at_a_steps_end
 from llada_lightning.training.callbacks.accounting import Accounting
 from llada_lightning.training.callbacks.checkpoints import (
     AtomicCheckpointIO,
@@ -34,10 +35,12 @@ from llada_lightning.training.callbacks.checkpoints import (
     last_checkpoint,
     saved_identity,
 )
+from llada_lightning.training.callbacks.leaving import LeaveTogether
 from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
 from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
 from llada_lightning.training.callbacks.wandb_log import wandb_logger
 from llada_lightning.training.modules import LanguageModule, check_identity, model_identity
+from llada_lightning.training.parallel import launched_settings
 from llada_lightning.training.record import result_record
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -117,6 +120,8 @@ class LladaCLI(LightningCLI):
         return Run(**vars(self.settings.run)).folder
 
     def before_instantiate_classes(self) -> None:
+        trainer = self.settings.trainer
+        self.launch = agreed_launch(trainer.devices, trainer.num_nodes) if self._execute else None
         reject_unknown_keys(self.settings)
         data = resolve_data(self.settings)
         if self.subcommand == "fit":
@@ -136,22 +141,20 @@ class LladaCLI(LightningCLI):
         self.model.identity = self.identity
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        run, trainer = self.settings.run, self.config_init[self.subcommand].trainer
+        kwargs |= launched_settings(self.launch, [AtomicCheckpointIO(), *_as_list(trainer.plugins)])
         if self.subcommand != "fit":
             return super().instantiate_trainer(callbacks=[EvaluationProgress()], **kwargs)
-        run, trainer = self.settings.run, self.config_init[self.subcommand].trainer
         data, model = self.datamodule, self.model
         self.accounting = Accounting(model.flops_per_token(data.sequence_length, data.mask_eps))
-        own_callbacks: list[Callback] = [self.accounting]
+        self.leave = LeaveRequest()
+        own_callbacks: list[Callback] = [self.accounting, LeaveTogether(self.leave)]
         if trainer.enable_progress_bar is not False:
             own_callbacks.append(BudgetProgress(f"{model.objective} {shape_name(model.shape)}", self.accounting))
         if trainer.enable_checkpointing is not False:
             checkpoints = self.folder / "checkpoints"
             own_callbacks.append(StepCheckpoints(checkpoints, run.checkpoint_every_steps, run.keep_checkpoints))
-        return super().instantiate_trainer(
-            callbacks=[*own_callbacks, *_as_list(trainer.callbacks)],
-            plugins=[AtomicCheckpointIO(), *_as_list(trainer.plugins)],
-            **kwargs,
-        )
+        return super().instantiate_trainer(callbacks=[*own_callbacks, *_as_list(trainer.callbacks)], **kwargs)
 
     def before_fit(self) -> None:
         """Everything is known to fit together: only now write into the run's folder, and start W&B."""
@@ -189,7 +192,7 @@ class LladaCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if not self._execute:
             return
-        with stopping_at_a_steps_end() if subcommand == "fit" else nullcontext():
+        with leaving_at_a_steps_end(self.leave) if subcommand == "fit" else nullcontext():
             super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
@@ -277,6 +280,12 @@ def class_first(args: list[str]) -> list[str]:
 def run_folder(args: list[str]) -> Path:
     """The folder that `llada ARGS` (from `fit` on) would run in; builds and starts nothing."""
     return LladaCLI(args, execute=False).folder
+
+
+def resolved_run(args: list[str]) -> tuple[Path, str]:
+    """The folder that `llada ARGS` (from `fit` on) would run in, and its resolved configuration as YAML."""
+    cli = LladaCLI(args, execute=False)
+    return cli.folder, cli._resolved()
 
 
 def describe_loss(values: Mapping[str, float | None], kind: str) -> str:
