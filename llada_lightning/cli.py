@@ -133,6 +133,7 @@ def quiet_libraries() -> None:
     for message in (
         ".*does not have many workers.*",
         ".*sync_dist=True.*",
+        ".*torch.distributed is disabled, unavailable or uninitialized.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*custom batch sampler.*",

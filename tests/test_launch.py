@@ -17,14 +17,14 @@ from llada_lightning.lightning_cli import LladaCLI, resolved_run
 BUDGET = ("--budget.flops=1e9", "--model.shape={n_layers: 1, d_model: 16, n_heads: 1, n_kv_heads: 1, d_ff: 32}")
 
 
-class Became(Exception):
+class BecameError(Exception):
     """Instead of the launcher's program."""
 
 
 @pytest.fixture
 def become(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(program: str, words: list[str]) -> None:
-        raise Became(words)
+        raise BecameError(words)
 
     monkeypatch.setattr(os, "execvp", stop)
 
@@ -43,7 +43,7 @@ def test_the_launched_file_is_the_same_run(
         for name, value in {"SLURM_JOB_ID": job, "SLURM_NTASKS": "16", "SLURM_NNODES": "2"}.items():
             monkeypatch.setenv(name, value)
     given = arguments(prepared, tmp_path)
-    with pytest.raises(Became) as became:
+    with pytest.raises(BecameError) as became:
         main(["launch", "--", *given])
     words = became.value.args[0]
     launcher = [] if job is None else ["srun", "--kill-on-bad-exit=1"]

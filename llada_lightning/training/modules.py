@@ -27,7 +27,7 @@ from llada_lightning.scaling.budget import expected_mask_probability
 from llada_lightning.scaling.flops import Objective, TrainingFlops, flops_per_token
 from llada_lightning.scaling.shapes import Shape, get_shape
 from llada_lightning.training.metrics import ValidationLoss
-from llada_lightning.training.parallel import data_parallel_mesh, shard
+from llada_lightning.training.parallel import shard, sharding_mesh
 from llada_lightning.training.schedules import WSD
 
 
@@ -95,12 +95,12 @@ class LanguageModule(LightningModule, ABC):
         if self.model is not None:
             return
         assert self.vocab_size is not None, "the command fills in the vocabulary from the data"
-        mesh = self.device_mesh and data_parallel_mesh(self.device_mesh)
-        with nullcontext() if mesh is None else torch.device("meta"):
+        sharded = self.device_mesh is not None
+        with torch.device("meta") if sharded else nullcontext():
             self.model = Transformer(self.shape, self.vocab_size, self.rope_theta)
-        if mesh is not None:
+        if sharded:
             assert self.trainer is not None
-            shard(self.model, mesh, str(self.trainer.precision))
+            shard(self.model, sharding_mesh(self.trainer.strategy), str(self.trainer.precision))
         device = self.model.head.weight.device
         if device.type != "meta":
             self.model.initialise(torch.Generator(device).manual_seed(self.seed))

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -18,6 +20,7 @@ from llada_lightning.cluster import Launch
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
 from llada_lightning.model.transformer import Block
+from llada_lightning.training.sharded_checkpoints import by_name, is_sharded
 
 
 class FullySharded(ModelParallelStrategy):
@@ -37,6 +40,21 @@ class FullySharded(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """A checkpoint in shards by Lightning; of a file, every process takes its shards."""
+        path = Path(self.broadcast(checkpoint_path))
+        if is_sharded(path):
+            return super().load_checkpoint(path, weights_only)
+        assert self.model is not None
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        whole = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=whole)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer, saved in zip(self.optimizers, checkpoint.pop("optimizer_states"), strict=False):
+            ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            set_optimizer_state_dict(self.model, optimizer, by_name(saved, ordered), options=whole)
+        return checkpoint
 
 
 StrategyRegistry.register("fsdp2", FullySharded, description="fully sharded data parallelism over all processes")
@@ -64,18 +82,17 @@ def saves_shards(strategy: Strategy) -> bool:
     return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
 
 
-def data_parallel_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The dimension of a strategy's mesh that batches are spread over.
+def sharding_mesh(strategy: Strategy) -> DeviceMesh:
+    """The processes that a strategy with a mesh shards over.
 
     Raises:
-        UserError: the strategy wants to split single matrices, for which the model has no plan.
+        UserError: it is not ours. Lightning's own class would split single matrices over a node, for which the model
+            has no plan, and give the moments of a checkpoint file to the wrong parameters (2.6, where an optimizer's
+            groups are not in the model's order).
     """
-    if mesh["tensor_parallel"].size() != 1:
-        raise UserError(
-            f"trainer.strategy: tensor_parallel_size {mesh['tensor_parallel'].size()}, but the model is sharded over "
-            "data only; use --trainer.strategy=fsdp2"
-        )
-    return mesh["data_parallel"]
+    if not isinstance(strategy, FullySharded):
+        raise UserError(f"trainer.strategy: {type(strategy).__name__} given; use --trainer.strategy=fsdp2")
+    return strategy.device_mesh["data_parallel"]
 
 
 def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:

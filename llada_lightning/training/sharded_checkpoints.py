@@ -54,11 +54,11 @@ def read_sharded(folder: Path) -> dict[str, Any]:
         state, groups = optimizers.setdefault(part, ({}, {}))
         kind, owner, name = path
         (state if kind == "state" else groups).setdefault(owner, {})[name] = flat[key]
-    states = [_by_number(*optimizers[f"optimizer_{i}"]) for i in range(len(optimizers))]
+    states = [by_number(*optimizers[f"optimizer_{i}"]) for i in range(len(optimizers))]
     return {**checkpoint, "state_dict": weights, "optimizer_states": states}
 
 
-def _by_number(state: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
+def by_number(state: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
     """An optimizer's state keyed by its parameters' names, keyed by their numbers as ``Optimizer.state_dict`` does."""
     numbers = {name: n for n, name in enumerate(name for i in sorted(groups) for name in groups[i]["params"])}
     return {
@@ -66,6 +66,21 @@ def _by_number(state: dict[str, Any], groups: dict[int, Any]) -> dict[str, Any]:
         "param_groups": [
             {**groups[i], "params": [numbers[name] for name in groups[i]["params"]]} for i in sorted(groups)
         ],
+    }
+
+
+def by_name(saved: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """An optimizer's state as ``Optimizer.state_dict`` makes it, keyed by its parameters' names.
+
+    Args:
+        saved: keyed by numbers.
+        names: of the parameters, in the order of the optimizer's groups.
+    """
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    named = dict(zip(numbers, names, strict=True))
+    return {
+        "state": {named[number]: values for number, values in saved["state"].items()},
+        "param_groups": [{**group, "params": [named[n] for n in group["params"]]} for group in saved["param_groups"]],
     }
 
 
