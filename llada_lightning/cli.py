@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llada_lightning import __version__
+from llada_lightning.cluster import says_it
 from llada_lightning.errors import UserError
 
 USAGE = """\
@@ -20,6 +21,7 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   test       the same under Lightning's other name
   predict    the loss of each validation sequence
   plan       FLOP budgets -> a table of runs, and the sweep that runs them
+  launch     resolve a fit once and start it on many processes (srun, torchrun)
   sweep      run a sweep file on this machine, skipping what is done
   collect    run folders, W&B projects -> one table of results
   curves     table of results -> fits and figures
@@ -41,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         return _dispatch(args)
     except UserError as error:
         # A loader's worker hands its error over with a traceback before it.
-        print(f"error: {str(error).splitlines()[-1].split('UserError: ')[-1]}", file=sys.stderr)
+        line = str(error).splitlines()[-1].split("UserError: ")[-1]
+        if says_it(line):
+            print(f"error: {line}", file=sys.stderr)
         return 2
     except SystemExit as leave:  # --help, a run that is done, a signal
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
@@ -78,6 +82,13 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return run_folder(args)
 
+    def launch(args: list[str]) -> int:
+        quiet_libraries()
+        from llada_lightning.launch import launch_command
+        from llada_lightning.lightning_cli import resolved_run
+
+        return launch_command(args, resolved_run)
+
     def prepare(args: list[str]) -> int:
         from llada_lightning.data.prepare_command import prepare_command
 
@@ -104,7 +115,14 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return curves_command(args)
 
-    return {"prepare": prepare, "plan": plan, "sweep": sweep, "collect": collect, "curves": curves}
+    return {
+        "plan": plan,
+        "launch": launch,
+        "prepare": prepare,
+        "sweep": sweep,
+        "collect": collect,
+        "curves": curves,
+    }
 
 
 def _lightning(args: list[str]) -> int:
@@ -128,6 +146,8 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
+        ".*sync_dist=True.*",
+        ".*torch.distributed is disabled, unavailable or uninitialized.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*custom batch sampler.*",

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from llada_lightning.cluster import agreed_launch
 from llada_lightning.command_line import one_line
 from llada_lightning.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.data.datamodule import TokenDataModule
@@ -27,7 +28,7 @@ from llada_lightning.phases import Phase, final_checkpoint, phases_of
 from llada_lightning.scaling.results import read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.settings import Budget, Run, Wandb
-from llada_lightning.signals import stopping_at_a_steps_end
+from llada_lightning.signals import LeaveRequest, leaving_at_a_steps_end
 from llada_lightning.training.callbacks.accounting import Accounting
 from llada_lightning.training.callbacks.checkpoints import (
     AtomicCheckpointIO,
@@ -35,10 +36,12 @@ from llada_lightning.training.callbacks.checkpoints import (
     checkpoint_of_step,
     saved_identity,
 )
+from llada_lightning.training.callbacks.leaving import LeaveTogether
 from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
 from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
 from llada_lightning.training.callbacks.wandb_log import wandb_logger
 from llada_lightning.training.modules import LanguageModule, check_identity, model_identity
+from llada_lightning.training.parallel import launched_settings
 from llada_lightning.training.record import result_record
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -76,6 +79,7 @@ class LladaCLI(LightningCLI):
 
     def __init__(self, args: list[str], execute: bool = True) -> None:
         self._execute = execute
+        self.leave = LeaveRequest()
         super().__init__(
             model_class=LanguageModule,
             datamodule_class=TokenDataModule,
@@ -118,6 +122,8 @@ class LladaCLI(LightningCLI):
         return Run(**vars(self.settings.run)).folder
 
     def before_instantiate_classes(self) -> None:
+        trainer = self.settings.trainer
+        self.launch = agreed_launch(trainer.devices, trainer.num_nodes) if self._execute else None
         reject_unknown_keys(self.settings)
         data = resolve_data(self.settings)
         if self.subcommand == "fit":
@@ -146,23 +152,21 @@ class LladaCLI(LightningCLI):
         self.model.identity = self.identity
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        run, trainer = self.settings.run, self.config_init[self.subcommand].trainer
+        kwargs |= launched_settings(self.launch, [AtomicCheckpointIO(), *_as_list(trainer.plugins)])
         if self.subcommand != "fit":
             return super().instantiate_trainer(callbacks=[EvaluationProgress()], **kwargs)
-        run, phase, trainer = self.settings.run, self.phase, self.config_init[self.subcommand].trainer
+        phase = self.phase
         data, model = self.datamodule, self.model
         self.accounting = Accounting(model.flops_per_token(data.sequence_length, data.mask_eps))
-        own_callbacks: list[Callback] = [self.accounting]
+        own_callbacks: list[Callback] = [self.accounting, LeaveTogether(self.leave)]
         if trainer.enable_progress_bar is not False:
             title = f"{model.objective} {shape_name(model.shape)} {phase.title}".rstrip()
             own_callbacks.append(BudgetProgress(title, self.accounting))
         if trainer.enable_checkpointing is not False:
             keep, forks = run.keep_checkpoints, phase.forks
             own_callbacks.append(StepCheckpoints(phase.checkpoints, run.checkpoint_every_steps, keep, forks))
-        return super().instantiate_trainer(
-            callbacks=[*own_callbacks, *_as_list(trainer.callbacks)],
-            plugins=[AtomicCheckpointIO(), *_as_list(trainer.plugins)],
-            **kwargs,
-        )
+        return super().instantiate_trainer(callbacks=[*own_callbacks, *_as_list(trainer.callbacks)], **kwargs)
 
     def before_fit(self) -> None:
         """Everything is known to fit together: only now write into the run's folder, and start W&B."""
@@ -194,7 +198,7 @@ class LladaCLI(LightningCLI):
         if subcommand != "fit":
             super()._run_subcommand(subcommand)
             return
-        with stopping_at_a_steps_end():
+        with leaving_at_a_steps_end(self.leave):
             self.before_fit()
             done = {record["run"] for record in read_records(self.folder)}
             for phase in self.phases:
@@ -311,6 +315,12 @@ def class_first(args: list[str]) -> list[str]:
 def run_folder(args: list[str]) -> Path:
     """The folder that `llada ARGS` (from `fit` on) would run in; builds and starts nothing."""
     return LladaCLI(args, execute=False).folder
+
+
+def resolved_run(args: list[str]) -> tuple[Path, str]:
+    """The folder that `llada ARGS` (from `fit` on) would run in, and its resolved configuration as YAML."""
+    cli = LladaCLI(args, execute=False)
+    return cli.folder, cli.resolved
 
 
 def describe_loss(values: Mapping[str, float | None], kind: str) -> str:

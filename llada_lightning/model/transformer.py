@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llada_lightning.model.rope import apply_rope, rope_tables
 from llada_lightning.scaling.shapes import Shape
@@ -152,4 +153,9 @@ def attention_pattern(attention_mask_BL: Tensor, causal: bool) -> Tensor:
 
 
 def _init_normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
+    if isinstance(weight, DTensor):  # every process draws the whole, as one alone would, and keeps its shard
+        whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        _init_normal(whole, std, generator)
+        weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None))
+        return
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)

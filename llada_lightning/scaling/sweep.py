@@ -182,11 +182,15 @@ def settings_of(point: Point) -> dict[str, Any]:
 def fit_arguments(command: list[str]) -> list[str]:
     """What follows ``llada`` (or ``python -m llada_lightning``) in a rendered command: ``fit`` and its arguments.
 
+    Of ``llada launch … -- fit …`` what is launched: how is the business of the machine.
+
     Raises:
         UserError: the command is another one.
     """
     words = command[1:] if command[:1] == ["/usr/bin/env"] else command
     for start in (["llada"], ["python", "-m", "llada_lightning"]):
+        if words[: len(start) + 1] == [*start, "launch"] and "--" in words:
+            words = [*start, *words[words.index("--") + 1 :]]
         if words[: len(start) + 1] == [*start, "fit"]:
             return words[len(start) :]
     raise UserError(f"sweep: the command must start with `llada fit`, not `{' '.join(words[:2])}`")

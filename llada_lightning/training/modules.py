@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from llada_lightning.data.batches import TrainingBatch, ValidationBatch
@@ -26,6 +28,7 @@ from llada_lightning.scaling.budget import expected_mask_probability
 from llada_lightning.scaling.flops import Objective, TrainingFlops, flops_per_token
 from llada_lightning.scaling.shapes import Shape, get_shape
 from llada_lightning.training.metrics import ValidationLoss
+from llada_lightning.training.parallel import shard, sharding_mesh
 from llada_lightning.training.schedules import WSD, schedule_from
 
 
@@ -89,11 +92,16 @@ class LanguageModule(LightningModule, ABC):
         self.model: Transformer = None  # type: ignore[assignment]  # configure_model builds it
 
     def configure_model(self) -> None:
-        """Build and initialise the Transformer, inside the strategy's context."""
+        """Build and initialise the Transformer, inside the strategy's context; shard it where that has a mesh."""
         if self.model is not None:
             return
         assert self.vocab_size is not None, "the command fills in the vocabulary from the data"
-        self.model = Transformer(self.shape, self.vocab_size, self.rope_theta)
+        sharded = self.device_mesh is not None
+        with torch.device("meta") if sharded else nullcontext():
+            self.model = Transformer(self.shape, self.vocab_size, self.rope_theta)
+        if sharded:
+            assert self.trainer is not None
+            shard(self.model, sharding_mesh(self.trainer.strategy), str(self.trainer.precision))
         device = self.model.head.weight.device
         if device.type != "meta":
             self.model.initialise(torch.Generator(device).manual_seed(self.seed))
@@ -114,9 +122,12 @@ class LanguageModule(LightningModule, ABC):
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip by norm, also under FSDP2, and keep the norm for the log."""
+        """Clip by norm, over all shards, and keep the norm for the log."""
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         clip = float(gradient_clip_val) if gradient_clip_val else float("inf")
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), clip)
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, self.grad_norm)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         return self.training_loss(batch)

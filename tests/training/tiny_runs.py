@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +22,13 @@ TESTS = Path(__file__).parent
 
 
 class KillAt(Callback):
-    """Sends its own process a signal in the middle of the step after ``step``."""
+    """Sends its own process, or the one of a rank only, a signal in the middle of the step after ``step``."""
 
-    def __init__(self, step: int, name: str = "SIGKILL") -> None:
-        self.step, self.name = step, name
+    def __init__(self, step: int, name: str = "SIGKILL", rank: int | None = None) -> None:
+        self.step, self.name, self.rank = step, name, rank
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if trainer.global_step == self.step:
+        if trainer.global_step == self.step and self.rank in (None, trainer.global_rank):
             os.kill(os.getpid(), signal.Signals[self.name])
 
 
@@ -72,16 +73,32 @@ def fit(objective: str, data: Path, root: Path, *extra: str) -> Path:
     return root / "test" / "run"
 
 
-def fit_process(objective: str, data: Path, root: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+def fit_process(
+    objective: str, data: Path, root: Path, *extra: str, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Fit in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "llada_lightning", *fit_arguments(objective, data, root, *extra)]
+    environment = child_environment() | (variables or {})
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def kill_at(step: int, name: str = "SIGKILL") -> str:
+def child_environment() -> dict[str, str]:
+    """As ours, with this folder and the package under test to be imported."""
+    paths = [str(TESTS), str(TESTS.parents[1])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def kill_at(step: int, name: str = "SIGKILL", rank: int | None = None) -> str:
     """The argument that adds :class:`KillAt`."""
-    return f"--trainer.callbacks=[{{class_path: tiny_runs.KillAt, init_args: {{step: {step}, name: {name}}}}}]"
+    arguments = f"{{step: {step}, name: {name}, rank: {'null' if rank is None else rank}}}"
+    return f"--trainer.callbacks=[{{class_path: tiny_runs.KillAt, init_args: {arguments}}}]"
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:

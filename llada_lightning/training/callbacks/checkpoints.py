@@ -16,22 +16,30 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from llada_lightning.errors import UserError
-
-_PARTIAL = ".partial"
+from llada_lightning.training.parallel import saves_shards
+from llada_lightning.training.sharded_checkpoints import META, PARTIAL, discard, is_sharded, put_in_place, read_sharded
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint appears whole or not at all."""
+    """A checkpoint appears whole or not at all; one in shards is read as a file would be."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + _PARTIAL)
+        partial = target.with_name(target.name + PARTIAL)
         with partial.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, target)
+        put_in_place(partial, target)
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        if is_sharded(Path(path)):
+            return read_sharded(Path(path))
+        return super().load_checkpoint(path, *arguments, **keywords)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        discard(Path(path))
 
 
 class StepCheckpoints(ModelCheckpoint):
@@ -65,9 +73,9 @@ class StepCheckpoints(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         assert self.dirpath is not None
-        for leftover in Path(self.dirpath).glob(f"*{_PARTIAL}"):
+        for leftover in Path(self.dirpath).glob(f"*{PARTIAL}"):
             if trainer.is_global_zero:
-                leftover.unlink(missing_ok=True)
+                discard(leftover)
 
     def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
         batches = trainer.global_step * trainer.accumulate_grad_batches
@@ -85,7 +93,15 @@ class StepCheckpoints(ModelCheckpoint):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         for logger in trainer.loggers:
             logger.save()
-        super()._save_checkpoint(trainer, filepath)
+        if not saves_shards(trainer.strategy):
+            super()._save_checkpoint(trainer, filepath)
+            return
+        partial = filepath + PARTIAL
+        super()._save_checkpoint(trainer, partial)  # ends when all processes have written
+        if trainer.is_global_zero:
+            put_in_place(Path(partial), Path(filepath))
+        trainer.strategy.barrier()
+        self._last_checkpoint_saved = filepath
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """SIGTERM: Lightning lets the step end, on all ranks, before it leaves; the step is saved."""
@@ -116,7 +132,7 @@ def saved_identity(checkpoint: Path) -> dict[str, Any]:
     """The identity of the run that wrote a checkpoint, without reading its weights.
 
     Raises:
-        UserError: the file is not a checkpoint of a run.
+        UserError: the file or folder is not a checkpoint of a run.
     """
     return _saved(checkpoint, "identity")
 
@@ -131,8 +147,9 @@ def saved_step(checkpoint: Path) -> int:
 
 
 def _saved(checkpoint: Path, key: str) -> Any:
+    path = checkpoint / META if checkpoint.is_dir() else checkpoint
     try:
-        return torch.load(checkpoint, mmap=True, weights_only=True, map_location="cpu")[key]
+        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")[key]
     except FileNotFoundError as error:
         raise UserError(f"checkpoint: '{checkpoint}' does not exist; give one of a run's checkpoints/") from error
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:

@@ -32,8 +32,8 @@ def wandb_logger(
         import wandb
     except ImportError as error:
         raise UserError("wandb.project: the package wandb is not installed; pip install wandb") from error
-    # An agent has chosen the id already.
-    identity: dict[str, Any] = {} if in_sweep else {"id": run_id, "resume": "allow"}
+    # An agent has chosen the id already: of a new run, or of one that was preempted.
+    identity: dict[str, Any] = {"resume": "allow"} if in_sweep else {"id": run_id, "resume": "allow"}
 
     def start(offline: bool) -> WandbLogger:
         logger = WandbLogger(

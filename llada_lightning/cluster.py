@@ -1,0 +1,165 @@
+"""What a launcher (torchrun, srun) says about the processes of a run, and what SLURM is asked for.
+
+A run's configuration may leave `trainer.devices` and `trainer.num_nodes` out: they follow from the launcher. Where it
+names them, they must agree with what was launched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from llada_lightning.errors import UserError
+
+INTERACTIVE_JOBS = ("bash", "interactive")
+"""Names of SLURM jobs in which a person types commands: they are not launched by srun (Lightning's rule, too)."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The processes of a run, as launched.
+
+    Args:
+        launcher: `torchrun` or `srun`.
+        processes: on all nodes together.
+        nodes: of the run.
+        rank: of this process among all.
+        local_rank: of this process on its node.
+    """
+
+    launcher: str
+    processes: int
+    nodes: int
+    rank: int
+    local_rank: int
+
+    @property
+    def per_node(self) -> int:
+        """Processes of one node, the same on each.
+
+        Raises:
+            UserError: they cannot be spread evenly.
+        """
+        if self.processes % self.nodes:
+            raise UserError(
+                f"trainer.devices: {self.launcher} launched {self.processes} processes on {self.nodes} nodes, which is "
+                "not the same number on each; ask for whole nodes (--ntasks-per-node)"
+            )
+        return self.processes // self.nodes
+
+
+def launched() -> Launch | None:
+    """The launch that this process belongs to; None where a person started it.
+
+    torchrun comes first, since it runs inside SLURM's jobs, too.
+
+    Raises:
+        UserError: a SLURM job of several tasks runs this beside srun, so the other tasks would be waited for in vain.
+    """
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        processes, per_node = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
+        return Launch("torchrun", processes, processes // per_node, int(env["RANK"]), int(env["LOCAL_RANK"]))
+    if "SLURM_NTASKS" not in env or env.get("SLURM_JOB_NAME") in INTERACTIVE_JOBS:
+        return None
+    processes = int(env["SLURM_NTASKS"])
+    if processes > 1 and "SLURM_STEP_ID" not in env:
+        raise UserError(
+            f"SLURM_NTASKS: {processes} tasks allocated, but srun started none of them; put srun before llada"
+        )
+    nodes, rank, local_rank = (
+        int(env.get(name, default))
+        for name, default in {"SLURM_NNODES": 1, "SLURM_PROCID": 0, "SLURM_LOCALID": 0}.items()
+    )
+    return Launch("srun", processes, nodes, rank, local_rank)
+
+
+def agreed_launch(devices: Any, num_nodes: int) -> Launch | None:
+    """The launch that this process belongs to, in agreement with the trainer's settings.
+
+    Args:
+        devices: what the configuration says: a count, `auto`, or a list of devices.
+        num_nodes: what the configuration says; 1 is Lightning's default, and counts as not said.
+
+    Raises:
+        UserError: configuration and launch disagree.
+    """
+    launch = launched()
+    if launch is None:
+        if num_nodes != 1 and "MASTER_ADDR" not in os.environ:
+            raise UserError(
+                f"trainer.num_nodes: {num_nodes} given, but one process was started by hand; start it on each node "
+                "with torchrun or srun (experiments/cluster)"
+            )
+        return None
+    count = device_count(devices)
+    wanted = (launch.per_node if count is None else count, launch.nodes if num_nodes == 1 else num_nodes)
+    if wanted != (launch.per_node, launch.nodes):
+        raise UserError(
+            f"trainer.devices x num_nodes: {wanted[0]} x {wanted[1]} = {wanted[0] * wanted[1]} processes configured, "
+            f"but {launch.launcher} launched {launch.per_node} x {launch.nodes} = {launch.processes}; launch as many, "
+            "or leave both settings out"
+        )
+    return launch
+
+
+def device_count(devices: Any) -> int | None:
+    """How many devices of a node a trainer's setting names; None: all there are."""
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    text = str(devices).strip()
+    if text in ("auto", "-1"):
+        return None
+    return int(text) if re.fullmatch(r"\d+", text) else len([item for item in text.split(",") if item.strip()])
+
+
+def requeue() -> None:
+    """Ask SLURM to start this job again; by the first process only, and nothing outside of SLURM."""
+    launch, job = launched(), os.environ.get("SLURM_JOB_ID")
+    if job is None or launch is None or launch.rank != 0:
+        return
+    if "SLURM_ARRAY_JOB_ID" in os.environ:  # a bare number could mean all of an array's tasks
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        refusal = done.stderr.strip() if done.returncode else None
+    except OSError as error:
+        refusal = str(error)
+    said = f"requeued SLURM job {job}" if refusal is None else f"SLURM job {job} was not requeued: {refusal}"
+    print(said, file=sys.stderr, flush=True)
+
+
+def says_it(message: str) -> bool:
+    """Whether this process is the one to report a mistake, so that N processes with the same mistake report it once.
+
+    The processes share no memory, but those that torchrun started, and those that train already, share a store:
+    whoever puts the message there first reports it. Under srun alone, before training, one of each node does: what
+    differs, such as a folder that is missing, differs between nodes.
+    """
+    store = _shared_store()
+    if store is not None:
+        try:
+            return store.add(f"llada/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
+        except RuntimeError:  # its host has left
+            return True
+    return int(os.environ.get("SLURM_LOCALID", 0)) == 0
+
+
+def _shared_store() -> Any:
+    if "torch" not in sys.modules:
+        return None
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:
+            return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        except RuntimeError:
+            return None
+    return None

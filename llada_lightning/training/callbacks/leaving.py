@@ -1,0 +1,63 @@
+"""All processes of a run leave at the same step, whichever of them was asked to."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from llada_lightning.signals import SIGNALS, LeaveRequest
+
+
+class LeaveTogether(Callback):
+    """Agrees at each step's end, and at each validation batch's, on whether a signal asked any process to leave.
+
+    The agreement goes over the network and never over the accelerators, whose queues it therefore does not drain.
+    Lightning then ends the run with a ``SIGTERMException`` in every process.
+
+    Args:
+        request: what this process's handlers fill in.
+    """
+
+    def __init__(self, request: LeaveRequest) -> None:
+        self._request = request
+        self._group: Any = None
+        self._step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._request.install()
+        self._step = trainer.global_step
+        if trainer.world_size > 1 and self._group is None:
+            self._group = dist.new_group(backend="gloo")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._request.install()
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self._agree(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        self._agree(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """W&B gives a run that it knows to be preempted to the next agent of its sweep."""
+        if isinstance(exception, SIGTERMException) and trainer.is_global_zero and "WANDB_SWEEP_ID" in os.environ:
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.experiment.mark_preempting()
+
+    def _agree(self, trainer: Trainer) -> None:
+        received = self._request.received
+        strongest = torch.tensor(-1 if received is None else SIGNALS.index(received))
+        if self._group is not None:
+            dist.all_reduce(strongest, dist.ReduceOp.MAX, group=self._group)
+        if strongest >= 0:
+            self._request.agreed = SIGNALS[int(strongest)]
+            trainer._signal_connector.received_sigterm = True

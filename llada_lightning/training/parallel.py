@@ -1,0 +1,118 @@
+"""Fully sharded data parallelism (FSDP2): which parts of the Transformer are gathered together, and in which type.
+
+`--trainer.strategy=fsdp2` shards over all processes, as `--trainer.strategy=ddp` replicates over all.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from llada_lightning.cluster import Launch
+from llada_lightning.errors import UserError
+from llada_lightning.model import Transformer
+from llada_lightning.model.transformer import Block
+from llada_lightning.training.sharded_checkpoints import by_name, is_sharded
+
+
+class FullySharded(ModelParallelStrategy):
+    """Weights, gradients and moments in shards over all processes of all nodes (FSDP2; Zhao et al. 2023).
+
+    Args:
+        save_distributed_checkpoint: each process writes its shard, and a checkpoint is a folder; False: the first
+            process gathers everything into one file.
+        process_group_backend: null: nccl for GPUs, gloo for CPUs.
+    """
+
+    def __init__(self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None) -> None:
+        super().__init__(
+            save_distributed_checkpoint=save_distributed_checkpoint, process_group_backend=process_group_backend
+        )
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """A checkpoint in shards by Lightning; of a file, every process takes its shards."""
+        path = Path(self.broadcast(checkpoint_path))
+        if is_sharded(path):
+            return super().load_checkpoint(path, weights_only)
+        assert self.model is not None
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        whole = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=whole)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer, saved in zip(self.optimizers, checkpoint.pop("optimizer_states"), strict=False):
+            ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            set_optimizer_state_dict(self.model, optimizer, by_name(saved, ordered), options=whole)
+        return checkpoint
+
+
+StrategyRegistry.register("fsdp2", FullySharded, description="fully sharded data parallelism over all processes")
+
+
+def launched_settings(launch: Launch | None, plugins: list[Any]) -> dict[str, Any]:
+    """The trainer's settings that follow from how the run's processes were launched.
+
+    Args:
+        launch: None: a person started this process; the settings stay as they are.
+        plugins: of the trainer.
+    """
+    if launch is None:
+        return {"plugins": plugins}
+    sizes = {"devices": launch.per_node, "num_nodes": launch.nodes}
+    if launch.launcher != "srun":
+        return {**sizes, "plugins": plugins}
+    os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launch.per_node))  # Lightning insists on it
+    # Lightning's own handling of SLURM's signals saves in the middle of a step.
+    return {**sizes, "plugins": [*plugins, SLURMEnvironment(auto_requeue=False)]}
+
+
+def saves_shards(strategy: Strategy) -> bool:
+    """Whether each process writes its part of a checkpoint, which then is a folder."""
+    return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
+
+
+def sharding_mesh(strategy: Strategy) -> DeviceMesh:
+    """The processes that a strategy with a mesh shards over.
+
+    Raises:
+        UserError: it is not ours. Lightning's own class would split single matrices over a node, for which the model
+            has no plan, and give the moments of a checkpoint file to the wrong parameters (2.6, where an optimizer's
+            groups are not in the model's order).
+    """
+    if not isinstance(strategy, FullySharded):
+        raise UserError(f"trainer.strategy: {type(strategy).__name__} given; use --trainer.strategy=fsdp2")
+    return strategy.device_mesh["data_parallel"]
+
+
+def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
+    """Shard, in place, a model on the meta device; its weights then lie, uninitialised, on the mesh's devices.
+
+    Master weights and the reduction of gradients are fp32. Under `bf16-mixed` the matrices travel as bf16, rounded
+    once before they are gathered instead of once after, by autocast; embedding and gains travel as fp32, because
+    autocast does not round them either. So a sharded run computes what an unsharded one does.
+
+    Args:
+        mesh: of one dimension.
+        precision: Lightning's name, such as `bf16-mixed` or `32-true`.
+    """
+    matrices = torch.bfloat16 if precision == "bf16-mixed" else None
+    policy = MixedPrecisionPolicy(param_dtype=matrices, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        fully_shard([block.attention, block.feed_forward], mesh=mesh, mp_policy=policy)
+    fully_shard(model.head, mesh=mesh, mp_policy=policy)
+    rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(model, mesh=mesh, mp_policy=rest)
+    register_fsdp_forward_method(model, "hidden")  # `llada` needs the logits of few positions only
+    model.to_empty(device=mesh.device_type)
