@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,8 +57,12 @@ def job(tmp_path: Path) -> dict[str, str]:
         (folder / name).chmod(0o755)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "WANDB_", "MASTER_"))}
     numbers = {"JOB_ID": "4711", "JOB_NODELIST": "node[0-1]", "NTASKS": "2", "NNODES": "2"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     return {
         **clean,
+        "MASTER_PORT": str(port),
         **{f"SLURM_{name}": value for name, value in numbers.items()},
         "PATH": f"{folder}:{clean['PATH']}",
         "PYTHONPATH": str(ROOT),

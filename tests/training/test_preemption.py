@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +43,58 @@ def test_a_warned_job_saves_its_step_requeues_and_goes_on(
     assert record(folder)["val_nats_per_token"] == record(whole)["val_nats_per_token"]
     assert all((weights(folder)[key] == value).all() for key, value in weights(whole).items())
     assert not list(tmp_path.rglob("hpc_ckpt*"))  # Lightning's own checkpoints from within its handler
+
+
+OFFLINE = ("--wandb.project=test", "--wandb.offline=true")
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """The records of an offline run: LevelDB's log format behind seven bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, parts = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        in_block = 32768 - at % 32768
+        if in_block < 7:  # too short for a header, so padding
+            at += in_block
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or a last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
+def logged(folder: Path, kind: str) -> list[Any]:
+    """The records of a kind, of all starts of a run in order."""
+    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+    found = [record for file in files for record in wandb_records(file) if record.WhichOneof("record_type") == kind]
+    return [getattr(record, kind) for record in found]
+
+
+def test_a_requeued_run_goes_on_in_its_wandb_run(prepared: Path, tmp_path: Path, slurm: dict[str, str]) -> None:
+    pytest.importorskip("wandb")
+    warned = fit_process("arm", prepared, tmp_path / "job", *OFFLINE, kill_at(3, "SIGUSR1"), variables=slurm)
+    assert warned.returncode == 138, warned.stderr
+    fit_process("arm", prepared, tmp_path / "job", *OFFLINE, variables=slurm)
+    folder = tmp_path / "job" / "test" / "run"
+    assert [(run.run_id, run.run_group) for run in logged(folder, "run")] == [(record(folder)["run"], "test")] * 2
+    assert [leave.exit_code for leave in logged(folder, "exit")] == [1, 0]
+    assert not logged(folder, "preempting")
+
+
+def test_a_sweeps_run_tells_wandb_that_it_is_preempted(prepared: Path, tmp_path: Path, slurm: dict[str, str]) -> None:
+    """W&B hands a run that leaves so to the next agent that asks."""
+    pytest.importorskip("wandb")
+    agents = {**slurm, "WANDB_SWEEP_ID": "swp", "WANDB_RUN_ID": "abc"}
+    fit_process("arm", prepared, tmp_path / "job", *OFFLINE, kill_at(3, "SIGUSR1"), variables=agents)
+    folder = tmp_path / "job" / "test" / "run"
+    assert [run.run_id for run in logged(folder, "run")] == ["abc"]
+    assert len(logged(folder, "preempting")) == 1
+    assert [leave.exit_code for leave in logged(folder, "exit")] == [1]
 
 
 def test_a_cancelled_job_saves_its_step_and_stays_cancelled(
