@@ -196,7 +196,7 @@ def simulated_study(
 
 
 def _simulated(objective: str, budget: float, n: float, tokens: int, loss: float, error: float) -> dict[str, Any]:
-    extra = 20 * n**0.55 * (1 if objective == "arm" else 1.5) * 6
+    extra = 6 * 4000 * n**0.55 * (1 if objective == "arm" else 1.5)  # small models spend more than half of it there
     return {
         "run": f"{objective}-{n:.4g}-{budget:.2g}",
         "objective": objective,

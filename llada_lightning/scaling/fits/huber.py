@@ -99,7 +99,7 @@ def _step(residuals: Array, jacobian: Array, damping: Array, delta: float) -> tu
     matrix = transposed @ (weights[:, :, None] * jacobian)
     floor = 1e-12 * (1 + damping)[:, None] * (1 + np.trace(matrix, axis1=1, axis2=2)[:, None])
     matrix[:, np.arange(PARAMETERS), np.arange(PARAMETERS)] += floor
-    step: Array = -np.linalg.solve(matrix, gradient[:, :, None])[:, :, 0]
+    step = -np.asarray(np.linalg.solve(matrix, gradient[:, :, None])[:, :, 0], np.float64)
     step *= np.minimum(1.0, _LONGEST_STEP / np.maximum(np.abs(step).max(axis=1), 1e-300))[:, None]
-    gain: Array = -np.sum(gradient * step, axis=1) / 2
+    gain = np.asarray(-np.sum(gradient * step, axis=1) / 2, np.float64)
     return step, gain

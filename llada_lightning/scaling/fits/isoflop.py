@@ -156,6 +156,12 @@ class _Valley:
     def design(self) -> Array:
         return np.stack([np.ones_like(self.x), self.x, self.x**2], axis=1)
 
+    @property
+    def cubic_design(self) -> Array:
+        """The same where there are too few shapes for a cubic."""
+        enough = len(np.unique(self.x)) >= MIN_SHAPES_FOR_CHECK
+        return np.column_stack([self.design, self.x**3]) if enough else self.design
+
 
 def fit_isoflop(runs: pd.DataFrame, convention: Convention, unit: Unit, noise: Noise, seed: int = 0) -> IsoflopFit:
     """Parabolas of log loss in log N at every budget, and the laws of their optima.
@@ -178,13 +184,15 @@ def fit_isoflop(runs: pd.DataFrame, convention: Convention, unit: Unit, noise: N
     fit = fit_linear(block_diag(*(valley.design for valley in valleys)), log_loss, pooled)
     if not np.isfinite(fit.spread.tau):
         notes.append("no intervals: three shapes a budget and no standard errors leave nothing to judge by; add shapes")
+    # Whether a cubic term moves an optimum is judged by the scatter about cubics: that about parabolas holds the lean.
+    cubic = fit_linear(block_diag(*(valley.cubic_design for valley in valleys)), log_loss, pooled)
     ends = np.cumsum([len(valley.rows) for valley in valleys])[:-1]
-    errors = np.split(pooled.draws(fit.spread), ends, axis=1)
     weights = np.split(pooled.weights(np.nan_to_num(fit.spread.tau)), ends)
+    errors, cubic_errors = (np.split(pooled.draws(kind.spread), ends, axis=1) for kind in (fit, cubic))
     cost = TokenCost.of_runs(runs, convention)
     budgets = [
-        _fit_budget(valley, runs.iloc[valley.rows], unit, own_weights, own_errors, cost)
-        for valley, own_weights, own_errors in zip(valleys, weights, errors, strict=True)
+        _fit_budget(valley, runs.iloc[valley.rows], unit, cost, *noise_of_budget)
+        for valley, *noise_of_budget in zip(valleys, weights, errors, cubic_errors, strict=True)
     ]
     return _with_laws(convention, budgets, cost, notes, seed)
 
@@ -216,7 +224,7 @@ def _valleys(runs: pd.DataFrame, convention: Convention, unit: Unit) -> tuple[li
 
 
 def _fit_budget(
-    valley: _Valley, runs: pd.DataFrame, unit: Unit, weights: Array, errors: Array, cost: TokenCost
+    valley: _Valley, runs: pd.DataFrame, unit: Unit, cost: TokenCost, weights: Array, errors: Array, cubic_errors: Array
 ) -> IsoflopBudget:
     solve = solver(valley.design, weights)
     coefficients = solve @ valley.log_loss
@@ -225,7 +233,9 @@ def _fit_budget(
     log_n, drawn_n = valley.center + float(x_opt), valley.center + _opened(drawn_x, valley.x)
     log_d, drawn_d = (np.log(valley.flops) - cost(value) for value in (log_n, drawn_n))
     n_opt = Estimate.of(float(np.exp(log_n)), np.exp(drawn_n))
-    shifts = _grid_shifts(valley, weights, errors, float(x_opt), drawn_x)
+    shifts = _grid_shifts(
+        valley, weights, cubic_errors, float(x_opt), _vertex(coefficients + cubic_errors @ solve.T, valley.x)
+    )
     loss, stderr = losses(runs, unit)
     return IsoflopBudget(
         flops=valley.flops,
@@ -280,7 +290,7 @@ def _grid_shifts(valley: _Valley, weights: Array, errors: Array, x_opt: float, d
     if len(sizes) < MIN_SHAPES_FOR_CHECK:
         return []
     shifts = []
-    cubic = solver(np.column_stack([valley.design, valley.x**3]), weights)
+    cubic = solver(valley.cubic_design, weights)
     theta = cubic @ valley.log_loss
     inner = (valley.x > sizes[0]) & (valley.x < sizes[-1])
     shorter = solver(valley.design[inner], weights[inner])

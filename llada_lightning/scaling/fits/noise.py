@@ -64,8 +64,8 @@ class Noise:
         generator = np.random.default_rng(seed)
         draws, normals = generator.standard_normal((2, samples, runs))
         values, vectors = np.linalg.eigh(covariance)
-        root = vectors * np.sqrt(np.maximum(values, 0))
-        return cls(model, covariance, draws @ root.T, normals, generator.uniform(size=(samples, runs)))
+        root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T  # the one root that is symmetric
+        return cls(model, covariance, draws @ root, normals, generator.uniform(size=(samples, runs)))
 
     @property
     def known(self) -> bool:
@@ -121,7 +121,7 @@ class Noise:
         expected = np.sum(maker * (root[:, None] * self.covariance * root))
         squares = float(np.sum(weights * residuals**2))
         tau = np.sqrt(max(0.0, squares - expected) / np.sum(np.diagonal(maker) * weights))
-        return Spread(float(tau), dof, squares / expected if self.known else np.nan)
+        return Spread(float(tau), dof, float(squares / expected) if self.known else np.nan)
 
     def draws(self, spread: Spread) -> Array:
         """Errors of the log losses in every draw, N(0, V + tau*^2 I): (samples, n). NaN where nothing is known."""
@@ -163,8 +163,7 @@ def fit_linear(design: Array, y: Array, noise: Noise) -> LinearFit:
 def solver(design: Array, weights: Array) -> Array:
     """Weighted least squares as a matrix (p, n): theta = solver @ y."""
     root = np.sqrt(weights)
-    solution: Array = np.linalg.pinv(root[:, None] * design) * root
-    return solution
+    return np.asarray(np.linalg.pinv(root[:, None] * design) * root, np.float64)
 
 
 # --- of a results table ----------------------------------------------------------------------------------------------

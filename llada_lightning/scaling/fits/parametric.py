@@ -234,10 +234,11 @@ def fit_parametric(
     note = _unidentified(draws, converged, float(y.min()), gradient)
     values, drawn = (np.exp(t) for t in (theta, draws))
     scales = ((1, 2, log_n0), (3, 4, log_d0))
-    amplitudes = [
-        Estimate.of(np.exp(theta[i] + values[j] * mean), np.exp(draws[:, i] + drawn[:, j] * mean))
-        for i, j, mean in scales
-    ]
+    with np.errstate(over="ignore"):  # of draws whose exponent ran away
+        amplitudes = [
+            Estimate.of(np.exp(theta[i] + values[j] * mean), np.exp(draws[:, i] + drawn[:, j] * mean))
+            for i, j, mean in scales
+        ]
     return ParametricFit(
         E=Estimate.of(values[0], drawn[:, 0]),
         A=amplitudes[0],
