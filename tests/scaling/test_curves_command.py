@@ -12,7 +12,7 @@ from llada_lightning.scaling.collect_command import collect_command
 from llada_lightning.scaling.curves_command import curves_command
 from llada_lightning.scaling.results import write_results
 from llada_lightning.scaling.sweep_command import sweep_command
-from studies import study
+from studies import CHINCHILLA, VALLEYS, simulated_study, study
 
 Captured = pytest.CaptureFixture[str]
 
@@ -24,16 +24,46 @@ def table(tmp_path: Path) -> str:
 
 def test_curves_writes_fits_and_figure_and_prints_every_run(table: str, tmp_path: Path, capsys: Captured) -> None:
     assert curves_command([table, "--out", str(tmp_path / "out"), "--samples", "200"]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["fits.json", "scaling.png"]
+    assert {"fits.json", "scaling.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
     fits = json.loads((tmp_path / "out/fits.json").read_text())
     assert fits["settings"]["samples"] == 200
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if line.startswith(("arm  ", "llada  "))]
-    assert len(rows) == 12
-    assert rows[0][:5] == ["arm", "107k", "3.0e11", "107k", "469k"]
-    assert sum(row[-1] == "best" for row in rows) == 6
-    for words in ("exact", "bound", "(6ND)", "compute multiplier of llada", "scaling.png"):
+    runs = [row for row in rows if row[1] in ("107k", "443k")]
+    assert len(runs) == 12
+    assert runs[0][:5] == ["arm", "107k", "3.0e11", "107k", "469k"]
+    assert sum(row[-1] == "best" for row in runs) == 6
+    for words in (
+        "exact",
+        "bound",
+        "(6ND)",
+        "Compute multiplier",
+        "at least 3 shapes",
+        "standard error",
+        "scaling.png",
+    ):
         assert words in out
+
+
+def test_a_study_is_told_in_80_columns(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    path = write_results(simulated_study(CHINCHILLA)[0], tmp_path / "r.csv")
+    assert curves_command([str(path), "--out", str(tmp_path), "--samples", "300"]) == 0
+    out = capsys.readouterr().out
+    tables, _, notes = out.partition("To note:")
+    assert all(len(line.rstrip()) <= 80 for line in tables.splitlines())
+    assert "…" not in tables
+    assert "the best of each budget (60 runs)" in tables
+    for words in (
+        "Optimum by isoFLOP", "tokens/N", "a of N_opt ~ C^a", "alpha of L(N, D)", "predicted by fits without it",
+        "Compute multiplier at equal loss", "* beyond llada's own budgets",
+    ):  # fmt: skip
+        assert words in tables, words
+    fits = json.loads((tmp_path / "fits.json").read_text())
+    first = next(e for e in fits["compute_multiplier"] if (e["method"], e["convention"]) == ("parametric", "6nd"))
+    (row,) = (line for line in tables.splitlines() if line.startswith("1.0e17") and "(" in line)
+    assert f"{first['multiplier']:.3g}  ({first['low']:.3g}–{first['high']:.3g})" in row
+    assert "were not planned to be equal by it" in notes
 
 
 def test_curves_as_json_under_the_other_convention(table: str, tmp_path: Path, capsys: Captured) -> None:
@@ -41,18 +71,64 @@ def test_curves_as_json_under_the_other_convention(table: str, tmp_path: Path, c
     assert curves_command([table, "--out", str(tmp_path), *options]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     written = json.loads(line)
-    assert written["settings"]["convention"] == "total"
+    assert written["convention"] == "total"
+    assert written["settings"]["conventions"] == ["6nd", "total"]
     assert written["settings"]["unit"] == "bits_per_byte"
     assert written["left_out"] == 0
-    assert written["figure"].endswith("scaling.png")
+    assert written["fits"] == str(tmp_path / "fits.json")
+    assert all(Path(path).is_file() for path in written["figures"].values())
+
+
+def test_the_covariance_beside_a_table_is_read(tmp_path: Path, capsys: Captured) -> None:
+    table, covariance = simulated_study(VALLEYS, noise=0.002, shared=0.01)
+    path = str(write_results(table, tmp_path / "r.csv"))
+    options = [path, "--out", str(tmp_path), "--samples", "300"]
+    curves_command(options)
+    assert "each run's own standard error" in capsys.readouterr().out
+    alone = json.loads((tmp_path / "fits.json").read_text())
+    covariance.to_csv(tmp_path / "r.covariance.csv")
+    curves_command(options)
+    assert "errors: covariance of the runs' validation errors" in capsys.readouterr().out
+    joint = json.loads((tmp_path / "fits.json").read_text())
+    widths = [
+        written["compute_multiplier"][0]["high"] - written["compute_multiplier"][0]["low"] for written in (alone, joint)
+    ]
+    assert widths[1] < 0.5 * widths[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not a table of numbers"),
+        ("name,a@1\na@1,red\n", "not a table of numbers"),
+        ("name,a@1\nb@1,1.0\n", "not of the same runs"),
+        ("name,a@1\na@1,1.0\n", "runs are not in it"),
+    ],
+)
+def test_a_damaged_covariance_is_refused(table: str, tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "results.covariance.csv").write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        curves_command([table, "--out", str(tmp_path)])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_published_study_is_fitted_by_6nd(tmp_path: Path, capsys: Captured) -> None:
+    pytest.importorskip("llada_lightning.scaling.reference")
+    assert curves_command(["published", "--out", str(tmp_path), "--samples", "200"]) == 0
+    out = capsys.readouterr().out
+    assert "the best of each budget (133 runs)" in out
+    assert "not counted by 6ND + attention + head" in out
+    with pytest.raises(UserError, match="--convention total: the table lacks FLOPs"):
+        curves_command(["published", "--out", str(tmp_path), "--samples", "200", "--convention", "total"])
 
 
 def test_two_budgets_are_drawn_without_a_fit(tmp_path: Path, capsys: Captured) -> None:
     path = write_results(study(budgets=(3e11, 1e12)), tmp_path / "r.csv")
     assert curves_command([str(path), "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "arm: no fit, budgets on the envelope: 2; at least 3 are needed" in out
-    assert "compute multiplier: none" in out
+    assert "arm, envelope, 6nd: no fit, budgets on the envelope: 2; at least 3 are needed" in out
+    assert "arm, parametric: no fit: 4 runs of 2 N and 4 D; at least 6 runs of 3 N and 3 D are needed" in out
+    assert "compute multiplier: none by 6ND, fits are missing" in out
     assert (tmp_path / "scaling.png").exists()
 
 

@@ -127,8 +127,9 @@ def fit_table(
     missing = [CONVENTION_NAMES[name] for name in conventions if name not in counted]
     notes = [f"not counted by {name}: the table lacks the FLOPs of some runs" for name in missing]
     notes += [note for fits in objectives.values() for note in fits.notes()]
-    if len(objectives) == len(OBJECTIVES) and not at_budgets:
-        notes.append("compute multiplier: none, the fits are missing or reach no common loss")
+    if len(objectives) == len(OBJECTIVES):
+        without = [CONVENTION_NAMES[name] for name in counted if name not in {m.convention for m in at_budgets}]
+        notes += [f"compute multiplier: none by {name}, fits are missing or reach no common loss" for name in without]
     return StudyFits(
         unit,
         samples,
