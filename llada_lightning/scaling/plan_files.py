@@ -166,22 +166,12 @@ _BATCH_SCRIPT = """\
 #SBATCH --job-name={name}
 #SBATCH --array=0-{last}
 #SBATCH --nodes=1
-#SBATCH --ntasks=1
 {resources}#SBATCH --output={name}-%A_%a.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@120
-
-# Lightning starts the processes of this node's devices itself; with SLURM's count it would expect srun to.
-unset SLURM_NTASKS
-
-# A terminated run saves a checkpoint and leaves; the job then waits its turn again and goes on from there.
-save() {{ kill -TERM "$!"; wait "$!"; }}
-trap 'save; scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"; exit 0' USR1
-trap 'save; exit 143' TERM
-
-llada sweep run {sweep} --index "$SLURM_ARRAY_TASK_ID" &
-wait "$!"
+#SBATCH --signal=SIGUSR1@120
+# At the signal a run saves its step and asks SLURM to queue its task again, which then goes on from there.
+exec srun --kill-on-bad-exit=1 llada sweep run {sweep} --index "$SLURM_ARRAY_TASK_ID"
 """
 
 
@@ -194,7 +184,8 @@ def slurm_text(plan: Plan, sweep: Path, script: Path, command: Sequence[str]) ->
         script: where this text will stand.
         command: that made the plan, for the head of the file.
     """
-    resources = f"#SBATCH --gpus-per-node={plan.machine.devices}\n"
+    devices = plan.machine.devices
+    resources = f"#SBATCH --ntasks-per-node={devices}\n#SBATCH --gpus-per-node={devices}\n"
     hours = plan.longest_wall_hours()
     if hours is not None:
         minutes = math.ceil(60 * TIME_MARGIN * hours) + 10

@@ -137,7 +137,11 @@ def test_the_array_covers_all_runs_with_time_and_devices(tmp_path: Path) -> None
     plan = planned(separate=False, machine=Machine("H100", 4, mfu=1e-6), recipe=Recipe(batch=16))
     text = slurm_text(plan, Path("sweeps/s.yaml"), Path("s.sbatch"), COMMAND)
     assert f"#SBATCH --array=0-{len(plan.runs()) - 1}\n" in text
-    assert "#SBATCH --gpus-per-node=4\n" in text and "#SBATCH --requeue\n" in text
+    assert (
+        "#SBATCH --gpus-per-node=4\n" in text
+        and "#SBATCH --ntasks-per-node=4\n" in text
+        and "#SBATCH --requeue\n" in text
+    )
     hours = plan.longest_wall_hours()
     assert hours is not None
     minutes = math.ceil(60 * 1.5 * hours) + 10
@@ -146,35 +150,12 @@ def test_the_array_covers_all_runs_with_time_and_devices(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_the_job_saves_and_queues_again_at_slurms_signal(tmp_path: Path) -> None:
-    """The script runs in bash with stand-ins for `llada` and `scontrol`; the run signals its own job."""
+def test_a_task_of_the_array_starts_its_run_with_srun(tmp_path: Path) -> None:
     script = tmp_path / "s.sbatch"
     script.write_text(slurm_text(planned(), Path("a sweep.yaml"), script, COMMAND))
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    stand_ins = {
-        # Asks for the signal, as SLURM would send it, then waits on a pipe that nobody writes to.
-        "llada": """echo "$@ ntasks=$SLURM_NTASKS" >> log
-            trap "echo saved >> log; exit 0" TERM
-            kill -USR1 $PPID
-            read -t 20 < pipe""",
-        "scontrol": 'echo "scontrol $@" >> log',
-    }
-    for name, body in stand_ins.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    os.mkfifo(tmp_path / "pipe")
-    environment = {
-        **os.environ,
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SLURM_ARRAY_JOB_ID": "12",
-        "SLURM_ARRAY_TASK_ID": "3",
-        "SLURM_NTASKS": "1",
-    }
-    with (tmp_path / "pipe").open("r+b", buffering=0):  # opened for reading and writing, it does not block
-        done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=environment, timeout=30)
-    assert done.returncode == 0
-    assert (tmp_path / "log").read_text().splitlines() == [
-        "sweep run a sweep.yaml --index 3 ntasks=",
-        "saved",
-        "scontrol requeue 12_3",
-    ]
+    (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s|" "$@"\nexit 7\n')
+    (tmp_path / "srun").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3"}
+    job = subprocess.run(["bash", str(script)], cwd=tmp_path, env=environment, timeout=30, capture_output=True)
+    assert job.stdout.decode() == "--kill-on-bad-exit=1|llada|sweep|run|a sweep.yaml|--index|3|"
+    assert job.returncode == 7  # the fit's own code: SLURM sees what became of it
