@@ -102,7 +102,7 @@ def test_the_covariance_beside_a_table_is_read(tmp_path: Path, capsys: Captured)
         ("", "not a table of numbers"),
         ("name,a@1\na@1,red\n", "not a table of numbers"),
         ("name,a@1\nb@1,1.0\n", "not of the same runs"),
-        ("name,a@1\na@1,1.0\n", "runs are not in it"),
+        ("name,a@1\na@1,1.0\n", "none of the table's 12 runs is in it"),
     ],
 )
 def test_a_damaged_covariance_is_refused(table: str, tmp_path: Path, text: str, words: str) -> None:

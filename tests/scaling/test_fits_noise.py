@@ -74,12 +74,19 @@ def bad_covariances(good: pd.DataFrame) -> dict[str, pd.DataFrame]:
     negative = good.copy()
     negative.iloc[0, 0] = -good.iloc[0, 0]
     return {
-        "1 of 60 runs are not in it": good.iloc[1:, 1:],
+        "none of the table's 60 runs is in it": good.add_prefix("x").T.add_prefix("x"),
         "not symmetric": crooked,
         "it is none": negative,
         "stands in it twice": pd.concat([good, good.iloc[:1]]),
         "not finite": good * np.nan,
     }
+
+
+def test_a_covariance_that_lacks_a_run_is_not_used_and_a_note_says_so() -> None:
+    table, covariance = simulated_study(VALLEYS, shared=0.01)
+    fits = fit_table(table, samples=100, covariance=covariance.iloc[1:, 1:])
+    assert fits.noise_model == "standard errors"
+    assert "it lacks 1 of 60 runs" in fits.notes[0]
 
 
 @pytest.mark.parametrize("words", bad_covariances(pd.DataFrame(np.ones((3, 3)))).keys())

@@ -174,13 +174,13 @@ def noise_of_runs(runs: pd.DataFrame, covariance: pd.DataFrame | None, samples: 
 
     Args:
         runs: usable runs.
-        covariance: of the runs' ``val_nats_per_token`` in nats^2, index and columns ``run@steps``; None: by the
+        covariance: of all the runs' ``val_nats_per_token`` in nats^2, index and columns ``run@steps``; None: by the
             table's standard errors, or, where one of them is missing or zero, by the scatter alone.
         samples: bootstrap draws.
         seed: of the draws.
 
     Raises:
-        UserError: the covariance lacks a run, or is no covariance.
+        UserError: the covariance is none.
     """
     loss, stderr = losses(runs, "nats_per_token")
     if covariance is not None:
@@ -196,14 +196,24 @@ def run_names(runs: pd.DataFrame) -> list[str]:
     return [f"{run}@{steps}" for run, steps in zip(runs["run"], runs["steps"], strict=True)]
 
 
-def _matching(covariance: pd.DataFrame, runs: pd.DataFrame) -> Array:
-    names = run_names(runs)
-    missing = [name for name in names if name not in covariance.index or name not in covariance.columns]
-    if missing:
+def runs_without(covariance: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
+    """The names of the runs that a covariance lacks.
+
+    Raises:
+        UserError: it lacks all of them, so it is of another study.
+    """
+    missing = [name for name in run_names(runs) if name not in covariance.index or name not in covariance.columns]
+    if len(missing) == len(runs):
         raise UserError(
-            f"covariance: {len(missing)} of {len(names)} runs are not in it ({missing[0]} …); "
+            f"covariance: none of the table's {len(runs)} runs is in it ({missing[0]} …); "
             "collect both files from the same runs, or remove the covariance file"
         )
+    return missing
+
+
+def _matching(covariance: pd.DataFrame, runs: pd.DataFrame) -> Array:
+    names = run_names(runs)
+    assert not runs_without(covariance, runs)
     if covariance.index.has_duplicates or covariance.columns.has_duplicates:
         raise UserError("covariance: a run's name stands in it twice; write it again")
     matrix = covariance.loc[names, names].to_numpy(float)

@@ -13,7 +13,7 @@ from llada_lightning.scaling.fits.checks import Disagreement, HeldOut, disagreem
 from llada_lightning.scaling.fits.envelope import EnvelopeFit, envelope_rows
 from llada_lightning.scaling.fits.estimate import INTERVAL, Array
 from llada_lightning.scaling.fits.multiplier import METHODS, Multiplier, compute_multipliers
-from llada_lightning.scaling.fits.noise import NOISE_MODELS, NoiseModel, noise_of_runs
+from llada_lightning.scaling.fits.noise import NOISE_MODELS, NoiseModel, noise_of_runs, runs_without
 from llada_lightning.scaling.fits.objective import ObjectiveFits, fit_objective
 from llada_lightning.scaling.fits.parametric import EXPONENT_GRID, HUBER_DELTA, STARTS
 from llada_lightning.scaling.fits.runs import (
@@ -98,8 +98,8 @@ def fit_table(
         unit: of the losses.
         samples: bootstrap draws.
         seed: of the draws.
-        covariance: of the losses in nats^2, index and columns ``run@steps``, both objectives in one; None: the
-            table's standard errors, taken as independent.
+        covariance: of the losses in nats^2, index and columns ``run@steps``, both objectives in one; None, or where
+            it lacks a run (a note says so): the table's standard errors, taken as independent.
         conventions: by which FLOPs are counted; one by which a run's are missing is left out with a note.
 
     Raises:
@@ -114,7 +114,8 @@ def fit_table(
     if not counted:
         raise UserError(f"results: flops are missing by {' and by '.join(conventions)}; mend the table")
     runs = in_canonical_order(runs)
-    noise = noise_of_runs(runs, covariance, samples, seed)
+    lacking = runs_without(covariance, runs) if covariance is not None else []
+    noise = noise_of_runs(runs, None if lacking else covariance, samples, seed)
     objectives: dict[str, ObjectiveFits] = {}
     held_out: list[HeldOut] = []
     for number, objective in enumerate(OBJECTIVES):
@@ -126,6 +127,8 @@ def fit_table(
     at_budgets, curve = _multipliers(runs, objectives, counted, unit)
     missing = [CONVENTION_NAMES[name] for name in conventions if name not in counted]
     notes = [f"not counted by {name}: the table lacks the FLOPs of some runs" for name in missing]
+    if lacking:
+        notes.append(f"covariance not used: it lacks {len(lacking)} of {len(runs)} runs ({lacking[0]} …)")
     notes += [note for fits in objectives.values() for note in fits.notes()]
     if len(objectives) == len(OBJECTIVES):
         without = [CONVENTION_NAMES[name] for name in counted if name not in {m.convention for m in at_budgets}]
