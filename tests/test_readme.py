@@ -50,14 +50,26 @@ def test_ci_runs_the_readmes_test_command() -> None:
 
 
 def test_the_tour_by_hand(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tour = [line for line in COMMANDS if line.startswith("llada") and "sweep run" not in line]
-    assert [line.split()[1] for line in tour] == ["prepare", "fit", "fit", "validate", "collect", "curves", "fit"]
+    """Every `llada` command in README's order: two runs by hand, a planned study, the published one."""
+    tour = [line for line in COMMANDS if line.startswith("llada")]
+    assert [line.split()[1] for line in tour] == [
+        "prepare", "fit", "fit", "validate", "collect", "curves",
+        "plan", "sweep", "sweep", "collect", "curves", "curves", "fit",
+    ]  # fmt: skip
+    said = {}
     for line in tour:
         assert run_llada(line) == 0, capsys.readouterr().err
-    table = read_results(checkout / "runs" / "tour" / "results.csv")
-    assert sorted(table["objective"]) == ["arm", "llada"]
-    assert sorted(table["val_kind"]) == ["bound", "exact"]
-    assert (checkout / "runs" / "tour" / "scaling.png").stat().st_size > 10_000
+        said[line] = capsys.readouterr().out
+    assert "6 runs: 6 done" in next(out for line, out in said.items() if "sweep show" in line)
+    runs = checkout / "runs"
+    for study, rows in {"tour": 2, "small": 18}.items():
+        table = read_results(runs / study / "results.csv")
+        assert len(table) == rows
+        assert dict(table[["objective", "val_kind"]].drop_duplicates().to_numpy()) == {"arm": "exact", "llada": "bound"}
+    for study in ("tour", "small", "published"):
+        assert (runs / study / "scaling.png").stat().st_size > 10_000
+        assert (runs / study / "fits.json").exists()
+    assert (runs / "published" / "multiplier.png").exists()
 
 
 def test_the_quickstart_in_small(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbSta
 
 
 def sweep_file(folder: Path, data: Path) -> Path:
-    """Both objectives at one tiny budget; the fit's other settings stand in a file beside it."""
+    """Both objectives, each a trunk for two tiny budgets; the fit's other settings stand in a file beside it."""
     given = dict(word.removeprefix("--").split("=", 1) for word in fit_arguments("arm", data, folder / "runs")[1:])
     dropped = ("model", "trainer.max_steps", "run.name")
     fixed = [f"--{key}={value}" for key, value in given.items() if key not in dropped]
@@ -62,7 +62,7 @@ def sweep_file(folder: Path, data: Path) -> Path:
         "program": "llada",
         "method": "grid",
         "command": ["${env}", "${interpreter}", "-m", "llada_lightning", "fit", *fixed, "${args}"],
-        "parameters": {"model": {"values": ["ArmModule", "LladaModule"]}, "budget.flops": {"values": [5.0e8]}},
+        "parameters": {"model": {"values": ["ArmModule", "LladaModule"]}, "budget.flops": {"values": [[5.0e8, 1.0e9]]}},
     }
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
@@ -97,12 +97,12 @@ def test_an_agents_runs_are_collected_and_the_same_sweep_has_nothing_left(
     capsys.readouterr()
     assert main(["collect", str(tmp_path / "runs"), PROJECT, "--out", str(out), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["folders"], report["wandb_runs"], report["records"]) == (2, 2, 2)
-    assert [twin["difference"] for twin in report["duplicates"]] == [0.0, 0.0]
+    assert (report["folders"], report["wandb_runs"], report["records"]) == (2, 2, 4)
+    assert [twin["difference"] for twin in report["duplicates"]] == [0.0] * 4
     assert report["unfinished"] == {}
-    assert report["covariance"]["rows"] == 2
+    assert report["covariance"]["rows"] == 4
     table = read_results(out)
-    assert sorted(table["objective"]) == ["arm", "llada"]
+    assert sorted(table["objective"]) == ["arm", "arm", "llada", "llada"]
 
     remote, _ = collect([PROJECT])
     for column in RESULT_COLUMNS:
@@ -110,7 +110,8 @@ def test_an_agents_runs_are_collected_and_the_same_sweep_has_nothing_left(
 
     assert main(["sweep", "run", str(file), "--json"]) == 0
     outcome = json.loads(capsys.readouterr().out)
-    assert sorted(outcome["skipped"]) == sorted(table["run"])
+    folders = (tmp_path / "runs" / "test").glob("*flops*")
+    assert sorted(outcome["skipped"]) == sorted(folder.name for folder in folders)
     assert outcome["done"] == outcome["failed"] == []
 
 
