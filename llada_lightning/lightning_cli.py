@@ -41,7 +41,7 @@ from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
 from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
 from llada_lightning.training.callbacks.wandb_log import wandb_logger
 from llada_lightning.training.modules import LanguageModule, check_identity, model_identity
-from llada_lightning.training.parallel import launched_settings
+from llada_lightning.training.parallel import check_strategy, launched_settings
 from llada_lightning.training.record import result_record
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -170,6 +170,7 @@ class LladaCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Everything is known to fit together: only now write into the run's folder, and start W&B."""
+        check_strategy(self.trainer.strategy)
         self.datamodule.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
         try:
             self._write_config()
@@ -214,10 +215,9 @@ class LladaCLI(LightningCLI):
         if phase is not self.phases[0]:
             self._enter(phase)
             self.instantiate_classes()
-        trunk = phase.folder == self.folder
-        self.trainer.loggers = [
-            MetricsCSV(phase.folder), *(_as_list(self.wandb) if trunk else []), *self.trainer.loggers
-        ]  # fmt: skip
+        # W&B's steps only rise, and a branch's last steps lie beyond those with which the trunk goes on.
+        own = [MetricsCSV(phase.folder), *_as_list(self.wandb if phase.folder == self.folder else None)]
+        self.trainer.loggers = [*own, *self.trainer.loggers]
         start = phase.start()
         if start is not None:
             announce(f"going on from {start}")

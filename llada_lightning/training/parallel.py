@@ -82,16 +82,22 @@ def saves_shards(strategy: Strategy) -> bool:
     return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
 
 
-def sharding_mesh(strategy: Strategy) -> DeviceMesh:
-    """The processes that a strategy with a mesh shards over.
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse another sharding than ours.
+
+    Lightning's own class would split single matrices over a node, for which the model has no plan, and give the moments
+    of a checkpoint file to the wrong parameters (2.6, where an optimizer's groups are not in the model's order).
 
     Raises:
-        UserError: it is not ours. Lightning's own class would split single matrices over a node, for which the model
-            has no plan, and give the moments of a checkpoint file to the wrong parameters (2.6, where an optimizer's
-            groups are not in the model's order).
+        UserError: it is another one.
     """
-    if not isinstance(strategy, FullySharded):
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FullySharded):
         raise UserError(f"trainer.strategy: {type(strategy).__name__} given; use --trainer.strategy=fsdp2")
+
+
+def sharding_mesh(strategy: Strategy) -> DeviceMesh:
+    """The processes that the strategy shards over."""
+    assert isinstance(strategy, FullySharded)
     return strategy.device_mesh["data_parallel"]
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from llada_lightning.cli import main
 from llada_lightning.errors import UserError
 from llada_lightning.training.callbacks.checkpoints import last_checkpoint, saved_identity
-from llada_lightning.training.parallel import sharding_mesh
+from llada_lightning.training.parallel import check_strategy
 from llada_lightning.training.sharded_checkpoints import META, discard, is_sharded, put_in_place, read_sharded
 from tiny_runs import MODELS, fit, fit_process, kill_at, losses, metrics, record, weights
 
@@ -115,7 +115,7 @@ def test_bf16_rounds_where_an_unsharded_run_does(prepared: Path, tmp_path: Path)
 
 def test_lightnings_own_class_is_refused() -> None:
     with pytest.raises(UserError, match=r"trainer.strategy: ModelParallelStrategy given; use --trainer.strategy=fsdp2"):
-        sharding_mesh(ModelParallelStrategy())
+        check_strategy(ModelParallelStrategy())
 
 
 def shards_of(folder: Path, content: str) -> Path:
