@@ -92,7 +92,7 @@ def test_an_unknown_key_of_a_file(fails, tmp_path: Path, config: dict) -> None:
 
 def test_a_wrong_type_names_key_value_and_type(fit) -> None:
     see = "; see 'llada fit --help'"
-    assert fit("--budget.flops=much") == f"error: budget.flops: much given; expected float or null{see}"
+    assert fit("--budget.flops=much") == f"error: budget.flops: much given; expected float or list or null{see}"
     assert fit("--data.sequence_length=long") == f"error: data.sequence_length: long given; expected int{see}"
     assert fit("--model.rope_theta=big") == f"error: model.rope_theta: big given; expected float{see}"
     assert "trainer.precision: half given; expected" in fit("--trainer.precision=half")
