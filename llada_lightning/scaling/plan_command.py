@@ -76,6 +76,8 @@ def _parser() -> CommandParser:
     add("--lr-rule", choices=LEARNING_RATE_RULES, default="deepseek", help="learning rate by size, tokens and budget")
     add("--batch-rule", choices=BATCH_RULES, default="deepseek", help="global batch by tokens or budget")
     add("--lr", type=float, default=None, help="one learning rate for all runs instead")
+    for objective in OBJECTIVES:
+        add(f"--lr-scale-{objective}", type=float, default=1.0, metavar="X", help="times the learning rate")
     add("--batch", type=int, default=None, metavar="SEQUENCES", help="one global batch for all runs instead")
     add(
         "--warmup-steps",
@@ -143,6 +145,7 @@ def _plan(options: Namespace, base: Mapping[str, Any], read_data: ReadData) -> t
             lr_rule=options.lr_rule,
             batch_rule=options.batch_rule,
             lr=options.lr,
+            lr_scale={objective: options[f"lr_scale_{objective}"] for objective in OBJECTIVES},
             batch=options.batch,
             warmup_steps=options.warmup_steps,
             decay_fraction=options.decay_fraction,

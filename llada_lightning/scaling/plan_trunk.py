@@ -8,8 +8,8 @@ to its last fork and all decays, where separate runs would cost the sum of all S
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from llada_lightning.errors import UserError
@@ -38,6 +38,7 @@ class Recipe:
     Args:
         lr_rule, batch_rule: names of ``scaling.hyperparameters``.
         lr: peak learning rate of all runs.
+        lr_scale: of each objective, times the rule's or the given rate: the rules were fitted to autoregressive models.
         batch: global batch of all runs, in sequences.
         warmup_steps: of all runs.
         decay_fraction: share of a run's steps over which the rate falls.
@@ -46,6 +47,7 @@ class Recipe:
     lr_rule: LearningRateRule = "deepseek"
     batch_rule: BatchRule = "deepseek"
     lr: float | None = None
+    lr_scale: Mapping[Objective, float] = field(default_factory=dict)
     batch: int | None = None
     warmup_steps: int | None = None
     decay_fraction: float = DECAY_FRACTION
@@ -56,8 +58,10 @@ class Recipe:
         Raises:
             UserError: names the setting.
         """
-        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
-            raise UserError(f"plan: --lr {self.lr:g} must be a number above 0")
+        rates = {"lr": self.lr, **{f"lr-scale-{objective}": scale for objective, scale in self.lr_scale.items()}}
+        for option, rate in rates.items():
+            if rate is not None and not (math.isfinite(rate) and rate > 0):
+                raise UserError(f"plan: --{option} {rate:g} must be a number above 0")
         for option, count, least in (("batch", self.batch, 1), ("warmup-steps", self.warmup_steps, 0)):
             if count is not None and count < least:
                 raise UserError(f"plan: --{option} {count} must be at least {least}")
@@ -150,13 +154,14 @@ def plan_trunk(
     )
     warmup = warmup_steps(steps) if recipe.warmup_steps is None else recipe.warmup_steps
     _check_branches(branches, warmup, f"{objective} {shape_name(shape)}")
+    rate = recipe.lr or learning_rate(recipe.lr_rule, shape.params_nonembedding, tokens, flops)
     accumulation = machine.accumulation(shape, stream.vocab_size, stream.sequence_length, batch)
     micro_batch = batch // machine.devices // accumulation
     return Trunk(
         objective=objective,
         shape=shape,
         seed=seed,
-        lr=recipe.lr or _rounded(learning_rate(recipe.lr_rule, shape.params_nonembedding, tokens, flops)),
+        lr=_rounded(rate * recipe.lr_scale.get(objective, 1.0)),
         global_batch=batch,
         warmup_steps=warmup,
         per_step=per_token * per_step,

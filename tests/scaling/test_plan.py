@@ -119,6 +119,14 @@ def test_rules_and_numbers_can_be_chosen() -> None:
     assert list(fixed.decay_steps) == [round(0.5 * steps) for steps in fixed.steps]
 
 
+def test_each_objective_may_have_its_own_rate() -> None:
+    plain = plan_study([1e12], STREAM, grid=SHAPES).table().groupby("objective").lr.first()
+    scaled = plan_study([1e12], STREAM, grid=SHAPES, recipe=Recipe(lr_scale={"llada": 0.4})).table()
+    rates = scaled.groupby("objective").lr.first()
+    assert rates["arm"] == plain["arm"]
+    assert rates["llada"] == pytest.approx(0.4 * plain["llada"], rel=0.01)
+
+
 def test_the_batch_shrinks_rather_than_the_steps() -> None:
     budget = 50 * 6 * get_shape("443k").params_nonembedding * expected_length(128, 0.01) * 1.01  # 50 steps at batch 1
     plan = plan_study([budget], STREAM, grid=SHAPES)
@@ -231,6 +239,7 @@ def test_budgets_are_sorted() -> None:
         ([1e12], {"grid": Grid(points=2)}, "--points 2"),
         ([1e12], {"grid": Grid(centres={"arm": 0.0, "llada": 1.0})}, "--centre-arm 0"),
         ([1e12], {"recipe": Recipe(lr=-1.0)}, "--lr -1"),
+        ([1e12], {"recipe": Recipe(lr_scale={"llada": 0.0})}, "--lr-scale-llada 0 must be"),
         ([1e12], {"recipe": Recipe(batch=0)}, "--batch 0"),
         ([1e12], {"recipe": Recipe(decay_fraction=1.0)}, "--decay-fraction 1"),
         ([1e12], {"grid": SHAPES, "recipe": Recipe(warmup_steps=10**6)}, "warms up for 1000000 steps"),
