@@ -33,7 +33,7 @@ def plan_table(plan: Plan) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for name, side in {
         "N": "right", "shape": "left", "tokens": "right", "per N": "right", "steps": "right", "batch": "right",
-        "lr": "right", "warmup": "right", "decay": "right", "all FLOPs": "right", "epochs": "right", "GiB": "right",
+        "lr": "right", "warmup": "right", "decay": "right", "total": "right", "epochs": "right", "GiB": "right",
         "hours": "right", "run": "right",
     }.items():  # fmt: skip
         table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
