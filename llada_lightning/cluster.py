@@ -11,7 +11,9 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from llada_lightning.errors import UserError
@@ -132,6 +134,18 @@ def requeue() -> None:
         refusal = str(error)
     said = f"requeued SLURM job {job}" if refusal is None else f"SLURM job {job} was not requeued: {refusal}"
     print(said, file=sys.stderr, flush=True)
+
+
+def requeue_together(patience: timedelta = timedelta(seconds=60)) -> None:
+    """:func:`requeue`; the other processes stay until it is done, since srun ends all when the first one leaves."""
+    store, launch = _shared_store(), launched()
+    requeue()
+    if store is None or launch is None or launch.processes == 1:
+        return
+    with suppress(RuntimeError):  # the first process, which hosts the store, has left or takes too long
+        if launch.rank == 0:
+            store.set("llada/requeued", "1")
+        store.wait(["llada/requeued"], patience)
 
 
 def says_it(message: str) -> bool:

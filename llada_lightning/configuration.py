@@ -71,6 +71,8 @@ def resolve_fit(config: Namespace, data: TokenDataModule) -> list[WSD]:
     arguments = config.model.init_args
     module = module_class(config)(shape=_plain(arguments.shape), vocab_size=arguments.vocab_size)
     lengths = _lengths(config, module, data)
+    if len(lengths) > 1 and config.trainer.enable_checkpointing is False:
+        raise UserError("trainer.enable_checkpointing: false given, but several budgets branch from checkpoints")
     given = schedule_from(_plain(arguments.schedule))
     schedules = _resolved_schedules(given, module, data, lengths)
     alike = replace(schedules[-1], total_steps=None, decay_steps=given.decay_steps)

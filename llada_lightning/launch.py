@@ -15,6 +15,7 @@ from pathlib import Path
 from llada_lightning.command_line import CommandParser
 from llada_lightning.errors import UserError
 from llada_lightning.files import written_atomically
+from llada_lightning.scaling.sweep import launch_fit
 
 ResolvedRun = Callable[[list[str]], tuple[Path, str]]
 """From ``fit`` and its arguments to the run's folder and its resolved YAML. Injected: resolving needs torch."""
@@ -42,26 +43,25 @@ def launch_command(argv: list[str], resolved_run: ResolvedRun) -> int:
     arguments = argv[cut + 1 :]
     if arguments[:1] != ["fit"]:
         raise UserError("launch: what to launch is not said; give `llada launch -- fit` and the run's arguments")
+    launcher = options.launcher if options.launcher is not None else SRUN * ("SLURM_JOB_ID" in os.environ)
+    words = launcher_words(launcher)
     folder, resolved = resolved_run(arguments)
     try:
         with written_atomically(folder / "launch.yaml") as path:
             path.write_text(resolved)
     except OSError as error:
         raise UserError(f"run.root: {folder} cannot be written ({error.strerror}); choose another") from error
-    launcher = options.launcher if options.launcher is not None else SRUN * ("SLURM_JOB_ID" in os.environ)
-    return _become([*launcher_words(launcher), *fit_words(folder / "launch.yaml")])
+    return _become([*words, *launch_fit(["fit", "--config", str(folder / "launch.yaml")])])
 
 
 def launcher_words(launcher: str) -> list[str]:
     """A launcher as words; torchrun, which expects a script, is told to run a program."""
-    words = shlex.split(launcher)
+    try:
+        words = shlex.split(launcher)
+    except ValueError as error:
+        raise UserError(f"launch: --launcher {launcher!r} is no command ({error}); mend its quotes") from error
     is_torchrun = words and (Path(words[0]).name == "torchrun" or "torch.distributed.run" in words)
     return [*words, "--no-python"] if is_torchrun and "--no-python" not in words else words
-
-
-def fit_words(config: Path) -> list[str]:
-    """``llada fit`` of one resolved file, as this very interpreter and package run it."""
-    return [sys.executable, "-m", "llada_lightning", "fit", "--config", str(config)]
 
 
 def _become(words: list[str]) -> int:

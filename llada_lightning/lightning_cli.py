@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,12 +29,11 @@ from llada_lightning.phases import Phase, final_checkpoint, phases_of
 from llada_lightning.scaling.results import read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.settings import Budget, Run, Wandb
-from llada_lightning.signals import LeaveRequest, leaving_at_a_steps_end
+from llada_lightning.signals import LeaveRequest, leaving_at_a_steps_end, say
 from llada_lightning.training.callbacks.accounting import Accounting
 from llada_lightning.training.callbacks.checkpoints import (
     AtomicCheckpointIO,
     StepCheckpoints,
-    checkpoint_of_step,
     saved_identity,
 )
 from llada_lightning.training.callbacks.leaving import LeaveTogether
@@ -132,7 +132,7 @@ class LladaCLI(LightningCLI):
             self.phases = phases_of(self.settings, data, schedules, self.folder)
             self.resolved = self._dump()
             if self._execute:
-                self._check_folder()
+                self.check_folder()
                 self._enter(self.phases[0])
         else:
             self.identity = identity(self.settings, data)
@@ -153,7 +153,7 @@ class LladaCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run, trainer = self.settings.run, self.config_init[self.subcommand].trainer
-        kwargs |= launched_settings(self.launch, [AtomicCheckpointIO(), *_as_list(trainer.plugins)])
+        kwargs |= launched_settings(self.launch, trainer.devices, [AtomicCheckpointIO(), *_as_list(trainer.plugins)])
         if self.subcommand != "fit":
             return super().instantiate_trainer(callbacks=[EvaluationProgress()], **kwargs)
         phase = self.phase
@@ -190,7 +190,7 @@ class LladaCLI(LightningCLI):
         checkpoint = final_checkpoint(self.folder) if self.settings.run.name is not None else None
         if checkpoint is None:
             raise UserError(f"ckpt_path: nothing to {subcommand}; give --ckpt_path, or a run's config.yaml")
-        announce(f"reading {checkpoint}")
+        say(f"reading {checkpoint}")
         return {**kwargs, "ckpt_path": str(checkpoint)}
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -210,7 +210,7 @@ class LladaCLI(LightningCLI):
 
     def _fit(self, phase: Phase) -> None:
         """Train a phase to its end; if a budget ends there, validate, write the record, say where it is."""
-        if phase.run is None and checkpoint_of_step(phase.checkpoints, phase.last_step).exists():
+        if phase.is_passed():
             return
         if phase is not self.phases[0]:
             self._enter(phase)
@@ -220,7 +220,7 @@ class LladaCLI(LightningCLI):
         self.trainer.loggers = [*own, *self.trainer.loggers]
         start = phase.start()
         if start is not None:
-            announce(f"going on from {start}")
+            say(f"going on from {start}")
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=start)
         if self.trainer.global_step < phase.last_step:
             raise UserError(f"stopped at step {self.trainer.global_step}; the same command goes on from there")
@@ -246,7 +246,7 @@ class LladaCLI(LightningCLI):
 
     def _warn_of_few_documents(self) -> None:
         if self.model.val_documents < FEW_DOCUMENTS:
-            announce(
+            say(
                 f"note: validation sequences begin in {self.model.val_documents} documents only, so the standard error "
                 "means little; give more text, or prepare it with a larger --val-fraction"
             )
@@ -255,12 +255,12 @@ class LladaCLI(LightningCLI):
     def _write(self, record: dict[str, Any]) -> None:
         write_validation(self.folder, record["steps"], self.model.val_by_document)
         records = sorted([*read_records(self.folder), record], key=lambda known: int(known["steps"]))
-        path = write_records(self.folder, records)
         if isinstance(self.wandb, WandbLogger):
             # Of several budgets the largest one's figures stand in the summary, and all of them below one key.
             everything = {"records": json.dumps(strict_json(records))} if len(self.phases) > 1 else {}
             self.wandb.experiment.summary.update({**records[-1], **everything})
-        announce(
+        path = write_records(self.folder, records)  # last: from here on the budget counts as reached
+        say(
             f"{record['run']}: {describe_loss(record, record['val_kind'])}, {record['flops_6nd']:.3g} FLOPs (6ND), "
             f"{record['wall_seconds']:.0f} s; {path}"
         )
@@ -271,7 +271,7 @@ class LladaCLI(LightningCLI):
         assert self.wandb is not None
         self.wandb.experiment.finish()
 
-    def _check_folder(self) -> None:
+    def check_folder(self) -> None:
         """Leave if the run is done; refuse the folder of another run. Nothing is written here."""
         records = read_records(self.folder)
         names = {phase.run for phase in self.phases if phase.run is not None}
@@ -283,10 +283,16 @@ class LladaCLI(LightningCLI):
                 )
         if len(records) == len(names):
             for record in records:
-                announce(f"{self.folder} is done ({describe_loss(record, record['val_kind'])}); nothing to do")
+                say(f"{self.folder} is done ({describe_loss(record, record['val_kind'])}); nothing to do")
             sys.exit(0)
-        for phase in self.phases:
+        done = {record["run"] for record in records}
+        for phase, following in zip_longest(self.phases, self.phases[1:]):
+            if phase.run in done or (phase.run is None and following.run in done):
+                continue
             phase.check_start(never=self.settings.run.resume == "never")
+        given = self.settings.ckpt_path
+        if given is not None and self.phases[0].foreign_parent is None:
+            say(f"--ckpt_path {given} is this run's own; it goes on from its last one (to go back, remove later ones)")
 
     def _dump(self) -> str:
         """The resolved configuration as YAML."""
@@ -320,6 +326,7 @@ def run_folder(args: list[str]) -> Path:
 def resolved_run(args: list[str]) -> tuple[Path, str]:
     """The folder that `llada ARGS` (from `fit` on) would run in, and its resolved configuration as YAML."""
     cli = LladaCLI(args, execute=False)
+    cli.check_folder()
     return cli.folder, cli.resolved
 
 
@@ -330,12 +337,6 @@ def describe_loss(values: Mapping[str, float | None], kind: str) -> str:
         for key in ("val_nats_per_token", "val_stderr", "val_bits_per_byte")
     )
     return f"{loss:.4f} ± {stderr:.4f} nats/token ({kind}), {bits:.4f} bits/byte"
-
-
-@rank_zero_only
-def announce(message: str) -> None:
-    """One line to whoever watches, on stderr."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def _as_list(value: Any) -> list[Any]:

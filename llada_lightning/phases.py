@@ -1,8 +1,8 @@
 """A run as a sequence of fits: one fit, or a trunk of constant rate from which each budget's decay branches off.
 
 Order and noise are functions of the ordinal, and up to its decay a run does not know its budget. So a branch is the run
-that would have been made for its budget alone, step by step, and goes by that run's name; what the budgets share is
-trained once.
+that would have been made for its budget alone with the same rate and warmup, step by step, and goes by that run's name;
+what the budgets share is trained once. (Rate and warmup that are not given follow from all budgets together.)
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Phase:
         schedule: of its learning rate, resolved.
         first_step: where it starts from another's checkpoint; 0 for a trunk and for a run of one fit.
         last_step: where it ends.
+        val_check_interval: micro-batches between validations on the way; a branch has none.
         identity: of the run that it is a part of, or is.
         run: name of the result at its end; None where it ends in none.
         parent: checkpoint of another run, or of the trunk, that it starts from.
@@ -51,6 +52,7 @@ class Phase:
     schedule: WSD
     first_step: int
     last_step: int
+    val_check_interval: int
     identity: dict[str, Any]
     run: str | None
     parent: Path | None = None
@@ -61,11 +63,19 @@ class Phase:
         return self.folder / "checkpoints"
 
     def start(self) -> Path | None:
-        """The checkpoint to go on from: the last one of its own, else its parent; one of its own that was named."""
-        return self.parent if self._rewinds() else last_checkpoint(self.checkpoints) or self.parent
+        """The checkpoint to go on from: the last one of its own, else its parent."""
+        return last_checkpoint(self.checkpoints) or self.foreign_parent
 
-    def _rewinds(self) -> bool:
-        return self.parent is not None and self.parent.parent.resolve() == self.checkpoints.resolve()
+    @property
+    def foreign_parent(self) -> Path | None:
+        """Its parent; None where that is one of its own checkpoints, of which the last one counts anyway."""
+        own = self.parent is not None and self.parent.parent.resolve() == self.checkpoints.resolve()
+        return None if own else self.parent
+
+    def is_passed(self) -> bool:
+        """Whether a trunk has been trained to this phase's end before."""
+        own = last_checkpoint(self.checkpoints)
+        return self.run is None and own is not None and saved_step(own) >= self.last_step
 
     def check_start(self, never: bool) -> None:
         """Refuse to go on from a checkpoint of another run.
@@ -81,26 +91,29 @@ class Phase:
             raise UserError(f"run.resume: never given, but {self.folder} has checkpoints; delete it, or resume: auto")
         if own is not None:
             check_identity(saved_identity(own), self.identity)
-        if self.parent is not None and not self.first_step:  # a branch's parent is yet to be made
-            step = saved_step(self.parent)
-            check_history(saved_identity(self.parent), self.identity, step)
-            if step > self.last_step:
+        if self.is_passed() and not checkpoint_of_step(self.checkpoints, self.last_step).exists():
+            raise UserError(
+                f"budget.flops: the trunk in {self.folder} has passed step {self.last_step}, where a new budget would "
+                "have branched off; choose another --run.name"
+            )
+        if self.foreign_parent is not None and not self.first_step:  # a branch's parent is yet to be made
+            step = saved_step(self.foreign_parent)
+            check_history(saved_identity(self.foreign_parent), self.identity, step)
+            if step > self.last_step or (step == self.last_step and self.run is None):
                 raise UserError(
-                    f"ckpt_path: '{self.parent}' is at step {step}, beyond step {self.last_step} of a budget; leave "
-                    "that budget out"
+                    f"ckpt_path: '{self.parent}' is at step {step}, and a budget ends or branches off at step "
+                    f"{self.last_step}; leave that budget out"
                 )
 
     def parent_hash(self) -> str | None:
         """sha256 of the checkpoint of another run, or of the trunk, that it started from; None where there is none."""
-        return None if self.parent is None or self._rewinds() else checkpoint_hash(self.parent)
+        return None if self.foreign_parent is None else checkpoint_hash(self.foreign_parent)
 
     def apply(self, config: Namespace) -> None:
         """Set, in place, what of a run's configuration is this phase's."""
         config.model.init_args.schedule = as_namespace(self.schedule)
         config.trainer.max_steps = self.last_step
-        if self.first_step:
-            # A branch is validated at its end only.
-            config.trainer.val_check_interval = (self.last_step + 1) * config.trainer.accumulate_grad_batches
+        config.trainer.val_check_interval = self.val_check_interval
 
 
 def phases_of(config: Namespace, data: TokenDataModule, schedules: list[WSD], folder: Path) -> list[Phase]:
@@ -129,13 +142,25 @@ def phases_of(config: Namespace, data: TokenDataModule, schedules: list[WSD], fo
                 "a decay: raise decay_fraction"
             )
         phases += [
-            Phase("trunk", folder, trunk, 0, fork, trunk_identity, run=None, parent=given, forks=frozenset(forks)),
+            Phase(
+                title="trunk",
+                folder=folder,
+                schedule=trunk,
+                first_step=0,
+                last_step=fork,
+                val_check_interval=config.trainer.val_check_interval,
+                identity=trunk_identity,
+                run=None,
+                parent=given,
+                forks=frozenset(forks),
+            ),
             Phase(
                 title=f"branch {schedules.index(schedule) + 1} of {len(schedules)}",
                 folder=folder / BRANCHES / str(schedule.total_steps),
                 schedule=schedule,
                 first_step=fork,
                 last_step=schedule.total_steps,
+                val_check_interval=(schedule.total_steps + 1) * config.trainer.accumulate_grad_batches,
                 identity=identity(config, data, schedule),
                 run=run_name(config, data, [schedule]),
                 parent=checkpoint_of_step(folder / "checkpoints", fork),
@@ -154,7 +179,17 @@ def _whole(config: Namespace, data: TokenDataModule, schedule: WSD, folder: Path
     assert schedule.total_steps is not None
     name = run_name(config, data, [schedule])
     given = Path(config.ckpt_path) if config.ckpt_path else None
-    return Phase("", folder, schedule, 0, schedule.total_steps, identity(config, data, schedule), name, parent=given)
+    return Phase(
+        title="",
+        folder=folder,
+        schedule=schedule,
+        first_step=0,
+        last_step=schedule.total_steps,
+        val_check_interval=config.trainer.val_check_interval,
+        identity=identity(config, data, schedule),
+        run=name,
+        parent=given,
+    )
 
 
 def final_checkpoint(folder: Path) -> Path | None:

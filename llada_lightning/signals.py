@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from llada_lightning.cluster import requeue
+from llada_lightning.cluster import requeue_together
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """A closed terminal, Ctrl-C, the usual request, and SLURM's warning before it takes the nodes away. Of several that
@@ -53,7 +53,7 @@ def leaving_at_a_steps_end(request: LeaveRequest) -> Iterator[None]:
     except SIGTERMException:
         if request.agreed == signal.SIGUSR1:
             _finish_wandb()
-            requeue()
+            requeue_together()
         sys.exit(128 + (request.agreed or signal.SIGTERM))
     finally:
         if threading.current_thread() is threading.main_thread():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import stat
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llada_lightning import cluster
 from llada_lightning.cluster import Launch, agreed_launch, device_count, launched, requeue
 from llada_lightning.errors import UserError
 
@@ -144,3 +147,21 @@ def test_a_job_that_cannot_be_requeued_says_so(
     program.unlink()
     requeue()
     assert "4711 was not requeued" in capsys.readouterr().err
+
+
+def test_the_other_processes_stay_until_the_job_is_requeued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun ends all processes when one leaves: with them the first one's talk with SLURM."""
+    store, order = dist.HashStore(), []
+    first = threading.current_thread()
+
+    def rank() -> int:
+        return int(threading.current_thread() is not first)
+
+    monkeypatch.setattr(cluster, "_shared_store", lambda: store)
+    monkeypatch.setattr(cluster, "requeue", lambda: order.append(f"requeue of {rank()}"))
+    monkeypatch.setattr(cluster, "launched", lambda: Launch("srun", 2, 1, rank(), rank()))
+    other = threading.Thread(target=lambda: (cluster.requeue_together(), order.append("the other left")))
+    other.start()
+    cluster.requeue_together()
+    other.join(30)
+    assert order.index("the other left") > order.index("requeue of 0")

@@ -43,7 +43,7 @@ def test_ctrl_c_twice_stops_at_once() -> None:
 @pytest.mark.parametrize("agreed", [None, *SIGNALS])
 def test_the_exit_code_names_the_signal(agreed: signal.Signals | None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[None] = []
-    monkeypatch.setattr("llada_lightning.signals.requeue", lambda: asked.append(None))
+    monkeypatch.setattr("llada_lightning.signals.requeue_together", lambda: asked.append(None))
     request = LeaveRequest()
     request.agreed = agreed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from llada_lightning.errors import UserError
@@ -36,6 +37,8 @@ def steps_for_budget(
         UserError: the budget does not pay for one step.
     """
     per_step = per_token.by(convention) * tokens_per_step
+    if not math.isfinite(flops):
+        raise UserError(f"budget.flops: {flops} is not a number of FLOPs; give one, such as 1e18")
     steps = round(flops / per_step)
     if flops < per_step:
         raise UserError(

@@ -183,15 +183,18 @@ def write_results(table: pd.DataFrame, path: Path | str) -> Path:
     """Writes a results table as CSV, or as parquet where the name ends so, atomically.
 
     Raises:
-        UserError: the name ends in neither ``.csv`` nor ``.parquet``.
+        UserError: the name ends in neither ``.csv`` nor ``.parquet``, or the file cannot be written.
     """
     path = Path(path)
     _check_suffix(path)
-    with written_atomically(path) as temporary:
-        if path.suffix == ".csv":
-            table.to_csv(temporary, index=False)
-        else:
-            _with_pyarrow(path, lambda: table.to_parquet(temporary, index=False))
+    try:
+        with written_atomically(path) as temporary:
+            if path.suffix == ".csv":
+                table.to_csv(temporary, index=False)
+            else:
+                _with_pyarrow(path, lambda: table.to_parquet(temporary, index=False))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
     return path
 
 

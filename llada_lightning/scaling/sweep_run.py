@@ -28,6 +28,7 @@ from rich.table import Table
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.budget import cost_of_budgets
+from llada_lightning.scaling.flops import CONVENTIONS, Convention
 from llada_lightning.scaling.hyperparameters import DECAY_FRACTION
 from llada_lightning.scaling.results import RESULT_FILE, expected_records, has_diverged, is_done, read_records
 from llada_lightning.scaling.sweep import Point, Sweep, fit_arguments, launch_fit, render_command, settings_of
@@ -47,6 +48,8 @@ class PlannedRun:
     arguments: list[str]
     folder: Path
     cost: float
+    convention: Convention = "6nd"
+    """Which FLOPs its cost counts."""
 
     @property
     def name(self) -> str:
@@ -101,7 +104,7 @@ def plan_runs(sweep: Sweep, run_folder: RunFolder, extra: Sequence[str] = ()) ->
     for point in sweep.points:
         arguments = [*fit_arguments(render_command(sweep, point)), *extra]
         folder = run_folder(arguments)
-        runs.setdefault(folder, PlannedRun(arguments, folder, _cost(point)))
+        runs.setdefault(folder, PlannedRun(arguments, folder, _cost(point), _convention(point)))
     return list(runs.values())
 
 
@@ -338,6 +341,11 @@ def _cost(point: Point) -> float:
         return cost_of_budgets(budgets, decay)
     except (TypeError, ValueError):
         return 1.0
+
+
+def _convention(point: Point) -> Convention:
+    given = settings_of(point).get("budget.convention")
+    return given if given in CONVENTIONS else "6nd"
 
 
 def _reason(folder: Path, code: int, line: str) -> str:

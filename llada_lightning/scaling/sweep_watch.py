@@ -40,12 +40,12 @@ def _last_row(path: Path) -> dict[str, str]:
 
 def budget_share(run: PlannedRun) -> float:
     """The share of its cost that a running fit has spent, trunk and branches together; 0 where it cannot be known."""
-    spent = 0.0
+    column, spent = "flops_6nd" if run.convention == "6nd" else "flops_total", 0.0
     with suppress(KeyError, ValueError, OSError):
         for path in _metrics_files(run.folder):
-            spent += float(_last_row(path).get("flops_6nd", 0.0))
+            spent += float(_last_row(path).get(column, 0.0))
             if path.parent != run.folder and spent:  # a branch's count begins with its trunk's
-                spent -= float(_first_row(path)["flops_6nd"])
+                spent -= float(_first_row(path)[column])
     return min(1.0, spent / run.cost) if run.cost > 1 else 0.0
 
 

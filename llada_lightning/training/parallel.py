@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from llada_lightning.cluster import Launch
+from llada_lightning.cluster import Launch, device_count
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
 from llada_lightning.model.transformer import Block
@@ -60,16 +60,19 @@ class FullySharded(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FullySharded, description="fully sharded data parallelism over all processes")
 
 
-def launched_settings(launch: Launch | None, plugins: list[Any]) -> dict[str, Any]:
+def launched_settings(launch: Launch | None, devices: Any, plugins: list[Any]) -> dict[str, Any]:
     """The trainer's settings that follow from how the run's processes were launched.
 
     Args:
         launch: None: a person started this process; the settings stay as they are.
+        devices: of the trainer; named ones stay.
         plugins: of the trainer.
     """
     if launch is None:
         return {"plugins": plugins}
-    sizes = {"devices": launch.per_node, "num_nodes": launch.nodes}
+    sizes: dict[str, Any] = {"num_nodes": launch.nodes}
+    if device_count(devices) is None:
+        sizes["devices"] = launch.per_node
     if launch.launcher != "srun":
         return {**sizes, "plugins": plugins}
     os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launch.per_node))  # Lightning insists on it

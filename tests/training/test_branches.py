@@ -76,6 +76,8 @@ def test_a_killed_family_ends_bit_for_bit_as_an_uninterrupted_one(prepared: Path
     assert losses(folder) == losses(whole)
     for steps in STEPS:
         assert losses(branch(folder, steps)) == losses(branch(whole, steps))
+    validated = [[int(row["step"]) for row in metrics(run) if row["val_nats_per_token"]] for run in (folder, whole)]
+    assert validated == [[10, 20], [10, 20]]
 
 
 def test_two_ranks_train_the_same_family(prepared: Path, tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_a_larger_budget_goes_on_from_the_trunk_of_another_run(
     assert [records(more)[0][key] for key in EXACT] == [records(alone)[0][key] for key in EXACT]
     assert records(more)[0]["parent_checkpoint"] == hashlib.sha256(fork.read_bytes()).hexdigest()
     for steps, extra, said in [
-        (22, (), "is at step 19, beyond"),
+        (22, (), "is at step 19, and a budget"),
         (48, ("--model.schedule.lr=0.02",), "model.init_args.schedule.lr was 0.01, is 0.02"),
     ]:
         root = tmp_path / f"refused{steps}{len(extra)}"
@@ -128,6 +130,8 @@ def test_a_larger_budget_goes_on_from_the_trunk_of_another_run(
         (["--budget.flops=[]", "--trainer.max_steps=-1"], "several budgets must ascend"),
         ([*budgets(12, 24), "--model.schedule.decay_fraction=0"], "several budgets need a decay"),
         ([*budgets(12, 24), "--model.schedule.decay_steps=11"], "they must follow one another"),
+        ([*budgets(12, 24), "--trainer.enable_checkpointing=false"], "several budgets branch from checkpoints"),
+        (["--budget.flops=[1e9, .nan]", "--trainer.max_steps=-1"], "nan is not a number of FLOPs"),
     ],
 )
 def test_budgets_that_make_no_family_are_refused(
@@ -136,3 +140,12 @@ def test_budgets_that_make_no_family_are_refused(
     assert main(fit_arguments("arm", prepared, tmp_path, *words)) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "test").exists()
+
+
+def test_a_budget_that_the_trunk_has_passed_is_refused(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = fit("arm", prepared, tmp_path, *budgets(12, 36))
+    (folder / "result.json").unlink()
+    assert main(fit_arguments("arm", prepared, tmp_path, *budgets(12, 24, 36))) == 2
+    assert "has passed step 19, where a new budget would have branched off" in capsys.readouterr().err

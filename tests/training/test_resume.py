@@ -133,6 +133,29 @@ def test_a_checkpoint_of_other_data_is_refused(
     assert "data.fingerprint was" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_the_run_itself_does_not_take_it_back_at_every_start(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last one counts: a preempted job is started again with the very same words."""
+    folder = fit("arm", prepared, tmp_path, "--run.checkpoint_every_steps=10", "--run.keep_checkpoints=3")
+    (folder / "result.json").unlink()
+    capsys.readouterr()
+    fit("arm", prepared, tmp_path, f"--ckpt_path={folder / 'checkpoints' / 'step=00000010.ckpt'}")
+    said = capsys.readouterr().err
+    assert "goes on from its last one" in said
+    assert "going on from" in said and "step=00000024.ckpt" in said
+
+
+def test_no_more_checkpoints_stay_than_wanted_after_a_resume(prepared: Path, tmp_path: Path) -> None:
+    stopped = fit_process("arm", prepared, tmp_path, kill_at(6, "SIGTERM"))
+    assert stopped.returncode == 143
+    folder = fit("arm", prepared, tmp_path)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "step=00000020.ckpt",
+        "step=00000024.ckpt",
+    ]
+
+
 def test_half_a_checkpoint_is_not_taken_for_one(prepared: Path, tmp_path: Path) -> None:
     folder = fit("arm", prepared, tmp_path, "--trainer.max_steps=10")
     (folder / "result.json").unlink()

@@ -56,15 +56,14 @@ class StepCheckpoints(ModelCheckpoint):
     """
 
     def __init__(self, folder: Path, every_steps: int, keep: int = 2, forks: frozenset[int] = frozenset()) -> None:
-        self._every_steps = every_steps
-        self._forks = forks
+        self._every_steps, self._keep, self._forks = every_steps, keep, forks
         super().__init__(
             dirpath=folder,
             filename="step={step:08d}",
             auto_insert_metric_name=False,
             monitor="step",
             mode="max",
-            save_top_k=keep,
+            save_top_k=-1,  # what to remove is decided by what lies in the folder, not by what this process has written
             every_n_train_steps=every_steps,
             save_on_train_epoch_end=False,
             enable_version_counter=False,
@@ -86,25 +85,32 @@ class StepCheckpoints(ModelCheckpoint):
         if trainer.state.fn == "fit" and trainer.global_step % self._every_steps == 0:
             self.on_train_end(trainer, pl_module)
 
-    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
-        is_fork = any(Path(previous) == checkpoint_of_step(Path(previous).parent, step) for step in self._forks)
-        return not is_fork and super()._should_remove_checkpoint(trainer, previous, current)
-
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         for logger in trainer.loggers:
             logger.save()
-        if not saves_shards(trainer.strategy):
+        if saves_shards(trainer.strategy):
+            partial = filepath + PARTIAL
+            super()._save_checkpoint(trainer, partial)  # ends when all processes have written
+            if trainer.is_global_zero:
+                put_in_place(Path(partial), Path(filepath))
+            trainer.strategy.barrier()
+            self._last_checkpoint_saved = filepath
+        else:
             super()._save_checkpoint(trainer, filepath)
-            return
-        partial = filepath + PARTIAL
-        super()._save_checkpoint(trainer, partial)  # ends when all processes have written
-        if trainer.is_global_zero:
-            put_in_place(Path(partial), Path(filepath))
-        trainer.strategy.barrier()
-        self._last_checkpoint_saved = filepath
+        self._prune(trainer, Path(filepath).parent)
+
+    def _prune(self, trainer: Trainer, folder: Path) -> None:
+        by_step = checkpoints_by_step(folder)
+        for step in sorted(by_step)[: -self._keep]:
+            self.best_k_models.pop(str(by_step[step]), None)
+            if trainer.is_global_zero and step not in self._forks:
+                discard(by_step[step])
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """SIGTERM: Lightning lets the step end, on all ranks, before it leaves; the step is saved."""
+        """SIGTERM: Lightning lets the step end, on all ranks, before it leaves; the step is saved.
+
+        Within a validation it is saved, too, and the row of that validation is lost.
+        """
         if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and trainer.global_step > 0:
             self.on_train_end(trainer, pl_module)
             if trainer.is_global_zero:
@@ -120,11 +126,15 @@ def checkpoint_of_step(folder: Path, step: int) -> Path:
     return folder / f"step={step:08d}.ckpt"
 
 
+def checkpoints_by_step(folder: Path) -> dict[int, Path]:
+    """The whole checkpoints of a folder."""
+    found = ((path, re.fullmatch(r"step=(\d+)", path.stem)) for path in folder.glob("step=*.ckpt"))
+    return {int(match[1]): path for path, match in found if match}
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step, or None."""
-    steps = {
-        int(match[1]): path for path in folder.glob("step=*.ckpt") if (match := re.fullmatch(r"step=(\d+)", path.stem))
-    }
+    steps = checkpoints_by_step(folder)
     return steps[max(steps)] if steps else None
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from llada_lightning.signals import SIGNALS, LeaveRequest
@@ -30,13 +30,16 @@ class LeaveTogether(Callback):
         self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._request.install()
         self._step = trainer.global_step
-        if trainer.world_size > 1 and self._group is None:
-            self._group = dist.new_group(backend="gloo")
+        self._begin(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer)
+
+    def _begin(self, trainer: Trainer) -> None:
         self._request.install()
+        if trainer.world_size > 1 and self._group is None:
+            self._group = dist.new_group(backend="gloo")
 
     def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
         if trainer.global_step != self._step:
@@ -48,10 +51,9 @@ class LeaveTogether(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """W&B gives a run that it knows to be preempted to the next agent of its sweep."""
-        if isinstance(exception, SIGTERMException) and trainer.is_global_zero and "WANDB_SWEEP_ID" in os.environ:
-            for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    logger.experiment.mark_preempting()
+        wandb = sys.modules.get("wandb")  # a branch has no logger of its own, but the run has
+        if isinstance(exception, SIGTERMException) and "WANDB_SWEEP_ID" in os.environ and wandb and wandb.run:
+            wandb.run.mark_preempting()
 
     def _agree(self, trainer: Trainer) -> None:
         received = self._request.received
