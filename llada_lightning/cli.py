@@ -33,7 +33,7 @@ LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done, 2 the user's mistake, 1 our fault (a traceback).
+    """Run the command; returns the exit code: 0 done, 2 the user's mistake, 1 our fault (a traceback), 130 interrupted.
 
     Args:
         argv: the arguments after `llada`; those of the process by default.
@@ -47,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         if says_it(line):
             print(f"error: {line}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before, or after, there is a step to save
+        print("interrupted", file=sys.stderr)
+        return 130
     except SystemExit as leave:  # --help, a run that is done, a signal
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
 

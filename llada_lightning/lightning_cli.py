@@ -220,7 +220,7 @@ class LladaCLI(LightningCLI):
         self.trainer.loggers = [*own, *self.trainer.loggers]
         start = phase.start()
         if start is not None:
-            say(f"going on from {start}")
+            say(f"{'branching off' if start == phase.parent else 'going on'} from {start}")
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=start)
         if self.trainer.global_step < phase.last_step:
             raise UserError(f"stopped at step {self.trainer.global_step}; the same command goes on from there")

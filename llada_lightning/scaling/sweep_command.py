@@ -7,15 +7,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
-from rich.table import Table
 
 from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.sweep import Sweep, fit_arguments, read_sweep, render_command
-from llada_lightning.scaling.sweep_run import RunFolder, SweepOutcome, run_sweep
+from llada_lightning.scaling.sweep_run import RunFolder, SweepOutcome, planned_run, run_sweep
 from llada_lightning.scaling.sweep_study import check_unchanged, state_of
+from llada_lightning.scaling.sweep_watch import budget_share
 
 Fit = Callable[[list[str]], int]
 """Runs ``fit`` and its arguments in this process; gives its exit code."""
@@ -74,23 +73,25 @@ def _run_one(sweep: Sweep, index: int, run_folder: RunFolder, fit: Fit, extra: l
 
 
 def _show(sweep: Sweep, run_folder: RunFolder, extra: list[str], as_json: bool) -> int:
-    runs = []
-    for index, point in enumerate(sweep.points):
-        command = [*render_command(sweep, point), *extra]
-        folder = run_folder(fit_arguments(command))
-        runs.append({"index": index, "state": state_of(folder), "folder": str(folder), "command": shlex.join(command)})
+    runs = [planned_run(sweep, point, run_folder, extra) for point in sweep.points]
+    states = [state_of(run.folder) for run in runs]
     if as_json:
-        print_json({"name": sweep.name, "runs": runs})
+        listed = [
+            {
+                "index": index,
+                "state": state,
+                "folder": str(run.folder),
+                "command": shlex.join(["llada", *run.arguments]),
+            }
+            for index, (run, state) in enumerate(zip(runs, states, strict=True))
+        ]
+        print_json({"name": sweep.name, "runs": listed})
         return 0
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    table.add_column("index", justify="right")
-    table.add_column("state", no_wrap=True)
-    table.add_column("run", overflow="fold")
-    for run in runs:
-        table.add_row(str(run["index"]), str(run["state"]), escape(str(run["folder"])))
     console = people_console()
-    console.print(table)
-    counts = Counter(str(run["state"]) for run in runs)
+    for index, (run, state) in enumerate(zip(runs, states, strict=True)):
+        what = f"{state} {budget_share(run):.0%}" if state == "begun" else state
+        console.print(f"{index:>5}  {what:<10}  {escape(str(run.folder))}", soft_wrap=True, highlight=False)
+    counts = Counter(states)
     console.print(f"{len(runs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
     return 0
 

@@ -102,10 +102,15 @@ def plan_runs(sweep: Sweep, run_folder: RunFolder, extra: Sequence[str] = ()) ->
     """
     runs: dict[Path, PlannedRun] = {}
     for point in sweep.points:
-        arguments = [*fit_arguments(render_command(sweep, point)), *extra]
-        folder = run_folder(arguments)
-        runs.setdefault(folder, PlannedRun(arguments, folder, _cost(point), _convention(point)))
+        run = planned_run(sweep, point, run_folder, extra)
+        runs.setdefault(run.folder, run)
     return list(runs.values())
+
+
+def planned_run(sweep: Sweep, point: Point, run_folder: RunFolder, extra: Sequence[str] = ()) -> PlannedRun:
+    """One point of a sweep as the run that it describes (arguments and errors as :func:`plan_runs`)."""
+    arguments = [*fit_arguments(render_command(sweep, point)), *extra]
+    return PlannedRun(arguments, run_folder(arguments), _cost(point), _convention(point))
 
 
 def run_sweep(
@@ -224,6 +229,7 @@ class _Runner:
                 start_new_session=True,
             )
         self.running.append(_Job(run, process, time.monotonic()))
+        self.console.print(f"[dim]started  {escape(run.name)}, log: {escape(str(run.log))}[/]", soft_wrap=True)
 
     def _ended(self) -> list[_Job]:
         if self.running:

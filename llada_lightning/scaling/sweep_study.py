@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 from typing import Literal
 
 from llada_lightning.errors import UserError
@@ -46,8 +47,8 @@ def check_unchanged(sweep: Sweep, study: Path, *, by_index: bool = False, edited
     if gone and not edited:
         raise UserError(
             f"sweep: {sweep.path} was edited: {len(gone)} of the {len(before)} runs that {study} was begun with have "
-            f"left it (the first: {' '.join(gone[0][-1:])}); restore the file ({copy} is its copy), choose another "
-            "run.study, or say --edited to go on with both in one study"
+            f"left it; restore the file ({copy} is its copy), choose another run.study, or say --edited to go on with "
+            f"both in one study (the first: {shorten(gone[0][-1], 200)})"
         )
     if by_index and not edited and now[: len(before)] != before:
         raise UserError(

@@ -51,7 +51,7 @@ def test_runs_that_have_left_the_file_are_refused_until_it_is_meant(tmp_path: Pa
     before = sweep(tmp_path, "a", "b")
     check_unchanged(before, study)
     edited = sweep(tmp_path, "a", "c")
-    with pytest.raises(UserError, match=r"was edited: 1 of the 2 runs .* have left it \(the first: --shape=b\)"):
+    with pytest.raises(UserError, match=r"was edited: 1 of the 2 runs .* have left it; .*\(the first: --shape=b\)"):
         check_unchanged(edited, study)
     assert "[a, b]" in kept_copy(before, study).read_text()
     assert check_unchanged(edited, study, edited=True) == 1
