@@ -85,7 +85,7 @@ def runs_table(table: pd.DataFrame, convention: Convention = "6nd") -> Table:
     picture.add_column("best", no_wrap=True)
     for objective in OBJECTIVES:
         members = _in_order(runs[runs["objective"] == objective], convention)
-        best = set(best_of_budgets(members, convention, "nats_per_token"))
+        best = set(best_of_budgets(members, "nats_per_token"))
         for row in range(len(members)):
             if row in best or not short:
                 picture.add_row(*_run_row(members.iloc[row], convention), "best" if row in best else "")
@@ -186,12 +186,11 @@ def multiplier_table(fits: StudyFits, convention: Convention) -> Table:
         cells = dict.fromkeys(METHODS, "")
         for entry in entries:
             if entry.arm_flops == flops:
-                estimate = Estimate(entry.multiplier, entry.low, entry.high)
                 star = "*" if entry.extrapolated else " "
-                cells[entry.method] = f"{entry.multiplier:.3g}{star} ({_short(estimate)})"
+                cells[entry.method] = f"{entry.multiplier:.3g}{star} ({_short(entry.estimate)})"
         picture.add_row(_flops(flops), *cells.values())
     if any(entry.extrapolated for entry in entries):
-        picture.caption = "* beyond llada's own budgets, by at most a decade"
+        picture.caption = "* beyond the budgets of one of the fits, by at most a decade"
         picture.caption_justify = "left"
     return picture
 

@@ -56,7 +56,7 @@ def test_a_study_is_told_in_80_columns(tmp_path: Path, capsys: Captured, monkeyp
     assert "the best of each budget (60 runs)" in tables
     for words in (
         "Optimum by isoFLOP", "tokens/N", "a of N_opt ~ C^a", "alpha of L(N, D)", "predicted by fits without it",
-        "Compute multiplier at equal loss", "* beyond llada's own budgets",
+        "Compute multiplier at equal loss", "* beyond the budgets of one of the fits",
     ):  # fmt: skip
         assert words in tables, words
     fits = json.loads((tmp_path / "fits.json").read_text())

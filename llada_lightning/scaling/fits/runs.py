@@ -62,6 +62,17 @@ def check_complete(runs: pd.DataFrame, unit: Unit) -> None:
             )
 
 
+def without_duplicates(runs: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """Without the results that stand twice in the table, as tables joined by hand have them, and their count.
+
+    Equal are run, steps, seed, objective, N and D; where a table gives no seeds, the loss must be equal too.
+    """
+    key = runs[["objective", "run", "steps", "seed", "params_nonembedding", "tokens"]].astype(object)
+    unseeded = runs["seed"].isna()
+    twice = key.assign(loss=runs["val_nats_per_token"].where(unseeded, 0.0)).duplicated().to_numpy(bool)
+    return runs[~twice].reset_index(drop=True), int(twice.sum())
+
+
 def in_canonical_order(runs: pd.DataFrame) -> pd.DataFrame:
     """Sorted by what the runs are, so that the order of a table's rows changes no draw."""
     return runs.sort_values(
@@ -118,10 +129,11 @@ def is_budget(flops: npt.ArrayLike) -> bool:
     return bool(values.max() < BUDGET_TOLERANCE * values.min())
 
 
-def best_of_budgets(runs: pd.DataFrame, convention: Convention, unit: Unit) -> list[int]:
-    """Row positions of the best run of each budget, cheapest budget first. ``runs`` are of one objective."""
+def best_of_budgets(runs: pd.DataFrame, unit: Unit) -> list[int]:
+    """Row positions of the best run of each planned budget, cheapest first. ``runs`` are of one objective."""
     loss, _ = losses(runs, unit)
-    return [int(members[np.argmin(loss[members])]) for members in budget_members(runs[flops_column(convention)])]
+    flops = runs[flops_column(planned_convention(runs, counted_conventions(runs)))]
+    return [int(members[np.argmin(loss[members])]) for members in budget_members(flops)]
 
 
 def planned_convention(runs: pd.DataFrame, conventions: tuple[Convention, ...]) -> Convention:
@@ -131,10 +143,16 @@ def planned_convention(runs: pd.DataFrame, conventions: tuple[Convention, ...]) 
         flops = runs[flops_column(convention)].to_numpy(float)
         return sum(1 if is_budget(flops[rows]) else len(rows) for rows in budget_members(flops))
 
-    return min(conventions, key=budgets)
+    return min(conventions, key=budgets, default="6nd")
 
 
 # --- the cost of a token ---------------------------------------------------------------------------------------------
+
+SAME_SIZE = 0.01
+"""Shapes whose log N differs by less are one knot: the slope between them would be noise."""
+
+SANE_SLOPES = (0.5, 1.5)
+"""Of log FLOPs a token against log N: 1 by 6ND, less where the head is a large part."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +160,13 @@ class TokenCost:
     """Training FLOPs of a token as a function of non-embedding parameters, in logarithms.
 
     By 6ND it is log 6 + log N. By the total it depends on the shapes as well: a line through the study's own shapes,
-    straight between two of them and beyond the ends (knots: log N rising, log FLOPs a token).
+    straight between two of them (knots: log N rising, log FLOPs a token), and beyond the ends with the slope of a
+    line through all of them: two neighbours that differ in depth would tell any slope.
     """
 
     log_n: Array
     log_cost: Array
+    slope: float = 1.0
 
     @classmethod
     def of_runs(cls, runs: pd.DataFrame, convention: Convention) -> TokenCost:
@@ -155,14 +175,15 @@ class TokenCost:
             ends = np.array([log_n.min(), log_n.min() + 1.0])
             return cls(ends, np.log(6.0) + ends)
         log_cost = np.log(runs[flops_column(convention)].to_numpy(float) / runs["tokens"].to_numpy(float))
-        knots = np.unique(log_n)
-        return cls(knots, np.array([log_cost[log_n == knot].mean() for knot in knots]))
+        order = np.argsort(log_n, kind="stable")
+        near = np.cumsum(np.diff(log_n[order], prepend=log_n[order[0]]) > SAME_SIZE)
+        knots, costs = (np.bincount(near, values[order]) / np.bincount(near) for values in (log_n, log_cost))
+        # One shape says nothing of others but that FLOPs grow with N.
+        slope = np.polyfit(knots, costs, 1)[0] if len(knots) > 1 else 1.0
+        return cls(knots, costs, float(np.clip(slope, *SANE_SLOPES)))
 
     def __call__(self, log_n: npt.ArrayLike) -> Array:
         """log FLOPs a token at log N, any shape."""
         log_n = np.asarray(log_n, float)
-        if len(self.log_n) == 1:  # one shape says nothing of others but that FLOPs grow with N
-            return self.log_cost[0] + (log_n - self.log_n[0])
-        left = np.clip(np.searchsorted(self.log_n, log_n) - 1, 0, len(self.log_n) - 2)
-        slope = np.diff(self.log_cost) / np.diff(self.log_n)
-        return self.log_cost[left] + slope[left] * (log_n - self.log_n[left])
+        inside = np.clip(log_n, self.log_n[0], self.log_n[-1])
+        return np.asarray(np.interp(inside, self.log_n, self.log_cost) + self.slope * (log_n - inside), np.float64)
