@@ -28,6 +28,7 @@ from llada_lightning.scaling.fits import (
     losses,
     usable_runs,
 )
+from llada_lightning.scaling.fits.runs import planned_flops
 from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
 from llada_lightning.scaling.shapes import format_count
 
@@ -84,7 +85,7 @@ def runs_table(table: pd.DataFrame, convention: Convention = "6nd") -> Table:
         picture.add_column(name, justify="right", no_wrap=True)
     picture.add_column("best", no_wrap=True)
     for objective in OBJECTIVES:
-        members = _in_order(runs[runs["objective"] == objective], convention)
+        members = _in_order(runs[runs["objective"] == objective])
         best = set(best_of_budgets(members, "nats_per_token"))
         for row in range(len(members)):
             if row in best or not short:
@@ -93,9 +94,9 @@ def runs_table(table: pd.DataFrame, convention: Convention = "6nd") -> Table:
     return picture
 
 
-def _in_order(runs: pd.DataFrame, convention: Convention) -> pd.DataFrame:
+def _in_order(runs: pd.DataFrame) -> pd.DataFrame:
     """By budget, then by size: the FLOPs themselves differ within a budget by a part of a step."""
-    ordered = runs.assign(_budget=budget_groups(runs[flops_column(convention)]))
+    ordered = runs.assign(_budget=budget_groups(planned_flops(runs)))
     return ordered.sort_values(["_budget", "params_nonembedding"], ignore_index=True)
 
 

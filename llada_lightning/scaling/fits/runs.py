@@ -26,9 +26,24 @@ BUDGET_TOLERANCE = 1.1
 
 
 def usable_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """The finished runs with a finite loss, the only ones that a fit may see."""
+    """The finished runs with a finite loss, each once: the only ones that a fit may see."""
+    runs = finished_runs(table)
+    return runs[~_stands_twice(runs)].reset_index(drop=True)
+
+
+def finished_runs(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that are done with a finite loss."""
     finite = np.isfinite(table["val_nats_per_token"].to_numpy(float, na_value=np.nan))
     return table[(table["status"] == DONE).fillna(False).to_numpy(bool) & finite].reset_index(drop=True)
+
+
+def _stands_twice(runs: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """Rows whose result stands above them already, as tables joined by hand have them.
+
+    Equal are objective, run, steps, seed, N and D; where a table gives no seeds, the loss must be equal too.
+    """
+    key = runs[["objective", "run", "steps", "seed", "params_nonembedding", "tokens"]].astype(object)
+    return key.assign(loss=runs["val_nats_per_token"].where(runs["seed"].isna(), 0.0)).duplicated().to_numpy(bool)
 
 
 def check_comparable(table: pd.DataFrame) -> None:
@@ -42,14 +57,17 @@ def check_comparable(table: pd.DataFrame) -> None:
         if len(kinds) > 1:
             raise UserError(f"results: {column} is mixed ({', '.join(map(str, kinds))}); collect runs on the same data")
     for objective, kind in table[["objective", "val_kind"]].drop_duplicates().itertuples(index=False):
-        if objective not in OBJECTIVES:
+        if pd.isna(objective) or objective not in OBJECTIVES:
             raise UserError(f"results: objective {objective!r} is not known; it is one of {', '.join(OBJECTIVES)}")
-        if kind != VAL_KINDS[objective]:
+        if pd.isna(kind) or kind != VAL_KINDS[objective]:
             raise UserError(f"results: val_kind of {objective} is {kind!r}; it must be {VAL_KINDS[objective]!r}")
 
 
 def check_complete(runs: pd.DataFrame, unit: Unit) -> None:
-    """Raises UserError where a usable run lacks what every fit reads: N, D, a positive loss in the unit."""
+    """Raises UserError where a usable run lacks what every fit reads: N, D, a positive loss in the unit.
+
+    Or where an error is negative, or all losses of an objective are one number, which no training gives.
+    """
     columns = ["params_nonembedding", "tokens", "val_nats_per_token"]
     if unit == "bits_per_byte":
         columns.append("val_bits_per_byte")
@@ -60,17 +78,13 @@ def check_complete(runs: pd.DataFrame, unit: Unit) -> None:
             raise UserError(
                 f"results: {column} of {wrong.sum()} runs is missing or not positive ({name}); mend the table"
             )
-
-
-def without_duplicates(runs: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """Without the results that stand twice in the table, as tables joined by hand have them, and their count.
-
-    Equal are run, steps, seed, objective, N and D; where a table gives no seeds, the loss must be equal too.
-    """
-    key = runs[["objective", "run", "steps", "seed", "params_nonembedding", "tokens"]].astype(object)
-    unseeded = runs["seed"].isna()
-    twice = key.assign(loss=runs["val_nats_per_token"].where(unseeded, 0.0)).duplicated().to_numpy(bool)
-    return runs[~twice].reset_index(drop=True), int(twice.sum())
+    if (runs["val_stderr"] < 0).any():
+        name = runs.loc[runs["val_stderr"] < 0, "run"].iloc[0]
+        raise UserError(f"results: val_stderr of {name} is negative; leave it empty where it is not known")
+    for objective, members in runs.groupby("objective"):
+        loss, _ = losses(members, unit)
+        if len(loss) > 2 and np.ptp(loss) == 0:
+            raise UserError(f"results: all {len(loss)} losses of {objective} are {loss[0]:g}; collect the runs again")
 
 
 def in_canonical_order(runs: pd.DataFrame) -> pd.DataFrame:
@@ -132,8 +146,7 @@ def is_budget(flops: npt.ArrayLike) -> bool:
 def best_of_budgets(runs: pd.DataFrame, unit: Unit) -> list[int]:
     """Row positions of the best run of each planned budget, cheapest first. ``runs`` are of one objective."""
     loss, _ = losses(runs, unit)
-    flops = runs[flops_column(planned_convention(runs, counted_conventions(runs)))]
-    return [int(members[np.argmin(loss[members])]) for members in budget_members(flops)]
+    return [int(members[np.argmin(loss[members])]) for members in budget_members(planned_flops(runs))]
 
 
 def planned_convention(runs: pd.DataFrame, conventions: tuple[Convention, ...]) -> Convention:
@@ -144,6 +157,11 @@ def planned_convention(runs: pd.DataFrame, conventions: tuple[Convention, ...]) 
         return sum(1 if is_budget(flops[rows]) else len(rows) for rows in budget_members(flops))
 
     return min(conventions, key=budgets, default="6nd")
+
+
+def planned_flops(runs: pd.DataFrame) -> Array:
+    """FLOPs of one objective's runs by the convention by which they were planned."""
+    return runs[flops_column(planned_convention(runs, counted_conventions(runs)))].to_numpy(float)
 
 
 # --- the cost of a token ---------------------------------------------------------------------------------------------

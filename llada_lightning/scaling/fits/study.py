@@ -24,10 +24,10 @@ from llada_lightning.scaling.fits.runs import (
     check_comparable,
     check_complete,
     counted_conventions,
+    finished_runs,
     in_canonical_order,
     planned_convention,
     usable_runs,
-    without_duplicates,
 )
 from llada_lightning.scaling.flops import CONVENTION_NAMES, CONVENTIONS, Convention
 
@@ -114,7 +114,8 @@ def fit_table(
     counted = counted_conventions(runs, conventions)
     if not counted:
         raise UserError(f"results: flops are missing by {' and by '.join(conventions)}; mend the table")
-    runs, twice = without_duplicates(in_canonical_order(runs))
+    twice = len(finished_runs(table)) - len(runs)
+    runs = in_canonical_order(runs)
     lacking = runs_without(covariance, runs) if covariance is not None else []
     noise = noise_of_runs(runs, None if lacking else covariance, samples, seed)
     objectives: dict[str, ObjectiveFits] = {}
