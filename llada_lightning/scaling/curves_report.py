@@ -126,26 +126,35 @@ def optima_table(fits: StudyFits, convention: Convention) -> Table:
     """N_opt, D_opt, tokens per parameter and loss at each budget, by its isoFLOP parabola."""
     picture = _titled(
         f"Optimum by isoFLOP ({CONVENTION_NAMES[convention]}; loss in {UNIT_NAMES[fits.unit]})",
-        *("objective", "budget", "N", "", "tokens", "tokens/N", "", "loss", ""),
+        *("objective", "budget ", "N", "", "tokens", "tokens/N", "", "loss"),
     )
     for objective, own in fits.objectives.items():
         for budget in own.isoflop[convention].budgets:
             picture.add_row(objective, *_optimum_row(budget))
         picture.add_section()
+    budgets = [budget for own in fits.objectives.values() for budget in own.isoflop[convention].budgets]
+    flags = dict.fromkeys(_FLAGS[flag] for flag in map(_flag, budgets) if flag)
+    if flags:
+        picture.caption, picture.caption_justify = "; ".join(flags), "left"
     return picture
 
 
+_FLAGS = {"!": "! optimum outside of the grid", "~": "~ moved by the grid beyond its interval"}
+
+
+def _flag(budget: IsoflopBudget) -> str:
+    return "!" if not budget.interior else "~" if budget.biased else ""
+
+
 def _optimum_row(budget: IsoflopBudget) -> list[str]:
-    flag = "outside" if not budget.interior else "biased" if budget.biased else ""
     return [
-        _flops(budget.flops),
+        _flops(budget.flops) + (_flag(budget) or " "),
         format_count(budget.n_opt.value),
         f" ({_count(budget.n_opt.low)}–{_count(budget.n_opt.high)})",
         format_count(budget.d_opt.value),
         f"{budget.tokens_per_param.value:.3g}",
         f" ({_short(budget.tokens_per_param)})",
         f"{budget.loss_opt.value:.3f}",
-        f" {flag}",
     ]
 
 
