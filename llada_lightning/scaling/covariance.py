@@ -77,6 +77,11 @@ def covariance_of_means(values_GR: np.ndarray, sequences_G: np.ndarray) -> np.nd
     return groups / (groups - 1) * (deviations_GR.T @ deviations_GR)
 
 
+def covariance_path(results: Path) -> Path:
+    """Where the covariance of a table's losses stands: ``results.covariance.csv`` beside ``results.csv``."""
+    return results.with_name(f"{results.stem}.covariance.csv")
+
+
 def write_covariance(rows: Sequence[Row], results: Path | str) -> CovarianceReport:
     """Writes ``STEM.covariance.csv`` beside the results table ``STEM.csv``: the covariance of the rows' losses.
 
@@ -91,8 +96,7 @@ def write_covariance(rows: Sequence[Row], results: Path | str) -> CovarianceRepo
     Returns:
         Where the file is, and which rows are not in it, and why.
     """
-    results = Path(results)
-    path = results.with_name(f"{results.stem}.covariance.csv")
+    path = covariance_path(Path(results))
     report = CovarianceReport()
     usable: list[tuple[Row, Documents, pd.DataFrame]] = []
     for row in sorted(rows, key=lambda row: row.label):
@@ -127,15 +131,15 @@ def read_covariance(path: Path | str) -> pd.DataFrame:
         UserError: there is no such file, or it holds no square matrix with equal names.
     """
     try:
-        table = pd.read_csv(path, index_col=0, float_precision="round_trip").astype("float64")
+        # As text first: a name of digits must not become a number.
+        table = pd.read_csv(path, index_col=0, dtype={0: str}, float_precision="round_trip").astype("float64")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); `llada collect` writes it") from error
     except ValueError as error:
-        raise UserError(
-            f"{path}: not a matrix ({' '.join(str(error).split())}); write it with `llada collect`"
-        ) from error
-    if list(table.index) != list(table.columns):
-        raise UserError(f"{path}: rows and columns differ; write it again with `llada collect`")
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a table of numbers ({reason}); write it with `llada collect`") from error
+    if sorted(table.index) != sorted(table.columns):
+        raise UserError(f"{path}: rows and columns are not of the same runs; write it again with `llada collect`")
     return table
 
 

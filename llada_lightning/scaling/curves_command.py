@@ -9,6 +9,7 @@ import pandas as pd
 from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
 from llada_lightning.errors import UserError
 from llada_lightning.files import write_json
+from llada_lightning.scaling.covariance import covariance_path, read_covariance
 from llada_lightning.scaling.curves_report import print_report
 from llada_lightning.scaling.fits import UNITS, StudyFits, fit_table, usable_runs
 from llada_lightning.scaling.flops import CONVENTION_NAMES, CONVENTIONS, Convention
@@ -45,6 +46,8 @@ def curves_command(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.samples < 100:
         raise UserError(f"curves: --samples is {options.samples}; 95 % intervals need at least 100")
+    if options.seed < 0:
+        raise UserError(f"curves: --seed is {options.seed}; it must be at least 0")
     table, covariance = _read(options.results)
     fits = fit_table(table, unit=options.unit, samples=options.samples, seed=options.seed, covariance=covariance)
     if options.convention not in fits.conventions:
@@ -53,7 +56,9 @@ def curves_command(argv: list[str]) -> int:
         raise UserError(f"curves: --convention {options.convention}: the table lacks FLOPs by {name}; it has {counted}")
     left_out = len(table) - len(usable_runs(table))
     if left_out:
-        people_console(stderr=True).print(f"{left_out} of {len(table)} rows left out: not done, or no finite loss")
+        people_console(stderr=True).print(
+            f"{left_out} of {len(table)} rows left out: not done, no finite loss, or a result twice"
+        )
     files = _write(table, fits, Path(options.out), options.convention)
     if options.json:
         names = {"fits": files[0], "figures": dict(files[1])}
@@ -70,32 +75,27 @@ def _read(results: str) -> tuple[pd.DataFrame, pd.DataFrame | None]:
 
         return published_isoflop(), None
     table, path = read_results(results), covariance_path(Path(results))
-    return table, read_covariance(path) if path.is_file() else None
+    return _with_scores(table), read_covariance(path) if path.is_file() else None
 
 
-def covariance_path(results: Path) -> Path:
-    """Where the covariance of a table's losses stands: ``results.covariance.csv`` beside ``results.csv``."""
-    return results.with_name(f"{results.stem}.covariance.csv")
-
-
-def read_covariance(path: Path) -> pd.DataFrame:
-    """A square table of covariances in nats^2, first column and header ``run@steps``.
-
-    Raises:
-        UserError: the file is no such table.
-    """
-    try:
-        matrix = pd.read_csv(path, index_col=0, dtype={0: str}).astype(float)
-    except (ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UserError(f"{path}: not a table of numbers ({error}); write it again, or remove it") from error
-    if sorted(matrix.index) != sorted(matrix.columns):
-        raise UserError(f"{path}: rows and columns are not of the same runs; write it again, or remove it")
-    return matrix
+def _with_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """The same with the scores of its ``task_`` columns as numbers."""
+    scores = {}
+    for column in table.columns[table.columns.str.startswith("task_")]:
+        try:
+            scores[column] = pd.to_numeric(table[column]).astype(float)
+        except (TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"results: {column} holds what is no number ({reason}); mend the table") from error
+    return table.assign(**scores)
 
 
 def _write(table: pd.DataFrame, fits: StudyFits, folder: Path, convention: Convention) -> tuple[str, dict[str, str]]:
     from llada_lightning.scaling.plots import draw_study  # matplotlib takes a second to import
 
     path = folder / "fits.json"
-    write_json(path, fits.as_dict())
-    return str(path), draw_study(table, fits, folder, convention)
+    try:
+        write_json(path, fits.as_dict())
+        return str(path), draw_study(table, fits, folder, convention)
+    except OSError as error:
+        raise UserError(f"curves: --out {folder} cannot be written ({error.strerror}); choose a folder") from error

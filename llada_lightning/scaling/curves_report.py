@@ -28,6 +28,7 @@ from llada_lightning.scaling.fits import (
     losses,
     usable_runs,
 )
+from llada_lightning.scaling.fits.runs import planned_flops
 from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
 from llada_lightning.scaling.shapes import format_count
 
@@ -84,8 +85,8 @@ def runs_table(table: pd.DataFrame, convention: Convention = "6nd") -> Table:
         picture.add_column(name, justify="right", no_wrap=True)
     picture.add_column("best", no_wrap=True)
     for objective in OBJECTIVES:
-        members = _in_order(runs[runs["objective"] == objective], convention)
-        best = set(best_of_budgets(members, convention, "nats_per_token"))
+        members = _in_order(runs[runs["objective"] == objective])
+        best = set(best_of_budgets(members, "nats_per_token"))
         for row in range(len(members)):
             if row in best or not short:
                 picture.add_row(*_run_row(members.iloc[row], convention), "best" if row in best else "")
@@ -93,9 +94,9 @@ def runs_table(table: pd.DataFrame, convention: Convention = "6nd") -> Table:
     return picture
 
 
-def _in_order(runs: pd.DataFrame, convention: Convention) -> pd.DataFrame:
+def _in_order(runs: pd.DataFrame) -> pd.DataFrame:
     """By budget, then by size: the FLOPs themselves differ within a budget by a part of a step."""
-    ordered = runs.assign(_budget=budget_groups(runs[flops_column(convention)]))
+    ordered = runs.assign(_budget=budget_groups(planned_flops(runs)))
     return ordered.sort_values(["_budget", "params_nonembedding"], ignore_index=True)
 
 
@@ -125,26 +126,35 @@ def optima_table(fits: StudyFits, convention: Convention) -> Table:
     """N_opt, D_opt, tokens per parameter and loss at each budget, by its isoFLOP parabola."""
     picture = _titled(
         f"Optimum by isoFLOP ({CONVENTION_NAMES[convention]}; loss in {UNIT_NAMES[fits.unit]})",
-        *("objective", "budget", "N", "", "tokens", "tokens/N", "", "loss", ""),
+        *("objective", "budget ", "N", "", "tokens", "tokens/N", "", "loss"),
     )
     for objective, own in fits.objectives.items():
         for budget in own.isoflop[convention].budgets:
             picture.add_row(objective, *_optimum_row(budget))
         picture.add_section()
+    budgets = [budget for own in fits.objectives.values() for budget in own.isoflop[convention].budgets]
+    flags = dict.fromkeys(_FLAGS[flag] for flag in map(_flag, budgets) if flag)
+    if flags:
+        picture.caption, picture.caption_justify = "; ".join(flags), "left"
     return picture
 
 
+_FLAGS = {"!": "! optimum outside of the grid", "~": "~ moved by the grid beyond its interval"}
+
+
+def _flag(budget: IsoflopBudget) -> str:
+    return "!" if not budget.interior else "~" if budget.biased else ""
+
+
 def _optimum_row(budget: IsoflopBudget) -> list[str]:
-    flag = "outside" if not budget.interior else "biased" if budget.biased else ""
     return [
-        _flops(budget.flops),
+        _flops(budget.flops) + (_flag(budget) or " "),
         format_count(budget.n_opt.value),
         f" ({_count(budget.n_opt.low)}–{_count(budget.n_opt.high)})",
         format_count(budget.d_opt.value),
         f"{budget.tokens_per_param.value:.3g}",
         f" ({_short(budget.tokens_per_param)})",
         f"{budget.loss_opt.value:.3f}",
-        f" {flag}",
     ]
 
 
@@ -186,12 +196,11 @@ def multiplier_table(fits: StudyFits, convention: Convention) -> Table:
         cells = dict.fromkeys(METHODS, "")
         for entry in entries:
             if entry.arm_flops == flops:
-                estimate = Estimate(entry.multiplier, entry.low, entry.high)
                 star = "*" if entry.extrapolated else " "
-                cells[entry.method] = f"{entry.multiplier:.3g}{star} ({_short(estimate)})"
+                cells[entry.method] = f"{entry.multiplier:.3g}{star} ({_short(entry.estimate)})"
         picture.add_row(_flops(flops), *cells.values())
     if any(entry.extrapolated for entry in entries):
-        picture.caption = "* beyond llada's own budgets, by at most a decade"
+        picture.caption = "* beyond the budgets of one of the fits, by at most a decade"
         picture.caption_justify = "left"
     return picture
 

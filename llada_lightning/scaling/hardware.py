@@ -16,14 +16,16 @@ PEAK_FLOPS_BF16: dict[str, float] = {
     "H100": 989e12,
     "H800": 989e12,
     "A100": 312e12,
+    "A100 PCIe": 312e12,
     "A800": 312e12,
+    "A800 PCIe": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
     "A10G": 70e12,
     "A10": 125e12,
     "RTX 4090": 165e12,
 }
-"""Dense bf16 peak by a part of the device's name; the first that matches counts, so longer names stand first."""
+"""Dense bf16 peak by the device's name, without maker, memory and socket."""
 
 MEMORY_GB: dict[str, float] = {
     "H200": 141,
@@ -32,7 +34,9 @@ MEMORY_GB: dict[str, float] = {
     "H100": 80,
     "H800": 80,
     "A100": 40,
+    "A100 PCIe": 40,
     "A800": 80,
+    "A800 PCIe": 80,
     "L40S": 48,
     "L4": 24,
     "A10G": 24,
@@ -40,6 +44,11 @@ MEMORY_GB: dict[str, float] = {
     "RTX 4090": 24,
 }
 """Memory in the data sheet's GB, the smaller where a device comes in two sizes and its name does not say which."""
+
+_WORDS = re.compile(r"[\s-]+")
+_PLAIN = re.compile(r"nvidia|geforce|gpu|sxm\d?|hbm\de?|\d+gb|")
+"""Words of a device's name that change no figure of the list. PCIe, NVL, D, Ti and others do, or may: `H200 NVL`,
+`H800 PCIe` and `RTX 4090 D` are other devices than those listed, and not known."""
 
 _NAMED_MEMORY = re.compile(r"(\d+)GB\b", re.IGNORECASE)
 
@@ -62,8 +71,5 @@ def memory_bytes(device_name: str) -> float | None:
 def _listed(table: Mapping[str, float], device_name: str) -> float | None:
     if "MIG" in device_name:  # a slice has a share of peak and memory
         return None
-    words = device_name.replace("-", " ").lower().split()
-    for part, figure in table.items():
-        if all(word in words for word in part.lower().split()):
-            return figure
-    return None
+    words = [word for word in _WORDS.split(device_name.lower()) if not _PLAIN.fullmatch(word)]
+    return next((figure for part, figure in table.items() if part.lower().split() == words), None)

@@ -225,6 +225,7 @@ def plan_study(
         raise UserError(
             f"plan: --vocab-size {stream.vocab_size} and --sequence-length {stream.sequence_length} must be at least 1"
         )
+    stream.check()
     trunks = []
     for objective in objectives:
         served: dict[Shape, list[float]] = {}

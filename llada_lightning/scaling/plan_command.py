@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from jsonargparse import Namespace
 
 from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
 from llada_lightning.errors import UserError
-from llada_lightning.scaling.flops import CONVENTIONS
+from llada_lightning.scaling.flops import CONVENTIONS, Convention
 from llada_lightning.scaling.hyperparameters import BATCH_RULES, DECAY_FRACTION, LEARNING_RATE_RULES
 from llada_lightning.scaling.plan import OBJECTIVES, Plan, plan_study
 from llada_lightning.scaling.plan_cost import Machine, measured_rates
@@ -109,31 +109,36 @@ def _parser() -> CommandParser:
 def _plan(options: Namespace, base: Mapping[str, Any], read_data: ReadData) -> tuple[Plan, Destination]:
     data, model, trainer = base["data"], base["model"], base["trainer"]
     path: DataPath | None = data.get("path") if options.data is None else options.data
-    sequence_length = _first(options.sequence_length, data.get("sequence_length"), 256)
+    sequence_length = _first(options.sequence_length, _count(data, "data", "sequence_length"), 256)
     if sequence_length < 1:
         raise UserError(f"plan: --sequence-length {sequence_length} must be at least 1")
-    vocab_size = _first(options.vocab_size, model.get("vocab_size"))
+    vocab_size = _first(options.vocab_size, _count(model, "model", "vocab_size"))
     facts = None if path is None else read_data(path, sequence_length)
     if facts is not None and vocab_size is not None and vocab_size < facts.vocab_size:
         raise UserError(f"plan: --vocab-size {vocab_size} is below the data's {facts.vocab_size} words; leave it out")
     words = vocab_size if facts is None else _first(vocab_size, facts.vocab_size)
     if words is None:
         raise UserError("plan: the vocabulary is not known; give --data DIR, or --vocab-size")
-    stream = Stream(words, sequence_length, sources=() if facts is None else facts.sources)
-    given = {key: data[key] for key in ("random_length_share", "mask_eps") if data.get(key) is not None}
+    stream = Stream(
+        words,
+        sequence_length,
+        random_length_share=_first(_number(data, "data", "random_length_share"), Stream.random_length_share),
+        mask_eps=_first(_number(data, "data", "mask_eps"), Stream.mask_eps),
+        sources=() if facts is None else facts.sources,
+    )
     machine = Machine(
         device=options.device,
         devices=options.devices,
         mfu=options.mfu,
         measured=None if options.measured is None else measured_rates(read_results(options.measured)),
         sharded=options.sharded,
-        micro_batch=_first(options.micro_batch, data.get("micro_batch")),
+        micro_batch=_first(options.micro_batch, _count(data, "data", "micro_batch")),
     )
     if trainer.get("accumulate_grad_batches") not in (None, 1) and machine.micro_batch is None:
         raise UserError("base: trainer.accumulate_grad_batches follows from the batch; give --micro-batch instead")
     plan = plan_study(
         options.flops,
-        replace(stream, **given),
+        stream,
         objectives=options.objectives,
         grid=Grid(
             points=options.points,
@@ -151,12 +156,38 @@ def _plan(options: Namespace, base: Mapping[str, Any], read_data: ReadData) -> t
             decay_fraction=options.decay_fraction,
         ),
         machine=machine,
-        convention=_first(options.budget_convention, base["budget"].get("convention"), "6nd"),
+        convention=_convention(options, base["budget"]),
         seeds=options.seeds,
         separate=options.separate,
     )
     study = _first(options.study, base["run"].get("study"), Path(options.out or "plan").stem)
     return plan, Destination(study=study, data=path, base=options.base, vocab_size=vocab_size)
+
+
+def _convention(options: Namespace, budget: Mapping[str, Any]) -> Convention:
+    convention = _first(options.budget_convention, budget.get("convention"), "6nd")
+    if convention not in CONVENTIONS:
+        raise UserError(f"base: budget.convention {convention!r} is not known; it is one of {', '.join(CONVENTIONS)}")
+    return cast(Convention, convention)
+
+
+def _number(section: Mapping[str, Any], name: str, key: str) -> float | None:
+    """A number of the base, where it is given; YAML 1.1 reads 1e-3 as a word."""
+    value = section.get(key)
+    try:
+        number = None if value is None else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if number is not None and not math.isfinite(number):
+        raise UserError(f"base: {name}.init_args.{key} {value!r} is not a number; give one, or leave it out")
+    return number
+
+
+def _count(section: Mapping[str, Any], name: str, key: str) -> int | None:
+    number = _number(section, name, key)
+    if number is not None and not (number.is_integer() and number >= 1):
+        raise UserError(f"base: {name}.init_args.{key} {number:g} is not a whole number from 1 on; mend it")
+    return None if number is None else int(number)
 
 
 def _first(*choices: Any) -> Any:
@@ -213,6 +244,11 @@ def _write_files(options: Namespace, plan: Plan, destination: Destination, comma
     out = Path(options.out)
     if out.suffix not in (".yaml", ".yml"):
         raise UserError(f"plan: --out {out} must end in .yaml")
+    if options.slurm is not None and Path(options.slurm).resolve() in (
+        out.resolve(),
+        out.with_suffix(".csv").resolve(),
+    ):
+        raise UserError(f"plan: --slurm {options.slurm} is the sweep's own file or its table's; choose another name")
     if destination.data is None:
         raise UserError("plan: --out needs the data that the runs read; give --data DIR, or --base with data.path")
     try:

@@ -76,12 +76,13 @@ class MeasuredRate:
 
 
 def measured_rates(results: pd.DataFrame) -> tuple[MeasuredRate, ...]:
-    """The rates of a results table's runs (``scaling.results``), those without a throughput left out."""
+    """The rates of a results table's runs (``scaling.results``), those without a throughput or a size left out."""
     rates = []
     for row in results.to_dict("records"):
         devices = re.match(r"(\d+) x ", str(row["device"]))
         tokens_per_second = row["tokens_per_second"]
-        if pd.isna(tokens_per_second) or pd.isna(row["tokens"]) or not tokens_per_second > 0 < row["tokens"]:
+        counts = (tokens_per_second, row["tokens"], row["params_nonembedding"], row["flops_total"])
+        if any(pd.isna(count) or not count > 0 for count in counts):
             continue
         rate = tokens_per_second * row["flops_total"] / row["tokens"] / (int(devices[1]) if devices else 1)
         if math.isfinite(rate):

@@ -12,13 +12,14 @@ from llada_lightning.scaling.flops import Convention, Objective
 from llada_lightning.scaling.shapes import Shape, get_shape, proposable_shapes, propose_shape, shape_name
 from llada_lightning.scaling.stream import Stream
 
-CENTRES: Mapping[Objective, float] = {"arm": 30.0, "llada": 140.0}
+CENTRES: Mapping[Objective, float] = {"arm": 25.0, "llada": 105.0}
 """Tokens per non-embedding parameter at the centre of each objective's IsoFLOP grid.
 
 From published IsoFLOP losses (133 runs on C4, 3e18 to 3e20 FLOPs, github.com/chen-hao-chao/mdm-prime-v2; parabolas in
-ln N at each of seven budgets): the optimum of `arm` lies at 26 to 41 (geometric mean 34), that of `llada` at 93 to 176
-(geometric mean 143), both falling slightly with the budget. Hoffmann et al. 2022 found 20 for `arm`, embeddings
-counted. A grid of five covers a factor of 9 to either side."""
+ln N at each of seven budgets). The N printed there is nominal, 12 x layers x width^2, and leaves out the third matrix
+of SwiGLU: true N is 4/3 of it, so that true ratios are 3/4 of the nominal 34 (`arm`, 26 to 41 over the budgets) and 143
+(`llada`, 93 to 176; geometric means), 26 and 107. Both fall slightly with the budget; rounded down for that. Hoffmann
+et al. 2022 found 20 for `arm`, embeddings counted. A grid of five covers a factor of 9 to either side."""
 
 GRID_STEP = math.sqrt(3)
 GRID_ANCHOR = 85e6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from llada_lightning.errors import UserError
 from llada_lightning.scaling.budget import MASK_EPS, expected_length, expected_mask_probability
 from llada_lightning.scaling.flops import Objective, TrainingFlops, flops_per_token
 from llada_lightning.scaling.shapes import Shape
@@ -52,6 +53,17 @@ class Stream:
     random_length_share: float = 0.01
     mask_eps: float = MASK_EPS
     sources: tuple[Source, ...] = field(default=())
+
+    def check(self) -> None:
+        """Refuse what ``llada fit`` would refuse.
+
+        Raises:
+            UserError: names the setting.
+        """
+        if not 0 <= self.random_length_share <= 1:
+            raise UserError(f"plan: random_length_share {self.random_length_share:g} must lie between 0 and 1")
+        if not 0 < self.mask_eps < 1:
+            raise UserError(f"plan: mask_eps {self.mask_eps:g} must lie between 0 and 1")
 
     def flops_per_token(self, shape: Shape, objective: Objective) -> TrainingFlops:
         """Training FLOPs of one token, in expectation, as ``llada fit`` counts them."""

@@ -159,6 +159,7 @@ def simulated_study(
     *,
     noise: float = 0.003,
     shared: float = 0.0,
+    spread: float = 0.0,
     stderr: bool = True,
     budgets: tuple[float, ...] = SIMULATED_BUDGETS,
     shapes: int = 5,
@@ -172,6 +173,7 @@ def simulated_study(
         seed: of the noise.
         noise: relative standard error of each loss by itself.
         shared: relative standard error that all runs have in common.
+        spread: relative scatter of the runs beyond those errors, as seeds make it.
         stderr: whether the table holds standard errors.
         budgets: in FLOPs by 6ND.
         shapes: at each budget, evenly in log N between N_opt / width and N_opt * width.
@@ -186,7 +188,7 @@ def simulated_study(
             for place in np.linspace(-1, 1, shapes):
                 n = law.n_opt(budget) * width**place * np.exp(offset)
                 tokens = round(budget / 6 / n)
-                loss = law.loss(n, tokens) * np.exp(common + noise * generator.standard_normal())
+                loss = law.loss(n, tokens) * np.exp(common + np.hypot(noise, spread) * generator.standard_normal())
                 records.append(_simulated(objective, budget, n, tokens, loss, np.hypot(noise, shared) if stderr else 0))
     table = table_of_records(records)
     relative = noise**2 * np.eye(len(table)) + shared**2

@@ -100,7 +100,11 @@ def test_another_tables_covariance_does_not_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("run@steps,a@1\nb@1,2\n", "rows and columns differ"), ("run@steps,a@1\na@1,x\n", "not a matrix"), ("", "matrix")],
+    [
+        ("run@steps,a@1\nb@1,2\n", "not of the same runs"),
+        ("run@steps,a@1\na@1,x\n", "not a table of numbers"),
+        ("", "not a table"),
+    ],
 )
 def test_wrong_covariance_files_are_named(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "c.csv").write_text(text)

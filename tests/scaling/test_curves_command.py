@@ -56,7 +56,7 @@ def test_a_study_is_told_in_80_columns(tmp_path: Path, capsys: Captured, monkeyp
     assert "the best of each budget (60 runs)" in tables
     for words in (
         "Optimum by isoFLOP", "tokens/N", "a of N_opt ~ C^a", "alpha of L(N, D)", "predicted by fits without it",
-        "Compute multiplier at equal loss", "* beyond llada's own budgets",
+        "Compute multiplier at equal loss", "* beyond the budgets of one of the fits",
     ):  # fmt: skip
         assert words in tables, words
     fits = json.loads((tmp_path / "fits.json").read_text())
@@ -64,6 +64,18 @@ def test_a_study_is_told_in_80_columns(tmp_path: Path, capsys: Captured, monkeyp
     (row,) = (line for line in tables.splitlines() if line.startswith("1.0e17") and "(" in line)
     assert f"{first['multiplier']:.3g}  ({first['low']:.3g}–{first['high']:.3g})" in row
     assert "were not planned to be equal by it" in notes
+
+
+def test_a_flagged_optimum_is_told_in_80_columns(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    path = write_results(simulated_study(CHINCHILLA, drift=2.0)[0], tmp_path / "r.csv")
+    assert curves_command([str(path), "--out", str(tmp_path), "--samples", "200"]) == 0
+    tables = capsys.readouterr().out.partition("To note:")[0]
+    assert "…" not in tables
+    assert "arm       1.0e17!" in tables
+    assert "! optimum outside of the grid" in tables
 
 
 def test_curves_as_json_under_the_other_convention(table: str, tmp_path: Path, capsys: Captured) -> None:
@@ -146,12 +158,40 @@ def test_rows_that_are_left_out_are_counted(tmp_path: Path, capsys: Captured) ->
         (["--convention", "8nd"], "convention"),
         (["--samples", "3"], "--samples is 3"),
         (["--colour", "red"], "--colour"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--out", __file__], "cannot be written"),
     ],
 )
 def test_wrong_options_are_one_line(table: str, tmp_path: Path, options: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         curves_command([table, "--out", str(tmp_path), *options])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("objective", None, "objective <NA> is not known"),
+        ("val_kind", None, "val_kind of arm is <NA>; it must be 'exact'"),
+        ("val_stderr", -0.01, "val_stderr of arm-107k-3e.11 is negative"),
+        ("val_nats_per_token", 3.0, "all 6 losses of arm are 3"),
+        ("task_piqa", "red", "task_piqa holds what is no number"),
+    ],
+)
+def test_a_table_that_no_fit_can_read_is_one_line(tmp_path: Path, column: str, value: object, words: str) -> None:
+    path = tmp_path / "r.csv"
+    study().assign(**{column: value}).to_csv(path, index=False)
+    with pytest.raises(UserError, match=words) as caught:
+        curves_command([str(path), "--out", str(tmp_path / "out")])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_that_counts_the_total_alone_is_drawn_by_it(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    simulated_study(CHINCHILLA)[0].assign(flops_6nd=None).to_csv(path, index=False)
+    options = [str(path), "--out", str(tmp_path), "--samples", "200", "--convention", "total"]
+    assert curves_command(options) == 0
+    assert {"scaling.png", "parametric.png"} <= {file.name for file in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("command", [collect_command, curves_command, lambda argv: sweep_command(argv, Path, len)])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from llada_lightning.scaling.fits import IsoflopFit, fit_isoflop, fit_table
-from llada_lightning.scaling.fits.noise import noise_of_runs
+from llada_lightning.scaling.fits.noise import Spread, noise_of_runs
 from llada_lightning.scaling.fits.runs import in_canonical_order
 from studies import CHINCHILLA, VALLEYS, Chinchilla, World, simulated_study
+
+FLOPS = ["tokens", "flops_6nd", "flops_attention", "flops_head", "flops_total"]
 
 
 def arm_fit(world: World, samples: int = 300, **study: object) -> IsoflopFit:
@@ -93,8 +96,32 @@ def test_three_shapes_without_standard_errors_have_no_intervals() -> None:
     assert "no intervals" in str(fit.note)
     assert fit.n_law  # the scatter of the optima about the law is known
     assert fit.n_law.interval_b[0] < fit.n_law.b < fit.n_law.interval_b[1]
-    known = arm_fit(VALLEYS, shapes=3)
-    assert all(budget.n_opt.low < budget.n_opt.value < budget.n_opt.high for budget in known.budgets)
+
+
+def test_three_shapes_borrow_the_spread_of_another_fit() -> None:
+    table, _ = simulated_study(CHINCHILLA, shapes=3, noise=0.001, spread=0.003)
+    arm = in_canonical_order(table[table["objective"] == "arm"])
+    noise = noise_of_runs(arm, None, 300, 0)
+    alone = fit_isoflop(arm, "6nd", "nats_per_token", noise)
+    lent = fit_isoflop(arm, "6nd", "nats_per_token", noise, lent=Spread(0.003, 10, np.nan))
+    assert all(np.isnan(budget.n_opt.low) for budget in alone.budgets)  # known errors are not all that there is
+    assert all(budget.n_opt.low < budget.n_opt.value < budget.n_opt.high for budget in lent.budgets)
+    for fits in (fit_table(table, samples=300), fit_table(table.assign(val_stderr=np.nan), samples=300)):
+        own = fits.objectives["arm"]
+        assert own.parametric
+        assert own.spread == own.parametric.scatter
+        assert all(np.isfinite(budget.n_opt.high) for budget in own.isoflop["6nd"].budgets)
+    five, _ = simulated_study({"llada": CHINCHILLA["llada"]}, shapes=5, noise=0.001, spread=0.003)
+    mixed = fit_table(pd.concat([arm, five], ignore_index=True), samples=300)
+    assert mixed.objectives["arm"].spread == mixed.objectives["llada"].spread
+    assert mixed.objectives["llada"].spread.dof == 12
+
+
+def test_runs_beside_the_budgets_are_counted() -> None:
+    table, _ = simulated_study({"arm": VALLEYS["arm"]})
+    lonely = table.iloc[[0]].assign(run="alone", **{name: table.iloc[0][name] * 1.3 for name in FLOPS})
+    fits = fit_table(pd.concat([table, lonely], ignore_index=True), samples=200)
+    assert any("6nd: 1 runs left out: by 6ND they share no budget" in note for note in fits.notes)
 
 
 def test_a_flat_valley_has_an_open_interval() -> None:

@@ -62,6 +62,12 @@ def test_beyond_lladas_budgets_is_marked_and_beyond_a_decade_left_out() -> None:
     assert below.extrapolated
 
 
+def test_beyond_arms_budgets_is_marked_and_beyond_a_decade_left_out() -> None:
+    arm, llada = Straight(3.0, 0.1, ERRORS, (1e18, 2e18)), Straight(3.0, 0.1, ERRORS, (1e15, 1e21))
+    found = between(arm, llada, 5e16, 3e17, 1.5e18, 1e19, 3e19)
+    assert [(entry.arm_flops, entry.extrapolated) for entry in found] == [(3e17, True), (1.5e18, False), (1e19, True)]
+
+
 def test_draws_that_never_get_there_leave_the_end_open() -> None:
     arm, llada = Straight(3.0, 0.1, np.zeros(2000)), Straight(3.0, 0.1, 100 * ERRORS)
     (entry,) = between(arm, llada, 1e18)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_lightning.files import strict_json
-from llada_lightning.scaling.fits import StudyFits, fit_table
+from llada_lightning.scaling.fits import Estimate, StudyFits, fit_table
 from studies import CHINCHILLA, LAWS, VALLEYS, Chinchilla, simulated_study, study
 
 STUDY, _ = simulated_study(CHINCHILLA, shapes=5, budgets=tuple(np.geomspace(1e17, 1e19, 5)))
@@ -124,7 +124,7 @@ def test_fits_json_keeps_its_contract() -> None:
     assert set(written["arm"]) == {"parametric", "isoflop", "envelope"}
     for method in ("isoflop", "envelope"):
         assert set(written["arm"][method]) == {"6nd", "total"}
-    assert set(written["arm"]["parametric"]["alpha"]) == {"value", "low", "high"}
+    assert set(written["arm"]["parametric"]["alpha"]) == {"value", "low", "high", "interval"}
     assert set(written["compute_multiplier"][0]) >= {
         "convention", "method", "arm_flops", "multiplier", "low", "high",
     }  # fmt: skip
@@ -199,3 +199,30 @@ def test_a_study_of_valleys_agrees_between_envelope_and_isoflop() -> None:
         law, isoflop = own.envelope["6nd"].law, own.isoflop["6nd"].loss_law
         assert law and isoflop
         assert law.exponent.overlaps(isoflop.exponent)
+
+
+def test_held_out_is_the_largest_budget_that_has_enough_shapes() -> None:
+    lonely = STUDY[STUDY["objective"] == "arm"].iloc[[-1]]
+    larger = lonely.assign(run="lonely", tokens=lonely["tokens"] * 10, flops_6nd=lonely["flops_6nd"] * 10)
+    fits = fit_table(pd.concat([STUDY, larger], ignore_index=True), samples=200, conventions=("6nd",))
+    held = [entry for entry in fits.held_out if entry.objective == "arm"]
+    assert [entry.flops for entry in held] == pytest.approx([1e19] * 3, rel=1e-3)
+    before = [entry for entry in FITS.held_out if (entry.objective, entry.convention) == ("arm", "6nd")]
+    assert [entry.predicted for entry in held] == pytest.approx([entry.predicted for entry in before], rel=1e-3)
+
+
+def test_a_law_that_misses_its_own_points_predicts_with_a_wide_interval() -> None:
+    bent = {"arm": Chinchilla(2.0, 4e4, 0.6, 2e6, 0.6)}
+    held = {
+        e.method: e for e in fit_table(simulated_study(bent, noise=1e-4)[0], samples=200, conventions=("6nd",)).held_out
+    }
+    envelope, parametric = held["envelope"], held["parametric"]
+    assert envelope.high - envelope.low > 10 * (parametric.high - parametric.low)
+    assert parametric.inside
+
+
+def test_open_and_unknown_intervals_are_told_apart() -> None:
+    kinds = [Estimate(1.0, *ends).as_dict()["interval"] for ends in ((0.5, 2.0), (0.5, np.inf), (0, 2), (np.nan,) * 2)]
+    assert kinds == ["known", "open", "open", "unknown"]
+    assert {entry["interval"] for entry in FITS.as_dict()["compute_multiplier"]} <= {"known", "open"}
+    assert {"interval"} <= set(FITS.as_dict()["held_out"][0]) & set(FITS.as_dict()["arm"]["envelope"]["6nd"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -208,7 +209,7 @@ def test_data_needed_is_set_against_data_present() -> None:
 
 def test_a_centre_below_the_smallest_shape_is_said() -> None:
     notes = plan_study([1e10], STREAM, objectives=["llada"]).warnings()
-    assert any("1e+10 FLOPs of llada: the centre, 140" in line for line in notes)
+    assert any("1e+10 FLOPs of llada: the centre, 105" in line for line in notes)
 
 
 def test_few_steps_are_said() -> None:
@@ -244,13 +245,15 @@ def test_budgets_are_sorted() -> None:
         ([1e12], {"recipe": Recipe(decay_fraction=1.0)}, "--decay-fraction 1"),
         ([1e12], {"grid": SHAPES, "recipe": Recipe(warmup_steps=10**6)}, "warms up for 1000000 steps"),
         ([1e12, 1.0000001e12], {"grid": SHAPES}, "are both"),
+        ([1e12], {"stream": replace(STREAM, random_length_share=5)}, "random_length_share 5 must lie"),
+        ([1e12], {"stream": replace(STREAM, mask_eps=7)}, "mask_eps 7 must lie"),
         ([1e12], {"seeds": (1, 1)}, "--seeds 1 1"),
         ([1e12], {"objectives": ()}, "--objectives"),
     ],
 )
 def test_what_makes_no_plan_is_refused_in_one_line(budgets: list[float], arguments: dict, words: str) -> None:
     with pytest.raises(UserError, match=words) as refused:
-        plan_study(budgets, STREAM, **arguments)
+        plan_study(budgets, **{"stream": STREAM, **arguments})
     assert "\n" not in str(refused.value)
 
 

@@ -93,6 +93,8 @@ def test_a_base_gives_data_lengths_study_and_convention(
         (["--vocab-size", "512", "--sequence-length", "0"], "--sequence-length 0"),
         (["--vocab-size", "512", "--shapes", "9k", "107k", "214k"], "'9k' is not known"),
         (["--data", "nowhere"], "data folder 'nowhere' does not exist"),
+        (["--vocab-size", "512", "--out", "s.yaml", "--slurm", "./s.yaml"], "is the sweep's own file or its table's"),
+        (["--vocab-size", "512", "--out", "s.yaml", "--slurm", "s.csv"], "is the sweep's own file or its table's"),
         (["--vocab-size", "0"], "--vocab-size 0"),
     ],
 )
@@ -114,6 +116,13 @@ def test_a_mistake_is_one_line(
         ({"trainer": {"accumulate_grad_batches": 4}}, "give --micro-batch"),
         ({"model": {"init_args": {"schedule": {"decay_steps": 0}}}}, "sets model.init_args.schedule.decay_steps"),
         (["no mapping"], "holds no mapping"),
+        ({"data": {"init_args": {"sequence_length": "long"}}}, "data.init_args.sequence_length 'long' is not a number"),
+        ({"data": {"init_args": {"micro_batch": "few"}}}, "data.init_args.micro_batch 'few' is not a number"),
+        ({"data": {"init_args": {"micro_batch": 1.5}}}, "data.init_args.micro_batch 1.5 is not a whole number"),
+        ({"data": {"init_args": {"random_length_share": "half"}}}, "random_length_share 'half' is not a number"),
+        ({"data": {"init_args": {"random_length_share": 5}}}, "random_length_share 5 must lie between 0 and 1"),
+        ({"data": {"init_args": {"mask_eps": 7}}}, "mask_eps 7 must lie between 0 and 1"),
+        ({"budget": {"convention": "8nd"}}, "budget.convention '8nd' is not known"),
     ],
 )
 def test_a_base_that_sets_what_the_plan_decides_is_refused(
@@ -122,7 +131,8 @@ def test_a_base_that_sets_what_the_plan_decides_is_refused(
     base = tmp_path / "base.yaml"
     base.write_text(yaml.safe_dump(content))
     assert main(plan("--vocab-size", "512", "--base", str(base))) == 2
-    assert message in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1
 
 
 def test_a_vocabulary_below_the_datas_is_refused(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:

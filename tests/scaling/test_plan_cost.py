@@ -111,6 +111,7 @@ def test_hours_from_measured_throughput_of_the_nearest_size() -> None:
         MeasuredRate("arm", 500_000, 4e10),
         MeasuredRate("llada", 200_000, 3e10),
     )
+    assert measured_rates(measured(params_nonembedding=[0, None, 0, None])) == ()
     machine = Machine(devices=2, measured=rates)
     assert machine.seconds("arm", 110_000, 1e12) == pytest.approx(1e12 / (2 * 2e10))
     assert machine.seconds("arm", 400_000, 1e12) == pytest.approx(1e12 / (2 * 4e10))

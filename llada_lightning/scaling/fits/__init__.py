@@ -5,14 +5,14 @@ all of them; ``noise`` says where the intervals come from.
 """
 
 from llada_lightning.scaling.fits.checks import Disagreement, HeldOut
-from llada_lightning.scaling.fits.envelope import EnvelopeFit, EnvelopePoint, envelope_points, fit_envelope
+from llada_lightning.scaling.fits.envelope import EnvelopeFit, EnvelopePoint, fit_envelope
 from llada_lightning.scaling.fits.estimate import INTERVAL, Estimate
 from llada_lightning.scaling.fits.isoflop import MIN_SHAPES, IsoflopBudget, IsoflopFit, LossCurve, fit_isoflop
 from llada_lightning.scaling.fits.multiplier import METHODS, Method, Multiplier, compute_multipliers
 from llada_lightning.scaling.fits.noise import NOISE_MODELS, Noise, NoiseModel, noise_of_runs, run_names
 from llada_lightning.scaling.fits.objective import ObjectiveFits, fit_objective
 from llada_lightning.scaling.fits.parametric import HUBER_DELTA, Frontier, ParametricFit, fit_parametric
-from llada_lightning.scaling.fits.power_law import MIN_BUDGETS, PowerLaw, fit_power_law
+from llada_lightning.scaling.fits.power_law import MIN_BUDGETS, PowerLaw
 from llada_lightning.scaling.fits.runs import (
     BUDGET_TOLERANCE,
     OBJECTIVES,
@@ -34,7 +34,7 @@ __all__ = [
     "OBJECTIVES", "UNITS", "UNIT_NAMES", "VAL_KINDS", "Disagreement", "EnvelopeFit", "EnvelopePoint", "Estimate",
     "Frontier", "HeldOut", "IsoflopBudget", "IsoflopFit", "LossCurve", "Method", "Multiplier", "Noise", "NoiseModel",
     "ObjectiveFits", "ParametricFit", "PowerLaw", "StudyFits", "Unit", "best_of_budgets", "budget_groups",
-    "check_comparable", "compute_multipliers", "envelope_points", "fit_envelope", "fit_isoflop", "fit_objective",
-    "fit_parametric", "fit_power_law", "fit_table", "flops_column", "losses", "noise_of_runs", "run_names",
+    "check_comparable", "compute_multipliers", "fit_envelope", "fit_isoflop", "fit_objective",
+    "fit_parametric", "fit_table", "flops_column", "losses", "noise_of_runs", "run_names",
     "usable_runs",
 ]  # fmt: skip

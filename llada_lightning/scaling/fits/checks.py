@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, groupby
 from typing import Any
 
@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from llada_lightning.scaling.fits.envelope import Candidates
 from llada_lightning.scaling.fits.estimate import Array, Estimate, interval
-from llada_lightning.scaling.fits.isoflop import IsoflopFit
+from llada_lightning.scaling.fits.isoflop import MIN_SHAPES, IsoflopFit
 from llada_lightning.scaling.fits.multiplier import METHODS, LossLine, Method, Multiplier
-from llada_lightning.scaling.fits.noise import Noise
+from llada_lightning.scaling.fits.noise import UNKNOWN, Noise, Spread, best_known, drawn_tau
 from llada_lightning.scaling.fits.objective import ObjectiveFits, fit_objective
-from llada_lightning.scaling.fits.runs import Unit, budget_members, flops_column, losses, planned_convention
+from llada_lightning.scaling.fits.runs import Unit, budget_members, flops_column, planned_convention
 from llada_lightning.scaling.flops import Convention
 
 
@@ -38,7 +39,7 @@ class HeldOut:
     """Whether the observation is in the interval; None where there is none."""
 
     def as_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {**vars(self), "interval": Estimate(self.predicted, self.low, self.high).interval}
 
 
 @dataclass(frozen=True)
@@ -61,20 +62,23 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class _Observation:
-    """What a budget that was held out shows: FLOPs, log loss, and its error in every draw (samples,)."""
+    """What a budget that was held out shows: FLOPs, log loss, and true less observed in every draw (samples,)."""
 
     flops: float
     log_loss: float
     errors: Array
 
 
-def hold_out(runs: pd.DataFrame, fits: ObjectiveFits, unit: Unit, noise: Noise, seed: int = 0) -> list[HeldOut]:
-    """Fits one objective without its largest budget and predicts the loss there, by each method and convention.
+def hold_out(
+    runs: pd.DataFrame, fits: ObjectiveFits, unit: Unit, noise: Noise, seed: int = 0, *, lent: Spread = UNKNOWN
+) -> list[HeldOut]:
+    """Fits the smaller budgets of one objective and predicts the loss at the largest, by each method and convention.
 
-    The observation is the optimum of the budget's parabola, or its best run where there is none (and for the
-    envelope). The interval is for the observation: it holds the prediction's errors and the observation's own, drawn
-    jointly, so that an error that all runs share does not count. Methods that the smaller budgets do not feed are
-    left out.
+    Held out is the largest budget of enough shapes for a parabola, if there is one; what is larger is left out too.
+    The observation is the optimum of the budget's parabola, or its best shape where there is none (and for the
+    envelope). The interval is for the observation: it holds the errors of prediction and observation, drawn jointly,
+    so that an error that all runs share does not count, and what the method's law misses its own points by. Methods
+    that the smaller budgets do not feed are left out.
 
     Args:
         runs: usable runs of one objective.
@@ -82,57 +86,78 @@ def hold_out(runs: pd.DataFrame, fits: ObjectiveFits, unit: Unit, noise: Noise, 
         unit: of the losses.
         noise: of these runs, in their order.
         seed: as for ``fit_objective``.
+        lent: as for ``fit_objective``.
     """
     conventions = tuple(fits.envelope)
-    held = budget_members(runs[flops_column(planned_convention(runs, conventions))])[-1]
-    rest = np.setdiff1d(np.arange(len(runs)), held)
+    planned = planned_convention(runs, conventions)
+    held, rest = _divided(runs, planned)
     if not len(rest):
         return []
     fewer = fit_objective(
-        fits.objective, runs.iloc[rest].reset_index(drop=True), conventions, unit, noise.take(rest), seed
+        fits.objective, runs.iloc[rest].reset_index(drop=True), conventions, unit, noise.take(rest), seed, lent=lent
     )
+    budget = Candidates.of(runs.iloc[held].reset_index(drop=True), planned, unit, noise.take(held))
+    generator = np.random.default_rng(seed)
+    normals, uniforms = generator.standard_normal(len(noise.normals)), generator.uniform(size=len(noise.normals))
     results = []
     for convention in conventions:
-        best = _best_run(runs, held, convention, unit, noise, _spread(fits, convention))
-        optimum = _optimum(fits.isoflop[convention], runs, held) or best
+        spread = best_known(fewer.spread, fewer.envelope[convention].spread)
+        best = _best_shape(budget, runs.iloc[held], convention, spread)
+        optimum = _optimum(fits.isoflop[convention], held) or best
         for method in METHODS:
             line = fewer.line(method, convention)
             if line:
                 observation = best if method == "envelope" else optimum
-                results.append(_held_out(fits.objective, convention, method, line, observation))
+                missed = drawn_tau(_beyond(fewer, method, convention), uniforms) * normals
+                results.append(_held_out(fits.objective, convention, method, line, observation, missed))
     return results
 
 
-def _spread(fits: ObjectiveFits, convention: Convention) -> float:
-    law = fits.envelope[convention].law
-    return fits.parametric.spread if fits.parametric else law.spread if law else float("nan")
+def _divided(runs: pd.DataFrame, planned: Convention) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Row positions of the budget to be held out, and of all that are smaller."""
+    budgets = budget_members(runs[flops_column(planned)])
+    sizes = runs["params_nonembedding"].to_numpy(float)
+    wide = [number for number, rows in enumerate(budgets) if len(np.unique(sizes[rows])) >= MIN_SHAPES]
+    last = wide[-1] if wide else len(budgets) - 1
+    return budgets[last], np.sort(np.concatenate([np.empty(0, np.intp), *budgets[:last]]))
 
 
-def _best_run(
-    runs: pd.DataFrame, held: npt.NDArray[np.intp], convention: Convention, unit: Unit, noise: Noise, tau: float
-) -> _Observation:
-    loss, _ = losses(runs, unit)
-    row = held[np.argmin(loss[held])]
-    flops = float(runs[flops_column(convention)].iloc[row])
-    return _Observation(flops, float(np.log(loss[row])), noise.errors[:, row] + tau * noise.normals[:, row])
+def _beyond(fits: ObjectiveFits, method: Method, convention: Convention) -> Spread:
+    """What a method's law misses its points by, beyond their own errors and the spread of runs."""
+    if method == "envelope":
+        law = fits.envelope[convention].law
+        return law.scatter if law else UNKNOWN
+    if method == "isoflop":
+        curve = fits.isoflop[convention].loss_curve
+        return curve.scatter if curve else UNKNOWN
+    assert fits.parametric
+    own, runs = fits.parametric.scatter, fits.spread
+    return replace(own, tau=float(np.sqrt(max(0.0, own.tau**2 - runs.tau**2))) if runs.known else own.tau)
 
 
-def _optimum(fit: IsoflopFit, runs: pd.DataFrame, held: npt.NDArray[np.intp]) -> _Observation | None:
-    names = set(runs["run"].iloc[held].astype(str))
+def _best_shape(budget: Candidates, runs: pd.DataFrame, convention: Convention, spread: Spread) -> _Observation:
+    everything = np.arange(len(budget.rows))
+    best = budget.best(everything)
+    flops = float(runs[flops_column(convention)].to_numpy(float)[budget.rows[best]].mean())
+    return _Observation(flops, float(budget.log_loss[best]), budget.errors(everything, spread))
+
+
+def _optimum(fit: IsoflopFit, held: npt.NDArray[np.intp]) -> _Observation | None:
     for budget in fit.budgets:
-        if budget.interior and set(budget.runs) == names:
+        if budget.interior and set(budget.rows) == set(held):
             value = float(np.log(budget.loss_opt.value))
             return _Observation(budget.flops, value, budget.drawn_log_loss_opt - value)
     return None
 
 
 def _held_out(
-    objective: str, convention: Convention, method: Method, line: LossLine, observation: _Observation
+    objective: str, convention: Convention, method: Method, line: LossLine, observation: _Observation, missed: Array
 ) -> HeldOut:
     flops = np.array([observation.flops])
     predicted = float(np.log(line.loss(flops)[0]))
     prediction_errors = np.log(line.drawn(flops)[:, 0]) - predicted
-    low, high = (float(np.exp(end)) for end in interval(predicted + observation.errors - prediction_errors))
+    errors = prediction_errors - observation.errors + missed
+    low, high = (float(np.exp(end)) for end in interval(predicted + errors))
     observed = float(np.exp(observation.log_loss))
     return HeldOut(
         objective,
@@ -161,7 +186,7 @@ def disagreements(objectives: Iterable[ObjectiveFits], multipliers: list[Multipl
                 found += _apart(f"exponent of N_opt, {fits.objective}", convention, None, pair)
     ordered = sorted(multipliers, key=lambda entry: (entry.convention, entry.arm_flops))
     for (convention, flops), entries in groupby(ordered, key=lambda entry: (entry.convention, entry.arm_flops)):
-        methods = {entry.method: Estimate(entry.multiplier, entry.low, entry.high) for entry in entries}
+        methods = {entry.method: entry.estimate for entry in entries}
         found += _apart("compute multiplier", convention, flops, methods)
     return found
 

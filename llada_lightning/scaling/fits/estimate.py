@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,9 @@ Array = npt.NDArray[np.float64]
 
 INTERVAL = (2.5, 97.5)
 """Percentiles of a 95 % interval."""
+
+Interval = Literal["known", "open", "unknown"]
+"""Open: an end is infinite, or zero where only zero bounds it."""
 
 
 def interval(draws: npt.ArrayLike) -> tuple[Array, Array]:
@@ -43,5 +47,12 @@ class Estimate:
     def covers(self, value: float) -> bool:
         return self.low <= value <= self.high
 
+    @property
+    def interval(self) -> Interval:
+        """What JSON's null does not tell: whether an end is open, or not known."""
+        if math.isnan(self.low) or math.isnan(self.high):
+            return "unknown"
+        return "open" if math.isinf(self.low) or math.isinf(self.high) or self.low == 0 else "known"
+
     def as_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "low": self.low, "high": self.high}
+        return {"value": self.value, "low": self.low, "high": self.high, "interval": self.interval}

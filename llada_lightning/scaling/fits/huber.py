@@ -45,7 +45,14 @@ def huber(residuals: Array, delta: float) -> Array:
 
 
 def fit_many(
-    start: Array, log_losses: Array, log_n: Array, log_d: Array, delta: float, *, most_steps: int = 300
+    start: Array,
+    log_losses: Array,
+    log_n: Array,
+    log_d: Array,
+    delta: float,
+    *,
+    weights: Array | None = None,
+    most_steps: int = 300,
 ) -> tuple[Array, npt.NDArray[np.bool_]]:
     """Levenberg-Marquardt on the sum of Huber losses, vectorised over the fits.
 
@@ -58,11 +65,13 @@ def fit_many(
         log_losses: what each fit is of (S, n).
         log_n: log N over its geometric mean (n,); ``log_d`` likewise.
         delta: of the Huber loss; infinite for least squares.
+        weights: of the squares (n,), for least squares; equal by default.
         most_steps: after which a fit is given up as not converged.
 
     Returns:
         Parameters (S, 5), and which fits converged (S,).
     """
+    root = np.ones(len(log_n)) if weights is None else np.sqrt(weights / weights.mean())
     theta = np.array(start, float)
     converged = np.zeros(len(theta), bool)
     damping = np.ones(len(theta))
@@ -70,11 +79,11 @@ def fit_many(
     for _ in range(most_steps):
         now, goal = theta[active], log_losses[active]
         fitted, jacobian = log_loss_and_jacobian(now, log_n, log_d)
-        residuals = fitted - goal
+        residuals = root * (fitted - goal)
         value = huber(residuals, delta).sum(axis=1)
-        step, gain = _step(residuals, jacobian, damping[active], delta)
+        step, gain = _step(residuals, root[:, None] * jacobian, damping[active], delta)
         moved = now + step
-        drop = value - huber(log_loss(moved, log_n, log_d) - goal, delta).sum(axis=1)
+        drop = value - huber(root * (log_loss(moved, log_n, log_d) - goal), delta).sum(axis=1)
         better = drop > 0
         theta[active[better]] = moved[better]
         damping[active] = np.clip(damping[active] * np.where(better, 0.25, 6.0), 1e-9, 2 * _MOST_DAMPING)

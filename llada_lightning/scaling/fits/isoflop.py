@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.linalg import block_diag
 
 from llada_lightning.scaling.fits.estimate import INTERVAL, Array, Estimate, interval
-from llada_lightning.scaling.fits.noise import Noise, fit_linear, solver
+from llada_lightning.scaling.fits.noise import UNKNOWN, Noise, Spread, fit_linear, linear_spread, solver
 from llada_lightning.scaling.fits.power_law import MIN_BUDGETS, PowerLaw, power_law
 from llada_lightning.scaling.fits.runs import TokenCost, Unit, budget_members, flops_column, is_budget, losses
 from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
@@ -30,6 +30,8 @@ class IsoflopBudget:
 
     flops: float
     """Geometric mean of the runs' training FLOPs."""
+    rows: npt.NDArray[np.intp] = field(repr=False)
+    """Where its runs stand in the objective's table."""
     runs: tuple[str, ...]
     log_n: Array
     """Of non-embedding parameters, one for each run, as ``losses`` and ``stderr``."""
@@ -45,8 +47,8 @@ class IsoflopBudget:
     """Whether the optimum lies between the smallest and the largest shape; if not, the laws leave it out."""
     grid_sensitivity: float | None
     """The largest relative change of N_opt by a cubic term or without the outermost shapes; None below 5 shapes."""
-    biased: bool
-    """Whether that change goes beyond N_opt's interval."""
+    bias: float | None
+    """The largest of those changes that goes beyond its own interval and N_opt's; None if none does."""
     draws: Array = field(repr=False, compare=False)
     """Bootstrapped coefficients (samples, 3)."""
 
@@ -59,6 +61,10 @@ class IsoflopBudget:
         """Lower and upper end of the 95 % interval of the loss at N."""
         x = np.log(np.atleast_1d(np.asarray(n, float))) - self.center
         return interval(np.exp(self.draws @ np.stack([np.ones_like(x), x, x * x])))
+
+    @property
+    def biased(self) -> bool:
+        return self.bias is not None
 
     @property
     def drawn_log_n_opt(self) -> Array:
@@ -78,7 +84,7 @@ class IsoflopBudget:
             "center_log_n": self.center,
             "coefficients": self.coefficients.tolist(),
             **{name: getattr(self, name).as_dict() for name in estimates},
-            **{name: getattr(self, name) for name in ("interior", "grid_sensitivity", "biased")},
+            **{name: getattr(self, name) for name in ("interior", "grid_sensitivity", "bias", "biased")},
         }
 
 
@@ -88,6 +94,8 @@ class LossCurve:
 
     c0: float
     coefficients: Array
+    scatter: Spread
+    """Of the optima's log loss about the curve, beyond their own errors."""
     draws: Array = field(repr=False, compare=False)
 
     def loss(self, flops: npt.ArrayLike) -> Array:
@@ -104,7 +112,7 @@ class LossCurve:
         return interval(self.drawn(flops))
 
     def as_dict(self) -> dict[str, Any]:
-        return {"c0": self.c0, "coefficients": self.coefficients.tolist()}
+        return {"c0": self.c0, "coefficients": self.coefficients.tolist(), "spread": self.scatter.tau}
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,28 @@ class _Valley:
         return np.column_stack([self.design, self.x**3]) if enough else self.design
 
 
-def fit_isoflop(runs: pd.DataFrame, convention: Convention, unit: Unit, noise: Noise, seed: int = 0) -> IsoflopFit:
+def parabola_spread(runs: pd.DataFrame, convention: Convention, unit: Unit, noise: Noise) -> Spread:
+    """What runs of one objective scatter about their budgets' parabolas, one number for all budgets.
+
+    Unknown where there are no more runs than the parabolas have parameters.
+    """
+    valleys, _ = _valleys(runs, convention, unit)
+    if not valleys:
+        return UNKNOWN
+    pooled = noise.take(np.concatenate([valley.rows for valley in valleys]))
+    log_loss = np.concatenate([valley.log_loss for valley in valleys])
+    return linear_spread(block_diag(*(valley.design for valley in valleys)), log_loss, pooled)
+
+
+def fit_isoflop(
+    runs: pd.DataFrame,
+    convention: Convention,
+    unit: Unit,
+    noise: Noise,
+    seed: int = 0,
+    *,
+    lent: Spread = UNKNOWN,
+) -> IsoflopFit:
     """Parabolas of log loss in log N at every budget, and the laws of their optima.
 
     The spread between runs is one number for all budgets: a single budget has too few runs to tell it.
@@ -175,17 +204,18 @@ def fit_isoflop(runs: pd.DataFrame, convention: Convention, unit: Unit, noise: N
         unit: of the losses.
         noise: of these runs, in their order.
         seed: of the draws of the laws' own spread.
+        lent: what such runs scatter by another fit, for parabolas that go through all their points.
     """
     valleys, notes = _valleys(runs, convention, unit)
     if not valleys:
         return IsoflopFit(convention, [], None, None, None, None, "no fit: " + "; ".join(notes))
     pooled = noise.take(np.concatenate([valley.rows for valley in valleys]))
     log_loss = np.concatenate([valley.log_loss for valley in valleys])
-    fit = fit_linear(block_diag(*(valley.design for valley in valleys)), log_loss, pooled)
-    if not np.isfinite(fit.spread.tau):
-        notes.append("no intervals: three shapes a budget and no standard errors leave nothing to judge by; add shapes")
+    fit = fit_linear(block_diag(*(valley.design for valley in valleys)), log_loss, pooled, lent=lent)
+    if not fit.spread.known:
+        notes.append("no intervals: three shapes a budget leave no scatter to judge by; add shapes")
     # Whether a cubic term moves an optimum is judged by the scatter about cubics: that about parabolas holds the lean.
-    cubic = fit_linear(block_diag(*(valley.cubic_design for valley in valleys)), log_loss, pooled)
+    cubic = fit_linear(block_diag(*(valley.cubic_design for valley in valleys)), log_loss, pooled, lent=fit.spread)
     ends = np.cumsum([len(valley.rows) for valley in valleys])[:-1]
     weights = np.split(pooled.weights(np.nan_to_num(fit.spread.tau)), ends)
     errors, cubic_errors = (np.split(pooled.draws(kind.spread), ends, axis=1) for kind in (fit, cubic))
@@ -202,11 +232,11 @@ def _valleys(runs: pd.DataFrame, convention: Convention, unit: Unit) -> tuple[li
     flops = runs[flops_column(convention)].to_numpy(float)
     log_n = np.log(runs["params_nonembedding"].to_numpy(float))
     log_loss = np.log(losses(runs, unit)[0])
-    valleys, few, apart = [], [], 0
+    valleys, few, apart = [], [], list[int]()
     for rows in budget_members(flops):
         shapes = len(np.unique(log_n[rows]))
         if not is_budget(flops[rows]) or shapes == 1:
-            apart += 1
+            apart += rows.tolist()
         elif shapes < MIN_SHAPES:
             few.append(f"{flops[rows[0]]:.2g} ({shapes})")
         else:
@@ -214,9 +244,11 @@ def _valleys(runs: pd.DataFrame, convention: Convention, unit: Unit) -> tuple[li
             budget = float(np.exp(np.log(flops[rows]).mean()))
             valleys.append(_Valley(rows, budget, log_n[rows] - center, center, log_loss[rows]))
     notes = []
-    if apart and not valleys:
-        name = CONVENTION_NAMES[convention]
+    name = CONVENTION_NAMES[convention]
+    if len(apart) and not valleys:
         notes.append(f"runs of several shapes do not share budgets by {name}: they were not planned to be equal by it")
+    elif len(apart):
+        notes.append(f"{len(apart)} runs left out: by {name} they share no budget with runs of other shapes")
     if few:
         shown = ", ".join(few[:4]) + (", …" if len(few) > 4 else "")
         notes.append(f"budgets (shapes): {shown}; a parabola needs at least {MIN_SHAPES} shapes")
@@ -239,6 +271,7 @@ def _fit_budget(
     loss, stderr = losses(runs, unit)
     return IsoflopBudget(
         flops=valley.flops,
+        rows=valley.rows,
         runs=tuple(runs["run"].astype(str)),
         log_n=valley.x + valley.center,
         losses=loss,
@@ -250,9 +283,13 @@ def _fit_budget(
         tokens_per_param=Estimate.of(float(np.exp(log_d - log_n)), np.exp(drawn_d - drawn_n)),
         loss_opt=Estimate.of(float(np.exp(_at(coefficients, x_opt))), np.exp(_at(draws, drawn_x))),
         interior=bool(coefficients[2] > 0 and valley.x.min() < x_opt < valley.x.max()),
-        grid_sensitivity=max((float(np.expm1(abs(shift.value))) for shift in shifts), default=None),
-        biased=any(
-            not shift.covers(0.0) and not n_opt.covers(n_opt.value * float(np.exp(shift.value))) for shift in shifts
+        grid_sensitivity=_largest(shifts),
+        bias=_largest(
+            [
+                shift
+                for shift in shifts
+                if not shift.covers(0.0) and not n_opt.covers(n_opt.value * float(np.exp(shift.value)))
+            ]
         ),
         draws=draws,
     )
@@ -305,6 +342,11 @@ def _grid_shifts(valley: _Valley, weights: Array, errors: Array, x_opt: float, d
     return shifts
 
 
+def _largest(shifts: list[Estimate]) -> float | None:
+    """Of shifts of log N the largest, as a relative change of N."""
+    return max((float(np.expm1(abs(shift.value))) for shift in shifts), default=None)
+
+
 def _cubic_minimum(coefficients: Array) -> Array:
     """Where a cubic has its minimum, (..., 4) -> (...); NaN where it has none."""
     _, first, second, third = np.moveaxis(coefficients, -1, 0)
@@ -335,13 +377,17 @@ def _with_laws(
     noise_n, noise_loss = Noise.of_draws(log_n, drawn_n, seed), Noise.of_draws(log_loss, drawn_loss, seed + 1)
     noise_d = Noise.of_draws(log_c - cost(log_n), log_c - cost(drawn_n), seed)
     x = log_c - log_c.mean()
-    curve = fit_linear(np.stack([np.ones_like(x), x, x * x], axis=1), log_loss, noise_loss)
+    loss_law = power_law(log_c, log_loss, noise_loss)
+    bent = np.stack([np.ones_like(x), x, x * x], axis=1)
+    # Through three optima the curve only interpolates: their own errors are all, or, not known, the line's scatter.
+    through = Spread(0.0, 0, np.nan) if noise_loss.known else loss_law.scatter
+    curve = fit_linear(bent, log_loss, noise_loss, lent=through if len(x) == bent.shape[1] else UNKNOWN)
     return IsoflopFit(
         convention,
         budgets,
         n_law=power_law(log_c, log_n, noise_n, sign=1),
         d_law=power_law(log_c, log_c - cost(log_n), noise_d, sign=1),
-        loss_law=power_law(log_c, log_loss, noise_loss),
-        loss_curve=LossCurve(float(np.exp(log_c.mean())), curve.theta, curve.draws),
+        loss_law=loss_law,
+        loss_curve=LossCurve(float(np.exp(log_c.mean())), curve.theta, curve.spread, curve.draws),
         note="; ".join(notes) or None,
     )

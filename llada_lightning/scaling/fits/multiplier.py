@@ -18,7 +18,7 @@ Method = Literal["envelope", "isoflop", "parametric"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 EXTRAPOLATION = 10.0
-"""How far beyond its budgets ``llada`` may reach a loss for the multiplier to be told."""
+"""How far beyond its budgets an objective may reach a loss for the multiplier to be told."""
 
 DRAWN_DECADES = 3.0
 """How far beyond its budgets a draw is followed."""
@@ -38,10 +38,14 @@ class Multiplier:
     low: float
     high: float
     extrapolated: bool
-    """Whether ``llada`` reaches that loss only outside of its own budgets (within a decade)."""
+    """Whether one of them reaches that loss only outside of the budgets that its fit goes through (within a decade)."""
+
+    @property
+    def estimate(self) -> Estimate:
+        return Estimate(self.multiplier, self.low, self.high)
 
     def as_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {**vars(self), "interval": self.estimate.interval}
 
 
 # --- fitting ---------------------------------------------------------------------------------------------------------
@@ -93,8 +97,8 @@ def compute_multipliers(
 ) -> list[Multiplier]:
     """The compute multiplier at given FLOPs of ``arm``, joint over the draws of both objectives.
 
-    Left out is what ``llada`` reaches only more than a decade beyond its own budgets, or never. An interval's end that
-    lies more than ``DRAWN_DECADES`` beyond them is open (infinite, or zero).
+    Left out is what either objective reaches only more than a decade beyond the budgets of its fit, or never. An
+    interval's end that lies more than ``DRAWN_DECADES`` beyond them is open (infinite, or zero).
     """
     flops = np.asarray(arm_flops, float)
     low, high = llada.flops_range
@@ -108,16 +112,21 @@ def compute_multipliers(
     needed = np.exp(_first_reached(log_grid, llada.loss(grid)[None], arm.loss(flops)[None]))[0]
     drawn = np.exp(_first_reached(log_grid, llada.drawn(grid), arm.drawn(flops))) / flops
     found = []
-    for number, value in enumerate(needed):
-        if low / EXTRAPOLATION <= value <= high * EXTRAPOLATION:
-            estimate = Estimate.of(value / flops[number], drawn[:, number])
-            outside = not low / ROUNDING <= value <= high * ROUNDING
+    for number, (given, value) in enumerate(zip(flops, needed, strict=True)):
+        sides = ((arm, given), (llada, value))
+        if all(_within(line, reached, EXTRAPOLATION) for line, reached in sides):
+            estimate = Estimate.of(value / given, drawn[:, number])
+            outside = not all(_within(line, reached, ROUNDING) for line, reached in sides)
             found.append(
-                Multiplier(
-                    convention, method, float(flops[number]), estimate.value, estimate.low, estimate.high, outside
-                )
+                Multiplier(convention, method, float(given), estimate.value, estimate.low, estimate.high, outside)
             )
     return found
+
+
+def _within(line: LossLine, flops: float, factor: float) -> bool:
+    """Whether FLOPs are no further beyond a line's own than by a factor."""
+    low, high = line.flops_range
+    return bool(low / factor <= flops <= high * factor)
 
 
 def _first_reached(log_grid: Array, losses: Array, goals: Array) -> Array:

@@ -8,12 +8,15 @@ Laird 1986); where no errors are known V is zero and tau holds all.
 
 A bootstrap draw is: fitted values + N(0, V + tau*^2 I), then a refit. tau*^2 is drawn anew each time as
 dof tau^2 / chi^2_dof, so that few degrees of freedom give wide intervals, as Student's t does. So an interval holds
-over runs and over each run's own error, and counts no noise twice. Cases are not resampled: of five runs of a budget
-a resample often keeps fewer than the three that a parabola needs, or all on one side of its valley.
+over runs and over each run's own error, and counts no noise twice. A fit that goes through all its points tells no
+spread: it borrows that of another fit (``best_known``), and has no intervals where nothing can be borrowed. Cases are
+not resampled: of five runs of a budget a resample often keeps fewer than the three that a parabola needs, or all on
+one side of its valley.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,6 +46,23 @@ class Spread:
     reduced_chi_square: float
     """Squared residuals over what the known errors alone make expect; NaN where none are known."""
 
+    @property
+    def known(self) -> bool:
+        return bool(np.isfinite(self.tau))
+
+
+UNKNOWN = Spread(np.nan, 0, np.nan)
+
+ENOUGH_DOF = 3
+"""With fewer, tau is hardly known: of one degree of freedom a 95 % interval is six times as wide as of many."""
+
+
+def best_known(*spreads: Spread) -> Spread:
+    """The first spread of enough degrees of freedom; if none has them, the one of most."""
+    known = [spread for spread in spreads if spread.known]
+    enough = [spread for spread in known if spread.dof >= ENOUGH_DOF]
+    return enough[0] if enough else max(known, key=lambda spread: spread.dof, default=UNKNOWN)
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -57,6 +77,8 @@ class Noise:
     """Standard normals for the spread: (samples, n)."""
     uniforms: Array = field(repr=False)
     """For the spread's own uncertainty: (samples, n)."""
+    shares: Array = field(repr=False)
+    """Of tau^2 in each loss (n,): 1, and 1/k for the mean of k runs."""
 
     @classmethod
     def of(cls, covariance: Array, model: NoiseModel, samples: int, seed: int) -> Noise:
@@ -65,7 +87,7 @@ class Noise:
         draws, normals = generator.standard_normal((2, samples, runs))
         values, vectors = np.linalg.eigh(covariance)
         root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T  # the one root that is symmetric
-        return cls(model, covariance, draws @ root, normals, generator.uniform(size=(samples, runs)))
+        return cls(model, covariance, draws @ root, normals, generator.uniform(size=(samples, runs)), np.ones(runs))
 
     @property
     def known(self) -> bool:
@@ -85,26 +107,37 @@ class Noise:
             return cls.of(np.zeros((count, count)), "scatter", samples, seed)
         generator = np.random.default_rng(seed)
         normals = generator.standard_normal((samples, count))
-        return cls("covariance", covariance, errors, normals, generator.uniform(size=(samples, count)))
+        return cls("covariance", covariance, errors, normals, generator.uniform(size=(samples, count)), np.ones(count))
 
     def take(self, rows: npt.ArrayLike) -> Noise:
         """Of some of the runs, draws and all."""
         rows = np.asarray(rows, np.intp)
-        parts = (values[:, rows] for values in (self.errors, self.normals, self.uniforms))
-        return Noise(self.model, self.covariance[np.ix_(rows, rows)], *parts)
+        errors, normals, uniforms = (values[:, rows] for values in (self.errors, self.normals, self.uniforms))
+        covariance = self.covariance[np.ix_(rows, rows)]
+        return Noise(self.model, covariance, errors, normals, uniforms, self.shares[rows])
+
+    def averaged(self, groups: Sequence[npt.NDArray[np.intp]]) -> Noise:
+        """Of the means of log losses over groups of runs."""
+        means = np.zeros((len(groups), len(self.covariance)))
+        for row, members in zip(means, groups, strict=True):
+            row[members] = 1 / len(members)
+        errors, normals = self.errors @ means.T, self.normals @ means.T
+        covariance, shares = means @ self.covariance @ means.T, means**2 @ self.shares
+        return Noise(self.model, covariance, errors, normals, self.uniforms[:, [g[0] for g in groups]], shares)
 
     def weights(self, tau: float = 0.0) -> Array:
-        """Inverse variances of the log losses; ones where errors are not known.
+        """Inverse variances of the log losses; where errors are not known, one for each run of a mean.
 
         The diagonal alone: weighing by the whole inverse of an estimated, nearly singular matrix can put a fit
         outside of its points (Peelle's pertinent puzzle). Correlations enter by the draws.
         """
-        return 1 / (self.variances + tau**2) if self.known else np.ones(len(self.covariance))
+        return 1 / (self.variances + tau**2 * self.shares) if self.known else 1 / self.shares
 
     def spread(self, residuals: Array, design: Array) -> Spread:
         """tau from the residuals of a least-squares fit with ``weights()``, by moments.
 
         tau^2 = max(0, (RSS - tr(M V)) / tr(M W)), RSS weighted and M the residual maker of the weighted problem.
+        Unknown where as many parameters as points leave nothing to judge by.
 
         Args:
             residuals: of log loss (n,).
@@ -115,12 +148,12 @@ class Noise:
         count, parameters = design.shape
         dof = count - parameters
         if dof <= 0:
-            return Spread(0.0 if self.known else np.nan, 0, np.nan)
+            return UNKNOWN
         basis, _ = np.linalg.qr(root[:, None] * design)
         maker = np.eye(count) - basis @ basis.T
         expected = np.sum(maker * (root[:, None] * self.covariance * root))
         squares = float(np.sum(weights * residuals**2))
-        tau = np.sqrt(max(0.0, squares - expected) / np.sum(np.diagonal(maker) * weights))
+        tau = np.sqrt(max(0.0, squares - expected) / np.sum(np.diagonal(maker) * weights * self.shares))
         return Spread(float(tau), dof, float(squares / expected) if self.known else np.nan)
 
     def draws(self, spread: Spread) -> Array:
@@ -151,9 +184,17 @@ class LinearFit:
     """theta = solve @ y."""
 
 
-def fit_linear(design: Array, y: Array, noise: Noise) -> LinearFit:
-    """Least squares of y (n,) on a design (n, p), each point weighed by its own error and the spread beyond it."""
-    spread = noise.spread(y - design @ (solver(design, noise.weights()) @ y), design)
+def linear_spread(design: Array, y: Array, noise: Noise) -> Spread:
+    """What points y (n,) scatter beyond their errors about least squares on a design (n, p)."""
+    return noise.spread(y - design @ (solver(design, noise.weights()) @ y), design)
+
+
+def fit_linear(design: Array, y: Array, noise: Noise, *, lent: Spread = UNKNOWN) -> LinearFit:
+    """Least squares of y (n,) on a design (n, p), each point weighed by its own error and the spread beyond it.
+
+    ``lent`` is a spread of other points of the kind, for where these tell none.
+    """
+    spread = best_known(linear_spread(design, y, noise), lent)
     solve = solver(design, noise.weights(np.nan_to_num(spread.tau)))
     theta = solve @ y
     residual = float(np.sqrt(np.mean((y - design @ theta) ** 2)))

@@ -8,11 +8,11 @@ from typing import Any
 import pandas as pd
 
 from llada_lightning.scaling.fits.envelope import EnvelopeFit, fit_envelope
-from llada_lightning.scaling.fits.isoflop import IsoflopFit, fit_isoflop
+from llada_lightning.scaling.fits.isoflop import IsoflopFit, fit_isoflop, parabola_spread
 from llada_lightning.scaling.fits.multiplier import FrontierLine, Line, LossLine, Method
-from llada_lightning.scaling.fits.noise import Noise
+from llada_lightning.scaling.fits.noise import UNKNOWN, Noise, Spread, best_known
 from llada_lightning.scaling.fits.parametric import ParametricFit, fit_parametric, what_lacks
-from llada_lightning.scaling.fits.runs import Unit
+from llada_lightning.scaling.fits.runs import Unit, planned_convention
 from llada_lightning.scaling.flops import Convention
 
 
@@ -25,6 +25,8 @@ class ObjectiveFits:
     isoflop: dict[Convention, IsoflopFit]
     parametric: ParametricFit | None
     parametric_note: str | None
+    spread: Spread
+    """Of the runs beyond their known errors, as envelope and isoFLOP take it."""
 
     def line(self, method: Method, convention: Convention) -> LossLine | None:
         """The best loss against FLOPs by a method; None where it has no fit."""
@@ -46,10 +48,10 @@ class ObjectiveFits:
         ]
         biased = [
             f"{self.objective}, isoflop, {convention}: N_opt at {budget.flops:.2g} FLOPs moves by "
-            f"{budget.grid_sensitivity:.0%} with a cubic term or without the outermost shapes, beyond its interval"
+            f"{budget.bias:.0%} with a cubic term or without the outermost shapes, beyond its interval"
             for convention, fit in self.isoflop.items()
             for budget in fit.budgets
-            if budget.biased
+            if budget.bias is not None
         ]
         parametric = self.parametric.note if self.parametric else self.parametric_note
         return [*found, *biased, *([f"{self.objective}, parametric: {parametric}"] if parametric else [])]
@@ -63,7 +65,14 @@ class ObjectiveFits:
 
 
 def fit_objective(
-    objective: str, runs: pd.DataFrame, conventions: tuple[Convention, ...], unit: Unit, noise: Noise, seed: int = 0
+    objective: str,
+    runs: pd.DataFrame,
+    conventions: tuple[Convention, ...],
+    unit: Unit,
+    noise: Noise,
+    seed: int = 0,
+    *,
+    lent: Spread = UNKNOWN,
 ) -> ObjectiveFits:
     """Every method on one objective's runs.
 
@@ -73,13 +82,19 @@ def fit_objective(
         conventions: by which its FLOPs are counted.
         unit: of the losses.
         noise: of these runs, in their order.
-        seed: of the draws of the isoFLOP laws' own spread.
+        seed: of the draws of the laws' own spread.
+        lent: the other objective's scatter about its parabolas, for where this one's go through all their points.
     """
     lacking = what_lacks(runs)
+    parametric = None if lacking else fit_parametric(runs, conventions, unit, noise)
+    planned = planned_convention(runs, conventions)
+    lent = best_known(lent, parametric.scatter if parametric else UNKNOWN)
+    spread = best_known(parabola_spread(runs, planned, unit, noise), lent)
     return ObjectiveFits(
         objective,
-        {name: fit_envelope(runs, name, unit, noise) for name in conventions},
-        {name: fit_isoflop(runs, name, unit, noise, seed) for name in conventions},
-        None if lacking else fit_parametric(runs, conventions, unit, noise),
+        {name: fit_envelope(runs, name, planned, unit, noise, seed, spread=spread) for name in conventions},
+        {name: fit_isoflop(runs, name, unit, noise, seed, lent=lent) for name in conventions},
+        parametric,
         lacking,
+        spread,
     )

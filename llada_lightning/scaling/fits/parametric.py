@@ -16,7 +16,7 @@ from scipy.optimize import least_squares, nnls
 
 from llada_lightning.scaling.fits.estimate import Array, Estimate, interval
 from llada_lightning.scaling.fits.huber import PARAMETERS, fit_many, huber, log_loss, log_loss_and_jacobian
-from llada_lightning.scaling.fits.noise import Noise
+from llada_lightning.scaling.fits.noise import Noise, Spread
 from llada_lightning.scaling.fits.runs import TokenCost, Unit, flops_column, losses
 from llada_lightning.scaling.flops import Convention
 
@@ -73,8 +73,8 @@ class ParametricFit:
     """Share of the variance of log loss that the law explains."""
     reduced_chi_square: float | None
     """Of log loss with the runs' own errors; None where they are not known."""
-    spread: float
-    """Standard deviation of log loss beyond the errors that are known (tau of the noise model)."""
+    scatter: Spread
+    """Of log loss beyond the errors that are known."""
     huber_delta: float
     gradient: float
     """Largest component of the objective's gradient at the point estimate over the sum of its terms' sizes."""
@@ -88,6 +88,11 @@ class ParametricFit:
     log_d0: float = field(repr=False)
     costs: dict[Convention, TokenCost] = field(repr=False, compare=False)
     flops_ranges: dict[Convention, tuple[float, float]] = field(repr=False, compare=False)
+
+    @property
+    def spread(self) -> float:
+        """tau of the noise model."""
+        return self.scatter.tau
 
     def loss(self, n: npt.ArrayLike, d: npt.ArrayLike) -> Array:
         """Loss of N non-embedding parameters after D training tokens, broadcast."""
@@ -225,7 +230,8 @@ def fit_parametric(
     x, z = log_n - log_n0, log_d - log_d0
     y = np.log(losses(runs, unit)[0])
     theta, gradient = _point(x, z, y, huber_delta)
-    least, _ = fit_many(theta[None], y[None], x, z, np.inf)  # the spread is defined for least squares
+    # The spread is defined for least squares by the runs' own errors.
+    least, _ = fit_many(theta[None], y[None], x, z, np.inf, weights=noise.weights())
     fitted, jacobian = log_loss_and_jacobian(least, x, z)
     spread = noise.spread(y - fitted[0], jacobian[0])
     residuals = y - log_loss(theta, x, z)
@@ -248,7 +254,7 @@ def fit_parametric(
         rms_residual=float(np.sqrt(np.mean(residuals**2))),
         r_squared=float(1 - np.sum(residuals**2) / np.sum((y - y.mean()) ** 2)),
         reduced_chi_square=spread.reduced_chi_square if noise.known else None,
-        spread=spread.tau,
+        scatter=spread,
         huber_delta=huber_delta,
         gradient=gradient,
         identified=note is None,

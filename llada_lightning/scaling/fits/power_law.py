@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.fits.estimate import Array, Estimate, interval
-from llada_lightning.scaling.fits.noise import Noise, fit_linear
+from llada_lightning.scaling.fits.noise import Noise, Spread, fit_linear
 
 MIN_BUDGETS = 3
 """A line has two parameters: with fewer than three budgets nothing is left to judge it by."""
@@ -27,8 +27,8 @@ class PowerLaw:
     interval_b: tuple[float, float]
     residual: float
     """Root mean square of the residuals of log y."""
-    spread: float
-    """Standard deviation of log y beyond the errors that are known (tau of the noise model)."""
+    scatter: Spread
+    """Of log y beyond the errors that are known."""
     draws: Array = field(repr=False, compare=False)
     """Bootstrapped (log a, b), one row a draw."""
     sign: Literal[-1, 1] = -1
@@ -38,15 +38,16 @@ class PowerLaw:
         """b with its interval."""
         return Estimate(self.b, *self.interval_b)
 
+    @property
+    def spread(self) -> float:
+        """tau of the noise model."""
+        return self.scatter.tau
+
     def value(self, flops: npt.ArrayLike) -> Array:
         """y at given training FLOPs."""
         return self.a * (np.asarray(flops, float) / self.c0) ** (self.sign * self.b)
 
     loss = value
-
-    def flops(self, value: npt.ArrayLike) -> Array:
-        """The training FLOPs at which y is reached."""
-        return self.c0 * (np.asarray(value, float) / self.a) ** (self.sign / self.b)
 
     def drawn(self, flops: npt.ArrayLike) -> Array:
         """y at given FLOPs in every draw: (samples, *flops.shape)."""
@@ -59,7 +60,7 @@ class PowerLaw:
 
     def as_dict(self) -> dict[str, Any]:
         names = ("a", "b", "c0", "interval_a", "interval_b", "residual", "spread")
-        return {"sign": self.sign, **{name: getattr(self, name) for name in names}}
+        return {"sign": self.sign, **{name: getattr(self, name) for name in names}, "interval": self.exponent.interval}
 
 
 def check_budgets(count: int) -> None:
@@ -72,49 +73,14 @@ def check_budgets(count: int) -> None:
         )
 
 
-def fit_power_law(
-    flops: npt.ArrayLike,
-    loss: npt.ArrayLike,
-    stderr: npt.ArrayLike,
-    *,
-    c0: float | None = None,
-    samples: int = 4000,
-    seed: int = 0,
-) -> PowerLaw:
-    """Weighted least squares of log loss on log FLOPs, with independent errors.
-
-    Each point weighs by the inverse of its variance, its own error and the spread beyond it; if any error is missing
-    or zero, all weigh the same. Intervals follow the noise model of ``fits.noise``, so that a law that does not hold
-    does not get a narrow one.
-
-    Args:
-        flops: training FLOPs of each point.
-        loss: loss of each point.
-        stderr: one standard error of each loss.
-        c0: reference FLOPs; the geometric mean by default, where a and b are nearly uncorrelated.
-        samples: bootstrap draws.
-        seed: of the draws.
-
-    Raises:
-        UserError: fewer than three points.
-    """
-    values, errors = np.asarray(loss, float), np.asarray(stderr, float)
-    known = bool(np.all(np.isfinite(errors) & (errors > 0)))
-    covariance = np.diag((errors / values) ** 2) if known else np.zeros((len(values), len(values)))
-    noise = Noise.of(covariance, "standard errors" if known else "scatter", samples, seed)
-    return power_law(np.log(np.asarray(flops, float)), np.log(values), noise, log_c0=np.log(c0) if c0 else None)
-
-
-def power_law(
-    log_c: Array, log_y: Array, noise: Noise, *, sign: Literal[-1, 1] = -1, log_c0: float | None = None
-) -> PowerLaw:
+def power_law(log_c: Array, log_y: Array, noise: Noise, *, sign: Literal[-1, 1] = -1) -> PowerLaw:
     """A power law through points whose log y errs by ``noise``.
 
     Raises:
         UserError: fewer than three points.
     """
     check_budgets(len(log_c))
-    log_c0 = float(log_c.mean()) if log_c0 is None else float(log_c0)
+    log_c0 = float(log_c.mean())  # where a and b are nearly uncorrelated
     fit = fit_linear(np.stack([np.ones_like(log_c), sign * (log_c - log_c0)], axis=1), log_y, noise)
     low, high = interval(fit.draws)
     return PowerLaw(
@@ -124,7 +90,7 @@ def power_law(
         interval_a=(float(np.exp(low[0])), float(np.exp(high[0]))),
         interval_b=(float(low[1]), float(high[1])),
         residual=fit.residual,
-        spread=fit.spread.tau,
+        scatter=fit.spread,
         draws=fit.draws,
         sign=sign,
     )

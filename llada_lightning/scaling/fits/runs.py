@@ -26,9 +26,24 @@ BUDGET_TOLERANCE = 1.1
 
 
 def usable_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """The finished runs with a finite loss, the only ones that a fit may see."""
+    """The finished runs with a finite loss, each once: the only ones that a fit may see."""
+    runs = finished_runs(table)
+    return runs[~_stands_twice(runs)].reset_index(drop=True)
+
+
+def finished_runs(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that are done with a finite loss."""
     finite = np.isfinite(table["val_nats_per_token"].to_numpy(float, na_value=np.nan))
     return table[(table["status"] == DONE).fillna(False).to_numpy(bool) & finite].reset_index(drop=True)
+
+
+def _stands_twice(runs: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """Rows whose result stands above them already, as tables joined by hand have them.
+
+    Equal are objective, run, steps, seed, N and D; where a table gives no seeds, the loss must be equal too.
+    """
+    key = runs[["objective", "run", "steps", "seed", "params_nonembedding", "tokens"]].astype(object)
+    return key.assign(loss=runs["val_nats_per_token"].where(runs["seed"].isna(), 0.0)).duplicated().to_numpy(bool)
 
 
 def check_comparable(table: pd.DataFrame) -> None:
@@ -42,14 +57,17 @@ def check_comparable(table: pd.DataFrame) -> None:
         if len(kinds) > 1:
             raise UserError(f"results: {column} is mixed ({', '.join(map(str, kinds))}); collect runs on the same data")
     for objective, kind in table[["objective", "val_kind"]].drop_duplicates().itertuples(index=False):
-        if objective not in OBJECTIVES:
+        if pd.isna(objective) or objective not in OBJECTIVES:
             raise UserError(f"results: objective {objective!r} is not known; it is one of {', '.join(OBJECTIVES)}")
-        if kind != VAL_KINDS[objective]:
+        if pd.isna(kind) or kind != VAL_KINDS[objective]:
             raise UserError(f"results: val_kind of {objective} is {kind!r}; it must be {VAL_KINDS[objective]!r}")
 
 
 def check_complete(runs: pd.DataFrame, unit: Unit) -> None:
-    """Raises UserError where a usable run lacks what every fit reads: N, D, a positive loss in the unit."""
+    """Raises UserError where a usable run lacks what every fit reads: N, D, a positive loss in the unit.
+
+    Or where an error is negative, or all losses of an objective are one number, which no training gives.
+    """
     columns = ["params_nonembedding", "tokens", "val_nats_per_token"]
     if unit == "bits_per_byte":
         columns.append("val_bits_per_byte")
@@ -60,6 +78,13 @@ def check_complete(runs: pd.DataFrame, unit: Unit) -> None:
             raise UserError(
                 f"results: {column} of {wrong.sum()} runs is missing or not positive ({name}); mend the table"
             )
+    if (runs["val_stderr"] < 0).any():
+        name = runs.loc[runs["val_stderr"] < 0, "run"].iloc[0]
+        raise UserError(f"results: val_stderr of {name} is negative; leave it empty where it is not known")
+    for objective, members in runs.groupby("objective"):
+        loss, _ = losses(members, unit)
+        if len(loss) > 2 and np.ptp(loss) == 0:
+            raise UserError(f"results: all {len(loss)} losses of {objective} are {loss[0]:g}; collect the runs again")
 
 
 def in_canonical_order(runs: pd.DataFrame) -> pd.DataFrame:
@@ -118,10 +143,10 @@ def is_budget(flops: npt.ArrayLike) -> bool:
     return bool(values.max() < BUDGET_TOLERANCE * values.min())
 
 
-def best_of_budgets(runs: pd.DataFrame, convention: Convention, unit: Unit) -> list[int]:
-    """Row positions of the best run of each budget, cheapest budget first. ``runs`` are of one objective."""
+def best_of_budgets(runs: pd.DataFrame, unit: Unit) -> list[int]:
+    """Row positions of the best run of each planned budget, cheapest first. ``runs`` are of one objective."""
     loss, _ = losses(runs, unit)
-    return [int(members[np.argmin(loss[members])]) for members in budget_members(runs[flops_column(convention)])]
+    return [int(members[np.argmin(loss[members])]) for members in budget_members(planned_flops(runs))]
 
 
 def planned_convention(runs: pd.DataFrame, conventions: tuple[Convention, ...]) -> Convention:
@@ -131,10 +156,21 @@ def planned_convention(runs: pd.DataFrame, conventions: tuple[Convention, ...]) 
         flops = runs[flops_column(convention)].to_numpy(float)
         return sum(1 if is_budget(flops[rows]) else len(rows) for rows in budget_members(flops))
 
-    return min(conventions, key=budgets)
+    return min(conventions, key=budgets, default="6nd")
+
+
+def planned_flops(runs: pd.DataFrame) -> Array:
+    """FLOPs of one objective's runs by the convention by which they were planned."""
+    return runs[flops_column(planned_convention(runs, counted_conventions(runs)))].to_numpy(float)
 
 
 # --- the cost of a token ---------------------------------------------------------------------------------------------
+
+SAME_SIZE = 0.01
+"""Shapes whose log N differs by less are one knot: the slope between them would be noise."""
+
+SANE_SLOPES = (0.5, 1.5)
+"""Of log FLOPs a token against log N: 1 by 6ND, less where the head is a large part."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +178,13 @@ class TokenCost:
     """Training FLOPs of a token as a function of non-embedding parameters, in logarithms.
 
     By 6ND it is log 6 + log N. By the total it depends on the shapes as well: a line through the study's own shapes,
-    straight between two of them and beyond the ends (knots: log N rising, log FLOPs a token).
+    straight between two of them (knots: log N rising, log FLOPs a token), and beyond the ends with the slope of a
+    line through all of them: two neighbours that differ in depth would tell any slope.
     """
 
     log_n: Array
     log_cost: Array
+    slope: float = 1.0
 
     @classmethod
     def of_runs(cls, runs: pd.DataFrame, convention: Convention) -> TokenCost:
@@ -155,14 +193,15 @@ class TokenCost:
             ends = np.array([log_n.min(), log_n.min() + 1.0])
             return cls(ends, np.log(6.0) + ends)
         log_cost = np.log(runs[flops_column(convention)].to_numpy(float) / runs["tokens"].to_numpy(float))
-        knots = np.unique(log_n)
-        return cls(knots, np.array([log_cost[log_n == knot].mean() for knot in knots]))
+        order = np.argsort(log_n, kind="stable")
+        near = np.cumsum(np.diff(log_n[order], prepend=log_n[order[0]]) > SAME_SIZE)
+        knots, costs = (np.bincount(near, values[order]) / np.bincount(near) for values in (log_n, log_cost))
+        # One shape says nothing of others but that FLOPs grow with N.
+        slope = np.polyfit(knots, costs, 1)[0] if len(knots) > 1 else 1.0
+        return cls(knots, costs, float(np.clip(slope, *SANE_SLOPES)))
 
     def __call__(self, log_n: npt.ArrayLike) -> Array:
         """log FLOPs a token at log N, any shape."""
         log_n = np.asarray(log_n, float)
-        if len(self.log_n) == 1:  # one shape says nothing of others but that FLOPs grow with N
-            return self.log_cost[0] + (log_n - self.log_n[0])
-        left = np.clip(np.searchsorted(self.log_n, log_n) - 1, 0, len(self.log_n) - 2)
-        slope = np.diff(self.log_cost) / np.diff(self.log_n)
-        return self.log_cost[left] + slope[left] * (log_n - self.log_n[left])
+        inside = np.clip(log_n, self.log_n[0], self.log_n[-1])
+        return np.asarray(np.interp(inside, self.log_n, self.log_cost) + self.slope * (log_n - inside), np.float64)

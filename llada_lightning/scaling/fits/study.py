@@ -10,10 +10,11 @@ import pandas as pd
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.fits.checks import Disagreement, HeldOut, disagreements, hold_out
-from llada_lightning.scaling.fits.envelope import EnvelopeFit, envelope_rows
-from llada_lightning.scaling.fits.estimate import INTERVAL, Array
+from llada_lightning.scaling.fits.envelope import EnvelopeFit
+from llada_lightning.scaling.fits.estimate import INTERVAL
+from llada_lightning.scaling.fits.isoflop import parabola_spread
 from llada_lightning.scaling.fits.multiplier import METHODS, Multiplier, compute_multipliers
-from llada_lightning.scaling.fits.noise import NOISE_MODELS, NoiseModel, noise_of_runs, runs_without
+from llada_lightning.scaling.fits.noise import NOISE_MODELS, UNKNOWN, NoiseModel, noise_of_runs, runs_without
 from llada_lightning.scaling.fits.objective import ObjectiveFits, fit_objective
 from llada_lightning.scaling.fits.parametric import EXPONENT_GRID, HUBER_DELTA, STARTS
 from llada_lightning.scaling.fits.runs import (
@@ -23,7 +24,7 @@ from llada_lightning.scaling.fits.runs import (
     check_comparable,
     check_complete,
     counted_conventions,
-    flops_column,
+    finished_runs,
     in_canonical_order,
     planned_convention,
     usable_runs,
@@ -45,7 +46,7 @@ class StudyFits:
     conventions: tuple[Convention, ...]
     objectives: dict[str, ObjectiveFits]
     compute_multiplier: list[Multiplier]
-    """At each of ``arm``'s budgets, by every convention and method."""
+    """At each of ``arm``'s budgets that is on its envelope, by every convention and method."""
     multiplier_curve: list[Multiplier]
     """The same over a grid between the smallest and the largest of those budgets, for figures."""
     held_out: list[HeldOut]
@@ -113,20 +114,30 @@ def fit_table(
     counted = counted_conventions(runs, conventions)
     if not counted:
         raise UserError(f"results: flops are missing by {' and by '.join(conventions)}; mend the table")
+    twice = len(finished_runs(table)) - len(runs)
     runs = in_canonical_order(runs)
     lacking = runs_without(covariance, runs) if covariance is not None else []
     noise = noise_of_runs(runs, None if lacking else covariance, samples, seed)
     objectives: dict[str, ObjectiveFits] = {}
     held_out: list[HeldOut] = []
-    for number, objective in enumerate(OBJECTIVES):
-        rows = np.flatnonzero((runs["objective"] == objective).to_numpy(bool))
-        if len(rows):
-            members, own_noise, own_seed = runs.iloc[rows].reset_index(drop=True), noise.take(rows), seed + 10 * number
-            objectives[objective] = fit_objective(objective, members, counted, unit, own_noise, own_seed)
-            held_out += hold_out(members, objectives[objective], unit, own_noise, own_seed)
-    at_budgets, curve = _multipliers(runs, objectives, counted, unit)
+    parts = {name: np.flatnonzero((runs["objective"] == name).to_numpy(bool)) for name in OBJECTIVES}
+    members = {name: (runs.iloc[rows].reset_index(drop=True), noise.take(rows)) for name, rows in parts.items()}
+    scatter = {
+        name: parabola_spread(own, planned_convention(own, counted), unit, errors) if len(own) else UNKNOWN
+        for name, (own, errors) in members.items()
+    }
+    for number, (objective, (own, errors)) in enumerate(members.items()):
+        if len(own):
+            (lent,) = (spread for name, spread in scatter.items() if name != objective)
+            own_seed = seed + 10 * number
+            fits = fit_objective(objective, own, counted, unit, errors, own_seed, lent=lent)
+            objectives[objective] = fits
+            held_out += hold_out(own, fits, unit, errors, own_seed, lent=lent)
+    at_budgets, curve = _multipliers(objectives, counted)
     missing = [CONVENTION_NAMES[name] for name in conventions if name not in counted]
     notes = [f"not counted by {name}: the table lacks the FLOPs of some runs" for name in missing]
+    if twice:
+        notes.append(f"{twice} rows left out: their results stand in the table twice (run, steps, seed)")
     if lacking:
         notes.append(f"covariance not used: it lacks {len(lacking)} of {len(runs)} runs ({lacking[0]} …)")
     notes += [note for fits in objectives.values() for note in fits.notes()]
@@ -149,14 +160,14 @@ def fit_table(
 
 
 def _multipliers(
-    runs: pd.DataFrame, objectives: dict[str, ObjectiveFits], conventions: tuple[Convention, ...], unit: Unit
+    objectives: dict[str, ObjectiveFits], conventions: tuple[Convention, ...]
 ) -> tuple[list[Multiplier], list[Multiplier]]:
     """At ``arm``'s budgets, and over a grid between them."""
     if len(objectives) < len(OBJECTIVES):
         return [], []
     at_budgets, curve = [], []
     for convention in conventions:
-        flops = arm_budgets(runs[runs["objective"] == "arm"], convention, conventions, unit)
+        flops = np.array([point.flops for point in objectives["arm"].envelope[convention].points])
         grid = np.geomspace(flops.min(), flops.max(), CURVE_POINTS)
         for method in METHODS:
             arm, llada = (objectives[name].line(method, convention) for name in OBJECTIVES)
@@ -164,12 +175,3 @@ def _multipliers(
                 at_budgets += compute_multipliers(convention, method, arm, llada, flops)
                 curve += compute_multipliers(convention, method, arm, llada, grid)
     return at_budgets, curve
-
-
-def arm_budgets(runs: pd.DataFrame, convention: Convention, conventions: tuple[Convention, ...], unit: Unit) -> Array:
-    """FLOPs of the best run of each budget that no cheaper run beats, ascending.
-
-    The budgets are those by which the runs were planned, whichever convention counts their FLOPs here.
-    """
-    rows = envelope_rows(runs, planned_convention(runs, conventions), unit)
-    return np.unique(runs[flops_column(convention)].to_numpy(float)[rows])

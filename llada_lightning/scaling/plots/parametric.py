@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.fits import UNIT_NAMES, ParametricFit, StudyFits, Unit, losses, usable_runs
-from llada_lightning.scaling.fits.runs import budget_members
+from llada_lightning.scaling.fits.runs import budget_members, planned_flops
 from llada_lightning.scaling.plots.style import (
     GREY,
     INK,
@@ -29,7 +29,7 @@ from llada_lightning.scaling.plots.style import (
 def parametric_residuals(table: pd.DataFrame, fits: StudyFits) -> StudyFigure:
     """Observed loss against the law's, in percent, over the predicted loss; one panel an objective.
 
-    Runs of one 6ND budget share a marker and a shade: a pattern within a budget is what the law cannot follow.
+    Runs of one budget share a marker and a shade: a pattern within a budget is what the law cannot follow.
 
     Args:
         table: a results table.
@@ -66,7 +66,7 @@ def _draw_residuals(axes: Axes, runs: pd.DataFrame, law: ParametricFit, objectiv
     """Draws one objective's runs and returns the marker of each budget by its label."""
     predicted = law.loss(runs["params_nonembedding"].to_numpy(float), runs["tokens"].to_numpy(float))
     observed, stderr = losses(runs, unit)
-    flops = runs["flops_6nd"].to_numpy(float)
+    flops = planned_flops(runs)
     groups = budget_members(flops)
     labels: dict[str, str] = {}
     for number, (members, color) in enumerate(zip(groups, shades(STYLES[objective].color, len(groups)), strict=True)):

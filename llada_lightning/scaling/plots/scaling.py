@@ -87,7 +87,7 @@ def scaling_curve(table: pd.DataFrame, fits: StudyFits, convention: Convention =
 def _draw_runs(
     axes: Axes, runs: pd.DataFrame, convention: Convention, unit: Unit, style: Style, markers: dict[str, str]
 ) -> None:
-    best = set(best_of_budgets(runs, convention, unit))
+    best = set(best_of_budgets(runs, unit))
     flops = runs[flops_column(convention)].to_numpy(float)
     loss, stderr = losses(runs, unit)
     for row, shape in enumerate(runs["shape"]):
@@ -146,7 +146,7 @@ def _legend(runs: pd.DataFrame, fits: StudyFits, convention: Convention, shapes:
         [note(f"{len(shapes)} shapes")] if many else [marker_handle(marker, name) for name, marker in shapes.items()]
     )
     others = any(
-        len(best_of_budgets(members, convention, fits.unit)) < len(members)
+        len(best_of_budgets(members, fits.unit)) < len(members)
         for _, members in runs.groupby("objective", observed=True)
     )
     kinds = [marker_handle("o", "best of its budget"), marker_handle("o", "other run", filled=False)] if others else []
