@@ -32,7 +32,7 @@ quickstart: setup  ## both objectives over three budgets: runs/quickstart/scalin
 
 test: setup  ## lint, types and tests
 	$(MAKE) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: setup  ## the tests that take minutes: coverage of the fits' intervals in full
 	$(BIN)/python -m pytest -m slow

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -104,7 +106,7 @@ def _run_row(run: Any, convention: Convention) -> list[str]:
     loss, stderr = (values[0] for values in losses(run.to_frame().T, "nats_per_token"))
     return [
         run["objective"],
-        escape(str(run["shape"])),
+        escape(_short_shape(str(run["shape"]))),
         f"{run[flops_column(convention)]:.1e}".replace("e+", "e"),
         format_count(run["params_nonembedding"]),
         format_count(run["tokens"]),
@@ -113,6 +115,11 @@ def _run_row(run: Any, convention: Convention) -> list[str]:
         _known(run["val_bits_per_byte"], ".3f"),
         _known(run["tokens_per_second"], ",.0f"),
     ]
+
+
+def _short_shape(name: str) -> str:
+    """A shape that has no name of its own by its depth and width: `2x32`."""
+    return re.sub(r"^L(\d+)-d(\d+)-.*", r"\1x\2", name)
 
 
 def _known(value: float, form: str) -> str:
@@ -147,6 +154,10 @@ def _flag(budget: IsoflopBudget) -> str:
 
 
 def _optimum_row(budget: IsoflopBudget) -> list[str]:
+    if not budget.interior:
+        smallest, largest = np.exp(budget.log_n.min()), np.exp(budget.log_n.max())
+        side = f"< {format_count(smallest)}" if budget.n_opt.value < smallest else f"> {format_count(largest)}"
+        return [_flops(budget.flops) + _flag(budget), side]
     return [
         _flops(budget.flops) + (_flag(budget) or " "),
         format_count(budget.n_opt.value),
@@ -164,12 +175,15 @@ def parameters_table(fits: StudyFits, convention: Convention) -> Table:
     for objective, own in fits.objectives.items():
         for quantity, method, estimate in _parameters(own, convention):
             picture.add_row(objective, quantity, method, f"{estimate.value:.4g}", _interval(estimate, ".4g"))
+        if own.parametric and not own.parametric.identified:
+            picture.add_row(objective, "L(N, D)", "parametric", "", "not identified")
         picture.add_section()
     return picture
 
 
 def _parameters(own: ObjectiveFits, convention: Convention) -> Iterable[tuple[str, str, Estimate]]:
-    envelope, isoflop, parametric = own.envelope[convention], own.isoflop[convention], own.parametric
+    envelope, isoflop = own.envelope[convention], own.isoflop[convention]
+    parametric = own.parametric if own.parametric and own.parametric.identified else None
     if isoflop.n_law:
         yield "a of N_opt ~ C^a", "isoflop", isoflop.n_law.exponent
     if parametric:

@@ -63,7 +63,12 @@ def _parser() -> CommandParser:
     add = parser.add_argument
     add("--flops", type=float, nargs="+", required=True, metavar="C", help="budgets of training FLOPs")
     add("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), help="what to compare")
-    add("--budget-convention", choices=CONVENTIONS, default=None, help="FLOPs that a budget counts (default 6nd)")
+    add(
+        "--budget-convention",
+        choices=CONVENTIONS,
+        default=None,
+        help="FLOPs that a budget counts; 6nd unless the base says otherwise",
+    )
     add("--seeds", type=int, nargs="+", default=[0], help="each run once for each of them")
     add("--separate", action="store_true", help="a run for each budget, instead of trunks that serve several")
 
@@ -83,7 +88,7 @@ def _parser() -> CommandParser:
         "--warmup-steps",
         type=int,
         default=None,
-        help="for all runs; default 5 %% of the mean length, at most 2000 and a quarter of the shortest run",
+        help="for all runs; default 5 % of the mean length, at most 2000 and a quarter of the shortest run",
     )
     add("--decay-fraction", type=float, default=DECAY_FRACTION, help="share of each run over which the rate falls")
 

@@ -29,14 +29,15 @@ class ObjectiveFits:
     """Of the runs beyond their known errors, as envelope and isoFLOP take it."""
 
     def line(self, method: Method, convention: Convention) -> LossLine | None:
-        """The best loss against FLOPs by a method; None where it has no fit."""
+        """The best loss against FLOPs by a method; None where it has no fit, or one that the data leave open."""
         if method == "envelope":
             envelope = self.envelope[convention]
             return Line(envelope.law, envelope.flops_range) if envelope.law else None
         if method == "isoflop":
             isoflop = self.isoflop[convention]
             return Line(isoflop.loss_curve, isoflop.flops_range) if isoflop.loss_curve else None
-        return FrontierLine(self.parametric, convention) if self.parametric else None
+        identified = self.parametric is not None and self.parametric.identified
+        return FrontierLine(self.parametric, convention) if self.parametric and identified else None
 
     def notes(self) -> list[str]:
         """What is to be said of the fits, each with the fit's name."""

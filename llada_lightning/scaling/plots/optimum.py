@@ -79,8 +79,8 @@ def _interior(fit: ObjectiveFits, convention: Convention) -> list[IsoflopBudget]
 
 
 def _has_frontier(fit: ObjectiveFits, convention: Convention) -> bool:
-    """A frontier over the budgets fitted on is a line only where they differ."""
-    if fit.parametric is None:
+    """A frontier over the budgets fitted on is a line only where they differ, and known only where the fit is."""
+    if fit.parametric is None or not fit.parametric.identified:
         return False
     low, high = fit.parametric.flops_ranges[convention]
     return high > low * BUDGET_TOLERANCE
