@@ -44,7 +44,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Two methods whose 95 % intervals of one quantity share no number."""
+    """Two methods whose 95 % intervals of one quantity share no number. Both are known; an infinite end is open."""
 
     quantity: str
     convention: Convention

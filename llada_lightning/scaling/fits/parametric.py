@@ -105,8 +105,9 @@ class ParametricFit:
         log_c = np.log(np.atleast_1d(np.asarray(flops, float)))
         point, drawn = (self._optimum(theta, convention, log_c) for theta in (self.theta[None], self.draws))
         columns = []
-        for value, draws in zip(point, drawn, strict=True):
-            columns += [np.exp(value[0]), *np.exp(interval(draws))]
+        with np.errstate(over="ignore"):  # of draws whose exponent ran away
+            for value, draws in zip(point, drawn, strict=True):
+                columns += [np.exp(value[0]), *np.exp(interval(draws))]
         return Frontier(convention, np.exp(log_c), *columns)
 
     def frontier_loss(self, convention: Convention, flops: npt.ArrayLike) -> Array:
