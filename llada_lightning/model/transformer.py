@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from llada_lightning.model.cache import KeyValueCache
 from llada_lightning.model.rope import apply_rope, rope_tables
 from llada_lightning.scaling.shapes import Shape
 
@@ -22,8 +23,9 @@ NORM_EPS = 1e-5
 class Attention(nn.Module):
     """Grouped-query attention through ``scaled_dot_product_attention``."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.head_dim = shape.head_dim
         kv_width = shape.n_kv_heads * shape.head_dim
         self.q_proj = nn.Linear(shape.d_model, shape.d_model, bias=False)
@@ -32,9 +34,18 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(shape.d_model, shape.d_model, bias=False)
         self.grouped = shape.n_kv_heads != shape.n_heads
 
-    def forward(self, x_BLD: Tensor, rope: tuple[Tensor, Tensor], causal: bool, mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x_BLD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        causal: bool,
+        mask: Tensor | None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         q, k, v = (self._heads(projection(x_BLD)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
         grouped = self.grouped
         if grouped and mask is not None:
             # On CUDA no kernel but the plain one takes groups and a mask together, and it keeps all L x L scores.
@@ -66,15 +77,22 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind its norm and beside the residual stream."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, layer: int, norm_eps: float) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(shape.d_model, eps=NORM_EPS)
-        self.attention = Attention(shape)
-        self.feed_forward_norm = nn.RMSNorm(shape.d_model, eps=NORM_EPS)
+        self.attention_norm = nn.RMSNorm(shape.d_model, eps=norm_eps)
+        self.attention = Attention(shape, layer)
+        self.feed_forward_norm = nn.RMSNorm(shape.d_model, eps=norm_eps)
         self.feed_forward = FeedForward(shape)
 
-    def forward(self, x_BLD: Tensor, rope: tuple[Tensor, Tensor], causal: bool, mask: Tensor | None) -> Tensor:
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rope, causal, mask)
+    def forward(
+        self,
+        x_BLD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        causal: bool,
+        mask: Tensor | None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rope, causal, mask, cache)
         return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD))
 
 
@@ -85,32 +103,56 @@ class Transformer(nn.Module):
         shape: the dimensions.
         vocab_size: words of the embedding and of the output head, [MASK] and EOS among them.
         rope_theta: base of the rotary frequencies (10 000; LLaDA-8B: 500 000).
+        norm_eps: within the root of every RMSNorm (1e-5; some of Llama's checkpoints: 1e-6).
     """
 
-    def __init__(self, shape: Shape, vocab_size: int, rope_theta: float = 10_000.0) -> None:
+    def __init__(self, shape: Shape, vocab_size: int, rope_theta: float = 10_000.0, norm_eps: float = NORM_EPS) -> None:
         super().__init__()
-        self.shape, self.vocab_size, self.rope_theta = shape, vocab_size, rope_theta
+        self.shape, self.vocab_size, self.rope_theta, self.norm_eps = shape, vocab_size, rope_theta, norm_eps
         self.embedding = nn.Embedding(vocab_size, shape.d_model)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layers))
-        self.norm = nn.RMSNorm(shape.d_model, eps=NORM_EPS)
+        self.blocks = nn.ModuleList(Block(shape, layer, norm_eps) for layer in range(shape.n_layers))
+        self.norm = nn.RMSNorm(shape.d_model, eps=norm_eps)
         self.head = nn.Linear(shape.d_model, vocab_size, bias=False)
 
-    def hidden(self, tokens_BL: Tensor, *, causal: bool, attention_mask_BL: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens_BL: Tensor,
+        *,
+        causal: bool,
+        attention_mask_BL: Tensor | None = None,
+        positions_BL: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         """The normalised residual stream before the output head.
 
         Args:
             tokens_BL: (B, L) int64.
             causal: attend to earlier positions only, or to all.
-            attention_mask_BL: (B, L) bool, False where a key is padding, on either side.
+            attention_mask_BL: (B, L) bool, False where a key is padding, on either side; with a cache (B, S), of all
+                its keys after this pass.
+            positions_BL: (B, L) int64, where each token stands; by default one after the other from 0, or from where
+                the cache is written.
+            cache: keys and values of other positions to attend to; those of ``tokens_BL`` are written at its
+                ``position``.
 
         Returns:
             (B, L, D) in the parameters' type; ``head`` makes logits of any selection of its rows.
         """
+        length = tokens_BL.shape[1]
+        start = 0 if cache is None else cache.position
+        keys = length if cache is None else cache.keys_after(length)
         x_BLD = self.embedding(tokens_BL)
-        rope = rope_tables(tokens_BL.shape[1], self.shape.head_dim, self.rope_theta, tokens_BL.device)
-        mask = None if attention_mask_BL is None else attention_pattern(attention_mask_BL, causal)
+        cos, sin = rope_tables(keys, self.shape.head_dim, self.rope_theta, tokens_BL.device)
+        if positions_BL is None:
+            rope = cos[start : start + length], sin[start : start + length]
+        else:
+            rope = cos[positions_BL][:, None], sin[positions_BL][:, None]
+        causal = causal and length > 1  # a single query stands last: it sees every key
+        if attention_mask_BL is None and causal and start > 0:
+            attention_mask_BL = torch.ones(1, keys, dtype=torch.bool, device=tokens_BL.device)
+        mask = None if attention_mask_BL is None else attention_pattern(attention_mask_BL, causal, start)
         for block in self.blocks:
-            x_BLD = block(x_BLD, rope, causal, mask)
+            x_BLD = block(x_BLD, rope, causal, mask, cache)
         return self.norm(x_BLD)
 
     def forward(self, tokens_BL: Tensor, *, causal: bool, attention_mask_BL: Tensor | None = None) -> Tensor:
@@ -137,19 +179,18 @@ class Transformer(nn.Module):
                     _init_normal(weight, std, generator)
 
 
-def attention_pattern(attention_mask_BL: Tensor, causal: bool) -> Tensor:
-    """Which keys each query sees: (B, 1, 1 or L, L) bool.
+def attention_pattern(attention_mask_BS: Tensor, causal: bool, start: int = 0) -> Tensor:
+    """Which of S keys each query sees: (B, 1, 1 or S - start, S) bool, for queries from position ``start`` on.
 
     Where causal, every query sees itself: else a row of padding on the left would see nothing, and its softmax would
     be undefined.
     """
-    length = attention_mask_BL.shape[1]
-    keys_B11L = attention_mask_BL[:, None, None, :]
+    keys_B11S = attention_mask_BS[:, None, None, :]
     if not causal:
-        return keys_B11L
-    lower_LL = torch.ones(length, length, dtype=torch.bool, device=attention_mask_BL.device).tril()
-    itself_LL = torch.eye(length, dtype=torch.bool, device=attention_mask_BL.device)
-    return (keys_B11L & lower_LL) | itself_LL
+        return keys_B11S
+    key_S = torch.arange(attention_mask_BS.shape[1], device=attention_mask_BS.device)
+    query_L1 = key_S[start:, None]
+    return (keys_B11S & (key_S <= query_L1)) | (key_S == query_L1)
 
 
 def _init_normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:

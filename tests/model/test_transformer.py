@@ -183,7 +183,7 @@ def test_attention_pattern() -> None:
 def test_attention_is_the_formula() -> None:
     """Softmax of q k / sqrt(head dimension), head by head; positions all 0, so that nothing is rotated."""
     torch.manual_seed(0)
-    attention, x_LD = Attention(GROUPED).double(), torch.randn(6, 32, dtype=torch.float64)
+    attention, x_LD = Attention(GROUPED, layer=0).double(), torch.randn(6, 32, dtype=torch.float64)
     rope = (torch.ones(6, 8), torch.zeros(6, 8))
     q, k, v = (p(x_LD).unflatten(-1, (-1, 8)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
     heads = [(q[:, h] @ k[:, h // 2].T / math.sqrt(8)).softmax(-1) @ v[:, h // 2] for h in range(4)]

@@ -1,0 +1,5 @@
+"""Floor 2: weights that move: ours, Hugging Face LLaDA, Hugging Face Llama."""
+
+from llada_lightning.checkpoints.language_model import LanguageModel
+
+__all__ = ["LanguageModel"]

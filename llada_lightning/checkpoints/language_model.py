@@ -1,0 +1,109 @@
+"""A model ready for inference: weights, tokenizer, and what each of its special ids means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from llada_lightning.errors import UserError
+from llada_lightning.model import Transformer
+from llada_lightning.scaling.flops import Objective
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """What every command and function of inference takes, whatever file it came from.
+
+    Args:
+        objective: `arm` or `llada`.
+        model: THE Transformer, in evaluation mode.
+        mask_token_id: [MASK]; None where an `arm` has none.
+        eos_token_id: ends a text.
+        context_length: the most tokens, prompt and answer together, that it was trained on.
+        tokenizer: None where its folder holds none; then prompts are token ids.
+        end_token_ids: every token that ends an answer: EOS, and the end of a turn where a chat model has one.
+        start_token_id: stands before every sequence, as in the model's training: EOS for an `arm` of ours. None:
+            nothing does.
+        compat: `llada` where [MASK] had a logit in training, as in the authors' released code.
+        chat_template: Jinja, None where there is none.
+        name: for people: the path it was read from.
+    """
+
+    objective: Objective
+    model: Transformer
+    mask_token_id: int | None
+    eos_token_id: int
+    context_length: int
+    tokenizer: Tokenizer | None = None
+    end_token_ids: tuple[int, ...] = ()
+    start_token_id: int | None = None
+    compat: Literal["llada"] | None = None
+    chat_template: str | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.eos_token_id not in self.end_token_ids:
+            object.__setattr__(self, "end_token_ids", (self.eos_token_id, *self.end_token_ids))
+
+    @property
+    def causal(self) -> bool:
+        return self.objective == "arm"
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.head.weight.device
+
+    @property
+    def excluded_token_id(self) -> int | None:
+        """The token that gets no probability: [MASK], unless the model was trained with a logit for it."""
+        return None if self.compat == "llada" else self.mask_token_id
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> LanguageModel:
+        """The same model elsewhere or in another floating type; the weights are moved, not copied."""
+        return replace(self, model=self.model.to(device=device, dtype=dtype))
+
+    @torch.inference_mode()
+    def logits(self, tokens_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Tensor:
+        """Logits of every position as the weights give them, [MASK]'s included.
+
+        Args:
+            tokens_BL: (B, L) int64; nothing is put before it.
+            attention_mask_BL: (B, L) bool, False where a token is padding, on either side.
+
+        Returns:
+            (B, L, V) float32: `llada` predicts the token at each position, `arm` the one behind it.
+        """
+        logits_BLV: Tensor = self.model(
+            tokens_BL.to(self.device), causal=self.causal, attention_mask_BL=_on(attention_mask_BL, self.device)
+        )
+        return logits_BLV.float()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, which never hold a special token.
+
+        Raises:
+            UserError: there is no tokenizer.
+        """
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, special tokens left out.
+
+        Raises:
+            UserError: there is no tokenizer.
+        """
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    @property
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise UserError(f"'{self.name}' has no tokenizer, so text cannot be read; give --tokenizer, or token ids")
+        return self.tokenizer
+
+
+def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
