@@ -70,18 +70,24 @@ class Denoiser:
 
     def open_block(self, begin: int, end: int) -> int:
         """Turn to the columns ``begin`` to ``end``; returns the steps done there: 0."""
-        self.begin, self.end = begin, end
         masked_B = self.canvas.masked_BL[:, begin:end].sum(dim=1)
+        # Released: a [MASK] that was drawn as a token of an earlier block is a candidate again.
+        self.begin, self.end = self._first_masked() if self.released else begin, end
         rows_R = (~self.done_B & (masked_B > 0)).nonzero()[:, 0]
         masked_R = masked_B[rows_R]
         # One token a step where nothing else is said: of texts with gaps each has its own number of them.
         steps_R = torch.full_like(masked_R, self.settings.steps_per_block) if self.settings.steps else masked_R
         self.rows = Rows(rows_R, masked_R, steps_R) if len(rows_R) else None
-        self.predictor.open_block(begin, end, end if self.settings.grows else self.canvas.length)
+        self.predictor.open_block(self.begin, end, end if self.settings.grows else self.canvas.length)
         return 0
+
+    def _first_masked(self) -> int:
+        return int(self.canvas.masked_BL.any(dim=0).nonzero()[0])
 
     def step(self, step: int, number: int) -> bool:
         """One step from t to s; False where it unmasks nothing, and so needs no prediction.
+
+        What is masked is never read off the tokens, except as released, where a drawn [MASK] stays masked.
 
         Args:
             step: within the block, from 1.
@@ -91,7 +97,7 @@ class Denoiser:
         rows_R = self.rows.rows_R
         candidates_RK = self.canvas.masked_BL[rows_R, self.begin : self.end]
         chosen_RK, wanted_RK = self._before_predicting(self.rows, candidates_RK, step)
-        if not bool(wanted_RK.any()):
+        if not self.released and not bool(wanted_RK.any()):
             return False
         place_M, column_M = wanted_RK.nonzero(as_tuple=True)
         row_M, column_M = rows_R[place_M], column_M + self.begin
@@ -110,7 +116,11 @@ class Denoiser:
         self.canvas.commit(
             row_M[kept_M], column_M[kept_M], prediction.tokens_M[kept_M], prediction.probability_M[kept_M], number
         )
-        self._leave_what_is_done()
+        if self.released:
+            self.canvas.masked_BL = self.canvas.tokens_BL == self.lm.mask_token_id
+            self.rows = self.rows if step < self.settings.steps_per_block else None
+        else:
+            self._leave_what_is_done()
         return True
 
     def _before_predicting(self, rows: Rows, candidates_RK: Tensor, step: int) -> tuple[Tensor | None, Tensor]:
@@ -118,7 +128,9 @@ class Denoiser:
         if self.settings.threshold is not None:
             return None, candidates_RK
         counts_R = self._counts(rows, step)
-        if self.released or not self.settings.random:
+        if self.released:
+            return None, candidates_RK
+        if not self.settings.random:
             return None, candidates_RK & (counts_R > 0)[:, None]
         uniform_RK = self.noise.uniform(rows.rows_R, self.begin, self.end)
         if self.settings.remasking == "random":
@@ -147,7 +159,7 @@ class Denoiser:
     def _leave_what_is_done(self) -> None:
         assert self.rows is not None
         masked_BK = self.canvas.masked_BL[:, self.begin : self.end]
-        if not self.released and not self.settings.infill:
+        if not self.settings.infill:
             self.done_B |= self.canvas.ended(self.lm.end_token_ids)
             if self.settings.stop and not bool(masked_BK[~self.done_B].any()):
                 self.done_B |= holds_stop(self.lm, self.canvas, self.settings.stop)
