@@ -117,7 +117,7 @@ class Denoiser:
             row_M[kept_M], column_M[kept_M], prediction.tokens_M[kept_M], prediction.probability_M[kept_M], number
         )
         if self.released:
-            self.canvas.masked_BL = self.canvas.tokens_BL == self.lm.mask_token_id
+            self.canvas.masked_BL = self.canvas.tokens_BL.eq(self.predictor.mask_token_id)
             self.rows = self.rows if step < self.settings.steps_per_block else None
         else:
             self._leave_what_is_done()
@@ -132,7 +132,7 @@ class Denoiser:
             return None, candidates_RK
         if not self.settings.random:
             return None, candidates_RK & (counts_R > 0)[:, None]
-        uniform_RK = self.noise.uniform(rows.rows_R, self.begin, self.end)
+        uniform_RK = self.noise.uniform(rows.rows_R, candidates_RK, self.begin)
         if self.settings.remasking == "random":
             chosen_RK = remasking.by_the_reverse_process(uniform_RK, candidates_RK, step, rows.steps_R)
         else:
@@ -146,7 +146,7 @@ class Denoiser:
     def _surest(self, rows: Rows, wanted_RK: Tensor, confidence_M: Tensor, step: int) -> Tensor:
         """(R, K) bool: the predictions that stay, by their confidence."""
         if self.settings.random:  # released: chance is a confidence
-            confidence_RK = self.noise.uniform(rows.rows_R, self.begin, self.end)
+            confidence_RK = self.noise.uniform(rows.rows_R, wanted_RK, self.begin)
         else:
             confidence_RK = torch.full(wanted_RK.shape, -torch.inf, device=confidence_M.device)
             confidence_RK[wanted_RK] = confidence_M

@@ -16,8 +16,8 @@ class Noise(Protocol):
     def gumbel(self, rows_M: Tensor, columns_M: Tensor, words: int) -> Tensor:
         """(M, words) float64, standard Gumbel, for M positions."""
 
-    def uniform(self, rows_R: Tensor, begin: int, end: int) -> Tensor:
-        """(R, end - begin), uniform on [0, 1), for columns of R rows."""
+    def uniform(self, rows_R: Tensor, candidates_RK: Tensor, begin: int) -> Tensor:
+        """(R, K), uniform on [0, 1) where ``candidates_RK`` is, for the columns from ``begin`` on of R rows."""
 
 
 class NoiseByPrompt:
@@ -42,10 +42,15 @@ class NoiseByPrompt:
             noise_MV[place].exponential_(generator=self._generators[row])
         return -noise_MV.log()
 
-    def uniform(self, rows_R: Tensor, begin: int, end: int) -> Tensor:
-        noise_RK = torch.empty(len(rows_R), end - begin, dtype=torch.float64, device=self._device)
-        for place, row in enumerate(rows_R.tolist()):
-            noise_RK[place].uniform_(generator=self._generators[row])
+    def uniform(self, rows_R: Tensor, candidates_RK: Tensor, begin: int) -> Tensor:
+        noise_RK = torch.zeros(candidates_RK.shape, dtype=torch.float64, device=self._device)
+        counts = candidates_RK.sum(dim=1).tolist()
+        noise_RK[candidates_RK] = torch.cat(
+            [
+                torch.empty(count, dtype=torch.float64, device=self._device).uniform_(generator=self._generators[row])
+                for row, count in zip(rows_R.tolist(), counts, strict=True)
+            ]
+        )
         return noise_RK
 
 
@@ -59,5 +64,6 @@ class ReleasedNoise:
         uniform_BLV = torch.rand(self._batch, self._length, words, dtype=torch.float64, device=self._device)
         return -torch.log(-torch.log(uniform_BLV[rows_M, columns_M]))
 
-    def uniform(self, rows_R: Tensor, begin: int, end: int) -> Tensor:
+    def uniform(self, rows_R: Tensor, candidates_RK: Tensor, begin: int) -> Tensor:
+        end = begin + candidates_RK.shape[1]
         return torch.rand(self._batch, self._length, device=self._device)[rows_R, begin:end]

@@ -23,7 +23,7 @@ class Predictor:
     def __init__(self, lm: LanguageModel, canvas: Canvas, settings: Settings) -> None:
         assert lm.mask_token_id is not None
         self._lm, self._canvas, self._settings = lm, canvas, settings
-        self._mask_token_id = lm.mask_token_id
+        self.mask_token_id = lm.mask_token_id
         self._positions_BL, self._attention_mask_BL = canvas.positions, canvas.attention_mask
         self.passes = 0
 
@@ -54,7 +54,7 @@ class Predictor:
         tokens_RT = self._canvas.tokens_BL[rows_R, first:last]
         self._rows = len(rows_R)
         if self._settings.cfg_scale > 0:
-            without_RT = tokens_RT.masked_fill(self._canvas.given_BL[rows_R, first:last], self._mask_token_id)
+            without_RT = tokens_RT.masked_fill(self._canvas.given_BL[rows_R, first:last], self.mask_token_id)
             tokens_RT = torch.cat([tokens_RT, without_RT])
             rows_R = torch.cat([rows_R, rows_R])
         if self._cache is not None:
@@ -82,7 +82,7 @@ class Predictor:
         if self._settings.cfg_scale > 0:
             logits_MV = guide(logits_MV, logits_GMV[1], self._settings.cfg_scale)
         if self._settings.compat is None:
-            logits_MV[:, self._mask_token_id] = -torch.inf
+            logits_MV[:, self.mask_token_id] = -torch.inf
         return logits_MV
 
     def _columns(self) -> tuple[int, int]:

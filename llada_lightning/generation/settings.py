@@ -112,6 +112,8 @@ def resolve_settings(
     if strategy == "autoregressive":
         if block_length not in (None, 1, length):
             raise UserError(f"block_length: {block_length} given; autoregressive sampling takes one token at a time")
+        if steps not in (None, length):
+            raise UserError(f"steps: {steps} given; autoregressive sampling takes {length}, one for each token")
         block_length = 1
     if infill and block_length is not None:
         raise UserError(f"block_length: {block_length} given; infilling takes all gaps of a text together")
@@ -123,7 +125,7 @@ def resolve_settings(
         )
     settings = Settings(
         length=length,
-        steps=_steps(steps, length // block_length, default=0 if infill or threshold is not None else length),
+        steps=0 if steps is None and (infill or threshold is not None) else _steps(steps, length, block_length),
         block_length=block_length,
         strategy=strategy,
         remasking=remasking,
@@ -141,15 +143,16 @@ def resolve_settings(
     _check_ranges(settings)
     if steps is not None and threshold is not None:
         raise UserError(f"steps: {steps} given with threshold {threshold}, which decides their number; leave one away")
-    (_check_arm if lm.causal else _check_llada)(settings, lm, steps)
+    (_check_arm if lm.causal else _check_llada)(settings, lm)
     return settings
 
 
-def _steps(steps: int | None, blocks: int, default: int) -> int:
+def _steps(steps: int | None, length: int, block_length: int) -> int:
+    """Steps of the whole generation; by default one for each token."""
     if steps is None:
-        return default
-    _whole("steps", steps)
-    if steps % blocks:
+        return length
+    blocks = length // block_length
+    if _whole("steps", steps) % blocks:
         raise UserError(
             f"steps: {steps} do not divide evenly into {blocks} blocks; the nearest are {_nearest(steps, blocks)}"
         )
@@ -186,7 +189,7 @@ def _check_ranges(settings: Settings) -> None:
         raise UserError("stop: an empty string is in every text; give strings of at least one character")
 
 
-def _check_arm(settings: Settings, lm: LanguageModel, steps: int | None) -> None:
+def _check_arm(settings: Settings, lm: LanguageModel) -> None:
     """`arm` can only go from left to right."""
     foreign = {
         f"strategy '{settings.strategy}'": settings.strategy != "autoregressive",
@@ -195,7 +198,6 @@ def _check_arm(settings: Settings, lm: LanguageModel, steps: int | None) -> None
         f"threshold {settings.threshold}": settings.threshold is not None,
         f"remasking '{settings.remasking}'": settings.remasking != "low_confidence",
         "zero_eos_confidence": settings.zero_eos_confidence,
-        f"steps {steps} of {settings.length} tokens": steps not in (None, settings.length),
         f"cache '{settings.cache}'": settings.cache not in ("none", "kv"),
         "compat 'llada'": settings.compat is not None,
     }
@@ -204,11 +206,9 @@ def _check_arm(settings: Settings, lm: LanguageModel, steps: int | None) -> None
             raise UserError(f"{name}: '{lm.name}' is an arm, which writes one token after the other; leave it away")
 
 
-def _check_llada(settings: Settings, lm: LanguageModel, steps: int | None) -> None:
+def _check_llada(settings: Settings, lm: LanguageModel) -> None:
     if settings.cache == "kv":
         raise UserError("cache: 'kv' is exact under causal attention only; llada has prefix and dual (approximate)")
-    if settings.strategy == "autoregressive" and steps not in (None, settings.length):
-        raise UserError(f"steps: {steps} given; autoregressive sampling takes {settings.length}, one for each token")
     if settings.infill and (settings.grows or settings.cache != "none"):
         given = f"strategy '{settings.strategy}'" if settings.grows else f"cache '{settings.cache}'"
         raise UserError(f"{given}: infilling denoises a text of given length, without caches; leave it away")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
 
 from llada_lightning.checkpoints import LanguageModel
@@ -55,19 +55,29 @@ def released_model() -> LanguageModel:
     return LanguageModel("llada", model.eval(), **ids, context_length=256, compat="llada", name="released")
 
 
+class NoHead(nn.Module):
+    """Gives back what it is given; its weight says where it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits.clone()
+
+
 class ToyPredictor(nn.Module):
     """Plays the Transformer: what is behind the head are log-probabilities already."""
 
     def __init__(self, words: int) -> None:
         super().__init__()
         self.vocab_size = words
-        self.head = nn.Linear(words, words, bias=False)
-        nn.init.eye_(self.head.weight)
-        self.passes = 0
+        self.head = NoHead()
 
     def hidden(self, tokens_BL: Tensor, *, queries: slice = slice(None), **others: Any) -> Tensor:
-        self.passes += 1
-        return torch.stack([self.log_probabilities(row) for row in tokens_BL.tolist()])[:, queries].float()
+        rows = list(map(tuple, tokens_BL.tolist()))
+        known = {row: self.log_probabilities(list(row)) for row in set(rows)}
+        return torch.stack([known[row] for row in rows])[:, queries].float()
 
     def log_probabilities(self, row: list[int]) -> Tensor:
         """(L, V) of one row."""
@@ -87,16 +97,15 @@ class ExactPredictor(ToyPredictor):
         self.joint /= self.joint.sum()
 
     def log_probabilities(self, row: list[int]) -> Tensor:
-        answer = row[-3:]
         seen = self.joint.clone()
-        for i, token in enumerate(answer):
+        for i, token in enumerate(row):
             if token != MASK:
                 others = [word for word in range(3) if word != token - 2]
                 seen.index_fill_(i, torch.tensor(others), 0.0)
         logs = torch.full((len(row), 5), -torch.inf, dtype=torch.float64)
-        for i in range(3):
+        for i in range(len(row)):
             marginal = seen.sum(dim=[j for j in range(3) if j != i])
-            logs[len(row) - 3 + i, 2:] = (marginal / marginal.sum()).log()
+            logs[i, 2:] = (marginal / marginal.sum()).log()
         return logs
 
     def expected(self) -> dict[tuple[int, ...], float]:
@@ -112,10 +121,11 @@ class ScriptedPredictor(ToyPredictor):
         self.script, self.prompt_length = script, prompt_length
 
     def log_probabilities(self, row: list[int]) -> Tensor:
-        p = torch.full((len(row), self.vocab_size), 1.0 / self.vocab_size, dtype=torch.float64)
+        p = torch.full((len(row), self.vocab_size), 1.0, dtype=torch.float64)
         for i, (token, share) in enumerate(self.script[: len(row) - self.prompt_length]):
-            p[self.prompt_length + i] = (1 - share) / (self.vocab_size - 1)
+            p[self.prompt_length + i] = (1 - share) / (self.vocab_size - 2)  # [MASK] has none
             p[self.prompt_length + i, token] = share
+            p[self.prompt_length + i, MASK] *= token == MASK
         return p.log()
 
 
@@ -129,4 +139,5 @@ def letters(words: int = 8) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], fuse_unk=False))
     tokenizer.add_special_tokens(["[EOS]", "[MASK]"])
     tokenizer.encode_special_tokens = True
+    tokenizer.decoder = decoders.Fuse()
     return tokenizer
