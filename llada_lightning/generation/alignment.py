@@ -8,6 +8,9 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
+MASKED = -1
+"""Among ids: a token that is not known yet."""
+
 _UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 _CHARACTER_BYTES = 4
 """The most bytes of a character in UTF-8."""
@@ -39,12 +42,10 @@ class Aligner:
 
     Args:
         tokenizer: None where there is none.
-        mask_token_id: the token that is no text yet; None where there is none.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, mask_token_id: int | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
-        self._mask_token_id = mask_token_id
         self._texts: dict[tuple[int, ...], str] = {}
         self._special: dict[int, str] = {}
         self._anchor: list[int] = []
@@ -58,7 +59,7 @@ class Aligner:
         """The pieces of a text, in order; together they hold each token once.
 
         Args:
-            ids: tokens; those equal to [MASK] are `masked`.
+            ids: tokens, and ``MASKED`` for each that is none yet.
         """
         found: list[Piece] = []
         begin = 0
@@ -69,14 +70,14 @@ class Aligner:
 
     def _piece(self, ids: Sequence[int], begin: int) -> Piece:
         first = ids[begin]
-        if first == self._mask_token_id:
+        if first == MASKED:
             return Piece("", begin, begin + 1, "masked")
         if self._tokenizer is None:
             return Piece(f"{first} ", begin, begin + 1)
         if first in self._special:
             return Piece(self._special[first], begin, begin + 1, "special")
         for end in range(begin + 1, min(len(ids), begin + _WIDEST_GROUP) + 1):
-            if ids[end - 1] == self._mask_token_id or ids[end - 1] in self._special:
+            if ids[end - 1] == MASKED or ids[end - 1] in self._special:
                 break
             text = self._text(tuple(ids[begin:end]))
             if text and _UNREADABLE not in text:

@@ -47,10 +47,21 @@ class Dialogue:
     turns: list[Turn]
     facts: str = ""
 
+    @property
+    def steps(self) -> int:
+        """The most steps of a turn, each of which has the darkest colour at its own last; 0 where all was given."""
+        return max((turn.steps for turn in self.turns), default=0)
+
+    @property
+    def last_step(self) -> str:
+        """How the darkest colour is called."""
+        return f"step {self.steps}" if len({turn.steps for turn in self.turns if turn.steps}) == 1 else "last step"
+
 
 def question(text: str, speaker: str = "User") -> Turn:
-    """A turn that was given."""
-    return Turn(speaker, [Mark(visible(text))] if text else [])
+    """A turn that was given; new lines at its end are not drawn."""
+    text = visible(text.rstrip("\n"))
+    return Turn(speaker, [Mark(text)] if text else [])
 
 
 def answer(generation: Generation, index: int, aligner: Aligner, objective: Objective) -> Turn:

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from textwrap import wrap as wrap_text
+from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
@@ -24,6 +26,8 @@ _COLUMNS, _LABEL = 84, 8
 _SIZE = 10.0
 _CELL, _LINE, _GAP = 0.602 * _SIZE, 1.62 * _SIZE, 0.8 * _SIZE
 """Points: a character of DejaVu Sans Mono, a line, the space around a turn."""
+_SMALL = 0.85
+"""Size of the line of facts, of the text's."""
 _MARGIN = 1.4 * _SIZE
 _DPI = 160
 _LONGEST = 400 * 72
@@ -58,7 +62,11 @@ def save_figure(dialogues: Sequence[Dialogue], path: Path) -> str:
     if not as_svg and drawing.height > _LONGEST:
         raise UserError(f"picture: {drawing.lines} lines are too many for a PNG; write .html or .svg, or fewer prompts")
     # Without a salt the identities in an SVG are random; without a date its bytes are the same tomorrow.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "llada-lightning", "font.family": list(_installed())}
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "llada-lightning",
+        "font.family": list(_installed()),
+    }
     settings |= {"text.hinting": "none"}  # else a character's width is rounded to pixels, and words outgrow their boxes
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # of an SVG, which needs none
@@ -66,7 +74,9 @@ def save_figure(dialogues: Sequence[Dialogue], path: Path) -> str:
     if not drawing.missing:
         return ""
     some = " ".join(sorted(drawing.missing)[:8])
-    return f"picture: no installed font has {some}; boxes stand for them (.html and .svg leave it to the reader's fonts)"
+    return (
+        f"picture: no installed font has {some}; boxes stand for them (.html and .svg leave it to the reader's fonts)"
+    )
 
 
 class _Drawing:
@@ -120,10 +130,12 @@ class _Drawing:
                 self._text(axes, x + column * _CELL, y, word, ink)
             column += cell_len(word)
 
-    def _text(self, axes: Axes, x: float, y: float, text: str, ink: str, *, bold: bool = False) -> None:
-        weight = "bold" if bold else "normal"
-        # The baseline is at the same height whatever the letters are.
-        axes.text(x, y + 0.72 * _LINE, self._drawable(text), color=ink, fontsize=_SIZE, weight=weight, parse_math=False)
+    def _text(
+        self, axes: Axes, x: float, y: float, text: str, ink: str, *, size: float = 1.0, bold: bool = False
+    ) -> None:
+        style: dict[str, Any] = {"color": ink, "fontsize": size * _SIZE, "weight": "bold" if bold else "normal"}
+        # The baseline is at the same height whatever the letters are; dollars are no mathematics.
+        axes.text(x, y + 0.72 * _LINE, self._drawable(text), parse_math=False, **style)
 
     def _drawable(self, text: str) -> str:
         if self._keep_all:
@@ -136,43 +148,36 @@ class _Drawing:
         """The legend and the facts, and a space to the next dialogue."""
         self._rule(axes, y)
         y += 0.4 * _LINE
-        steps = max((turn.steps for turn in dialogue.turns), default=0)
         x = _MARGIN + _LABEL * _CELL
-        if steps:
+        if dialogue.steps:
             self._text(axes, x, y, "step 1", _GREY)
             x += 7 * _CELL
-            count = min(steps, _SWATCHES)
+            count = min(dialogue.steps, _SWATCHES)
             for number in range(count):
                 colour = shade(number + 1, count)[0]
                 axes.add_patch(Rectangle((x, y + 0.1 * _LINE), 2 * _CELL, 0.8 * _LINE, facecolor=colour, linewidth=0))
                 x += 2 * _CELL
-            last = f"step {steps}: the darker, the later" if steps > 1 else "all tokens at once"
-            self._text(axes, x + _CELL, y, last, _GREY)
+            meaning = f"{dialogue.last_step}: the darker, the later" if dialogue.steps > 1 else "all at once"
+            self._text(axes, x + _CELL, y, meaning, _GREY)
             y += _LINE
-        for line in wrap_plain(dialogue.facts):
-            self._text(axes, _MARGIN + _LABEL * _CELL, y, line, _GREY)
-            y += _LINE
+        for line in wrap_text(dialogue.facts, int(_COLUMNS / _SMALL)):
+            self._text(axes, _MARGIN + _LABEL * _CELL, y, line, _GREY, size=_SMALL)
+            y += _SMALL * _LINE
         return y + _LINE
 
     def _rule(self, axes: Axes, y: float) -> None:
         axes.plot([_MARGIN, axes.get_xlim()[1] - _MARGIN], [y, y], color=_RULE, linewidth=0.8)
 
 
-def wrap_plain(text: str) -> list[str]:
-    """A line of facts in lines that fit."""
-    from textwrap import wrap as wrap_text
-
-    return wrap_text(text, _COLUMNS)
-
-
 def _words(text: str) -> list[str]:
-    """Runs of spaces, runs of narrow characters, and each wide character alone: its glyph is not two cells wide."""
+    """Runs of spaces, runs of narrow characters, and each wide character alone: its glyph is not two cells wide.
+
+    An SVG drops spaces at the ends of a text. What has no width belongs to the character before it.
+    """
     words: list[str] = []
     for char in text:
-        alone = cell_len(char) != 1 or (bool(words) and cell_len(words[-1]) != len(words[-1]))
-        if words and not alone and words[-1][-1].isspace() == char.isspace():
-            words[-1] += char
-        elif words and cell_len(char) == 0:
+        kind = (char.isspace(), cell_len(char))
+        if words and (kind[1] == 0 or (kind[1] == 1 and kind == (words[-1][0].isspace(), cell_len(words[-1][0])))):
             words[-1] += char
         else:
             words.append(char)

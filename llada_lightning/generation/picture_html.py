@@ -43,9 +43,8 @@ def html_page(dialogues: Sequence[Dialogue]) -> str:
 
 def _section(dialogue: Dialogue) -> str:
     turns = "\n".join(_turn(turn) for turn in dialogue.turns)
-    steps = max((turn.steps for turn in dialogue.turns), default=0)
     facts = f'<p class="facts">{escape(dialogue.facts)}</p>\n' if dialogue.facts else ""
-    return f"<section>\n{turns}\n{_legend(steps)}{facts}</section>"
+    return f"<section>\n{turns}\n{_legend(dialogue)}{facts}</section>"
 
 
 def _turn(turn: Turn) -> str:
@@ -62,10 +61,10 @@ def _mark(mark: Mark, steps: int) -> str:
     return f'<span style="background:{background};color:{ink}" title="{escape(mark.note)}">{text}</span>'
 
 
-def _legend(steps: int) -> str:
-    if not steps:
+def _legend(dialogue: Dialogue) -> str:
+    if not dialogue.steps:
         return ""
-    count = min(steps, _SWATCHES)
+    count = min(dialogue.steps, _SWATCHES)
     patches = "".join(f'<span style="background:{shade(n + 1, count)[0]}"></span>' for n in range(count))
-    last = f" step {steps}" if steps > 1 else ""
-    return f'<p class="legend">step 1 {patches}{last}: the darker, the later</p>\n'
+    meaning = f"{dialogue.last_step}: the darker, the later" if dialogue.steps > 1 else "all at once"
+    return f'<p class="legend">step 1 {patches} {meaning}</p>\n'
