@@ -24,7 +24,8 @@ class Settings:
 
     Args:
         length: tokens of an answer at most; of `diffusion` exactly, EOS and what follows it included.
-        steps: of the whole generation, spread evenly over the blocks; 0 where a threshold decides.
+        steps: of the whole generation, spread evenly over the blocks; 0 where a threshold decides, or where each text
+            with gaps has as many as gaps.
         block_length: tokens that are denoised together; blocks follow one another from left to right.
         strategy: `diffusion`: of fixed length, pure where one block spans it, else block diffusion LLaDA;
             `block_diffusion`: grows block by block until EOS; `autoregressive`: grows token by token (paper, Fig. 4).
@@ -65,7 +66,7 @@ class Settings:
 
     @property
     def blocks(self) -> int:
-        return math.ceil(self.length / self.block_length)
+        return self.length // self.block_length
 
     @property
     def steps_per_block(self) -> int:
@@ -112,15 +113,17 @@ def resolve_settings(
         if block_length not in (None, 1, length):
             raise UserError(f"block_length: {block_length} given; autoregressive sampling takes one token at a time")
         block_length = 1
+    if infill and block_length is not None:
+        raise UserError(f"block_length: {block_length} given; infilling takes all gaps of a text together")
     block_length = _whole("block_length", length if block_length is None else block_length)
-    if length % block_length and not infill:
+    if length % block_length:
         raise UserError(
             f"block_length: {block_length} does not divide length {length}; the nearest lengths are "
             f"{_nearest(length, block_length)}"
         )
     settings = Settings(
         length=length,
-        steps=0 if threshold is not None else _steps(steps, length, block_length),
+        steps=_steps(steps, length // block_length, default=0 if infill or threshold is not None else length),
         block_length=block_length,
         strategy=strategy,
         remasking=remasking,
@@ -142,16 +145,13 @@ def resolve_settings(
     return settings
 
 
-def _steps(steps: int | None, length: int, block_length: int) -> int:
-    """Steps of the whole generation; one token a step by default."""
-    blocks = math.ceil(length / block_length)
+def _steps(steps: int | None, blocks: int, default: int) -> int:
     if steps is None:
-        return blocks * block_length
+        return default
     _whole("steps", steps)
     if steps % blocks:
         raise UserError(
-            f"steps: {steps} do not divide evenly into {blocks} blocks of {block_length} tokens; the nearest are "
-            f"{_nearest(steps, blocks)}"
+            f"steps: {steps} do not divide evenly into {blocks} blocks; the nearest are {_nearest(steps, blocks)}"
         )
     return steps
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llada_lightning.generation.settings import Remasking
 
-LOWEST = torch.finfo(torch.float32).min
+LOWEST = -1e3
 """A confidence below all others, and above that of what must not be chosen."""
 
 
