@@ -93,12 +93,11 @@ def load(options: dict[str, Any]) -> LanguageModel:
     Raises:
         UserError: it cannot be read, see ``load_model``.
     """
-    import torch
-
     from llada_lightning.checkpoints.load import load_model
 
-    dtype = None if options["dtype"] is None else getattr(torch, options["dtype"])
-    return load_model(options["checkpoint"], tokenizer=options["tokenizer"], device=options["device"], dtype=dtype)
+    return load_model(
+        options["checkpoint"], tokenizer=options["tokenizer"], device=options["device"], dtype=options["dtype"]
+    )
 
 
 def sample(lm: LanguageModel, prompts: Any, settings: dict[str, Any], **more: Any) -> Generation:
