@@ -178,6 +178,13 @@ def test_mistakes_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_a_device_that_is_not_there(device: str, capsys: Captured) -> None:
+    assert main(["generate", "small", "--device", device]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: --device '{device}' cannot be used (") and len(err.splitlines()) == 1
+
+
 def test_the_list_of_commands_does_not_wait_for_torch() -> None:
     code = "import sys; from llada_lightning.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
