@@ -68,6 +68,10 @@ def chat_command(argv: list[str]) -> int:
             if not interactive:
                 raise
             chat.note(f"error: {error}")
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            chat.note("interrupted: question and answer are not kept")
 
 
 class Chat:
@@ -136,12 +140,8 @@ class Chat:
             turns = "the oldest turn is" if left_out == 1 else f"the {left_out} oldest turns are"
             self.note(f"the context of {self._lm.context_length} tokens is full: {turns} left out")
         grows, asked = shared.strategy_of(self._lm, settings) != "diffusion", len(self._turns) // 2
-        try:
-            with Unfolding(self._aligner, [text], self._console, grows=grows) as unfolding:
-                generation = shared.sample(self._lm, [ids], settings, first=asked, on_step=unfolding.observe)
-        except KeyboardInterrupt:
-            self.note("interrupted: question and answer are not kept")
-            return
+        with Unfolding(self._aligner, [text], self._console, grows=grows) as unfolding:
+            generation = shared.sample(self._lm, [ids], settings, first=asked, on_step=unfolding.observe)
         assert generation.text is not None
         if self._console.is_terminal:
             steps = generation.step_of_token[0]

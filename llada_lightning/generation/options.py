@@ -143,6 +143,8 @@ def facts(lm: LanguageModel, settings: dict[str, Any], generation: Generation) -
         f"{speed:,.0f} tokens/s" if speed >= 100 else f"{speed:.3g} tokens/s",
         f"cache {generation.cache}{' (approximate)' if generation.cache in ('prefix', 'dual') else ''}",
     ]
+    if settings["compat"] is not None:
+        said.append(f"compat {settings['compat']}")
     if not settings.get("infill"):  # a gap ends where it ends
         said.append(f"finish {_counted(generation.finish)}")
     return ", ".join(said)

@@ -128,21 +128,17 @@ def test_a_full_context_leaves_out_the_oldest_turns_and_says_so(chat, capsys: Ca
     assert err.count("tokens/s") == 5
 
 
-def test_an_interrupted_answer_is_not_kept(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_person_at_a_terminal_reads_mistakes_interrupts_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
     lm = speaking_model(template=CHAT_TEMPLATE)
-    chat_ = begun(lm)
-    with monkeypatch.context() as patch:
-        patch.setattr(options, "sample", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert chat_.take("one")
-    out, err = capsys.readouterr()
-    assert out == "" and err == "interrupted: question and answer are not kept\n"
-    chat_.take("two")
-    assert capsys.readouterr().out == answer(lm, "two", first=0) + "\n"
+    said = iter(["/dance", KeyboardInterrupt, "never ending", "one", EOFError])
+    sample = options.sample
 
-
-def test_a_person_at_a_terminal_reads_mistakes_and_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    lm = speaking_model(template=CHAT_TEMPLATE)
-    said = iter(["/dance", KeyboardInterrupt, "one", EOFError])
+    def impatiently(given: LanguageModel, prompts: list[list[int]], *more: object, **named: object) -> object:
+        if "never ending" in given.decode(prompts[0]):
+            raise KeyboardInterrupt
+        return sample(given, prompts, *more, **named)  # type: ignore[arg-type]
 
     def line(prompt: str) -> str:
         assert prompt == "you> "
@@ -152,12 +148,20 @@ def test_a_person_at_a_terminal_reads_mistakes_and_goes_on(monkeypatch: pytest.M
         raise what
 
     monkeypatch.setattr(options, "load", lambda _: lm)
+    monkeypatch.setattr(options, "sample", impatiently)
     monkeypatch.setattr("builtins.input", line)
     monkeypatch.setattr("sys.stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
     assert main(["chat", "small", f"--length={LENGTH}"]) == 0
     out, err = capsys.readouterr()
     assert out == "\n" + answer(lm, "one", first=0) + "\n"
     assert "error: '/dance' is no command" in err
+    assert "interrupted: question and answer are not kept\n" in err
+
+
+def test_an_interrupt_ends_what_is_piped_in(chat, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "sample", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert chat(speaking_model(template=CHAT_TEMPLATE), "one", "two") == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
 
 
 def test_help_lists_every_command(chat, capsys: Captured) -> None:
