@@ -55,23 +55,14 @@ def chat_command(argv: list[str]) -> int:
             import readline  # noqa: F401
     while True:
         try:
-            line = input("you> " if interactive else "")
+            if not chat.take(input("you> " if interactive else "")):
+                return 0
         except EOFError:
             return 0
-        except KeyboardInterrupt:
-            print()
-            continue
-        try:
-            if not chat.take(line):
-                return 0
-        except UserError as error:
+        except (UserError, KeyboardInterrupt) as error:
             if not interactive:
                 raise
-            chat.note(f"error: {error}")
-        except KeyboardInterrupt:
-            if not interactive:
-                raise
-            chat.note("interrupted: question and answer are not kept")
+            chat.note(f"error: {error}" if isinstance(error, UserError) else "\ninterrupted: not kept; Ctrl-D leaves")
 
 
 class Chat:
@@ -131,8 +122,10 @@ class Chat:
     def _ask(self, text: str) -> None:
         from llada_lightning.generation.conversation import Message, fitting_ids
         from llada_lightning.generation.dialogue import answer, question
+        from llada_lightning.generation.prompt_sources import check_text
         from llada_lightning.generation.unfold import Unfolding, coloured
 
+        check_text(text)
         settings = shared.sampling_settings(self._options)
         messages = [*self._messages, Message("user", text)]
         ids, left_out = fitting_ids(self._lm, messages, settings["length"])

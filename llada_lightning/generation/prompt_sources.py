@@ -28,12 +28,25 @@ def given_prompts(texts: Sequence[str], file: str | None) -> list[Prompt]:
         file: of ``--prompts-file``.
 
     Raises:
-        UserError: the file is missing, empty, or not of its kind.
+        UserError: the file is missing, empty, or not of its kind; a text is not UTF-8.
     """
     prompts: list[Prompt] = [_from_stdin() if text == STDIN else text for text in texts]
     if file is not None:
         prompts += read_prompts(file)
-    return prompts if prompts or not _piped() else [_from_stdin()]
+    if not prompts and _piped():
+        prompts = [_from_stdin()]
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            check_text(prompt)
+    return prompts
+
+
+def check_text(text: str) -> None:
+    """Raises UserError where a text holds bytes that are no characters: Python keeps such as halves of pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"prompt: character {error.start + 1} is not UTF-8; convert the text") from error
 
 
 def _from_stdin() -> str:

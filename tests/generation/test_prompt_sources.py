@@ -67,6 +67,11 @@ def test_a_file_that_is_none_of_prompts(tmp_path: Path, name: str, content: byte
     assert len(str(mistake.value).splitlines()) == 1
 
 
+def test_bytes_that_are_no_text() -> None:
+    with pytest.raises(UserError, match="character 2 is not UTF-8"):
+        given_prompts(["a\udcff"], None)
+
+
 def test_gaps_are_so_many_mask_tokens() -> None:
     assert with_gaps("a[MASK:3]b[MASK]c<m>", "<m>") == "a<m><m><m>b<m>c<m>"
     assert with_gaps("[MASK:x] [mask:3]", "<m>") == "[MASK:x] [mask:3]"
