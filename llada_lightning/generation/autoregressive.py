@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.generation.canvas import Canvas
 from llada_lightning.generation.finish import holds_stop
 from llada_lightning.generation.noise import Noise
+from llada_lightning.generation.prediction import predict_tokens
 from llada_lightning.generation.settings import Settings
-from llada_lightning.generation.tokens import draw_tokens, likeliest, probability
 from llada_lightning.model.cache import KeyValueCache
 
 
@@ -24,6 +25,13 @@ def write(lm: LanguageModel, canvas: Canvas, settings: Settings, noise: Noise, o
     mask_BL, positions_BL = canvas.attention_mask, canvas.positions
     cache = KeyValueCache(canvas.length) if settings.cache == "kv" else None
     passes = 0
+
+    def logits_of(hidden_GRD: Tensor) -> Tensor:
+        logits_RV: Tensor = lm.model.head(hidden_GRD[0]).float()
+        if lm.mask_token_id is not None:
+            logits_RV[:, lm.mask_token_id] = -torch.inf
+        return logits_RV
+
     for column in range(canvas.answer, canvas.length):
         first = cache.position if cache is not None else 0
         hidden_RTD = lm.model.hidden(
@@ -36,15 +44,13 @@ def write(lm: LanguageModel, canvas: Canvas, settings: Settings, noise: Noise, o
         passes += 1
         if cache is not None:
             cache.advance(column - first)
-        logits_RV = lm.model.head(hidden_RTD[:, -1]).float()
-        if lm.mask_token_id is not None:
-            logits_RV[:, lm.mask_token_id] = -torch.inf
-        columns_R = torch.full_like(rows_R, column)
-        gumbel_RV = noise.gumbel(rows_R, columns_R, logits_RV.shape[1]) if settings.temperature > 0 else None
-        allowed_RV = likeliest(logits_RV, settings.temperature, settings.top_k, settings.top_p)
-        tokens_R = draw_tokens(allowed_RV, settings.temperature, gumbel_RV)
-        canvas.commit(rows_R, columns_R, tokens_R, probability(logits_RV, tokens_R), column - canvas.answer + 1)
-        on_step(column - canvas.answer + 1)
+        place = rows_R, torch.full_like(rows_R, column)
+        prediction = predict_tokens(
+            hidden_RTD[:, -1][None], logits_of, lm.model.vocab_size, place, settings, noise, lm.end_token_ids
+        )
+        step = column - canvas.answer + 1
+        canvas.commit(*place, prediction.tokens_M, prediction.probability_M, step)
+        on_step(step)
 
         done_B = canvas.ended(lm.end_token_ids)
         if settings.stop:

@@ -13,9 +13,9 @@ from llada_lightning.generation import remasking
 from llada_lightning.generation.canvas import Canvas
 from llada_lightning.generation.finish import holds_stop
 from llada_lightning.generation.noise import Noise
+from llada_lightning.generation.prediction import predict_tokens
 from llada_lightning.generation.predictor import Predictor
 from llada_lightning.generation.settings import Settings
-from llada_lightning.generation.tokens import LOWEST, confidence, draw_tokens, likeliest, probability
 
 
 def denoise(lm: LanguageModel, canvas: Canvas, settings: Settings, noise: Noise, on_step: Callable[[int], None]) -> int:
@@ -93,15 +93,23 @@ class Denoiser:
         chosen_RK, wanted_RK = self._before_predicting(self.rows, candidates_RK, step)
         if not bool(wanted_RK.any()):
             return False
-        logits_MV = self.predictor(rows_R, wanted_RK)
         place_M, column_M = wanted_RK.nonzero(as_tuple=True)
         row_M, column_M = rows_R[place_M], column_M + self.begin
-        tokens_M = self._draw(logits_MV, row_M, column_M)
-        probability_M = probability(logits_MV, tokens_M)
+        prediction = predict_tokens(
+            self.predictor(rows_R, wanted_RK),
+            self.predictor.logits,
+            self.lm.model.vocab_size,
+            (row_M, column_M),
+            self.settings,
+            self.noise,
+            self.lm.end_token_ids,
+        )
         if chosen_RK is None:
-            chosen_RK = self._surest(self.rows, wanted_RK, logits_MV, tokens_M, probability_M, step)
+            chosen_RK = self._surest(self.rows, wanted_RK, prediction.confidence_M, step)
         kept_M = chosen_RK[wanted_RK]
-        self.canvas.commit(row_M[kept_M], column_M[kept_M], tokens_M[kept_M], probability_M[kept_M], number)
+        self.canvas.commit(
+            row_M[kept_M], column_M[kept_M], prediction.tokens_M[kept_M], prediction.probability_M[kept_M], number
+        )
         self._leave_what_is_done()
         return True
 
@@ -123,41 +131,18 @@ class Denoiser:
         count = remasking.released_counts_to_keep if self.released else remasking.counts_to_keep
         return count(rows.masked_R, step, rows.steps_R)
 
-    def _draw(self, logits_MV: Tensor, row_M: Tensor, column_M: Tensor) -> Tensor:
-        temperature = self.settings.temperature
-        if temperature == 0:
-            return draw_tokens(logits_MV, 0, None)
-        gumbel_MV = self.noise.gumbel(row_M, column_M, logits_MV.shape[1])
-        logits_MV = likeliest(logits_MV, temperature, self.settings.top_k, self.settings.top_p)
-        return draw_tokens(logits_MV, temperature, gumbel_MV)
-
-    def _surest(
-        self, rows: Rows, wanted_RK: Tensor, logits_MV: Tensor, tokens_M: Tensor, probability_M: Tensor, step: int
-    ) -> Tensor:
+    def _surest(self, rows: Rows, wanted_RK: Tensor, confidence_M: Tensor, step: int) -> Tensor:
         """(R, K) bool: the predictions that stay, by their confidence."""
         if self.settings.random:  # released: chance is a confidence
             confidence_RK = self.noise.uniform(rows.rows_R, self.begin, self.end)
         else:
-            confidence_M = self._confidence(logits_MV, tokens_M, probability_M)
-            confidence_RK = torch.full(wanted_RK.shape, -torch.inf, device=logits_MV.device)
+            confidence_RK = torch.full(wanted_RK.shape, -torch.inf, device=confidence_M.device)
             confidence_RK[wanted_RK] = confidence_M
         if not self.released:
             confidence_RK = remasking.without_rounding(confidence_RK)
         if self.settings.threshold is not None:
             return remasking.above_threshold(confidence_RK, wanted_RK, self.settings.threshold)
         return remasking.most_confident(confidence_RK, wanted_RK, self._counts(rows, step))
-
-    def _confidence(self, logits_MV: Tensor, tokens_M: Tensor, probability_M: Tensor) -> Tensor:
-        measure, ends = self.settings.remasking, list(self.lm.end_token_ids)
-        if not self.settings.zero_eos_confidence:
-            return confidence(logits_MV, probability_M, measure)
-        if self.released:
-            # EOS loses its logit once the tokens are drawn, and at temperature 0 alone.
-            if self.settings.temperature == 0:
-                logits_MV[:, ends] = -torch.inf
-            return probability(logits_MV, tokens_M)
-        is_end_M = torch.isin(tokens_M, torch.tensor(ends, device=tokens_M.device))
-        return confidence(logits_MV, probability_M, measure).masked_fill(is_end_M, LOWEST)
 
     def _leave_what_is_done(self) -> None:
         assert self.rows is not None

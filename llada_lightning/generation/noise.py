@@ -38,10 +38,8 @@ class NoiseByPrompt:
     def gumbel(self, rows_M: Tensor, columns_M: Tensor, words: int) -> Tensor:
         # Below float64 the tails of the noise are cut, which lowers the temperature (Zheng et al. 2024).
         noise_MV = torch.empty(len(rows_M), words, dtype=torch.float64, device=self._device)
-        start = 0
-        for row, count in zip(*(x.tolist() for x in rows_M.unique_consecutive(return_counts=True)), strict=True):
-            noise_MV[start : start + count].exponential_(generator=self._generators[row])
-            start += count
+        for place, row in enumerate(rows_M.tolist()):  # one by one: however many are asked for at a time
+            noise_MV[place].exponential_(generator=self._generators[row])
         return -noise_MV.log()
 
     def uniform(self, rows_R: Tensor, begin: int, end: int) -> Tensor:

@@ -24,7 +24,6 @@ class Predictor:
         assert lm.mask_token_id is not None
         self._lm, self._canvas, self._settings = lm, canvas, settings
         self._mask_token_id = lm.mask_token_id
-        self._excluded = None if settings.compat == "llada" else lm.mask_token_id
         self._positions_BL, self._attention_mask_BL = canvas.positions, canvas.attention_mask
         self.passes = 0
 
@@ -38,48 +37,52 @@ class Predictor:
         """Go on with some of the rows of the last pass, by their place in it."""
         if self._cache is not None and not self._fresh:
             if self._settings.cfg_scale > 0:
-                half = self._rows
-                index_R = torch.cat([index_R, index_R + half])
+                index_R = torch.cat([index_R, index_R + self._rows])
             self._cache.keep_rows(index_R)
 
     def __call__(self, rows_R: Tensor, wanted_RK: Tensor) -> Tensor:
-        """Logits of the wanted columns of the block.
+        """What the wanted columns of the block are predicted from.
 
         Args:
             rows_R: (R,) int64, rows of the canvas.
             wanted_RK: (R, K) bool over the block's columns.
 
         Returns:
-            (M, V) float32, in the order of ``wanted_RK.nonzero()``; [MASK]'s is -inf.
+            (G, M, D) in the order of ``wanted_RK.nonzero()``, for :meth:`logits`; G is 2 with guidance, else 1.
         """
         first, last = self._columns()
-        scale = self._settings.cfg_scale
         tokens_RT = self._canvas.tokens_BL[rows_R, first:last]
-        if scale > 0:
+        self._rows = len(rows_R)
+        if self._settings.cfg_scale > 0:
             without_RT = tokens_RT.masked_fill(self._canvas.given_BL[rows_R, first:last], self._mask_token_id)
             tokens_RT = torch.cat([tokens_RT, without_RT])
             rows_R = torch.cat([rows_R, rows_R])
         if self._cache is not None:
             self._cache.position = first
-        hidden_RTD = self._lm.model.hidden(
+        hidden_RKD = self._lm.model.hidden(
             tokens_RT,
             causal=False,
             attention_mask_BL=_rows(self._attention_mask_BL, rows_R, 0, self._visible),
             positions_BL=_rows(self._positions_BL, rows_R, first, last),
             cache=self._cache,
+            queries=slice(self._begin - first, self._end - first),
         )
         if self._cache is not None and self._fresh:
             self._cache.advance(last)
-        self._fresh, self._rows = False, len(wanted_RK)
+        self._fresh = False
         self.passes += 1
-        hidden_RKD = hidden_RTD[:, self._begin - first : self._end - first]
-        if scale > 0:
-            hidden_RKD, without_RKD = hidden_RKD.chunk(2)
-            logits_MV = guide(self._head(hidden_RKD[wanted_RK]), self._head(without_RKD[wanted_RK]), scale)
-        else:
-            logits_MV = self._head(hidden_RKD[wanted_RK])
-        if self._excluded is not None:
-            logits_MV[:, self._excluded] = -torch.inf
+        return hidden_RKD.unflatten(0, (-1, self._rows))[:, wanted_RK]
+
+    def logits(self, hidden_GMD: Tensor) -> Tensor:
+        """(M, V) float32; [MASK]'s is -inf. As the released code takes them: in the model's type, [MASK]'s included."""
+        logits_GMV: Tensor = self._lm.model.head(hidden_GMD)
+        if self._settings.compat is None:
+            logits_GMV = logits_GMV.float()
+        logits_MV = logits_GMV[0]
+        if self._settings.cfg_scale > 0:
+            logits_MV = guide(logits_MV, logits_GMV[1], self._settings.cfg_scale)
+        if self._settings.compat is None:
+            logits_MV[:, self._mask_token_id] = -torch.inf
         return logits_MV
 
     def _columns(self) -> tuple[int, int]:
@@ -87,10 +90,6 @@ class Predictor:
         if self._cache is None or self._fresh:
             return 0, self._visible
         return self._begin, self._visible if self._settings.cache == "prefix" else self._end
-
-    def _head(self, hidden_MD: Tensor) -> Tensor:
-        logits_MV: Tensor = self._lm.model.head(hidden_MD)
-        return logits_MV.float()
 
 
 def _rows(x_BL: Tensor | None, rows_R: Tensor, begin: int, end: int) -> Tensor | None:

@@ -48,8 +48,7 @@ def likeliest(logits_MV: Tensor, temperature: float, top_k: int | None, top_p: f
 
 def probability(logits_MV: Tensor, tokens_M: Tensor) -> Tensor:
     """(M,) float32: the model's probability of each token."""
-    chosen_M = logits_MV.gather(1, tokens_M[:, None])[:, 0]
-    return (chosen_M - logits_MV.logsumexp(dim=-1)).exp()
+    return logits_MV.softmax(dim=-1).gather(1, tokens_M[:, None])[:, 0]
 
 
 def confidence(logits_MV: Tensor, probability_M: Tensor, remasking: Remasking) -> Tensor:
