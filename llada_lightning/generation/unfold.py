@@ -18,6 +18,8 @@ from llada_lightning.generation.result import Snapshot
 
 BLOCK = "▒"
 _SECONDS_BETWEEN_FRAMES = 1 / 15
+_LARGEST_SHARE = 0.1
+"""Of the time, that drawing may take from sampling."""
 _LINES_BESIDE = 3
 """Of the screen, left free for the line of the step and the shell's prompt."""
 
@@ -64,7 +66,7 @@ class Unfolding:
         self._grows = grows
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._answers: dict[int, Text] = {}
-        self._shown = -math.inf
+        self._next_frame = -math.inf
 
     def __enter__(self) -> Unfolding:
         if self._live is not None:
@@ -78,17 +80,18 @@ class Unfolding:
             self._live.stop()
 
     def observe(self, snapshot: Snapshot) -> None:
-        """What ``generate`` calls after each step; draws fifteen times a second at most."""
-        now = time.monotonic()
-        if self._live is None or now - self._shown < _SECONDS_BETWEEN_FRAMES:
+        """What ``generate`` calls after each step; draws fifteen times a second at most, less often where that takes long."""
+        began = time.monotonic()
+        if self._live is None or began < self._next_frame:
             return
-        self._shown = now
         for i, (tokens, steps) in enumerate(zip(snapshot.tokens, snapshot.step_of_token, strict=True)):
             text = coloured(self._aligner, tokens, steps, snapshot.steps)
             if self._grows:
                 text.right_crop(len(text) - len(text.plain.rstrip(BLOCK)))
             self._answers[snapshot.first + i] = text
         self._live.update(self._frame(snapshot), refresh=True)
+        ended = time.monotonic()
+        self._next_frame = max(began + _SECONDS_BETWEEN_FRAMES, ended + (ended - began) / _LARGEST_SHARE)
 
     def _frame(self, snapshot: Snapshot) -> Group:
         """The step, and as many lines as the screen has, ending where the last token stands."""

@@ -55,16 +55,27 @@ def test_a_frame_shows_the_answer_the_step_and_goes_away_at_the_end() -> None:
     assert shown(console).endswith("\x1b[2K")  # the line erased
 
 
-def test_frames_between_two_of_the_screen_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("seconds_a_frame", "least", "most"), [(0.0, 40, 46), (0.05, 5, 7)])
+def test_frames_are_left_out_where_they_come_too_fast_or_cost_too_much(
+    seconds_a_frame: float, least: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 steps in three seconds."""
     now = 0.0
     monkeypatch.setattr("llada_lightning.generation.unfold.time.monotonic", lambda: now)
     console = terminal()
+    frame = Unfolding._frame
+
+    def slow(self: Unfolding, snapshot: Snapshot) -> object:
+        nonlocal now
+        now += seconds_a_frame
+        return frame(self, snapshot)
+
+    monkeypatch.setattr(Unfolding, "_frame", slow)
     with Unfolding(Aligner(tokenizer()), ["p"], console) as unfolding:
         for step in range(1, 301):
-            now = step / 100
+            now = max(now, step / 100)
             unfolding.observe(Snapshot([encoded("ab")], [[1, 2]], step, 300))
-    frames = sum(f"step {step} of 300" in shown(console) for step in range(1, 301))
-    assert 30 <= frames <= 46
+    assert least <= sum(f"step {step} of 300" in shown(console) for step in range(1, 301)) <= most
 
 
 def test_without_a_terminal_nothing_is_written() -> None:
