@@ -80,7 +80,7 @@ class Unfolding:
             self._live.stop()
 
     def observe(self, snapshot: Snapshot) -> None:
-        """What ``generate`` calls after each step; draws fifteen times a second at most, less often where that takes long."""
+        """What ``generate`` calls after each step; draws at most 15 times a second and a tenth of the time."""
         began = time.monotonic()
         if self._live is None or began < self._next_frame:
             return
