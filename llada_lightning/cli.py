@@ -121,12 +121,12 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
         return curves_command(args)
 
     def generate(args: list[str]) -> int:
-        from llada_lightning.generation.generate_command import generate_command
+        from llada_lightning.generation.terminal.generate_command import generate_command
 
         return generate_command(args)
 
     def chat(args: list[str]) -> int:
-        from llada_lightning.generation.chat_command import chat_command
+        from llada_lightning.generation.terminal.chat_command import chat_command
 
         return chat_command(args)
 

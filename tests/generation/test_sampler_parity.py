@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from sampler_toys import GOLDEN, MASK, WORDS, random_model, released_model
 
 from llada_lightning.generation import generate
 from released_sampler import sample_plainly
+from sampler_toys import GOLDEN, MASK, WORDS, random_model, released_model
 
 RECORDED = json.loads((GOLDEN / "generations.json").read_text())
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from sampler_toys import MASK, WORDS, random_model
 
 from llada_lightning.errors import UserError
 from llada_lightning.generation import generate
+from sampler_toys import MASK, WORDS, random_model
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("llada", {"length": 0}, "length: 0 given"),

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from sampler_toys import EOS, MASK, ScriptedPredictor, letters, random_model, toy
 
 from llada_lightning.generation import Snapshot, generate
+from sampler_toys import EOS, MASK, ScriptedPredictor, letters, random_model, toy
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [4] * 12, []]
 LLADA_SETTINGS: list[dict[str, Any]] = [

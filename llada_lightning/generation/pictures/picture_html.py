@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from llada_lightning.generation.dialogue import Dialogue, Mark, Turn
-from llada_lightning.generation.ink import shade
+from llada_lightning.generation.pictures.dialogue import Dialogue, Mark, Turn
+from llada_lightning.generation.pictures.ink import shade
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1a1a1a; --dim: #666; --line: #ddd; --edge: #fff; }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.cells import cell_len
 
-from llada_lightning.generation.dialogue import Mark
+from llada_lightning.generation.pictures.dialogue import Mark
 
 NEWLINE = "↵"
 TAB = "→   "

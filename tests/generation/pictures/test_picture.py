@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from llada_lightning.errors import UserError
-from llada_lightning.generation.alignment import Aligner
-from llada_lightning.generation.dialogue import Dialogue, Mark, Turn, answer, question
-from llada_lightning.generation.ink import shade
-from llada_lightning.generation.picture import check_picture_path, write_picture
+from llada_lightning.generation.pictures.alignment import Aligner
+from llada_lightning.generation.pictures.dialogue import Dialogue, Mark, Turn, answer, question
+from llada_lightning.generation.pictures.ink import shade
+from llada_lightning.generation.pictures.picture import check_picture_path, write_picture
 from llada_lightning.generation.result import Generation
 from speaking_models import tokenizer
 

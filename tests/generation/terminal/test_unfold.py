@@ -10,10 +10,10 @@ from rich.color import Color
 from rich.console import Console
 from rich.style import Style
 
-from llada_lightning.generation.alignment import Aligner
-from llada_lightning.generation.ink import shade
+from llada_lightning.generation.pictures.alignment import Aligner
+from llada_lightning.generation.pictures.ink import shade
 from llada_lightning.generation.result import Snapshot
-from llada_lightning.generation.unfold import BLOCK, Unfolding, coloured
+from llada_lightning.generation.terminal.unfold import BLOCK, Unfolding, coloured
 from speaking_models import tokenizer
 
 
@@ -61,7 +61,7 @@ def test_frames_are_left_out_where_they_come_too_fast_or_cost_too_much(
 ) -> None:
     """300 steps in three seconds."""
     now = 0.0
-    monkeypatch.setattr("llada_lightning.generation.unfold.time.monotonic", lambda: now)
+    monkeypatch.setattr("llada_lightning.generation.terminal.unfold.time.monotonic", lambda: now)
     console = terminal()
     frame = Unfolding._frame
 

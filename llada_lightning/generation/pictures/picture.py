@@ -7,8 +7,8 @@ from pathlib import Path
 
 from llada_lightning.errors import UserError
 from llada_lightning.files import written_atomically
-from llada_lightning.generation.dialogue import Dialogue
-from llada_lightning.generation.picture_html import html_page
+from llada_lightning.generation.pictures.dialogue import Dialogue
+from llada_lightning.generation.pictures.picture_html import html_page
 
 PICTURE_ENDINGS = (".html", ".png", ".svg")
 
@@ -43,7 +43,9 @@ def write_picture(path: Path, dialogues: Sequence[Dialogue]) -> str:
             if path.suffix.lower() == ".html":
                 temporary.write_text(html_page(dialogues), encoding="utf-8")
             else:
-                from llada_lightning.generation.picture_figure import save_figure  # matplotlib takes a second to import
+                from llada_lightning.generation.pictures.picture_figure import (
+                    save_figure,  # matplotlib takes a second to import
+                )
 
                 note = save_figure(dialogues, temporary)
     except OSError as error:

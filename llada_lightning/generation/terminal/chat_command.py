@@ -11,7 +11,7 @@ from rich.text import Text
 
 from llada_lightning.command_line import CommandParser, people_console
 from llada_lightning.errors import UserError
-from llada_lightning.generation import options as shared
+from llada_lightning.generation.terminal import options as shared
 
 if TYPE_CHECKING:
     from llada_lightning.checkpoints import LanguageModel
@@ -78,9 +78,9 @@ class Chat:
     """
 
     def __init__(self, lm: LanguageModel, options: dict[str, Any], system: str | None = None) -> None:
-        from llada_lightning.generation.alignment import Aligner
-        from llada_lightning.generation.conversation import Message
-        from llada_lightning.generation.dialogue import Turn
+        from llada_lightning.generation.pictures.alignment import Aligner
+        from llada_lightning.generation.pictures.dialogue import Turn
+        from llada_lightning.generation.terminal.conversation import Message
 
         lm.encode("")
         self._lm = lm
@@ -120,10 +120,10 @@ class Chat:
         self._aside.print(Text(text, "dim"), soft_wrap=True)
 
     def _ask(self, text: str) -> None:
-        from llada_lightning.generation.conversation import Message, fitting_ids
-        from llada_lightning.generation.dialogue import answer, question
-        from llada_lightning.generation.prompt_sources import check_text
-        from llada_lightning.generation.unfold import Unfolding, coloured
+        from llada_lightning.generation.pictures.dialogue import answer, question
+        from llada_lightning.generation.terminal.conversation import Message, fitting_ids
+        from llada_lightning.generation.terminal.prompt_sources import check_text
+        from llada_lightning.generation.terminal.unfold import Unfolding, coloured
 
         check_text(text)
         settings = shared.sampling_settings(self._options)
@@ -182,8 +182,8 @@ class Chat:
         resolve_settings(self._lm, infill=False, **settings)
 
     def _draw(self, rest: str) -> None:
-        from llada_lightning.generation.dialogue import Dialogue
-        from llada_lightning.generation.picture import check_picture_path, write_picture
+        from llada_lightning.generation.pictures.dialogue import Dialogue
+        from llada_lightning.generation.pictures.picture import check_picture_path, write_picture
 
         path = check_picture_path(rest)
         if not self._turns:

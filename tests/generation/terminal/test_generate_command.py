@@ -13,9 +13,10 @@ import pytest
 
 from llada_lightning.checkpoints import LanguageModel
 from llada_lightning.cli import main
-from llada_lightning.generation import generate, options
-from llada_lightning.generation.generate_command import generate_parser
+from llada_lightning.generation import generate
 from llada_lightning.generation.settings import CACHES, REMASKINGS, STRATEGIES
+from llada_lightning.generation.terminal import options
+from llada_lightning.generation.terminal.generate_command import generate_parser
 from speaking_models import speaking_model
 
 Captured = pytest.CaptureFixture[str]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llada_lightning.errors import UserError
-from llada_lightning.generation.prompt_sources import given_prompts, read_prompts, with_gaps
+from llada_lightning.generation.terminal.prompt_sources import given_prompts, read_prompts, with_gaps
 
 
 def test_options_come_before_the_file_and_a_dash_is_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

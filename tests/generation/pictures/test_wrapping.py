@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from llada_lightning.generation.dialogue import Mark
-from llada_lightning.generation.wrapping import wrap
+from llada_lightning.generation.pictures.dialogue import Mark
+from llada_lightning.generation.pictures.wrapping import wrap
 
 
 def lines(text: str, columns: int, step: int = 0) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from matplotlib.colors import to_rgb
 
-from llada_lightning.generation.ink import contrast, shade
+from llada_lightning.generation.pictures.ink import contrast, shade
 
 
 def rgb(colour: str) -> tuple[int, int, int]:

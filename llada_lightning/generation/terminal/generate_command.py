@@ -11,9 +11,9 @@ from rich.text import Text
 from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
-from llada_lightning.generation import options as shared
-from llada_lightning.generation.alignment import visible
-from llada_lightning.generation.prompt_sources import Prompt, given_prompts, with_gaps
+from llada_lightning.generation.pictures.alignment import visible
+from llada_lightning.generation.terminal import options as shared
+from llada_lightning.generation.terminal.prompt_sources import Prompt, given_prompts, with_gaps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,7 +97,7 @@ def _targets(options: dict[str, Any]) -> tuple[Path | None, Path | None]:
     """Where the picture and the answers go, found out before the model is read."""
     picture = out = None
     if options["picture"] is not None:
-        from llada_lightning.generation.picture import check_picture_path
+        from llada_lightning.generation.pictures.picture import check_picture_path
 
         picture = check_picture_path(options["picture"])
     if options["out"] is not None:
@@ -122,8 +122,8 @@ def _sample(
     *,
     quiet: bool,
 ) -> Generation:
-    from llada_lightning.generation.alignment import Aligner
-    from llada_lightning.generation.unfold import Unfolding
+    from llada_lightning.generation.pictures.alignment import Aligner
+    from llada_lightning.generation.terminal.unfold import Unfolding
 
     if settings["infill"] and lm.tokenizer is not None and lm.mask_token_id is not None:
         mask_token = str(lm.tokenizer.id_to_token(lm.mask_token_id))
@@ -146,8 +146,8 @@ def answers(generation: Generation) -> list[str]:
 
 def _print_answers(lm: LanguageModel, prompts: list[Prompt], generation: Generation, console: Console) -> None:
     """The answers; each below its prompt where there are several; in colour on a terminal."""
-    from llada_lightning.generation.alignment import Aligner
-    from llada_lightning.generation.unfold import coloured
+    from llada_lightning.generation.pictures.alignment import Aligner
+    from llada_lightning.generation.terminal.unfold import coloured
 
     aligner = Aligner(lm.tokenizer)
     for i, (prompt, text) in enumerate(zip(prompts, answers(generation), strict=True)):
@@ -200,9 +200,9 @@ def _write_answers(path: Path, whole: dict[str, Any]) -> None:
 
 
 def _draw(path: Path, lm: LanguageModel, prompts: list[Prompt], generation: Generation, facts: str) -> None:
-    from llada_lightning.generation.alignment import Aligner
-    from llada_lightning.generation.dialogue import Dialogue, answer, question
-    from llada_lightning.generation.picture import write_picture
+    from llada_lightning.generation.pictures.alignment import Aligner
+    from llada_lightning.generation.pictures.dialogue import Dialogue, answer, question
+    from llada_lightning.generation.pictures.picture import write_picture
 
     aligner = Aligner(lm.tokenizer)
     dialogues = [

@@ -12,8 +12,8 @@ from rich.live import Live
 from rich.style import Style
 from rich.text import Text
 
-from llada_lightning.generation.alignment import MASKED, Aligner, visible
-from llada_lightning.generation.ink import shade
+from llada_lightning.generation.pictures.alignment import MASKED, Aligner, visible
+from llada_lightning.generation.pictures.ink import shade
 from llada_lightning.generation.result import Snapshot
 
 BLOCK = "▒"
