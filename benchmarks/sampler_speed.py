@@ -95,11 +95,10 @@ def measure(lm: LanguageModel, judge: LanguageModel | None, arguments: argparse.
         kinds: list[tuple[str, dict[str, Any]]] = [(f"{name}, as released", {"compat": "llada"}), (name, {})]
         if block == BLOCK:
             kinds += [(f"{name}, {cache} cache", {"cache": cache}) for cache in ("prefix", "dual")]
-            kinds += (
-                [(f"{name}, dual cache, threshold {t}", {"cache": "dual", "threshold": t}) for t in (0.9, 0.7, 0.5)]
-                if arguments.llada
-                else []
-            )
+            if arguments.llada:
+                kinds.append((f"{name}, threshold 0.9", {"threshold": 0.9}))
+                for t in (0.9, 0.7, 0.5):
+                    kinds.append((f"{name}, dual cache, threshold {t}", {"cache": "dual", "threshold": t}))
         exact: list[list[int]] = []
         rows.append({"way": f"{name}, plain loop", "seconds": base, "speed": 1.0, "passes": arguments.steps})
         rows[-1]["judge"] = judged(judge, prompts_BP, plain_BA.tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import subprocess
@@ -19,6 +20,7 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     for line in block.strip().splitlines()
 ]
+PYTHON = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
 
 
 def recipe(target: str) -> list[str]:
@@ -49,14 +51,16 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] in COMMANDS
 
 
-def test_the_tour_by_hand(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tour_by_hand(checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every `llada` command in README's order: two runs by hand, a planned study, the published one."""
     tour = [line for line in COMMANDS if line.startswith("llada")]
     assert [line.split()[1] for line in tour] == [
         "prepare", "fit", "fit", "validate", "collect", "curves",
+        "generate", "generate", "generate", "generate", "chat", "score", "score", "score", "convert", "convert", "generate",
         "plan", "sweep", "sweep", "collect", "curves", "curves", "fit",
     ]  # fmt: skip
     said = {}
+    monkeypatch.setattr("sys.stdin", io.StringIO("def read(\n/exit\n"))  # what `llada chat` reads
     for line in tour:
         assert run_llada(line) == 0, capsys.readouterr().err
         said[line] = capsys.readouterr().out
@@ -70,6 +74,9 @@ def test_the_tour_by_hand(checkout: Path, capsys: pytest.CaptureFixture[str]) ->
         assert (runs / study / "scaling.png").stat().st_size > 10_000
         assert (runs / study / "fits.json").exists()
     assert (runs / "published" / "multiplier.png").exists()
+    assert "<html" in (runs / "tour" / "read.html").read_text()
+    exec(compile(PYTHON, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_the_quickstart_in_small(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
