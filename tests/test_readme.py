@@ -56,7 +56,8 @@ def test_the_tour_by_hand(checkout: Path, capsys: pytest.CaptureFixture[str], mo
     tour = [line for line in COMMANDS if line.startswith("llada")]
     assert [line.split()[1] for line in tour] == [
         "prepare", "fit", "fit", "validate", "collect", "curves",
-        "generate", "generate", "generate", "generate", "chat", "score", "score", "score", "convert", "convert", "generate",
+        "generate", "generate", "generate", "generate", "chat",
+        "score", "score", "score", "convert", "convert", "generate",
         "plan", "sweep", "sweep", "collect", "curves", "curves", "fit",
     ]  # fmt: skip
     said = {}
