@@ -19,23 +19,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from llada_lightning.checkpoints.run_folder import final_checkpoint, saved_identity
 from llada_lightning.cluster import agreed_launch
 from llada_lightning.command_line import one_line
 from llada_lightning.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
-from llada_lightning.phases import Phase, final_checkpoint, phases_of
+from llada_lightning.phases import Phase, phases_of
 from llada_lightning.scaling.results import read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.settings import Budget, Run, Wandb
 from llada_lightning.signals import LeaveRequest, leaving_at_a_steps_end, say
 from llada_lightning.training.callbacks.accounting import Accounting
-from llada_lightning.training.callbacks.checkpoints import (
-    AtomicCheckpointIO,
-    StepCheckpoints,
-    saved_identity,
-)
+from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoints
 from llada_lightning.training.callbacks.leaving import LeaveTogether
 from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
 from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress

@@ -1,19 +1,26 @@
 """Sharded checkpoints: folders that every process of a run wrote a part of, read as ordinary ones by a single process.
 
 The layout is Lightning's: tensors and optimizer settings in the format of ``torch.distributed.checkpoint``, and
-everything else in ``meta.pt``.
+everything else in ``meta.pt``. The library reads its index, and whatever is no tensor, as pickles that may run code;
+the reader here takes only what a checkpoint is made of.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 
 META = "meta.pt"
 """What is no tensor: step, loops, callbacks, identity."""
@@ -26,6 +33,75 @@ def is_sharded(path: Path) -> bool:
     return (path / META).is_file()
 
 
+class ShardReader(dcp.FileSystemReader):
+    """Reads the shards of a folder; the index once, and without running what a stranger put in it."""
+
+    _index: Metadata | None = None
+
+    def read_metadata(self, *arguments: Any, **keywords: Any) -> Metadata:
+        """The index of the tensors and of the bytes that the shards hold.
+
+        Raises:
+            pickle.UnpicklingError: it holds other objects than an index does.
+        """
+        if self._index is None:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                self._index = _IndexUnpickler(file).load()
+            if not isinstance(self._index, Metadata):
+                raise pickle.UnpicklingError(f"{type(self._index).__name__} is not an index")
+            self._index.storage_meta = self._index.storage_meta or StorageMeta()
+        return self._index
+
+    def tensor_shapes(self, part: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of each tensor of a part, such as ``state_dict``, by its name in the part."""
+        stored = self.read_metadata().state_dict_metadata
+        return {
+            key.removeprefix(f"{part}."): (tuple(entry.size), entry.properties.dtype)
+            for key, entry in stored.items()
+            if key.startswith(f"{part}.") and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def read_tensor(self, part: str, name: str) -> torch.Tensor:
+        """One tensor, whole, on the CPU."""
+        stored = self.read_metadata().state_dict_metadata[f"{part}.{name}"]
+        assert isinstance(stored, TensorStorageMetadata)
+        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+        self.fill({f"{part}.{name}": tensor})
+        return tensor
+
+    def fill(self, flat: dict[str, Any]) -> None:
+        """Reads, in place, the value of each full name; a tensor's room is given."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*torch.distributed is disabled.*")  # as asked
+            dcp.load(flat, storage_reader=self, planner=_Planner(), no_dist=True)
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    _OTHERS = {  # noqa: RUF012 (read only)
+        ("torch", "Size"): torch.Size,
+        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
+        ("pathlib", "PosixPath"): Path,  # where it was written; for the record, and never opened
+        ("pathlib._local", "PosixPath"): Path,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._OTHERS:
+            return self._OTHERS[module, name]
+        found = getattr(torch if module == "torch" else dcp_metadata, name, None)
+        if module == "torch" and isinstance(found, torch.dtype):
+            return found
+        if module == dcp_metadata.__name__ == getattr(found, "__module__", None) and isinstance(found, type):
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name} is not a part of an index")
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        # Nothing but plain values and tensors; flat keys are their own paths.
+        self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
 def read_sharded(folder: Path) -> dict[str, Any]:
     """A sharded checkpoint as the file that one process would have written: whole tensors, moments by number.
 
@@ -36,7 +112,7 @@ def read_sharded(folder: Path) -> dict[str, Any]:
         What Lightning's checkpoint files hold, on the CPU. Nothing is exchanged with other processes.
     """
     checkpoint: dict[str, Any] = torch.load(folder / META, weights_only=True, map_location="cpu")
-    reader = dcp.FileSystemReader(folder)
+    reader = ShardReader(folder)
     metadata = reader.read_metadata()
     flat: dict[str, Any] = {
         key: torch.empty(stored.size, dtype=stored.properties.dtype)
@@ -44,7 +120,7 @@ def read_sharded(folder: Path) -> dict[str, Any]:
         else None
         for key, stored in metadata.state_dict_metadata.items()
     }
-    dcp.load(flat, storage_reader=reader, no_dist=True)
+    reader.fill(flat)
     weights: dict[str, torch.Tensor] = {}
     optimizers: dict[str, tuple[dict[str, Any], dict[int, Any]]] = {}
     for key, (part, *path) in metadata.planner_data.items():
