@@ -18,9 +18,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
+
+from llada_lightning.errors import UserError
 
 META = "meta.pt"
 """What is no tensor: step, loops, callbacks, identity."""
@@ -70,10 +73,21 @@ class ShardReader(dcp.FileSystemReader):
         return tensor
 
     def fill(self, flat: dict[str, Any]) -> None:
-        """Reads, in place, the value of each full name; a tensor's room is given."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*torch.distributed is disabled.*")  # as asked
-            dcp.load(flat, storage_reader=self, planner=_Planner(), no_dist=True)
+        """Reads, in place, the value of each full name; a tensor's room is given.
+
+        Raises:
+            UserError: a shard is missing or damaged, or holds other things than plain values and tensors.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*torch.distributed is disabled.*")  # as asked
+                dcp.load(flat, storage_reader=self, planner=_Planner(), no_dist=True)
+        except CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise UserError(
+                f"checkpoint '{self.path}' is damaged ({type(cause).__name__}: {str(cause).splitlines()[0]}); copy it "
+                "again, or take another one"
+            ) from cause
 
 
 class _IndexUnpickler(pickle.Unpickler):
