@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from llada_lightning.checkpoints import description as ours
 from llada_lightning.checkpoints import hugging_face
@@ -74,13 +75,16 @@ def convert(
     names = layout.names(description.shape.n_layers)
     weights = {names[name]: weight for name, weight in model.weights.items()}
     stored_as = name_of(dtype or common_dtype(weights.values()))
-    with building(out) as partial:
-        files = write_folder(partial, weights, dtype, max_shard_bytes, progress)
-        write_json(partial / CONFIG_NAME, _config(model, to, stored_as))
-        for name, content in _companions(model, to).items():
-            (partial / name).write_bytes(content)
-        written = sorted(path.name for path in partial.iterdir())
-        size = sum((partial / file).stat().st_size for file in files)
+    try:
+        with building(out) as partial:
+            files = write_folder(partial, weights, dtype, max_shard_bytes, progress)
+            write_json(partial / CONFIG_NAME, _config(model, to, stored_as))
+            for name, content in _companions(model, to).items():
+                (partial / name).write_bytes(content)
+            written = sorted(path.name for path in partial.iterdir())
+            size = sum((partial / file).stat().st_size for file in files)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"'{out}' cannot be written ({error}); free space, or choose another folder") from error
     parameters = sum(weight.elements for weight in weights.values())
     return Written(len(weights), parameters, size, stored_as, written)
 

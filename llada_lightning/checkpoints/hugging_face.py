@@ -235,7 +235,7 @@ def is_tied(config: ConfigFile, has_head: bool) -> bool:
 
 
 def _refuse_head_dim(config: ConfigFile, d_model: int, n_heads: int) -> None:
-    if config.get("head_dim", d_model // n_heads) * n_heads != d_model:
+    if config.get("head_dim") is not None and config.whole("head_dim") * n_heads != d_model:
         raise config.mistake("head_dim", f"only d_model / n_heads = {d_model / n_heads:g} is supported")
 
 

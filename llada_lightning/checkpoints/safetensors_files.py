@@ -93,19 +93,16 @@ def write_folder(
         The files' names.
 
     Raises:
-        UserError: a value is too large for the type, or the folder cannot be written.
+        UserError: a value is too large for the type.
+        OSError, SafetensorError: the folder cannot be written.
     """
     shards = _shards(weights, dtype, max_shard_bytes)
     count = len(shards)
     names = [f"model-{n:05d}-of-{count:05d}.safetensors" if count > 1 else WEIGHTS_NAME for n in range(1, count + 1)]
     for file, shard in zip(names, shards, strict=True):
         tensors = {name: _converted(name, weights[name], dtype) for name in shard}
-        try:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library closes its files to others
-        except (SafetensorError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"'{folder}' cannot be written ({reason}); free space, or choose another folder") from error
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library closes its files to others
         progress(sum(tensor.nbytes for tensor in tensors.values()))
     if count > 1:
         total = sum(_bytes(weight, dtype) for weight in weights.values())
