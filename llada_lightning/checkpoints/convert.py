@@ -100,9 +100,10 @@ def _config(model: StoredModel, to: Target, dtype: str) -> dict[str, Any]:
 def _companions(model: StoredModel, to: Target) -> dict[str, bytes]:
     """Tokenizer, and the modelling code of a folder that names some."""
     files = {} if model.tokenizer is None else model.tokenizer.files_for(model.description)
-    code = {f"{place.split('.')[0]}.py" for place in model.auto_map.values()} if model.kind == to else set()
-    paths = [model.path / name for name in sorted(code)]
-    return {**files, **{path.name: path.read_bytes() for path in paths if path.is_file()}}
+    places = [place for place in model.auto_map.values() if isinstance(place, str)] if model.kind == to else []
+    code = {f"{place.split('.')[0]}.py" for place in places}
+    beside = {path.name: path for path in model.path.glob("*.py")} if code else {}
+    return {**files, **{name: path.read_bytes() for name, path in beside.items() if name in code}}
 
 
 def bytes_of(text: str) -> int:

@@ -228,10 +228,8 @@ def write_llama(description: Description, dtype: str) -> dict[str, Any]:
 
 def is_tied(config: ConfigFile, has_head: bool) -> bool:
     """Whether the output head is the embedding: as ``config.json`` says, else as the weights show."""
-    for key in ("weight_tying", "tie_word_embeddings"):
-        if key in config.values and (config.get("model_type"), key) != ("llada", "tie_word_embeddings"):
-            return bool(config.values[key])
-    return not has_head
+    tied = config.get("weight_tying" if config.get("model_type") == "llada" else "tie_word_embeddings")
+    return not has_head if tied is None else bool(tied)
 
 
 def _refuse_head_dim(config: ConfigFile, d_model: int, n_heads: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -51,7 +51,7 @@ class StoredModel:
     description: Description
     weights: dict[str, StoredTensor]
     tokenizer: TokenizerFiles | None
-    auto_map: dict[str, str] = field(default_factory=dict)
+    auto_map: dict[str, Any] = field(default_factory=dict)
 
 
 def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> StoredModel:
@@ -109,8 +109,9 @@ def _folder(folder: Path, given: TokenizerFiles | None) -> StoredModel:
     head = layout.names(description.shape.n_layers)["head.weight"]
     tied = kind != "llada" and hugging_face.is_tied(config, has_head=head in stored)
     weights = weights_of(stored, layout, _on_meta(description), str(folder), tied)
-    auto_map = config.get("auto_map", {})
-    return StoredModel(folder, kind, description, weights, _fitted(files, description, given), auto_map)
+    auto_map = config.get("auto_map")
+    code = auto_map if isinstance(auto_map, dict) else {}
+    return StoredModel(folder, kind, description, weights, _fitted(files, description, given), code)
 
 
 def _on_meta(description: Description) -> Transformer:

@@ -52,7 +52,7 @@ def read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], Map
             f"'{path}' is refused: it holds other things than weights, which may run code when they are read; give a "
             "checkpoint of llada fit, or a folder with safetensors"
         ) from error
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError, BadZipFile) as error:
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, BadZipFile) as error:
         raise UserError(
             f"'{path}' is not a checkpoint of llada fit, or is damaged; give a run's folder, one of its checkpoints, "
             "or a folder with config.json and safetensors"
