@@ -25,6 +25,8 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   sweep      run a sweep file on this machine, skipping what is done
   collect    run folders, W&B projects -> one table of results
   curves     table of results -> fits and figures
+  generate   text from a checkpoint, by any sampler; the process drawn
+  chat       a conversation with a checkpoint
   convert    a checkpoint -> an inference folder of ours, or Hugging Face LLaDA or Llama
 
   --version  print the version
@@ -119,6 +121,16 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return curves_command(args)
 
+    def generate(args: list[str]) -> int:
+        from llada_lightning.generation.terminal.generate_command import generate_command
+
+        return generate_command(args)
+
+    def chat(args: list[str]) -> int:
+        from llada_lightning.generation.terminal.chat_command import chat_command
+
+        return chat_command(args)
+
     def convert(args: list[str]) -> int:
         from llada_lightning.checkpoints.convert_command import convert_command
 
@@ -131,6 +143,8 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
         "sweep": sweep,
         "collect": collect,
         "curves": curves,
+        "generate": generate,
+        "chat": chat,
         "convert": convert,
     }
 

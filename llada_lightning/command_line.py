@@ -12,6 +12,8 @@ from rich.console import Console
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json
 
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\f": "\f", r"\0": "\0"}
+
 
 class CommandParser(ArgumentParser):
     """A parser whose errors are UserErrors of one line.
@@ -55,6 +57,13 @@ def one_line(message: str, command: str) -> str:
 def people_console(*, stderr: bool = False) -> Console:
     """A console for tables and progress: on stdout for results, on stderr for what passes by."""
     return Console(stderr=stderr)
+
+
+def unescaped(text: str) -> str:
+    r"""The text that an option means: a shell hands on ``\n`` as two characters."""
+    for written, meant in _ESCAPES.items():
+        text = text.replace(written, meant)
+    return text
 
 
 def add_json(parser: CommandParser) -> None:

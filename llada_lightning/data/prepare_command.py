@@ -7,10 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from llada_lightning.command_line import CommandParser, people_console
+from llada_lightning.command_line import CommandParser, people_console, unescaped
 from llada_lightning.data.manifest import Manifest
-
-_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\f": "\f", r"\0": "\0"}
 
 
 def prepare_parser() -> CommandParser:
@@ -69,11 +67,8 @@ def prepare_command(args: list[str]) -> int:
     """
     options = vars(prepare_parser().parse_args(args))
     as_json, quiet = options.pop("json"), options.pop("quiet")
-    separator = options["document_separator"]
-    if separator is not None:
-        for written, meant in _ESCAPES.items():  # a shell hands on \n as two characters
-            separator = separator.replace(written, meant)
-        options["document_separator"] = separator
+    if options["document_separator"] is not None:
+        options["document_separator"] = unescaped(options["document_separator"])
     from llada_lightning.data.prepare import prepare  # after the parser, so that --help answers at once
 
     manifest = prepare(**options, progress=not quiet)

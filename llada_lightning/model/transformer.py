@@ -18,6 +18,7 @@ from llada_lightning.model.rope import apply_rope, rope_tables
 from llada_lightning.scaling.shapes import Shape
 
 NORM_EPS = 1e-5
+ALL = slice(None)
 
 
 class Attention(nn.Module):
@@ -41,9 +42,11 @@ class Attention(nn.Module):
         causal: bool,
         mask: Tensor | None,
         cache: KeyValueCache | None = None,
+        queries: slice = ALL,
     ) -> Tensor:
-        q, k, v = (self._heads(projection(x_BLD)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        k, v = (self._heads(projection(x_BLD)) for projection in (self.k_proj, self.v_proj))
+        q = self._heads(self.q_proj(x_BLD[:, queries]))
+        q, k = apply_rope(q, *(table[..., queries, :] for table in rope)), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         grouped = self.grouped
@@ -91,8 +94,9 @@ class Block(nn.Module):
         causal: bool,
         mask: Tensor | None,
         cache: KeyValueCache | None = None,
+        queries: slice = ALL,
     ) -> Tensor:
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rope, causal, mask, cache)
+        x_BLD = x_BLD[:, queries] + self.attention(self.attention_norm(x_BLD), rope, causal, mask, cache, queries)
         return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD))
 
 
@@ -122,6 +126,7 @@ class Transformer(nn.Module):
         attention_mask_BL: Tensor | None = None,
         positions_BL: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        queries: slice = ALL,
     ) -> Tensor:
         """The normalised residual stream before the output head.
 
@@ -134,10 +139,13 @@ class Transformer(nn.Module):
                 the cache is written.
             cache: keys and values of other positions to attend to; those of ``tokens_BL`` are written at its
                 ``position``.
+            queries: the positions whose result is wanted; the last block computes no other. Not where causal.
 
         Returns:
-            (B, L, D) in the parameters' type; ``head`` makes logits of any selection of its rows.
+            (B, L, D), or as many positions as wanted, in the parameters' type; ``head`` makes logits of any selection
+            of its rows.
         """
+        assert queries == ALL or not causal, "which keys a query sees is said for all queries"
         length = tokens_BL.shape[1]
         start = 0 if cache is None else cache.position
         keys = length if cache is None else cache.keys_after(length)
@@ -151,9 +159,10 @@ class Transformer(nn.Module):
         if attention_mask_BL is None and causal and start > 0:
             attention_mask_BL = torch.ones(1, keys, dtype=torch.bool, device=tokens_BL.device)
         mask = None if attention_mask_BL is None else attention_pattern(attention_mask_BL, causal, start)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x_BLD = block(x_BLD, rope, causal, mask, cache)
-        return self.norm(x_BLD)
+        return self.norm(last(x_BLD, rope, causal, mask, cache, queries))
 
     def forward(self, tokens_BL: Tensor, *, causal: bool, attention_mask_BL: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) of every position; arguments as in :meth:`hidden`."""

@@ -1,0 +1,1 @@
+"""`llada generate` and `llada chat`."""

@@ -1,0 +1,89 @@
+"""What cannot be, said in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llada_lightning.errors import UserError
+from llada_lightning.generation import generate
+from sampler_toys import MASK, WORDS, random_model
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("llada", {"length": 0}, "length: 0 given"),
+    ("llada", {"length": 2.5}, "length: 2.5 given"),
+    ("llada", {"steps": 0}, "steps: 0 given"),
+    ("llada", {"block_length": 5}, "the nearest lengths are 30 and 35"),
+    ("llada", {"block_length": 64}, "the nearest lengths are 64"),
+    ("llada", {"block_length": 8, "steps": 30}, "the nearest are 28 and 32"),
+    ("llada", {"block_length": 8, "steps": 3}, "the nearest are 4"),
+    ("llada", {"strategy": "beam"}, "'beam' is not known; choose from diffusion"),
+    ("llada", {"remasking": "high"}, "remasking: 'high'"),
+    ("llada", {"cache": "big"}, "cache: 'big'"),
+    ("llada", {"cache": "kv"}, "prefix and dual"),
+    ("llada", {"temperature": -1.0}, "temperature: -1.0"),
+    ("llada", {"temperature": float("nan")}, "temperature: nan"),
+    ("llada", {"top_k": 0}, "top_k: 0"),
+    ("llada", {"top_p": 1.5}, "top_p: 1.5"),
+    ("llada", {"cfg_scale": -0.5}, "cfg_scale: -0.5"),
+    ("llada", {"threshold": 0.0}, "threshold: 0.0"),
+    ("llada", {"threshold": 0.9, "steps": 8}, "leave one away"),
+    ("llada", {"threshold": 0.9, "remasking": "entropy"}, "an entropy has not"),
+    ("llada", {"threshold": 0.9, "remasking": "random"}, "knows no confidence"),
+    ("llada", {"zero_eos_confidence": True, "remasking": "random_count"}, "knows no confidence"),
+    ("llada", {"stop": [""]}, "stop: an empty string"),
+    ("llada", {"strategy": "autoregressive", "block_length": 4}, "one token at a time"),
+    ("llada", {"strategy": "autoregressive", "steps": 4}, "takes 32"),
+    ("llada", {"compat": "gpt"}, "compat: 'gpt'"),
+    ("llada", {"compat": "llada", "top_k": 3}, "has no such thing"),
+    ("llada", {"compat": "llada", "cache": "dual"}, "has no such thing"),
+    ("llada", {"compat": "llada", "remasking": "margin"}, "has no such thing"),
+    ("llada", {"compat": "llada", "strategy": "block_diffusion"}, "has no such thing"),
+    ("llada", {"length": 126}, "set length to at most 125"),
+    ("arm", {"strategy": "diffusion"}, "is an arm"),
+    ("arm", {"cfg_scale": 1.0}, "is an arm"),
+    ("arm", {"steps": 7}, "steps: 7 given; autoregressive sampling takes 32"),
+    ("arm", {"remasking": "random"}, "is an arm"),
+    ("arm", {"cache": "dual"}, "is an arm"),
+    ("arm", {"compat": "llada"}, "is an arm"),
+]
+
+
+@pytest.mark.parametrize(("objective", "settings", "words"), BAD, ids=lambda x: str(x))
+def test_settings_that_cannot_be(objective: str, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        generate(random_model(objective), [[5, 6, 7]], **{"length": 32, **settings})
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "words"),
+    [
+        ([[5, MASK]], {}, "prompt 0: holds [MASK] (id 1) 1 times"),
+        ([[5], [WORDS]], {}, f"prompt 1: token {WORDS} is outside"),
+        ([[-1]], {}, "token -1 is outside"),
+        ([[5]], {"infill": True}, "holds no [MASK]"),
+        ([[MASK]], {"infill": True, "block_length": 1}, "all gaps of a text together"),
+        ([[MASK]], {"infill": True, "cache": "dual"}, "cache 'dual'"),
+        ([[MASK]], {"infill": True, "strategy": "block_diffusion"}, "strategy 'block_diffusion'"),
+        ([[MASK] * 200], {"infill": True}, "more than the 128"),
+        ([], {}, "none given"),
+        ("text", {}, "has no tokenizer"),
+        ([[5]], {"attention_mask": torch.ones(1, 1)}, "no tensor"),
+        (torch.ones(1, 2, dtype=torch.int64), {"attention_mask": torch.ones(1, 1)}, "shape (1, 1)"),
+    ],
+    ids=str,
+)
+def test_prompts_that_cannot_be(prompts: Any, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        generate(random_model(), prompts, **settings)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_prompts_of_every_form() -> None:
+    lm = random_model()
+    forms: list[Any] = [[5, 6, 7], [[5, 6, 7]], torch.tensor([5, 6, 7]), torch.tensor([[5, 6, 7]]), ([5, 6, 7],)]
+    answers = [generate(lm, form, length=8).tokens for form in forms]
+    assert all(answer == answers[0] for answer in answers)

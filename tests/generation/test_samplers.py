@@ -1,0 +1,244 @@
+"""The samplers: batches, blocks, ends of answers, gaps, guidance, caches, what the result says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from llada_lightning.generation import Snapshot, generate
+from sampler_toys import EOS, MASK, ScriptedPredictor, letters, random_model, toy
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [4] * 12, []]
+LLADA_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"steps": 8},
+    {"block_length": 4, "steps": 8, "temperature": 1.0},
+    {"remasking": "random", "temperature": 1.0},
+    {"remasking": "random_count", "steps": 8},
+    {"remasking": "margin", "steps": 8},
+    {"remasking": "entropy", "temperature": 0.7, "top_k": 5},
+    {"threshold": 0.2},
+    {"threshold": 0.2, "block_length": 4, "cache": "dual", "cfg_scale": 0.5},
+    {"cfg_scale": 1.0, "temperature": 1.0, "top_p": 0.8},
+    {"block_length": 4, "cache": "prefix"},
+    {"strategy": "block_diffusion", "block_length": 4, "steps": 8},
+    {"strategy": "block_diffusion", "block_length": 4, "cache": "dual", "temperature": 0.8},
+    {"strategy": "autoregressive", "temperature": 1.0},
+    {"zero_eos_confidence": True, "temperature": 1.0},
+]
+ARM_SETTINGS: list[dict[str, Any]] = [{}, {"temperature": 1.0}, {"cache": "none"}, {"temperature": 0.9, "top_k": 4}]
+CASES = [("llada", settings) for settings in LLADA_SETTINGS] + [("arm", settings) for settings in ARM_SETTINGS]
+each = pytest.mark.parametrize(("objective", "settings"), CASES, ids=lambda x: str(x))
+
+
+@each
+def test_an_answer_does_not_depend_on_the_rest_of_the_batch(objective: str, settings: dict[str, Any]) -> None:
+    lm = random_model(objective)
+    together = generate(lm, PROMPTS, length=16, **settings)
+    in_pairs = generate(lm, PROMPTS, length=16, batch_size=2, **settings)
+    assert (together.tokens, together.step_of_token) == (in_pairs.tokens, in_pairs.step_of_token)
+    for i, prompt in enumerate(PROMPTS):
+        alone = generate(lm, [prompt], length=16, first=i, **settings)
+        assert alone.tokens[0] == together.tokens[i]
+        assert alone.step_of_token[0] == together.step_of_token[i]
+        assert alone.confidence[0] == pytest.approx(together.confidence[i], rel=1e-3)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("objective", ["llada", "arm"])
+def test_padded_tensors_are_the_lists_they_hold(objective: str, side: str) -> None:
+    lm, longest = random_model(objective), max(map(len, PROMPTS))
+    rows, mask = [], []
+    for prompt in PROMPTS:
+        gap = [3] * (longest - len(prompt))
+        rows.append(gap + prompt if side == "left" else prompt + gap)
+        mask.append([0] * len(gap) + [1] * len(prompt) if side == "left" else [1] * len(prompt) + [0] * len(gap))
+    padded = generate(lm, torch.tensor(rows), attention_mask=torch.tensor(mask), length=16)
+    assert padded.tokens == generate(lm, PROMPTS, length=16).tokens
+    assert padded.prompts == PROMPTS
+
+
+@each
+def test_what_a_result_says(objective: str, settings: dict[str, Any]) -> None:
+    seen: list[Snapshot] = []
+    result = generate(random_model(objective), PROMPTS, length=16, on_step=seen.append, **settings)
+    assert result.text is None and result.seconds > 0
+    assert result.tokens_per_second == sum(map(len, result.tokens)) / result.seconds
+    for tokens, steps, confidence, finish in zip(
+        result.tokens, result.step_of_token, result.confidence, result.finish, strict=True
+    ):
+        assert MASK not in tokens and len(tokens) == len(steps) == len(confidence) <= 16
+        assert all(1 <= step <= result.steps for step in steps) and all(0 < p <= 1 for p in confidence)
+        assert (finish == "eos") == (tokens[-1] == EOS) and EOS not in tokens[:-1]
+        assert finish == "eos" or len(tokens) == 16
+    assert result.forward_passes == len(seen) <= result.steps
+    for before, after in pairwise(seen):
+        assert before.step < after.step
+        pairs = zip(before.step_of_token[0], before.tokens[0], after.tokens[0], strict=True)
+        assert all(old == new for step, old, new in pairs if step >= 0)
+    final = [row[: len(tokens)] for row, tokens in zip(seen[-1].tokens, result.tokens, strict=True)]
+    assert final == result.tokens
+
+
+def test_guidance_of_zero_is_none_and_more_is_not() -> None:
+    lm = random_model()
+    plain, zero, strong = (generate(lm, PROMPTS[:3], length=16, cfg_scale=w).tokens for w in (0.0, 0, 3.0))
+    assert plain == zero != strong
+
+
+def test_guided_batches_of_other_lengths_equal_single_prompts_without_padding() -> None:
+    lm = random_model()
+    together = generate(lm, PROMPTS[:3], length=16, cfg_scale=1.5, steps=4)
+    for i, prompt in enumerate(PROMPTS[:3]):
+        assert generate(lm, torch.tensor([prompt]), length=16, cfg_scale=1.5, steps=4).tokens[0] == together.tokens[i]
+
+
+def test_one_step_a_block_needs_no_guess_of_a_cache() -> None:
+    """A cache is filled by the first pass over a block: with one step a block it changes nothing."""
+    lm = random_model()
+    exact = generate(lm, PROMPTS, length=16, block_length=4, steps=4)
+    for cache in ("prefix", "dual"):
+        assert generate(lm, PROMPTS, length=16, block_length=4, steps=4, cache=cache).tokens == exact.tokens  # type: ignore[arg-type]
+
+
+def test_a_cache_reads_less_and_is_an_approximation() -> None:
+    lm = random_model()
+    exact, prefix, dual = (
+        generate(lm, PROMPTS, length=32, block_length=8, cache=cache, cfg_scale=0.5)
+        for cache in ("none", "prefix", "dual")  # type: ignore[arg-type]
+    )
+    assert exact.forward_passes == prefix.forward_passes == dual.forward_passes == 32
+    assert prefix.tokens != exact.tokens != dual.tokens
+    assert (exact.cache, prefix.cache, dual.cache) == ("none", "prefix", "dual")
+
+
+def test_a_key_value_cache_is_exact() -> None:
+    lm = random_model("arm")
+    for settings in ({}, {"temperature": 1.0}):
+        with_cache, without = (generate(lm, PROMPTS, length=24, cache=c, **settings) for c in ("kv", "none"))  # type: ignore[arg-type]
+        assert with_cache.tokens == without.tokens
+
+
+def test_pure_diffusion_counts_of_algorithm_5() -> None:
+    result = generate(random_model(), [[5, 6]], length=10, steps=4, zero_eos_confidence=True)
+    assert sorted(result.step_of_token[0]) == [1] * 2 + [2] * 3 + [3] * 2 + [4] * 3  # floor(10 i / 4)
+
+
+def test_blocks_are_filled_from_left_to_right() -> None:
+    for strategy in ("diffusion", "block_diffusion"):
+        result = generate(random_model(), [[9]], length=12, block_length=4, steps=6, strategy=strategy)  # type: ignore[arg-type]
+        blocks = [{(step - 1) // 2 for step in result.step_of_token[0][i : i + 4]} for i in range(0, 12, 4)]
+        assert blocks == [{0}, {1}, {2}]
+
+
+def test_a_growing_answer_does_not_see_what_is_not_there_yet() -> None:
+    """The first block of a growing answer is that of an answer of one block."""
+    lm = random_model()
+    growing = generate(lm, PROMPTS, length=16, block_length=4, strategy="block_diffusion")
+    short = generate(lm, PROMPTS, length=4)
+    fixed = generate(lm, PROMPTS, length=16, block_length=4)
+    assert [row[:4] for row in growing.tokens] == short.tokens != [row[:4] for row in fixed.tokens]
+
+
+def test_a_threshold_takes_what_is_sure_and_at_least_one() -> None:
+    model = ScriptedPredictor([(2, 0.95), (3, 0.5), (4, 0.97), (5, 0.6)], prompt_length=1)
+    result = generate(toy(model), [[7]], length=4, threshold=0.9)
+    assert result.tokens == [[2, 3, 4, 5]]
+    assert result.step_of_token == [[1, 3, 1, 2]] and result.forward_passes == 3
+    assert result.confidence[0] == pytest.approx([0.95, 0.5, 0.97, 0.6], rel=1e-5)
+
+
+def test_margin_and_entropy_have_orders_of_their_own() -> None:
+    first = torch.tensor([0.5, 0.49, 0.01]).log()
+    second = torch.tensor([0.4, 0.3, 0.3]).log()
+
+    class Two(ScriptedPredictor):
+        def log_probabilities(self, row: list[int]) -> torch.Tensor:
+            logs = torch.full((2, 8), -torch.inf)
+            logs[0, 2:5], logs[1, 2:5] = first, second
+            return logs[: len(row)]
+
+    orders = {}
+    for remasking in ("low_confidence", "margin", "entropy"):
+        orders[remasking] = generate(toy(Two([], 0)), [[]], length=2, remasking=remasking).step_of_token[0]  # type: ignore[arg-type]
+    assert orders == {"low_confidence": [1, 2], "margin": [2, 1], "entropy": [1, 2]}
+
+
+ENDING = [(2, 0.9), (3, 0.8), (EOS, 0.7), (4, 0.6), (EOS, 0.95), (6, 0.5)]
+
+
+def test_tokens_behind_eos_are_discarded_and_not_waited_for() -> None:
+    result = generate(toy(ScriptedPredictor(ENDING, 0), letters()), [[]], length=6)
+    assert result.tokens == [[2, 3, EOS]] and result.text == ["ab"] and result.finish == ["eos"]
+    assert result.forward_passes == 4  # the last EOS, a, b, the first EOS
+
+
+def test_a_growing_answer_ends_with_the_block_that_holds_eos() -> None:
+    model = ScriptedPredictor(ENDING, 0)
+    result = generate(toy(model), [[]], length=6, block_length=3, strategy="block_diffusion")
+    assert result.tokens == [[2, 3, EOS]] and result.forward_passes == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-3])
+def test_eos_is_taken_last_at_any_temperature(temperature: float) -> None:
+    script = [(EOS, 0.99), (2, 0.5), (3, 0.6)]
+    plain = generate(toy(ScriptedPredictor(script, 0)), [[]], length=3, temperature=temperature)
+    late = generate(
+        toy(ScriptedPredictor(script, 0)), [[]], length=3, temperature=temperature, zero_eos_confidence=True
+    )
+    assert plain.step_of_token == [[1]] and late.step_of_token == [[3]]
+
+
+def test_stop_strings_end_an_answer() -> None:
+    script = [(2, 0.9), (3, 0.8), (4, 0.7), (5, 0.6), (6, 0.5), (7, 0.4)]
+    for settings in ({}, {"block_length": 3}, {"strategy": "autoregressive"}):
+        lm = toy(ScriptedPredictor(script, 0), letters())
+        result = generate(lm, [[]], length=6, stop=["xyz", "bc"], **settings)  # type: ignore[arg-type]
+        assert result.text == ["a"] and result.tokens == [[2, 3, 4]] and result.finish == ["stop"]
+        assert result.forward_passes == (6 if not settings else 3)
+    lm = toy(ScriptedPredictor(script, prompt_length=1), letters())
+    assert generate(lm, "f", length=6, stop="zz").finish == ["length"]
+
+
+def test_gaps_anywhere_are_filled_and_nothing_else_is_touched() -> None:
+    lm, texts = random_model(), [[5, MASK, MASK, 6, 7], [MASK] * 4 + [8, 9], [10, MASK] * 9]
+    for settings in ({}, {"temperature": 1.0}, {"steps": 3}, {"remasking": "random"}, {"threshold": 0.3}):
+        result = generate(lm, texts, infill=True, **settings)  # type: ignore[arg-type]
+        for i, text in enumerate(texts):
+            assert [a for a, b in zip(result.tokens[i], text, strict=True) if b != MASK] == [
+                x for x in text if x != MASK
+            ]
+            assert MASK not in result.tokens[i]
+            assert [step == 0 for step in result.step_of_token[i]] == [token != MASK for token in text]
+            assert generate(lm, [text], infill=True, first=i, **settings).tokens[0] == result.tokens[i]  # type: ignore[arg-type]
+
+
+def test_gaps_in_words() -> None:
+    model = ScriptedPredictor([(2, 0.9), (3, 0.9), (4, 0.9), (5, 0.9)], 0)
+    result = generate(toy(model, letters()), "a[MASK][MASK]f", infill=True)
+    assert result.text == ["abcf"] and result.step_of_token[0][0] == result.step_of_token[0][3] == 0
+
+
+def test_mask_is_never_drawn() -> None:
+    script = [(MASK, 0.9)] * 4
+    for settings in ({}, {"temperature": 5.0}, {"strategy": "autoregressive"}):
+        assert MASK not in generate(toy(ScriptedPredictor(script, 0)), [[]], length=4, **settings).tokens[0]  # type: ignore[arg-type]
+    arm = replace(random_model("arm"), mask_token_id=20)
+    assert all(20 not in row for row in generate(arm, PROMPTS, length=40, temperature=3.0).tokens)
+
+
+def test_seeds_draw_other_answers() -> None:
+    lm, settings = random_model(), {"length": 16, "temperature": 1.0}
+    first, again, other = (generate(lm, PROMPTS, seed=seed, **settings).tokens for seed in (1, 1, 2))  # type: ignore[arg-type]
+    assert first == again != other
+    same = generate(lm, [PROMPTS[0]] * 3, **settings).tokens  # type: ignore[arg-type]
+    assert len(set(map(tuple, same))) == 3
+
+
+def test_steps_that_unmask_nothing_cost_nothing() -> None:
+    result = generate(random_model(), [[5]], length=4, steps=16, zero_eos_confidence=True)
+    assert result.forward_passes == 4 and result.step_of_token[0] != [1, 2, 3, 4]

@@ -1,0 +1,82 @@
+"""From logits to tokens: noise, nucleus, guidance, confidences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llada_lightning.generation.noise import NoiseByPrompt
+from llada_lightning.generation.tokens import confidence, draw_tokens, guide, likeliest, probability
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_gumbel_draws_follow_the_softmax_at_a_temperature(temperature: float) -> None:
+    draws = 40_000
+    noise = NoiseByPrompt(0, 0, 1, torch.device("cpu"))
+    gumbel = noise.gumbel(torch.zeros(draws, dtype=torch.int64), torch.zeros(draws, dtype=torch.int64), 5)
+    assert gumbel.dtype == torch.float64
+    seen = draw_tokens(LOGITS.expand(draws, -1), temperature, gumbel).bincount(minlength=5)
+    expected = draws * (LOGITS[0].double() / temperature).softmax(-1)
+    assert seen[4] == 0
+    assert float(((seen - expected)[:4] ** 2 / expected[:4]).sum()) < 16.3  # 3 degrees of freedom, p = 0.001
+
+
+def test_noise_belongs_to_seed_and_prompt() -> None:
+    def draw(seed: int, first: int, row: int, batch: int) -> list[float]:
+        rows = torch.tensor([row])
+        return NoiseByPrompt(seed, first, batch, torch.device("cpu")).gumbel(rows, rows, 4)[0].tolist()
+
+    assert draw(1, 0, 2, 3) == draw(1, 2, 0, 1)
+    assert len({tuple(draw(seed, first, 0, 1)) for seed in (1, 2) for first in (0, 1)}) == 4
+
+
+def test_noise_does_not_depend_on_how_much_is_drawn_at_once() -> None:
+    rows = torch.tensor([0, 0, 0, 1, 1])
+    whole = NoiseByPrompt(0, 0, 2, torch.device("cpu")).gumbel(rows, rows, 33)
+    noise = NoiseByPrompt(0, 0, 2, torch.device("cpu"))
+    parts = torch.cat([noise.gumbel(rows[:2], rows[:2], 33), noise.gumbel(rows[2:], rows[2:], 33)])
+    assert torch.equal(whole, parts)
+
+
+def allowed(top_k: int | None, top_p: float | None, temperature: float = 1.0) -> list[int]:
+    return likeliest(LOGITS, temperature, top_k, top_p)[0].isfinite().nonzero()[:, 0].tolist()
+
+
+def test_top_k_and_top_p_by_hand() -> None:
+    # p = 0.644, 0.237, 0.087, 0.032
+    assert allowed(None, None) == [0, 1, 2, 3]
+    assert allowed(2, None) == [0, 1]
+    assert allowed(None, 0.6) == [0] and allowed(None, 0.65) == [0, 1] and allowed(None, 0.9) == [0, 1, 2]
+    assert allowed(3, 0.99) == [0, 1, 2]
+    assert allowed(None, 0.6, temperature=10.0) == [0, 1, 2]  # flatter: the share needs more tokens
+
+
+def test_likeliest_keeps_the_order_of_unsorted_words() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 0.0, 4.9]])
+    assert likeliest(logits, 1.0, None, 0.7).isfinite().tolist() == [[False, True, False], [True, False, True]]
+
+
+@given(st.floats(0, 4), st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=2, max_size=6))
+def test_guidance_is_equation_16(w: float, pairs: list[tuple[float, float]]) -> None:
+    with_prompt, without = (
+        torch.tensor([column], dtype=torch.float64).log_softmax(-1) for column in zip(*pairs, strict=True)
+    )
+    ratio = with_prompt.exp() ** (1 + w) / without.exp() ** w
+    torch.testing.assert_close(guide(with_prompt, without, w).softmax(-1), ratio / ratio.sum())
+
+
+def test_confidences_by_hand() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.35, 0.25]]).log()
+    tokens = torch.tensor([0, 2])
+    p = probability(logits, tokens)
+    torch.testing.assert_close(p, torch.tensor([0.5, 0.25]))
+    torch.testing.assert_close(confidence(logits, p, "low_confidence"), p)
+    torch.testing.assert_close(confidence(logits, p, "margin"), torch.tensor([0.2, 0.05]))
+    entropy = -sum(x * math.log(x) for x in (0.5, 0.3, 0.2))
+    assert float(confidence(logits, p, "entropy")[0]) == pytest.approx(-entropy, rel=1e-5)
