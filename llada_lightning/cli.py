@@ -27,6 +27,7 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   curves     table of results -> fits and figures
   generate   text from a checkpoint, by any sampler; the process drawn
   chat       a conversation with a checkpoint
+  convert    a checkpoint -> an inference folder of ours, or Hugging Face LLaDA or Llama
 
   --version  print the version
 """
@@ -130,6 +131,11 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return chat_command(args)
 
+    def convert(args: list[str]) -> int:
+        from llada_lightning.checkpoints.convert_command import convert_command
+
+        return convert_command(args)
+
     return {
         "plan": plan,
         "launch": launch,
@@ -139,6 +145,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
         "curves": curves,
         "generate": generate,
         "chat": chat,
+        "convert": convert,
     }
 
 

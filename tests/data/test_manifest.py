@@ -18,6 +18,7 @@ from llada_lightning.data.manifest import (
     check_shards,
     data_fingerprint,
     read_manifest,
+    read_tokenizer_text,
 )
 from llada_lightning.errors import UserError
 
@@ -62,6 +63,11 @@ def test_read_from_a_remote_store() -> None:
     check_shards("memory://bucket/data", make_manifest())
     with pytest.raises(UserError, match=r"holds no manifest\.json"):
         read_manifest("memory://bucket/other")
+    with fsspec.open("memory://bucket/data/tokenizer.json", "w") as file:
+        file.write("a tokenizer")
+    assert read_tokenizer_text("memory://bucket/data") == "a tokenizer"
+    with pytest.raises(UserError, match=r"'memory://bucket/other' holds no tokenizer.json"):
+        read_tokenizer_text("memory://bucket/other")
     with pytest.raises(UserError, match="nonsense://bucket"):
         read_manifest("nonsense://bucket")
 
