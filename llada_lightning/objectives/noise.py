@@ -28,7 +28,7 @@ class Stream(IntEnum):
     MASK = 4
     VALIDATION_TIME = 5
     VALIDATION_MASK = 6
-    LIKELIHOOD = 7
+    LIKELIHOOD = 8
 
 
 def random_words(seed: int, stream: Stream, ordinal: int, count: int, sub_ordinal: int = 0) -> npt.NDArray[np.uint64]:
