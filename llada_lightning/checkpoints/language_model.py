@@ -90,6 +90,10 @@ class LanguageModel:
         """
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a prompt."""
+        return self.encode(text)
+
     def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens left out.
 

@@ -50,6 +50,7 @@ class Bound:
         self._ends_LL: tuple[FloatArray, FloatArray] | None = None  # log p of each token at l = 1 and at l = L
         self._exact_mean = 0.0 if self.length == 0 else None
         self._values: list[float] = []
+        self._all_planned = False
 
     @property
     def exact(self) -> bool:
@@ -69,13 +70,11 @@ class Bound:
     def score(self) -> Score:
         """The estimate as far as it is known."""
         values = self.values
-        if self.exact:
-            stderr = 0.0
-        else:
-            stderr = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        replicates = len(values)
+        sampled = float(values.std(ddof=1)) / math.sqrt(replicates) if replicates > 1 else math.nan
         return Score(
             mean=float(values.mean()),
-            stderr=float(stderr),
+            stderr=0.0 if self.exact else sampled,
             exact=self.exact,
             samples=self.samples,
             tokens=self.length,
@@ -93,7 +92,8 @@ class Bound:
         """(N, L) masks to score until ``samples`` are drawn, in whole rounds of as many as the first; N may be 0."""
         if self.exact:
             return np.empty((0, self.length), dtype=bool)
-        if self.enumerates and 2**self.length - 1 <= samples - self.samples:
+        self._all_planned = self.enumerates and 2**self.length - 1 <= samples - self.samples
+        if self._all_planned:
             return all_masks(self.length)
         masks = [] if self._ends_LL else [np.ones((1, self.length), dtype=bool)]
         if not self._ends_LL and self._both_ends:
@@ -115,12 +115,9 @@ class Bound:
         """
         assert not self.exact
         counts_N, sums_N = masks_NL.sum(axis=1), log_probs_NL.sum(axis=1)
-        if (
-            self.enumerates
-            and len(masks_NL) == 2**self.length - 1
-            and len(np.unique(masks_NL, axis=0)) == len(masks_NL)
-        ):
-            mean_by_count = [self.length / l * sums_N[counts_N == l].mean() for l in range(1, self.length + 1)]
+        if self._all_planned:
+            counts = range(1, self.length + 1)
+            mean_by_count = [self.length / count * sums_N[counts_N == count].mean() for count in counts]
             self._exact_mean = float(np.mean(mean_by_count))
             return
         if self._ends_LL is None:

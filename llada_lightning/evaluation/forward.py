@@ -92,6 +92,7 @@ class Scorer:
         targets_M = torch.from_numpy(np.concatenate([row.targets for row in rows])).to(device)
         branches = [tokens_BT]
         if self.cfg_scale:
+            assert self.lm.mask_token_id is not None
             prompts_B = np.array([row.prompt_length for row in rows])
             branches.append(np.where(np.arange(width) < prompts_B[:, None], self.lm.mask_token_id, tokens_BT))
         hidden_BTD = self.lm.model.hidden(

@@ -47,10 +47,10 @@ def log_likelihood(
         lm: the model.
         requests: pairs of ids: prompt, continuation.
         samples: masks that are drawn for each continuation; its exact ends come in addition, at most L + 1 passes.
-        target_stderr: nats; samples are doubled for each request until its standard error is no more. Stopping by an
-            estimated error makes it a little too small (by a few per cent with 16 replicates and more).
-        max_samples: where doubling ends, in whole multiples of ``samples``; by default 32 times as many. `Score.samples`
-            tells what was drawn, `Score.stderr` what was reached.
+        target_stderr: nats; samples are doubled for each request until its standard error is no more. An estimated error
+            by which sampling stops is a little too small on the average.
+        max_samples: where doubling ends, in whole multiples of ``samples``; by default 32 times as many.
+            `Score.samples` tells what was drawn, `Score.stderr` what was reached.
         exact: score all masks where that takes no more of them than the samples; without it they are always drawn.
         cfg_scale: w of unsupervised classifier-free guidance (Eq. 16); its unconditional branch has [MASK]s for a
             prompt. Only `llada` has it.
@@ -161,6 +161,7 @@ def _until_precise(
 
 
 def _masked_row(lm: LanguageModel, request: Request, mask_L: BoolArray) -> Row:
+    assert lm.mask_token_id is not None
     continuation_L = np.array(request.continuation)
     prompt = np.array(request.prompt, dtype=np.int64)
     return Row(

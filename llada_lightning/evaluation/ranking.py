@@ -124,10 +124,9 @@ def rank_candidates(
     with ScoringProgress(progress) as bar:
         scorer = Scorer(lm, cfg_scale, batch_tokens, bar)
         if lm.objective == "arm":
-            scores = exact_scores(scorer, [request for group in requests for request in group])
-            return [
-                _exact_ranking([scores[r] for r in group], size) for group, size in zip(requests, sizes, strict=True)
-            ]
+            known = exact_scores(scorer, [request for group in requests for request in group])
+            scores = [[known[request] for request in group] for group in requests]
+            return [_exact_ranking(*pair) for pair in zip(scores, sizes, strict=True)]
         bounds = {r: Bound(r, samples, seed) for group in requests for r in group}
         open_questions = [
             _Question([bounds[r] for r in group], size, list(range(len(group))))

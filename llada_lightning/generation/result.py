@@ -54,12 +54,14 @@ class Snapshot:
         step_of_token: as in :class:`Generation`; -1 where the token is still masked.
         step: steps done.
         steps: of the schedule.
+        first: number of the prompt that the first list belongs to, where prompts go in several batches.
     """
 
     tokens: list[list[int]]
     step_of_token: list[list[int]]
     step: int
     steps: int
+    first: int = 0
 
 
 Observer = Callable[[Snapshot], None]

@@ -28,6 +28,7 @@ class Stream(IntEnum):
     MASK = 4
     VALIDATION_TIME = 5
     VALIDATION_MASK = 6
+    GENERATION = 7
     LIKELIHOOD = 8
 
 

@@ -37,7 +37,7 @@ def masked_log_prob(
 ) -> float:
     """Sum of log p of the masked tokens of the answer: one sequence, all its logits, no padding."""
     tokens = [*prompt, *(MASK if i in masked else token for i, token in enumerate(answer))]
-    logits_LV = lm.logits(torch.tensor([tokens]))[0]
+    logits_LV = lm.logits(torch.tensor([tokens]))[0].clone()
     if cfg_scale:
         bare = [MASK] * len(prompt) + tokens[len(prompt) :]
         bare_LV = lm.logits(torch.tensor([bare]))[0]

@@ -1,0 +1,105 @@
+"""Prompts of every form to token ids, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from llada_lightning.checkpoints.language_model import LanguageModel
+from llada_lightning.errors import UserError
+
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
+
+
+def prompt_ids(
+    lm: LanguageModel, prompts: Prompts, attention_mask: Tensor | None = None, infill: bool = False
+) -> list[list[int]]:
+    """The ids of each prompt, padding taken off.
+
+    Args:
+        lm: whose tokenizer reads text.
+        prompts: a text, texts, ids of one prompt, ids of several, or a tensor (B, P).
+        attention_mask: (B, P), 0 or False where a tensor of prompts is padded, on either side.
+        infill: prompts hold [MASK]s; in a text its token, as the tokenizer spells it, stands for one masked token.
+
+    Raises:
+        UserError: an id is outside of the vocabulary, or [MASK] is where it must not be.
+    """
+    if isinstance(prompts, Tensor):
+        rows = _rows(prompts, attention_mask)
+    elif attention_mask is not None:
+        raise UserError("attention_mask: given with prompts that are no tensor; lists of ids need none")
+    elif isinstance(prompts, str):
+        rows = [_encode(lm, prompts, infill)]
+    elif prompts and all(isinstance(prompt, int) for prompt in prompts):
+        rows = [[int(token) for token in prompts]]  # type: ignore[arg-type]
+    else:
+        rows = [_encode(lm, p, infill) if isinstance(p, str) else [int(token) for token in p] for p in prompts]  # type: ignore[union-attr]
+    if not rows:
+        raise UserError("prompts: none given; give at least one")
+    for i, row in enumerate(rows):
+        _check(lm, row, i, infill)
+    return rows
+
+
+def _rows(prompts_BP: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    if prompts_BP.ndim == 1:
+        prompts_BP = prompts_BP[None]
+        attention_mask = None if attention_mask is None else attention_mask[None]
+    if attention_mask is None:
+        return [list(map(int, row)) for row in prompts_BP.tolist()]
+    if attention_mask.shape != prompts_BP.shape:
+        raise UserError(
+            f"attention_mask: shape {tuple(attention_mask.shape)} given for prompts of shape {tuple(prompts_BP.shape)}"
+        )
+    return [row[keep].tolist() for row, keep in zip(prompts_BP, attention_mask.bool(), strict=True)]
+
+
+def _encode(lm: LanguageModel, text: str, infill: bool) -> list[int]:
+    if not infill:
+        return lm.encode_prompt(text)
+    if lm.mask_token_id is None or lm.tokenizer is None:
+        return lm.encode(text)  # which says what is missing
+    # Text never becomes a special token: a gap is put between the pieces.
+    first, *others = text.split(str(lm.tokenizer.id_to_token(lm.mask_token_id)))
+    ids = lm.encode_prompt(first)
+    for piece in others:
+        ids += [lm.mask_token_id, *lm.encode(piece)]
+    return ids
+
+
+def _check(lm: LanguageModel, row: list[int], i: int, infill: bool) -> None:
+    outside = next((token for token in row if not 0 <= token < lm.model.vocab_size), None)
+    if outside is not None:
+        raise UserError(f"prompt {i}: token {outside} is outside of the vocabulary of {lm.model.vocab_size}")
+    gaps = row.count(lm.mask_token_id) if lm.mask_token_id is not None else 0
+    if gaps and not infill:
+        raise UserError(
+            f"prompt {i}: holds [MASK] (id {lm.mask_token_id}) {gaps} times; fill such gaps with infill, or take it out"
+        )
+    if infill and not gaps:
+        raise UserError(f"prompt {i}: holds no [MASK] (id {lm.mask_token_id}) to fill; put one for each missing token")
+
+
+def check_context(lm: LanguageModel, rows: list[list[int]], length: int) -> None:
+    """Refuse what is longer than anything that the model was trained on.
+
+    Raises:
+        UserError: says which prompt, and what length is left.
+    """
+    for i, row in enumerate(rows):
+        total = len(row) + length
+        if total > lm.context_length:
+            raise UserError(
+                f"prompt {i}: {len(row)} tokens and {length} of the answer are {total}, more than the "
+                f"{lm.context_length} that '{lm.name}' was trained on; shorten the prompt or set length to at most "
+                f"{max(0, lm.context_length - len(row))}"
+            )
+
+
+def as_batches(rows: list[Any], size: int | None) -> list[tuple[int, list[Any]]]:
+    """Batches of at most ``size`` in order, each with the number of its first row."""
+    size = size or len(rows)
+    return [(first, rows[first : first + size]) for first in range(0, len(rows), size)]
