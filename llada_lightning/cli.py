@@ -25,6 +25,7 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   sweep      run a sweep file on this machine, skipping what is done
   collect    run folders, W&B projects -> one table of results
   curves     table of results -> fits and figures
+  score      log-likelihood of continuations, multiple choice, perplexity of texts
 
   --version  print the version
 """
@@ -118,6 +119,11 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return curves_command(args)
 
+    def score(args: list[str]) -> int:
+        from llada_lightning.evaluation.score_command import score_command
+
+        return score_command(args)
+
     return {
         "plan": plan,
         "launch": launch,
@@ -125,6 +131,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
         "sweep": sweep,
         "collect": collect,
         "curves": curves,
+        "score": score,
     }
 
 

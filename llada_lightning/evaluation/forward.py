@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.evaluation.progress import ScoringProgress
+from llada_lightning.generation.tokens import guide
 from llada_lightning.objectives.losses import token_nll
 
 IntArray = npt.NDArray[np.int64]
@@ -113,5 +114,4 @@ class Scorer:
         logits_NMV = self.lm.model.head(hidden_NMD).float()
         if len(logits_NMV) == 1:
             return logits_NMV[0]
-        conditional_MV, unconditional_MV = logits_NMV
-        return unconditional_MV + (1 + self.cfg_scale) * (conditional_MV - unconditional_MV)
+        return guide(logits_NMV[0], logits_NMV[1], self.cfg_scale)

@@ -47,8 +47,8 @@ def log_likelihood(
         lm: the model.
         requests: pairs of ids: prompt, continuation.
         samples: masks that are drawn for each continuation; its exact ends come in addition, at most L + 1 passes.
-        target_stderr: nats; samples are doubled for each request until its standard error is no more. An estimated error
-            by which sampling stops is a little too small on the average.
+        target_stderr: nats; samples are doubled for each request until its standard error is no more. An estimated
+            error by which sampling stops is a little too small on the average.
         max_samples: where doubling ends, in whole multiples of ``samples``; by default 32 times as many.
             `Score.samples` tells what was drawn, `Score.stderr` what was reached.
         exact: score all masks where that takes no more of them than the samples; without it they are always drawn.

@@ -120,13 +120,13 @@ def rank_candidates(
         [check_request(lm, prompt, c, truncate, f"question {n}, candidate {k}") for k, c in enumerate(candidates)]
         for n, (prompt, candidates) in enumerate(questions)
     ]
-    sizes = [_sizes(lm, normalisation, n, group, byte_lengths) for n, group in enumerate(requests)]
+    sizes = candidate_sizes(lm, questions, normalisation, byte_lengths)
     with ScoringProgress(progress) as bar:
         scorer = Scorer(lm, cfg_scale, batch_tokens, bar)
         if lm.objective == "arm":
             known = exact_scores(scorer, [request for group in requests for request in group])
             scores = [[known[request] for request in group] for group in requests]
-            return [_exact_ranking(*pair) for pair in zip(scores, sizes, strict=True)]
+            return [rank_scores(*pair) for pair in zip(scores, sizes, strict=True)]
         bounds = {r: Bound(r, samples, seed) for group in requests for r in group}
         open_questions = [
             _Question([bounds[r] for r in group], size, list(range(len(group))))
@@ -154,33 +154,40 @@ def _exceeds(differences: FloatArray, chance: float) -> bool:
     return mean > float(student_t.isf(chance, len(differences) - 1)) * error
 
 
-def _exact_ranking(scores: list[Score], sizes: FloatArray) -> Ranking:
+def rank_scores(scores: list[Score], sizes: FloatArray) -> Ranking:
+    """The ranking of candidates as they are scored; settled only where every score is exact."""
     values = [score.mean / size for score, size in zip(scores, sizes.tolist(), strict=True)]
-    return Ranking(int(np.argmax(values)), True, scores, values)
+    return Ranking(int(np.argmax(values)), all(score.exact for score in scores), scores, values)
 
 
-def _sizes(
+def candidate_sizes(
     lm: LanguageModel,
+    questions: Sequence[Question],
     normalisation: Normalisation,
-    question: int,
-    candidates: Sequence[Request],
-    byte_lengths: Sequence[Sequence[int]] | None,
-) -> FloatArray:
-    """What the log-likelihood of each candidate is divided by."""
-    if not candidates:
-        raise UserError(f"question {question} has no candidates; give at least one")
-    if normalisation == "none":
-        return np.ones(len(candidates))
-    if normalisation == "token":
-        sizes = [len(candidate.continuation) for candidate in candidates]
-    elif normalisation == "byte":
-        given = byte_lengths[question] if byte_lengths is not None else None
-        sizes = list(given) if given else [len(lm.decode(list(c.continuation)).encode()) for c in candidates]
-    else:
+    byte_lengths: Sequence[Sequence[int]] | None = None,
+) -> list[FloatArray]:
+    """What the log-likelihood of each candidate of each question is divided by; arguments as :func:`rank_candidates`.
+
+    Raises:
+        UserError: no candidates; an empty one under a normalisation.
+    """
+    if normalisation not in NORMALISATIONS:
         raise UserError(f"normalisation is {normalisation!r}; choose from {', '.join(NORMALISATIONS)}")
-    if 0 in sizes:
-        raise UserError(
-            f"question {question}, candidate {sizes.index(0)} is empty, so nothing can be told per {normalisation}; "
-            "use normalisation 'none'"
-        )
-    return np.array(sizes, dtype=np.float64)
+    every = []
+    for n, (_, candidates) in enumerate(questions):
+        if not len(candidates):
+            raise UserError(f"question {n} has no candidates; give at least one")
+        sizes = [1] * len(candidates)
+        if normalisation == "token":
+            sizes = [len(candidate) for candidate in candidates]
+        elif normalisation == "byte" and byte_lengths is not None:
+            sizes = list(byte_lengths[n])
+        elif normalisation == "byte":
+            sizes = [len(lm.decode(list(candidate)).encode()) for candidate in candidates]
+        if 0 in sizes:
+            raise UserError(
+                f"question {n}, candidate {sizes.index(0)} is empty, so nothing can be told per {normalisation}; "
+                "use normalisation 'none'"
+            )
+        every.append(np.array(sizes, dtype=np.float64))
+    return every

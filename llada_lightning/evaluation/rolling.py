@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.likelihood import log_likelihood
+from llada_lightning.evaluation.ratio import ratio_and_stderr
 from llada_lightning.evaluation.requests import Ids
-from llada_lightning.objectives.bounds import clustered_mean_and_stderr
 
 
 @dataclass(frozen=True)
@@ -85,28 +83,25 @@ def rolling_log_likelihood(
         raise UserError("texts: they hold no token; give at least one document")
     requests = [(n, *pair) for n in kept for pair in _windows(texts_ids[n], window, stride)]
     scores = log_likelihood(lm, [(prompt, continuation) for _, prompt, continuation in requests], **options)
-    document_W = torch.tensor([n for n, _, _ in requests])
-    nats_W = -torch.tensor([score.mean for score in scores], dtype=torch.float64)
-    tokens_W = torch.tensor([score.tokens for score in scores])
-    # Per token: the ratio of sums over documents, whose error the cluster estimator knows.
-    mean, stderr = clustered_mean_and_stderr(
-        (nats_W / tokens_W).repeat_interleave(tokens_W), document_W.repeat_interleave(tokens_W)
-    )
-    tokens = int(tokens_W.sum())
+    nats = {n: 0.0 for n in kept}
+    for (n, _, _), score in zip(requests, scores, strict=True):
+        nats[n] -= score.mean
+    tokens = [len(texts_ids[n]) for n in kept]
+    mean, stderr = ratio_and_stderr(list(nats.values()), tokens)
     bits, bits_stderr, total_bytes = None, None, None
     if text_bytes is not None:
-        total_bytes = sum(text_bytes[n] for n in kept)
-        nats_D = torch.zeros(len(texts_ids), dtype=torch.float64).index_add_(0, document_W, nats_W)[kept]
-        bits, bits_stderr = _ratio(nats_D / math.log(2), torch.tensor([text_bytes[n] for n in kept]).double())
+        bytes_each = [text_bytes[n] for n in kept]
+        bits, bits_stderr = ratio_and_stderr([value / math.log(2) for value in nats.values()], bytes_each)
+        total_bytes = sum(bytes_each)
     return RollingScore(
         nats_per_token=mean,
         stderr=stderr,
-        monte_carlo_stderr=math.sqrt(sum(score.stderr**2 for score in scores)) / tokens,
+        monte_carlo_stderr=math.sqrt(sum(score.stderr**2 for score in scores)) / sum(tokens),
         perplexity=math.exp(mean) if mean < 700 else math.inf,
         bits_per_byte=bits,
         bits_per_byte_stderr=bits_stderr,
         kind="exact" if lm.objective == "arm" else "bound",
-        tokens=tokens,
+        tokens=sum(tokens),
         documents=len(kept),
         windows=len(requests),
         bytes=total_bytes,
@@ -120,14 +115,3 @@ def _windows(ids: Ids, window: int, stride: int) -> Iterator[tuple[Ids, Ids]]:
     yield ids[:0], ids[:window]
     for start in range(window, len(ids), stride):
         yield ids[start - (window - stride) : start], ids[start : start + stride]
-
-
-def _ratio(numerator_D: torch.Tensor, denominator_D: torch.Tensor) -> tuple[float, float]:
-    """A ratio of two sums over D documents and its linearised standard error (Cochran 1977, Sec. 6); NaN for one."""
-    ratio = numerator_D.sum() / denominator_D.sum()
-    documents = len(numerator_D)
-    if documents < 2:
-        return float(ratio), math.nan
-    deviation_D = numerator_D - ratio * denominator_D
-    variance = documents / (documents - 1) * (deviation_D / denominator_D.sum()).square().sum()
-    return float(ratio), math.sqrt(float(variance))
