@@ -24,7 +24,7 @@ from llada_lightning.evaluation.bound import Bound
 from llada_lightning.evaluation.forward import FloatArray, Scorer
 from llada_lightning.evaluation.likelihood import check_options, draw, exact_scores, waves
 from llada_lightning.evaluation.progress import ScoringProgress
-from llada_lightning.evaluation.requests import Ids, Request, Score, Truncation, check_request
+from llada_lightning.evaluation.requests import Ids, Score, Truncation, check_request
 
 Normalisation = Literal["none", "token", "byte"]
 NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)

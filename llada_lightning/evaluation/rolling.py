@@ -83,7 +83,7 @@ def rolling_log_likelihood(
         raise UserError("texts: they hold no token; give at least one document")
     requests = [(n, *pair) for n in kept for pair in _windows(texts_ids[n], window, stride)]
     scores = log_likelihood(lm, [(prompt, continuation) for _, prompt, continuation in requests], **options)
-    nats = {n: 0.0 for n in kept}
+    nats = dict.fromkeys(kept, 0.0)
     for (n, _, _), score in zip(requests, scores, strict=True):
         nats[n] -= score.mean
     tokens = [len(texts_ids[n]) for n in kept]

@@ -37,7 +37,7 @@ def choice_record(index: int, pair: Pair, ranking: Ranking) -> dict[str, Any]:
 
 
 def likelihood_summary(scores: Sequence[Score], byte_lengths: Sequence[int | None]) -> dict[str, Any]:
-    """Nats per token over all continuations; ``stderr`` is over requests, ``monte_carlo_stderr`` the sampling's part."""
+    """Nats per token over all continuations; ``stderr`` is over requests, ``monte_carlo_stderr`` is the masks'."""
     nats = [-score.mean for score in scores]
     tokens = [score.tokens for score in scores]
     per_token, stderr = ratio_and_stderr(nats, tokens)
