@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -151,7 +152,12 @@ def _exceeds(differences: FloatArray, chance: float) -> bool:
     if len(differences) == 1:  # both exact
         return mean > 0
     error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
-    return mean > float(student_t.isf(chance, len(differences) - 1)) * error
+    return mean > _quantile(chance, len(differences) - 1) * error
+
+
+@cache
+def _quantile(chance: float, degrees: int) -> float:
+    return float(student_t.isf(chance, degrees))
 
 
 def rank_scores(scores: list[Score], sizes: FloatArray) -> Ranking:

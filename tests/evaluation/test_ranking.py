@@ -92,7 +92,7 @@ def test_the_chance_of_a_wrong_winner_is_kept(monkeypatch: pytest.MonkeyPatch) -
             self.values = np.concatenate([self.values, own + common[len(self.values) : total]])
 
     wrong = settled = 0
-    trials, looks, confidence = 1500, 5, 0.9
+    trials, looks, confidence = 500, 5, 0.9
     for _ in range(trials):
         bounds = [Simulated(mean) for mean in truth]
         question = ranking._Question(bounds, np.ones(4), [0, 1, 2, 3])  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ def test_the_sum_of_its_windows(lm: Any) -> None:
     assert found.nats_per_token == pytest.approx(nats / 168)
     assert found.perplexity == pytest.approx(math.exp(nats / 168))
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / 520)
-    assert (found.tokens, found.documents, found.windows, found.window, found.context) == (168, 3, 5, 40, 10)
+    assert (found.tokens, found.documents, found.windows, found.window, found.context) == (168, 3, 6, 40, 10)
     assert found.kind == ("exact" if lm.objective == "arm" else "bound")
     spread = math.sqrt(sum(score.stderr**2 for score in scores)) / 168
     assert found.monte_carlo_stderr == pytest.approx(spread) and (spread == 0) == (lm.objective == "arm")
