@@ -5,7 +5,7 @@ the mean of f over l in 1..L and over the masks of l tokens. Four things make it
 
 1. *Enumeration.* Where all 2^L - 1 masks are no more than the samples, all are scored and nothing is left to chance.
 2. *Exact ends.* One mask has l = L, and L masks have l = 1: these l are scored in full and not drawn. (l = 1 where
-   L <= samples. Its f varies the most, because it tells of a single token.)
+   L is at most twice the samples. Its f varies the most, because it tells of a single token.)
 3. *A control variate.* How hard a token is varies more between tokens than between masks. The ends tell log p of each
    token with nothing seen (l = L) and with all else seen (l = 1); between them c_l(i) interpolates linearly in l. Only
    f(S) minus L / l times the sum of c_l over S is left to Monte Carlo; what was taken away has a known mean: the sum of
@@ -45,7 +45,7 @@ class Bound:
         self.request, self.seed, self.enumerates = request, seed, enumerate_masks
         self.length = len(request.continuation)
         self._first_samples, self._first_replicates = samples, min(samples, REPLICATES)
-        self._both_ends = self.length <= samples
+        self._both_ends = self.length <= 2 * samples
         self._inner = range(2 if self._both_ends else 1, self.length)
         self._ends_LL: tuple[FloatArray, FloatArray] | None = None  # log p of each token at l = 1 and at l = L
         self._exact_mean = 0.0 if self.length == 0 else None

@@ -46,7 +46,8 @@ def log_likelihood(
     Args:
         lm: the model.
         requests: pairs of ids: prompt, continuation.
-        samples: masks that are drawn for each continuation; its exact ends come in addition, at most L + 1 passes.
+        samples: masks that are drawn for each continuation; the masks of l = 1 (where there are no more than twice the
+            samples) and of l = L are scored in addition.
         target_stderr: nats; samples are doubled for each request until its standard error is no more. An estimated
             error by which sampling stops is a little too small on the average.
         max_samples: where doubling ends, in whole multiples of ``samples``; by default 32 times as many.
@@ -122,7 +123,7 @@ def waves(bounds: Sequence[Bound], samples: int) -> Iterator[list[Bound]]:
     wave: list[Bound] = []
     masks = 0
     for bound in sorted(bounds, key=lambda bound: -len(bound.request.prompt) - bound.length):
-        cost = samples + min(bound.length, samples) + 1
+        cost = samples + min(bound.length, 2 * samples) + 1
         if wave and masks + cost > _MASKS_AT_ONCE:
             yield wave
             wave, masks = [], 0

@@ -89,7 +89,7 @@ def rank_candidates(
     *,
     normalisation: Normalisation = "none",
     byte_lengths: Sequence[Sequence[int]] | None = None,
-    samples: int = 32,
+    samples: int = 16,
     max_samples: int = 1024,
     cfg_scale: float = 0.0,
     seed: int = 0,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llada_lightning.checkpoints.language_model import LanguageModel
     from llada_lightning.evaluation.pairs_file import Pair
 
-_FIXED_SAMPLES, _FIRST_SAMPLES, _MOST_SAMPLES = 128, 32, 1024
+_FIXED_SAMPLES, _FIRST_SAMPLES, _MOST_SAMPLES = 128, 16, 1024
 
 
 def score_parser() -> CommandParser:

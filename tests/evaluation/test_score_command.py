@@ -91,7 +91,7 @@ def test_choices_until_they_are_settled(run: Run, tmp_path: Path) -> None:
     _, stdout, _ = run("llada", "--pairs", path, "--json", "--confidence", "0.95")
     result = json.loads(stdout)
     assert result["settled"] == sum(row["settled"] for row in result["results"]) >= 4
-    assert result["results"][0]["choices"][1]["method"] == "enumerated"
+    assert result["results"][0]["choices"][0]["method"] == "one pass"
     _, table, _ = run("llada", "--pairs", path, "--confidence", "0.95")
     assert "settled at 0.95" in table and "accuracy" in table
     _, stdout, _ = run("arm", "--pairs", path, "--json", "--confidence", "0.95")
