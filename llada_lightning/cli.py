@@ -27,6 +27,7 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   curves     table of results -> fits and figures
   generate   text from a checkpoint, by any sampler; the process drawn
   chat       a conversation with a checkpoint
+  score      log-likelihood of continuations, multiple choice, perplexity of texts
   convert    a checkpoint -> an inference folder of ours, or Hugging Face LLaDA or Llama
 
   --version  print the version
@@ -136,6 +137,11 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return convert_command(args)
 
+    def score(args: list[str]) -> int:
+        from llada_lightning.evaluation.score_command import score_command
+
+        return score_command(args)
+
     return {
         "plan": plan,
         "launch": launch,
@@ -145,6 +151,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
         "curves": curves,
         "generate": generate,
         "chat": chat,
+        "score": score,
         "convert": convert,
     }
 
