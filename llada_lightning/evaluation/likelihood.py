@@ -174,9 +174,9 @@ def _masked_row(lm: LanguageModel, request: Request, mask_L: BoolArray) -> Row:
 
 
 def _causal_row(lm: LanguageModel, request: Request) -> Row:
-    start = () if lm.start_token_id is None else (lm.start_token_id,)
+    start: tuple[int, ...] = () if lm.start_token_id is None else (lm.start_token_id,)
     if not start and not request.prompt:  # the first token needs one before it
-        start = (*getattr(lm, "text_prefix_ids", ()), lm.eos_token_id)[:1]
+        start = (*lm.text_prefix_ids, lm.eos_token_id)[:1]
     tokens = np.array((*start, *request.prompt, *request.continuation[:-1]), dtype=np.int64)
     length = len(request.continuation)
     return Row(tokens, np.arange(len(tokens) - length, len(tokens)), np.array(request.continuation))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
+from llada_lightning.generation.terminal.options import add_model_options, load
 
 if TYPE_CHECKING:
     from llada_lightning.checkpoints.language_model import LanguageModel
@@ -23,12 +24,7 @@ def score_parser() -> CommandParser:
         prog="llada score",
         description="Log-likelihood in nats: exact for arm, the lower bound of Eq. 6 for llada.",
     )
-    parser.add_argument(
-        "checkpoint",
-        type=str,
-        metavar="CKPT",
-        help="run folder, .ckpt, folder of `llada convert`, or Hugging Face folder of LLaDA or Llama",
-    )
+    add_model_options(parser)
     what = parser.add_argument_group("what is scored", "one of the two")
     what.add_argument(
         "--pairs",
@@ -68,11 +64,7 @@ def score_parser() -> CommandParser:
     )
     how.add_argument("--cfg-scale", type=float, default=0.0, help="w of classifier-free guidance (Eq. 16), llada")
     how.add_argument("--seed", type=int, default=0, help="of the masks")
-    model = parser.add_argument_group("model")
-    model.add_argument("--tokenizer", type=str | None, default=None, help="instead of the checkpoint's")
-    model.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1 …; a GPU where there is one")
-    model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="as stored")
-    model.add_argument("--batch-tokens", type=int | None, default=None, help="tokens of one forward pass")
+    how.add_argument("--batch-tokens", type=int | None, default=None, help="tokens of one forward pass")
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=str | None, default=None, metavar="FILE", help="JSONL: a result a line")
     output.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -88,10 +80,9 @@ def score_command(argv: list[str]) -> int:
     """
     options = score_parser().parse_args(argv)
     _check(options)
-    from llada_lightning.checkpoints.load import load_model  # after the parser, so that --help answers at once
-    from llada_lightning.evaluation.score_report import print_report
+    from llada_lightning.evaluation.score_report import print_report  # after the parser: --help answers at once
 
-    lm = load_model(options.checkpoint, tokenizer=options.tokenizer, device=options.device, dtype=options.dtype)
+    lm = load(vars(options))
     sampling = {
         "cfg_scale": options.cfg_scale,
         "seed": options.seed,

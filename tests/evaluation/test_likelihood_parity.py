@@ -16,51 +16,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from llada_lightning.checkpoints.language_model import LanguageModel
+from llada_lightning.checkpoints.load import load_model
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.masks import all_masks
-from llada_lightning.model import Transformer
-from llada_lightning.scaling.shapes import Shape
 
 GOLDEN = Path(__file__).parents[1] / "model" / "golden_llada_mha"
 CASES = json.loads((GOLDEN / "log_likelihood.json").read_text())
 MASK = 319
-
-MODEL_NAMES = {"wte": "embedding", "ln_f": "norm", "ff_out": "head"}
-BLOCK_NAMES = {
-    "attn_norm": "attention_norm",
-    "q_proj": "attention.q_proj",
-    "k_proj": "attention.k_proj",
-    "v_proj": "attention.v_proj",
-    "attn_out": "attention.out_proj",
-    "ff_norm": "feed_forward_norm",
-    "ff_proj": "feed_forward.gate_proj",
-    "up_proj": "feed_forward.up_proj",
-    "ff_out": "feed_forward.down_proj",
-}
 
 
 def name(case: dict[str, Any]) -> str:
     return f"length {len(case['answer'])}"
 
 
-def our_name(released: str) -> str:
-    parts = released.removeprefix("model.transformer.").split(".")
-    if parts[0] == "blocks":
-        return f"blocks.{parts[1]}.{BLOCK_NAMES[parts[2]]}.weight"
-    return f"{MODEL_NAMES[parts[0]]}.weight"
-
-
 @pytest.fixture(scope="module")
 def released() -> LanguageModel:
-    config = json.loads((GOLDEN / "config.json").read_text())
-    names = ("n_layers", "d_model", "n_heads", "n_kv_heads", "mlp_hidden_size")
-    model = Transformer(Shape(*(config[name] for name in names)), config["vocab_size"], config["rope_theta"])
-    weights = load_file(GOLDEN / "model.safetensors")
-    model.load_state_dict({our_name(name): weight for name, weight in weights.items()})
-    return LanguageModel("llada", model.eval(), MASK, 318, 64, compat="llada")
+    return load_model(GOLDEN)
 
 
 def released_shares(length: int, batch: int = 16) -> np.ndarray:

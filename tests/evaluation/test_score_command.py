@@ -147,6 +147,7 @@ CHOICE = {"prompt": [1], "choices": [[2], [3]]}
         (["nonsense"], ["llada"], "pairs.jsonl:1: is not a line of JSON"),
         ([], ["llada"], "holds no line"),
         ([PAIR], ["llada", "--out", "/dev/null/out.jsonl"], "cannot be written"),
+        ([PAIR], ["llada", "--device", "tpu"], "--device 'tpu' cannot be used"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(
