@@ -11,4 +11,8 @@ def __getattr__(name: str) -> Any:
         from llada_lightning.scaling.results import read_results
 
         return read_results
+    if name == "load_model":
+        from llada_lightning.checkpoints.load import load_model
+
+        return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,6 +25,7 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   sweep      run a sweep file on this machine, skipping what is done
   collect    run folders, W&B projects -> one table of results
   curves     table of results -> fits and figures
+  convert    a checkpoint -> an inference folder of ours, or Hugging Face LLaDA or Llama
 
   --version  print the version
 """
@@ -118,6 +119,11 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return curves_command(args)
 
+    def convert(args: list[str]) -> int:
+        from llada_lightning.checkpoints.convert_command import convert_command
+
+        return convert_command(args)
+
     return {
         "plan": plan,
         "launch": launch,
@@ -125,6 +131,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
         "sweep": sweep,
         "collect": collect,
         "curves": curves,
+        "convert": convert,
     }
 
 

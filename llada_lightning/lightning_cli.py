@@ -19,23 +19,21 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from llada_lightning.checkpoints.run_folder import final_checkpoint, saved_identity
 from llada_lightning.cluster import agreed_launch
 from llada_lightning.command_line import one_line
 from llada_lightning.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.data.datamodule import TokenDataModule
+from llada_lightning.data.manifest import TOKENIZER_NAME, read_tokenizer_text
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
-from llada_lightning.phases import Phase, final_checkpoint, phases_of
+from llada_lightning.phases import Phase, phases_of
 from llada_lightning.scaling.results import read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.settings import Budget, Run, Wandb
 from llada_lightning.signals import LeaveRequest, leaving_at_a_steps_end, say
 from llada_lightning.training.callbacks.accounting import Accounting
-from llada_lightning.training.callbacks.checkpoints import (
-    AtomicCheckpointIO,
-    StepCheckpoints,
-    saved_identity,
-)
+from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoints
 from llada_lightning.training.callbacks.leaving import LeaveTogether
 from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
 from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
@@ -174,6 +172,7 @@ class LladaCLI(LightningCLI):
         self.datamodule.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
         try:
             self._write_config()
+            self._write_tokenizer()
         except OSError as error:
             raise UserError(f"run.root: {self.folder} cannot be written ({error.strerror}); choose another") from error
         run, w = self.settings.run, self.settings.wandb
@@ -304,6 +303,14 @@ class LladaCLI(LightningCLI):
     def _write_config(self) -> None:
         with written_atomically(self.folder / "config.yaml") as path:
             path.write_text(self.resolved)
+
+    @rank_zero_only
+    def _write_tokenizer(self) -> None:
+        """The data's tokenizer beside the configuration, so that the folder can be moved away from its data."""
+        if not (self.folder / TOKENIZER_NAME).exists():
+            text = read_tokenizer_text(next(iter(self.datamodule.weights)))
+            with written_atomically(self.folder / TOKENIZER_NAME) as path:
+                path.write_text(text, encoding="utf-8")
 
 
 def class_first(args: list[str]) -> list[str]:

@@ -14,20 +14,19 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from llada_lightning.configuration import as_namespace, identity, run_name
-from llada_lightning.data.datamodule import TokenDataModule
-from llada_lightning.errors import UserError
-from llada_lightning.training.callbacks.checkpoints import (
+from llada_lightning.checkpoints.run_folder import (
+    BRANCHES,
+    CHECKPOINTS,
     checkpoint_of_step,
     last_checkpoint,
     saved_identity,
     saved_step,
 )
+from llada_lightning.configuration import as_namespace, identity, run_name
+from llada_lightning.data.datamodule import TokenDataModule
+from llada_lightning.errors import UserError
 from llada_lightning.training.modules import check_history, check_identity
 from llada_lightning.training.schedules import WSD
-
-BRANCHES = "branches"
-"""Folder, in a run's folder, with one folder for each branch, named by its length in steps."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Phase:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     def start(self) -> Path | None:
         """The checkpoint to go on from: the last one of its own, else its parent."""
@@ -163,7 +162,7 @@ def phases_of(config: Namespace, data: TokenDataModule, schedules: list[WSD], fo
                 val_check_interval=(schedule.total_steps + 1) * config.trainer.accumulate_grad_batches,
                 identity=identity(config, data, schedule),
                 run=run_name(config, data, [schedule]),
-                parent=checkpoint_of_step(folder / "checkpoints", fork),
+                parent=checkpoint_of_step(folder / CHECKPOINTS, fork),
             ),
         ]
     return phases
@@ -190,13 +189,6 @@ def _whole(config: Namespace, data: TokenDataModule, schedule: WSD, folder: Path
         run=name,
         parent=given,
     )
-
-
-def final_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint of a run's folder: of its largest budget that has one, else of its only fit or trunk."""
-    lengths = [int(branch.name) for branch in (folder / BRANCHES).glob("*") if branch.name.isdigit()]
-    found = (last_checkpoint(folder / BRANCHES / str(length) / "checkpoints") for length in sorted(lengths)[::-1])
-    return next((path for path in found if path is not None), None) or last_checkpoint(folder / "checkpoints")
 
 
 def checkpoint_hash(path: Path) -> str:

@@ -28,6 +28,7 @@ class LanguageModel:
         end_token_ids: every token that ends an answer: EOS, and the end of a turn where a chat model has one.
         start_token_id: stands before every sequence, as in the model's training: EOS for an `arm` of ours. None:
             nothing does.
+        text_prefix_ids: stand before a prompt that is given as text, as a Llama's tokenizer puts its BOS there.
         compat: `llada` where [MASK] had a logit in training, as in the authors' released code.
         chat_template: Jinja, None where there is none.
         name: for people: the path it was read from.
@@ -41,6 +42,7 @@ class LanguageModel:
     tokenizer: Tokenizer | None = None
     end_token_ids: tuple[int, ...] = ()
     start_token_id: int | None = None
+    text_prefix_ids: tuple[int, ...] = ()
     compat: Literal["llada"] | None = None
     chat_template: str | None = None
     name: str = ""
@@ -91,8 +93,12 @@ class LanguageModel:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a prompt."""
-        return self.encode(text)
+        """The ids of a prompt that is given as text: what the tokenizer puts before a text, then the text's own.
+
+        Raises:
+            UserError: there is no tokenizer.
+        """
+        return [*self.text_prefix_ids, *self.encode(text)]
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens left out.

@@ -152,18 +152,33 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     Raises:
         UserError: the folder is missing or out of reach, is not a prepared one, or has another format.
     """
+    return _decode(_read(folder, MANIFEST_NAME), os.fspath(folder))
+
+
+def read_tokenizer_text(folder: str | os.PathLike[str]) -> str:
+    """The text of a prepared folder's ``tokenizer.json``.
+
+    Args:
+        folder: as of :func:`read_manifest`.
+
+    Raises:
+        UserError: it is missing or out of reach.
+    """
+    return _read(folder, TOKENIZER_NAME)
+
+
+def _read(folder: str | os.PathLike[str], name: str) -> str:
     path = local_path(folder)
-    text = _read_remote(os.fspath(folder)) if path is None else _read_local(path)
-    return _decode(text, os.fspath(folder))
+    return _read_remote(os.fspath(folder), name) if path is None else _read_local(path, name)
 
 
 def _foreign(folder: str) -> UserError:
     return UserError(f"'{folder}' is not a prepared data folder; run: llada prepare --source SOURCE --out {folder}")
 
 
-def _read_local(folder: str) -> str:
+def _read_local(folder: str, name: str) -> str:
     try:
-        with open(os.path.join(folder, MANIFEST_NAME), encoding="utf-8") as file:
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
             return file.read()
     except FileNotFoundError as error:
         if os.path.isdir(folder):
@@ -173,17 +188,17 @@ def _read_local(folder: str) -> str:
     except NotADirectoryError as error:
         raise _foreign(folder) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"'{folder}/{MANIFEST_NAME}' cannot be read ({error}); check the folder") from error
+        raise UserError(f"'{folder}/{name}' cannot be read ({error}); check the folder") from error
 
 
-def _read_remote(url: str) -> str:
+def _read_remote(url: str, name: str) -> str:
     import fsspec
 
     try:
-        with fsspec.open(f"{url.rstrip('/')}/{MANIFEST_NAME}", "r", encoding="utf-8") as file:
+        with fsspec.open(f"{url.rstrip('/')}/{name}", "r", encoding="utf-8") as file:
             return file.read()
     except FileNotFoundError as error:
-        raise UserError(f"'{url}' holds no {MANIFEST_NAME}; upload a folder written by llada prepare") from error
+        raise UserError(f"'{url}' holds no {name}; upload a folder written by llada prepare") from error
     except ImportError as error:
         raise UserError(f"'{url}' cannot be opened: {error}") from error
     except Exception as error:  # each store has its own errors for access, names and networks

@@ -30,7 +30,7 @@ def building(out: Path) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
         os.chmod(partial, 0o777 & ~_umask())  # mkdtemp's folder is closed to others
     except OSError as error:
-        raise UserError(f"output '{out}' cannot be written ({error.strerror}); choose another --out") from error
+        raise UserError(f"output '{out}' cannot be written ({error.strerror}); choose another folder") from error
     lock = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,7 +47,7 @@ def _take_name(partial: Path, out: Path) -> None:
     try:
         partial.rename(out)  # an empty folder in its place is replaced, any other is not
     except OSError as error:
-        message = f"output '{out}' appeared while it was being prepared ({error.strerror}); choose another --out"
+        message = f"output '{out}' appeared while it was being prepared ({error.strerror}); choose another folder"
         raise UserError(message) from error
 
 
@@ -60,7 +60,7 @@ def _remove_leftovers(out: Path, prefix: str) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path)
         except BlockingIOError as error:
-            message = f"output '{out}' is being prepared by another process; wait for it, or choose another --out"
+            message = f"output '{out}' is being prepared by another process; wait for it, or choose another folder"
             raise UserError(message) from error
         finally:
             os.close(lock)

@@ -106,13 +106,25 @@ def tokenizer_from_file(path: str | os.PathLike[str]) -> Tokenizer:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"tokenizer '{path}' cannot be read ({error}); give a tokenizer.json") from error
+    return tokenizer_from_text(text, str(path))
+
+
+def tokenizer_from_text(text: str, name: str) -> Tokenizer:
+    """As :func:`tokenizer_from_file`, from the file's text.
+
+    Args:
+        text: of a ``tokenizer.json``.
+        name: of the file, for people.
+
+    Raises:
+        UserError: it is not a tokenizer.
+    """
     try:
         return _plain(Tokenizer.from_str(text))
     except Exception as error:  # the library raises bare Exceptions
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"'{path}' is not a tokenizer.json ({reason}); give a file of the tokenizers library"
-        ) from error
+        message = f"'{name}' is not a tokenizer.json ({reason}); give a file of the tokenizers library"
+        raise UserError(message) from error
 
 
 def load_tokenizer(
@@ -135,9 +147,9 @@ def load_tokenizer(
     Raises:
         UserError: no such tokenizer, no [MASK] or EOS in it, or text can be encoded to one of them.
     """
-    path = _local_file(spec)
+    path = tokenizer_file(spec)
     tokenizer = tokenizer_from_file(path)
-    named = _named_tokens(path.parent)
+    named = named_tokens(path.parent)
     eos = _find(tokenizer, eos_token, named.get("eos_token"), KNOWN_EOS_TOKENS)
     if eos is None:
         wanted = repr(eos_token) if eos_token else f"none of {', '.join(KNOWN_EOS_TOKENS)}"
@@ -152,7 +164,7 @@ def load_tokenizer(
             f"tokenizer '{spec}' has no [MASK] ({wanted} is in it); name one with --mask-token, or add one with "
             "--add-mask-token"
         )
-    tokenizer = _as_special(tokenizer, (eos, mask))
+    tokenizer = as_special(tokenizer, (eos, mask))
     info = tokenizer_info(tokenizer, eos_token=eos, mask_token=mask)
     _check_apart(tokenizer, info, spec)
     return tokenizer, info
@@ -163,7 +175,12 @@ def _find(tokenizer: Tokenizer, wanted: str | None, named: str | None, known: tu
     return next((token for token in candidates if token and tokenizer.token_to_id(token) is not None), None)
 
 
-def _local_file(spec: str) -> Path:
+def tokenizer_file(spec: str) -> Path:
+    """The ``tokenizer.json`` of a specification as :func:`load_tokenizer` takes it, fetched from the hub if need be.
+
+    Raises:
+        UserError: there is none.
+    """
     path = Path(spec).expanduser()
     if path.is_dir():
         if not (path / TOKENIZER_NAME).is_file():
@@ -198,7 +215,7 @@ def _hub_file(name: str) -> Path:
     return Path(path)
 
 
-def _named_tokens(folder: Path) -> dict[str, str]:
+def named_tokens(folder: Path) -> dict[str, str]:
     """``eos_token`` and ``mask_token`` as the files beside a ``tokenizer.json`` name them."""
     found: dict[str, str] = {}
     for name in (*_CONFIG_NAMES, MANIFEST_NAME):
@@ -216,7 +233,7 @@ def _named_tokens(folder: Path) -> dict[str, str]:
     return found
 
 
-def _as_special(tokenizer: Tokenizer, tokens: tuple[str, ...]) -> Tokenizer:
+def as_special(tokenizer: Tokenizer, tokens: tuple[str, ...]) -> Tokenizer:
     """The tokenizer with these tokens marked as special in its file, so that text never becomes them."""
     record = json.loads(tokenizer.to_str())
     added = {entry["content"]: entry for entry in record["added_tokens"]}

@@ -156,7 +156,7 @@ class LanguageModule(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint knows its run: every setting that makes it this run, and the fingerprints of its data."""
-        checkpoint["identity"] = self.identity
+        checkpoint["identity"], checkpoint["objective"] = self.identity, self.objective
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another run's checkpoint; to validate, another model's or tokenizer's.

@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from llada_lightning.checkpoints.sharded_checkpoints import by_name, is_sharded
 from llada_lightning.cluster import Launch, device_count
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
 from llada_lightning.model.transformer import Block
-from llada_lightning.training.sharded_checkpoints import by_name, is_sharded
 
 
 class FullySharded(ModelParallelStrategy):

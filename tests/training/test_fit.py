@@ -30,7 +30,7 @@ def run(request: pytest.FixtureRequest, prepared: Path, tmp_path_factory: pytest
 
 def test_the_run_folder_holds_what_the_design_lists(run: Path) -> None:
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "metrics.csv", "checkpoints", "result.json", "validation.csv",
+        "config.yaml", "metrics.csv", "checkpoints", "result.json", "validation.csv", "tokenizer.json",
     }  # fmt: skip
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step=00000020.ckpt", "step=00000024.ckpt"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llada_lightning.training.sharded_checkpoints import is_sharded
+from llada_lightning.checkpoints.sharded_checkpoints import is_sharded
 from tiny_runs import child_environment, fit, fit_arguments, free_port, kill_at, losses, metrics, record, weights
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "cluster" / "torchrun.sh"

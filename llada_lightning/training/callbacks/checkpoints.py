@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from llada_lightning.errors import UserError
+from llada_lightning.checkpoints.run_folder import checkpoints_by_step
+from llada_lightning.checkpoints.sharded_checkpoints import PARTIAL, discard, is_sharded, put_in_place, read_sharded
 from llada_lightning.training.parallel import saves_shards
-from llada_lightning.training.sharded_checkpoints import META, PARTIAL, discard, is_sharded, put_in_place, read_sharded
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -119,48 +117,3 @@ class StepCheckpoints(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-
-
-def checkpoint_of_step(folder: Path, step: int) -> Path:
-    """Where a folder holds the checkpoint of a step."""
-    return folder / f"step={step:08d}.ckpt"
-
-
-def checkpoints_by_step(folder: Path) -> dict[int, Path]:
-    """The whole checkpoints of a folder."""
-    found = ((path, re.fullmatch(r"step=(\d+)", path.stem)) for path in folder.glob("step=*.ckpt"))
-    return {int(match[1]): path for path, match in found if match}
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step, or None."""
-    steps = checkpoints_by_step(folder)
-    return steps[max(steps)] if steps else None
-
-
-def saved_identity(checkpoint: Path) -> dict[str, Any]:
-    """The identity of the run that wrote a checkpoint, without reading its weights.
-
-    Raises:
-        UserError: the file or folder is not a checkpoint of a run.
-    """
-    return _saved(checkpoint, "identity")
-
-
-def saved_step(checkpoint: Path) -> int:
-    """The optimizer step after which a checkpoint was written.
-
-    Raises:
-        UserError: the file is not a checkpoint of a run.
-    """
-    return _saved(checkpoint, "global_step")
-
-
-def _saved(checkpoint: Path, key: str) -> Any:
-    path = checkpoint / META if checkpoint.is_dir() else checkpoint
-    try:
-        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")[key]
-    except FileNotFoundError as error:
-        raise UserError(f"checkpoint: '{checkpoint}' does not exist; give one of a run's checkpoints/") from error
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint: '{checkpoint}' is damaged or of another program; take another one") from error

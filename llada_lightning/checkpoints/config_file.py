@@ -1,0 +1,123 @@
+"""A ``config.json``: its values, each checked when it is asked for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llada_lightning.errors import UserError
+
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """The values of a JSON file, and errors that name it.
+
+    Args:
+        path: of the file.
+        values: what it holds.
+    """
+
+    path: Path
+    values: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> ConfigFile:
+        """The file's content.
+
+        Raises:
+            UserError: it cannot be read, or is not a JSON object.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"'{path}' cannot be read ({reason}); copy the checkpoint again") from error
+        if not isinstance(values, dict):
+            raise UserError(f"'{path}' holds {type(values).__name__}, not an object; copy the checkpoint again")
+        return cls(path, values)
+
+    def get(self, key: str, absent: Any = None) -> Any:
+        """The value of a key; ``absent`` where it is null or not there."""
+        value = self.values.get(key)
+        return absent if value is None else value
+
+    def mistake(self, key: str, mend: str) -> UserError:
+        """The error of a value that does not serve."""
+        return UserError(f"'{self.path}': {key} is {json.dumps(self.values.get(key))}; {mend}")
+
+    def whole(self, key: str, absent: int | None = None, least: int = 1) -> int:
+        """A whole number.
+
+        Raises:
+            UserError: it is none, too small, or missing without a value for that.
+        """
+        value = self.get(key, absent)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self.mistake(key, f"it must be a whole number of at least {least}")
+        return value
+
+    def number(self, key: str, absent: float | None = None) -> float:
+        """A positive number.
+
+        Raises:
+            UserError: it is none, or missing without a value for that.
+        """
+        value = self.get(key, absent)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            raise self.mistake(key, "it must be a number above 0")
+        return float(value)
+
+    def token_id(self, key: str) -> int | None:
+        """A token's id, None where it is null or not there.
+
+        Raises:
+            UserError: it is no id.
+        """
+        return None if self.get(key) is None else self.whole(key, least=0)
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """Ids of a key that holds one, a list or null.
+
+        Raises:
+            UserError: it holds something else.
+        """
+        value = self.get(key, [])
+        ids = value if isinstance(value, list) else [value]
+        if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
+            raise self.mistake(key, "it must be a token id, or a list of them")
+        return tuple(ids)
+
+    def refuse(self, required: dict[str, tuple[Any, ...]], absent: dict[str, Any]) -> None:
+        """Refuse a model whose mathematics is another one than our Transformer's.
+
+        Args:
+            required: for each key the values that are ours; null is what the key's absence is.
+            absent: what the absence of a key means, where it is not one of ours.
+
+        Raises:
+            UserError: names the key and its value.
+        """
+        for key, ours in required.items():
+            value = self.get(key, absent.get(key, ours[0]))
+            if value not in ours:
+                known = " or ".join(json.dumps(v) for v in ours if v is not None) or "null"
+                if key not in self.values:
+                    raise UserError(
+                        f"'{self.path}': {key} is absent, which means {json.dumps(value)}; only {known} is supported"
+                    )
+                raise self.mistake(key, f"only {known} is supported")
+
+
+def read_generation_ends(folder: Path) -> tuple[int, ...]:
+    """The ids in ``generation_config.json`` that end an answer; none without the file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = folder / GENERATION_CONFIG_NAME
+    return ConfigFile.read(path).ids("eos_token_id") if path.is_file() else ()

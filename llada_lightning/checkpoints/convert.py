@@ -1,0 +1,119 @@
+"""A checkpoint of any kind, written as another: ours, Hugging Face LLaDA or Hugging Face Llama."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+
+from llada_lightning.checkpoints import description as ours
+from llada_lightning.checkpoints import hugging_face
+from llada_lightning.checkpoints.config_file import CONFIG_NAME
+from llada_lightning.checkpoints.layouts import HF_LLADA, HF_LLAMA, OURS, Layout
+from llada_lightning.checkpoints.safetensors_files import write_folder
+from llada_lightning.checkpoints.stored_model import StoredModel
+from llada_lightning.checkpoints.stored_tensors import common_dtype, name_of
+from llada_lightning.data.output_folder import building
+from llada_lightning.errors import UserError
+from llada_lightning.files import write_json
+
+Target = Literal["llada", "hf-llada", "hf-llama"]
+TARGETS: dict[Target, Layout] = {"llada": OURS, "hf-llada": HF_LLADA, "hf-llama": HF_LLAMA}
+_OBJECTIVES = {"hf-llada": "llada", "hf-llama": "arm"}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Args:
+        tensors, parameters, bytes: of the weights.
+        dtype: of the weights; of mixed ones, the widest.
+        files: all of the folder's.
+    """
+
+    tensors: int
+    parameters: int
+    bytes: int
+    dtype: str
+    files: list[str]
+
+
+def convert(
+    model: StoredModel,
+    out: Path,
+    to: Target,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Written:
+    """Writes a folder, which appears when it is complete.
+
+    Args:
+        model: opened, not read: its weights go through memory one file at a time.
+        out: a folder that is not there, or is empty.
+        to: the layout.
+        dtype: of the weights; as stored by default.
+        max_shard_bytes: of one file.
+        progress: is told the bytes of each file that has been written.
+
+    Raises:
+        UserError: the layout is of the other objective, or ``out`` is taken or cannot be written.
+    """
+    description, layout = model.description, TARGETS[to]
+    objective = _OBJECTIVES.get(to, description.objective)
+    if objective != description.objective:
+        fitting = next(target for target, known in _OBJECTIVES.items() if known == description.objective)
+        raise UserError(f"--to {to}: '{model.path}' is of {description.objective}; choose --to {fitting} or --to llada")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"'{out}' is there already and is not empty; choose another name")
+    names = layout.names(description.shape.n_layers)
+    weights = {names[name]: weight for name, weight in model.weights.items()}
+    stored_as = name_of(dtype or common_dtype(weights.values()))
+    try:
+        with building(out) as partial:
+            files = write_folder(partial, weights, dtype, max_shard_bytes, progress)
+            write_json(partial / CONFIG_NAME, _config(model, to, stored_as))
+            for name, content in _companions(model, to).items():
+                (partial / name).write_bytes(content)
+            written = sorted(path.name for path in partial.iterdir())
+            size = sum((partial / file).stat().st_size for file in files)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"'{out}' cannot be written ({error}); free space, or choose another folder") from error
+    parameters = sum(weight.elements for weight in weights.values())
+    return Written(len(weights), parameters, size, stored_as, written)
+
+
+def _config(model: StoredModel, to: Target, dtype: str) -> dict[str, Any]:
+    if to == "llada":
+        return ours.write_config(model.description, dtype)
+    write = hugging_face.write_llada if to == "hf-llada" else hugging_face.write_llama
+    auto_map = {"auto_map": model.auto_map} if model.auto_map and model.kind == to else {}
+    return {**write(model.description, dtype), **auto_map}
+
+
+def _companions(model: StoredModel, to: Target) -> dict[str, bytes]:
+    """Tokenizer, and the modelling code of a folder that names some."""
+    files = {} if model.tokenizer is None else model.tokenizer.files_for(model.description)
+    code = {f"{place.split('.')[0]}.py" for place in model.auto_map.values()} if model.kind == to else set()
+    paths = [model.path / name for name in sorted(code)]
+    return {**files, **{path.name: path.read_bytes() for path in paths if path.is_file()}}
+
+
+def bytes_of(text: str) -> int:
+    """A size such as `5GB`, `200MB` or `1000` in bytes.
+
+    Raises:
+        UserError: it is none.
+    """
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|KB|MB|GB)", text.strip().upper())
+    size = int(float(match[1]) * units[match[2]]) if match else 0
+    if size < 1:
+        raise UserError(f"--max-shard-size: '{text}' is no size; give one such as 5GB or 200MB")
+    return size

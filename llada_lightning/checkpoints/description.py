@@ -1,0 +1,159 @@
+"""What a checkpoint says of its model besides weights and tokenizer, and our own ``config.json``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from llada_lightning.checkpoints.config_file import ConfigFile
+from llada_lightning.errors import UserError
+from llada_lightning.model import Transformer
+from llada_lightning.model.transformer import NORM_EPS
+from llada_lightning.scaling.flops import Objective
+from llada_lightning.scaling.shapes import Shape
+
+MODEL_TYPE = "llada_lightning"
+"""``model_type`` of our own ``config.json``, and the key of what is ours alone in those of other layouts."""
+
+FORMAT = 1
+"""Version of our own ``config.json``."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """Everything but weights and tokenizer.
+
+    Args:
+        objective: `arm` or `llada`.
+        shape: the dimensions.
+        vocab_size: rows of the embedding and of the output head.
+        eos_token_id: ends a text.
+        mask_token_id: [MASK]; None where an `arm` has none.
+        context_length: the most tokens, prompt and answer together, that it was trained on.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: within the root of every RMSNorm.
+        end_token_ids: every token that ends an answer; EOS is always one.
+        start_token_id: stands before every sequence, as in the training of an `arm` of ours.
+        text_prefix_ids: stand before a text, as its tokenizer puts BOS before one; None: as the tokenizer says.
+        compat: `llada` where [MASK] had a logit in training.
+        bos_token_id, pad_token_id: as other programs are told; nothing here uses them.
+        source: the run, its step and the hash of its identity, where they are known.
+
+    Raises:
+        UserError: an id lies outside of the vocabulary, or a `llada` has no [MASK].
+    """
+
+    objective: Objective
+    shape: Shape
+    vocab_size: int
+    eos_token_id: int
+    mask_token_id: int | None
+    context_length: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = NORM_EPS
+    end_token_ids: tuple[int, ...] = ()
+    start_token_id: int | None = None
+    text_prefix_ids: tuple[int, ...] | None = None
+    compat: Literal["llada"] | None = None
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ends = (self.eos_token_id, *(i for i in self.end_token_ids if i != self.eos_token_id))
+        object.__setattr__(self, "end_token_ids", tuple(dict.fromkeys(ends)))
+        if self.objective == "llada" and self.mask_token_id is None:
+            raise UserError("mask_token_id: null, but a llada model needs its [MASK]; write its id into config.json")
+        ids = {
+            "mask_token_id": [self.mask_token_id],
+            "eos_token_id": self.end_token_ids,
+            "start_token_id": [self.start_token_id],
+            "text_prefix_ids": self.text_prefix_ids or [],
+            "bos_token_id": [self.bos_token_id],
+        }
+        for key, values in ids.items():
+            for value in values:
+                if value is not None and not 0 <= value < self.vocab_size:
+                    raise UserError(f"{key}: {value} lies outside of the vocabulary of {self.vocab_size}; correct it")
+
+    def transformer(self) -> Transformer:
+        """The Transformer, on the device and in the type of the context, with weights as torch makes them."""
+        return Transformer(self.shape, self.vocab_size, self.rope_theta, self.norm_eps)
+
+
+def write_config(description: Description, dtype: str) -> dict[str, Any]:
+    """Our own ``config.json``."""
+    return {"model_type": MODEL_TYPE, "format": FORMAT, **asdict(description), "dtype": dtype}
+
+
+def read_config(config: ConfigFile) -> Description:
+    """The description in our own ``config.json``.
+
+    Raises:
+        UserError: it is of another format, or something is missing or of the wrong kind.
+    """
+    if config.get("format") != FORMAT:
+        raise config.mistake("format", f"this version reads {FORMAT}; use the version that wrote it")
+    shape = config.get("shape")
+    if not isinstance(shape, dict) or set(shape) != set(Shape.__dataclass_fields__):
+        raise config.mistake("shape", f"it must hold {', '.join(Shape.__dataclass_fields__)}")
+    objective = config.get("objective")
+    if objective not in ("arm", "llada"):
+        raise config.mistake("objective", "it must be arm or llada")
+    return Description(
+        objective=objective,
+        shape=Shape(**shape),
+        vocab_size=config.whole("vocab_size"),
+        eos_token_id=config.whole("eos_token_id", least=0),
+        context_length=config.whole("context_length"),
+        rope_theta=config.number("rope_theta"),
+        norm_eps=config.number("norm_eps"),
+        end_token_ids=config.ids("end_token_ids"),
+        bos_token_id=config.token_id("bos_token_id"),
+        pad_token_id=config.token_id("pad_token_id"),
+        **ours_alone(config),
+    )
+
+
+OURS_ALONE = ("mask_token_id", "start_token_id", "text_prefix_ids", "compat", "source")
+"""What the layouts of others have no name for."""
+
+
+def ours_alone(config: ConfigFile) -> dict[str, Any]:
+    """What the layouts of others have no name for: of our own ``config.json``, or of our key in another's.
+
+    Raises:
+        UserError: something is of the wrong kind.
+    """
+    compat, source, prefix = config.get("compat"), config.get("source", {}), config.get("text_prefix_ids")
+    if compat not in (None, "llada"):
+        raise config.mistake("compat", "it must be null or llada")
+    if not isinstance(source, dict):
+        raise config.mistake("source", "it must be a mapping")
+    return {
+        "mask_token_id": config.token_id("mask_token_id"),
+        "start_token_id": config.token_id("start_token_id"),
+        "text_prefix_ids": None if prefix is None else config.ids("text_prefix_ids"),
+        "compat": compat,
+        "source": source,
+    }
+
+
+def extra_key(description: Description) -> dict[str, Any]:
+    """What goes under our key of another layout's ``config.json``."""
+    values = asdict(description)
+    return {MODEL_TYPE: {key: values[key] for key in OURS_ALONE}}
+
+
+def read_extra_key(config: ConfigFile) -> dict[str, Any] | None:
+    """What stands under our key of another layout's ``config.json``; None where there is none.
+
+    Raises:
+        UserError: something is of the wrong kind.
+    """
+    extra = config.get(MODEL_TYPE)
+    if extra is None:
+        return None
+    if not isinstance(extra, dict):
+        raise config.mistake(MODEL_TYPE, "it must be a mapping")
+    return ours_alone(ConfigFile(config.path, extra))

@@ -1,0 +1,256 @@
+"""``config.json`` of Hugging Face LLaDA and Llama, read and written: one table of names, one of what is refused.
+
+What a key's absence means follows the code that reads it: LLaDA's ``ModelConfig``, transformers' ``LlamaConfig``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llada_lightning.checkpoints.config_file import ConfigFile, read_generation_ends
+from llada_lightning.checkpoints.description import Description, extra_key, read_extra_key
+from llada_lightning.scaling.shapes import Shape
+
+_LLADA_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "architectures": (None, ["LLaDAModelLM"]),
+    "block_type": ("llama",),
+    "activation_type": ("silu",),
+    "layer_norm_type": ("rms",),
+    "layer_norm_with_affine": (True,),
+    "rope": (True,),
+    "rope_scaling": (None,),
+    "alibi": (False,),
+    "attention_layer_norm": (False,),
+    "input_emb_norm": (False,),
+    "include_bias": (False,),
+    "include_qkv_bias": (False,),
+    "bias_for_layer_norm": (False,),
+    "scale_logits": (False,),
+    "block_group_size": (1,),
+    "clip_qkv": (None,),
+    "quantization_config": (None,),
+}
+_LLADA_ABSENT = {"activation_type": "swiglu", "layer_norm_type": "default", "rope": False}
+
+_LLADA_WRITTEN: dict[str, Any] = {
+    "mlp_ratio": 4,
+    "activation_type": "silu",
+    "block_type": "llama",
+    "block_group_size": 1,
+    "alibi": False,
+    "rope": True,
+    "rope_full_precision": True,
+    "flash_attention": False,
+    "attention_dropout": 0.0,
+    "multi_query_attention": None,
+    "attention_layer_norm": False,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "attention_layer_norm_with_affine": True,
+    "include_qkv_bias": False,
+    "include_bias": False,
+    "bias_for_layer_norm": False,
+    "scale_logits": False,
+    "weight_tying": False,
+    "init_device": "cpu",
+    "init_fn": "mitchell",
+    "init_std": 0.02,
+    "architectures": ["LLaDAModelLM"],
+    "model_type": "llada",
+}
+_LLADA_PRECISION = {"float32": "float32", "bfloat16": "amp_bf16", "float16": "amp_fp16"}
+
+
+def read_llada(config: ConfigFile, named: Mapping[str, int]) -> Description:
+    """The description of a Hugging Face LLaDA folder.
+
+    Args:
+        config: its ``config.json``.
+        named: ids of ``mask_token`` and ``eos_token`` by its tokenizer, where ``config.json`` does not say.
+
+    Raises:
+        UserError: a value is missing, or the model is not our Transformer.
+    """
+    config.refuse(_LLADA_REQUIRED, _LLADA_ABSENT)
+    d_model, n_heads = config.whole("d_model"), config.whole("n_heads")
+    _refuse_head_dim(config, d_model, n_heads)
+    vocab_size = config.whole("vocab_size")
+    extra = read_extra_key(config) or {"compat": "llada"}
+    mask = config.token_id("mask_token_id")
+    return Description(
+        objective="llada",
+        shape=Shape(
+            n_layers=config.whole("n_layers"),
+            d_model=d_model,
+            n_heads=n_heads,
+            n_kv_heads=_llada_kv_heads(config, n_heads),
+            d_ff=config.whole("mlp_hidden_size", absent=round(config.number("mlp_ratio", absent=4) * d_model)),
+        ),
+        vocab_size=config.whole("embedding_size", absent=vocab_size),
+        context_length=config.whole("max_sequence_length", absent=1024),
+        rope_theta=config.number("rope_theta", absent=10_000.0),
+        norm_eps=config.number("rms_norm_eps", absent=1e-5),
+        **_ids(config, named),
+        **{**extra, "mask_token_id": named.get("mask_token") if mask is None else mask},
+    )
+
+
+def _llada_kv_heads(config: ConfigFile, n_heads: int) -> int:
+    """By the rules of the released configuration: ``multi_query_attention`` and ``n_kv_heads`` must agree."""
+    multi_query = config.get("multi_query_attention")
+    if multi_query is None:
+        return config.whole("n_kv_heads", absent=n_heads)
+    by_flag = 1 if multi_query else n_heads
+    if config.whole("n_kv_heads", absent=by_flag) != by_flag:
+        raise config.mistake("n_kv_heads", f"but multi_query_attention says {by_flag}; correct one of them")
+    return by_flag
+
+
+def write_llada(description: Description, dtype: str) -> dict[str, Any]:
+    """``config.json`` of the GSAI-ML/LLaDA-8B layout: every key that the released code reads.
+
+    Args:
+        description: of a `llada`.
+        dtype: of the weights, torch's name.
+    """
+    shape = description.shape
+    return {
+        "d_model": shape.d_model,
+        "n_heads": shape.n_heads,
+        "n_kv_heads": shape.n_kv_heads,
+        "n_layers": shape.n_layers,
+        "mlp_hidden_size": shape.d_ff,
+        **_LLADA_WRITTEN,
+        "rms_norm_eps": description.norm_eps,
+        "max_sequence_length": description.context_length,
+        "rope_theta": description.rope_theta,
+        "vocab_size": description.vocab_size,
+        "embedding_size": description.vocab_size,
+        "eos_token_id": _one_or_list(description.end_token_ids),
+        "pad_token_id": description.eos_token_id if description.pad_token_id is None else description.pad_token_id,
+        "mask_token_id": description.mask_token_id,
+        "precision": _LLADA_PRECISION.get(dtype, "float32"),
+        "torch_dtype": dtype,
+        **({} if description.bos_token_id is None else {"bos_token_id": description.bos_token_id}),
+        **extra_key(description),
+    }
+
+
+_LLAMA_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "architectures": (None, ["LlamaForCausalLM"]),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1.0,),
+    "quantization_config": (None,),
+}
+
+
+def read_llama(config: ConfigFile, named: Mapping[str, int]) -> Description:
+    """The description of a Hugging Face Llama folder; arguments as of :func:`read_llada`.
+
+    Raises:
+        UserError: a value is missing, or the model is not our Transformer.
+    """
+    config.refuse(_LLAMA_REQUIRED, {})
+    d_model, n_heads = config.whole("hidden_size"), config.whole("num_attention_heads")
+    _refuse_head_dim(config, d_model, n_heads)
+    extra = read_extra_key(config) or {"mask_token_id": None}
+    return Description(
+        objective="arm",
+        shape=Shape(
+            n_layers=config.whole("num_hidden_layers"),
+            d_model=d_model,
+            n_heads=n_heads,
+            n_kv_heads=config.whole("num_key_value_heads", absent=n_heads),
+            d_ff=config.whole("intermediate_size"),
+        ),
+        vocab_size=config.whole("vocab_size"),
+        context_length=config.whole("max_position_embeddings", absent=2048),
+        rope_theta=_llama_rope_theta(config),
+        norm_eps=config.number("rms_norm_eps", absent=1e-6),
+        **_ids(config, named),
+        **extra,
+    )
+
+
+def _llama_rope_theta(config: ConfigFile) -> float:
+    """Of ``rope_parameters`` (transformers 5), else of ``rope_theta`` beside ``rope_scaling`` (before)."""
+    for key in ("rope_parameters", "rope_scaling"):
+        values = config.get(key)
+        if values is None:
+            continue
+        kind = values.get("rope_type", values.get("type", "default")) if isinstance(values, dict) else None
+        if kind != "default" or values.get("partial_rotary_factor", 1.0) != 1.0:
+            raise config.mistake(key, "only the default rotary embedding is supported")
+        if "rope_theta" in values:
+            return ConfigFile(config.path, values).number("rope_theta")
+    return config.number("rope_theta", absent=10_000.0)
+
+
+def write_llama(description: Description, dtype: str) -> dict[str, Any]:
+    """``config.json`` of transformers' Llama, for its versions 4 and 5.
+
+    Args:
+        description: of an `arm`.
+        dtype: of the weights, torch's name.
+    """
+    shape = description.shape
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.d_model,
+        "num_attention_heads": shape.n_heads,
+        "num_key_value_heads": shape.n_kv_heads,
+        "head_dim": shape.head_dim,
+        "num_hidden_layers": shape.n_layers,
+        "intermediate_size": shape.d_ff,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": description.norm_eps,
+        "rope_theta": description.rope_theta,
+        "rope_parameters": {"rope_theta": description.rope_theta, "rope_type": "default"},
+        "max_position_embeddings": description.context_length,
+        "vocab_size": description.vocab_size,
+        "tie_word_embeddings": False,
+        "bos_token_id": description.bos_token_id,
+        "pad_token_id": description.pad_token_id,
+        "eos_token_id": _one_or_list(description.end_token_ids),
+        "torch_dtype": dtype,
+        **extra_key(description),
+    }
+
+
+def is_tied(config: ConfigFile, has_head: bool) -> bool:
+    """Whether the output head is the embedding: as ``config.json`` says, else as the weights show."""
+    for key in ("weight_tying", "tie_word_embeddings"):
+        if key in config.values and (config.get("model_type"), key) != ("llada", "tie_word_embeddings"):
+            return bool(config.values[key])
+    return not has_head
+
+
+def _refuse_head_dim(config: ConfigFile, d_model: int, n_heads: int) -> None:
+    if config.get("head_dim") is not None and config.whole("head_dim") * n_heads != d_model:
+        raise config.mistake("head_dim", f"only d_model / n_heads = {d_model / n_heads:g} is supported")
+
+
+def _ids(config: ConfigFile, named: Mapping[str, int]) -> dict[str, Any]:
+    """EOS, every token that ends an answer, and what other programs are told."""
+    ends = (*config.ids("eos_token_id"), *read_generation_ends(config.path.parent))
+    if not ends and "eos_token" not in named:
+        raise config.mistake("eos_token_id", "write the id of the token that ends a text")
+    return {
+        "eos_token_id": ends[0] if ends else named["eos_token"],
+        "end_token_ids": ends,
+        "bos_token_id": config.token_id("bos_token_id"),
+        "pad_token_id": config.token_id("pad_token_id"),
+    }
+
+
+def _one_or_list(ids: tuple[int, ...]) -> int | list[int]:
+    return ids[0] if len(ids) == 1 else list(ids)

@@ -1,0 +1,69 @@
+"""``load_model``: any checkpoint as a model ready for inference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llada_lightning.checkpoints.language_model import LanguageModel
+from llada_lightning.checkpoints.stored_model import StoredModel, open_checkpoint
+from llada_lightning.checkpoints.stored_tensors import common_dtype, dtype_named
+from llada_lightning.model import Transformer
+
+
+def load_model(
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> LanguageModel:
+    """Reads a checkpoint of any kind.
+
+    Weights come one by one, as views of their file where that can be: no second copy of the model is ever in memory.
+    Nothing in a checkpoint is run.
+
+    Args:
+        path: a run's folder, or a branch's (the last checkpoint counts); a training checkpoint, one file or sharded; an
+            inference folder of ours; a Hugging Face LLaDA or Llama folder.
+        tokenizer: to take instead of the checkpoint's: a ``tokenizer.json``, a folder with one, a name on the hub.
+        device: CUDA's where there is one, else the CPU, by default.
+        dtype: of the weights, such as `bfloat16`; as stored by default.
+
+    Raises:
+        UserError: the path holds no checkpoint, or one that is not whole, of another architecture, or of a tokenizer
+            that is not the model's.
+    """
+    wanted = dtype_named(dtype)
+    stored = open_checkpoint(path, tokenizer)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = _transformer(stored, device, wanted or common_dtype(stored.weights.values()))
+    description, files = stored.description, stored.tokenizer
+    prefix = description.text_prefix_ids
+    if prefix is None:
+        prefix = () if files is None else files.prefix_ids
+    return LanguageModel(
+        objective=description.objective,
+        model=model,
+        mask_token_id=description.mask_token_id,
+        eos_token_id=description.eos_token_id,
+        context_length=description.context_length,
+        tokenizer=None if files is None else files.tokenizer,
+        end_token_ids=tuple(dict.fromkeys((*description.end_token_ids, *(() if files is None else files.end_ids)))),
+        start_token_id=description.start_token_id,
+        text_prefix_ids=prefix,
+        compat=description.compat,
+        chat_template=None if files is None else files.chat_template,
+        name=str(path),
+    )
+
+
+def _transformer(stored: StoredModel, device: torch.device, dtype: torch.dtype) -> Transformer:
+    with torch.device("meta"):
+        model = stored.description.transformer()
+    for name, weight in stored.weights.items():
+        module, _, leaf = name.rpartition(".")
+        value = weight.read().to(device=device, dtype=dtype)
+        setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
+    return model.eval()

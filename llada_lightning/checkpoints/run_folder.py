@@ -1,0 +1,77 @@
+"""Where a run's folder holds its checkpoints, and what they say of themselves before their weights are read."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llada_lightning.checkpoints.sharded_checkpoints import META
+from llada_lightning.errors import UserError
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+BRANCHES = "branches"
+"""Folder, in a run's folder, with one folder for each branch, named by its length in steps."""
+
+
+def checkpoint_of_step(folder: Path, step: int) -> Path:
+    """Where a folder holds the checkpoint of a step."""
+    return folder / f"step={step:08d}.ckpt"
+
+
+def checkpoints_by_step(folder: Path) -> dict[int, Path]:
+    """The whole checkpoints of a folder."""
+    found = ((path, re.fullmatch(r"step=(\d+)", path.stem)) for path in folder.glob("step=*.ckpt"))
+    return {int(match[1]): path for path, match in found if match}
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the highest step, or None."""
+    steps = checkpoints_by_step(folder)
+    return steps[max(steps)] if steps else None
+
+
+def final_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint of a run's folder: of its largest budget that has one, else of its only fit or trunk."""
+    lengths = [int(branch.name) for branch in (folder / BRANCHES).glob("*") if branch.name.isdigit()]
+    found = (last_checkpoint(folder / BRANCHES / str(length) / CHECKPOINTS) for length in sorted(lengths)[::-1])
+    return next((path for path in found if path is not None), None) or last_checkpoint(folder / CHECKPOINTS)
+
+
+def run_folder_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in, a branch's too; None where it lies elsewhere."""
+    phase = checkpoint.absolute().parent.parent
+    run = phase.parent.parent if phase.parent.name == BRANCHES else phase
+    return run if (run / CONFIG).is_file() else None
+
+
+def saved_identity(checkpoint: Path) -> dict[str, Any]:
+    """The identity of the run that wrote a checkpoint, without reading its weights.
+
+    Raises:
+        UserError: the file or folder is not a checkpoint of a run.
+    """
+    return _saved(checkpoint, "identity")
+
+
+def saved_step(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was written.
+
+    Raises:
+        UserError: the file is not a checkpoint of a run.
+    """
+    return _saved(checkpoint, "global_step")
+
+
+def _saved(checkpoint: Path, key: str) -> Any:
+    path = checkpoint / META if checkpoint.is_dir() else checkpoint
+    try:
+        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")[key]
+    except FileNotFoundError as error:
+        raise UserError(f"checkpoint: '{checkpoint}' does not exist; give one of a run's checkpoints/") from error
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint: '{checkpoint}' is damaged or of another program; take another one") from error

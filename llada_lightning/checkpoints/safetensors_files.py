@@ -1,0 +1,138 @@
+"""Folders of safetensors: one file, or shards with an index, read tensor by tensor and written shard by shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from llada_lightning.checkpoints.config_file import ConfigFile
+from llada_lightning.checkpoints.stored_tensors import StoredTensor
+from llada_lightning.errors import UserError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def read_folder(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder, by the names in its files; views of them, so nothing is in memory yet.
+
+    Raises:
+        UserError: there are no weights, only pickled ones, or a file is missing or damaged.
+    """
+    if (folder / WEIGHTS_NAME).is_file():
+        return _read_file(folder / WEIGHTS_NAME)
+    if (folder / INDEX_NAME).is_file():
+        return _read_shards(folder)
+    if any((folder / name).is_file() for name in _PICKLES):
+        raise UserError(
+            f"'{folder}' holds its weights as pickles only, and to read one may run its code; save it as safetensors: "
+            "save_pretrained(..., safe_serialization=True) where it comes from"
+        )
+    raise UserError(f"'{folder}' holds no {WEIGHTS_NAME}: it is half-written; copy it again")
+
+
+def _read_shards(folder: Path) -> dict[str, StoredTensor]:
+    places = ConfigFile.read(folder / INDEX_NAME).get("weight_map", {})
+    if not places or not isinstance(places, dict) or any(Path(str(file)).name != file for file in places.values()):
+        raise UserError(f"'{folder / INDEX_NAME}' names no files of its folder; copy the folder again")
+    files = sorted(set(places.values()))
+    absent = [file for file in files if not (folder / file).is_file()]
+    if absent:
+        raise UserError(
+            f"'{folder}' lacks {absent[0]}, one of {len(absent)} missing of the {len(files)} files that its index "
+            "names: it is half-written; copy it again"
+        )
+    return {name: tensor for file in files for name, tensor in _read_file(folder / file).items()}
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    try:
+        file = safe_open(str(path), framework="pt")
+        return {name: _stored(file, name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"'{path}' is damaged or half-written ({reason}); copy it again") from error
+
+
+def _stored(file: safe_open, name: str) -> StoredTensor:
+    view = file.get_slice(name)
+    dtype = _DTYPES.get(view.get_dtype())
+    if dtype is None:  # refused by name when the weights are found to be such
+        dtype = file.get_tensor(name).dtype
+    return StoredTensor(tuple(view.get_shape()), dtype, partial(file.get_tensor, name))
+
+
+def write_folder(
+    folder: Path,
+    weights: Mapping[str, StoredTensor],
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    progress: Callable[[int], None],
+) -> list[str]:
+    """Writes tensors to one file, or to as many as are needed for none to be larger than asked.
+
+    No more than one file's tensors are held in memory, and only where their type changes or their source is not a file
+    that can be viewed.
+
+    Args:
+        folder: to write into.
+        weights: by the names that they get.
+        dtype: to store them in; None: as each is.
+        max_shard_bytes: of a file's tensors; a larger tensor gets a file of its own.
+        progress: is told the bytes of each file that has been written.
+
+    Returns:
+        The files' names.
+
+    Raises:
+        UserError: a value is too large for the type.
+        OSError, SafetensorError: the folder cannot be written.
+    """
+    shards = _shards(weights, dtype, max_shard_bytes)
+    count = len(shards)
+    names = [f"model-{n:05d}-of-{count:05d}.safetensors" if count > 1 else WEIGHTS_NAME for n in range(1, count + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        tensors = {name: _converted(name, weights[name], dtype) for name in shard}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library closes its files to others
+        progress(sum(tensor.nbytes for tensor in tensors.values()))
+    if count > 1:
+        total = sum(_bytes(weight, dtype) for weight in weights.values())
+        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return names
+
+
+def _shards(weights: Mapping[str, StoredTensor], dtype: torch.dtype | None, most: int) -> list[list[str]]:
+    """The names of each file, in order."""
+    shards: list[list[str]] = [[]]
+    room = most
+    for name, weight in weights.items():
+        size = _bytes(weight, dtype)
+        if size > room and shards[-1]:
+            shards.append([])
+            room = most
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _bytes(weight: StoredTensor, dtype: torch.dtype | None) -> int:
+    return weight.elements * (dtype or weight.dtype).itemsize
+
+
+def _converted(name: str, weight: StoredTensor, dtype: torch.dtype | None) -> torch.Tensor:
+    tensor = weight.read()
+    converted = tensor.to(dtype or tensor.dtype).contiguous()
+    if converted.dtype == torch.float16 != tensor.dtype and not converted.isfinite().all():
+        raise UserError(f"{name} holds values beyond float16's 65504; choose --dtype bfloat16")
+    return converted

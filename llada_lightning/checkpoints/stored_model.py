@@ -1,0 +1,124 @@
+"""Any checkpoint, found out and checked, before its weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from llada_lightning.checkpoints import description as ours
+from llada_lightning.checkpoints import hugging_face
+from llada_lightning.checkpoints.config_file import CONFIG_NAME, ConfigFile
+from llada_lightning.checkpoints.description import Description
+from llada_lightning.checkpoints.layouts import HF_LLADA, HF_LLAMA, OURS, TRAINING, Layout
+from llada_lightning.checkpoints.run_folder import final_checkpoint, last_checkpoint
+from llada_lightning.checkpoints.safetensors_files import read_folder
+from llada_lightning.checkpoints.sharded_checkpoints import is_sharded
+from llada_lightning.checkpoints.stored_tensors import StoredTensor, weights_of
+from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
+from llada_lightning.checkpoints.training_checkpoints import read_training, run_tokenizer
+from llada_lightning.data.manifest import TOKENIZER_NAME
+from llada_lightning.errors import UserError
+from llada_lightning.model import Transformer
+
+Kind = Literal["training", "llada", "hf-llada", "hf-llama"]
+
+_LAYOUTS: dict[str, tuple[Kind, Layout]] = {
+    ours.MODEL_TYPE: ("llada", OURS),
+    "llada": ("hf-llada", HF_LLADA),
+    "llama": ("hf-llama", HF_LLAMA),
+}
+"""``model_type`` of a ``config.json`` -> what it is."""
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A checkpoint that is whole and fits its description.
+
+    Args:
+        path: of the checkpoint; of a run's folder, the one that was chosen.
+        kind: a checkpoint of `llada fit`, or a folder by the names of `llada convert --to`.
+        description: everything but weights and tokenizer.
+        weights: by our names.
+        tokenizer: None where there is none.
+        auto_map: of a Hugging Face folder that names modelling code: which class stands where.
+    """
+
+    path: Path
+    kind: Kind
+    description: Description
+    weights: dict[str, StoredTensor]
+    tokenizer: TokenizerFiles | None
+    auto_map: dict[str, str] = field(default_factory=dict)
+
+
+def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> StoredModel:
+    """Finds out what a path holds, and checks that it is whole.
+
+    Args:
+        path: a run's folder (its last checkpoint counts), or a branch's; a training checkpoint, one file or sharded; an
+            inference folder of ours; a Hugging Face LLaDA or Llama folder.
+        tokenizer: to take instead of the checkpoint's: a ``tokenizer.json``, a folder with one, a name on the hub.
+
+    Raises:
+        UserError: it is none of these, is not whole, or its parts do not fit together.
+    """
+    path = Path(path).expanduser()
+    given = None if tokenizer is None else TokenizerFiles.of_path(tokenizer)
+    if not path.exists():
+        raise UserError(f"checkpoint '{path}' does not exist; give a run's folder, a checkpoint, or a converted folder")
+    if path.is_file() and path.suffix == ".safetensors":
+        raise UserError(f"'{path}' holds weights only; give the folder, with its {CONFIG_NAME}")
+    if path.is_file() or is_sharded(path):
+        return _training(path, given)
+    if (path / CONFIG_NAME).is_file():
+        return _folder(path, given)
+    checkpoint = last_checkpoint(path) or final_checkpoint(path)
+    if checkpoint is not None:
+        return _training(checkpoint, given)
+    if any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")):
+        raise UserError(f"'{path}' holds weights and no {CONFIG_NAME}: it is half-written; copy it again")
+    raise UserError(
+        f"'{path}' is no checkpoint: it has no {CONFIG_NAME} and no checkpoints/step=….ckpt; give a run's folder, a "
+        "checkpoint, or a converted folder"
+    )
+
+
+def _training(path: Path, given: TokenizerFiles | None) -> StoredModel:
+    description, stored, identity = read_training(path)
+    weights = weights_of(stored, TRAINING, _on_meta(description), str(path))
+    found = given or run_tokenizer(path, description, identity["tokenizer"])
+    return StoredModel(path, "training", description, weights, _fitted(found, description, given))
+
+
+def _folder(folder: Path, given: TokenizerFiles | None) -> StoredModel:
+    config = ConfigFile.read(folder / CONFIG_NAME)
+    model_type = config.get("model_type")
+    if model_type not in _LAYOUTS:
+        raise config.mistake("model_type", f"an unknown architecture; these are known: {', '.join(_LAYOUTS)}")
+    kind, layout = _LAYOUTS[model_type]
+    files = given or (TokenizerFiles.of_path(folder) if (folder / TOKENIZER_NAME).is_file() else None)
+    named = {} if files is None else files.named_ids
+    if kind == "llada":
+        description = ours.read_config(config)
+    else:
+        description = (hugging_face.read_llada if kind == "hf-llada" else hugging_face.read_llama)(config, named)
+    stored = read_folder(folder)
+    head = layout.names(description.shape.n_layers)["head.weight"]
+    tied = kind != "llada" and hugging_face.is_tied(config, has_head=head in stored)
+    weights = weights_of(stored, layout, _on_meta(description), str(folder), tied)
+    auto_map = config.get("auto_map", {})
+    return StoredModel(folder, kind, description, weights, _fitted(files, description, given), auto_map)
+
+
+def _on_meta(description: Description) -> Transformer:
+    with torch.device("meta"):
+        return description.transformer()
+
+
+def _fitted(
+    files: TokenizerFiles | None, description: Description, given: TokenizerFiles | None
+) -> TokenizerFiles | None:
+    return None if files is None else files.fitted(description, given=given is not None)

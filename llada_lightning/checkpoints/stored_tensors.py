@@ -1,0 +1,115 @@
+"""Tensors that lie in a file: their shapes are known, and each is read when it is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
+from math import prod
+
+import torch
+from torch import Tensor
+
+from llada_lightning.checkpoints.layouts import Layout
+from llada_lightning.errors import UserError
+from llada_lightning.model import Transformer
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The types that weights are stored in, by torch's names."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Args:
+        shape: its dimensions.
+        dtype: as stored.
+        read: gives it, on the CPU; a view of the file where its format allows that, so not to be written to.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+
+def of_tensor(tensor: Tensor) -> StoredTensor:
+    """A tensor that is there already, such as a view of a file."""
+    return StoredTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def weights_of(
+    stored: Mapping[str, StoredTensor], layout: Layout, model: Transformer, where: str, tied: bool = False
+) -> dict[str, StoredTensor]:
+    """The weights of a Transformer by our names, after all of them are found to be there and to fit.
+
+    Args:
+        stored: by the layout's names.
+        layout: of the names.
+        model: whose weights they are, on the meta device.
+        where: they lie, for people.
+        tied: the output head is the embedding; a head that is stored as well is not looked at.
+
+    Raises:
+        UserError: tensors are missing, are too many, have another shape, or hold other than floating-point numbers.
+    """
+    names = layout.names(len(model.blocks))
+    wanted = {ours: tuple(weight.shape) for ours, weight in model.state_dict().items()}
+    assert names.keys() == wanted.keys()
+    head = names["head.weight"]
+    if tied:
+        names["head.weight"] = names["embedding.weight"]
+    found = {name for name in stored if not name.endswith(layout.ignored or ("\0",))}
+    missing, extra = set(names.values()) - found, found - set(names.values()) - ({head} if tied else set())
+    mend = "config.json and weights do not belong together, or the copy is incomplete"
+    if missing or extra:
+        both = [f"{len(missing)} missing: {_some(missing)}"] * bool(missing)
+        both += [f"{len(extra)} too many: {_some(extra)}"] * bool(extra)
+        raise UserError(f"'{where}' as {layout.title}: tensors {'; '.join(both)}; {mend}")
+    for ours, theirs in names.items():
+        tensor = stored[theirs]
+        if tensor.shape != wanted[ours]:
+            raise UserError(
+                f"'{where}': {theirs} has shape {list(tensor.shape)}, expected {list(wanted[ours])}; {mend}"
+            )
+        if tensor.dtype not in DTYPES.values():
+            raise UserError(
+                f"'{where}': {theirs} is stored as {name_of(tensor.dtype)}; save it as {' or '.join(DTYPES)}"
+            )
+    weights = {ours: stored[theirs] for ours, theirs in names.items()}
+    if tied:
+        embedding = weights["embedding.weight"]
+        weights["head.weight"] = replace(embedding, read=lambda: embedding.read().clone())
+    return weights
+
+
+def common_dtype(weights: Iterable[StoredTensor]) -> torch.dtype:
+    """The smallest type that holds all of them without rounding; theirs, where they have the same."""
+    return reduce(torch.promote_types, (weight.dtype for weight in weights))
+
+
+def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The type of a name; None stays None.
+
+    Raises:
+        UserError: there is no such type for weights.
+    """
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UserError(f"dtype: '{dtype}' is not known; choose from {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    return dtype
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """torch's name of a type: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _some(names: set[str], most: int = 4) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:most]) + (f", and {len(listed) - most} more" if len(listed) > most else "")

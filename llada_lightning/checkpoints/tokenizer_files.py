@@ -1,0 +1,185 @@
+"""A tokenizer as a checkpoint's folder holds it: the files to carry along, and what they say to inference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from llada_lightning.checkpoints.config_file import GENERATION_CONFIG_NAME
+from llada_lightning.checkpoints.description import Description
+from llada_lightning.data.manifest import TOKENIZER_NAME
+from llada_lightning.data.tokenizers import (
+    KNOWN_EOS_TOKENS,
+    KNOWN_MASK_TOKENS,
+    as_special,
+    named_tokens,
+    tokenizer_file,
+    tokenizer_from_text,
+)
+from llada_lightning.errors import UserError
+
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+TEMPLATE_NAME = "chat_template.jinja"
+_COMPANIONS = (TOKENIZER_CONFIG_NAME, "special_tokens_map.json", TEMPLATE_NAME, GENERATION_CONFIG_NAME)
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
+"""Tokens that end a turn where a chat template has them, whatever the configuration calls EOS."""
+_KNOWN = {"eos_token": KNOWN_EOS_TOKENS, "mask_token": KNOWN_MASK_TOKENS}
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer and the files it came in.
+
+    Args:
+        tokenizer: text never becomes one of its special tokens.
+        files: content by name, ``tokenizer.json`` and what stood beside it.
+        named: ``eos_token``, ``mask_token``: as the files name them.
+        name: for people.
+    """
+
+    tokenizer: Tokenizer
+    files: dict[str, bytes]
+    named: dict[str, str]
+    name: str
+
+    @classmethod
+    def of_text(cls, text: str, name: str) -> TokenizerFiles:
+        """Of a ``tokenizer.json`` alone.
+
+        Raises:
+            UserError: it is not a tokenizer.
+        """
+        return cls(tokenizer_from_text(text, name), {TOKENIZER_NAME: text.encode()}, {}, name)
+
+    @classmethod
+    def of_path(cls, spec: str | Path) -> TokenizerFiles:
+        """Of a ``tokenizer.json``, a folder with one, or a name on the hub, with the files beside it.
+
+        Raises:
+            UserError: there is none.
+        """
+        path = tokenizer_file(str(spec))
+        try:
+            alone = cls.of_text(path.read_text(encoding="utf-8"), str(path))
+            beside = {name: path.with_name(name) for name in _COMPANIONS}
+            files = {name: file.read_bytes() for name, file in beside.items() if file.is_file()}
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"tokenizer '{path}' cannot be read ({error}); give a tokenizer.json") from error
+        return replace(alone, files={**alone.files, **files}, named=named_tokens(path.parent))
+
+    @cached_property
+    def named_ids(self) -> dict[str, int]:
+        """Ids of ``eos_token`` and ``mask_token``: named by the files, else by the usual names."""
+        found = {key: self._candidates(key) for key in _KNOWN}
+        return {key: ids[0] for key, ids in found.items() if ids}
+
+    def _candidates(self, key: str) -> list[int]:
+        ids = (self.tokenizer.token_to_id(token) for token in (self.named.get(key, ""), *_KNOWN[key]))
+        return [token_id for token_id in ids if token_id is not None]
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """``tokenizer_config.json``; empty where there is none."""
+        try:
+            values = json.loads(self.files.get(TOKENIZER_CONFIG_NAME, b"{}"))
+        except ValueError as error:
+            raise UserError(f"'{self.name}': {TOKENIZER_CONFIG_NAME} beside it is damaged; copy it again") from error
+        return values if isinstance(values, dict) else {}
+
+    @property
+    def chat_template(self) -> str | None:
+        """Of the file beside the tokenizer, else of its configuration; of several, the default."""
+        if TEMPLATE_NAME in self.files:
+            return self.files[TEMPLATE_NAME].decode()
+        template = self.config.get("chat_template")
+        if isinstance(template, list):
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
+        return template if isinstance(template, str) else None
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """What stands before a text: by ``add_bos_token``, else as the tokenizer's own post-processor puts it."""
+        bos = self.config.get("bos_token")
+        bos = bos.get("content") if isinstance(bos, dict) else bos
+        bos_id = self.tokenizer.token_to_id(bos) if isinstance(bos, str) else None
+        adds = self.config.get("add_bos_token")
+        if adds is False:
+            return ()
+        if adds is True and bos_id is not None:
+            return (bos_id,)
+        plain, full = (self.tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
+        starts = [i for i in range(len(full)) if full[i : i + len(plain)] == plain]
+        return tuple(full[: starts[0]]) if plain and starts else ()
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer besides those of the model: the configuration's EOS, the end of a turn."""
+        template = self.chat_template or ""
+        tokens = [self.named.get("eos_token", ""), *(token for token in _TURN_ENDS if token in template)]
+        ids = (self.tokenizer.token_to_id(token) for token in tokens)
+        return tuple(token_id for token_id in ids if token_id is not None)
+
+    def fitted(self, description: Description, given: bool) -> TokenizerFiles:
+        """The same for a model: its special tokens are found, and are such that no text becomes them.
+
+        Args:
+            description: of the model.
+            given: by the user, and not by the model's own folder, whose configuration may name another EOS (a turn's).
+
+        Raises:
+            UserError: the tokenizer has other special ids than the model, or ids that the model lacks.
+        """
+        mend = "give the model's own with --tokenizer"
+        largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if largest >= description.vocab_size:
+            raise UserError(
+                f"tokenizer '{self.name}' has ids up to {largest}, the model only {description.vocab_size}; {mend}"
+            )
+        ids = {"eos_token": description.eos_token_id, "mask_token": description.mask_token_id}
+        for key, token_id in ids.items():
+            if token_id is None:
+                continue
+            title = {"eos_token": "EOS", "mask_token": "[MASK]"}[key]
+            if self.tokenizer.id_to_token(token_id) is None:
+                raise UserError(
+                    f"tokenizer '{self.name}' has {largest + 1} ids and no {token_id}, the model's {title}; {mend}"
+                )
+            alike = {token_id} if key == "mask_token" else set(description.end_token_ids)
+            others = self._candidates(key)
+            if (given or key == "mask_token") and others and not alike & set(others):
+                raise UserError(f"tokenizer '{self.name}' has {title} as {others[0]}, the model as {token_id}; {mend}")
+        special = [i for i in (*description.end_token_ids, description.mask_token_id) if i is not None]
+        return replace(self, tokenizer=_with_special(self.tokenizer, special))
+
+    def files_for(self, description: Description) -> dict[str, bytes]:
+        """The files to write beside a model; with a configuration for transformers where there is none."""
+        if TOKENIZER_CONFIG_NAME in self.files:
+            return self.files
+        ids = {
+            "bos_token": description.bos_token_id,
+            "eos_token": description.eos_token_id,
+            "pad_token": description.eos_token_id if description.pad_token_id is None else description.pad_token_id,
+            "mask_token": description.mask_token_id,
+        }
+        tokens = {key: self.tokenizer.id_to_token(i) for key, i in ids.items() if i is not None}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": description.context_length,
+            "clean_up_tokenization_spaces": False,
+            **{key: token for key, token in tokens.items() if token is not None},
+        }
+        return {**self.files, TOKENIZER_CONFIG_NAME: (json.dumps(config, indent=2) + "\n").encode()}
+
+
+def _with_special(tokenizer: Tokenizer, ids: list[int]) -> Tokenizer:
+    added = tokenizer.get_added_tokens_decoder()
+    plain = [i for i in ids if not (i in added and added[i].special)]
+    tokens = tuple(token for token in map(tokenizer.id_to_token, plain) if token is not None)
+    return as_special(tokenizer, tokens) if tokens else tokenizer

@@ -1,0 +1,136 @@
+"""Checkpoints of `llada fit`, files and shards, as models: no optimizer is read, and nothing in them is ever run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+import yaml
+
+from llada_lightning.checkpoints.description import Description
+from llada_lightning.checkpoints.run_folder import CONFIG, run_folder_of
+from llada_lightning.checkpoints.sharded_checkpoints import META, ShardReader, is_sharded
+from llada_lightning.checkpoints.stored_tensors import StoredTensor, of_tensor
+from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
+from llada_lightning.data.manifest import TOKENIZER_NAME, read_tokenizer_text
+from llada_lightning.data.tokenizers import tokenizer_info
+from llada_lightning.errors import UserError
+from llada_lightning.scaling.flops import Objective
+from llada_lightning.scaling.shapes import get_shape
+
+_WEIGHTS = "state_dict"
+_MODULES: dict[str, Objective] = {"ArmModule": "arm", "LladaModule": "llada"}
+
+
+def read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], Mapping[str, Any]]:
+    """What a checkpoint of `llada fit` holds of its model.
+
+    Args:
+        path: a file, or the folder of a sharded one.
+
+    Returns:
+        The description, the weights by their names in the file, and the identity of the run.
+
+    Raises:
+        UserError: it is damaged, of another program, or holds objects that could run code.
+    """
+    try:
+        content = torch.load(
+            path / META if is_sharded(path) else path, mmap=True, weights_only=True, map_location="cpu"
+        )
+        weights = _shards(path) if is_sharded(path) else {k: of_tensor(v) for k, v in content[_WEIGHTS].items()}
+        return _description(content, path), weights, content["identity"]
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"'{path}' is refused: it holds other things than weights, which may run code when they are read; give a "
+            "checkpoint of llada fit, or a folder with safetensors"
+        ) from error
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError, BadZipFile) as error:
+        raise UserError(
+            f"'{path}' is not a checkpoint of llada fit, or is damaged; give a run's folder, one of its checkpoints, "
+            "or a folder with config.json and safetensors"
+        ) from error
+
+
+def _shards(folder: Path) -> dict[str, StoredTensor]:
+    reader = ShardReader(folder)
+    return {
+        name: StoredTensor(shape, dtype, partial(reader.read_tensor, _WEIGHTS, name))
+        for name, (shape, dtype) in reader.tensor_shapes(_WEIGHTS).items()
+    }
+
+
+def _description(content: Mapping[str, Any], path: Path) -> Description:
+    identity = content["identity"]
+    model, data = identity["model"], identity["data"]
+    arguments = model["init_args"]
+    objective: Objective | None = content.get("objective", _MODULES.get(model["class_path"].rpartition(".")[2]))
+    if objective is None:
+        raise UserError(f"'{path}' is of {model['class_path']}, whose objective it does not say; train it again")
+    run = run_folder_of(path)
+    start = arguments["eos_token_id"] if objective == "arm" else None  # as objectives.losses.shift_right
+    return Description(
+        objective=objective,
+        shape=get_shape(arguments["shape"]),
+        vocab_size=arguments["vocab_size"],
+        eos_token_id=arguments["eos_token_id"],
+        mask_token_id=arguments["mask_token_id"],
+        context_length=data["sequence_length"],
+        rope_theta=arguments["rope_theta"],
+        start_token_id=start,
+        text_prefix_ids=(),  # prepared data holds nothing but text and EOS
+        compat=arguments["compat"],
+        bos_token_id=start,
+        source={
+            "run": None if run is None else run.name,
+            "step": content["global_step"],
+            "identity": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        },
+    )
+
+
+def run_tokenizer(checkpoint: Path, description: Description, fingerprint: str) -> TokenizerFiles | None:
+    """The tokenizer that a run was trained with: beside the checkpoint, of the run's folder, or of its data.
+
+    Args:
+        checkpoint: of the run.
+        description: of its model.
+        fingerprint: of its tokenizer.
+
+    Returns:
+        None where there is none, or only others.
+    """
+    run = run_folder_of(checkpoint)
+    folders = [checkpoint.parent, *([] if run is None else [run, *_data_folders(run)])]
+    for folder in map(str, folders):
+        try:
+            files = TokenizerFiles.of_text(read_tokenizer_text(folder), f"{folder}/{TOKENIZER_NAME}")
+        except UserError:  # not there; ids will do
+            continue
+        if _fingerprint(files, description) == fingerprint:
+            return files
+    return None
+
+
+def _fingerprint(files: TokenizerFiles, description: Description) -> str | None:
+    assert description.mask_token_id is not None
+    eos, mask = (files.tokenizer.id_to_token(i) for i in (description.eos_token_id, description.mask_token_id))
+    if eos is None or mask is None:
+        return None
+    return tokenizer_info(files.tokenizer, eos_token=eos, mask_token=mask).fingerprint
+
+
+def _data_folders(run: Path) -> list[str]:
+    """The data that a run's config.yaml names; as there, relative to where the run was started."""
+    try:
+        path = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))["data"]["init_args"]["path"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return []
+    return [path] if isinstance(path, str) else list(path) if isinstance(path, dict) else []
