@@ -1,18 +1,19 @@
 """Scaling studies of masked diffusion (LLaDA) against autoregression, under the same compute."""
 
+from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
 
+# Imported when asked for: the command's light verbs start without pandas and torch.
+_HOMES = {
+    "load_model": "llada_lightning.checkpoints.load",
+    "log_likelihood": "llada_lightning.evaluation.likelihood",
+    "read_results": "llada_lightning.scaling.results",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: the command's light verbs start without pandas.
-    if name == "read_results":
-        from llada_lightning.scaling.results import read_results
-
-        return read_results
-    if name == "load_model":
-        from llada_lightning.checkpoints.load import load_model
-
-        return load_model
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

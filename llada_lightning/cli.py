@@ -26,6 +26,7 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   collect    run folders, W&B projects -> one table of results
   curves     table of results -> fits and figures
   convert    a checkpoint -> an inference folder of ours, or Hugging Face LLaDA or Llama
+  score      log-likelihood of continuations, multiple choice, perplexity of texts
 
   --version  print the version
 """
@@ -124,6 +125,11 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return convert_command(args)
 
+    def score(args: list[str]) -> int:
+        from llada_lightning.evaluation.score_command import score_command
+
+        return score_command(args)
+
     return {
         "plan": plan,
         "launch": launch,
@@ -132,6 +138,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
         "collect": collect,
         "curves": curves,
         "convert": convert,
+        "score": score,
     }
 
 

@@ -29,6 +29,7 @@ class Stream(IntEnum):
     VALIDATION_TIME = 5
     VALIDATION_MASK = 6
     GENERATION = 7
+    LIKELIHOOD = 8
 
 
 def random_words(seed: int, stream: Stream, ordinal: int, count: int, sub_ordinal: int = 0) -> npt.NDArray[np.uint64]:

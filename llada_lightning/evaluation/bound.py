@@ -1,0 +1,146 @@
+"""The estimator of Eq. 6 for one continuation: unbiased, and with an honest standard error.
+
+For a mask S of l tokens let f(S) = L / l times the sum over S of log p(x_i | prompt, the tokens outside of S). Eq. 6 is
+the mean of f over l in 1..L and over the masks of l tokens. Four things make its estimate precise:
+
+1. *Enumeration.* Where all 2^L - 1 masks are no more than the samples, all are scored and nothing is left to chance.
+2. *Exact ends.* One mask has l = L, and L masks have l = 1: these l are scored in full and not drawn. (l = 1 where
+   L <= samples. Its f varies the most, because it tells of a single token.)
+3. *A control variate.* How hard a token is varies more between tokens than between masks. The ends tell log p of each
+   token with nothing seen (l = L) and with all else seen (l = 1); between them c_l(i) interpolates linearly in l. Only
+   f(S) minus L / l times the sum of c_l over S is left to Monte Carlo; what was taken away has a known mean: the sum of
+   c_l over all tokens.
+4. *Even replicates* (``masks.replicate_masks``): l from a shifted grid, every token masked about as often.
+
+Samples within a replicate are not independent, so its own scatter tells nothing. Replicates are independent of each
+other and each is unbiased: the estimate is the mean of R of them and its standard error their standard deviation over
+the root of R, whose square is unbiased too. There are 16 where the samples allow: an interval is the mean plus or minus
+Student's t of R - 1 degrees of freedom times the error (2.1 for 95 % at 16; 2.4 at 8).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from llada_lightning.evaluation.forward import FloatArray
+from llada_lightning.evaluation.masks import BoolArray, all_masks, replicate_masks
+from llada_lightning.evaluation.requests import Method, Request, Score
+
+REPLICATES = 16
+
+
+class Bound:
+    """The lower bound of one request as far as it is known; more samples can be added.
+
+    Args:
+        request: with a continuation of L >= 0 tokens.
+        samples: masks of the first round, at least 1.
+        seed: of the noise.
+        enumerate_masks: score all masks where these are no more than the samples to draw.
+    """
+
+    def __init__(self, request: Request, samples: int, seed: int, enumerate_masks: bool = True) -> None:
+        self.request, self.seed, self.enumerates = request, seed, enumerate_masks
+        self.length = len(request.continuation)
+        self._first_samples, self._first_replicates = samples, min(samples, REPLICATES)
+        self._both_ends = self.length <= samples
+        self._inner = range(2 if self._both_ends else 1, self.length)
+        self._ends_LL: tuple[FloatArray, FloatArray] | None = None  # log p of each token at l = 1 and at l = L
+        self._exact_mean = 0.0 if self.length == 0 else None
+        self._values: list[float] = []
+        self._all_planned = False
+
+    @property
+    def exact(self) -> bool:
+        return self._exact_mean is not None
+
+    @property
+    def values(self) -> FloatArray:
+        """(R,) independent unbiased estimates in nats, one a replicate; (1,) the value itself where exact."""
+        return np.array(self._values if self._exact_mean is None else [self._exact_mean])
+
+    @property
+    def samples(self) -> int:
+        """Masks drawn so far; all there are where exact."""
+        return 2**self.length - 1 if self.exact else sum(map(self._size, range(len(self._values))))
+
+    @property
+    def score(self) -> Score:
+        """The estimate as far as it is known."""
+        values = self.values
+        replicates = len(values)
+        sampled = float(values.std(ddof=1)) / math.sqrt(replicates) if replicates > 1 else math.nan
+        return Score(
+            mean=float(values.mean()),
+            stderr=0.0 if self.exact else sampled,
+            exact=self.exact,
+            samples=self.samples,
+            tokens=self.length,
+            method=self._method,
+            truncated=self.request.truncated,
+        )
+
+    @property
+    def _method(self) -> Method:
+        if self.length < 2:
+            return "one pass" if self.length else "empty"
+        return "enumerated" if self.exact else "monte carlo"
+
+    def plan(self, samples: int) -> BoolArray:
+        """(N, L) masks to score until ``samples`` are drawn, in whole rounds of as many as the first; N may be 0."""
+        if self.exact:
+            return np.empty((0, self.length), dtype=bool)
+        self._all_planned = self.enumerates and 2**self.length - 1 <= samples - self.samples
+        if self._all_planned:
+            return all_masks(self.length)
+        masks = [] if self._ends_LL else [np.ones((1, self.length), dtype=bool)]
+        if not self._ends_LL and self._both_ends:
+            masks.append(np.eye(self.length, dtype=bool))
+        if self._inner:
+            total = self._first_replicates * (samples // self._first_samples)
+            masks += [
+                replicate_masks(self.seed, self.request.noise_key, r, self._size(r), self.length, self._inner)
+                for r in range(len(self._values), total)
+            ]
+        return np.concatenate([np.empty((0, self.length), dtype=bool), *masks])
+
+    def add(self, masks_NL: BoolArray, log_probs_NL: FloatArray) -> None:
+        """Takes in what the model gave for planned masks.
+
+        Args:
+            masks_NL: as planned.
+            log_probs_NL: (N, L) nats, 0 where not masked.
+        """
+        assert not self.exact
+        counts_N, sums_N = masks_NL.sum(axis=1), log_probs_NL.sum(axis=1)
+        if self._all_planned:
+            counts = range(1, self.length + 1)
+            mean_by_count = [self.length / count * sums_N[counts_N == count].mean() for count in counts]
+            self._exact_mean = float(np.mean(mean_by_count))
+            return
+        if self._ends_LL is None:
+            ends = 1 + (self.length if self._both_ends else 0)
+            unseen_L = log_probs_NL[0]
+            seen_L = log_probs_NL[1:ends].diagonal() if self._both_ends else unseen_L
+            self._ends_LL = seen_L, unseen_L
+            masks_NL, counts_N, sums_N = masks_NL[ends:], counts_N[ends:], sums_N[ends:]
+        seen_L, unseen_L = self._ends_LL
+        known = float(seen_L.sum() + unseen_L.sum()) / 2  # the mean over l of the sum of c_l
+        if not self._inner:
+            self._exact_mean = known
+            return
+        share_unseen_N1 = (counts_N[:, None] - 1) / (self.length - 1)
+        control_N = (masks_NL * (seen_L + share_unseen_N1 * (unseen_L - seen_L))).sum(axis=1)
+        residual_N = self.length / counts_N * (sums_N - control_N)
+        start = 0
+        while start < len(residual_N):
+            end = start + self._size(len(self._values))
+            self._values.append(known + len(self._inner) / self.length * float(residual_N[start:end].mean()))
+            start = end
+
+    def _size(self, replicate: int) -> int:
+        """Masks of a replicate; those of a round are as many as the samples of the first."""
+        size, more = divmod(self._first_samples, self._first_replicates)
+        return size + (replicate % self._first_replicates < more)

@@ -1,0 +1,199 @@
+"""The best of several continuations, with no more samples than it takes to be sure.
+
+The candidates of a question share their random numbers, so their differences are taken replicate by replicate. After
+each look at the samples a candidate is out where some other is better: where the mean difference exceeds Student's t
+times its standard error. The t-quantile is of a chance of (1 - confidence) / (looks x (candidates - 1)): the truly best
+one can go out wrongly in each of the looks and against each of the others, so by the union bound it does so, ever, with
+a probability of at most 1 - confidence (as far as the replicates' means are normal, which averages of masks nearly
+are). Only candidates that are still in are given more samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, get_args
+
+import numpy as np
+from scipy.stats import t as student_t
+
+from llada_lightning.checkpoints.language_model import LanguageModel
+from llada_lightning.errors import UserError
+from llada_lightning.evaluation.bound import Bound
+from llada_lightning.evaluation.forward import FloatArray, Scorer
+from llada_lightning.evaluation.likelihood import check_options, draw, exact_scores, waves
+from llada_lightning.evaluation.progress import ScoringProgress
+from llada_lightning.evaluation.requests import Ids, Score, Truncation, check_request
+
+Normalisation = Literal["none", "token", "byte"]
+NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
+Question = tuple[Ids, Sequence[Ids]]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The candidates of one question.
+
+    Args:
+        best: index of the candidate with the highest value; of equal ones the first.
+        settled: whether every other one is worse at the confidence asked for.
+        scores: of each candidate; those that were out early have fewer samples.
+        values: what was compared: the mean by the normalisation, nats (per token, per byte).
+    """
+
+    best: int
+    settled: bool
+    scores: list[Score]
+    values: list[float]
+
+
+@dataclass
+class _Question:
+    bounds: list[Bound]
+    sizes: FloatArray
+    contenders: list[int]
+
+    @property
+    def settled(self) -> bool:
+        first = self.bounds[self.contenders[0]]
+        # Exactly equal values, or one continuation given twice: no sample can part them.
+        return all(bound.exact or bound is first for bound in map(self.bounds.__getitem__, self.contenders))
+
+    def look(self, chance: float) -> None:
+        """Puts out whom another contender beats, each comparison wrong with at most ``chance``."""
+        values = {c: self.bounds[c].values / self.sizes[c] for c in self.contenders}
+        out = {c for c in self.contenders if any(_exceeds(values[b] - values[c], chance) for b in self.contenders)}
+        self.contenders = [c for c in self.contenders if c not in out]
+
+    @property
+    def ranking(self) -> Ranking:
+        scores = [bound.score for bound in self.bounds]
+        values = [score.mean / size for score, size in zip(scores, self.sizes.tolist(), strict=True)]
+        best = max(self.contenders, key=lambda c: values[c])
+        return Ranking(best, len(self.contenders) == 1 or self.settled, scores, values)
+
+
+def rank(
+    lm: LanguageModel, prompt: Ids, candidates: Sequence[Ids], confidence: float = 0.99, **options: object
+) -> Ranking:
+    """:func:`rank_candidates` for one question."""
+    return rank_candidates(lm, [(prompt, candidates)], confidence, **options)[0]  # type: ignore[arg-type]
+
+
+def rank_candidates(
+    lm: LanguageModel,
+    questions: Sequence[Question],
+    confidence: float = 0.99,
+    *,
+    normalisation: Normalisation = "none",
+    byte_lengths: Sequence[Sequence[int]] | None = None,
+    samples: int = 32,
+    max_samples: int = 1024,
+    cfg_scale: float = 0.0,
+    seed: int = 0,
+    truncate: Truncation | None = None,
+    batch_tokens: int | None = None,
+    progress: bool | None = False,
+) -> list[Ranking]:
+    """The best candidate of each question, sampled until it is settled.
+
+    Args:
+        lm: the model; with an `arm` every value is exact and nothing is sampled.
+        questions: ids of a prompt, and of each of its candidates.
+        confidence: the least probability with which the winner is the one with the highest value of Eq. 6.
+        normalisation: what is compared: the log-likelihood, or that per token, or per byte.
+        byte_lengths: bytes of each candidate, for `byte`; by default of its text as the tokenizer gives it.
+        samples: of the first look, at least 2; doubled for each that follows.
+        max_samples: after which a question is left open, with its best so far.
+        cfg_scale, seed, truncate, batch_tokens, progress: as for :func:`likelihood.log_likelihood`.
+
+    Raises:
+        UserError: as there; no candidates; an empty one under a normalisation.
+    """
+    check_options(lm, samples, max_samples, cfg_scale, batch_tokens)
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence is {confidence}; it must lie between 0 and 1, as 0.99")
+    if samples < 2:
+        raise UserError(f"samples is {samples}; a ranking needs at least 2 to tell its error")
+    requests = [
+        [check_request(lm, prompt, c, truncate, f"question {n}, candidate {k}") for k, c in enumerate(candidates)]
+        for n, (prompt, candidates) in enumerate(questions)
+    ]
+    sizes = candidate_sizes(lm, questions, normalisation, byte_lengths)
+    with ScoringProgress(progress) as bar:
+        scorer = Scorer(lm, cfg_scale, batch_tokens, bar)
+        if lm.objective == "arm":
+            known = exact_scores(scorer, [request for group in requests for request in group])
+            scores = [[known[request] for request in group] for group in requests]
+            return [rank_scores(*pair) for pair in zip(scores, sizes, strict=True)]
+        bounds = {r: Bound(r, samples, seed) for group in requests for r in group}
+        open_questions = [
+            _Question([bounds[r] for r in group], size, list(range(len(group))))
+            for group, size in zip(requests, sizes, strict=True)
+        ]
+        every = list(open_questions)
+        looks = 1 + math.ceil(math.log2(max_samples / samples))
+        for look in range(looks):
+            total = min(samples << look, max_samples)
+            wanted = {id(q.bounds[c]): q.bounds[c] for q in open_questions for c in q.contenders}
+            for wave in waves(list(wanted.values()), total):
+                draw(scorer, wave, total)
+            for question in open_questions:
+                question.look((1 - confidence) / (looks * max(1, len(question.bounds) - 1)))
+            open_questions = [q for q in open_questions if len(q.contenders) > 1 and not q.settled]
+    return [question.ranking for question in every]
+
+
+def _exceeds(differences: FloatArray, chance: float) -> bool:
+    """Whether the mean of the differences is above 0, said wrongly with a probability of at most ``chance``."""
+    mean = float(differences.mean())
+    if len(differences) == 1:  # both exact
+        return mean > 0
+    error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    return mean > _quantile(chance, len(differences) - 1) * error
+
+
+@cache
+def _quantile(chance: float, degrees: int) -> float:
+    return float(student_t.isf(chance, degrees))
+
+
+def rank_scores(scores: list[Score], sizes: FloatArray) -> Ranking:
+    """The ranking of candidates as they are scored; settled only where every score is exact."""
+    values = [score.mean / size for score, size in zip(scores, sizes.tolist(), strict=True)]
+    return Ranking(int(np.argmax(values)), all(score.exact for score in scores), scores, values)
+
+
+def candidate_sizes(
+    lm: LanguageModel,
+    questions: Sequence[Question],
+    normalisation: Normalisation,
+    byte_lengths: Sequence[Sequence[int]] | None = None,
+) -> list[FloatArray]:
+    """What the log-likelihood of each candidate of each question is divided by; arguments as :func:`rank_candidates`.
+
+    Raises:
+        UserError: no candidates; an empty one under a normalisation.
+    """
+    if normalisation not in NORMALISATIONS:
+        raise UserError(f"normalisation is {normalisation!r}; choose from {', '.join(NORMALISATIONS)}")
+    every = []
+    for n, (_, candidates) in enumerate(questions):
+        if not len(candidates):
+            raise UserError(f"question {n} has no candidates; give at least one")
+        sizes = [1] * len(candidates)
+        if normalisation == "token":
+            sizes = [len(candidate) for candidate in candidates]
+        elif normalisation == "byte" and byte_lengths is not None:
+            sizes = list(byte_lengths[n])
+        elif normalisation == "byte":
+            sizes = [len(lm.decode(list(candidate)).encode()) for candidate in candidates]
+        if 0 in sizes:
+            raise UserError(
+                f"question {n}, candidate {sizes.index(0)} is empty, so nothing can be told per {normalisation}; "
+                "use normalisation 'none'"
+            )
+        every.append(np.array(sizes, dtype=np.float64))
+    return every

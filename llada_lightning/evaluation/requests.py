@@ -1,0 +1,121 @@
+"""What is to be scored, checked against the model, and what scoring gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from llada_lightning.checkpoints.language_model import LanguageModel
+from llada_lightning.errors import UserError
+
+Ids = Sequence[int]
+Method = Literal["autoregressive", "one pass", "enumerated", "monte carlo", "empty"]
+Truncation = Literal["left"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The log-likelihood of a continuation given its prompt.
+
+    Args:
+        mean: nats. `arm`: the value itself. `llada`: of the lower bound, Eq. 6 with its sign changed; an unbiased
+            estimate, or the bound itself where `exact`.
+        stderr: standard error of `mean` by Monte Carlo, nats: 0 where `exact`, NaN where one sample tells none.
+        exact: no Monte Carlo error is left. A bound may be exact and still be a bound: see `method`.
+        samples: masks that were drawn; all there are where enumerated; 1 for `arm`; 0 where nothing is to be scored.
+        tokens: of the continuation.
+        method: `autoregressive` and `one pass` (one token of `llada`) are the model's own log-likelihood;
+            `enumerated` (over all masks) and `monte carlo` are of the bound; `empty`: no token, so 0.
+        truncated: tokens cut from the prompt's left.
+    """
+
+    mean: float
+    stderr: float
+    exact: bool
+    samples: int
+    tokens: int
+    method: Method
+    truncated: int = 0
+
+    @property
+    def kind(self) -> Literal["exact", "bound"]:
+        """Whether `mean` tells of the log-likelihood itself or of its lower bound."""
+        return "bound" if self.method in ("enumerated", "monte carlo") else "exact"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A continuation to score given its prompt; equal requests are scored once.
+
+    Args:
+        prompt: ids.
+        continuation: ids.
+        truncated: tokens cut from the prompt's left.
+    """
+
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
+    truncated: int = 0
+
+    @property
+    def noise_key(self) -> int:
+        """64 bits by which the noise of a request is drawn: of its content alone.
+
+        They come from the prompt, so that the candidates of one question share their random numbers: errors that they
+        have in common then leave the differences between them. Without a prompt they come from the continuation.
+        """
+        ids = np.array(self.prompt or self.continuation, dtype="<i8")
+        return int.from_bytes(blake2b(ids.tobytes(), digest_size=8).digest(), "little")
+
+
+def check_request(
+    lm: LanguageModel, prompt: Ids, continuation: Ids, truncate: Truncation | None = None, name: str = "request"
+) -> Request:
+    """The request, once it is known that the model can score it.
+
+    Args:
+        lm: the model.
+        prompt: ids, may be empty.
+        continuation: ids, may be empty.
+        truncate: `left` cuts the left of a prompt that does not fit the model's context with its continuation.
+        name: of the request, for the message.
+
+    Raises:
+        UserError: an id outside of the vocabulary, [MASK] within the continuation, more tokens than the context.
+    """
+    prompt, continuation = _ids(prompt, lm, f"{name}: prompt"), _ids(continuation, lm, f"{name}: continuation")
+    if lm.mask_token_id is not None and lm.mask_token_id in continuation:
+        raise UserError(
+            f"{name}: continuation: token {continuation.index(lm.mask_token_id)} is [MASK] ({lm.mask_token_id}), which "
+            "is no text; give the token that it hides"
+        )
+    excess = len(prompt) + len(continuation) - lm.context_length
+    if excess <= 0:
+        return Request(prompt, continuation)
+    if truncate is None or excess > len(prompt):
+        mend = "shorten the prompt, or cut it with truncate 'left'" if excess <= len(prompt) else "shorten it"
+        raise UserError(
+            f"{name}: a prompt of {len(prompt)} and a continuation of {len(continuation)} tokens exceed the context of "
+            f"{lm.context_length}; {mend}"
+        )
+    return Request(prompt[excess:], continuation, truncated=excess)
+
+
+def _ids(ids: Ids, lm: LanguageModel, name: str) -> tuple[int, ...]:
+    array: npt.NDArray[np.generic] = np.asarray(ids)
+    if array.size == 0:
+        return ()
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise UserError(f"{name}: {str(ids)[:40]!r} is no list of token ids; encode text first (lm.encode)")
+    outside = (array < 0) | (array >= lm.model.vocab_size)  # type: ignore[operator]
+    if outside.any():
+        raise UserError(
+            f"{name}: id {array[outside][0]} is outside of the vocabulary of {lm.model.vocab_size}; is it another "
+            "model's tokenizer?"
+        )
+    return tuple(array.tolist())

@@ -1,0 +1,117 @@
+"""The perplexity of long texts, window by window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llada_lightning.checkpoints.language_model import LanguageModel
+from llada_lightning.errors import UserError
+from llada_lightning.evaluation.likelihood import log_likelihood
+from llada_lightning.evaluation.ratio import ratio_and_stderr
+from llada_lightning.evaluation.requests import Ids
+
+
+@dataclass(frozen=True)
+class RollingScore:
+    """The negative log-likelihood of texts, every token scored once.
+
+    Args:
+        nats_per_token: mean over all tokens of all texts.
+        stderr: its standard error over documents, nats; it holds the Monte Carlo error too. NaN with one document.
+        monte_carlo_stderr: the part of it that more samples would take away; NaN with one sample, 0 where exact.
+        perplexity: exp of nats_per_token.
+        bits_per_byte: None where the bytes are not known.
+        bits_per_byte_stderr: over documents, for the ratio of bits and bytes; None where the bytes are not known.
+        kind: `exact` for `arm`; `bound`, an upper one, for `llada`.
+        tokens, documents, windows: how many.
+        bytes: of the texts in UTF-8, where known.
+        window: most tokens of a pass, context and scored ones together.
+        context: tokens before the scored ones of every window but a document's first, which has none.
+    """
+
+    nats_per_token: float
+    stderr: float
+    monte_carlo_stderr: float
+    perplexity: float
+    bits_per_byte: float | None
+    bits_per_byte_stderr: float | None
+    kind: Literal["exact", "bound"]
+    tokens: int
+    documents: int
+    windows: int
+    bytes: int | None
+    window: int
+    context: int
+
+
+def rolling_log_likelihood(
+    lm: LanguageModel,
+    texts_ids: Sequence[Ids],
+    window: int | None = None,
+    stride: int | None = None,
+    *,
+    text_bytes: Sequence[int] | None = None,
+    **options: Any,
+) -> RollingScore:
+    """Scores texts of any length: a first window of each, then windows of ``stride`` new tokens.
+
+    The tokens of a window are scored together, given the ``window - stride`` tokens before it, so that every token is
+    scored once. With stride = window (the default) windows are disjoint and know nothing of each other.
+
+    Args:
+        lm: the model.
+        texts_ids: ids of each document; empty ones are passed over.
+        window: at most, and by default, the context length.
+        stride: 1..window.
+        text_bytes: UTF-8 bytes of each document, for bits per byte.
+        options: of :func:`likelihood.log_likelihood`, for the windows.
+
+    Raises:
+        UserError: a window or a stride out of range, no token at all, or as that function.
+    """
+    window = lm.context_length if window is None else window
+    stride = window if stride is None else stride
+    if not 1 <= window <= lm.context_length:
+        raise UserError(f"window is {window}; it must lie between 1 and the context length, {lm.context_length}")
+    if not 1 <= stride <= window:
+        raise UserError(f"stride is {stride}; it must lie between 1 and the window, {window}")
+    kept = [n for n, ids in enumerate(texts_ids) if len(ids)]
+    if not kept:
+        raise UserError("texts: they hold no token; give at least one document")
+    requests = [(n, *pair) for n in kept for pair in _windows(texts_ids[n], window, stride)]
+    scores = log_likelihood(lm, [(prompt, continuation) for _, prompt, continuation in requests], **options)
+    nats = dict.fromkeys(kept, 0.0)
+    for (n, _, _), score in zip(requests, scores, strict=True):
+        nats[n] -= score.mean
+    tokens = [len(texts_ids[n]) for n in kept]
+    mean, stderr = ratio_and_stderr(list(nats.values()), tokens)
+    bits, bits_stderr, total_bytes = None, None, None
+    if text_bytes is not None:
+        bytes_each = [text_bytes[n] for n in kept]
+        bits, bits_stderr = ratio_and_stderr([value / math.log(2) for value in nats.values()], bytes_each)
+        total_bytes = sum(bytes_each)
+    return RollingScore(
+        nats_per_token=mean,
+        stderr=stderr,
+        monte_carlo_stderr=math.sqrt(sum(score.stderr**2 for score in scores)) / sum(tokens),
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        bits_per_byte=bits,
+        bits_per_byte_stderr=bits_stderr,
+        kind="exact" if lm.objective == "arm" else "bound",
+        tokens=sum(tokens),
+        documents=len(kept),
+        windows=len(requests),
+        bytes=total_bytes,
+        window=window,
+        context=window - stride,
+    )
+
+
+def _windows(ids: Ids, window: int, stride: int) -> Iterator[tuple[Ids, Ids]]:
+    """(context, tokens to score) of each window of a document."""
+    yield ids[:0], ids[:window]
+    for start in range(window, len(ids), stride):
+        yield ids[start - (window - stride) : start], ids[start : start + stride]

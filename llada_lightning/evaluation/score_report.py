@@ -1,0 +1,148 @@
+"""What ``llada score`` prints: summaries in plain values, and tables for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from llada_lightning.evaluation.pairs_file import Pair
+from llada_lightning.evaluation.ranking import Ranking
+from llada_lightning.evaluation.ratio import ratio_and_stderr
+from llada_lightning.evaluation.requests import Score
+
+_ROWS_SHOWN = 40
+
+
+def score_record(score: Score) -> dict[str, Any]:
+    """A score in plain values."""
+    return {**vars(score), "kind": score.kind}
+
+
+def choice_record(index: int, pair: Pair, ranking: Ranking) -> dict[str, Any]:
+    """One question in plain values; ``correct`` is None where the answer is not known."""
+    return {
+        "index": index,
+        "best": ranking.best,
+        "answer": pair.answer,
+        "correct": None if pair.answer is None else ranking.best == pair.answer,
+        "settled": ranking.settled,
+        "values": ranking.values,
+        "choices": [score_record(score) for score in ranking.scores],
+    }
+
+
+def likelihood_summary(scores: Sequence[Score], byte_lengths: Sequence[int | None]) -> dict[str, Any]:
+    """Nats per token over all continuations; ``stderr`` is over requests, ``monte_carlo_stderr`` is the masks'."""
+    nats = [-score.mean for score in scores]
+    tokens = [score.tokens for score in scores]
+    per_token, stderr = ratio_and_stderr(nats, tokens)
+    bits = bits_stderr = None
+    if None not in byte_lengths:
+        bits, bits_stderr = ratio_and_stderr(
+            [v / math.log(2) for v in nats], [b for b in byte_lengths if b is not None]
+        )
+    return {
+        "requests": len(scores),
+        "tokens": sum(tokens),
+        "truncated": sum(score.truncated > 0 for score in scores),
+        "kind": _kind(scores),
+        "nats_per_token": per_token,
+        "stderr": stderr,
+        "monte_carlo_stderr": math.sqrt(sum(score.stderr**2 for score in scores)) / sum(tokens) if sum(tokens) else 0.0,
+        "bits_per_byte": bits,
+        "bits_per_byte_stderr": bits_stderr,
+        "samples": sum(score.samples for score in scores),
+    }
+
+
+def choice_summary(results: Sequence[dict[str, Any]], normalisation: str, confidence: float | None) -> dict[str, Any]:
+    """Accuracy over the questions whose answer is known, with its standard error over questions."""
+    correct = [float(result["correct"]) for result in results if result["correct"] is not None]
+    error = float(np.std(correct, ddof=1)) / math.sqrt(len(correct)) if len(correct) > 1 else math.nan
+    return {
+        "questions": len(results),
+        "answered": len(correct),
+        "accuracy": float(np.mean(correct)) if correct else None,
+        "accuracy_stderr": error if correct else None,
+        "normalisation": normalisation,
+        "confidence": confidence,
+        "settled": sum(result["settled"] for result in results),
+        "truncated": sum(any(choice["truncated"] for choice in result["choices"]) for result in results),
+        "samples": sum(choice["samples"] for result in results for choice in result["choices"]),
+    }
+
+
+def print_report(console: Console, summary: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
+    """A table of the first results and a line or two that sum up."""
+    if "questions" in summary:
+        _print_choices(console, summary, results)
+    elif "requests" in summary:
+        _print_scores(console, summary, results)
+    else:
+        _print_text(console, summary)
+    if len(results) > _ROWS_SHOWN:
+        console.print(f"({len(results) - _ROWS_SHOWN} more rows: --out FILE or --json has them all)")
+
+
+def _kind(scores: Sequence[Score]) -> str:
+    return "exact" if all(score.kind == "exact" for score in scores) else "bound"
+
+
+def _print_scores(console: Console, summary: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
+    table = Table("request", "log-likelihood, nats", "tokens", "kind", "method", "samples")
+    for row in results[:_ROWS_SHOWN]:
+        cells = (row["index"], _with_error(row["mean"], row["stderr"]), row["tokens"], row["kind"], row["method"])
+        table.add_row(*map(str, cells), f"{row['samples']:,}")
+    console.print(table)
+    console.print(
+        f"{_per_token(summary)} over {summary['requests']:,} requests, {summary['tokens']:,} tokens{_cut(summary)}"
+    )
+
+
+def _print_choices(console: Console, summary: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
+    per = "" if summary["normalisation"] == "none" else f" per {summary['normalisation']}"
+    table = Table("question", "best", "answer", f"nats{per} of each choice", "settled", "samples")
+    for row in results[:_ROWS_SHOWN]:
+        values = " ".join(f"{value:.2f}" for value in row["values"])
+        answer = "" if row["answer"] is None else str(row["answer"])
+        samples = sum(choice["samples"] for choice in row["choices"])
+        settled = "yes" if row["settled"] else "no"
+        table.add_row(str(row["index"]), str(row["best"]), answer, values, settled, f"{samples:,}")
+    console.print(table)
+    if summary["accuracy"] is not None:
+        accuracy = _with_error(summary["accuracy"], summary["accuracy_stderr"])
+        console.print(f"accuracy {accuracy} over {summary['answered']:,} questions{_cut(summary)}")
+    if summary["confidence"] is not None:
+        at = f"at {summary['confidence']:g}"
+        console.print(
+            f"settled {at}: {summary['settled']:,} of {summary['questions']:,}; {summary['samples']:,} samples"
+        )
+
+
+def _print_text(console: Console, summary: dict[str, Any]) -> None:
+    context = f", each with {summary['context']:,} tokens of context" if summary["context"] else ""
+    console.print(f"{_per_token(summary)}; perplexity {summary['perplexity']:.2f}")
+    console.print(
+        f"{summary['documents']:,} documents, {summary['tokens']:,} tokens, {summary['windows']:,} windows of at most "
+        f"{summary['window']:,} tokens{context}; of the error, {summary['monte_carlo_stderr']:.2g} is Monte Carlo"
+    )
+
+
+def _per_token(summary: dict[str, Any]) -> str:
+    said = f"{_with_error(summary['nats_per_token'], summary['stderr'])} nats/token ({summary['kind']})"
+    if summary["bits_per_byte"] is None:
+        return said
+    return f"{said}, {_with_error(summary['bits_per_byte'], summary['bits_per_byte_stderr'])} bits/byte"
+
+
+def _cut(summary: dict[str, Any]) -> str:
+    return f"; {summary['truncated']:,} with a prompt cut on its left" if summary["truncated"] else ""
+
+
+def _with_error(value: float, stderr: float) -> str:
+    return f"{value:.4f}" if stderr == 0 or math.isnan(stderr) else f"{value:.4f} ± {stderr:.2g}"

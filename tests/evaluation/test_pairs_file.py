@@ -1,0 +1,121 @@
+"""The file of `llada score --pairs`: both forms, texts and ids, and its mistakes by line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_models import random_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from llada_lightning.errors import UserError
+from llada_lightning.evaluation.pairs_file import encode_pair, read_pairs
+
+
+def letters() -> Tokenizer:
+    """a to z are 0 to 25, a space 26; a space binds to nothing."""
+    vocab = {letter: n for n, letter in enumerate("abcdefghijklmnopqrstuvwxyzĠ")}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+LM = replace(random_model(), tokenizer=letters())
+
+
+def written(folder: Path, *lines: Any) -> Path:
+    path = folder / "pairs.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def test_texts_and_ids_say_the_same(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, {"prompt": "ab", "continuation": "cd"}, "", {"prompt": [0, 1], "continuation": [2, 3], "more": 1}
+    )
+    first, second = read_pairs(path, LM)
+    assert first == second
+    assert (first.prompt, first.continuations, first.bytes, first.is_choice) == ([0, 1], [[2, 3]], [2], False)
+
+
+def test_choices_with_and_without_an_answer(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        {"prompt": "ab ", "choices": ["c", "dd"], "answer": 1},
+        {"prompt": "ab", "choices": [" c", " dd"]},
+    )
+    first, second = read_pairs(path, LM)
+    assert first.is_choice and (first.answer, second.answer) == (1, None)
+    assert first.prompt == second.prompt == [0, 1]
+    assert first.continuations == second.continuations == [[26, 2], [26, 3, 3]]
+    assert first.bytes == [1, 2]  # as written
+
+
+@pytest.mark.parametrize(
+    ("prompt", "continuation", "moved"),
+    [("a  ", "b", "  "), ("a\n", " b", "\n"), ("a", "b ", ""), ("  ", "b", "  "), ("", "b", "")],
+)
+def test_white_space_moves_to_the_continuation(prompt: str, continuation: str, moved: str) -> None:
+    spoken = replace(LM, tokenizer=_Spelling())
+    kept = prompt.removesuffix(moved)
+    assert encode_pair(spoken, prompt, continuation) == (list(map(ord, kept)), list(map(ord, moved + continuation)))
+    assert encode_pair(spoken, [1, 2], "b") == ([1, 2], [98])
+
+
+class _Spelling:
+    """A tokenizer whose ids are code points."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> Any:
+        return type("Encoding", (), {"ids": list(map(ord, text))})
+
+
+def test_ids_need_no_tokenizer(tmp_path: Path) -> None:
+    path = written(tmp_path, {"prompt": [1], "continuation": [2]})
+    assert read_pairs(path, random_model())[0].bytes is None
+    with pytest.raises(UserError, match="has no tokenizer"):
+        read_pairs(written(tmp_path, {"prompt": "a", "continuation": "b"}), random_model())
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"prompt": "a", "continuation": "b"}, "{'prompt'"], r"pairs.jsonl:2: is not a line of JSON"),
+        (["[1]"], ":1: holds list, not a JSON object"),
+        ([{"prompt": "a"}], ":1: has 'prompt'; a line has 'prompt' and either"),
+        ([{"continuation": "a"}], ":1: has 'continuation'"),
+        ([{"prompt": "a", "continuation": "b", "choices": ["c"]}], "either 'continuation' or 'choices'"),
+        ([{"prompt": "a", "choices": []}], r":1: 'choices' is '\[\]'"),
+        ([{"prompt": "a", "choices": "bc"}], "'choices' is 'bc'"),
+        ([{"prompt": "a", "choices": ["b"], "answer": 1}], "'answer' is 1; give the index of a choice, 0 to 0"),
+        ([{"prompt": "a", "choices": ["b"], "answer": "b"}], "'answer' is 'b'"),
+        ([{"prompt": "a", "choices": ["b", "c"], "answer": True}], "'answer' is True"),
+        ([{"prompt": 3, "continuation": "b"}], "'3' is neither a text nor a list of token ids"),
+        ([{"prompt": [True], "continuation": "b"}], "neither a text nor"),
+        ([{"prompt": "a", "continuation": "b"}, {"prompt": "a", "choices": ["b"]}], ":2: choices and continuations in"),
+        ([{"prompt": "a", "continuation": [39]}], r":1: continuation: token 0 is \[MASK\]"),
+        ([{"prompt": "a" * 48, "continuation": "b"}], ":1: a prompt of 48 .* context of 48"),
+        ([{"prompt": "a ", "choices": ["b", [1]]}], "choices of both texts and ids"),
+        (["", ""], "holds no line"),
+    ],
+)
+def test_mistakes_name_the_line(tmp_path: Path, lines: list[Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as told:
+        read_pairs(written(tmp_path, *lines), LM)
+    assert "\n" not in str(told.value)
+
+
+def test_a_long_prompt_passes_when_it_is_to_be_cut(tmp_path: Path) -> None:
+    path = written(tmp_path, {"prompt": "a" * 60, "continuation": "b"})
+    assert len(read_pairs(path, LM, "left")[0].prompt) == 60
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        read_pairs(tmp_path / "none.jsonl", LM)
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_pairs(tmp_path / "latin.jsonl", LM)

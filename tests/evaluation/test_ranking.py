@@ -1,0 +1,152 @@
+"""Rankings: right, with no more samples than it takes, and wrong no more often than said."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from small_models import ids, random_model
+
+from llada_lightning.errors import UserError
+from llada_lightning.evaluation import ranking
+from llada_lightning.evaluation.likelihood import log_likelihood
+from llada_lightning.evaluation.ranking import rank, rank_candidates
+
+LLADA, ARM = random_model(), random_model("arm")
+
+
+def questions(number: int, length: int = 10, candidates: int = 4) -> list[tuple[list[int], list[list[int]]]]:
+    return [(ids(6, n), [ids(length, 50 * n + c) for c in range(candidates)]) for n in range(number)]
+
+
+def test_finds_the_best_with_fewer_samples_than_a_fixed_number() -> None:
+    asked = questions(8)
+    rankings = rank_candidates(LLADA, asked, 0.99, samples=32, max_samples=1024)
+    for (prompt, candidates), found in zip(asked, rankings, strict=True):
+        exact = log_likelihood(LLADA, [(prompt, c) for c in candidates], samples=1023)  # 2^10 - 1
+        assert all(score.exact for score in exact)
+        values = [score.mean for score in exact]
+        assert not found.settled or found.best == int(np.argmax(values))
+        assert all(abs(score.mean - v) < 6 * score.stderr + 1e-4 for score, v in zip(found.scores, values, strict=True))
+    assert sum(found.settled for found in rankings) >= 7
+    drawn = [score.samples for found in rankings for score in found.scores]
+    assert min(drawn) == 32 and np.mean(drawn) < 200
+
+
+def test_one_token_candidates_are_settled_by_one_pass_each() -> None:
+    found = rank(LLADA, ids(5, 1), [[1], [2], [3]])
+    exact = [score.mean for score in log_likelihood(LLADA, [(ids(5, 1), [token]) for token in (1, 2, 3)])]
+    assert found.settled and found.best == int(np.argmax(exact))
+    assert [score.samples for score in found.scores] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("lm", [LLADA, ARM], ids=["llada", "arm"])
+def test_questions_together_equal_one_at_a_time(lm: Any) -> None:
+    asked = questions(3, length=7)
+    together = rank_candidates(lm, asked, samples=16, max_samples=64)
+    for (prompt, candidates), found in zip(asked, together, strict=True):
+        alone = rank(lm, prompt, candidates, samples=16, max_samples=64)
+        assert (alone.best, alone.settled) == (found.best, found.settled)
+        assert alone.values == pytest.approx(found.values, rel=1e-5)
+
+
+def test_a_candidate_given_twice_is_no_endless_question() -> None:
+    answer = ids(12, 3)
+    found = rank(LLADA, ids(5, 1), [answer, ids(12, 4), answer], samples=16, max_samples=4096)
+    assert found.settled and found.best in (0, 1)
+    assert found.scores[0] == found.scores[2]
+    assert max(score.samples for score in found.scores) <= 512
+
+
+def test_normalisations_change_what_is_compared() -> None:
+    prompt, candidates = ids(6, 1), [ids(2, 1), ids(6, 2)]
+    none, token = (rank(LLADA, prompt, candidates, normalisation=n) for n in ("none", "token"))  # type: ignore[arg-type]
+    assert [v / n for v, n in zip(none.values, (2, 6), strict=True)] == pytest.approx(token.values)
+    byte = rank_candidates(LLADA, [(prompt, candidates)], normalisation="byte", byte_lengths=[[4, 3]])[0]
+    assert [v / n for v, n in zip(none.values, (4, 3), strict=True)] == pytest.approx(byte.values)
+
+
+def test_an_arm_is_settled_at_once() -> None:
+    prompt, candidates = ids(6, 1), [ids(n, n) for n in (2, 5, 9)]
+    found = rank(ARM, prompt, candidates, normalisation="token")
+    assert found.settled and found.best == int(np.argmax(found.values))
+    assert all(score.method == "autoregressive" for score in found.scores)
+
+
+def test_the_chance_of_a_wrong_winner_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates that are nearly alike, looked at five times: the sequential test, on simulated replicates."""
+    rng = np.random.default_rng(0)
+    truth = np.array([0.0, -0.05, -0.05, -0.1])
+
+    class Simulated:
+        exact = False
+
+        def __init__(self, mean: float) -> None:
+            self.mean, self.values = mean, np.empty(0)
+
+        def draw(self, total: int, common: np.ndarray) -> None:
+            own = rng.normal(self.mean, 1.0, size=total - len(self.values))
+            self.values = np.concatenate([self.values, own + common[len(self.values) : total]])
+
+    wrong = settled = 0
+    trials, looks, confidence = 500, 5, 0.9
+    for _ in range(trials):
+        bounds = [Simulated(mean) for mean in truth]
+        question = ranking._Question(bounds, np.ones(4), [0, 1, 2, 3])  # type: ignore[arg-type]
+        common = rng.normal(size=16 * 2**looks)
+        for look in range(looks):
+            for c in question.contenders:
+                bounds[c].draw(16 << look, common)
+            question.look((1 - confidence) / (looks * 3))
+        wrong += 0 not in question.contenders
+        settled += len(question.contenders) == 1
+    assert wrong / trials < (1 - confidence) + 3 * math.sqrt(0.09 / trials)
+    # A test of each look by itself at the same confidence is wrong more often: the correction is needed.
+    naive = 0
+    for _ in range(trials):
+        bounds = [Simulated(mean) for mean in truth]
+        question = ranking._Question(bounds, np.ones(4), [0, 1, 2, 3])  # type: ignore[arg-type]
+        for look in range(looks):
+            for c in question.contenders:
+                bounds[c].draw(16 << look, np.zeros(16 * 2**looks))
+            question.look(1 - confidence)
+        naive += 0 not in question.contenders
+    assert naive / trials > 0.2
+
+
+def test_a_winner_of_a_model_is_wrong_no_more_often_than_said() -> None:
+    """Two candidates of nearly equal value, many seeds."""
+    prompt = ids(4, 1)
+    pool = [ids(8, seed) for seed in range(60)]
+    values = [score.mean for score in log_likelihood(LLADA, [(prompt, c) for c in pool], samples=255)]
+    order = np.argsort(values)
+    gaps = np.diff(np.array(values)[order])
+    low = int(np.argmin(np.where(gaps > 0.02, gaps, np.inf)))
+    close = [pool[order[low]], pool[order[low + 1]]]
+    found = [rank(LLADA, prompt, close, 0.9, samples=16, max_samples=128, seed=seed) for seed in range(150)]
+    wrong = sum(f.settled and f.best == 0 for f in found)
+    assert wrong / len(found) < 0.1 + 3 * math.sqrt(0.09 / len(found))
+
+
+@pytest.mark.parametrize(
+    ("asked", "options", "message"),
+    [
+        ([([1], [])], {}, "question 0 has no candidates"),
+        ([([1], [[2], []])], {"normalisation": "token"}, "question 0, candidate 1 is empty"),
+        ([([1], [[2], [3]])], {"normalisation": "word"}, "normalisation is 'word'"),
+        ([([1], [[2], [3]])], {"confidence": 1.0}, "confidence is 1.0"),
+        ([([1], [[2], [3]])], {"samples": 1}, "samples is 1"),
+        ([([1], [[2], [39]])], {}, r"question 0, candidate 1: continuation: token 0 is \[MASK\]"),
+    ],
+)
+def test_mistakes_are_told(asked: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        rank_candidates(LLADA, asked, **options)
+
+
+def test_a_prompt_too_long_is_cut_when_asked() -> None:
+    found = rank(replace(LLADA, context_length=12), ids(20, 1), [ids(4, 1), ids(6, 2)], truncate="left")
+    assert [score.truncated for score in found.scores] == [12, 14]

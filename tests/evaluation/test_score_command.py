@@ -1,0 +1,178 @@
+"""`llada score` from its arguments to its output."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from small_models import ids, random_model
+from test_pairs_file import letters, written
+
+from llada_lightning.cli import main
+from llada_lightning.evaluation.likelihood import log_likelihood
+from llada_lightning.evaluation.rolling import rolling_log_likelihood
+
+LLADA, ARM = (replace(random_model(objective), tokenizer=letters()) for objective in ("llada", "arm"))  # type: ignore[arg-type]
+PAIRS = [{"prompt": "abc", "continuation": "d"}, {"prompt": "ab ", "continuation": "efghijklm"}]
+CHOICES = [
+    {"prompt": [n, n + 1], "choices": [ids(length, 10 * n + length) for length in (1, 5, 9)], "answer": n % 3}
+    for n in range(6)
+]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `llada score CKPT …`; the checkpoint is `llada`, `arm`, or one without a tokenizer, `bare`."""
+
+    def load_model(path: str, tokenizer: Any = None, device: Any = None, dtype: Any = None) -> Any:
+        return {"llada": LLADA, "arm": ARM, "bare": random_model()}[path]
+
+    module = ModuleType("llada_lightning.checkpoints.load")
+    module.load_model = load_model  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def score(*arguments: str) -> tuple[int, str, str]:
+        code = main(["score", *map(str, arguments)])
+        return code, *capsys.readouterr()  # type: ignore[return-value]
+
+    return score
+
+
+@pytest.mark.parametrize(("name", "lm"), [("llada", LLADA), ("arm", ARM)])
+def test_pairs_as_one_json_object_and_as_lines(run: Run, tmp_path: Path, name: str, lm: Any) -> None:
+    out = tmp_path / "out.jsonl"
+    code, stdout, stderr = run(name, "--pairs", written(tmp_path, *PAIRS), "--json", "--out", out, "--samples", "16")
+    assert (code, stderr) == (0, "")
+    result = json.loads(stdout)
+    expected = log_likelihood(lm, [([0, 1, 2], [3]), ([0, 1], [26, *range(4, 13)])], samples=16)
+    assert [row["mean"] for row in result["results"]] == pytest.approx([score.mean for score in expected])
+    nats = -sum(score.mean for score in expected)
+    assert result["nats_per_token"] == pytest.approx(nats / 11)
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / 10)  # bytes as written, without the space
+    assert result["kind"] == ("exact" if name == "arm" else "bound")
+    assert (result["requests"], result["tokens"], result["objective"]) == (2, 11, name)
+    assert [json.loads(line) for line in out.read_text().splitlines()] == result["results"]
+
+
+def test_pairs_as_a_table(run: Run, tmp_path: Path) -> None:
+    code, stdout, _ = run("llada", "--pairs", written(tmp_path, *PAIRS))
+    assert code == 0
+    assert "one pass" in stdout and "monte carlo" in stdout and "±" in stdout and "nats/token (bound)" in stdout
+
+
+def test_choices_give_an_accuracy_with_its_error(run: Run, tmp_path: Path) -> None:
+    path = written(tmp_path, *CHOICES)
+    _, stdout, _ = run("llada", "--pairs", path, "--json", "--normalisation", "token", "--samples", "64")
+    result = json.loads(stdout)
+    hits = [row["best"] == n % 3 for n, row in enumerate(result["results"])]
+    assert result["accuracy"] == pytest.approx(sum(hits) / 6)
+    share = result["accuracy"]
+    assert result["accuracy_stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 5))
+    for row in result["results"]:
+        per_token = [choice["mean"] / choice["tokens"] for choice in row["choices"]]
+        assert row["values"] == pytest.approx(per_token)
+        assert row["best"] == per_token.index(max(per_token))
+    assert {choice["samples"] for choice in result["results"][0]["choices"]} == {1, 31, 64}
+
+
+def test_choices_until_they_are_settled(run: Run, tmp_path: Path) -> None:
+    path = written(tmp_path, *CHOICES)
+    _, stdout, _ = run("llada", "--pairs", path, "--json", "--confidence", "0.95")
+    result = json.loads(stdout)
+    assert result["settled"] == sum(row["settled"] for row in result["results"]) >= 4
+    assert result["results"][0]["choices"][1]["method"] == "enumerated"
+    _, table, _ = run("llada", "--pairs", path, "--confidence", "0.95")
+    assert "settled at 0.95" in table and "accuracy" in table
+    _, stdout, _ = run("arm", "--pairs", path, "--json", "--confidence", "0.95")
+    assert json.loads(stdout)["settled"] == 6
+
+
+def test_text_gives_bits_per_byte(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "abc def"}\n{"text": "ghi"}\n')
+    options = ("--text", tmp_path / "text.jsonl", "--window", "4", "--stride", "2")
+    _, stdout, _ = run("arm", *options, "--json")
+    result = json.loads(stdout)
+    texts = [LLADA.encode("abc def"), LLADA.encode("ghi")]
+    expected = rolling_log_likelihood(ARM, texts, 4, 2, text_bytes=[7, 3])
+    assert result["nats_per_token"] == pytest.approx(expected.nats_per_token)
+    assert result["bits_per_byte"] == pytest.approx(expected.bits_per_byte)
+    assert (result["kind"], result["window"], result["context"], result["documents"]) == ("exact", 4, 2, 2)
+    _, said, _ = run("llada", *options)
+    assert (
+        "perplexity" in said
+        and "bound" in said
+        and "windows of at most 4 tokens, each with 2" in said.replace("\n", " ")
+    )
+
+
+def test_long_prompts_are_cut_and_counted(run: Run, tmp_path: Path) -> None:
+    path = written(tmp_path, {"prompt": "a" * 60, "continuation": "b"})
+    _, stdout, _ = run("llada", "--pairs", path, "--truncate", "left", "--json")
+    result = json.loads(stdout)
+    assert (result["truncated"], result["results"][0]["truncated"]) == (1, 13)
+
+
+PAIR = {"prompt": [1], "continuation": [2]}
+CHOICE = {"prompt": [1], "choices": [[2], [3]]}
+
+
+@pytest.mark.parametrize(
+    ("lines", "arguments", "message"),
+    [
+        ([PAIR], ["llada", "--samples", "0"], "--samples is 0"),
+        ([PAIR], ["llada", "--target-stderr", "0"], "--target-stderr is 0.0"),
+        ([PAIR], ["llada", "--target-stderr", "nan"], "nan given"),
+        ([CHOICE], ["llada", "--confidence", "1"], "--confidence is 1.0"),
+        ([CHOICE], ["llada", "--confidence", "0.9", "--samples", "1"], "at least 2"),
+        ([CHOICE], ["llada", "--confidence", "0.9", "--target-stderr", "1"], "give one of them"),
+        ([PAIR], ["llada", "--confidence", "0.9"], "has continuations"),
+        ([PAIR], ["llada", "--cfg-scale", "-1"], "cfg_scale is -1.0"),
+        ([PAIR], ["arm", "--cfg-scale", "1"], "leave it at 0"),
+        ([PAIR], ["llada", "--max-samples", "2"], "max_samples is 2"),
+        ([PAIR], ["llada", "--text", "also.txt"], "both given"),
+        ([{"prompt": "a", "continuation": "b"}], ["bare"], "has no tokenizer"),
+        ([CHOICE], ["bare", "--normalisation", "byte"], "needs texts or a tokenizer"),
+        ([{"prompt": [1] * 48, "continuation": [2]}], ["llada"], "pairs.jsonl:1: a prompt of 48"),
+        (["nonsense"], ["llada"], "pairs.jsonl:1: is not a line of JSON"),
+        ([], ["llada"], "holds no line"),
+        ([PAIR], ["llada", "--out", "/dev/null/out.jsonl"], "cannot be written"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(
+    run: Run, tmp_path: Path, lines: list[Any], arguments: list[str], message: str
+) -> None:
+    code, stdout, stderr = run(*arguments, "--pairs", written(tmp_path, *lines))
+    assert (code, stdout) == (2, "")
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and message in stderr
+
+
+def test_mistakes_of_the_text_and_of_no_file(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    for arguments, message in (
+        (["--text", tmp_path / "empty.txt"], "no text"),
+        (["--text", tmp_path / "none.txt"], "no such file"),
+        (["--pairs", tmp_path / "none.jsonl"], "no such file"),
+        ([], "neither given"),
+        (["--text", tmp_path / "empty.txt", "--confidence", "0.9"], "is of choices"),
+    ):
+        code, _, stderr = run("llada", *arguments)
+        assert code == 2 and message in stderr and stderr.count("\n") == 1
+
+
+def test_help_waits_for_no_torch() -> None:
+    script = (
+        "import sys; from llada_lightning.cli import main; main(['score', '--help']); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
