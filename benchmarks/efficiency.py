@@ -7,7 +7,10 @@ and ``efficiency.png`` and prints a report.
 On a CPU, with a corpus that `llada prepare` wrote:
 
     OMP_NUM_THREADS=2 python benchmarks/efficiency.py --llada runs/demo/llada --arm runs/demo/arm \
-        --data data/quickstart --out runs/demo/efficiency
+        --data data/quickstart --out runs/demo/efficiency --temperature 1 --remasking random_count
+
+Small models repeat themselves at temperature 0, the default and the paper's way; at 1 their samples show what fewer
+steps cost.
 
 On a GPU, as the paper has it (bf16, nothing compiled, one prompt at a time), with checkpoints of different tokenizers:
 
@@ -232,7 +235,7 @@ Tokens/s count every token of an answer, of one length for all samplers: no end 
 the batches, of batch {batch}, after a warm-up; the batches of all samplers go in turns. Nats/token: of the answers up \
 to their first end of text, given their prompts, under the judge {judge}{own}; lower is likelier, and repetition is \
 likeliest of all, so read them beside the entropy (nats) of the words of an answer, where repetition shows as little. \
-± is one standard error over {prompts} prompts. Same tokens: as the sampler named, place by place; caches of llada \
+Samplers with a threshold keep the surest tokens, whatever the remasking, and take as many passes as these need. ± is one standard error over {prompts} prompts. Same tokens: as the sampler named, place by place; caches of llada \
 are approximate, that of arm is exact but for rounding."""
 
 MEMORY_LEGEND = """\

@@ -114,7 +114,7 @@ def time_samplers(
         batches: of prompts, ids or texts, all of one size.
     """
     writers = {objective: unending(lm) for objective, lm in models.items()}
-    wanted = {"length": length, "temperature": temperature, "seed": seed}
+    wanted: dict[str, Any] = {"length": length, "temperature": temperature, "seed": seed}
     for sampler in samplers:
         generate(writers[sampler.objective], batches[0][:1], steps=sampler.steps, **wanted, **sampler.options)
     results: dict[str, list[Any]] = {sampler.name: [] for sampler in samplers}

@@ -197,14 +197,14 @@ def test_an_answer_ends_with_its_first_end() -> None:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_memory_grows_with_the_output_by_what_is_kept() -> None:
-    """The cache of 2048 more tokens is at least its keys and values; without one the activations are all there is."""
-    shape = Shape(n_layers=8, d_model=64, n_heads=4, n_kv_heads=4, d_ff=96)
-    rows = measure_memory(described("arm", shape), "float32", "cpu", [2048, 8192], [4])
+def test_memory_grows_with_the_length_by_what_is_kept() -> None:
+    """2048 more tokens cost a cache at least their keys and values; without one there are the activations alone."""
+    shape = Shape(n_layers=16, d_model=64, n_heads=4, n_kv_heads=4, d_ff=96)
+    rows = measure_memory(described("arm", shape), "float32", "cpu", [1024, 3072], [4])
     above = {(row["sampler"], row["input"]): row["peak_bytes"] - row["baseline_bytes"] for row in rows}
-    kept = 2 * shape.n_layers * shape.d_model * 4 * (8192 - 2048)
-    assert above["arm, cache", 8192] - above["arm, cache", 2048] > kept
-    assert above["arm, no cache", 2048] < above["arm, no cache", 8192] < above["arm, cache", 8192] - 0.5 * kept
+    kept = 2 * shape.n_layers * shape.d_model * 4 * (3072 - 1024)
+    assert above["arm, cache", 3072] - above["arm, cache", 1024] > kept
+    assert above["arm, no cache", 1024] < above["arm, no cache", 3072] < above["arm, cache", 3072] - 0.5 * kept
     assert all(row["measure"] == "resident" for row in rows)
 
 
