@@ -1,4 +1,4 @@
-"""Sampling efficiency of `llada` and `arm` (paper, Appendix B.7): Figure 5 and Table 11 for checkpoints of yours.
+r"""Sampling efficiency of `llada` and `arm` (paper, Appendix B.7): Figure 5 and Table 11 for checkpoints of yours.
 
 Quality and throughput against the number of steps: pure diffusion, blocks without and with caches, confidence
 thresholds; `arm` without and with its cache. Peak memory against input and output length. Writes ``efficiency.json``
@@ -235,8 +235,9 @@ Tokens/s count every token of an answer, of one length for all samplers: no end 
 the batches, of batch {batch}, after a warm-up; the batches of all samplers go in turns. Nats/token: of the answers up \
 to their first end of text, given their prompts, under the judge {judge}{own}; lower is likelier, and repetition is \
 likeliest of all, so read them beside the entropy (nats) of the words of an answer, where repetition shows as little. \
-Samplers with a threshold keep the surest tokens, whatever the remasking, and take as many passes as these need. ± is one standard error over {prompts} prompts. Same tokens: as the sampler named, place by place; caches of llada \
-are approximate, that of arm is exact but for rounding."""
+Samplers with a threshold keep the surest tokens, whatever the remasking, and take as many passes as these need. ± is \
+one standard error over {prompts} prompts. Same tokens: as the same sampler without a cache, place by place; caches of \
+llada are approximate, that of arm is exact but for rounding."""
 
 MEMORY_LEGEND = """\
 Peak {what} of writing one answer, with random weights of the same shape, in {unit}; "weights" is what was there \
