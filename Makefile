@@ -54,6 +54,8 @@ bench: setup  ## speed and size on this machine, each a ratio in one run
 	$(BIN)/python benchmarks/stream_speed.py
 	$(BIN)/python benchmarks/prepare_speed.py
 	$(BIN)/python benchmarks/fit_speed.py
+	$(BIN)/python benchmarks/sampler_speed.py
+	$(BIN)/python benchmarks/scoring_speed.py
 
 clean:  ## remove the environment and caches; data and runs stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
