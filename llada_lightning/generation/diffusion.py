@@ -150,8 +150,10 @@ class Denoiser:
         else:
             confidence_RK = torch.full(wanted_RK.shape, -torch.inf, device=confidence_M.device)
             confidence_RK[wanted_RK] = confidence_M
-        if not self.released:
-            confidence_RK = remasking.without_rounding(confidence_RK)
+        if self.released:
+            counts_R = self._counts(rows, step)
+            return remasking.released_choice(confidence_RK, wanted_RK, counts_R, self.begin, self.canvas.length)
+        confidence_RK = remasking.without_rounding(confidence_RK)
         if self.settings.threshold is not None:
             return remasking.above_threshold(confidence_RK, wanted_RK, self.settings.threshold)
         return remasking.most_confident(confidence_RK, wanted_RK, self._counts(rows, step))

@@ -89,4 +89,4 @@ def _predict(
         elif settings.temperature == 0:  # released: EOS loses its logit once the tokens are drawn
             logits_MV[:, ends] = -torch.inf
             confidence_M = probability(logits_MV, tokens_M)
-    return tokens_M, probability_M, confidence_M
+    return tokens_M, probability_M.float(), confidence_M.float()
