@@ -24,12 +24,14 @@ def sample_plainly(
     temperature: float = 0.0,
     cfg_scale: float = 0.0,
     remasking: str = "low_confidence",
+    late_token_ids: tuple[int, ...] = (),
 ) -> Tensor:
     """Answers of a fixed length, (B, length) int64.
 
     Args:
         logits_of: tokens (B, L) to logits (B, L, V).
         steps: of the whole generation.
+        late_token_ids: EOS and the end of a turn, whose confidence is to be zero.
     """
     batch, start = prompt_BP.shape
     x_BL = torch.full((batch, start + length), mask_token_id)
@@ -47,7 +49,11 @@ def sample_plainly(
                 logits_BLV = blind_BLV + (cfg_scale + 1) * (seen_BLV - blind_BLV)
             else:
                 logits_BLV = logits_of(x_BL)
-            predicted_BL = _with_gumbel_noise(logits_BLV, temperature).argmax(dim=-1)
+            noisy_BLV = _with_gumbel_noise(logits_BLV, temperature)
+            predicted_BL = noisy_BLV.argmax(dim=-1)
+            if late_token_ids:  # at temperature 0 the two are one tensor, else EOS keeps its confidence
+                noisy_BLV[..., late_token_ids[0]] = -torch.inf
+                logits_BLV[..., list(late_token_ids[1:])] = -torch.inf
             if remasking == "random":
                 confidence_BL = torch.rand(predicted_BL.shape)
             else:

@@ -74,7 +74,7 @@ class LanguageModel:
 
         Args:
             tokens_BL: (B, L) int64; nothing is put before it.
-            attention_mask_BL: (B, L) bool, False where a token is padding, on either side.
+            attention_mask_BL: (B, L), False or 0 where a token is padding, on either side.
 
         Returns:
             (B, L, V) float32: `llada` predicts the token at each position, `arm` the one behind it.
@@ -116,4 +116,4 @@ class LanguageModel:
 
 
 def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
+    return None if tensor is None else tensor.to(device).bool()

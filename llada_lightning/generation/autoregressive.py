@@ -49,7 +49,7 @@ def write(lm: LanguageModel, canvas: Canvas, settings: Settings, noise: Noise, o
             hidden_RTD[:, -1][None], logits_of, lm.model.vocab_size, place, settings, noise, lm.end_token_ids
         )
         step = column - canvas.answer + 1
-        canvas.commit(*place, prediction.tokens_M, prediction.probability_M, step)
+        canvas.commit(*place, prediction.tokens_M, prediction.probability_M, torch.full_like(rows_R, step))
         on_step(step)
 
         done_B = canvas.ended(lm.end_token_ids)

@@ -91,12 +91,12 @@ class Canvas:
         columns_L = torch.arange(self.length, device=self.tokens_BL.device)
         return (columns_L - self.padding_B[:, None]).clamp(min=0)
 
-    def commit(self, rows_M: Tensor, columns_M: Tensor, tokens_M: Tensor, confidence_M: Tensor, step: int) -> None:
+    def commit(self, rows_M: Tensor, columns_M: Tensor, tokens_M: Tensor, confidence_M: Tensor, step_M: Tensor) -> None:
         """Unmask M tokens."""
         place = rows_M, columns_M
         self.tokens_BL[place] = tokens_M
         self.confidence_BL[place] = confidence_M
-        self.step_BL[place] = step
+        self.step_BL[place] = step_M
         self.masked_BL[place] = False
 
     def ended(self, end_token_ids: tuple[int, ...]) -> Tensor:

@@ -50,7 +50,7 @@ def predict_tokens(
     count = hidden_GMD.shape[1]
     at_once = max(1, LOGITS_AT_ONCE.get(hidden_GMD.device.type, 1 << 26) // words)
     if settings.compat is not None:
-        at_once = count  # its noise is drawn once a step
+        at_once = max(1, count)  # its noise is drawn once a step, also where nothing is left to predict
     parts = [
         _predict(
             logits_of(hidden_GMD[:, begin : begin + at_once]),
@@ -60,7 +60,7 @@ def predict_tokens(
             noise,
             end_token_ids,
         )
-        for begin in range(0, count, at_once)
+        for begin in range(0, max(1, count), at_once)
     ]
     return Prediction(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -81,12 +81,12 @@ def _predict(
     tokens_M = draw_tokens(allowed_MV, settings.temperature, gumbel_MV)
     probability_M = probability(logits_MV, tokens_M)
     confidence_M = confidence(logits_MV, probability_M, settings.remasking)
-    if settings.zero_eos_confidence:
-        ends = list(end_token_ids)
-        if settings.compat is None:
-            is_end_M = torch.isin(tokens_M, torch.tensor(ends, device=tokens_M.device))
-            confidence_M = confidence_M.masked_fill(is_end_M, LOWEST)
-        elif settings.temperature == 0:  # released: EOS loses its logit once the tokens are drawn
-            logits_MV[:, ends] = -torch.inf
-            confidence_M = probability(logits_MV, tokens_M)
+    if settings.zero_eos_confidence and settings.compat is None:
+        ends_E = torch.tensor(end_token_ids, device=tokens_M.device)
+        confidence_M = confidence_M.masked_fill(torch.isin(tokens_M, ends_E), LOWEST)
+    elif settings.zero_eos_confidence:
+        # Released: once the tokens are drawn, the end of a turn loses its logit, and EOS at temperature 0 alone.
+        eos, *others = end_token_ids
+        logits_MV[:, [eos, *others] if settings.temperature == 0 else others] = -torch.inf
+        confidence_M = probability(logits_MV, tokens_M)
     return tokens_M, probability_M.float(), confidence_M.float()

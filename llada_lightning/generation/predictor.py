@@ -68,7 +68,7 @@ class Predictor:
             queries=slice(self._begin - first, self._end - first),
         )
         if self._cache is not None and self._fresh:
-            self._cache.advance(last)
+            self._cache.advance(last)  # from now on all of these are held
         self._fresh = False
         self.passes += 1
         return hidden_RKD.unflatten(0, (-1, self._rows))[:, wanted_RK]

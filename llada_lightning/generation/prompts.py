@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.errors import UserError
 
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | np.ndarray[Any, Any]
 
 
 def prompt_ids(
@@ -27,16 +30,20 @@ def prompt_ids(
     Raises:
         UserError: an id is outside of the vocabulary, or [MASK] is where it must not be.
     """
+    if infill and lm.causal:
+        raise UserError(f"infill: '{lm.name}' is an arm, which cannot see what stands behind a gap; leave it away")
+    if isinstance(prompts, np.ndarray):
+        prompts = torch.from_numpy(prompts)
     if isinstance(prompts, Tensor):
         rows = _rows(prompts, attention_mask)
     elif attention_mask is not None:
         raise UserError("attention_mask: given with prompts that are no tensor; lists of ids need none")
     elif isinstance(prompts, str):
         rows = [_encode(lm, prompts, infill)]
-    elif prompts and all(isinstance(prompt, int) for prompt in prompts):
-        rows = [[int(token) for token in prompts]]  # type: ignore[arg-type]
+    elif len(prompts) and all(isinstance(prompt, Integral) for prompt in prompts):
+        rows = [_ids(prompts, 0)]
     else:
-        rows = [_encode(lm, p, infill) if isinstance(p, str) else [int(token) for token in p] for p in prompts]  # type: ignore[union-attr]
+        rows = [_encode(lm, p, infill) if isinstance(p, str) else _ids(p, i) for i, p in enumerate(prompts)]
     if not rows:
         raise UserError("prompts: none given; give at least one")
     for i, row in enumerate(rows):
@@ -44,17 +51,34 @@ def prompt_ids(
     return rows
 
 
+def _ids(prompt: Any, i: int) -> list[int]:
+    ids: list[Any] = list(prompt) if isinstance(prompt, Iterable) else [None]
+    if not all(isinstance(token, Integral) for token in ids):
+        raise UserError(f"prompt {i}: {str(prompt)[:60]} given; a prompt is a text or a list of token ids")
+    return [int(token) for token in ids]
+
+
 def _rows(prompts_BP: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
     if prompts_BP.ndim == 1:
         prompts_BP = prompts_BP[None]
         attention_mask = None if attention_mask is None else attention_mask[None]
+    if prompts_BP.ndim != 2 or prompts_BP.is_floating_point():
+        raise UserError(
+            f"prompts: a tensor of shape {tuple(prompts_BP.shape)} and type {prompts_BP.dtype} given; it must hold "
+            "whole numbers, a row for each prompt"
+        )
     if attention_mask is None:
         return [list(map(int, row)) for row in prompts_BP.tolist()]
     if attention_mask.shape != prompts_BP.shape:
         raise UserError(
             f"attention_mask: shape {tuple(attention_mask.shape)} given for prompts of shape {tuple(prompts_BP.shape)}"
         )
-    return [row[keep].tolist() for row, keep in zip(prompts_BP, attention_mask.bool(), strict=True)]
+    present_BP = attention_mask.bool()
+    for i, present in enumerate(present_BP):
+        places = present.nonzero()[:, 0].tolist()
+        if places and len(places) != places[-1] - places[0] + 1:
+            raise UserError(f"attention_mask: row {i} has a hole; padding stands on one side or both of a prompt")
+    return [row[keep].tolist() for row, keep in zip(prompts_BP, present_BP, strict=True)]
 
 
 def _encode(lm: LanguageModel, text: str, infill: bool) -> list[int]:
@@ -62,8 +86,11 @@ def _encode(lm: LanguageModel, text: str, infill: bool) -> list[int]:
         return lm.encode_prompt(text)
     if lm.mask_token_id is None or lm.tokenizer is None:
         return lm.encode(text)  # which says what is missing
+    mask_token = lm.tokenizer.id_to_token(lm.mask_token_id)
+    if mask_token is None:
+        raise UserError(f"infill: the tokenizer of '{lm.name}' has no token {lm.mask_token_id}, [MASK]; give token ids")
     # Text never becomes a special token: a gap is put between the pieces.
-    first, *others = text.split(str(lm.tokenizer.id_to_token(lm.mask_token_id)))
+    first, *others = text.split(mask_token)
     ids = lm.encode_prompt(first)
     for piece in others:
         ids += [lm.mask_token_id, *lm.encode(piece)]
@@ -79,6 +106,8 @@ def _check(lm: LanguageModel, row: list[int], i: int, infill: bool) -> None:
         raise UserError(
             f"prompt {i}: holds [MASK] (id {lm.mask_token_id}) {gaps} times; fill such gaps with infill, or take it out"
         )
+    if lm.causal and not row and lm.start_token_id is None:
+        raise UserError(f"prompt {i}: an empty one gives '{lm.name}' nothing to begin with; give at least one token")
     if infill and not gaps:
         raise UserError(f"prompt {i}: holds no [MASK] (id {lm.mask_token_id}) to fill; put one for each missing token")
 
@@ -91,6 +120,11 @@ def check_context(lm: LanguageModel, rows: list[list[int]], length: int) -> None
     """
     for i, row in enumerate(rows):
         total = len(row) + length
+        if total > lm.context_length and not length:
+            raise UserError(
+                f"prompt {i}: {total} tokens are more than the {lm.context_length} that '{lm.name}' was trained on; "
+                "shorten it"
+            )
         if total > lm.context_length:
             raise UserError(
                 f"prompt {i}: {len(row)} tokens and {length} of the answer are {total}, more than the "
@@ -101,5 +135,7 @@ def check_context(lm: LanguageModel, rows: list[list[int]], length: int) -> None
 
 def as_batches(rows: list[Any], size: int | None) -> list[tuple[int, list[Any]]]:
     """Batches of at most ``size`` in order, each with the number of its first row."""
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise UserError(f"batch_size: {size} given; it must be a whole number of at least 1")
     size = size or len(rows)
     return [(first, rows[first : first + size]) for first in range(0, len(rows), size)]

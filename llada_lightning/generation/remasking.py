@@ -23,11 +23,6 @@ def counts_to_keep(masked_R: Tensor, step: int, steps: Tensor | int) -> Tensor:
     return masked_R * step // steps - masked_R * (step - 1) // steps
 
 
-def released_counts_to_keep(masked_R: Tensor, step: int, steps: Tensor | int) -> Tensor:
-    """The same as the authors' released code counts: the remainder of an uneven division goes to the first steps."""
-    return masked_R // steps + (step <= masked_R % steps).long()
-
-
 def without_rounding(confidence_RK: Tensor) -> Tensor:
     """Confidences on a grid that starts at each row's highest, so that what is equal but for rounding is equal.
 
@@ -48,20 +43,10 @@ def most_confident(confidence_RK: Tensor, candidates_RK: Tensor, counts_R: Tenso
     return chosen_RK & candidates_RK
 
 
-def released_choice(confidence_RK: Tensor, candidates_RK: Tensor, counts_R: Tensor, begin: int, length: int) -> Tensor:
-    """The same by ``topk`` over the canvas of ``length`` columns: of equals, frequent in bfloat16, those it gives."""
-    confidence_RL = torch.full((len(confidence_RK), length), -torch.inf, device=confidence_RK.device)
-    columns = slice(begin, begin + confidence_RK.shape[1])
-    confidence_RL[:, columns] = confidence_RK.float().masked_fill(~candidates_RK, -torch.inf)
-    chosen_RL = torch.zeros_like(confidence_RL, dtype=torch.bool)
-    for row, count in enumerate(counts_R.tolist()):
-        chosen_RL[row, confidence_RL[row].topk(count).indices] = True
-    return chosen_RL[:, columns] & candidates_RK
-
-
 def above_threshold(confidence_RK: Tensor, candidates_RK: Tensor, threshold: float) -> Tensor:
     """(R, K) bool: the candidates of more confidence than ``threshold``, and of every row the surest."""
-    surest_RK = most_confident(confidence_RK, candidates_RK, candidates_RK.any(dim=1).long())
+    one_R = candidates_RK.any(dim=1).long()
+    surest_RK = most_confident(without_rounding(confidence_RK), candidates_RK, one_R)
     return (candidates_RK & (confidence_RK > threshold)) | surest_RK
 
 

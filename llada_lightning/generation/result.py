@@ -18,11 +18,12 @@ class Generation:
         tokens: ids of each answer, up to and with the token that ended it. Where gaps of a text were filled: of the
             whole text.
         text: of each answer, special tokens and what follows a stop string left out; None without a tokenizer.
-        step_of_token: the sampling step, from 1, at which each token appeared; 0 for a token that was given.
+        step_of_token: the sampling step, from 1, at which each token appeared; 0 for a token that was given; -1 for a
+            [MASK] that the released sampler drew and left.
         confidence: probability that the model gave each token when it appeared (before temperature, top-k and top-p;
             after guidance); 1 for a token that was given.
         finish: what ended each answer: a token of the model, a stop string, or the length.
-        steps: of the schedule; with a confidence threshold, or without one (`arm`), the most that there could be.
+        steps: of the schedule; where there is none, the most that there could be.
         forward_passes: passes of the model over (what was left of) the batch; one with guidance counts once.
         seconds: wall-clock time of the sampling.
         cache: `none` (exact), `kv` (exact, of `arm`), `prefix` or `dual` (approximate).
@@ -41,8 +42,8 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of the answers per second of wall-clock time."""
-        return sum(map(len, self.tokens)) / self.seconds
+        """Tokens that were made, not given, per second of wall-clock time."""
+        return sum(step != 0 for steps in self.step_of_token for step in steps) / self.seconds
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.errors import UserError
 from llada_lightning.generation.autoregressive import write
 from llada_lightning.generation.canvas import Canvas
-from llada_lightning.generation.diffusion import denoise
+from llada_lightning.generation.diffusion import Denoiser, denoise
 from llada_lightning.generation.finish import cut, text_before
 from llada_lightning.generation.noise import Noise, NoiseByPrompt, ReleasedNoise
 from llada_lightning.generation.prompts import Prompts, as_batches, check_context, prompt_ids
+from llada_lightning.generation.released import ReleasedDenoiser
 from llada_lightning.generation.result import Finish, Generation, Observer
 from llada_lightning.generation.settings import Cache, Remasking, Settings, Strategy, resolve_settings
 
@@ -37,7 +38,7 @@ def generate(
     cfg_scale: float = 0.0,
     threshold: float | None = None,
     zero_eos_confidence: bool = False,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
     infill: bool = False,
     cache: Cache | None = None,
     attention_mask: Tensor | None = None,
@@ -49,8 +50,9 @@ def generate(
 ) -> Generation:
     """Sample an answer to each prompt.
 
-    An answer depends on its prompt, the settings, the seed and the prompt's number, and on nothing else of the batch
-    (but for rounding). Tokens behind EOS are discarded.
+    An answer depends on its prompt, the settings, the seed and the prompt's number, and on nothing else of the batch,
+    but for rounding: a tie within it, next to unknown in float32, may fall another way in bfloat16. Tokens behind EOS
+    are discarded.
 
     Args:
         lm: as ``load_model`` gives it.
@@ -72,6 +74,8 @@ def generate(
         UserError: a setting or a prompt that cannot be, see there.
     """
     rows = prompt_ids(lm, prompts, attention_mask, infill)
+    if first < 0:
+        raise UserError(f"first: {first} given; prompts are numbered from 0")
     if infill:
         length = max(row.count(-1 if lm.mask_token_id is None else lm.mask_token_id) for row in rows)
     settings = resolve_settings(
@@ -87,7 +91,7 @@ def generate(
         cfg_scale=cfg_scale,
         threshold=threshold,
         zero_eos_confidence=zero_eos_confidence,
-        stop=stop if isinstance(stop, str) else tuple(stop),
+        stop=stop,
         infill=infill,
         cache=cache,
         compat=compat,
@@ -106,7 +110,7 @@ def generate(
         step_of_token=step_of_token,
         confidence=confidence,
         finish=finish,
-        steps=settings.steps or settings.length,
+        steps=settings.most_steps,
         forward_passes=sum(passes for passes, _ in parts),
         seconds=seconds,
         cache=settings.cache,
@@ -134,18 +138,17 @@ def _batch(
 
     def show(step: int) -> None:
         if on_step is not None:
-            on_step(canvas.snapshot(step, settings.steps or settings.length, start))
+            on_step(canvas.snapshot(step, settings.most_steps, start))
 
-    return (write if lm.causal else denoise)(lm, canvas, settings, noise, show), canvas
+    if lm.causal:
+        return write(lm, canvas, settings, noise, show), canvas
+    kind = Denoiser if settings.compat is None else ReleasedDenoiser
+    return denoise(kind(lm, canvas, settings, noise), show), canvas
 
 
 def _begun(lm: LanguageModel, row: list[int]) -> list[int]:
-    """A prompt as the model sees it: an `arm` needs a token to start from."""
-    if lm.start_token_id is not None:
-        return [lm.start_token_id, *row]
-    if lm.causal and not row:
-        raise UserError("prompts: an empty one gives this arm nothing to begin with; give at least one token")
-    return row
+    """A prompt as the model sees it: an `arm` of ours has learnt to begin with EOS."""
+    return row if lm.start_token_id is None else [lm.start_token_id, *row]
 
 
 def _answers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -24,15 +25,16 @@ class Settings:
 
     Args:
         length: tokens of an answer at most; of `diffusion` exactly, EOS and what follows it included.
-        steps: of the whole generation, spread evenly over the blocks; 0 where a threshold decides, or where each text
-            with gaps has as many as gaps.
+        steps: of the whole generation, spread evenly over the blocks; None where a threshold decides, or where each
+            text with gaps has as many as gaps.
         block_length: tokens that are denoised together; blocks follow one another from left to right.
         strategy: `diffusion`: of fixed length, pure where one block spans it, else block diffusion LLaDA;
             `block_diffusion`: grows block by block until EOS; `autoregressive`: grows token by token (paper, Fig. 4).
         remasking: which predictions stay at the end of a step. Those of the highest probability (`low_confidence`,
-            Algorithm 5), the widest margin to the second word, the lowest entropy; or by chance: each with the
-            probability of the reverse process (`random`, Algorithm 4), or the scheduled number (`random_count`).
-        temperature: of the Gumbel noise; 0 takes the likeliest token.
+            Algorithm 5), the widest margin to the second word, the lowest entropy, of what is equal within 1e-5 of
+            the highest the first; or by chance: each with the probability of the reverse process (`random`,
+            Algorithm 4), or the scheduled number (`random_count`).
+        temperature: of the Gumbel noise, up to 1e4; 0 takes the likeliest token.
         top_k, top_p: tokens to draw from: the k likeliest, the likeliest that hold the share p.
         cfg_scale: w of unsupervised classifier-free guidance (Eq. 16).
         threshold: keep every prediction of more confidence than this, at least one a step, instead of a schedule.
@@ -45,7 +47,7 @@ class Settings:
     """
 
     length: int
-    steps: int
+    steps: int | None
     block_length: int
     strategy: Strategy
     remasking: Remasking
@@ -65,12 +67,13 @@ class Settings:
         return self.strategy != "diffusion"
 
     @property
-    def blocks(self) -> int:
-        return self.length // self.block_length
+    def steps_per_block(self) -> int | None:
+        return None if self.steps is None else self.steps // (self.length // self.block_length)
 
     @property
-    def steps_per_block(self) -> int:
-        return self.steps // self.blocks
+    def most_steps(self) -> int:
+        """As many as there can be."""
+        return self.length if self.steps is None else self.steps
 
     @property
     def random(self) -> bool:
@@ -91,7 +94,7 @@ def resolve_settings(
     cfg_scale: float,
     threshold: float | None,
     zero_eos_confidence: bool,
-    stop: str | tuple[str, ...] | list[str],
+    stop: str | Sequence[str] | None,
     infill: bool,
     cache: Cache | None,
     compat: Literal["llada"] | None,
@@ -115,6 +118,7 @@ def resolve_settings(
         if steps not in (None, length):
             raise UserError(f"steps: {steps} given; autoregressive sampling takes {length}, one for each token")
         block_length = 1
+    unsaid = block_length is None
     if infill and block_length is not None:
         raise UserError(f"block_length: {block_length} given; infilling takes all gaps of a text together")
     block_length = _whole("block_length", length if block_length is None else block_length)
@@ -125,7 +129,7 @@ def resolve_settings(
         )
     settings = Settings(
         length=length,
-        steps=0 if steps is None and (infill or threshold is not None) else _steps(steps, length, block_length),
+        steps=None if steps is None and (infill or threshold is not None) else _steps(steps, length, block_length),
         block_length=block_length,
         strategy=strategy,
         remasking=remasking,
@@ -135,7 +139,7 @@ def resolve_settings(
         cfg_scale=cfg_scale,
         threshold=threshold,
         zero_eos_confidence=zero_eos_confidence,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
         infill=infill,
         cache=cache,
         compat=compat,
@@ -143,7 +147,11 @@ def resolve_settings(
     _check_ranges(settings)
     if steps is not None and threshold is not None:
         raise UserError(f"steps: {steps} given with threshold {threshold}, which decides their number; leave one away")
+    if settings.stop and lm.tokenizer is None:
+        raise UserError(f"stop: {settings.stop[0]!r} given, but '{lm.name}' has no tokenizer that could spell it")
     (_check_arm if lm.causal else _check_llada)(settings, lm)
+    if strategy == "block_diffusion" and unsaid:
+        raise UserError("block_length: not given; block_diffusion grows by so many tokens at a time (the paper: 32)")
     return settings
 
 
@@ -176,8 +184,8 @@ def _whole(name: str, value: int) -> int:
 
 
 def _check_ranges(settings: Settings) -> None:
-    if not (math.isfinite(settings.temperature) and settings.temperature >= 0):
-        raise UserError(f"temperature: {settings.temperature} given; it must be 0 (greedy) or above")
+    if not 0 <= settings.temperature <= 1e4:
+        raise UserError(f"temperature: {settings.temperature} given; it must lie between 0 (greedy) and 1e4")
     if settings.top_k is not None:
         _whole("top_k", settings.top_k)
     for name, share in (("top_p", settings.top_p), ("threshold", settings.threshold)):
@@ -209,9 +217,14 @@ def _check_arm(settings: Settings, lm: LanguageModel) -> None:
 def _check_llada(settings: Settings, lm: LanguageModel) -> None:
     if settings.cache == "kv":
         raise UserError("cache: 'kv' is exact under causal attention only; llada has prefix and dual (approximate)")
-    if settings.infill and (settings.grows or settings.cache != "none"):
-        given = f"strategy '{settings.strategy}'" if settings.grows else f"cache '{settings.cache}'"
-        raise UserError(f"{given}: infilling denoises a text of given length, without caches; leave it away")
+    foreign_to_infill = {
+        f"strategy '{settings.strategy}'": settings.grows,
+        f"cache '{settings.cache}'": settings.cache != "none",
+        f"stop {settings.stop}": bool(settings.stop),
+    }
+    for name, given in foreign_to_infill.items():
+        if settings.infill and given:
+            raise UserError(f"{name}: infilling denoises all of a given text, without caches; leave it away")
     if settings.random and (settings.zero_eos_confidence or settings.threshold is not None):
         name = "zero_eos_confidence" if settings.zero_eos_confidence else "threshold"
         raise UserError(f"{name}: remasking '{settings.remasking}' knows no confidence; take low_confidence")

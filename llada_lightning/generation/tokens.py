@@ -35,8 +35,8 @@ def likeliest(logits_MV: Tensor, temperature: float, top_k: int | None, top_p: f
     ``top_p`` counts the probabilities at ``temperature``, from which is drawn.
     """
     if top_k is not None and top_k < logits_MV.shape[-1]:
-        least_M1 = logits_MV.topk(top_k, dim=-1).values[:, -1:]
-        logits_MV = logits_MV.masked_fill(logits_MV < least_M1, -torch.inf)
+        values_MK, order_MK = logits_MV.topk(top_k, dim=-1)  # of equals only as many as asked for
+        logits_MV = torch.full_like(logits_MV, -torch.inf).scatter(1, order_MK, values_MK)
     if top_p is not None and top_p < 1 and temperature > 0:
         sorted_MV, order_MV = logits_MV.sort(dim=-1, descending=True)
         p_MV = (sorted_MV.double() / temperature).softmax(dim=-1)

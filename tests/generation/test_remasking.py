@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llada_lightning.generation.released import released_counts_to_keep
 from llada_lightning.generation.remasking import (
     above_threshold,
     by_the_reverse_process,
     counts_to_keep,
     most_confident,
-    released_counts_to_keep,
     without_rounding,
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +43,13 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("llada", {"compat": "llada", "remasking": "margin"}, "has no such thing"),
     ("llada", {"compat": "llada", "strategy": "block_diffusion"}, "has no such thing"),
     ("llada", {"length": 126}, "set length to at most 125"),
+    ("llada", {"temperature": 1e5}, "between 0 (greedy) and 1e4"),
+    ("llada", {"strategy": "block_diffusion"}, "block_length: not given"),
+    ("llada", {"stop": "a"}, "no tokenizer"),
+    ("llada", {"batch_size": 0}, "batch_size: 0 given"),
+    ("llada", {"batch_size": 1.5}, "batch_size: 1.5 given"),
+    ("llada", {"first": -1}, "first: -1 given"),
+    ("arm", {"infill": True}, "cannot see what stands behind a gap"),
     ("arm", {"strategy": "diffusion"}, "is an arm"),
     ("arm", {"cfg_scale": 1.0}, "is an arm"),
     ("arm", {"steps": 7}, "steps: 7 given; autoregressive sampling takes 32"),
@@ -68,8 +76,15 @@ def test_settings_that_cannot_be(objective: str, settings: dict[str, Any], words
         ([[MASK]], {"infill": True, "block_length": 1}, "all gaps of a text together"),
         ([[MASK]], {"infill": True, "cache": "dual"}, "cache 'dual'"),
         ([[MASK]], {"infill": True, "strategy": "block_diffusion"}, "strategy 'block_diffusion'"),
-        ([[MASK] * 200], {"infill": True}, "more than the 128"),
+        ([[MASK] * 200], {"infill": True}, "200 tokens are more than the 128"),
         ([], {}, "none given"),
+        (torch.ones(1, 2, 3, dtype=torch.int64), {}, "shape (1, 2, 3)"),
+        (torch.tensor(5), {}, "shape ()"),
+        (torch.tensor([[5.7]]), {}, "torch.float32"),
+        ([[5.7, 6.2]], {}, "prompt 0: [5.7, 6.2] given"),
+        ([[5], None], {}, "prompt 1: None given"),
+        ([5, [6]], {}, "prompt 0: 5 given"),
+        (torch.tensor([[5, 6, 7]]), {"attention_mask": torch.tensor([[1, 0, 1]])}, "row 0 has a hole"),
         ("text", {}, "has no tokenizer"),
         ([[5]], {"attention_mask": torch.ones(1, 1)}, "no tensor"),
         (torch.ones(1, 2, dtype=torch.int64), {"attention_mask": torch.ones(1, 1)}, "shape (1, 1)"),
@@ -85,5 +100,6 @@ def test_prompts_that_cannot_be(prompts: Any, settings: dict[str, Any], words: s
 def test_prompts_of_every_form() -> None:
     lm = random_model()
     forms: list[Any] = [[5, 6, 7], [[5, 6, 7]], torch.tensor([5, 6, 7]), torch.tensor([[5, 6, 7]]), ([5, 6, 7],)]
+    forms += [np.array([5, 6, 7]), np.array([[5, 6, 7]]), list(np.array([5, 6, 7]))]
     answers = [generate(lm, form, length=8).tokens for form in forms]
     assert all(answer == answers[0] for answer in answers)

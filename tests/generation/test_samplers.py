@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from llada_lightning.errors import UserError
 from llada_lightning.generation import Snapshot, generate
+from llada_lightning.generation.canvas import Canvas
+from llada_lightning.generation.predictor import Predictor
+from llada_lightning.generation.settings import resolve_settings
 from sampler_toys import EOS, MASK, ScriptedPredictor, letters, random_model, toy
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [4] * 12, []]
@@ -22,6 +26,10 @@ LLADA_SETTINGS: list[dict[str, Any]] = [
     {"remasking": "margin", "steps": 8},
     {"remasking": "entropy", "temperature": 0.7, "top_k": 5},
     {"threshold": 0.2},
+    {"threshold": 0.4, "block_length": 8},
+    {"threshold": 0.6, "block_length": 8, "cache": "dual", "cfg_scale": 0.5},
+    {"remasking": "random", "block_length": 4},
+    {"cfg_scale": 1.0, "block_length": 8, "cache": "prefix"},
     {"threshold": 0.2, "block_length": 4, "cache": "dual", "cfg_scale": 0.5},
     {"cfg_scale": 1.0, "temperature": 1.0, "top_p": 0.8},
     {"block_length": 4, "cache": "prefix"},
@@ -67,7 +75,7 @@ def test_what_a_result_says(objective: str, settings: dict[str, Any]) -> None:
     seen: list[Snapshot] = []
     result = generate(random_model(objective), PROMPTS, length=16, on_step=seen.append, **settings)
     assert result.text is None and result.seconds > 0
-    assert result.tokens_per_second == sum(map(len, result.tokens)) / result.seconds
+    assert result.tokens_per_second == sum(map(len, result.tokens)) / result.seconds  # none was given
     for tokens, steps, confidence, finish in zip(
         result.tokens, result.step_of_token, result.confidence, result.finish, strict=True
     ):
@@ -76,6 +84,7 @@ def test_what_a_result_says(objective: str, settings: dict[str, Any]) -> None:
         assert (finish == "eos") == (tokens[-1] == EOS) and EOS not in tokens[:-1]
         assert finish == "eos" or len(tokens) == 16
     assert result.forward_passes == len(seen) <= result.steps
+    assert all(0 < p < 1 for row in result.confidence for p in row)
     for before, after in pairwise(seen):
         assert before.step < after.step
         pairs = zip(before.step_of_token[0], before.tokens[0], after.tokens[0], strict=True)
@@ -86,8 +95,9 @@ def test_what_a_result_says(objective: str, settings: dict[str, Any]) -> None:
 
 def test_guidance_of_zero_is_none_and_more_is_not() -> None:
     lm = random_model()
-    plain, zero, strong = (generate(lm, PROMPTS[:3], length=16, cfg_scale=w).tokens for w in (0.0, 0, 3.0))
-    assert plain == zero != strong
+    # 1e-12 goes through both branches, and takes nothing of the one without the prompt
+    plain, none, strong = (generate(lm, PROMPTS[:3], length=16, cfg_scale=w).tokens for w in (0.0, 1e-12, 3.0))
+    assert plain == none != strong
 
 
 def test_guided_batches_of_other_lengths_equal_single_prompts_without_padding() -> None:
@@ -105,14 +115,42 @@ def test_one_step_a_block_needs_no_guess_of_a_cache() -> None:
         assert generate(lm, PROMPTS, length=16, block_length=4, steps=4, cache=cache).tokens == exact.tokens  # type: ignore[arg-type]
 
 
-def test_a_cache_reads_less_and_is_an_approximation() -> None:
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.5])
+@pytest.mark.parametrize(("cache", "columns"), [("prefix", 24), ("dual", 8)])
+def test_a_cache_of_what_has_not_changed_is_exact_and_reads_less(
+    cache: str, columns: int, cfg_scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second pass over a block that is as it was gives what the first gave, also once a row has left."""
+    lm = random_model()
+    settings = resolve_settings(
+        lm, length=32, steps=None, block_length=8, strategy=None, remasking="low_confidence", temperature=0.0,
+        top_k=None, top_p=None, cfg_scale=cfg_scale, threshold=None, zero_eos_confidence=False, stop=None,
+        infill=False, cache=cache, compat=None,
+    )  # fmt: skip
+    canvas = Canvas.of(PROMPTS[:3], 32, MASK, lm.device)
+    predictor, begin = Predictor(lm, canvas, settings), canvas.answer + 8
+    read: list[tuple[int, ...]] = []
+    hidden = lm.model.hidden
+    monkeypatch.setattr(lm.model, "hidden", lambda x, **more: (read.append(tuple(x.shape)), hidden(x, **more))[1])
+    predictor.open_block(begin, begin + 8, canvas.length)
+    rows, wanted = torch.arange(3), torch.ones(3, 8, dtype=torch.bool)
+    fresh = predictor(rows, wanted).unflatten(1, (3, 8))
+    torch.testing.assert_close(predictor(rows, wanted).unflatten(1, (3, 8)), fresh, rtol=1e-4, atol=1e-4)
+    left = torch.tensor([0, 2])
+    predictor.keep_rows(left)
+    torch.testing.assert_close(predictor(left, wanted[left]).unflatten(1, (2, 8)), fresh[:, left], rtol=1e-4, atol=1e-4)
+    branches = 2 if cfg_scale else 1
+    assert read == [(3 * branches, canvas.length), (3 * branches, columns), (2 * branches, columns)]
+
+
+def test_caches_are_approximations_of_their_own() -> None:
     lm = random_model()
     exact, prefix, dual = (
-        generate(lm, PROMPTS, length=32, block_length=8, cache=cache, cfg_scale=0.5)
-        for cache in ("none", "prefix", "dual")  # type: ignore[arg-type]
+        generate(lm, PROMPTS, length=32, block_length=8, cache=cache)  # type: ignore[arg-type]
+        for cache in ("none", "prefix", "dual")
     )
     assert exact.forward_passes == prefix.forward_passes == dual.forward_passes == 32
-    assert prefix.tokens != exact.tokens != dual.tokens
+    assert prefix.tokens != exact.tokens != dual.tokens != prefix.tokens
     assert (exact.cache, prefix.cache, dual.cache) == ("none", "prefix", "dual")
 
 
@@ -177,6 +215,16 @@ def test_tokens_behind_eos_are_discarded_and_not_waited_for() -> None:
     assert result.forward_passes == 4  # the last EOS, a, b, the first EOS
 
 
+def test_any_end_token_ends_an_answer() -> None:
+    """A chat model ends its turn by another token than a text; both are kept for last where EOS is."""
+    script = [(2, 0.9), (5, 0.95), (3, 0.8), (EOS, 0.99)]
+    lm = replace(toy(ScriptedPredictor(script, 0)), end_token_ids=(EOS, 5))
+    assert lm.end_token_ids == (EOS, 5)
+    result = generate(lm, [[]], length=4)
+    assert result.tokens == [[2, 5]] and result.finish == ["eos"] and result.step_of_token == [[3, 2]]
+    assert generate(lm, [[]], length=4, zero_eos_confidence=True).step_of_token == [[1, 3]]
+
+
 def test_a_growing_answer_ends_with_the_block_that_holds_eos() -> None:
     model = ScriptedPredictor(ENDING, 0)
     result = generate(toy(model), [[]], length=6, block_length=3, strategy="block_diffusion")
@@ -200,6 +248,8 @@ def test_stop_strings_end_an_answer() -> None:
         result = generate(lm, [[]], length=6, stop=["xyz", "bc"], **settings)  # type: ignore[arg-type]
         assert result.text == ["a"] and result.tokens == [[2, 3, 4]] and result.finish == ["stop"]
         assert result.forward_passes == (6 if not settings else 3)
+    lm = toy(ScriptedPredictor(script, 0), letters())
+    assert generate(lm, [[]], length=6, stop=["ef", "bc"]).text == generate(lm, [[]], length=6, stop=["bc", "ef"]).text
     lm = toy(ScriptedPredictor(script, prompt_length=1), letters())
     assert generate(lm, "f", length=6, stop="zz").finish == ["length"]
 
@@ -229,6 +279,30 @@ def test_mask_is_never_drawn() -> None:
         assert MASK not in generate(toy(ScriptedPredictor(script, 0)), [[]], length=4, **settings).tokens[0]  # type: ignore[arg-type]
     arm = replace(random_model("arm"), mask_token_id=20)
     assert all(20 not in row for row in generate(arm, PROMPTS, length=40, temperature=3.0).tokens)
+
+
+def test_confidence_is_what_the_model_says_whatever_may_be_drawn() -> None:
+    lm = random_model()
+    free, narrow = (generate(lm, PROMPTS, length=4, steps=1, temperature=1e-3, top_k=k) for k in (None, 1))
+    assert narrow.tokens == free.tokens and narrow.confidence == free.confidence
+
+
+def test_snapshots_of_batches_know_their_prompts() -> None:
+    seen: list[Snapshot] = []
+    generate(random_model(), PROMPTS, length=4, batch_size=3, on_step=seen.append)
+    assert {(snapshot.first, len(snapshot.tokens)) for snapshot in seen} == {(0, 3), (3, 1)}
+
+
+def test_a_full_context_is_not_too_full() -> None:
+    lm = random_model()
+    assert len(generate(lm, [[5] * 100], length=28, steps=1).tokens[0]) > 0
+    with pytest.raises(UserError, match="set length to at most 28"):
+        generate(lm, [[5] * 100], length=29)
+
+
+def test_speed_counts_what_was_made() -> None:
+    result = generate(random_model(), [[5, MASK, 6, MASK]], infill=True)
+    assert result.tokens_per_second * result.seconds == pytest.approx(2)
 
 
 def test_seeds_draw_other_answers() -> None:

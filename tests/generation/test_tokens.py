@@ -57,6 +57,10 @@ def test_top_k_and_top_p_by_hand() -> None:
     assert allowed(None, 0.6, temperature=10.0) == [0, 1, 2]  # flatter: the share needs more tokens
 
 
+def test_top_k_of_equals_is_k() -> None:
+    assert likeliest(torch.tensor([[1.0, 1.0, 0.0]]), 1.0, 1, None).isfinite().sum() == 1
+
+
 def test_likeliest_keeps_the_order_of_unsorted_words() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 0.0, 4.9]])
     assert likeliest(logits, 1.0, None, 0.7).isfinite().tolist() == [[False, True, False], [True, False, True]]
