@@ -85,7 +85,7 @@ class ConfigFile:
         """
         value = self.get(key, absent)
         if not is_positive(value):
-            raise self.mistake(key, "it must be a number above 0")
+            raise self.mistake(key, "it must be a finite number above 0")
         return float(value)
 
     def several(self, key: str) -> tuple[Any, ...]:

@@ -73,7 +73,7 @@ def convert(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"'{out}' is there already and is not empty; choose another name")
     if out.is_symlink() or (out.exists() and out.samefile(Path.cwd())):
-        raise UserError(f"'{out}' is the folder you are in, or a link, and cannot be replaced; give a new folder's name")
+        raise UserError(f"'{out}' is the folder you are in, or a link, and cannot be replaced; choose a new name")
     names = layout.names(description.shape.n_layers)
     weights = {names[name]: weight for name, weight in model.weights.items()}
     stored_as = name_of(dtype or common_dtype(weights.values()))

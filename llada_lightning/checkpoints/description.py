@@ -72,14 +72,14 @@ class Description:
                 raise mistake(key, value, "it must be a whole number of at least 1")
         for key in ("rope_theta", "norm_eps"):
             if not is_positive(value := getattr(self, key)):
-                raise mistake(key, value, "it must be a number above 0")
+                raise mistake(key, value, "it must be a finite number above 0")
             object.__setattr__(self, key, float(value))
         self._check_ids()
         object.__setattr__(self, "end_token_ids", tuple(dict.fromkeys((self.eos_token_id, *self.end_token_ids))))
 
     def _check_ids(self) -> None:
         if self.objective == "llada" and self.mask_token_id is None:
-            raise mistake("mask_token_id", None, "a llada model needs its [MASK]; write its id into config.json")
+            raise mistake("mask_token_id", None, "give the id of [MASK], which a llada model needs")
         optional = ("mask_token_id", "start_token_id", "bos_token_id", "pad_token_id")
         ids = {
             "eos_token_id": (self.eos_token_id, *self.end_token_ids),

@@ -66,7 +66,7 @@ def _device_named(device: str | torch.device | None) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # no such name, none of that number, a build without it
         reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"device: '{device}' cannot be used ({reason}); give cpu, or leave it out") from error
+        raise UserError(f"--device '{device}' cannot be used ({reason}); give cpu, or leave it out") from error
 
 
 def _transformer(stored: StoredModel, device: torch.device, dtype: torch.dtype) -> Transformer:

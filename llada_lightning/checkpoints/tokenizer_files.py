@@ -99,8 +99,8 @@ class TokenizerFiles:
             raise self._damaged(TOKENIZER_CONFIG_NAME)
         return values
 
-    def _damaged(self, companion: str) -> UserError:
-        return UserError(f"'{self.name}': {companion} beside it is damaged; copy it again")
+    def _damaged(self, companion: str, what: str = "is damaged; copy it again") -> UserError:
+        return UserError(f"'{self.name}': {companion} beside it {what}")
 
     @property
     def chat_template(self) -> str | None:
@@ -113,15 +113,16 @@ class TokenizerFiles:
             try:
                 return self.files[TEMPLATE_NAME].decode()
             except UnicodeDecodeError as error:
-                raise self._damaged(TEMPLATE_NAME) from error
+                raise self._damaged(TEMPLATE_NAME, "is not UTF-8; copy it again") from error
         template = self.config.get("chat_template")
-        if isinstance(template, list):
-            entries = [entry if isinstance(entry, dict) else {} for entry in template]
-            if not all(isinstance(entry.get("name"), str) for entry in entries):
-                raise self._damaged(TOKENIZER_CONFIG_NAME)
-            template = {entry["name"]: entry.get("template") for entry in entries}.get("default")
-        if not isinstance(template, str | None):
-            raise self._damaged(TOKENIZER_CONFIG_NAME)
+        try:
+            if isinstance(template, list):
+                template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            if not isinstance(template, str | None):
+                raise TypeError
+        except (TypeError, LookupError) as error:
+            what = "has a chat_template that is neither text nor a list of named ones; correct it"
+            raise self._damaged(TOKENIZER_CONFIG_NAME, what) from error
         return template
 
     @property

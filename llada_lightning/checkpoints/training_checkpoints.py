@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import pickle
@@ -112,16 +113,19 @@ def run_tokenizer(checkpoint: Path, description: Description, fingerprint: str) 
     folders = [checkpoint.parent, *([] if run is None else [run, *_data_folders(run)])]
     others = []
     for folder in map(str, folders):
+        name = f"{folder}/{TOKENIZER_NAME}"
         try:
-            files = TokenizerFiles.of_text(read_tokenizer_text(folder), f"{folder}/{TOKENIZER_NAME}")
+            text = read_tokenizer_text(folder)
         except (UserError, ValueError):  # not there; ids will do
             continue
-        if _fingerprint(files, description) == fingerprint:
-            return files
-        others.append(files.name)
+        with contextlib.suppress(UserError):  # damaged: it is none
+            files = TokenizerFiles.of_text(text, name)
+            if _fingerprint(files, description) == fingerprint:
+                return files
+        others.append(name)
     if others:
         print(
-            f"warning: '{others[0]}' is not the tokenizer that '{checkpoint}' was trained with, so it is left out; give "
+            f"warning: '{others[0]}' is not the tokenizer that '{checkpoint}' was trained with, and is left out; give "
             "the run's own with --tokenizer",
             file=sys.stderr,
         )
