@@ -68,7 +68,7 @@ def test_weights_come_in_the_type_that_is_asked_for() -> None:
 @pytest.mark.parametrize("device", ["cuda:99", "abacus", ""])
 def test_a_device_that_cannot_be_used(device: str) -> None:
     with pytest.raises(
-        UserError, match=rf"device: '{device}' cannot be used \(.+\); give cpu, or leave it out"
+        UserError, match=rf"^--device '{device}' cannot be used \(.+\); give cpu, or leave it out"
     ) as error:
         load_model(GOLDEN, device=device)
     assert "\n" not in str(error.value)
