@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,21 @@ from llada_lightning.errors import UserError
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether a value is a whole number of 64 bits, and not too small."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value is a number above 0 that a float holds, so neither infinite nor NaN."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
+def mistake(key: str, value: Any, mend: str) -> UserError:
+    """The error of a value that does not serve."""
+    return UserError(f"{key} is {json.dumps(value)}; {mend}")
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,7 @@ class ConfigFile:
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"'{path}' cannot be read ({reason}); copy the checkpoint again") from error
         if not isinstance(values, dict):
@@ -47,8 +63,8 @@ class ConfigFile:
         return absent if value is None else value
 
     def mistake(self, key: str, mend: str) -> UserError:
-        """The error of a value that does not serve."""
-        return UserError(f"'{self.path}': {key} is {json.dumps(self.values.get(key))}; {mend}")
+        """The error of a value that does not serve; it names the file."""
+        return UserError(f"'{self.path}': {mistake(key, self.values.get(key), mend)}")
 
     def whole(self, key: str, absent: int | None = None, least: int = 1) -> int:
         """A whole number.
@@ -57,9 +73,9 @@ class ConfigFile:
             UserError: it is none, too small, or missing without a value for that.
         """
         value = self.get(key, absent)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not is_whole(value, least):
             raise self.mistake(key, f"it must be a whole number of at least {least}")
-        return value
+        return int(value)
 
     def number(self, key: str, absent: float | None = None) -> float:
         """A positive number.
@@ -68,29 +84,14 @@ class ConfigFile:
             UserError: it is none, or missing without a value for that.
         """
         value = self.get(key, absent)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-            raise self.mistake(key, "it must be a number above 0")
+        if not is_positive(value):
+            raise self.mistake(key, "it must be a finite number above 0")
         return float(value)
 
-    def token_id(self, key: str) -> int | None:
-        """A token's id, None where it is null or not there.
-
-        Raises:
-            UserError: it is no id.
-        """
-        return None if self.get(key) is None else self.whole(key, least=0)
-
-    def ids(self, key: str) -> tuple[int, ...]:
-        """Ids of a key that holds one, a list or null.
-
-        Raises:
-            UserError: it holds something else.
-        """
+    def several(self, key: str) -> tuple[Any, ...]:
+        """The values of a key that holds one, a list or null."""
         value = self.get(key, [])
-        ids = value if isinstance(value, list) else [value]
-        if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
-            raise self.mistake(key, "it must be a token id, or a list of them")
-        return tuple(ids)
+        return tuple(value) if isinstance(value, list) else (value,)
 
     def refuse(self, required: dict[str, tuple[Any, ...]], absent: dict[str, Any]) -> None:
         """Refuse a model whose mathematics is another one than our Transformer's.
@@ -113,11 +114,21 @@ class ConfigFile:
                 raise self.mistake(key, f"only {known} is supported")
 
 
-def read_generation_ends(folder: Path) -> tuple[int, ...]:
+def read_generation_ends(folder: Path, vocab_size: int) -> tuple[int, ...]:
     """The ids in ``generation_config.json`` that end an answer; none without the file.
 
+    Args:
+        folder: of the model.
+        vocab_size: of the model.
+
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or an id lies outside of the vocabulary.
     """
     path = folder / GENERATION_CONFIG_NAME
-    return ConfigFile.read(path).ids("eos_token_id") if path.is_file() else ()
+    if not path.is_file():
+        return ()
+    config = ConfigFile.read(path)
+    ends = config.several("eos_token_id")
+    if not all(is_whole(end, 0) and end < vocab_size for end in ends):
+        raise config.mistake("eos_token_id", f"it must hold ids of the vocabulary, 0 to {vocab_size - 1}")
+    return ends

@@ -72,6 +72,8 @@ def convert(
         raise UserError(f"--to {to}: '{model.path}' is of {description.objective}; choose --to {fitting} or --to llada")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"'{out}' is there already and is not empty; choose another name")
+    if out.is_symlink() or (out.exists() and out.samefile(Path.cwd())):
+        raise UserError(f"'{out}' is the folder you are in, or a link, and cannot be replaced; choose a new name")
     names = layout.names(description.shape.n_layers)
     weights = {names[name]: weight for name, weight in model.weights.items()}
     stored_as = name_of(dtype or common_dtype(weights.values()))
@@ -114,7 +116,7 @@ def bytes_of(text: str) -> int:
     """
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|KB|MB|GB)", text.strip().upper())
-    size = int(float(match[1]) * units[match[2]]) if match else 0
-    if size < 1:
-        raise UserError(f"--max-shard-size: '{text}' is no size; give one such as 5GB or 200MB")
-    return size
+    size = float(match[1]) * units[match[2]] if match else 0.0
+    if not 1 <= size < 2**63:
+        raise UserError(f"--max-shard-size: '{text:.40}' is no size of a file; give one such as 5GB or 200MB")
+    return int(size)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from llada_lightning.checkpoints.config_file import ConfigFile
+from llada_lightning.checkpoints.config_file import ConfigFile, is_positive, is_whole, mistake
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
 from llada_lightning.model.transformer import NORM_EPS
 from llada_lightning.scaling.flops import Objective
-from llada_lightning.scaling.shapes import Shape
+from llada_lightning.scaling.shapes import Shape, get_shape
 
 MODEL_TYPE = "llada_lightning"
 """``model_type`` of our own ``config.json``, and the key of what is ours alone in those of other layouts."""
@@ -40,7 +41,7 @@ class Description:
         source: the run, its step and the hash of its identity, where they are known.
 
     Raises:
-        UserError: an id lies outside of the vocabulary, or a `llada` has no [MASK].
+        UserError: a value is of the wrong kind, an id lies outside of the vocabulary, or a `llada` has no [MASK].
     """
 
     objective: Objective
@@ -60,21 +61,52 @@ class Description:
     source: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        ends = (self.eos_token_id, *(i for i in self.end_token_ids if i != self.eos_token_id))
-        object.__setattr__(self, "end_token_ids", tuple(dict.fromkeys(ends)))
+        if self.objective not in ("arm", "llada"):
+            raise mistake("objective", self.objective, "it must be arm or llada")
+        if self.compat not in (None, "llada"):
+            raise mistake("compat", self.compat, "it must be null or llada")
+        if not isinstance(self.source, dict):
+            raise mistake("source", self.source, "it must be a mapping")
+        for key in ("vocab_size", "context_length"):
+            if not is_whole(value := getattr(self, key), 1):
+                raise mistake(key, value, "it must be a whole number of at least 1")
+        for key in ("rope_theta", "norm_eps"):
+            if not is_positive(value := getattr(self, key)):
+                raise mistake(key, value, "it must be a finite number above 0")
+            object.__setattr__(self, key, float(value))
+        self._check_ids()
+        object.__setattr__(self, "end_token_ids", tuple(dict.fromkeys((self.eos_token_id, *self.end_token_ids))))
+
+    def _check_ids(self) -> None:
         if self.objective == "llada" and self.mask_token_id is None:
-            raise UserError("mask_token_id: null, but a llada model needs its [MASK]; write its id into config.json")
+            raise mistake("mask_token_id", None, "give the id of [MASK], which a llada model needs")
+        optional = ("mask_token_id", "start_token_id", "bos_token_id", "pad_token_id")
         ids = {
-            "mask_token_id": [self.mask_token_id],
-            "eos_token_id": self.end_token_ids,
-            "start_token_id": [self.start_token_id],
-            "text_prefix_ids": self.text_prefix_ids or [],
-            "bos_token_id": [self.bos_token_id],
+            "eos_token_id": (self.eos_token_id, *self.end_token_ids),
+            "text_prefix_ids": self.text_prefix_ids or (),
+            **{key: (getattr(self, key),) for key in optional if getattr(self, key) is not None},
         }
         for key, values in ids.items():
             for value in values:
-                if value is not None and not 0 <= value < self.vocab_size:
-                    raise UserError(f"{key}: {value} lies outside of the vocabulary of {self.vocab_size}; correct it")
+                if not is_whole(value, 0) or value >= self.vocab_size:
+                    raise mistake(key, value, f"it must be an id of the vocabulary, 0 to {self.vocab_size - 1}")
+
+    @classmethod
+    def of(cls, where: Path, shape: Any, **values: Any) -> Description:
+        """The description that a file gives.
+
+        Args:
+            where: the file, for people.
+            shape: its name or dimensions, see ``get_shape``.
+            values: the others, as they were found.
+
+        Raises:
+            UserError: as of the class and of the shape; it names the file.
+        """
+        try:
+            return cls(shape=get_shape(shape), **values)
+        except UserError as error:
+            raise UserError(f"'{where}': {error}") from error
 
     def transformer(self) -> Transformer:
         """The Transformer, on the device and in the type of the context, with weights as torch makes them."""
@@ -95,22 +127,14 @@ def read_config(config: ConfigFile) -> Description:
     if config.get("format") != FORMAT:
         raise config.mistake("format", f"this version reads {FORMAT}; use the version that wrote it")
     shape = config.get("shape")
-    if not isinstance(shape, dict) or set(shape) != set(Shape.__dataclass_fields__):
+    if not isinstance(shape, dict):
         raise config.mistake("shape", f"it must hold {', '.join(Shape.__dataclass_fields__)}")
-    objective = config.get("objective")
-    if objective not in ("arm", "llada"):
-        raise config.mistake("objective", "it must be arm or llada")
-    return Description(
-        objective=objective,
-        shape=Shape(**shape),
-        vocab_size=config.whole("vocab_size"),
-        eos_token_id=config.whole("eos_token_id", least=0),
-        context_length=config.whole("context_length"),
-        rope_theta=config.number("rope_theta"),
-        norm_eps=config.number("norm_eps"),
-        end_token_ids=config.ids("end_token_ids"),
-        bos_token_id=config.token_id("bos_token_id"),
-        pad_token_id=config.token_id("pad_token_id"),
+    plain = ("objective", "vocab_size", "eos_token_id", "context_length", "rope_theta", "norm_eps")
+    return Description.of(
+        config.path,
+        shape,
+        **{key: config.get(key) for key in (*plain, "bos_token_id", "pad_token_id")},
+        end_token_ids=config.several("end_token_ids"),
         **ours_alone(config),
     )
 
@@ -120,23 +144,10 @@ OURS_ALONE = ("mask_token_id", "start_token_id", "text_prefix_ids", "compat", "s
 
 
 def ours_alone(config: ConfigFile) -> dict[str, Any]:
-    """What the layouts of others have no name for: of our own ``config.json``, or of our key in another's.
-
-    Raises:
-        UserError: something is of the wrong kind.
-    """
-    compat, source, prefix = config.get("compat"), config.get("source", {}), config.get("text_prefix_ids")
-    if compat not in (None, "llada"):
-        raise config.mistake("compat", "it must be null or llada")
-    if not isinstance(source, dict):
-        raise config.mistake("source", "it must be a mapping")
-    return {
-        "mask_token_id": config.token_id("mask_token_id"),
-        "start_token_id": config.token_id("start_token_id"),
-        "text_prefix_ids": None if prefix is None else config.ids("text_prefix_ids"),
-        "compat": compat,
-        "source": source,
-    }
+    """What the layouts of others have no name for: of our own ``config.json``, or of our key in another's."""
+    prefix = None if config.get("text_prefix_ids") is None else config.several("text_prefix_ids")
+    values = {key: config.get(key) for key in OURS_ALONE}
+    return {**values, "text_prefix_ids": prefix, "source": config.get("source", {})}
 
 
 def extra_key(description: Description) -> dict[str, Any]:
@@ -149,7 +160,7 @@ def read_extra_key(config: ConfigFile) -> dict[str, Any] | None:
     """What stands under our key of another layout's ``config.json``; None where there is none.
 
     Raises:
-        UserError: something is of the wrong kind.
+        UserError: it is no mapping.
     """
     extra = config.get(MODEL_TYPE)
     if extra is None:

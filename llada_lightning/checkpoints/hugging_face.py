@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llada_lightning.checkpoints.config_file import ConfigFile, read_generation_ends
+from llada_lightning.checkpoints.config_file import ConfigFile, is_positive, read_generation_ends
 from llada_lightning.checkpoints.description import Description, extra_key, read_extra_key
-from llada_lightning.scaling.shapes import Shape
 
 _LLADA_REQUIRED: dict[str, tuple[Any, ...]] = {
     "architectures": (None, ["LLaDAModelLM"]),
@@ -78,25 +77,32 @@ def read_llada(config: ConfigFile, named: Mapping[str, int]) -> Description:
     config.refuse(_LLADA_REQUIRED, _LLADA_ABSENT)
     d_model, n_heads = config.whole("d_model"), config.whole("n_heads")
     _refuse_head_dim(config, d_model, n_heads)
-    vocab_size = config.whole("vocab_size")
+    vocab_size = config.whole("embedding_size", absent=config.whole("vocab_size"))
     extra = read_extra_key(config) or {"compat": "llada"}
-    mask = config.token_id("mask_token_id")
-    return Description(
+    return Description.of(
+        config.path,
+        {
+            "n_layers": config.whole("n_layers"),
+            "d_model": d_model,
+            "n_heads": n_heads,
+            "n_kv_heads": _llada_kv_heads(config, n_heads),
+            "d_ff": config.whole("mlp_hidden_size", absent=_llada_d_ff(config, d_model)),
+        },
         objective="llada",
-        shape=Shape(
-            n_layers=config.whole("n_layers"),
-            d_model=d_model,
-            n_heads=n_heads,
-            n_kv_heads=_llada_kv_heads(config, n_heads),
-            d_ff=config.whole("mlp_hidden_size", absent=round(config.number("mlp_ratio", absent=4) * d_model)),
-        ),
-        vocab_size=config.whole("embedding_size", absent=vocab_size),
+        vocab_size=vocab_size,
         context_length=config.whole("max_sequence_length", absent=1024),
-        rope_theta=config.number("rope_theta", absent=10_000.0),
+        rope_theta=config.get("rope_theta", 10_000.0),
         norm_eps=config.number("rms_norm_eps", absent=1e-5),
-        **_ids(config, named),
-        **{**extra, "mask_token_id": named.get("mask_token") if mask is None else mask},
+        **_ids(config, named, vocab_size),
+        **{**extra, "mask_token_id": config.get("mask_token_id", named.get("mask_token"))},
     )
+
+
+def _llada_d_ff(config: ConfigFile, d_model: int) -> int:
+    width = config.number("mlp_ratio", absent=4) * d_model
+    if not is_positive(width):
+        raise config.mistake("mlp_ratio", "it must be a number such as 4")
+    return round(width)
 
 
 def _llada_kv_heads(config: ConfigFile, n_heads: int) -> int:
@@ -159,26 +165,28 @@ def read_llama(config: ConfigFile, named: Mapping[str, int]) -> Description:
     config.refuse(_LLAMA_REQUIRED, {})
     d_model, n_heads = config.whole("hidden_size"), config.whole("num_attention_heads")
     _refuse_head_dim(config, d_model, n_heads)
+    vocab_size = config.whole("vocab_size")
     extra = read_extra_key(config) or {"mask_token_id": None}
-    return Description(
+    return Description.of(
+        config.path,
+        {
+            "n_layers": config.whole("num_hidden_layers"),
+            "d_model": d_model,
+            "n_heads": n_heads,
+            "n_kv_heads": config.whole("num_key_value_heads", absent=n_heads),
+            "d_ff": config.whole("intermediate_size"),
+        },
         objective="arm",
-        shape=Shape(
-            n_layers=config.whole("num_hidden_layers"),
-            d_model=d_model,
-            n_heads=n_heads,
-            n_kv_heads=config.whole("num_key_value_heads", absent=n_heads),
-            d_ff=config.whole("intermediate_size"),
-        ),
-        vocab_size=config.whole("vocab_size"),
+        vocab_size=vocab_size,
         context_length=config.whole("max_position_embeddings", absent=2048),
         rope_theta=_llama_rope_theta(config),
         norm_eps=config.number("rms_norm_eps", absent=1e-6),
-        **_ids(config, named),
+        **_ids(config, named, vocab_size),
         **extra,
     )
 
 
-def _llama_rope_theta(config: ConfigFile) -> float:
+def _llama_rope_theta(config: ConfigFile) -> Any:
     """Of ``rope_parameters`` (transformers 5), else of ``rope_theta`` beside ``rope_scaling`` (before)."""
     for key in ("rope_parameters", "rope_scaling"):
         values = config.get(key)
@@ -188,8 +196,8 @@ def _llama_rope_theta(config: ConfigFile) -> float:
         if kind != "default" or values.get("partial_rotary_factor", 1.0) != 1.0:
             raise config.mistake(key, "only the default rotary embedding is supported")
         if "rope_theta" in values:
-            return ConfigFile(config.path, values).number("rope_theta")
-    return config.number("rope_theta", absent=10_000.0)
+            return values["rope_theta"]
+    return config.get("rope_theta", 10_000.0)
 
 
 def write_llama(description: Description, dtype: str) -> dict[str, Any]:
@@ -237,16 +245,16 @@ def _refuse_head_dim(config: ConfigFile, d_model: int, n_heads: int) -> None:
         raise config.mistake("head_dim", f"only d_model / n_heads = {d_model / n_heads:g} is supported")
 
 
-def _ids(config: ConfigFile, named: Mapping[str, int]) -> dict[str, Any]:
+def _ids(config: ConfigFile, named: Mapping[str, int], vocab_size: int) -> dict[str, Any]:
     """EOS, every token that ends an answer, and what other programs are told."""
-    ends = (*config.ids("eos_token_id"), *read_generation_ends(config.path.parent))
+    ends = (*config.several("eos_token_id"), *read_generation_ends(config.path.parent, vocab_size))
     if not ends and "eos_token" not in named:
         raise config.mistake("eos_token_id", "write the id of the token that ends a text")
     return {
         "eos_token_id": ends[0] if ends else named["eos_token"],
         "end_token_ids": ends,
-        "bos_token_id": config.token_id("bos_token_id"),
-        "pad_token_id": config.token_id("pad_token_id"),
+        "bos_token_id": config.get("bos_token_id"),
+        "pad_token_id": config.get("pad_token_id"),
     }
 
 

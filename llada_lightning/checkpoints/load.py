@@ -10,6 +10,7 @@ from torch import nn
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.checkpoints.stored_model import StoredModel, open_checkpoint
 from llada_lightning.checkpoints.stored_tensors import common_dtype, dtype_named
+from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
 
 
@@ -33,30 +34,39 @@ def load_model(
 
     Raises:
         UserError: the path holds no checkpoint, or one that is not whole, of another architecture, or of a tokenizer
-            that is not the model's.
+            that is not the model's; there is no such device or type.
     """
-    wanted = dtype_named(dtype)
+    wanted, place = dtype_named(dtype), _device_named(device)
     stored = open_checkpoint(path, tokenizer)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = _transformer(stored, device, wanted or common_dtype(stored.weights.values()))
     description, files = stored.description, stored.tokenizer
+    ends, template = ((), None) if files is None else (files.end_ids, files.chat_template)
     prefix = description.text_prefix_ids
     if prefix is None:
         prefix = () if files is None else files.prefix_ids
     return LanguageModel(
         objective=description.objective,
-        model=model,
+        model=_transformer(stored, place, wanted or common_dtype(stored.weights.values())),
         mask_token_id=description.mask_token_id,
         eos_token_id=description.eos_token_id,
         context_length=description.context_length,
         tokenizer=None if files is None else files.tokenizer,
-        end_token_ids=tuple(dict.fromkeys((*description.end_token_ids, *(() if files is None else files.end_ids)))),
+        end_token_ids=tuple(dict.fromkeys((*description.end_token_ids, *ends))),
         start_token_id=description.start_token_id,
         text_prefix_ids=prefix,
         compat=description.compat,
-        chat_template=None if files is None else files.chat_template,
+        chat_template=template,
         name=str(path),
     )
+
+
+def _device_named(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # no such name, none of that number, a build without it
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"--device '{device}' cannot be used ({reason}); give cpu, or leave it out") from error
 
 
 def _transformer(stored: StoredModel, device: torch.device, dtype: torch.dtype) -> Transformer:

@@ -87,16 +87,16 @@ def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> St
 
 
 def _training(path: Path, given: TokenizerFiles | None) -> StoredModel:
-    description, stored, identity = read_training(path)
-    weights = weights_of(stored, TRAINING, _on_meta(description), str(path))
-    found = given or run_tokenizer(path, description, identity["tokenizer"])
+    description, stored, fingerprint = read_training(path)
+    weights = weights_of(stored, TRAINING, _on_meta(description, path), str(path))
+    found = given or run_tokenizer(path, description, fingerprint)
     return StoredModel(path, "training", description, weights, _fitted(found, description, given))
 
 
 def _folder(folder: Path, given: TokenizerFiles | None) -> StoredModel:
     config = ConfigFile.read(folder / CONFIG_NAME)
     model_type = config.get("model_type")
-    if model_type not in _LAYOUTS:
+    if not isinstance(model_type, str) or model_type not in _LAYOUTS:
         raise config.mistake("model_type", f"an unknown architecture; these are known: {', '.join(_LAYOUTS)}")
     kind, layout = _LAYOUTS[model_type]
     files = given or (TokenizerFiles.of_path(folder) if (folder / TOKENIZER_NAME).is_file() else None)
@@ -108,15 +108,18 @@ def _folder(folder: Path, given: TokenizerFiles | None) -> StoredModel:
     stored = read_folder(folder)
     head = layout.names(description.shape.n_layers)["head.weight"]
     tied = kind != "llada" and hugging_face.is_tied(config, has_head=head in stored)
-    weights = weights_of(stored, layout, _on_meta(description), str(folder), tied)
+    weights = weights_of(stored, layout, _on_meta(description, config.path), str(folder), tied)
     auto_map = config.get("auto_map")
     code = auto_map if isinstance(auto_map, dict) else {}
     return StoredModel(folder, kind, description, weights, _fitted(files, description, given), code)
 
 
-def _on_meta(description: Description) -> Transformer:
-    with torch.device("meta"):
-        return description.transformer()
+def _on_meta(description: Description, where: Path) -> Transformer:
+    try:
+        with torch.device("meta"):
+            return description.transformer()
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"'{where}': no memory could hold a model of these dimensions; correct them") from error
 
 
 def _fitted(

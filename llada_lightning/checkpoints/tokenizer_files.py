@@ -69,9 +69,10 @@ class TokenizerFiles:
             alone = cls.of_text(path.read_text(encoding="utf-8"), str(path))
             beside = {name: path.with_name(name) for name in _COMPANIONS}
             files = {name: file.read_bytes() for name, file in beside.items() if file.is_file()}
-        except (OSError, UnicodeDecodeError) as error:
+            named = named_tokens(path.parent)
+        except (OSError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(f"tokenizer '{path}' cannot be read ({error}); give a tokenizer.json") from error
-        return replace(alone, files={**alone.files, **files}, named=named_tokens(path.parent))
+        return replace(alone, files={**alone.files, **files}, named=named)
 
     @cached_property
     def named_ids(self) -> dict[str, int]:
@@ -85,23 +86,44 @@ class TokenizerFiles:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """``tokenizer_config.json``; empty where there is none."""
+        """``tokenizer_config.json``; empty where there is none.
+
+        Raises:
+            UserError: it is not a JSON object.
+        """
         try:
             values = json.loads(self.files.get(TOKENIZER_CONFIG_NAME, b"{}"))
-        except ValueError as error:
-            raise UserError(f"'{self.name}': {TOKENIZER_CONFIG_NAME} beside it is damaged; copy it again") from error
-        return values if isinstance(values, dict) else {}
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(TOKENIZER_CONFIG_NAME) from error
+        if not isinstance(values, dict):
+            raise self._damaged(TOKENIZER_CONFIG_NAME)
+        return values
+
+    def _damaged(self, companion: str, what: str = "is damaged; copy it again") -> UserError:
+        return UserError(f"'{self.name}': {companion} beside it {what}")
 
     @property
     def chat_template(self) -> str | None:
-        """Of the file beside the tokenizer, else of its configuration; of several, the default."""
+        """Of the file beside the tokenizer, else of its configuration; of several, the default.
+
+        Raises:
+            UserError: it is no text.
+        """
         if TEMPLATE_NAME in self.files:
-            return self.files[TEMPLATE_NAME].decode()
+            try:
+                return self.files[TEMPLATE_NAME].decode()
+            except UnicodeDecodeError as error:
+                raise self._damaged(TEMPLATE_NAME, "is not UTF-8; copy it again") from error
         template = self.config.get("chat_template")
-        if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
-        return template if isinstance(template, str) else None
+        try:
+            if isinstance(template, list):
+                template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            if not isinstance(template, str | None):
+                raise TypeError
+        except (TypeError, LookupError) as error:
+            what = "has a chat_template that is neither text nor a list of named ones; correct it"
+            raise self._damaged(TOKENIZER_CONFIG_NAME, what) from error
+        return template
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import pickle
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -19,34 +21,33 @@ from llada_lightning.checkpoints.run_folder import CONFIG, run_folder_of
 from llada_lightning.checkpoints.sharded_checkpoints import META, ShardReader, is_sharded
 from llada_lightning.checkpoints.stored_tensors import StoredTensor, of_tensor
 from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
-from llada_lightning.data.manifest import TOKENIZER_NAME, read_tokenizer_text
+from llada_lightning.data.manifest import TOKENIZER_NAME, local_path, read_tokenizer_text
 from llada_lightning.data.tokenizers import tokenizer_info
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.flops import Objective
-from llada_lightning.scaling.shapes import get_shape
 
 _WEIGHTS = "state_dict"
 _MODULES: dict[str, Objective] = {"ArmModule": "arm", "LladaModule": "llada"}
 
 
-def read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], Mapping[str, Any]]:
+def read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], str]:
     """What a checkpoint of `llada fit` holds of its model.
 
     Args:
         path: a file, or the folder of a sharded one.
 
     Returns:
-        The description, the weights by their names in the file, and the identity of the run.
+        The description, the weights by their names in the file, and the fingerprint of the run's tokenizer.
 
     Raises:
-        UserError: it is damaged, of another program, or holds objects that could run code.
+        UserError: it is damaged, of another program, has a wrong value, or holds objects that could run code.
     """
     try:
         content = torch.load(
             path / META if is_sharded(path) else path, mmap=True, weights_only=True, map_location="cpu"
         )
         weights = _shards(path) if is_sharded(path) else {k: of_tensor(v) for k, v in content[_WEIGHTS].items()}
-        return _description(content, path), weights, content["identity"]
+        return _description(content, path), weights, content["identity"]["tokenizer"]
     except pickle.UnpicklingError as error:
         raise UserError(
             f"'{path}' is refused: it holds other things than weights, which may run code when they are read; give a "
@@ -71,14 +72,15 @@ def _description(content: Mapping[str, Any], path: Path) -> Description:
     identity = content["identity"]
     model, data = identity["model"], identity["data"]
     arguments = model["init_args"]
-    objective: Objective | None = content.get("objective", _MODULES.get(model["class_path"].rpartition(".")[2]))
+    objective = content.get("objective", _MODULES.get(model["class_path"].rpartition(".")[2]))
     if objective is None:
         raise UserError(f"'{path}' is of {model['class_path']}, whose objective it does not say; train it again")
     run = run_folder_of(path)
     start = arguments["eos_token_id"] if objective == "arm" else None  # as objectives.losses.shift_right
-    return Description(
+    return Description.of(
+        path,
+        arguments["shape"],
         objective=objective,
-        shape=get_shape(arguments["shape"]),
         vocab_size=arguments["vocab_size"],
         eos_token_id=arguments["eos_token_id"],
         mask_token_id=arguments["mask_token_id"],
@@ -105,32 +107,47 @@ def run_tokenizer(checkpoint: Path, description: Description, fingerprint: str) 
         fingerprint: of its tokenizer.
 
     Returns:
-        None where there is none, or only others.
+        None where there is none, or only others; of the others, a line on stderr names the first.
     """
     run = run_folder_of(checkpoint)
     folders = [checkpoint.parent, *([] if run is None else [run, *_data_folders(run)])]
+    others = []
     for folder in map(str, folders):
+        name = f"{folder}/{TOKENIZER_NAME}"
         try:
-            files = TokenizerFiles.of_text(read_tokenizer_text(folder), f"{folder}/{TOKENIZER_NAME}")
-        except UserError:  # not there; ids will do
+            text = read_tokenizer_text(folder)
+        except (UserError, ValueError):  # not there; ids will do
             continue
-        if _fingerprint(files, description) == fingerprint:
-            return files
+        with contextlib.suppress(UserError):  # damaged: it is none
+            files = TokenizerFiles.of_text(text, name)
+            if _fingerprint(files, description) == fingerprint:
+                return files
+        others.append(name)
+    if others:
+        print(
+            f"warning: '{others[0]}' is not the tokenizer that '{checkpoint}' was trained with, and is left out; give "
+            "the run's own with --tokenizer",
+            file=sys.stderr,
+        )
     return None
 
 
 def _fingerprint(files: TokenizerFiles, description: Description) -> str | None:
-    assert description.mask_token_id is not None
-    eos, mask = (files.tokenizer.id_to_token(i) for i in (description.eos_token_id, description.mask_token_id))
+    ids = (description.eos_token_id, description.mask_token_id)
+    eos, mask = (None if i is None else files.tokenizer.id_to_token(i) for i in ids)
     if eos is None or mask is None:
         return None
     return tokenizer_info(files.tokenizer, eos_token=eos, mask_token=mask).fingerprint
 
 
 def _data_folders(run: Path) -> list[str]:
-    """The data that a run's config.yaml names; as there, relative to where the run was started."""
+    """The data that a run's config.yaml names; as there, relative to where the run was started.
+
+    Of this machine only: to read a stranger's run must not open connections to where it says.
+    """
     try:
         path = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))["data"]["init_args"]["path"]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError):
         return []
-    return [path] if isinstance(path, str) else list(path) if isinstance(path, dict) else []
+    paths = path if isinstance(path, dict) else [path]
+    return [folder for folder in paths if isinstance(folder, str) and local_path(folder) is not None]

@@ -160,34 +160,51 @@ def test_an_unknown_architecture(refused, tmp_path: Path, model_type: str | None
     [
         ({"d_model": ...}, "d_model is null; it must be a whole number of at least 1"),
         ({"n_layers": "4"}, 'n_layers is "4"; it must be a whole number'),
-        ({"rope_theta": -1}, "rope_theta is -1; it must be a number above 0"),
-        ({"mask_token_id": 320}, "mask_token_id: 320 lies outside of the vocabulary of 320"),
-        ({"eos_token_id": [318, 400]}, "eos_token_id: 400 lies outside of the vocabulary of 320"),
-        ({"eos_token_id": "318"}, 'eos_token_id is "318"; it must be a token id, or a list of them'),
+        ({"rope_theta": -1}, "rope_theta is -1; it must be a finite number above 0"),
+        ({"mask_token_id": 320}, "mask_token_id is 320; it must be an id of the vocabulary, 0 to 319"),
+        ({"pad_token_id": 99999}, "pad_token_id is 99999; it must be an id"),
+        ({"rope_theta": float("inf")}, "rope_theta is Infinity; it must be a finite number"),
+        ({"mlp_hidden_size": None, "mlp_ratio": 1e307}, "mlp_ratio is 1e+307; it must be a number such as 4"),
+        ({"mlp_hidden_size": 10**18}, "no memory could hold a model of these dimensions"),
+        ({"model_type": ["llada"]}, 'model_type is ["llada"]; an unknown architecture'),
+        ({"eos_token_id": [318, 400]}, "eos_token_id is 400; it must be an id of the vocabulary"),
+        ({"eos_token_id": "318"}, 'eos_token_id is "318"; it must be an id of the vocabulary'),
         ({"n_heads": 7}, "shape: d_model 64 over n_heads 7 must give a whole, even head dimension"),
         ({"llada_lightning": 3}, "llada_lightning is 3; it must be a mapping"),
         ({"llada_lightning": {"compat": "other"}}, "compat"),
     ],
 )
 def test_a_value_that_does_not_serve(refused, tmp_path: Path, changes: dict[str, Any], part: str) -> None:
-    assert part in refused(golden_copy(tmp_path / "in", **changes))
+    line = refused(golden_copy(tmp_path / "in", **changes))
+    assert part in line and f"'{tmp_path / 'in' / 'config.json'}'" in line
+
+
+def test_an_end_of_generation_outside_of_the_vocabulary(refused, tmp_path: Path) -> None:
+    folder = golden_copy(tmp_path / "in")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [318, 400]}')
+    assert "generation_config.json': eos_token_id is [318, 400]; it must hold ids of the vocabulary" in refused(folder)
 
 
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
         ({"format": 2}, "format is 2; this version reads 1"),
-        ({"shape": {"n_layers": 2}}, "it must hold n_layers, d_model, n_heads, n_kv_heads, d_ff"),
+        ({"shape": {"n_layers": 2}}, "missing or unknown; a shape has ['n_layers', 'd_model', 'n_heads'"),
+        ({"shape": [2]}, "shape is [2]; it must hold n_layers, d_model, n_heads, n_kv_heads, d_ff"),
+        ({"compat": "other"}, 'compat is "other"; it must be null or llada'),
+        ({"norm_eps": None}, "norm_eps is null; it must be a finite number above 0"),
+        ({"text_prefix_ids": [[1]]}, "text_prefix_ids is [1]; it must be an id of the vocabulary, 0 to 271"),
         ({"objective": "bert"}, 'objective is "bert"; it must be arm or llada'),
         ({"source": 3}, "source is 3; it must be a mapping"),
-        ({"start_token_id": 999}, "start_token_id: 999 lies outside"),
+        ({"start_token_id": 999}, "start_token_id is 999; it must be an id"),
     ],
 )
 def test_a_value_of_our_own_that_does_not_serve(refused, tmp_path: Path, changes: dict[str, Any], part: str) -> None:
-    assert part in refused(changed_config(written(tmp_path / "in", "llada", "arm"), **changes))
+    line = refused(changed_config(written(tmp_path / "in", "llada", "arm"), **changes))
+    assert part in line and f"'{tmp_path / 'in' / 'config.json'}'" in line
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", ""])
+@pytest.mark.parametrize("text", ["{", "[1]", "", "[" * 100_000], ids=["open", "list", "empty", "deep"])
 def test_a_damaged_config(refused, tmp_path: Path, text: str) -> None:
     folder = golden_copy(tmp_path / "in")
     (folder / "config.json").write_text(text)
@@ -252,6 +269,20 @@ def test_an_output_that_is_taken(refused, tmp_path: Path) -> None:
     assert "out' is there already and is not empty; choose another name" in refused(GOLDEN, "--to=hf-llada")
     (tmp_path / "out" / "file").unlink()
     assert main(["convert", str(GOLDEN), str(tmp_path / "out"), "--to=hf-llada"]) == 0  # an empty folder will do
+
+
+def test_an_output_that_cannot_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, link = tmp_path / "here", tmp_path / "link"
+    here.mkdir()
+    link.symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(here)
+    for out in (".", "", str(here), str(link)):
+        assert main(["convert", str(GOLDEN), out]) == 2
+        error = capsys.readouterr().err
+        assert error.endswith("is the folder you are in, or a link, and cannot be replaced; choose a new name\n"), error
+    assert sorted(tmp_path.rglob("*")) == [here, link]
 
 
 @pytest.mark.parametrize("arguments", [("--to=gguf",), ("--dtype=int4",), ("--max-shard-size=big",), ("--too=llada",)])

@@ -65,6 +65,15 @@ def test_weights_come_in_the_type_that_is_asked_for() -> None:
         load_model(GOLDEN, dtype="int8")
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "abacus", ""])
+def test_a_device_that_cannot_be_used(device: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"^--device '{device}' cannot be used \(.+\); give cpu, or leave it out"
+    ) as error:
+        load_model(GOLDEN, device=device)
+    assert "\n" not in str(error.value)
+
+
 def test_mixed_types_become_the_widest(tmp_path: Path) -> None:
     folder = golden_copy(tmp_path / "mixed")
     weights = load_file(folder / "model.safetensors")

@@ -104,7 +104,7 @@ def test_special_ids_that_config_json_does_not_say_are_the_tokenizers(tmp_path: 
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"config.json': eos_token_id is null; write the id"):
         load_model(folder)
-    with pytest.raises(UserError, match=r"mask_token_id: null, but a llada model needs its \[MASK\]"):
+    with pytest.raises(UserError, match=r"mask_token_id is null; give the id of \[MASK\]"):
         load_model(changed_config(folder, eos_token_id=EOS))
 
 
@@ -151,3 +151,34 @@ def test_a_tokenizer_with_a_configuration_is_written_as_it_is(tmp_path: Path) ->
     assert "bos_token" not in made and made["model_max_length"] == 64
     (folder / "tokenizer_config.json").write_text("{}")
     assert TokenizerFiles.of_path(folder).files_for(described("llada"))["tokenizer_config.json"] == b"{}"
+
+
+TWO = [{"name": "rag", "template": "x"}, {"name": "default", "template": "{{ messages }}"}]
+
+
+@pytest.mark.parametrize(("template", "read"), [(TWO, "{{ messages }}"), (TWO[:1], None), ([], None), (None, None)])
+def test_of_several_chat_templates_the_default(tmp_path: Path, template: Any, read: str | None) -> None:
+    assert load_model(hf_llama(tmp_path, chat_template=template), device="cpu").chat_template == read
+
+
+@pytest.mark.parametrize("template", [5, {"default": "x"}, ["x"], [{"name": [], "template": "x"}], [{"name": "a"}]])
+def test_a_chat_template_of_another_form(tmp_path: Path, template: Any) -> None:
+    message = r"tokenizer.json': tokenizer_config.json beside it has a chat_template that is neither text nor a list"
+    with pytest.raises(UserError, match=message):
+        load_model(hf_llama(tmp_path, chat_template=template), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("chat_template.jinja", b"\xff\xfe", r"chat_template.jinja beside it is not UTF-8; copy it again"),
+        ("tokenizer_config.json", b"[1]", r"tokenizer_config.json beside it is damaged; copy it again"),
+        ("tokenizer_config.json", b"[" * 100_000, r"tokenizer.json' cannot be read \(maximum recursion depth"),
+        ("special_tokens_map.json", b"[" * 100_000, r"tokenizer.json' cannot be read \(maximum recursion depth"),
+    ],
+)
+def test_a_companion_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    folder = hf_llama(tmp_path)
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_model(folder, device="cpu")

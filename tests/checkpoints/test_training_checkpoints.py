@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +25,7 @@ from llada_lightning.data.tokenizers import train_tokenizer
 from llada_lightning.errors import UserError
 from llada_lightning.objectives.bounds import nll_bound
 from llada_lightning.objectives.losses import token_nll
-from small_checkpoints import described, training_content, write_shards
+from small_checkpoints import described, tokenizer_folder, training_content, write_shards
 from tiny_runs import fit, fit_process, weights
 
 
@@ -88,13 +90,53 @@ def test_a_moved_run_keeps_its_tokenizer_and_an_older_one_finds_its_datas(run: P
     assert given.encode(text) == ids
 
 
-def test_another_tokenizer_in_a_runs_folder_is_not_taken_for_its_own(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["other", "damaged"])
+def test_another_tokenizer_in_a_runs_folder_is_not_taken_for_its_own(
+    run: Path, tmp_path: Path, other: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
     config = (moved / "config.yaml").read_text()
     (moved / "config.yaml").write_text(config.replace("path: ", "path: /nowhere"))
-    train_tokenizer(["other text"], 300).save(str(moved / "tokenizer.json"))
+    (moved / "tokenizer.json").write_text(train_tokenizer(["text"], 300).to_str() if other == "other" else "{}")
+    capsys.readouterr()
     assert load_model(moved, device="cpu").tokenizer is None
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"warning: '{moved / 'tokenizer.json'}' is not the tokenizer that '{moved}/checkpoints/step="
+    )
+    assert line.endswith("was trained with, and is left out; give the run's own with --tokenizer")
+    (moved / "tokenizer.json").unlink()
+    load_model(moved, device="cpu")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("path", ["{}", "{{'{}': 1.0}}", "{{'{}': 0.5, 7: 0.5}}", '"a\\0b"'])
+def test_a_strangers_config_opens_no_connection(tmp_path: Path, path: str) -> None:
+    """Its data may lie anywhere; a server of this process sees whether anybody asks."""
+    asked = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(training_content(described("llada")), tmp_path / "checkpoints" / "step=00000007.ckpt")
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}/data"
+        (tmp_path / "config.yaml").write_text(f"data: {{init_args: {{path: {path.format(place)}}}}}")
+        lm = load_model(tmp_path, device="cpu")
+        server.shutdown()
+    assert asked == [] and lm.tokenizer is None
+    with pytest.raises(UserError, match=r"has no tokenizer, so text cannot be read; give --tokenizer"):
+        lm.encode("text")
 
 
 def test_a_branch_and_its_family(prepared: Path, tmp_path: Path) -> None:
@@ -146,6 +188,47 @@ def test_a_module_of_the_users_says_its_objective_itself(tmp_path: Path) -> None
         load_model(tmp_path / "a.ckpt")
     torch.save({**content, "objective": "arm"}, tmp_path / "a.ckpt")
     assert load_model(tmp_path / "a.ckpt", device="cpu").objective == "arm"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"compat": "foo"}, 'compat is "foo"; it must be null or llada'),
+        ({"rope_theta": "x"}, 'rope_theta is "x"; it must be a finite number above 0'),
+        ({"rope_theta": float("nan")}, "rope_theta is NaN; it must be a finite number above 0"),
+        ({"vocab_size": "x"}, 'vocab_size is "x"; it must be a whole number of at least 1'),
+        ({"eos_token_id": None}, "eos_token_id is null; it must be an id of the vocabulary, 0 to 271"),
+        ({"mask_token_id": None}, r"mask_token_id is null; give the id of \[MASK\]"),
+        ({"shape": "zzz"}, "shape: 'zzz' is not known"),
+    ],
+)
+def test_a_wrong_argument_of_the_model(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    torch.save(training_content(described("llada"), **arguments), tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=rf"a.ckpt': {message}"):
+        load_model(tmp_path / "a.ckpt", device="cpu")
+
+
+def test_wrong_values_beside_the_models_arguments(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    content = training_content(described("llada"))
+    torch.save({**content, "objective": "foo"}, path)
+    with pytest.raises(UserError, match=r"a.ckpt': objective is \"foo\"; it must be arm or llada"):
+        load_model(path, device="cpu")
+    identity = content["identity"]
+    torch.save({**content, "identity": {**identity, "data": {"sequence_length": "128"}}}, path)
+    with pytest.raises(UserError, match=r"a.ckpt': context_length is \"128\"; it must be a whole number"):
+        load_model(path, device="cpu")
+    torch.save({**content, "identity": {key: identity[key] for key in ("model", "data")}}, path)
+    with pytest.raises(UserError, match=r"a.ckpt' is not a checkpoint of llada fit, or is damaged"):
+        load_model(path, device="cpu")
+
+
+def test_an_arm_without_a_mask_beside_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(training_content(described("arm"), mask_token_id=None), tmp_path / "a.ckpt")
+    tokenizer_folder(tmp_path)
+    lm = load_model(tmp_path / "a.ckpt", device="cpu")
+    assert lm.mask_token_id is None and lm.tokenizer is None
+    assert capsys.readouterr().err.startswith(f"warning: '{tmp_path / 'tokenizer.json'}' is not the tokenizer")
 
 
 class Hostile:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llada_lightning.command_line import CommandParser, unescaped
-from llada_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from llada_lightning.checkpoints import LanguageModel
@@ -92,24 +91,13 @@ def load(options: dict[str, Any]) -> LanguageModel:
     """The model that the options name.
 
     Raises:
-        UserError: it cannot be read, see ``load_model``, or there is no such device.
+        UserError: it cannot be read, or there is no such device, see ``load_model``.
     """
-    _check_device(options["device"])
     from llada_lightning.checkpoints.load import load_model
 
     return load_model(
         options["checkpoint"], tokenizer=options["tokenizer"], device=options["device"], dtype=options["dtype"]
     )
-
-
-def _check_device(name: str | None) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # no such name, none of that number, a build without it
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"--device '{name}' cannot be used ({reason}); give cpu, or leave it out") from error
 
 
 def sample(lm: LanguageModel, prompts: Any, settings: dict[str, Any], **more: Any) -> Generation:
