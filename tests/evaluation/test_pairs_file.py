@@ -124,7 +124,7 @@ def test_a_prompt_is_cut_for_the_longest_choice_behind_what_the_tokenizer_puts_f
     path = written(tmp_path, {"prompt": "ab" * 30, "choices": ["c", "ddd"]})
     pair = read_pairs(path, replace(LM, text_prefix_ids=(31, 32)), "left")[0]
     assert pair.prompt == [31, 32, *[1, 0] * 21, 1] and pair.truncated == 17
-    with pytest.raises(UserError, match="a prompt of 3 and a continuation of 47 tokens .*; shorten it"):
+    with pytest.raises(UserError, match=r"a prompt of 3 and a continuation of 47 tokens .*; shorten it"):
         read_pairs(
             written(tmp_path, {"prompt": "a", "continuation": "b" * 47}), replace(LM, text_prefix_ids=(31, 32)), "left"
         )

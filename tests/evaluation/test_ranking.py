@@ -79,9 +79,9 @@ def test_an_arm_is_settled_at_once() -> None:
 
 @pytest.mark.parametrize(("candidates", "first"), [(([5], ids(20, 3)), 0), ((ids(20, 3), [5]), 1)])
 def test_an_exact_candidate_beside_a_sampled_one_is_not_settled_at_once(candidates: Any, first: int) -> None:
-    """Their values are nearly equal, so one look cannot part them."""
+    """Sizes make their values nearly equal, so one look cannot part them."""
     means = [score.mean for score in log_likelihood(LLADA, [([1], c) for c in candidates], samples=2048)]
-    sizes = [[1, 1]] if means[0] == means[1] else [[round(-1e6 * mean) for mean in means]]
+    sizes = [[round(-1e6 * mean) for mean in means]]
     found = rank_candidates(
         LLADA, [([1], candidates)], normalisation="byte", byte_lengths=sizes, samples=16, max_samples=16
     )[0]
@@ -96,7 +96,7 @@ def test_replicates_that_coincide_put_nobody_out() -> None:
     assert ranking._exceeds(np.array([0.1]), 0.01)  # both exact
 
 
-@pytest.mark.parametrize(("length", "max_samples"), [(3, 16), (4, 16), (5, 16), (5, 64), (8, 128)])
+@pytest.mark.parametrize(("length", "max_samples"), [(3, 16), (4, 16), (5, 16), (5, 64)])
 def test_short_candidates_are_wrong_no_more_often_than_said(
     monkeypatch: pytest.MonkeyPatch, length: int, max_samples: int
 ) -> None:

@@ -13,8 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from small_checkpoints import tokenizer_folder
-from small_checkpoints import written as stored
 from small_models import ids, random_model
 from test_pairs_file import letters, written
 
@@ -22,6 +20,8 @@ from llada_lightning.checkpoints.load import load_model
 from llada_lightning.cli import main
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.rolling import rolling_log_likelihood
+from small_checkpoints import tokenizer_folder
+from small_checkpoints import written as stored
 
 LLADA, ARM = (replace(random_model(objective), tokenizer=letters()) for objective in ("llada", "arm"))  # type: ignore[arg-type]
 PAIRS = [{"prompt": "abc", "continuation": "d"}, {"prompt": "ab ", "continuation": "efghijklm"}]
@@ -77,9 +77,7 @@ def test_where_white_space_is_written_does_not_change_bits_per_byte(run: Run, tm
 
 
 @pytest.mark.parametrize("objective", ["llada", "arm"])
-def test_a_checkpoint_from_disk(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: Any
-) -> None:
+def test_a_checkpoint_from_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: Any) -> None:
     folder = stored(tmp_path / "model", "llada", objective, tokenizer_folder(tmp_path / "words"))
     path = written(tmp_path, *PAIRS)
     assert main(["score", str(folder), "--pairs", str(path), "--json", "--quiet", "--device", "cpu"]) == 0
