@@ -25,10 +25,8 @@ import math
 import numpy as np
 
 from llada_lightning.evaluation.forward import FloatArray
-from llada_lightning.evaluation.masks import BoolArray, all_masks, replicate_masks
+from llada_lightning.evaluation.masks import REPLICATES, BoolArray, all_masks, replicate_masks
 from llada_lightning.evaluation.requests import Method, Request, Score
-
-REPLICATES = 16
 
 
 class Bound:
@@ -39,10 +37,13 @@ class Bound:
         samples: masks of the first round, at least 1.
         seed: of the noise.
         enumerate_masks: score all masks where these are no more than the samples to draw.
+        all_up_to: score all masks at once where these are no more than this, however few samples are asked for.
     """
 
-    def __init__(self, request: Request, samples: int, seed: int, enumerate_masks: bool = True) -> None:
-        self.request, self.seed, self.enumerates = request, seed, enumerate_masks
+    def __init__(
+        self, request: Request, samples: int, seed: int, enumerate_masks: bool = True, all_up_to: int = 0
+    ) -> None:
+        self.request, self.seed, self.enumerates, self.all_up_to = request, seed, enumerate_masks, all_up_to
         self.length = len(request.continuation)
         self._first_samples, self._first_replicates = samples, min(samples, REPLICATES)
         self._both_ends = self.length <= 2 * samples
@@ -92,7 +93,8 @@ class Bound:
         """(N, L) masks to score until ``samples`` are drawn, in whole rounds of as many as the first; N may be 0."""
         if self.exact:
             return np.empty((0, self.length), dtype=bool)
-        self._all_planned = self.enumerates and 2**self.length - 1 <= samples - self.samples
+        to_draw = samples - self.samples if self.enumerates else 0
+        self._all_planned = 2**self.length - 1 <= max(to_draw, self.all_up_to)
         if self._all_planned:
             return all_masks(self.length)
         masks = [] if self._ends_LL else [np.ones((1, self.length), dtype=bool)]

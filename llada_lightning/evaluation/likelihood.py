@@ -11,11 +11,12 @@ from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.bound import Bound
 from llada_lightning.evaluation.forward import Row, Scorer
-from llada_lightning.evaluation.masks import BoolArray
+from llada_lightning.evaluation.masks import REPLICATES, BoolArray
+from llada_lightning.evaluation.options import check_sampling
 from llada_lightning.evaluation.progress import ScoringProgress
 from llada_lightning.evaluation.requests import Ids, Request, Score, Truncation, check_request
 
-_MASKS_AT_ONCE = 2**15  # of one wave: bounds the memory, and is far more than a pass takes
+_TOKENS_AT_ONCE = 2**24  # of one wave's rows: bounds the memory (about 0.5 GiB), and is far more than a pass takes
 
 
 def log_likelihood(
@@ -48,9 +49,11 @@ def log_likelihood(
         requests: pairs of ids: prompt, continuation.
         samples: masks that are drawn for each continuation; the masks of l = 1 (where there are no more than twice the
             samples) and of l = L are scored in addition.
-        target_stderr: nats; samples are doubled for each request until its standard error is no more. An estimated
-            error by which sampling stops is a little too small on the average.
-        max_samples: where doubling ends, in whole multiples of ``samples``; by default 32 times as many.
+        target_stderr: nats; samples are doubled for each request until its standard error is no more. The first round
+            has at least 16 samples then: the error of fewer replicates is too rough to stop by. Because the data decide
+            when to stop, the mean is no longer exactly unbiased, and the error by which sampling stops is a little too
+            small on the average.
+        max_samples: where doubling ends, in whole multiples of the first round; by default 32 times as many.
             `Score.samples` tells what was drawn, `Score.stderr` what was reached.
         exact: score all masks where that takes no more of them than the samples; without it they are always drawn.
         cfg_scale: w of unsupervised classifier-free guidance (Eq. 16); its unconditional branch has [MASK]s for a
@@ -64,9 +67,10 @@ def log_likelihood(
         UserError: no token of the vocabulary, [MASK] within a continuation, more tokens than the context, or an option
             out of range.
     """
-    check_options(lm, samples, max_samples, cfg_scale, batch_tokens)
-    if target_stderr is not None and not target_stderr > 0:
-        raise UserError(f"target_stderr is {target_stderr}; it must be above 0 (nats)")
+    check_sampling(samples, max_samples, target_stderr, cfg_scale=cfg_scale, batch_tokens=batch_tokens)
+    check_guidance(lm, cfg_scale)
+    if target_stderr is not None:
+        samples = max(samples, REPLICATES)
     checked = [
         check_request(lm, prompt, continuation, truncate, f"request {n}")
         for n, (prompt, continuation) in enumerate(requests)
@@ -77,8 +81,7 @@ def log_likelihood(
             scores = exact_scores(scorer, checked)
         else:
             bounds = {request: Bound(request, samples, seed, exact) for request in dict.fromkeys(checked)}
-            for wave in waves(list(bounds.values()), samples):
-                _until_precise(scorer, wave, samples, target_stderr, max_samples or 32 * samples)
+            _until_precise(scorer, list(bounds.values()), samples, target_stderr, max_samples or 32 * samples)
             scores = {request: bound.score for request, bound in bounds.items()}
     return [scores[request] for request in checked]
 
@@ -98,66 +101,55 @@ def exact_scores(scorer: Scorer, requests: Sequence[Request]) -> dict[Request, S
 
 
 def draw(scorer: Scorer, bounds: Sequence[Bound], samples: int) -> None:
-    """Adds samples to every bound until it has ``samples``, all in passes of many requests.
+    """Adds samples to every bound until it has ``samples``, in passes of many requests.
 
     A mask that is drawn twice is scored once.
     """
-    plans = [bound.plan(samples) for bound in bounds]
-    distinct = [np.unique(masks_NL, axis=0, return_inverse=True) for masks_NL in plans]
-    rows = [
-        _masked_row(scorer.lm, bound.request, mask_L)
-        for bound, (masks_NL, _) in zip(bounds, distinct, strict=True)
-        for mask_L in masks_NL
-    ]
-    log_probs = iter(scorer.log_probs(rows))
-    for bound, plan_NL, (masks_NL, inverse_N) in zip(bounds, plans, distinct, strict=True):
-        if not len(plan_NL):
-            continue
-        values_NL = np.zeros(masks_NL.shape)
-        values_NL[masks_NL] = np.concatenate([next(log_probs) for _ in masks_NL])
-        bound.add(plan_NL, values_NL[inverse_N.reshape(-1)])
+    for wave in _waves(bounds, samples):
+        distinct = [np.unique(masks_NL, axis=0, return_inverse=True) for _, masks_NL in wave]
+        rows = [
+            _masked_row(scorer.lm, bound.request, mask_L)
+            for (bound, _), (masks_NL, _) in zip(wave, distinct, strict=True)
+            for mask_L in masks_NL
+        ]
+        log_probs = iter(scorer.log_probs(rows))
+        for (bound, plan_NL), (masks_NL, inverse_N) in zip(wave, distinct, strict=True):
+            values_NL = np.zeros(masks_NL.shape)
+            values_NL[masks_NL] = np.concatenate([next(log_probs) for _ in masks_NL])
+            bound.add(plan_NL, values_NL[inverse_N.reshape(-1)])
 
 
-def waves(bounds: Sequence[Bound], samples: int) -> Iterator[list[Bound]]:
-    """The bounds in groups of like lengths, each of as many masks as memory takes."""
-    wave: list[Bound] = []
-    masks = 0
-    for bound in sorted(bounds, key=lambda bound: -len(bound.request.prompt) - bound.length):
-        cost = samples + min(bound.length, 2 * samples) + 1
-        if wave and masks + cost > _MASKS_AT_ONCE:
-            yield wave
-            wave, masks = [], 0
-        wave.append(bound)
-        masks += cost
-    if wave:
-        yield wave
-
-
-def check_options(
-    lm: LanguageModel, samples: int, max_samples: int | None, cfg_scale: float, batch_tokens: int | None
-) -> None:
-    """Raises UserError for an option out of range."""
-    if samples < 1:
-        raise UserError(f"samples is {samples}; it must be at least 1")
-    if max_samples is not None and max_samples < samples:
-        raise UserError(f"max_samples is {max_samples}, fewer than samples, {samples}; raise it or lower samples")
-    if not cfg_scale >= 0:
-        raise UserError(f"cfg_scale is {cfg_scale}; it must be at least 0")
+def check_guidance(lm: LanguageModel, cfg_scale: float) -> None:
+    """Raises UserError where guidance is asked of an `arm`."""
     if cfg_scale and lm.objective == "arm":
         raise UserError(f"cfg_scale is {cfg_scale}, but guidance (Eq. 16) is of llada, and this is arm; leave it at 0")
-    if batch_tokens is not None and batch_tokens < 1:
-        raise UserError(f"batch_tokens is {batch_tokens}; it must be at least 1")
+
+
+def _waves(bounds: Sequence[Bound], samples: int) -> Iterator[list[tuple[Bound, BoolArray]]]:
+    """Bounds with their planned masks, longest first, in groups whose rows fit into memory."""
+    wave: list[tuple[Bound, BoolArray]] = []
+    tokens = 0
+    for bound in sorted(bounds, key=lambda bound: -len(bound.request.prompt) - bound.length):
+        plan_NL = bound.plan(samples)
+        more = len(plan_NL) * (len(bound.request.prompt) + bound.length)
+        if not more:
+            continue
+        if wave and tokens + more > _TOKENS_AT_ONCE:
+            yield wave
+            wave, tokens = [], 0
+        wave.append((bound, plan_NL))
+        tokens += more
+    if wave:
+        yield wave
 
 
 def _until_precise(
     scorer: Scorer, bounds: list[Bound], samples: int, target_stderr: float | None, max_samples: int
 ) -> None:
     draw(scorer, bounds, samples)
-    if target_stderr is None:
-        return
-    while samples < max_samples:
+    while target_stderr is not None and samples < max_samples:
         samples = min(2 * samples, max_samples)
-        bounds = [bound for bound in bounds if not bound.score.stderr <= target_stderr]  # NaN is not precise
+        bounds = [bound for bound in bounds if bound.score.stderr > target_stderr]
         draw(scorer, bounds, samples)
 
 

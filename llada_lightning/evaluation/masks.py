@@ -9,6 +9,9 @@ from llada_lightning.objectives.noise import Stream, random_words, words_to_unif
 
 BoolArray = npt.NDArray[np.bool_]
 
+REPLICATES = 16
+"""Independent parts of a sample, where the samples allow: their scatter tells the error."""
+
 
 def all_masks(length: int) -> BoolArray:
     """Every mask of at least one token: (2^L - 1, L)."""
@@ -18,10 +21,10 @@ def all_masks(length: int) -> BoolArray:
 def replicate_masks(seed: int, key: int, replicate: int, samples: int, length: int, counts: range) -> BoolArray:
     """The masks of one replicate, a pure function of the arguments; replicates are independent of each other.
 
-    Each mask alone is as Eq. 6 draws it: l uniform over ``counts``, then l positions uniformly without replacement.
-    Together they are even. The l come from a grid with one random shift, so every part of ``counts`` has its share.
-    The positions are windows that follow each other around one random order of the continuation, so every token is
-    masked about as often as any other.
+    The mean over a replicate is as Eq. 6 would have it: a mask taken at random out of the K has l uniform over
+    ``counts`` and, given l, positions uniformly without replacement. The k-th mask is not so: its l comes from the k-th
+    part of a grid with one random shift, so that every part of ``counts`` has its share. The positions are windows that
+    follow each other around one random order of the continuation, so every token is masked about as often as any other.
 
     Args:
         seed: of the noise.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.errors import UserError
-from llada_lightning.evaluation.requests import Truncation, check_request
+from llada_lightning.evaluation.requests import Truncation, check_question
 
 Written = str | list[int]
 
@@ -20,19 +20,23 @@ class Pair:
     """A prompt and what may follow it.
 
     Args:
-        prompt: ids.
+        prompt: ids, cut where it was too long.
         continuations: ids; one, or each of the choices.
-        bytes: UTF-8 bytes of each continuation as it was written; None where it was written as ids and there is no
-            tokenizer.
+        written_bytes: UTF-8 bytes of each continuation as it was written, by which lm-evaluation-harness compares
+            choices; None where it was written as ids and there is no tokenizer.
+        scored_bytes: of each continuation with the white space that moved to it, as its ids say; None likewise.
         is_choice: whether the line had choices.
         answer: index of the right choice, where the line has it.
+        truncated: tokens cut from the prompt's left.
     """
 
     prompt: list[int]
     continuations: list[list[int]]
-    bytes: list[int] | None
+    written_bytes: list[int] | None
+    scored_bytes: list[int] | None
     is_choice: bool
     answer: int | None
+    truncated: int = 0
 
 
 def read_pairs(path: Path, lm: LanguageModel, truncate: Truncation | None = None) -> list[Pair]:
@@ -52,9 +56,8 @@ def read_pairs(path: Path, lm: LanguageModel, truncate: Truncation | None = None
         pair = _pair(_record(line, where), lm, where)
         if pairs and pair.is_choice != pairs[0].is_choice:
             raise UserError(f"{where}: choices and continuations in one file; give a file of each")
-        for continuation in pair.continuations:
-            check_request(lm, pair.prompt, continuation, truncate, where)
-        pairs.append(pair)
+        cut = check_question(lm, pair.prompt, pair.continuations, truncate, [where] * len(pair.continuations))[0]
+        pairs.append(replace(pair, prompt=list(cut.prompt), truncated=cut.truncated))
     if not pairs:
         raise UserError(f"{path}: holds no line; write one JSON object a line")
     return pairs
@@ -62,11 +65,16 @@ def read_pairs(path: Path, lm: LanguageModel, truncate: Truncation | None = None
 
 def encode_pair(lm: LanguageModel, prompt: Written, continuation: Written) -> tuple[list[int], list[int]]:
     """Ids of a prompt and of a continuation; white space at the end of a text prompt moves to a text continuation."""
-    if isinstance(prompt, str) and isinstance(continuation, str):
-        kept = prompt.rstrip()
-        prompt, continuation = kept, prompt[len(kept) :] + continuation
+    prompt, continuation = _moved(prompt, continuation)
     prompt_ids = lm.encode_prompt(prompt) if isinstance(prompt, str) else prompt
     return prompt_ids, lm.encode(continuation) if isinstance(continuation, str) else continuation
+
+
+def _moved(prompt: Written, continuation: Written) -> tuple[Written, Written]:
+    if not (isinstance(prompt, str) and isinstance(continuation, str)):
+        return prompt, continuation
+    kept = prompt.rstrip()
+    return kept, prompt[len(kept) :] + continuation
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -99,20 +107,26 @@ def _pair(record: dict[str, Any], lm: LanguageModel, where: str) -> Pair:
     written = record["choices"] if is_choice else [record["continuation"]]
     if not isinstance(written, list) or not written:
         raise UserError(f"{where}: 'choices' is {str(written)[:40]!r}; give a list of at least one")
-    values = [_written(record["prompt"], f"{where}: 'prompt'"), *(_written(value, where) for value in written)]
+    prompt, values = _written(record["prompt"], f"{where}: 'prompt'"), [_written(value, where) for value in written]
     answer = record.get("answer") if is_choice else None
     right = type(answer) is int and 0 <= answer < len(written)
     if answer is not None and not right:
         raise UserError(f"{where}: 'answer' is {answer!r}; give the index of a choice, 0 to {len(written) - 1}")
-    encoded = [encode_pair(lm, values[0], value) for value in values[1:]]
-    prompts = [prompt for prompt, _ in encoded]
-    if any(prompt != prompts[0] for prompt in prompts):
+    encoded = [encode_pair(lm, prompt, value) for value in values]
+    if any(ids != encoded[0][0] for ids, _ in encoded):
         raise UserError(
             f"{where}: choices of both texts and ids behind a prompt that ends in white space; write all alike"
         )
-    known = lm.tokenizer is not None or all(isinstance(value, str) for value in written)
-    sizes = [len((value if isinstance(value, str) else lm.decode(value)).encode()) for value in written if known]
-    return Pair(prompts[0], [ids for _, ids in encoded], sizes or None, is_choice, answer)
+    written_bytes = _sizes(lm, values)
+    scored_bytes = _sizes(lm, [_moved(prompt, value)[1] for value in values])
+    return Pair(encoded[0][0], [ids for _, ids in encoded], written_bytes, scored_bytes, is_choice, answer)
+
+
+def _sizes(lm: LanguageModel, values: list[Written]) -> list[int] | None:
+    """UTF-8 bytes of each; None where ids cannot be decoded."""
+    if lm.tokenizer is None and not all(isinstance(value, str) for value in values):
+        return None
+    return [len((value if isinstance(value, str) else lm.decode(value)).encode()) for value in values]
 
 
 def _written(value: Any, where: str) -> Written:
@@ -120,4 +134,8 @@ def _written(value: Any, where: str) -> Written:
     ids = isinstance(value, list) and all(type(token) is int for token in value)
     if not ids and not isinstance(value, str):
         raise UserError(f"{where}: {str(value)[:40]!r} is neither a text nor a list of token ids; give one of them")
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise UserError(
+            f"{where}: {value[:40]!r} holds half of a surrogate pair, which is no character; write both halves"
+        )
     return value

@@ -6,6 +6,11 @@ times its standard error. The t-quantile is of a chance of (1 - confidence) / (l
 one can go out wrongly in each of the looks and against each of the others, so by the union bound it does so, ever, with
 a probability of at most 1 - confidence (as far as the replicates' means are normal, which averages of masks nearly
 are). Only candidates that are still in are given more samples.
+
+Few tokens have few masks: 16 replicates of one mask each then easily miss a rare one, or all give the same, and their
+scatter says too little. So candidates of at most 7 tokens are scored by all their masks at the first look, which leaves
+no error (6 and 7 tokens only where ``max_samples`` allows their 63 and 127 masks). Replicates of longer ones that give
+the very same value tell no error, so they put nobody out.
 """
 
 from __future__ import annotations
@@ -23,13 +28,17 @@ from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.bound import Bound
 from llada_lightning.evaluation.forward import FloatArray, Scorer
-from llada_lightning.evaluation.likelihood import check_options, draw, exact_scores, waves
+from llada_lightning.evaluation.likelihood import check_guidance, draw, exact_scores
+from llada_lightning.evaluation.options import check_sampling
 from llada_lightning.evaluation.progress import ScoringProgress
-from llada_lightning.evaluation.requests import Ids, Score, Truncation, check_request
+from llada_lightning.evaluation.requests import Ids, Score, Truncation, check_question
 
 Normalisation = Literal["none", "token", "byte"]
 NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
 Question = tuple[Ids, Sequence[Ids]]
+
+_ALL_MASKS_UP_TO = 127  # 7 tokens
+_ALL_MASKS_ALWAYS = 31  # 5 tokens; hardly more than the first look's 16 masks and the ends
 
 
 @dataclass(frozen=True)
@@ -56,23 +65,15 @@ class _Question:
     contenders: list[int]
 
     @property
-    def settled(self) -> bool:
-        first = self.bounds[self.contenders[0]]
-        # Exactly equal values, or one continuation given twice: no sample can part them.
-        return all(bound.exact or bound is first for bound in map(self.bounds.__getitem__, self.contenders))
+    def ranking(self) -> Ranking:
+        scores = {bound: bound.score for bound in self.bounds}
+        return rank_scores([scores[bound] for bound in self.bounds], self.sizes, self.contenders)
 
     def look(self, chance: float) -> None:
         """Puts out whom another contender beats, each comparison wrong with at most ``chance``."""
         values = {c: self.bounds[c].values / self.sizes[c] for c in self.contenders}
         out = {c for c in self.contenders if any(_exceeds(values[b] - values[c], chance) for b in self.contenders)}
         self.contenders = [c for c in self.contenders if c not in out]
-
-    @property
-    def ranking(self) -> Ranking:
-        scores = [bound.score for bound in self.bounds]
-        values = [score.mean / size for score, size in zip(scores, self.sizes.tolist(), strict=True)]
-        best = max(self.contenders, key=lambda c: values[c])
-        return Ranking(best, len(self.contenders) == 1 or self.settled, scores, values)
 
 
 def rank(
@@ -105,20 +106,20 @@ def rank_candidates(
         confidence: the least probability with which the winner is the one with the highest value of Eq. 6.
         normalisation: what is compared: the log-likelihood, or that per token, or per byte.
         byte_lengths: bytes of each candidate, for `byte`; by default of its text as the tokenizer gives it.
-        samples: of the first look, at least 2; doubled for each that follows.
+        samples: of the first look, at least 16; doubled for each that follows.
         max_samples: after which a question is left open, with its best so far.
-        cfg_scale, seed, truncate, batch_tokens, progress: as for :func:`likelihood.log_likelihood`.
+        truncate: `left` cuts the prompt of a question by what its longest candidate needs.
+        cfg_scale, seed, batch_tokens, progress: as for :func:`likelihood.log_likelihood`.
 
     Raises:
         UserError: as there; no candidates; an empty one under a normalisation.
     """
-    check_options(lm, samples, max_samples, cfg_scale, batch_tokens)
-    if not 0 < confidence < 1:
-        raise UserError(f"confidence is {confidence}; it must lie between 0 and 1, as 0.99")
-    if samples < 2:
-        raise UserError(f"samples is {samples}; a ranking needs at least 2 to tell its error")
+    check_sampling(samples, max_samples, None, confidence, cfg_scale, batch_tokens)
+    check_guidance(lm, cfg_scale)
     requests = [
-        [check_request(lm, prompt, c, truncate, f"question {n}, candidate {k}") for k, c in enumerate(candidates)]
+        check_question(
+            lm, prompt, candidates, truncate, [f"question {n}, candidate {k}" for k in range(len(candidates))]
+        )
         for n, (prompt, candidates) in enumerate(questions)
     ]
     sizes = candidate_sizes(lm, questions, normalisation, byte_lengths)
@@ -128,7 +129,8 @@ def rank_candidates(
             known = exact_scores(scorer, [request for group in requests for request in group])
             scores = [[known[request] for request in group] for group in requests]
             return [rank_scores(*pair) for pair in zip(scores, sizes, strict=True)]
-        bounds = {r: Bound(r, samples, seed) for group in requests for r in group}
+        all_up_to = min(_ALL_MASKS_UP_TO, max(_ALL_MASKS_ALWAYS, max_samples))
+        bounds = {r: Bound(r, samples, seed, all_up_to=all_up_to) for group in requests for r in group}
         open_questions = [
             _Question([bounds[r] for r in group], size, list(range(len(group))))
             for group, size in zip(requests, sizes, strict=True)
@@ -138,11 +140,10 @@ def rank_candidates(
         for look in range(looks):
             total = min(samples << look, max_samples)
             wanted = {id(q.bounds[c]): q.bounds[c] for q in open_questions for c in q.contenders}
-            for wave in waves(list(wanted.values()), total):
-                draw(scorer, wave, total)
+            draw(scorer, list(wanted.values()), total)
             for question in open_questions:
                 question.look((1 - confidence) / (looks * max(1, len(question.bounds) - 1)))
-            open_questions = [q for q in open_questions if len(q.contenders) > 1 and not q.settled]
+            open_questions = [q for q in open_questions if not q.ranking.settled]
     return [question.ranking for question in every]
 
 
@@ -152,7 +153,7 @@ def _exceeds(differences: FloatArray, chance: float) -> bool:
     if len(differences) == 1:  # both exact
         return mean > 0
     error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
-    return mean > _quantile(chance, len(differences) - 1) * error
+    return error > 0 and mean > _quantile(chance, len(differences) - 1) * error
 
 
 @cache
@@ -160,10 +161,19 @@ def _quantile(chance: float, degrees: int) -> float:
     return float(student_t.isf(chance, degrees))
 
 
-def rank_scores(scores: list[Score], sizes: FloatArray) -> Ranking:
-    """The ranking of candidates as they are scored; settled only where every score is exact."""
+def rank_scores(scores: list[Score], sizes: FloatArray, contenders: Sequence[int] | None = None) -> Ranking:
+    """The ranking of candidates as they are scored.
+
+    Args:
+        scores: of each candidate.
+        sizes: what each is divided by.
+        contenders: who is still in; by default all. Settled are one contender, exact scores, and one score given
+            several times, as equal requests have it: no sample can part these.
+    """
     values = [score.mean / size for score, size in zip(scores, sizes.tolist(), strict=True)]
-    return Ranking(int(np.argmax(values)), all(score.exact for score in scores), scores, values)
+    left = list(range(len(scores)) if contenders is None else contenders)
+    settled = all(scores[c].exact for c in left) or all(scores[c] is scores[left[0]] for c in left)
+    return Ranking(max(left, key=values.__getitem__), settled, scores, values)
 
 
 def candidate_sizes(
@@ -191,8 +201,10 @@ def candidate_sizes(
         elif normalisation == "byte":
             sizes = [len(lm.decode(list(candidate)).encode()) for candidate in candidates]
         if 0 in sizes:
+            k = sizes.index(0)
+            lack = "has no text" if len(candidates[k]) else "is empty"
             raise UserError(
-                f"question {n}, candidate {sizes.index(0)} is empty, so nothing can be told per {normalisation}; "
+                f"question {n}, candidate {k} {lack}, so nothing can be told per {normalisation}; "
                 "use normalisation 'none'"
             )
         every.append(np.array(sizes, dtype=np.float64))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Literal
 
@@ -24,7 +25,7 @@ class Score:
 
     Args:
         mean: nats. `arm`: the value itself. `llada`: of the lower bound, Eq. 6 with its sign changed; an unbiased
-            estimate, or the bound itself where `exact`.
+            estimate (nearly so where a target decided when to stop), or the bound itself where `exact`.
         stderr: standard error of `mean` by Monte Carlo, nats: 0 where `exact`, NaN where one sample tells none.
         exact: no Monte Carlo error is left. A bound may be exact and still be a bound: see `method`.
         samples: masks that were drawn; all there are where enumerated; 1 for `arm`; 0 where nothing is to be scored.
@@ -82,7 +83,8 @@ def check_request(
         lm: the model.
         prompt: ids, may be empty.
         continuation: ids, may be empty.
-        truncate: `left` cuts the left of a prompt that does not fit the model's context with its continuation.
+        truncate: `left` cuts the left of a prompt that does not fit the model's context with its continuation; what
+            the tokenizer puts before a text (BOS) stays in front.
         name: of the request, for the message.
 
     Raises:
@@ -97,13 +99,54 @@ def check_request(
     excess = len(prompt) + len(continuation) - lm.context_length
     if excess <= 0:
         return Request(prompt, continuation)
-    if truncate is None or excess > len(prompt):
-        mend = "shorten the prompt, or cut it with truncate 'left'" if excess <= len(prompt) else "shorten it"
+    prefix = lm.text_prefix_ids if prompt[: len(lm.text_prefix_ids)] == lm.text_prefix_ids else ()
+    fits = excess <= len(prompt) - len(prefix)
+    if truncate is None or not fits:
+        mend = "shorten the prompt, or cut it with truncate 'left'" if fits else "shorten it"
         raise UserError(
             f"{name}: a prompt of {len(prompt)} and a continuation of {len(continuation)} tokens exceed the context of "
             f"{lm.context_length}; {mend}"
         )
-    return Request(prompt[excess:], continuation, truncated=excess)
+    return Request(prefix + prompt[len(prefix) + excess :], continuation, truncated=excess)
+
+
+def check_question(
+    lm: LanguageModel, prompt: Ids, candidates: Sequence[Ids], truncate: Truncation | None, names: Sequence[str]
+) -> list[Request]:
+    """The requests of one prompt's candidates; the prompt is cut for the longest one, so that it is the same for all.
+
+    Args:
+        lm, prompt, truncate: as :func:`check_request`.
+        candidates: ids of each.
+        names: of the candidates, for the message.
+
+    Raises:
+        UserError: as there.
+    """
+    if not len(candidates):
+        return []
+    longest = max(range(len(candidates)), key=lambda k: len(candidates[k]))
+    cut = check_request(lm, prompt, candidates[longest], truncate, names[longest])
+    requests = [check_request(lm, cut.prompt, c, None, name) for c, name in zip(candidates, names, strict=True)]
+    return [replace(request, truncated=cut.truncated) for request in requests]
+
+
+def monte_carlo_stderr(requests: Sequence[tuple[Ids, Ids]], scores: Sequence[Score]) -> float:
+    """The standard error of the sum of scores by Monte Carlo, nats; NaN where one has none.
+
+    Equal requests share their estimate, so their errors add up before they are squared. Different ones count as
+    independent. Those with one prompt draw by the same random numbers, but for other tokens: measured on a small model,
+    the scatter over seeds of their mean was 0.93 of what this says.
+
+    Args:
+        requests: (prompt, continuation), the prompt as it was scored.
+        scores: of each.
+    """
+    shared: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
+    for (prompt, continuation), score in zip(requests, scores, strict=True):
+        key = tuple(prompt), tuple(continuation)
+        shared[key] = shared.get(key, 0.0) + score.stderr
+    return math.sqrt(sum(error**2 for error in shared.values()))
 
 
 def _ids(ids: Ids, lm: LanguageModel, name: str) -> tuple[int, ...]:

@@ -1,4 +1,9 @@
-"""The perplexity of long texts, window by window."""
+"""The perplexity of long texts, window by window.
+
+It differs a little from the validation loss of training on the same documents: there sequences go across the ends of
+documents and EOS is scored as well; here every document is by itself, and only its own tokens are scored (measured on
+one set: 4.4569 nats per token here, 4.4572 there).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.ratio import ratio_and_stderr
-from llada_lightning.evaluation.requests import Ids
+from llada_lightning.evaluation.requests import Ids, monte_carlo_stderr
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ def rolling_log_likelihood(
     if not kept:
         raise UserError("texts: they hold no token; give at least one document")
     requests = [(n, *pair) for n in kept for pair in _windows(texts_ids[n], window, stride)]
-    scores = log_likelihood(lm, [(prompt, continuation) for _, prompt, continuation in requests], **options)
+    windows = [(prompt, continuation) for _, prompt, continuation in requests]
+    scores = log_likelihood(lm, windows, **options)
     nats = dict.fromkeys(kept, 0.0)
     for (n, _, _), score in zip(requests, scores, strict=True):
         nats[n] -= score.mean
@@ -96,14 +102,14 @@ def rolling_log_likelihood(
     return RollingScore(
         nats_per_token=mean,
         stderr=stderr,
-        monte_carlo_stderr=math.sqrt(sum(score.stderr**2 for score in scores)) / sum(tokens),
+        monte_carlo_stderr=monte_carlo_stderr(windows, scores) / sum(tokens),
         perplexity=math.exp(mean) if mean < 700 else math.inf,
         bits_per_byte=bits,
         bits_per_byte_stderr=bits_stderr,
         kind="exact" if lm.objective == "arm" else "bound",
         tokens=sum(tokens),
         documents=len(kept),
-        windows=len(requests),
+        windows=len(windows),
         bytes=total_bytes,
         window=window,
         context=window - stride,

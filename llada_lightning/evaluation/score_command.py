@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
 from llada_lightning.errors import UserError
+from llada_lightning.evaluation.masks import REPLICATES
+from llada_lightning.evaluation.options import check_sampling
 from llada_lightning.files import strict_json, written_atomically
 from llada_lightning.generation.terminal.options import add_model_options, load
 
 if TYPE_CHECKING:
     from llada_lightning.checkpoints.language_model import LanguageModel
     from llada_lightning.evaluation.pairs_file import Pair
+    from llada_lightning.evaluation.ranking import Normalisation
 
-_FIXED_SAMPLES, _FIRST_SAMPLES, _MOST_SAMPLES = 128, 16, 1024
+_FIXED_SAMPLES, _MOST_SAMPLES = 128, 1024
 
 
 def score_parser() -> CommandParser:
@@ -41,7 +46,7 @@ def score_parser() -> CommandParser:
         metavar="FILE",
         help="perplexity of long texts: a text file (one document) or JSONL, as `llada prepare --source` takes them",
     )
-    what.add_argument("--text-field", type=str, default="text", help="field of JSONL with the text")
+    what.add_argument("--text-field", type=str | None, default=None, help="field of --text's JSONL with the text; text")
     what.add_argument("--window", type=int | None, default=None, help="tokens of a pass over --text; the context")
     what.add_argument(
         "--stride", type=int | None, default=None, help="new tokens of a window; the rest is context; the window"
@@ -52,7 +57,7 @@ def score_parser() -> CommandParser:
         "--samples",
         type=int | None,
         default=None,
-        help=f"masks of each continuation (llada), {_FIXED_SAMPLES}; the first {_FIRST_SAMPLES} with --confidence",
+        help=f"masks of each continuation (llada), {_FIXED_SAMPLES}; the first {REPLICATES} with --confidence",
     )
     how.add_argument("--target-stderr", type=float | None, default=None, help="sample on until this error, in nats")
     how.add_argument(
@@ -60,7 +65,7 @@ def score_parser() -> CommandParser:
     )
     how.add_argument("--max-samples", type=int | None, default=None, help="where sampling on ends")
     how.add_argument(
-        "--normalisation", choices=("none", "token", "byte"), default="none", help="choices: compare values per this"
+        "--normalisation", choices=("none", "token", "byte"), default=None, help="choices: compare values per this"
     )
     how.add_argument("--cfg-scale", type=float, default=0.0, help="w of classifier-free guidance (Eq. 16), llada")
     how.add_argument("--seed", type=int, default=0, help="of the masks")
@@ -79,6 +84,7 @@ def score_command(argv: list[str]) -> int:
         UserError: an option, the checkpoint or the file is not right.
     """
     options = score_parser().parse_args(argv)
+    options.samples = _samples(options)
     _check(options)
     from llada_lightning.evaluation.score_report import print_report  # after the parser: --help answers at once
 
@@ -100,25 +106,50 @@ def score_command(argv: list[str]) -> int:
     return 0
 
 
+def _samples(options: Any) -> int:
+    default = _FIXED_SAMPLES if options.confidence is None else REPLICATES
+    return default if options.samples is None else int(options.samples)
+
+
 def _check(options: Any) -> None:
     """What can be said before the model is read."""
     if (options.pairs is None) == (options.text is None):
         given = "neither" if options.pairs is None else "both"
         raise UserError(f"score: --pairs and --text: {given} given; give one of them")
-    least = 2 if options.confidence is not None else 1
-    if options.samples is not None and options.samples < least:
-        raise UserError(f"score: --samples is {options.samples}; it must be at least {least}")
-    if options.target_stderr is not None and not options.target_stderr > 0:
-        raise UserError(f"score: --target-stderr is {options.target_stderr}; it must be above 0 (nats)")
-    if options.confidence is not None and not 0 < options.confidence < 1:
-        raise UserError(f"score: --confidence is {options.confidence}; it must lie between 0 and 1, as 0.99")
+    check_sampling(
+        options.samples,
+        options.max_samples,
+        options.target_stderr,
+        options.confidence,
+        options.cfg_scale,
+        options.batch_tokens,
+    )
     if options.confidence is not None and options.target_stderr is not None:
         raise UserError("score: --confidence and --target-stderr both say when to stop; give one of them")
     if options.confidence is not None and options.text:
         raise UserError("score: --confidence is of choices, and --text has none; use --target-stderr")
-    path = options.pairs or options.text
-    if not Path(path).is_file():
-        raise UserError(f"score: {'--pairs' if options.pairs else '--text'} '{path}': no such file")
+    given, idle = (
+        ("--pairs", ("window", "stride", "text_field")) if options.pairs else ("--text", ("truncate", "normalisation"))
+    )
+    for name in idle:
+        if options[name] is not None:
+            raise UserError(f"score: --{name.replace('_', '-')} does nothing with {given}; leave it out")
+    path = Path(options.pairs or options.text)
+    if not path.is_file():
+        raise UserError(f"score: {given} '{path}': no such file")
+    if options.out:
+        _check_out(Path(options.out), path)
+
+
+def _check_out(out: Path, source: Path) -> None:
+    """Before hours of scoring: whether the results can be written."""
+    folder = next(parent for parent in out.absolute().parents if os.path.exists(parent))
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"score: --out {out} cannot be written into {folder}; choose another file")
+    if out.exists() and out.samefile(source):
+        raise UserError(f"score: --out {out} is the file that is scored; choose another file")
+    if out.is_dir():
+        raise UserError(f"score: --out {out} is a folder; give a file")
 
 
 def _pairs(lm: LanguageModel, options: Any, sampling: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -126,17 +157,21 @@ def _pairs(lm: LanguageModel, options: Any, sampling: dict[str, Any]) -> tuple[d
     from llada_lightning.evaluation.score_report import choice_summary, likelihood_summary, score_record
 
     pairs = read_pairs(Path(options.pairs), lm, options.truncate)
-    sampling = {**sampling, "truncate": options.truncate}
     if pairs[0].is_choice:
         results = _choices(lm, pairs, options, sampling)
-        return choice_summary(results, options.normalisation, options.confidence), results
+        return choice_summary(results, options.normalisation or "none", options.confidence), results
+    if options.normalisation is not None:
+        raise UserError(f"score: --normalisation is of choices, and {options.pairs} has continuations; leave it out")
     if options.confidence is not None:
         raise UserError(
             f"score: --confidence is of choices, and {options.pairs} has continuations; use --target-stderr"
         )
-    scores = _scores(lm, pairs, options, sampling)
+    scores = [
+        replace(score, truncated=pair.truncated)
+        for pair, score in zip(pairs, _scores(lm, pairs, options, sampling), strict=True)
+    ]
     records = [{"index": n, **score_record(score)} for n, score in enumerate(scores)]
-    return likelihood_summary(scores, [pair.bytes[0] if pair.bytes else None for pair in pairs]), records
+    return likelihood_summary(pairs, scores), records
 
 
 def _scores(lm: LanguageModel, pairs: list[Pair], options: Any, sampling: dict[str, Any]) -> list[Any]:
@@ -146,7 +181,7 @@ def _scores(lm: LanguageModel, pairs: list[Pair], options: Any, sampling: dict[s
     return log_likelihood(
         lm,
         [(pair.prompt, continuation) for pair in pairs for continuation in pair.continuations],
-        options.samples or _FIXED_SAMPLES,
+        options.samples,
         options.target_stderr,
         max_samples=options.max_samples,
         **sampling,
@@ -157,35 +192,36 @@ def _choices(lm: LanguageModel, pairs: list[Pair], options: Any, sampling: dict[
     from llada_lightning.evaluation.ranking import candidate_sizes, rank_candidates, rank_scores
     from llada_lightning.evaluation.score_report import choice_record
 
-    bytes_each = [pair.bytes for pair in pairs]
-    if options.normalisation == "byte" and None in bytes_each:
+    normalisation: Normalisation = options.normalisation or "none"
+    bytes_each = [pair.written_bytes for pair in pairs]
+    if normalisation == "byte" and None in bytes_each:
         raise UserError("score: --normalisation byte needs texts or a tokenizer; give --tokenizer")
     byte_lengths = [sizes or [] for sizes in bytes_each]
     questions = [(pair.prompt, pair.continuations) for pair in pairs]
     if options.confidence is not None:
-        samples = options.samples or _FIRST_SAMPLES
         rankings = rank_candidates(
             lm,
             questions,
             options.confidence,
-            normalisation=options.normalisation,
+            normalisation=normalisation,
             byte_lengths=byte_lengths,
-            samples=samples,
-            max_samples=options.max_samples or max(samples, _MOST_SAMPLES),
+            samples=options.samples,
+            max_samples=options.max_samples or max(options.samples, _MOST_SAMPLES),
             **sampling,
         )
     else:
-        sizes = candidate_sizes(lm, questions, options.normalisation, byte_lengths)
+        sizes = candidate_sizes(lm, questions, normalisation, byte_lengths)
         scores = iter(_scores(lm, pairs, options, sampling))
         rankings = [rank_scores([next(scores) for _ in each], each) for each in sizes]
-    return [choice_record(n, *both) for n, both in enumerate(zip(pairs, rankings, strict=True))]
+    with_confidence = options.confidence is not None
+    return [choice_record(n, *both, with_confidence) for n, both in enumerate(zip(pairs, rankings, strict=True))]
 
 
 def _texts(lm: LanguageModel, options: Any, sampling: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from llada_lightning.data.corpora import documents
     from llada_lightning.evaluation.rolling import rolling_log_likelihood
 
-    texts = list(documents(options.text, text_field=options.text_field))
+    texts = list(documents(options.text, text_field=options.text_field or "text"))
     if not texts:
         raise UserError(f"score: --text '{options.text}' holds no text")
     score = rolling_log_likelihood(
@@ -194,7 +230,7 @@ def _texts(lm: LanguageModel, options: Any, sampling: dict[str, Any]) -> tuple[d
         options.window,
         options.stride,
         text_bytes=[len(text.encode()) for text in texts],
-        samples=options.samples or _FIXED_SAMPLES,
+        samples=options.samples,
         target_stderr=options.target_stderr,
         max_samples=options.max_samples,
         **sampling,

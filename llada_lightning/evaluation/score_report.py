@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from rich.table import Table
 from llada_lightning.evaluation.pairs_file import Pair
 from llada_lightning.evaluation.ranking import Ranking
 from llada_lightning.evaluation.ratio import ratio_and_stderr
-from llada_lightning.evaluation.requests import Score
+from llada_lightning.evaluation.requests import Score, monte_carlo_stderr
 
 _ROWS_SHOWN = 40
 
@@ -23,29 +24,30 @@ def score_record(score: Score) -> dict[str, Any]:
     return {**vars(score), "kind": score.kind}
 
 
-def choice_record(index: int, pair: Pair, ranking: Ranking) -> dict[str, Any]:
+def choice_record(index: int, pair: Pair, ranking: Ranking, with_confidence: bool) -> dict[str, Any]:
     """One question in plain values; ``correct`` is None where the answer is not known."""
+    settled = {"settled": ranking.settled} if with_confidence else {}
     return {
         "index": index,
         "best": ranking.best,
         "answer": pair.answer,
         "correct": None if pair.answer is None else ranking.best == pair.answer,
-        "settled": ranking.settled,
+        **settled,
         "values": ranking.values,
-        "choices": [score_record(score) for score in ranking.scores],
+        "choices": [score_record(replace(score, truncated=pair.truncated)) for score in ranking.scores],
     }
 
 
-def likelihood_summary(scores: Sequence[Score], byte_lengths: Sequence[int | None]) -> dict[str, Any]:
+def likelihood_summary(pairs: Sequence[Pair], scores: Sequence[Score]) -> dict[str, Any]:
     """Nats per token over all continuations; ``stderr`` is over requests, ``monte_carlo_stderr`` is the masks'."""
+    byte_lengths = [pair.scored_bytes[0] for pair in pairs if pair.scored_bytes]
+    spread = monte_carlo_stderr([(pair.prompt, pair.continuations[0]) for pair in pairs], scores)
     nats = [-score.mean for score in scores]
     tokens = [score.tokens for score in scores]
     per_token, stderr = ratio_and_stderr(nats, tokens)
     bits = bits_stderr = None
-    if None not in byte_lengths:
-        bits, bits_stderr = ratio_and_stderr(
-            [v / math.log(2) for v in nats], [b for b in byte_lengths if b is not None]
-        )
+    if len(byte_lengths) == len(pairs):
+        bits, bits_stderr = ratio_and_stderr([v / math.log(2) for v in nats], byte_lengths)
     return {
         "requests": len(scores),
         "tokens": sum(tokens),
@@ -53,7 +55,7 @@ def likelihood_summary(scores: Sequence[Score], byte_lengths: Sequence[int | Non
         "kind": _kind(scores),
         "nats_per_token": per_token,
         "stderr": stderr,
-        "monte_carlo_stderr": math.sqrt(sum(score.stderr**2 for score in scores)) / sum(tokens) if sum(tokens) else 0.0,
+        "monte_carlo_stderr": spread / sum(tokens) if sum(tokens) else 0.0,
         "bits_per_byte": bits,
         "bits_per_byte_stderr": bits_stderr,
         "samples": sum(score.samples for score in scores),
@@ -64,6 +66,7 @@ def choice_summary(results: Sequence[dict[str, Any]], normalisation: str, confid
     """Accuracy over the questions whose answer is known, with its standard error over questions."""
     correct = [float(result["correct"]) for result in results if result["correct"] is not None]
     error = float(np.std(correct, ddof=1)) / math.sqrt(len(correct)) if len(correct) > 1 else math.nan
+    settled = {} if confidence is None else {"settled": sum(result["settled"] for result in results)}
     return {
         "questions": len(results),
         "answered": len(correct),
@@ -71,7 +74,7 @@ def choice_summary(results: Sequence[dict[str, Any]], normalisation: str, confid
         "accuracy_stderr": error if correct else None,
         "normalisation": normalisation,
         "confidence": confidence,
-        "settled": sum(result["settled"] for result in results),
+        **settled,
         "truncated": sum(any(choice["truncated"] for choice in result["choices"]) for result in results),
         "samples": sum(choice["samples"] for result in results for choice in result["choices"]),
     }
@@ -106,18 +109,19 @@ def _print_scores(console: Console, summary: dict[str, Any], results: Sequence[d
 
 def _print_choices(console: Console, summary: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
     per = "" if summary["normalisation"] == "none" else f" per {summary['normalisation']}"
-    table = Table("question", "best", "answer", f"nats{per} of each choice", "settled", "samples")
+    sampled_on = summary["confidence"] is not None
+    table = Table("question", "best", "answer", f"nats{per} of each choice", *["settled"] * sampled_on, "samples")
     for row in results[:_ROWS_SHOWN]:
         values = " ".join(f"{value:.2f}" for value in row["values"])
         answer = "" if row["answer"] is None else str(row["answer"])
         samples = sum(choice["samples"] for choice in row["choices"])
-        settled = "yes" if row["settled"] else "no"
-        table.add_row(str(row["index"]), str(row["best"]), answer, values, settled, f"{samples:,}")
+        settled = ["yes" if row["settled"] else "no"] if sampled_on else []
+        table.add_row(str(row["index"]), str(row["best"]), answer, values, *settled, f"{samples:,}")
     console.print(table)
     if summary["accuracy"] is not None:
         accuracy = _with_error(summary["accuracy"], summary["accuracy_stderr"])
         console.print(f"accuracy {accuracy} over {summary['answered']:,} questions{_cut(summary)}")
-    if summary["confidence"] is not None:
+    if sampled_on:
         at = f"at {summary['confidence']:g}"
         console.print(
             f"settled {at}: {summary['settled']:,} of {summary['questions']:,}; {summary['samples']:,} samples"
@@ -126,14 +130,27 @@ def _print_choices(console: Console, summary: dict[str, Any], results: Sequence[
 
 def _print_text(console: Console, summary: dict[str, Any]) -> None:
     context = f", each with {summary['context']:,} tokens of context" if summary["context"] else ""
-    console.print(f"{_per_token(summary)}; perplexity {summary['perplexity']:.2f}")
-    console.print(
-        f"{summary['documents']:,} documents, {summary['tokens']:,} tokens, {summary['windows']:,} windows of at most "
-        f"{summary['window']:,} tokens{context}; of the error, {summary['monte_carlo_stderr']:.2g} is Monte Carlo"
-    )
+    one, spread = summary["documents"] == 1, summary["monte_carlo_stderr"]
+    if one:  # no error over documents; that of the masks is left
+        summary = {**summary, "stderr": spread, "bits_per_byte_stderr": _bits_stderr(summary, spread)}
+    perplexity = _with_error(summary["perplexity"], summary["perplexity"] * summary["stderr"])  # to first order
+    said = f"{_per_token(summary)}; perplexity {perplexity}"
+    console.print(f"{said} (Monte Carlo only)" if one and spread > 0 else said)
+    counts = f"{summary['documents']:,} documents, {summary['tokens']:,} tokens, {summary['windows']:,} windows"
+    error = "one document has no standard error" if one else f"of the error, {spread:.2g} is Monte Carlo"
+    console.print(f"{counts} of at most {summary['window']:,} tokens{context}; {error}")
+
+
+def _bits_stderr(summary: dict[str, Any], stderr: float) -> float | None:
+    """The error of the bits per byte that a text's nats per token with this error have."""
+    if summary["bits_per_byte"] is None:
+        return None
+    return stderr * summary["tokens"] / summary["bytes"] / math.log(2) if summary["bytes"] else math.nan
 
 
 def _per_token(summary: dict[str, Any]) -> str:
+    if not summary["tokens"]:
+        return "no tokens"
     said = f"{_with_error(summary['nats_per_token'], summary['stderr'])} nats/token ({summary['kind']})"
     if summary["bits_per_byte"] is None:
         return said

@@ -15,7 +15,9 @@ from small_models import EOS, MASK, exact_bound, ids, masked_log_prob, random_mo
 
 import llada_lightning
 from llada_lightning.errors import UserError
+from llada_lightning.evaluation import likelihood
 from llada_lightning.evaluation.likelihood import log_likelihood
+from llada_lightning.evaluation.requests import monte_carlo_stderr
 
 LLADA, ARM = random_model(), random_model("arm")
 
@@ -127,6 +129,73 @@ def test_samples_grow_until_the_error_is_reached_or_the_most_are_drawn() -> None
     assert [score.samples for score in stopped[1:]] == [32, 32]  # whole rounds of 16
 
 
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_a_target_is_judged_by_16_replicates_however_few_samples_come_first(samples: int) -> None:
+    request = [(ids(4, 2), ids(12, 3))]
+    easy = log_likelihood(LLADA, request, samples, target_stderr=1e9)[0]
+    assert easy == log_likelihood(LLADA, request, samples=16)[0]  # the same ends as well
+    exact = log_likelihood(LLADA, request, samples=2**12)[0]
+    assert exact.exact
+    found = [
+        log_likelihood(LLADA, request, samples, target_stderr=0.7 * easy.stderr, seed=seed)[0] for seed in range(40)
+    ]
+    error = math.sqrt(np.mean([(score.mean - exact.mean) ** 2 for score in found]))
+    claimed = math.sqrt(np.mean([score.stderr**2 for score in found]))
+    assert error < 1.6 * claimed
+    with pytest.raises(UserError, match="max_samples is 8, fewer than the 16 samples of the first round"):
+        log_likelihood(LLADA, request, samples, target_stderr=0.1, max_samples=8)
+
+
+def test_what_does_not_fit_at_once_goes_in_waves_with_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = pairs()
+    target = {"samples": 16, "target_stderr": 0.3, "max_samples": 64}
+    whole = log_likelihood(LLADA, requests, **target)  # type: ignore[arg-type]
+    calls: list[int] = []
+    log_probs = likelihood.Scorer.log_probs
+    monkeypatch.setattr(
+        likelihood.Scorer, "log_probs", lambda self, rows: (calls.append(_tokens(rows)), log_probs(self, rows))[1]
+    )
+    monkeypatch.setattr(likelihood, "_TOKENS_AT_ONCE", 1500)
+    parts = log_likelihood(LLADA, requests, **target)  # type: ignore[arg-type]
+    assert len(calls) > 6
+    # More than the bound only where one request alone needs it: 32 masks of 17 + 6 tokens in its last round.
+    assert max(calls) <= 1500
+    for one, other in zip(whole, parts, strict=True):
+        assert other.mean == pytest.approx(one.mean, rel=1e-5) and other.samples == one.samples
+
+
+def _tokens(rows: Any) -> int:
+    return sum(len(row.tokens) for row in rows)
+
+
+def test_candidates_of_one_prompt_share_their_random_numbers() -> None:
+    """So the difference of two that are nearly alike is far more precise than the two are."""
+    prompt, answer = ids(5, 1), ids(12, 2)
+    close = [*answer[:-1], (answer[-1] + 1) % EOS]
+    together, apart = [], []
+    for seed in range(30):
+        first, second, other = (
+            log_likelihood(LLADA, [(p, c)], samples=16, seed=s)[0].mean
+            for p, c, s in ((prompt, answer, seed), (prompt, close, seed), (prompt, close, 1000 + seed))
+        )
+        together.append(first - second)
+        apart.append(first - other)
+    assert np.var(together) < 0.6 * np.var(apart)
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
+def test_a_pass_holds_no_more_tokens_than_said_with_the_unguided_branch(
+    monkeypatch: pytest.MonkeyPatch, cfg_scale: float
+) -> None:
+    sizes: list[int] = []
+    hidden = type(LLADA.model).hidden
+    monkeypatch.setattr(
+        type(LLADA.model), "hidden", lambda self, x, **kw: (sizes.append(x.numel()), hidden(self, x, **kw))[1]
+    )
+    log_likelihood(LLADA, pairs(), samples=16, cfg_scale=cfg_scale, batch_tokens=200)
+    assert 150 < max(sizes) <= 200
+
+
 def test_equal_requests_are_scored_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
     hidden = type(LLADA.model).hidden
@@ -136,6 +205,22 @@ def test_equal_requests_are_scored_once(monkeypatch: pytest.MonkeyPatch) -> None
     scores = log_likelihood(LLADA, [(ids(4, 1), ids(3, 2))] * 5)
     assert sum(rows) == 7  # 2^3 - 1
     assert len(scores) == 5 and len(set(scores)) == 1
+
+
+def test_the_error_of_a_sum_knows_that_equal_requests_share_their_estimate() -> None:
+    a, b = ([1, 2], ids(12, 2)), ([1, 3], ids(12, 3))
+    one, other = log_likelihood(LLADA, [a, b], samples=16)
+    assert monte_carlo_stderr([a] * 9, [one] * 9) == pytest.approx(9 * one.stderr)
+    expected = math.hypot(2 * one.stderr, other.stderr)
+    assert monte_carlo_stderr([a, b, a], [one, other, one]) == pytest.approx(expected)
+
+
+def test_a_cut_prompt_keeps_what_the_tokenizer_puts_first() -> None:
+    llama, prompt, answer = replace(ARM, start_token_id=None, text_prefix_ids=(7,)), ids(50, 1), ids(8, 2)
+    cut = log_likelihood(llama, [([7, *prompt], answer)], truncate="left")[0]
+    assert cut.truncated == 11
+    kept = log_likelihood(llama, [([7, *prompt[11:]], answer)])[0]
+    assert replace(cut, truncated=0) == kept
 
 
 def test_logits_are_made_only_where_tokens_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:

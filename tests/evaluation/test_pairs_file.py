@@ -39,7 +39,8 @@ def test_texts_and_ids_say_the_same(tmp_path: Path) -> None:
     )
     first, second = read_pairs(path, LM)
     assert first == second
-    assert (first.prompt, first.continuations, first.bytes, first.is_choice) == ([0, 1], [[2, 3]], [2], False)
+    assert (first.prompt, first.continuations, first.is_choice) == ([0, 1], [[2, 3]], False)
+    assert first.written_bytes == first.scored_bytes == [2]
 
 
 def test_choices_with_and_without_an_answer(tmp_path: Path) -> None:
@@ -52,7 +53,8 @@ def test_choices_with_and_without_an_answer(tmp_path: Path) -> None:
     assert first.is_choice and (first.answer, second.answer) == (1, None)
     assert first.prompt == second.prompt == [0, 1]
     assert first.continuations == second.continuations == [[26, 2], [26, 3, 3]]
-    assert first.bytes == [1, 2]  # as written
+    assert first.written_bytes == [1, 2]
+    assert second.written_bytes == second.scored_bytes == first.scored_bytes == [2, 3]  # the same ids, the same bytes
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,8 @@ class _Spelling:
 
 def test_ids_need_no_tokenizer(tmp_path: Path) -> None:
     path = written(tmp_path, {"prompt": [1], "continuation": [2]})
-    assert read_pairs(path, random_model())[0].bytes is None
+    pair = read_pairs(path, random_model())[0]
+    assert pair.written_bytes is pair.scored_bytes is None
     with pytest.raises(UserError, match="has no tokenizer"):
         read_pairs(written(tmp_path, {"prompt": "a", "continuation": "b"}), random_model())
 
@@ -100,6 +103,9 @@ def test_ids_need_no_tokenizer(tmp_path: Path) -> None:
         ([{"prompt": "a" * 48, "continuation": "b"}], ":1: a prompt of 48 .* context of 48"),
         ([{"prompt": "a ", "choices": ["b", [1]]}], "choices of both texts and ids"),
         (["", ""], "holds no line"),
+        (["", r'{"prompt": "a", "continuation": "b\ud800"}'], r":2: 'b\\ud800' holds half of a surrogate pair"),
+        ([r'{"prompt": "\udc01", "continuation": "b"}'], ":1: 'prompt': .* surrogate"),
+        ([r'{"prompt": "a", "choices": ["b", "\ud83d"]}'], ":1: .* surrogate"),
     ],
 )
 def test_mistakes_name_the_line(tmp_path: Path, lines: list[Any], message: str) -> None:
@@ -110,7 +116,18 @@ def test_mistakes_name_the_line(tmp_path: Path, lines: list[Any], message: str) 
 
 def test_a_long_prompt_passes_when_it_is_to_be_cut(tmp_path: Path) -> None:
     path = written(tmp_path, {"prompt": "a" * 60, "continuation": "b"})
-    assert len(read_pairs(path, LM, "left")[0].prompt) == 60
+    pair = read_pairs(path, LM, "left")[0]
+    assert (len(pair.prompt), pair.truncated) == (47, 13)
+
+
+def test_a_prompt_is_cut_for_the_longest_choice_behind_what_the_tokenizer_puts_first(tmp_path: Path) -> None:
+    path = written(tmp_path, {"prompt": "ab" * 30, "choices": ["c", "ddd"]})
+    pair = read_pairs(path, replace(LM, text_prefix_ids=(31, 32)), "left")[0]
+    assert pair.prompt == [31, 32, *[1, 0] * 21, 1] and pair.truncated == 17
+    with pytest.raises(UserError, match=r"a prompt of 3 and a continuation of 47 tokens .*; shorten it"):
+        read_pairs(
+            written(tmp_path, {"prompt": "a", "continuation": "b" * 47}), replace(LM, text_prefix_ids=(31, 32)), "left"
+        )
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from small_models import ids, random_model
+from test_bound import exact_value, table
 
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation import ranking
@@ -76,6 +77,49 @@ def test_an_arm_is_settled_at_once() -> None:
     assert all(score.method == "autoregressive" for score in found.scores)
 
 
+@pytest.mark.parametrize(("candidates", "first"), [(([5], ids(20, 3)), 0), ((ids(20, 3), [5]), 1)])
+def test_an_exact_candidate_beside_a_sampled_one_is_not_settled_at_once(candidates: Any, first: int) -> None:
+    """Sizes make their values nearly equal, so one look cannot part them."""
+    means = [score.mean for score in log_likelihood(LLADA, [([1], c) for c in candidates], samples=2048)]
+    sizes = [[round(-1e6 * mean) for mean in means]]
+    found = rank_candidates(
+        LLADA, [([1], candidates)], normalisation="byte", byte_lengths=sizes, samples=16, max_samples=16
+    )[0]
+    assert found.scores[first].exact and not found.scores[1 - first].exact
+    assert not found.settled
+
+
+def test_replicates_that_coincide_put_nobody_out() -> None:
+    same, varied = np.full(16, 3.0), np.full(16, 2.0) + np.arange(16) / 100
+    assert not ranking._exceeds(same - np.full(16, 2.0), 0.01)
+    assert ranking._exceeds(same - varied, 0.01)
+    assert ranking._exceeds(np.array([0.1]), 0.01)  # both exact
+
+
+@pytest.mark.parametrize(("length", "max_samples"), [(3, 16), (4, 16), (5, 16), (6, 64), (7, 128)])
+def test_short_candidates_are_settled_rightly_however_close_they_are(
+    monkeypatch: pytest.MonkeyPatch, length: int, max_samples: int
+) -> None:
+    """On tables of random numbers with nearly equal exact values, through the ranking itself."""
+    for pair in range(4):
+        tables = [table(length, 10 * pair + n) for n in (0, 1)]
+        gap = (exact_value(tables[0]) - exact_value(tables[1]) - 0.01) / length
+        tables[1] += gap * (tables[1] != 0)  # the second is worse by 0.01
+        by_first = dict(enumerate(tables))
+
+        def tabled(scorer: Any, bounds: Any, samples: int, by_first: Any = by_first) -> None:
+            for bound in bounds:
+                masks = bound.plan(samples)
+                bound.add(masks, by_first[bound.request.continuation[0]][masks @ (1 << np.arange(length))])
+
+        monkeypatch.setattr(ranking, "draw", tabled)
+        for seed in range(10):
+            candidates = [[n, *range(length - 1)] for n in (0, 1)]
+            found = rank(LLADA, [pair], candidates, max_samples=max_samples, seed=seed)
+            assert found.settled and found.best == 0
+            assert found.scores[0].mean - found.scores[1].mean == pytest.approx(0.01)
+
+
 def test_the_chance_of_a_wrong_winner_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Candidates that are nearly alike, looked at five times: the sequential test, on simulated replicates."""
     rng = np.random.default_rng(0)
@@ -138,7 +182,7 @@ def test_a_winner_of_a_model_is_wrong_no_more_often_than_said() -> None:
         ([([1], [[2], []])], {"normalisation": "token"}, "question 0, candidate 1 is empty"),
         ([([1], [[2], [3]])], {"normalisation": "word"}, "normalisation is 'word'"),
         ([([1], [[2], [3]])], {"confidence": 1.0}, "confidence is 1.0"),
-        ([([1], [[2], [3]])], {"samples": 1}, "samples is 1"),
+        ([([1], [[2], [3]])], {"samples": 15}, "samples is 15; a ranking needs at least 16"),
         ([([1], [[2], [39]])], {}, r"question 0, candidate 1: continuation: token 0 is \[MASK\]"),
     ],
 )
@@ -147,6 +191,22 @@ def test_mistakes_are_told(asked: Any, options: dict[str, Any], message: str) ->
         rank_candidates(LLADA, asked, **options)
 
 
+def test_a_candidate_of_a_special_token_has_no_text() -> None:
+    lm = replace(LLADA, tokenizer=_Silent())
+    with pytest.raises(UserError, match="question 0, candidate 1 has no text"):
+        rank(lm, [1], [[2], [38]], normalisation="byte")
+
+
+class _Silent:
+    """A tokenizer to which 38 is special."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "x" * sum(token != 38 for token in ids)
+
+
 def test_a_prompt_too_long_is_cut_when_asked() -> None:
     found = rank(replace(LLADA, context_length=12), ids(20, 1), [ids(4, 1), ids(6, 2)], truncate="left")
-    assert [score.truncated for score in found.scores] == [12, 14]
+    assert [score.truncated for score in found.scores] == [14, 14]
+    rest = ids(20, 1)[14:]  # the same for both, though the first would have left two more
+    alone = rank(LLADA, rest, [ids(4, 1), ids(6, 2)])
+    assert found.values == pytest.approx(alone.values, rel=1e-5)

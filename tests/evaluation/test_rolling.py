@@ -47,6 +47,13 @@ def test_the_sum_of_its_windows(lm: Any) -> None:
     assert found.monte_carlo_stderr == pytest.approx(spread) and (spread == 0) == (lm.objective == "arm")
 
 
+def test_equal_documents_share_their_monte_carlo_error() -> None:
+    once = rolling_log_likelihood(LLADA, [TEXTS[1]], samples=16)
+    assert once.monte_carlo_stderr > 0
+    many = rolling_log_likelihood(LLADA, [TEXTS[1]] * 5, samples=16)
+    assert many.monte_carlo_stderr == pytest.approx(once.monte_carlo_stderr)
+
+
 def test_one_window_of_an_arm_is_its_whole_likelihood() -> None:
     whole = log_likelihood(ARM, [([], TEXTS[2])])[0].mean
     found = rolling_log_likelihood(ARM, TEXTS[2:])

@@ -16,9 +16,12 @@ import pytest
 from small_models import ids, random_model
 from test_pairs_file import letters, written
 
+from llada_lightning.checkpoints.load import load_model
 from llada_lightning.cli import main
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.rolling import rolling_log_likelihood
+from small_checkpoints import tokenizer_folder
+from small_checkpoints import written as stored
 
 LLADA, ARM = (replace(random_model(objective), tokenizer=letters()) for objective in ("llada", "arm"))  # type: ignore[arg-type]
 PAIRS = [{"prompt": "abc", "continuation": "d"}, {"prompt": "ab ", "continuation": "efghijklm"}]
@@ -59,10 +62,38 @@ def test_pairs_as_one_json_object_and_as_lines(run: Run, tmp_path: Path, name: s
     assert [row["mean"] for row in result["results"]] == pytest.approx([score.mean for score in expected])
     nats = -sum(score.mean for score in expected)
     assert result["nats_per_token"] == pytest.approx(nats / 11)
-    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / 10)  # bytes as written, without the space
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / 11)  # the moved space is scored, so it counts
     assert result["kind"] == ("exact" if name == "arm" else "bound")
     assert (result["requests"], result["tokens"], result["objective"]) == (2, 11, name)
     assert [json.loads(line) for line in out.read_text().splitlines()] == result["results"]
+
+
+def test_where_white_space_is_written_does_not_change_bits_per_byte(run: Run, tmp_path: Path) -> None:
+    said = []
+    for prompt, continuation in (("the   ", "cat"), ("the", "   cat")):
+        path = written(tmp_path, {"prompt": prompt, "continuation": continuation})
+        said.append(json.loads(run("llada", "--pairs", path, "--json")[1])["bits_per_byte"])
+    assert said[0] == said[1] > 0
+
+
+@pytest.mark.parametrize("objective", ["llada", "arm"])
+def test_a_checkpoint_from_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: Any) -> None:
+    folder = stored(tmp_path / "model", "llada", objective, tokenizer_folder(tmp_path / "words"))
+    path = written(tmp_path, *PAIRS)
+    assert main(["score", str(folder), "--pairs", str(path), "--json", "--quiet", "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    lm = load_model(folder, device="cpu")
+    texts = [("abc", "d"), ("ab", " efghijklm")]
+    expected = log_likelihood(lm, [(lm.encode(prompt), lm.encode(continuation)) for prompt, continuation in texts])
+    assert [row["mean"] for row in result["results"]] == pytest.approx([score.mean for score in expected])
+    assert result["objective"] == objective and result["results"][1]["mean"] < 0
+
+
+def test_nothing_to_score_has_no_mean(run: Run, tmp_path: Path) -> None:
+    path = written(tmp_path, {"prompt": "a", "continuation": ""})
+    code, stdout, _ = run("llada", "--pairs", path)
+    assert code == 0 and "no tokens over 1 requests" in stdout and "nan" not in stdout
+    assert json.loads(run("llada", "--pairs", path, "--json")[1])["nats_per_token"] is None
 
 
 def test_pairs_as_a_table(run: Run, tmp_path: Path) -> None:
@@ -84,6 +115,8 @@ def test_choices_give_an_accuracy_with_its_error(run: Run, tmp_path: Path) -> No
         assert row["values"] == pytest.approx(per_token)
         assert row["best"] == per_token.index(max(per_token))
     assert {choice["samples"] for choice in result["results"][0]["choices"]} == {1, 31, 64}
+    assert "settled" not in result and "settled" not in result["results"][0]
+    assert "settled" not in run("llada", "--pairs", path)[1]
 
 
 def test_choices_until_they_are_settled(run: Run, tmp_path: Path) -> None:
@@ -116,11 +149,37 @@ def test_text_gives_bits_per_byte(run: Run, tmp_path: Path) -> None:
     )
 
 
+def test_one_text_shows_the_error_that_it_has(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("abc def ghijklm")
+    path = tmp_path / "one.txt"
+    _, said, _ = run("llada", "--text", path, "--samples", "32")
+    result = json.loads(run("llada", "--text", path, "--samples", "32", "--json")[1])
+    error = result["monte_carlo_stderr"]
+    assert error > 0 and result["stderr"] is None
+    assert f"{result['nats_per_token']:.4f} ± {error:.2g} nats/token (bound)" in said
+    assert f"perplexity {result['perplexity']:.4f} ± {result['perplexity'] * error:.2g} (Monte Carlo only)" in said
+    assert f"{result['bits_per_byte']:.4f} ± {error / math.log(2):.2g} bits/byte" in said  # a byte a token
+    _, said, _ = run("arm", "--text", path)
+    assert "±" not in said and "one document has no standard error" in said
+
+
+def test_the_perplexity_of_texts_has_an_error(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "abc def"}\n{"text": "ghi"}\n')
+    result = json.loads(run("arm", "--text", tmp_path / "text.jsonl", "--json")[1])
+    _, said, _ = run("arm", "--text", tmp_path / "text.jsonl")
+    assert f"perplexity {result['perplexity']:.4f} ± {result['perplexity'] * result['stderr']:.2g}\n" in said
+
+
 def test_long_prompts_are_cut_and_counted(run: Run, tmp_path: Path) -> None:
     path = written(tmp_path, {"prompt": "a" * 60, "continuation": "b"})
     _, stdout, _ = run("llada", "--pairs", path, "--truncate", "left", "--json")
     result = json.loads(stdout)
     assert (result["truncated"], result["results"][0]["truncated"]) == (1, 13)
+    path = written(tmp_path, {"prompt": "ab" * 30, "choices": ["c", "defgh"]})
+    for more in ([], ["--confidence", "0.9"]):
+        result = json.loads(run("llada", "--pairs", path, "--truncate", "left", "--json", *more)[1])
+        assert result["truncated"] == 1
+        assert [choice["truncated"] for choice in result["results"][0]["choices"]] == [17, 17]
 
 
 PAIR = {"prompt": [1], "continuation": [2]}
@@ -130,11 +189,11 @@ CHOICE = {"prompt": [1], "choices": [[2], [3]]}
 @pytest.mark.parametrize(
     ("lines", "arguments", "message"),
     [
-        ([PAIR], ["llada", "--samples", "0"], "--samples is 0"),
-        ([PAIR], ["llada", "--target-stderr", "0"], "--target-stderr is 0.0"),
+        ([PAIR], ["llada", "--samples", "0"], "samples is 0"),
+        ([PAIR], ["llada", "--target-stderr", "0"], "target_stderr is 0.0"),
         ([PAIR], ["llada", "--target-stderr", "nan"], "nan given"),
-        ([CHOICE], ["llada", "--confidence", "1"], "--confidence is 1.0"),
-        ([CHOICE], ["llada", "--confidence", "0.9", "--samples", "1"], "at least 2"),
+        ([CHOICE], ["llada", "--confidence", "1"], "confidence is 1.0"),
+        ([CHOICE], ["llada", "--confidence", "0.9", "--samples", "15"], "at least 16"),
         ([CHOICE], ["llada", "--confidence", "0.9", "--target-stderr", "1"], "give one of them"),
         ([PAIR], ["llada", "--confidence", "0.9"], "has continuations"),
         ([PAIR], ["llada", "--cfg-scale", "-1"], "cfg_scale is -1.0"),
@@ -147,6 +206,11 @@ CHOICE = {"prompt": [1], "choices": [[2], [3]]}
         (["nonsense"], ["llada"], "pairs.jsonl:1: is not a line of JSON"),
         ([], ["llada"], "holds no line"),
         ([PAIR], ["llada", "--out", "/dev/null/out.jsonl"], "cannot be written"),
+        ([PAIR], ["llada", "--out", "/dev"], "is a folder"),
+        ([PAIR], ["llada", "--window", "4"], "--window does nothing with --pairs"),
+        ([PAIR], ["llada", "--stride", "4"], "--stride does nothing with --pairs"),
+        ([PAIR], ["llada", "--text-field", "text"], "--text-field does nothing with --pairs"),
+        ([PAIR], ["llada", "--normalisation", "none"], "--normalisation is of choices"),
         ([PAIR], ["llada", "--device", "tpu"], "--device 'tpu' cannot be used"),
     ],
 )
@@ -166,9 +230,32 @@ def test_mistakes_of_the_text_and_of_no_file(run: Run, tmp_path: Path) -> None:
         (["--pairs", tmp_path / "none.jsonl"], "no such file"),
         ([], "neither given"),
         (["--text", tmp_path / "empty.txt", "--confidence", "0.9"], "is of choices"),
+        (["--text", tmp_path / "empty.txt", "--truncate", "left"], "--truncate does nothing with --text"),
+        (["--text", tmp_path / "empty.txt", "--normalisation", "byte"], "--normalisation does nothing with --text"),
     ):
         code, _, stderr = run("llada", *arguments)
         assert code == 2 and message in stderr and stderr.count("\n") == 1
+
+
+def test_where_results_cannot_go_is_told_before_anything_is_scored(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, PAIR)
+    before = path.read_text()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    for out, message in (
+        (path, "is the file that is scored"),
+        (link, "is the file that is scored"),
+        (tmp_path, "is a folder"),
+        (path / "more" / "out.jsonl", "cannot be written into"),
+    ):
+        code, _, stderr = run("no such model", "--pairs", path, "--out", out)  # a KeyError, if it were loaded
+        assert code == 2 and message in stderr and stderr.count("\n") == 1
+    assert path.read_text() == before
+    monkeypatch.setattr("os.access", lambda *_: False)
+    code, _, stderr = run("no such model", "--pairs", path, "--out", tmp_path / "new" / "out.jsonl")
+    assert code == 2 and "cannot be written into" in stderr and not (tmp_path / "new").exists()
 
 
 def test_help_waits_for_no_torch() -> None:
