@@ -211,7 +211,6 @@ CHOICE = {"prompt": [1], "choices": [[2], [3]]}
         ([PAIR], ["llada", "--stride", "4"], "--stride does nothing with --pairs"),
         ([PAIR], ["llada", "--text-field", "text"], "--text-field does nothing with --pairs"),
         ([PAIR], ["llada", "--normalisation", "none"], "--normalisation is of choices"),
-        ([PAIR], ["llada", "--device", "tpu"], "--device 'tpu' cannot be used"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(
