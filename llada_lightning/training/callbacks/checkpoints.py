@@ -43,6 +43,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class StepCheckpoints(ModelCheckpoint):
     """The last ``keep`` checkpoints, every ``every_steps`` steps and at the end.
 
+    While updates are skipped, the last one from before that stays too.
+
     A checkpoint is written when all of its step is: after the step's validation, if it has one, and after its row of
     metrics.csv. So a run that goes on from it misses nothing in its record.
 
@@ -99,9 +101,11 @@ class StepCheckpoints(ModelCheckpoint):
 
     def _prune(self, trainer: Trainer, folder: Path) -> None:
         by_step = checkpoints_by_step(folder)
+        guard = getattr(trainer.lightning_module, "guard", None)
+        good = max((step for step in by_step if guard is not None and step <= guard.last_update), default=None)
         for step in sorted(by_step)[: -self._keep]:
             self.best_k_models.pop(str(by_step[step]), None)
-            if trainer.is_global_zero and step not in self._forks:
+            if trainer.is_global_zero and step not in self._forks and step != good:
                 discard(by_step[step])
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
