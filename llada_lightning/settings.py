@@ -62,7 +62,7 @@ class Guard:
     """
 
     spikes: Literal["ignore", "report", "skip"] = "report"
-    spike_zscore: float = 20.0
+    spike_zscore: float = 30.0
     patience: int = 20
 
 

@@ -60,7 +60,7 @@ class UpdateGuard:
         faults: what was found; who writes it down empties the list.
     """
 
-    def __init__(self, spikes: Spikes = "report", spike_zscore: float = 20.0) -> None:
+    def __init__(self, spikes: Spikes = "report", spike_zscore: float = 30.0) -> None:
         self.spikes, self.spike_zscore = spikes, spike_zscore
         self.skipped, self.streak, self.last_update = 0, 0, 0
         self.faults: list[Fault] = []

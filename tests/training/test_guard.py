@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_lightning.cli import main
@@ -128,8 +128,9 @@ def test_a_run_killed_after_a_skipped_step_ends_bit_for_bit_as_an_uninterrupted_
         [row[key] for key in kept] for row in metrics(whole)
     ]
     mine, theirs = checkpoint(folder, 24), checkpoint(whole, 24)
-    for part in ("state_dict", "optimizer_states", "guard"):
-        assert repr(mine[part]) == repr(theirs[part]) and (part == "guard" or same(mine[part], theirs[part])), part
+    assert same(mine["state_dict"], theirs["state_dict"])
+    assert same(mine["optimizer_states"][0]["state"], theirs["optimizer_states"][0]["state"])
+    assert repr(mine["guard"]) == repr(theirs["guard"])  # with NaN where the window is not full yet
 
 
 def test_a_fault_of_steps_that_a_resume_repeats_is_forgotten(prepared: Path, tmp_path: Path) -> None:
@@ -272,6 +273,7 @@ def test_what_is_not_finite_is_skipped_and_forgotten(loss: float, norm: float, k
     assert (fault.kind, fault.skipped) == (kind, True)
 
 
+@settings(max_examples=25, deadline=None)
 @given(
     values=st.lists(st.floats(-50, 50, width=32) | st.sampled_from([math.nan, math.inf]), min_size=1, max_size=40),
     cut=st.integers(0, 40),
