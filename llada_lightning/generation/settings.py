@@ -155,10 +155,12 @@ def resolve_settings(
 
 
 def _check_stop(stop: tuple[str, ...], lm: LanguageModel) -> None:
-    if stop and lm.tokenizer is None:
+    if not stop:
+        return
+    if lm.tokenizer is None:
         raise UserError(f"stop: {stop[0]!r} given, but '{lm.name}' has no tokenizer that could spell it")
+    special = [token.content for token in lm.tokenizer.get_added_tokens_decoder().values() if token.special]
     for text in stop:
-        special = [token.content for token in lm.tokenizer.get_added_tokens_decoder().values() if token.special]
         if any(word in text for word in special):
             raise UserError(
                 f"stop: {text!r} holds a special token, which is never part of an answer's text; leave it out (the "
