@@ -15,7 +15,6 @@ from llada_lightning.data.manifest import (
     Split,
     TokenizerInfo,
     check_sequence_length,
-    check_shards,
     data_fingerprint,
     read_manifest,
     read_tokenizer_text,
