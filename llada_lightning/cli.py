@@ -21,6 +21,7 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   test       the same under Lightning's other name
   predict    the loss of each validation sequence
   plan       FLOP budgets -> a table of runs, and the sweep that runs them
+  replay     what was in one step of a run: its sequences, each with its loss
   launch     resolve a fit once and start it on many processes (srun, torchrun)
   sweep      run a sweep file on this machine, skipping what is done
   collect    run folders, W&B projects -> one table of results
@@ -103,6 +104,12 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return launch_command(args, resolved_run)
 
+    def replay(args: list[str]) -> int:
+        quiet_libraries()
+        from llada_lightning.replay_command import replay_command
+
+        return replay_command(args)
+
     def prepare(args: list[str]) -> int:
         from llada_lightning.data.prepare_command import prepare_command
 
@@ -152,6 +159,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
     return {
         "plan": plan,
         "launch": launch,
+        "replay": replay,
         "prepare": prepare,
         "sweep": sweep,
         "collect": collect,

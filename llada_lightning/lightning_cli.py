@@ -32,17 +32,19 @@ from llada_lightning.files import strict_json, written_atomically
 from llada_lightning.phases import Phase, phases_of
 from llada_lightning.scaling.results import read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
-from llada_lightning.settings import Budget, Run, Wandb
+from llada_lightning.settings import Budget, Guard, Run, Wandb
 from llada_lightning.signals import LeaveRequest, leaving_at_a_steps_end, say
 from llada_lightning.training.callbacks.accounting import Accounting
+from llada_lightning.training.callbacks.bad_numbers import BadNumbers, DivergedError
 from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, CheckpointPlan, StepCheckpoints
 from llada_lightning.training.callbacks.leaving import LeaveTogether
 from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
 from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
 from llada_lightning.training.callbacks.wandb_log import wandb_logger
+from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.modules import LanguageModule, check_identity, model_identity
 from llada_lightning.training.parallel import check_strategy, launched_settings, saves_shards
-from llada_lightning.training.record import result_record
+from llada_lightning.training.record import result_record, without_validation
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
@@ -97,6 +99,7 @@ class LladaCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--budget", type=Budget, default=Budget(), help="What the run may spend.")
         parser.add_argument("--run", type=Run, default=Run(), help="Where the run lives.")
+        parser.add_argument("--guard", type=Guard, default=Guard(), help="What to do about bad numbers.")
         parser.add_argument("--wandb", type=Wandb, default=Wandb(), help="Weights & Biases.")
         data = {"class_path": "llada_lightning.data.datamodule.TokenDataModule"}
         parser.set_defaults({"data": {**data, "init_args": {"path": "data/python-stdlib"}}})
@@ -160,7 +163,10 @@ class LladaCLI(LightningCLI):
         phase = self.phase
         data, model = self.datamodule, self.model
         self.accounting = Accounting(model.flops_per_token(data.sequence_length, data.mask_eps))
-        own_callbacks: list[Callback] = [self.accounting, LeaveTogether(self.leave)]
+        guard = self.settings.guard
+        model.guard = UpdateGuard(guard.spikes, guard.spike_zscore)
+        bad_numbers = BadNumbers(phase.folder, data.global_batch, guard.patience)
+        own_callbacks: list[Callback] = [self.accounting, bad_numbers, LeaveTogether(self.leave)]
         if trainer.enable_progress_bar is not False:
             title = f"{model.objective} {shape_name(model.shape)} {phase.title}".rstrip()
             own_callbacks.append(BudgetProgress(title, self.accounting))
@@ -217,8 +223,14 @@ class LladaCLI(LightningCLI):
             self.before_fit()
             done = {record["run"] for record in read_records(self.folder)}
             for phase in self.phases:
-                if phase.run not in done:
+                if phase.run in done:
+                    continue
+                try:
                     self._fit(phase)
+                except DivergedError as stop:
+                    self._give_up(phase, stop)
+                    if phase.run is None:
+                        break
         if isinstance(self.wandb, WandbLogger):
             self._finish_wandb()
 
@@ -244,6 +256,15 @@ class LladaCLI(LightningCLI):
         parent = phase.parent_hash() if self.trainer.is_global_zero else None
         self._write(result_record(phase.run, self.trainer, self.model, self.datamodule, self.accounting, parent))
 
+    def _give_up(self, phase: Phase, stop: DivergedError) -> None:
+        """Record that a budget, or with its trunk every budget from here on, has no loss: once is enough."""
+        say(str(stop))
+        without_validation(self.model)
+        lost = [phase] if phase.run else self.phases[self.phases.index(phase) :]
+        parent = phase.parent_hash() if self.trainer.is_global_zero else None
+        for run in [other.run for other in lost if other.run]:
+            self._write(result_record(run, self.trainer, self.model, self.datamodule, self.accounting, parent))
+
     @rank_zero_only
     def after_validate(self) -> None:
         """The figure, with its error bar, on stdout."""
@@ -259,7 +280,7 @@ class LladaCLI(LightningCLI):
             print("\n".join(f"{nats:.6f}" for nats in nats_B.tolist()))
 
     def _warn_of_few_documents(self) -> None:
-        if self.model.val_documents < FEW_DOCUMENTS:
+        if 0 < self.model.val_documents < FEW_DOCUMENTS:
             say(
                 f"note: validation sequences begin in {self.model.val_documents} documents only, so the standard error "
                 "means little; give more text, or prepare it with a larger --val-fraction"

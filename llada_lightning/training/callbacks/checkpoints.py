@@ -173,7 +173,7 @@ class StepCheckpoints(Checkpoint):
                 self._save(trainer)
         if better and trainer.is_global_zero:
             link_best(checkpoint_of_step(self._folder, step))
-            self._prune()
+            self._prune(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._saved != trainer.global_step:
@@ -202,13 +202,16 @@ class StepCheckpoints(Checkpoint):
             trainer.save_checkpoint(target)
         self._saved, self._due, self._last_save = trainer.global_step, False, time.monotonic()
         if trainer.is_global_zero:
-            self._prune()
+            self._prune(trainer)
 
-    def _prune(self) -> None:
+    def _prune(self, trainer: Trainer) -> None:
         by_step = checkpoints_by_step(self._folder)
         kept = {*sorted(by_step)[-self._plan.keep :], *self._plan.forks}
         if self._plan.keep_best and self._best is not None:
             kept.add(self._best[0])
+        guard = getattr(trainer.lightning_module, "guard", None)
+        if guard is not None:  # while updates are skipped, the last one from before that stays
+            kept.add(max((step for step in by_step if step <= guard.last_update), default=-1))
         for step in by_step.keys() - kept:
             discard(by_step[step])
 
