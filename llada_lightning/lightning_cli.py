@@ -38,9 +38,11 @@ from llada_lightning.training.callbacks.leaving import LeaveTogether
 from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
 from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
 from llada_lightning.training.callbacks.wandb_log import wandb_logger
+from llada_lightning.training.devices import check_devices
 from llada_lightning.training.modules import LanguageModule, check_identity, model_identity
 from llada_lightning.training.parallel import check_strategy, launched_settings
 from llada_lightning.training.record import result_record
+from llada_lightning.trusted import trust_known_modules
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
@@ -78,6 +80,7 @@ class LladaCLI(LightningCLI):
     def __init__(self, args: list[str], execute: bool = True) -> None:
         self._execute = execute
         self.leave = LeaveRequest()
+        trust_known_modules()
         super().__init__(
             model_class=LanguageModule,
             datamodule_class=TokenDataModule,
@@ -143,10 +146,12 @@ class LladaCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         if not self._execute:
             return
+        check_devices(self.settings.trainer)
         try:
             super().instantiate_classes()
-        except (MisconfigurationException, ValueError) as error:  # what Lightning says of the trainer's settings
+        except (MisconfigurationException, ValueError, ImportError) as error:  # Lightning, of the trainer's settings
             raise UserError(" ".join(str(error).split())) from error
+        check_strategy(self.trainer.strategy)
         self.model.identity = self.identity
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -168,7 +173,6 @@ class LladaCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Everything is known to fit together: only now write into the run's folder, and start W&B."""
-        check_strategy(self.trainer.strategy)
         self.datamodule.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
         try:
             self._write_config()

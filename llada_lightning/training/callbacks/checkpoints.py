@@ -14,12 +14,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from llada_lightning.checkpoints.run_folder import checkpoints_by_step
-from llada_lightning.checkpoints.sharded_checkpoints import PARTIAL, discard, is_sharded, put_in_place, read_sharded
+from llada_lightning.checkpoints.sharded_checkpoints import (
+    PARTIAL,
+    discard,
+    is_sharded,
+    put_in_place,
+    read_sharded,
+    refusing_strangers,
+)
 from llada_lightning.training.parallel import saves_shards
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint appears whole or not at all; one in shards is read as a file would be."""
+    """A checkpoint appears whole or not at all; one in shards is read as a file would be; nothing in it is run."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
@@ -32,9 +39,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         put_in_place(partial, target)
 
     def load_checkpoint(self, path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
-        if is_sharded(Path(path)):
-            return read_sharded(Path(path))
-        return super().load_checkpoint(path, *arguments, **keywords)
+        with refusing_strangers(Path(path)):
+            if is_sharded(Path(path)):
+                return read_sharded(Path(path))
+            return torch.load(path, map_location="cpu", weights_only=True)
 
     def remove_checkpoint(self, path: Any) -> None:
         discard(Path(path))
