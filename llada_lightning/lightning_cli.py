@@ -14,7 +14,6 @@ import yaml
 from jsonargparse import Namespace
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
@@ -27,6 +26,7 @@ from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.manifest import TOKENIZER_NAME, read_tokenizer_text
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
+from llada_lightning.lock import check_unlocked, run_lock
 from llada_lightning.phases import Phase, phases_of
 from llada_lightning.scaling.results import read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
@@ -173,7 +173,6 @@ class LladaCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Everything is known to fit together: only now write into the run's folder, and start W&B."""
-        self.datamodule.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
         try:
             self._write_config()
             self._write_tokenizer()
@@ -202,14 +201,16 @@ class LladaCLI(LightningCLI):
         if subcommand != "fit":
             super()._run_subcommand(subcommand)
             return
-        with leaving_at_a_steps_end(self.leave):
-            self.before_fit()
-            done = {record["run"] for record in read_records(self.folder)}
-            for phase in self.phases:
-                if phase.run not in done:
-                    self._fit(phase)
-        if isinstance(self.wandb, WandbLogger):
-            self._finish_wandb()
+        self.datamodule.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
+        with run_lock(self.folder, self.launch, self.trainer.is_global_zero):
+            with leaving_at_a_steps_end(self.leave):
+                self.before_fit()
+                done = {record["run"] for record in read_records(self.folder)}
+                for phase in self.phases:
+                    if phase.run not in done:
+                        self._fit(phase)
+            if self.wandb is not None:
+                self.wandb.finish()
 
     def _fit(self, phase: Phase) -> None:
         """Train a phase to its end; if a budget ends there, validate, write the record, say where it is."""
@@ -258,21 +259,16 @@ class LladaCLI(LightningCLI):
     def _write(self, record: dict[str, Any]) -> None:
         write_validation(self.folder, record["steps"], self.model.val_by_document)
         records = sorted([*read_records(self.folder), record], key=lambda known: int(known["steps"]))
-        if isinstance(self.wandb, WandbLogger):
+        if self.wandb is not None:
             # Of several budgets the largest one's figures stand in the summary, and all of them below one key.
             everything = {"records": json.dumps(strict_json(records))} if len(self.phases) > 1 else {}
-            self.wandb.experiment.summary.update({**records[-1], **everything})
+            self.wandb.update_summary({**records[-1], **everything})
         path = write_records(self.folder, records)  # last: from here on the budget counts as reached
         say(
             f"{record['run']}: {describe_loss(record, record['val_kind'])}, {record['flops_6nd']:.3g} FLOPs (6ND), "
             f"{record['wall_seconds']:.0f} s; {path}"
         )
         self._warn_of_few_documents()
-
-    @rank_zero_only
-    def _finish_wandb(self) -> None:
-        assert self.wandb is not None
-        self.wandb.experiment.finish()
 
     def check_folder(self) -> None:
         """Leave if the run is done; refuse the folder of another run. Nothing is written here."""
@@ -338,6 +334,7 @@ def resolved_run(args: list[str]) -> tuple[Path, str]:
     """The folder that `llada ARGS` (from `fit` on) would run in, and its resolved configuration as YAML."""
     cli = LladaCLI(args, execute=False)
     cli.check_folder()
+    check_unlocked(cli.folder)
     return cli.folder, cli.resolved
 
 
