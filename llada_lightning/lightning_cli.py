@@ -39,6 +39,7 @@ from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
 from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
 from llada_lightning.training.callbacks.wandb_log import wandb_logger
 from llada_lightning.training.devices import check_devices
+from llada_lightning.training.memory import MemoryAdvice
 from llada_lightning.training.modules import LanguageModule, check_identity, model_identity
 from llada_lightning.training.parallel import check_strategy, launched_settings
 from llada_lightning.training.record import result_record
@@ -157,12 +158,13 @@ class LladaCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run, trainer = self.settings.run, self.config_init[self.subcommand].trainer
         kwargs |= launched_settings(self.launch, trainer.devices, [AtomicCheckpointIO(), *_as_list(trainer.plugins)])
+        self.memory = MemoryAdvice()
         if self.subcommand != "fit":
-            return super().instantiate_trainer(callbacks=[EvaluationProgress()], **kwargs)
+            return super().instantiate_trainer(callbacks=[EvaluationProgress(), self.memory], **kwargs)
         phase = self.phase
         data, model = self.datamodule, self.model
         self.accounting = Accounting(model.flops_per_token(data.sequence_length, data.mask_eps))
-        own_callbacks: list[Callback] = [self.accounting, LeaveTogether(self.leave)]
+        own_callbacks: list[Callback] = [self.accounting, LeaveTogether(self.leave), self.memory]
         if trainer.enable_progress_bar is not False:
             title = f"{model.objective} {shape_name(model.shape)} {phase.title}".rstrip()
             own_callbacks.append(BudgetProgress(title, self.accounting))
@@ -198,6 +200,14 @@ class LladaCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if not self._execute:
             return
+        try:
+            self._run_resolved(subcommand)
+        except (RuntimeError, MemoryError) as error:
+            if self.memory.advice is None:
+                raise
+            raise UserError(self.memory.advice) from error
+
+    def _run_resolved(self, subcommand: str) -> None:
         if subcommand != "fit":
             super()._run_subcommand(subcommand)
             return
