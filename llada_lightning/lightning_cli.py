@@ -30,6 +30,7 @@ from llada_lightning.lock import check_unlocked, run_lock
 from llada_lightning.phases import Phase, phases_of
 from llada_lightning.scaling.results import read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
+from llada_lightning.secrets import refuse_secrets
 from llada_lightning.settings import Budget, Run, Wandb
 from llada_lightning.signals import LeaveRequest, leaving_at_a_steps_end, say
 from llada_lightning.training.callbacks.accounting import Accounting
@@ -127,6 +128,7 @@ class LladaCLI(LightningCLI):
         trainer = self.settings.trainer
         self.launch = agreed_launch(trainer.devices, trainer.num_nodes) if self._execute else None
         reject_unknown_keys(self.settings)
+        refuse_secrets(self.settings.as_dict())
         data = resolve_data(self.settings)
         if self.subcommand == "fit":
             schedules = resolve_fit(self.settings, data)
