@@ -109,6 +109,8 @@ def _refuse_what_breaks_the_contract(config: Namespace) -> None:
             )
     if trainer.gradient_clip_algorithm not in (None, "norm"):
         raise UserError(f"trainer.gradient_clip_algorithm: {trainer.gradient_clip_algorithm} given; only norm is known")
+    if (trainer.gradient_clip_val or 0) < 0:
+        raise UserError(f"trainer.gradient_clip_val: {trainer.gradient_clip_val} must be above 0; null clips nothing")
     counts = {
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.log_every_n_steps": trainer.log_every_n_steps,

@@ -20,7 +20,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from llada_lightning.checkpoints.run_folder import checkpoint_of_step, checkpoints_by_step
-from llada_lightning.checkpoints.sharded_checkpoints import PARTIAL, discard, is_sharded, put_in_place, read_sharded
+from llada_lightning.checkpoints.sharded_checkpoints import (
+    PARTIAL,
+    discard,
+    is_sharded,
+    put_in_place,
+    read_sharded,
+    refusing_strangers,
+)
 from llada_lightning.errors import UserError
 from llada_lightning.signals import say
 from llada_lightning.training.agreement import Agreement
@@ -33,7 +40,7 @@ DAMAGED = ".damaged"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint appears whole or not at all; one in shards is read as a file would be; no pickle runs code."""
+    """A checkpoint appears whole or not at all; one in shards is read as a file would be; nothing in it is run."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
@@ -47,9 +54,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             put_in_place(partial, target)
 
     def load_checkpoint(self, path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
-        if is_sharded(Path(path)):
-            return read_sharded(Path(path))
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with refusing_strangers(Path(path)):
+            if is_sharded(Path(path)):
+                return read_sharded(Path(path))
+            return torch.load(path, map_location="cpu", weights_only=True)
 
     def remove_checkpoint(self, path: Any) -> None:
         discard(Path(path))
