@@ -109,6 +109,8 @@ def _refuse_what_breaks_the_contract(config: Namespace) -> None:
             )
     if trainer.gradient_clip_algorithm not in (None, "norm"):
         raise UserError(f"trainer.gradient_clip_algorithm: {trainer.gradient_clip_algorithm} given; only norm is known")
+    if (trainer.gradient_clip_val or 0) < 0:
+        raise UserError(f"trainer.gradient_clip_val: {trainer.gradient_clip_val} must be above 0; null clips nothing")
     counts = {
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.log_every_n_steps": trainer.log_every_n_steps,
@@ -119,6 +121,8 @@ def _refuse_what_breaks_the_contract(config: Namespace) -> None:
     for key, count in counts.items():
         if count is not None and count < 1:
             raise UserError(f"{key}: {count} must be at least 1")
+    if run.checkpoint_every_minutes is not None and not run.checkpoint_every_minutes > 0:
+        raise UserError(f"run.checkpoint_every_minutes: {run.checkpoint_every_minutes} must lie above 0")
     if not config.guard.spike_zscore > 0:
         raise UserError(f"guard.spike_zscore: {config.guard.spike_zscore} must be above 0")
 

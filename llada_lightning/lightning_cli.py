@@ -14,11 +14,12 @@ import yaml
 from jsonargparse import Namespace
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from llada_lightning.checkpoints.integrity import require_whole
 from llada_lightning.checkpoints.run_folder import final_checkpoint, saved_identity
 from llada_lightning.cluster import agreed_launch
 from llada_lightning.command_line import one_line
@@ -27,22 +28,27 @@ from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.manifest import TOKENIZER_NAME, read_tokenizer_text
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
+from llada_lightning.lock import check_unlocked, run_lock
 from llada_lightning.phases import Phase, phases_of
 from llada_lightning.scaling.results import read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
+from llada_lightning.secrets import refuse_secrets
 from llada_lightning.settings import Budget, Guard, Run, Wandb
 from llada_lightning.signals import LeaveRequest, leaving_at_a_steps_end, say
 from llada_lightning.training.callbacks.accounting import Accounting
 from llada_lightning.training.callbacks.bad_numbers import BadNumbers, DivergedError
-from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoints
+from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, CheckpointPlan, StepCheckpoints
 from llada_lightning.training.callbacks.leaving import LeaveTogether
 from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
 from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
 from llada_lightning.training.callbacks.wandb_log import wandb_logger
+from llada_lightning.training.devices import check_devices
 from llada_lightning.training.guard import UpdateGuard
+from llada_lightning.training.memory import MemoryAdvice
 from llada_lightning.training.modules import LanguageModule, check_identity, model_identity
-from llada_lightning.training.parallel import check_strategy, launched_settings
+from llada_lightning.training.parallel import check_strategy, launched_settings, saves_shards
 from llada_lightning.training.record import result_record, without_validation
+from llada_lightning.trusted import trust_known_modules
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
@@ -80,6 +86,7 @@ class LladaCLI(LightningCLI):
     def __init__(self, args: list[str], execute: bool = True) -> None:
         self._execute = execute
         self.leave = LeaveRequest()
+        trust_known_modules()
         super().__init__(
             model_class=LanguageModule,
             datamodule_class=TokenDataModule,
@@ -126,6 +133,7 @@ class LladaCLI(LightningCLI):
         trainer = self.settings.trainer
         self.launch = agreed_launch(trainer.devices, trainer.num_nodes) if self._execute else None
         reject_unknown_keys(self.settings)
+        refuse_secrets(self.settings.as_dict())
         data = resolve_data(self.settings)
         if self.subcommand == "fit":
             schedules = resolve_fit(self.settings, data)
@@ -146,36 +154,45 @@ class LladaCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         if not self._execute:
             return
+        check_devices(self.settings.trainer)
         try:
             super().instantiate_classes()
-        except (MisconfigurationException, ValueError) as error:  # what Lightning says of the trainer's settings
+        except (MisconfigurationException, ValueError, ImportError) as error:  # Lightning, of the trainer's settings
             raise UserError(" ".join(str(error).split())) from error
+        check_strategy(self.trainer.strategy)
         self.model.identity = self.identity
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run, trainer = self.settings.run, self.config_init[self.subcommand].trainer
-        kwargs |= launched_settings(self.launch, trainer.devices, [AtomicCheckpointIO(), *_as_list(trainer.plugins)])
+        checkpoint_io = AsyncCheckpointIO(AtomicCheckpointIO()) if run.async_checkpoints else AtomicCheckpointIO()
+        kwargs |= launched_settings(self.launch, trainer.devices, [checkpoint_io, *_as_list(trainer.plugins)])
+        self.memory = MemoryAdvice()
         if self.subcommand != "fit":
-            return super().instantiate_trainer(callbacks=[EvaluationProgress()], **kwargs)
+            return super().instantiate_trainer(callbacks=[EvaluationProgress(), self.memory], **kwargs)
         phase = self.phase
         data, model = self.datamodule, self.model
         self.accounting = Accounting(model.flops_per_token(data.sequence_length, data.mask_eps))
         guard = self.settings.guard
         model.guard = UpdateGuard(guard.spikes, guard.spike_zscore)
         bad_numbers = BadNumbers(phase.folder, data.global_batch, guard.patience)
-        own_callbacks: list[Callback] = [self.accounting, bad_numbers, LeaveTogether(self.leave)]
+        own_callbacks: list[Callback] = [self.accounting, bad_numbers, LeaveTogether(self.leave), self.memory]
         if trainer.enable_progress_bar is not False:
             title = f"{model.objective} {shape_name(model.shape)} {phase.title}".rstrip()
             own_callbacks.append(BudgetProgress(title, self.accounting))
         if trainer.enable_checkpointing is not False:
-            keep, forks = run.keep_checkpoints, phase.forks
-            own_callbacks.append(StepCheckpoints(phase.checkpoints, run.checkpoint_every_steps, keep, forks))
+            minutes = run.checkpoint_every_minutes
+            plan = CheckpointPlan(
+                every_steps=run.checkpoint_every_steps,
+                every_seconds=None if minutes is None else 60 * minutes,
+                keep=run.keep_checkpoints,
+                keep_best=run.keep_best,
+                forks=phase.forks,
+            )
+            own_callbacks.append(StepCheckpoints(phase.checkpoints, plan))
         return super().instantiate_trainer(callbacks=[*own_callbacks, *_as_list(trainer.callbacks)], **kwargs)
 
     def before_fit(self) -> None:
         """Everything is known to fit together: only now write into the run's folder, and start W&B."""
-        check_strategy(self.trainer.strategy)
-        self.datamodule.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
         try:
             self._write_config()
             self._write_tokenizer()
@@ -190,34 +207,49 @@ class LladaCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if kwargs.get("ckpt_path") is not None:
-            check_identity(model_identity(saved_identity(Path(kwargs["ckpt_path"]))), model_identity(self.identity))
+            given = Path(kwargs["ckpt_path"])
+            check_identity(model_identity(saved_identity(given)), model_identity(self.identity))
+            require_whole(given)
             return kwargs
         checkpoint = final_checkpoint(self.folder) if self.settings.run.name is not None else None
         if checkpoint is None:
             raise UserError(f"ckpt_path: nothing to {subcommand}; give --ckpt_path, or a run's config.yaml")
+        require_whole(checkpoint)
         say(f"reading {checkpoint}")
         return {**kwargs, "ckpt_path": str(checkpoint)}
 
     def _run_subcommand(self, subcommand: str) -> None:
         if not self._execute:
             return
+        try:
+            self._run_resolved(subcommand)
+        except (RuntimeError, MemoryError) as error:
+            if self.memory.advice is None:
+                raise
+            raise UserError(self.memory.advice) from error
+
+    def _run_resolved(self, subcommand: str) -> None:
         if subcommand != "fit":
             super()._run_subcommand(subcommand)
             return
-        with leaving_at_a_steps_end(self.leave):
-            self.before_fit()
-            done = {record["run"] for record in read_records(self.folder)}
-            for phase in self.phases:
-                if phase.run in done:
-                    continue
-                try:
-                    self._fit(phase)
-                except DivergedError as stop:
-                    self._give_up(phase, stop)
-                    if phase.run is None:
-                        break
-        if isinstance(self.wandb, WandbLogger):
-            self._finish_wandb()
+        self.datamodule.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
+        if self.settings.run.async_checkpoints and saves_shards(self.trainer.strategy):
+            raise UserError("run.async_checkpoints: true given, but this strategy writes shards; leave it out")
+        with run_lock(self.folder, self.launch, self.trainer.is_global_zero):
+            with leaving_at_a_steps_end(self.leave):
+                self.before_fit()
+                done = {record["run"] for record in read_records(self.folder)}
+                for phase in self.phases:
+                    if phase.run in done:
+                        continue
+                    try:
+                        self._fit(phase)
+                    except DivergedError as stop:
+                        self._give_up(phase, stop)
+                        if phase.run is None:
+                            break
+            if self.wandb is not None:
+                self.wandb.finish()
 
     def _fit(self, phase: Phase) -> None:
         """Train a phase to its end; if a budget ends there, validate, write the record, say where it is."""
@@ -275,21 +307,16 @@ class LladaCLI(LightningCLI):
     def _write(self, record: dict[str, Any]) -> None:
         write_validation(self.folder, record["steps"], self.model.val_by_document)
         records = sorted([*read_records(self.folder), record], key=lambda known: int(known["steps"]))
-        if isinstance(self.wandb, WandbLogger):
+        if self.wandb is not None:
             # Of several budgets the largest one's figures stand in the summary, and all of them below one key.
             everything = {"records": json.dumps(strict_json(records))} if len(self.phases) > 1 else {}
-            self.wandb.experiment.summary.update({**records[-1], **everything})
+            self.wandb.update_summary({**records[-1], **everything})
         path = write_records(self.folder, records)  # last: from here on the budget counts as reached
         say(
             f"{record['run']}: {describe_loss(record, record['val_kind'])}, {record['flops_6nd']:.3g} FLOPs (6ND), "
             f"{record['wall_seconds']:.0f} s; {path}"
         )
         self._warn_of_few_documents()
-
-    @rank_zero_only
-    def _finish_wandb(self) -> None:
-        assert self.wandb is not None
-        self.wandb.experiment.finish()
 
     def check_folder(self) -> None:
         """Leave if the run is done; refuse the folder of another run. Nothing is written here."""
@@ -306,10 +333,14 @@ class LladaCLI(LightningCLI):
                 say(f"{self.folder} is done ({describe_loss(record, record['val_kind'])}); nothing to do")
             sys.exit(0)
         done = {record["run"] for record in records}
+        damaged: dict[Path, str] = {}
         for phase, following in zip_longest(self.phases, self.phases[1:]):
             if phase.run in done or (phase.run is None and following.run in done):
                 continue
             phase.check_start(never=self.settings.run.resume == "never")
+            damaged |= phase.damaged()
+        for checkpoint, found in damaged.items():
+            say(f"warning: {checkpoint} is damaged ({found}); the run goes on from before it")
         given = self.settings.ckpt_path
         if given is not None and self.phases[0].foreign_parent is None:
             say(f"--ckpt_path {given} is this run's own; it goes on from its last one (to go back, remove later ones)")
@@ -355,6 +386,7 @@ def resolved_run(args: list[str]) -> tuple[Path, str]:
     """The folder that `llada ARGS` (from `fit` on) would run in, and its resolved configuration as YAML."""
     cli = LladaCLI(args, execute=False)
     cli.check_folder()
+    check_unlocked(cli.folder)
     return cli.folder, cli.resolved
 
 

@@ -9,6 +9,21 @@ import pytest
 
 # Two threads of torch beside loader workers and ranks on two cores slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The callbacks that kill a run are named by their class paths.
+os.environ.setdefault("LLADA_TRUSTED_MODULES", "tiny_runs")
+
+
+LONGEST_FIRST = ("test_readme.py", "training", "benchmarks", "test_notebooks.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long begin early, so that no worker waits for another's last file."""
+
+    def rank(item: pytest.Item) -> int:
+        first = item.path.relative_to(Path(__file__).parent).parts[0]
+        return LONGEST_FIRST.index(first) if first in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=rank)
 
 
 def write_corpus(folder: Path, documents: int = 60, first: int = 0) -> Path:
