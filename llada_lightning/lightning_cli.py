@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
@@ -22,13 +22,13 @@ from torch import Tensor
 from llada_lightning.checkpoints.integrity import require_whole
 from llada_lightning.checkpoints.run_folder import final_checkpoint, saved_identity
 from llada_lightning.cluster import agreed_launch
-from llada_lightning.command_line import one_line
 from llada_lightning.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.manifest import TOKENIZER_NAME, read_tokenizer_text
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
 from llada_lightning.lock import check_unlocked, run_lock
+from llada_lightning.parser import OneLineParser, class_first
 from llada_lightning.phases import Phase, phases_of
 from llada_lightning.scaling.results import read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
@@ -63,16 +63,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 FEW_DOCUMENTS = 20
 """Below this many clusters a standard error has itself an error of a sixth and more."""
-
-
-class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are UserErrors of one line, and that takes no abbreviated keys."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(one_line(message, "llada fit")) from ex
 
 
 class LladaCLI(LightningCLI):
@@ -363,18 +353,6 @@ class LladaCLI(LightningCLI):
             text = read_tokenizer_text(next(iter(self.datamodule.weights)))
             with written_atomically(self.folder / TOKENIZER_NAME) as path:
                 path.write_text(text, encoding="utf-8")
-
-
-def class_first(args: list[str]) -> list[str]:
-    """The arguments with each `--model=NAME` before its `--model.…`: the parser needs the class before its settings,
-    and a sweep's agent hands arguments over in an order of its own."""
-    args = list(args)
-    for key in ("--model", "--data"):
-        named = next((i for i, arg in enumerate(args) if arg.startswith(f"{key}=")), None)
-        setting = next((i for i, arg in enumerate(args) if arg.startswith(f"{key}.")), None)
-        if named is not None and setting is not None and setting < named:
-            args.insert(setting, args.pop(named))
-    return args
 
 
 def run_folder(args: list[str]) -> Path:
