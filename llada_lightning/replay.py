@@ -17,7 +17,14 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from llada_lightning.checkpoints.run_folder import BRANCHES, CONFIG, checkpoints_by_step, saved_step
+from llada_lightning.checkpoints.run_folder import (
+    BRANCHES,
+    CONFIG,
+    checkpoints_by_step,
+    last_checkpoint,
+    saved_identity,
+    saved_step,
+)
 from llada_lightning.cluster import device_count
 from llada_lightning.data.batches import TrainingBatch
 from llada_lightning.data.manifest import read_tokenizer_text
@@ -30,7 +37,7 @@ from llada_lightning.signals import say
 from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO
 from llada_lightning.training.callbacks.metrics_csv import read_rows
 from llada_lightning.training.guard import UpdateGuard
-from llada_lightning.training.modules import LanguageModule
+from llada_lightning.training.modules import LanguageModule, check_identity
 
 _TEXT_TOKENS = 32
 
@@ -131,7 +138,11 @@ class ReplayCLI(LladaCLI):
         """A run that is done, or under way, may be looked at."""
 
     def _enter(self, phase: Phase) -> None:
-        super()._enter(phase_of_step(self.phases, self._folder, self._step))
+        phase = phase_of_step(self.phases, self._folder, self._step)
+        saved = last_checkpoint(phase.checkpoints)
+        if saved is not None:
+            check_identity(saved_identity(saved), phase.identity)
+        super()._enter(phase)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         guard = self.settings.guard
@@ -208,9 +219,8 @@ class StepRecorder(Callback):
 
 def _alone(batch: TrainingBatch, row: int) -> TrainingBatch:
     """One sequence of a micro-batch, with the micro-batch's denominator."""
-    one: dict[str, Any] = {
-        key: value[row : row + 1] for key, value in batch._asdict().items() if isinstance(value, Tensor)
-    }
+    tensors = {key: value for key, value in batch._asdict().items() if isinstance(value, Tensor)}
+    one: dict[str, Any] = {key: value[row : row + 1] for key, value in tensors.items()}
     return batch._replace(**one)
 
 

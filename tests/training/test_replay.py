@@ -104,7 +104,7 @@ def test_what_cannot_be_replayed_is_refused(prepared: Path, tmp_path: Path, caps
         (str(folder), "--step=5"): "--step 5 given, but",
         (str(folder), "--step=0"): "has steps 1-4",
         (str(folder), "--step=x"): "step: x given; expected int",
-        (str(folder), "--step=2", "--", "--data.global_batch=4"): "data.global_batch",
+        (str(folder), "--step=2", "--", "--data.global_batch=4"): "data.global_batch was 8, is 4",
     }.items():
         capsys.readouterr()
         assert main(["replay", *words]) == 2, words
