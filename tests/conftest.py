@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from small_corpora import write_corpus
 
 # Two threads of torch beside loader workers and ranks on two cores slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,31 +26,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST_FIRST.index(first) if first in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=rank)
-
-
-def write_corpus(folder: Path, documents: int = 60, first: int = 0) -> Path:
-    """Text files of arithmetic sentences: enough tokens for a few epochs of tiny runs."""
-    folder.mkdir(parents=True)
-    for n in range(first, first + documents):
-        lines = [f"{n} plus {k} is {n + k}, and {n} times {k} is {n * k}." for k in range(25)]
-        (folder / f"{n:04d}.txt").write_text("\n".join(lines))
-    return folder
-
-
-def seal(folder: Path) -> None:
-    """Gives the manifest the checksums of the files, as somebody would who hides a damage."""
-    from llada_lightning.data.manifest import data_fingerprint, read_manifest
-    from llada_lightning.files import file_sha256
-
-    manifest = read_manifest(folder)
-    splits = {
-        name: replace(
-            split, shards=tuple(replace(shard, sha256=file_sha256(folder / shard.file)) for shard in split.shards)
-        )
-        for name, split in manifest.splits.items()
-    }
-    fingerprint = data_fingerprint(splits, manifest.tokenizer.fingerprint)
-    (folder / "manifest.json").write_text(replace(manifest, splits=splits, fingerprint=fingerprint).to_json())
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from tokenizers import Tokenizer, models
 
-from conftest import seal
 from llada_lightning import __version__
 from llada_lightning.cli import main
+from small_corpora import seal
 
 SMALL = ["--model.shape=107k", "--data.sequence_length=32", "--data.global_batch=8", "--trainer.accelerator=cpu"]
 

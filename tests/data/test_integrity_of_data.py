@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from litdata.constants import _TORCH_DTYPES_MAPPING
 
-from conftest import seal
 from llada_lightning.cli import main
 from llada_lightning.data import integrity
 from llada_lightning.data.integrity import check_shards, verify
@@ -21,6 +20,7 @@ from llada_lightning.data.manifest import read_manifest
 from llada_lightning.data.verify_command import verify_command
 from llada_lightning.errors import UserError
 from llada_lightning.files import file_sha256
+from small_corpora import seal
 
 SHARD = "train/chunk-0-2.bin"
 
