@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from llada_lightning.checkpoints.integrity import damage
 from llada_lightning.checkpoints.run_folder import (
     BRANCHES,
     CONFIG,
@@ -37,6 +38,7 @@ from llada_lightning.signals import say
 from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO
 from llada_lightning.training.callbacks.metrics_csv import read_rows
 from llada_lightning.training.guard import UpdateGuard
+from llada_lightning.training.memory import MemoryAdvice
 from llada_lightning.training.modules import LanguageModule, check_identity
 
 _TEXT_TOKENS = 32
@@ -147,18 +149,18 @@ class ReplayCLI(LladaCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         guard = self.settings.guard
         self.model.guard = UpdateGuard(guard.spikes, guard.spike_zscore)
-        self.recorder = StepRecorder(self._step)
+        self.recorder, self.memory = StepRecorder(self._step), MemoryAdvice()
         nothing_else: dict[str, Any] = {"limit_val_batches": 0, "enable_checkpointing": False, "logger": False}
         return LightningCLI.instantiate_trainer(
             self,
             max_steps=self._step,
-            callbacks=[self.recorder],
+            callbacks=[self.recorder, self.memory],
             plugins=[AtomicCheckpointIO()],
             enable_progress_bar=False,
             **nothing_else,
         )
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def _run_resolved(self, subcommand: str) -> None:
         start = start_before(self.phase, self._step)
         say(f"replaying up to step {self._step} from {start or 'the beginning'}")
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=start)
@@ -240,14 +242,14 @@ def phase_of_step(phases: list[Phase], folder: Path, step: int) -> Phase:
 
 
 def start_before(phase: Phase, step: int) -> Path | None:
-    """The last checkpoint before a step's update, of a fit or of what it started from; None: the beginning.
+    """The last whole checkpoint before a step's update, of a fit or of what it started from; None: the beginning.
 
     Raises:
         UserError: the step belongs to the run that this one started from.
     """
-    own = [(saved, path) for saved, path in checkpoints_by_step(phase.checkpoints).items() if saved < step]
-    if own:
-        return max(own)[1]
+    for saved, path in sorted(checkpoints_by_step(phase.checkpoints).items(), reverse=True):
+        if saved < step and damage(path) is None:
+            return path
     parent = phase.foreign_parent
     if parent is not None and saved_step(parent) >= step:
         raise UserError(f"replay: --step {step} lies before {parent}, where this run begins; replay the run of that")
