@@ -238,4 +238,5 @@ class CellKiller:
         sight = look(folder)
         kill = Kill(self.left.pop(0), target, round(seconds, 2), sight.moment(run.began_at), sight.lost)
         self.report.kills.append(kill)
+        self.report.restarts += 1
         self.advance()

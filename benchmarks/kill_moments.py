@@ -95,7 +95,7 @@ def wait_for(aim: Aim, run: Start, folder: Path, pace: Pace, share_left: float, 
         return ended and _sleep(run, 0.002 * rng.random())
     # A share of what is left, so that the next ones fall into the run, too.
     delay = rng.random() * pace.training * share_left / 3
-    if not (_until(run, lambda: _newest_rows(folder)[1] > run.began_at) and _sleep(run, delay)):
+    if not (_until(run, lambda: _newest_rows(folder)[1] > run.began_at, every=0.02) and _sleep(run, delay)):
         return False
     if aim == "save":
         return _until(run, lambda: bool(half_saved(folder))) and _sleep(run, 0.004 * rng.random())
