@@ -32,7 +32,7 @@ quickstart: setup  ## both objectives over three budgets: runs/quickstart/scalin
 
 test: setup  ## lint, types and tests
 	$(MAKE) lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup  ## the tests that take minutes: coverage of the fits' intervals in full
 	$(BIN)/python -m pytest -m slow

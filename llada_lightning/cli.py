@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llada_lightning import __version__
 from llada_lightning.cluster import says_it
-from llada_lightning.errors import UserError
+from llada_lightning.errors import UserError, refusal
 
 USAGE = """\
 usage: llada COMMAND [options]        (llada COMMAND --help lists a command's options)
@@ -48,6 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         # A loader's worker hands its error over with a traceback before it.
         line = str(error).splitlines()[-1].split("UserError: ")[-1]
+        if says_it(line):
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        line = refusal(error) or ""
+        if not line:
+            raise
         if says_it(line):
             print(f"error: {line}", file=sys.stderr)
         return 2

@@ -118,6 +118,8 @@ def _refuse_what_breaks_the_contract(config: Namespace) -> None:
     for key, count in counts.items():
         if count is not None and count < 1:
             raise UserError(f"{key}: {count} must be at least 1")
+    if run.checkpoint_every_minutes is not None and not run.checkpoint_every_minutes > 0:
+        raise UserError(f"run.checkpoint_every_minutes: {run.checkpoint_every_minutes} must lie above 0")
 
 
 def _fill(config: Namespace, key: str, value: Any) -> None:

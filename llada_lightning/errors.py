@@ -1,4 +1,8 @@
-"""The one exception for a user's mistake."""
+"""What the user can mend, told apart from what only we can."""
+
+from __future__ import annotations
+
+import errno
 
 
 class UserError(Exception):
@@ -6,3 +10,20 @@ class UserError(Exception):
 
     The command prints it as ``error: …`` on stderr and leaves with exit code 2, without a traceback.
     """
+
+
+_OF_THE_DISK = frozenset({
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
+    errno.EMFILE, errno.ENFILE,
+})  # fmt: skip
+
+
+def refusal(error: OSError) -> str | None:
+    """What a disk, or the system, refused, in one line with the mend; None: another error, which is ours."""
+    if error.errno not in _OF_THE_DISK:
+        return None
+    where = f"'{error.filename}': " if error.filename else ""
+    return (
+        f"{where}{error.strerror}; free space or mend the rights, and give the same command again (finished files are "
+        "whole)"
+    )

@@ -15,10 +15,12 @@ from jsonargparse import Namespace
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from llada_lightning.checkpoints.integrity import require_whole
 from llada_lightning.checkpoints.run_folder import final_checkpoint, saved_identity
 from llada_lightning.cluster import agreed_launch
 from llada_lightning.command_line import one_line
@@ -33,13 +35,13 @@ from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.settings import Budget, Run, Wandb
 from llada_lightning.signals import LeaveRequest, leaving_at_a_steps_end, say
 from llada_lightning.training.callbacks.accounting import Accounting
-from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoints
+from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, CheckpointPlan, StepCheckpoints
 from llada_lightning.training.callbacks.leaving import LeaveTogether
 from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
 from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
 from llada_lightning.training.callbacks.wandb_log import wandb_logger
 from llada_lightning.training.modules import LanguageModule, check_identity, model_identity
-from llada_lightning.training.parallel import check_strategy, launched_settings
+from llada_lightning.training.parallel import check_strategy, launched_settings, saves_shards
 from llada_lightning.training.record import result_record
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -151,7 +153,8 @@ class LladaCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run, trainer = self.settings.run, self.config_init[self.subcommand].trainer
-        kwargs |= launched_settings(self.launch, trainer.devices, [AtomicCheckpointIO(), *_as_list(trainer.plugins)])
+        checkpoint_io = AsyncCheckpointIO(AtomicCheckpointIO()) if run.async_checkpoints else AtomicCheckpointIO()
+        kwargs |= launched_settings(self.launch, trainer.devices, [checkpoint_io, *_as_list(trainer.plugins)])
         if self.subcommand != "fit":
             return super().instantiate_trainer(callbacks=[EvaluationProgress()], **kwargs)
         phase = self.phase
@@ -162,13 +165,22 @@ class LladaCLI(LightningCLI):
             title = f"{model.objective} {shape_name(model.shape)} {phase.title}".rstrip()
             own_callbacks.append(BudgetProgress(title, self.accounting))
         if trainer.enable_checkpointing is not False:
-            keep, forks = run.keep_checkpoints, phase.forks
-            own_callbacks.append(StepCheckpoints(phase.checkpoints, run.checkpoint_every_steps, keep, forks))
+            minutes = run.checkpoint_every_minutes
+            plan = CheckpointPlan(
+                every_steps=run.checkpoint_every_steps,
+                every_seconds=None if minutes is None else 60 * minutes,
+                keep=run.keep_checkpoints,
+                keep_best=run.keep_best,
+                forks=phase.forks,
+            )
+            own_callbacks.append(StepCheckpoints(phase.checkpoints, plan))
         return super().instantiate_trainer(callbacks=[*own_callbacks, *_as_list(trainer.callbacks)], **kwargs)
 
     def before_fit(self) -> None:
         """Everything is known to fit together: only now write into the run's folder, and start W&B."""
         check_strategy(self.trainer.strategy)
+        if self.settings.run.async_checkpoints and saves_shards(self.trainer.strategy):
+            raise UserError("run.async_checkpoints: true given, but this strategy writes shards; leave it out")
         self.datamodule.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
         try:
             self._write_config()
@@ -184,11 +196,14 @@ class LladaCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if kwargs.get("ckpt_path") is not None:
-            check_identity(model_identity(saved_identity(Path(kwargs["ckpt_path"]))), model_identity(self.identity))
+            given = Path(kwargs["ckpt_path"])
+            check_identity(model_identity(saved_identity(given)), model_identity(self.identity))
+            require_whole(given)
             return kwargs
         checkpoint = final_checkpoint(self.folder) if self.settings.run.name is not None else None
         if checkpoint is None:
             raise UserError(f"ckpt_path: nothing to {subcommand}; give --ckpt_path, or a run's config.yaml")
+        require_whole(checkpoint)
         say(f"reading {checkpoint}")
         return {**kwargs, "ckpt_path": str(checkpoint)}
 
@@ -285,10 +300,14 @@ class LladaCLI(LightningCLI):
                 say(f"{self.folder} is done ({describe_loss(record, record['val_kind'])}); nothing to do")
             sys.exit(0)
         done = {record["run"] for record in records}
+        damaged: dict[Path, str] = {}
         for phase, following in zip_longest(self.phases, self.phases[1:]):
             if phase.run in done or (phase.run is None and following.run in done):
                 continue
             phase.check_start(never=self.settings.run.resume == "never")
+            damaged |= phase.damaged()
+        for checkpoint, found in damaged.items():
+            say(f"warning: {checkpoint} is damaged ({found}); the run goes on from before it")
         given = self.settings.ckpt_path
         if given is not None and self.phases[0].foreign_parent is None:
             say(f"--ckpt_path {given} is this run's own; it goes on from its last one (to go back, remove later ones)")

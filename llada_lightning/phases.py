@@ -14,11 +14,11 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from llada_lightning.checkpoints.integrity import require_whole, whole_checkpoint
 from llada_lightning.checkpoints.run_folder import (
     BRANCHES,
     CHECKPOINTS,
     checkpoint_of_step,
-    last_checkpoint,
     saved_identity,
     saved_step,
 )
@@ -62,8 +62,15 @@ class Phase:
         return self.folder / CHECKPOINTS
 
     def start(self) -> Path | None:
-        """The checkpoint to go on from: the last one of its own, else its parent."""
-        return last_checkpoint(self.checkpoints) or self.foreign_parent
+        """The checkpoint to go on from: the last whole one of its own, else its parent."""
+        return self._own() or self.foreign_parent
+
+    def damaged(self) -> dict[Path, str]:
+        """Its own checkpoints behind the last whole one, and what is wrong with them."""
+        return whole_checkpoint(self.checkpoints)[1]
+
+    def _own(self) -> Path | None:
+        return whole_checkpoint(self.checkpoints)[0]
 
     @property
     def foreign_parent(self) -> Path | None:
@@ -73,7 +80,7 @@ class Phase:
 
     def is_passed(self) -> bool:
         """Whether a trunk has been trained to this phase's end before."""
-        own = last_checkpoint(self.checkpoints)
+        own = self._own()
         return self.run is None and own is not None and saved_step(own) >= self.last_step
 
     def check_start(self, never: bool) -> None:
@@ -85,8 +92,8 @@ class Phase:
         Raises:
             UserError: names what differs.
         """
-        own = last_checkpoint(self.checkpoints)
-        if own is not None and never:
+        own = self._own()
+        if never and (own is not None or self.damaged()):
             raise UserError(f"run.resume: never given, but {self.folder} has checkpoints; delete it, or resume: auto")
         if own is not None:
             check_identity(saved_identity(own), self.identity)
@@ -95,6 +102,8 @@ class Phase:
                 f"budget.flops: the trunk in {self.folder} has passed step {self.last_step}, where a new budget would "
                 "have branched off; choose another --run.name"
             )
+        if own is None and self.foreign_parent is not None and self.foreign_parent.exists():
+            require_whole(self.foreign_parent)
         if self.foreign_parent is not None and not self.first_step:  # a branch's parent is yet to be made
             step = saved_step(self.foreign_parent)
             check_history(saved_identity(self.foreign_parent), self.identity, step)

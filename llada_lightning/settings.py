@@ -35,7 +35,10 @@ class Run:
         root: the folder of all studies.
         resume: auto goes on from the last checkpoint; never refuses a folder that has one.
         checkpoint_every_steps: null: ten times a run, and at least every 1000 steps.
+        checkpoint_every_minutes: null: steps alone decide; else a checkpoint is written after so long at the latest.
         keep_checkpoints: the last ones to keep.
+        keep_best: keep the one with the lowest validation loss, too; `checkpoints/best.ckpt` is a link to it.
+        async_checkpoints: write checkpoints beside training, from a copy in memory; not those in shards.
     """
 
     study: str = "default"
@@ -43,7 +46,10 @@ class Run:
     root: str = "runs"
     resume: Literal["auto", "never"] = "auto"
     checkpoint_every_steps: int | None = None
+    checkpoint_every_minutes: float | None = None
     keep_checkpoints: int = 2
+    keep_best: bool = False
+    async_checkpoints: bool = False
 
     @property
     def folder(self) -> Path:

@@ -11,6 +11,19 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+LONGEST_FIRST = ("test_readme.py", "training", "benchmarks", "test_notebooks.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long begin early, so that no worker waits for another's last file."""
+
+    def rank(item: pytest.Item) -> int:
+        first = item.path.relative_to(Path(__file__).parent).parts[0]
+        return LONGEST_FIRST.index(first) if first in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=rank)
+
+
 def write_corpus(folder: Path, documents: int = 60, first: int = 0) -> Path:
     """Text files of arithmetic sentences: enough tokens for a few epochs of tiny runs."""
     folder.mkdir(parents=True)

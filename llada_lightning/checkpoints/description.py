@@ -19,6 +19,9 @@ MODEL_TYPE = "llada_lightning"
 FORMAT = 1
 """Version of our own ``config.json``."""
 
+MOST_LAYERS = 10_000
+"""Far above any model: a damaged or hostile file is refused before names are made for all of its layers."""
+
 
 @dataclass(frozen=True)
 class Description:
@@ -67,6 +70,8 @@ class Description:
             raise mistake("compat", self.compat, "it must be null or llada")
         if not isinstance(self.source, dict):
             raise mistake("source", self.source, "it must be a mapping")
+        if self.shape.n_layers > MOST_LAYERS:
+            raise mistake("n_layers", self.shape.n_layers, f"it must be at most {MOST_LAYERS}")
         for key in ("vocab_size", "context_length"):
             if not is_whole(value := getattr(self, key), 1):
                 raise mistake(key, value, "it must be a whole number of at least 1")

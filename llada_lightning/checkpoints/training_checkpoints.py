@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from llada_lightning.checkpoints.description import Description
+from llada_lightning.checkpoints.integrity import require_whole
 from llada_lightning.checkpoints.run_folder import CONFIG, run_folder_of
 from llada_lightning.checkpoints.sharded_checkpoints import META, ShardReader, is_sharded
 from llada_lightning.checkpoints.stored_tensors import StoredTensor, of_tensor
@@ -40,12 +41,14 @@ def read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], str
         The description, the weights by their names in the file, and the fingerprint of the run's tokenizer.
 
     Raises:
-        UserError: it is damaged, of another program, has a wrong value, or holds objects that could run code.
+        UserError: it is damaged (all of its bytes are checked), of another program, has a wrong value, or holds
+            objects that could run code.
     """
     try:
         content = torch.load(
             path / META if is_sharded(path) else path, mmap=True, weights_only=True, map_location="cpu"
         )
+        require_whole(path)
         weights = _shards(path) if is_sharded(path) else {k: of_tensor(v) for k, v in content[_WEIGHTS].items()}
         return _description(content, path), weights, content["identity"]["tokenizer"]
     except pickle.UnpicklingError as error:

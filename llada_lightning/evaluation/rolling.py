@@ -15,8 +15,8 @@ from typing import Any, Literal
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.likelihood import log_likelihood
-from llada_lightning.evaluation.ratio import ratio_and_stderr
 from llada_lightning.evaluation.requests import Ids, monte_carlo_stderr
+from llada_lightning.objectives.bounds import ratio_and_stderr
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from llada_lightning.evaluation.pairs_file import Pair
 from llada_lightning.evaluation.ranking import Ranking
-from llada_lightning.evaluation.ratio import ratio_and_stderr
 from llada_lightning.evaluation.requests import Score, monte_carlo_stderr
+from llada_lightning.objectives.bounds import ratio_and_stderr
 
 _ROWS_SHOWN = 40
 

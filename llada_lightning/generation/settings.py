@@ -147,12 +147,25 @@ def resolve_settings(
     _check_ranges(settings)
     if steps is not None and threshold is not None:
         raise UserError(f"steps: {steps} given with threshold {threshold}, which decides their number; leave one away")
-    if settings.stop and lm.tokenizer is None:
-        raise UserError(f"stop: {settings.stop[0]!r} given, but '{lm.name}' has no tokenizer that could spell it")
+    _check_stop(settings.stop, lm)
     (_check_arm if lm.causal else _check_llada)(settings, lm)
     if strategy == "block_diffusion" and unsaid:
         raise UserError("block_length: not given; block_diffusion grows by so many tokens at a time (the paper: 32)")
     return settings
+
+
+def _check_stop(stop: tuple[str, ...], lm: LanguageModel) -> None:
+    if not stop:
+        return
+    if lm.tokenizer is None:
+        raise UserError(f"stop: {stop[0]!r} given, but '{lm.name}' has no tokenizer that could spell it")
+    special = [token.content for token in lm.tokenizer.get_added_tokens_decoder().values() if token.special]
+    for text in stop:
+        if any(word in text for word in special):
+            raise UserError(
+                f"stop: {text!r} holds a special token, which is never part of an answer's text; leave it out (the "
+                "end of a text ends an answer by itself)"
+            )
 
 
 def _steps(steps: int | None, length: int, block_length: int) -> int:

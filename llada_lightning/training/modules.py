@@ -176,6 +176,10 @@ class LanguageModule(LightningModule, ABC):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for name in ("total", "current"):
             progress[name].update(ready=batches, started=batches, processed=batches, completed=batches - 1)
+        # A validation that a signal cut short begins anew.
+        validated = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+        for name in ("total", "current"):
+            validated[name].update(ready=0, started=0, processed=0, completed=0)
 
     @abstractmethod
     def training_loss(self, batch: TrainingBatch) -> Tensor:

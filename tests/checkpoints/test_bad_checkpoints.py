@@ -160,6 +160,7 @@ def test_an_unknown_architecture(refused, tmp_path: Path, model_type: str | None
     [
         ({"d_model": ...}, "d_model is null; it must be a whole number of at least 1"),
         ({"n_layers": "4"}, 'n_layers is "4"; it must be a whole number'),
+        ({"n_layers": 10**7}, "n_layers is 10000000; it must be at most 10000"),
         ({"rope_theta": -1}, "rope_theta is -1; it must be a finite number above 0"),
         ({"mask_token_id": 320}, "mask_token_id is 320; it must be an id of the vocabulary, 0 to 319"),
         ({"pad_token_id": 99999}, "pad_token_id is 99999; it must be an id"),

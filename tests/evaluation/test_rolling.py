@@ -13,8 +13,8 @@ from small_models import EOS, ids, random_model
 
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.likelihood import log_likelihood
-from llada_lightning.evaluation.ratio import ratio_and_stderr
 from llada_lightning.evaluation.rolling import _windows, rolling_log_likelihood
+from llada_lightning.objectives.bounds import ratio_and_stderr
 
 LLADA, ARM = random_model(), random_model("arm")
 TEXTS = [ids(100, 1), ids(20, 2), ids(48, 3)]

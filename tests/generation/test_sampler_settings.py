@@ -10,7 +10,7 @@ import torch
 
 from llada_lightning.errors import UserError
 from llada_lightning.generation import generate
-from sampler_toys import MASK, WORDS, random_model
+from sampler_toys import MASK, WORDS, ToyPredictor, letters, random_model, toy
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("llada", {"length": 0}, "length: 0 given"),
@@ -103,3 +103,9 @@ def test_prompts_of_every_form() -> None:
     forms += [np.array([5, 6, 7]), np.array([[5, 6, 7]]), list(np.array([5, 6, 7]))]
     answers = [generate(lm, form, length=8).tokens for form in forms]
     assert all(answer == answers[0] for answer in answers)
+
+
+def test_a_stop_string_that_no_answer_can_spell() -> None:
+    lm = toy(ToyPredictor(8), letters())
+    with pytest.raises(UserError, match=r"stop: 'ab\[EOS\]' holds a special token"):
+        generate(lm, [[2]], length=4, stop=["ab", "ab[EOS]"])

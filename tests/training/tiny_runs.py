@@ -43,6 +43,17 @@ class KillInValidation(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class SignalInValidation(Callback):
+    """Sends its process SIGTERM in the second batch of the validation after ``step``."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def fit_arguments(objective: str, data: Path, root: Path, *extra: str) -> list[str]:
     """A run of 24 steps of 8 sequences of 32 tokens in fp32; `extra` overrides."""
     return [

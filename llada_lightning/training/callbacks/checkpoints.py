@@ -2,118 +2,234 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed.checkpoint.api import CheckpointException
 
-from llada_lightning.checkpoints.run_folder import checkpoints_by_step
+from llada_lightning.checkpoints.run_folder import checkpoint_of_step, checkpoints_by_step
 from llada_lightning.checkpoints.sharded_checkpoints import PARTIAL, discard, is_sharded, put_in_place, read_sharded
+from llada_lightning.errors import UserError
+from llada_lightning.signals import say
+from llada_lightning.training.agreement import Agreement
 from llada_lightning.training.parallel import saves_shards
+
+BEST = "best.ckpt"
+"""A link to the checkpoint with the lowest validation loss."""
+DAMAGED = ".damaged"
+"""Ends the name of a checkpoint that was found damaged, and set aside."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint appears whole or not at all; one in shards is read as a file would be."""
+    """A checkpoint appears whole or not at all; one in shards is read as a file would be; no pickle runs code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + PARTIAL)
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        put_in_place(partial, target)
+        with _written_or_gone(partial, target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            put_in_place(partial, target)
 
     def load_checkpoint(self, path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
         if is_sharded(Path(path)):
             return read_sharded(Path(path))
-        return super().load_checkpoint(path, *arguments, **keywords)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
     def remove_checkpoint(self, path: Any) -> None:
         discard(Path(path))
 
 
-class StepCheckpoints(ModelCheckpoint):
-    """The last ``keep`` checkpoints, every ``every_steps`` steps and at the end.
+@contextmanager
+def _written_or_gone(partial: Path, target: Path) -> Iterator[None]:
+    """A checkpoint that the disk does not take leaves nothing behind but the ones before it."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if not _is_of_the_disk(cause):
+            raise
+        discard(partial)
+        reason = getattr(cause, "strerror", None) or "the disk takes no more"
+        raise UserError(
+            f"checkpoint: '{target}' cannot be written ({reason}); the ones before it are whole: free space or mend "
+            "the folder, and the same command goes on from the last of them"
+        ) from error
 
-    A checkpoint is written when all of its step is: after the step's validation, if it has one, and after its row of
-    metrics.csv. So a run that goes on from it misses nothing in its record.
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    """Whether the disk refused: as the system says it, or as torch's writer, which keeps the reason to itself."""
+    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "file write failed" in str(error)
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """When checkpoints are written, and which ones stay.
 
     Args:
-        folder: where they go.
         every_steps: steps between them.
+        every_seconds: the longest time between them; None: steps alone decide.
         keep: the last ones to keep.
+        keep_best: keep the one with the lowest validation loss, too; `best.ckpt` is a link to it.
         forks: steps whose checkpoints stay beside these.
     """
 
-    def __init__(self, folder: Path, every_steps: int, keep: int = 2, forks: frozenset[int] = frozenset()) -> None:
-        self._every_steps, self._keep, self._forks = every_steps, keep, forks
-        super().__init__(
-            dirpath=folder,
-            filename="step={step:08d}",
-            auto_insert_metric_name=False,
-            monitor="step",
-            mode="max",
-            save_top_k=-1,  # what to remove is decided by what lies in the folder, not by what this process has written
-            every_n_train_steps=every_steps,
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
-        )
+    every_steps: int
+    every_seconds: float | None = None
+    keep: int = 2
+    keep_best: bool = False
+    forks: frozenset[int] = frozenset()
+
+
+class StepCheckpoints(Checkpoint):
+    """Checkpoints by steps and by time, at the end, and where a signal asks the run to leave.
+
+    A checkpoint is written when all of its step is: after the step's validation, if it has one, and after its row of
+    metrics.csv. So a run that goes on from it misses nothing in its record. Where a signal cuts a validation short, the
+    step is saved at once, and its validation is made up for before the run goes on.
+
+    Args:
+        folder: where they go.
+        plan: when, and which stay.
+    """
+
+    def __init__(self, folder: Path, plan: CheckpointPlan) -> None:
+        self._folder, self._plan = folder, plan
+        self._best: tuple[int, float] | None = None
+        self._validation_due = False
+        self._step = self._saved = 0
+        self._agreement = Agreement()
+        self._last_save = time.monotonic()
+        self._due = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best, "validation_due": self._validation_due}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        best = state_dict["best"]
+        self._best = None if best is None else (best[0], best[1])
+        self._validation_due = state_dict["validation_due"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        assert self.dirpath is not None
-        for leftover in Path(self.dirpath).glob(f"*{PARTIAL}"):
-            if trainer.is_global_zero:
-                discard(leftover)
+        self._step = trainer.global_step
+        self._saved = self._step if checkpoint_of_step(self._folder, self._step).exists() else -1
+        self._last_save = time.monotonic()
+        if self._plan.every_seconds is not None:
+            self._agreement.begin(trainer)
+        if trainer.is_global_zero:
+            self._clear()
+        if self._validation_due:
+            run_validation(trainer)
+
+    def _clear(self) -> None:
+        """Remove what was being written, and set aside what lies behind this run's start: it was found damaged."""
+        for leftover in self._folder.glob(f"*{PARTIAL}"):
+            discard(leftover)
+        for step, checkpoint in checkpoints_by_step(self._folder).items():
+            if step > self._step:
+                aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+                discard(aside)
+                os.replace(checkpoint, aside)
 
     def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
-        batches = trainer.global_step * trainer.accumulate_grad_batches
-        if batches % int(trainer.val_check_interval):  # else the step's validation follows
-            super().on_train_batch_end(trainer, *arguments)
+        if trainer.global_step == self._step:  # within a global batch
+            return
+        self._step = trainer.global_step
+        self._due = self._step % self._plan.every_steps == 0 or self._time_is_up()
+        batches = self._step * trainer.accumulate_grad_batches
+        self._validation_due = batches % int(trainer.val_check_interval) == 0
+        if self._due and not self._validation_due:
+            self._save(trainer)
+
+    def _time_is_up(self) -> bool:
+        if self._plan.every_seconds is None:
+            return False
+        return bool(self._agreement.maximum(int(time.monotonic() - self._last_save >= self._plan.every_seconds)))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and trainer.global_step % self._every_steps == 0:
-            self.on_train_end(trainer, pl_module)
+        loss = float(pl_module.validation["val_nats_per_token"])  # type: ignore[index]
+        better = self._plan.keep_best and loss < (math.inf if self._best is None else self._best[1])
+        step = self._step
+        if better:
+            self._best = (step, loss)
+        if trainer.state.fn == "fit":
+            self._validation_due = False
+            if self._due or better or self._saved == step:  # saved without its validation, which is made up for now
+                self._save(trainer)
+        if better and trainer.is_global_zero:
+            link_best(checkpoint_of_step(self._folder, step))
+            self._prune()
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        for logger in trainer.loggers:
-            logger.save()
-        if saves_shards(trainer.strategy):
-            partial = filepath + PARTIAL
-            super()._save_checkpoint(trainer, partial)  # ends when all processes have written
-            if trainer.is_global_zero:
-                put_in_place(Path(partial), Path(filepath))
-            trainer.strategy.barrier()
-            self._last_checkpoint_saved = filepath
-        else:
-            super()._save_checkpoint(trainer, filepath)
-        self._prune(trainer, Path(filepath).parent)
-
-    def _prune(self, trainer: Trainer, folder: Path) -> None:
-        by_step = checkpoints_by_step(folder)
-        for step in sorted(by_step)[: -self._keep]:
-            self.best_k_models.pop(str(by_step[step]), None)
-            if trainer.is_global_zero and step not in self._forks:
-                discard(by_step[step])
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._saved != trainer.global_step:
+            self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """SIGTERM: Lightning lets the step end, on all ranks, before it leaves; the step is saved.
-
-        Within a validation it is saved, too, and the row of that validation is lost.
-        """
+        """A signal: Lightning lets the step, or the validation's batch, end on all ranks, and the step is saved."""
         if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and trainer.global_step > 0:
+            self._validation_due = self._validation_due and bool(trainer.validating)
             self.on_train_end(trainer, pl_module)
             if trainer.is_global_zero:
                 print(f"saved step {trainer.global_step}; the same command goes on from there", file=sys.stderr)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+    def _save(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.save()
+        target = checkpoint_of_step(self._folder, trainer.global_step)
+        if saves_shards(trainer.strategy):
+            partial = target.with_name(target.name + PARTIAL)
+            with _written_or_gone(partial, target):
+                trainer.save_checkpoint(partial)  # ends when all processes have written
+            if trainer.is_global_zero:
+                put_in_place(partial, target)
+            trainer.strategy.barrier()
+        else:
+            trainer.save_checkpoint(target)
+        self._saved, self._due, self._last_save = trainer.global_step, False, time.monotonic()
+        if trainer.is_global_zero:
+            self._prune()
+
+    def _prune(self) -> None:
+        by_step = checkpoints_by_step(self._folder)
+        kept = {*sorted(by_step)[-self._plan.keep :], *self._plan.forks}
+        if self._plan.keep_best and self._best is not None:
+            kept.add(self._best[0])
+        for step in by_step.keys() - kept:
+            discard(by_step[step])
+
+
+def link_best(checkpoint: Path) -> None:
+    """Let `best.ckpt` be a link to a checkpoint beside it; where links cannot be, say which one is the best."""
+    link = checkpoint.with_name(BEST)
+    temporary = checkpoint.with_name(BEST + PARTIAL)
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(checkpoint.name)
+        os.replace(temporary, link)
+    except OSError as error:
+        say(f"note: {link} cannot be a link ({error.strerror}); the lowest validation loss is {checkpoint.name}'s")
+
+
+def run_validation(trainer: Trainer) -> None:
+    """Validate between two steps, as Lightning does at its intervals."""
+    connector = trainer._logger_connector
+    first = connector._first_loop_iter
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first

@@ -6,18 +6,16 @@ import os
 import sys
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from llada_lightning.signals import SIGNALS, LeaveRequest
+from llada_lightning.training.agreement import Agreement
 
 
 class LeaveTogether(Callback):
     """Agrees at each step's end, and at each validation batch's, on whether a signal asked any process to leave.
 
-    The agreement goes over the network and never over the accelerators, whose queues it therefore does not drain.
     Lightning then ends the run with a ``SIGTERMException`` in every process.
 
     Args:
@@ -26,7 +24,7 @@ class LeaveTogether(Callback):
 
     def __init__(self, request: LeaveRequest) -> None:
         self._request = request
-        self._group: Any = None
+        self._agreement = Agreement()
         self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -38,8 +36,7 @@ class LeaveTogether(Callback):
 
     def _begin(self, trainer: Trainer) -> None:
         self._request.install()
-        if trainer.world_size > 1 and self._group is None:
-            self._group = dist.new_group(backend="gloo")
+        self._agreement.begin(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
         if trainer.global_step != self._step:
@@ -57,9 +54,7 @@ class LeaveTogether(Callback):
 
     def _agree(self, trainer: Trainer) -> None:
         received = self._request.received
-        strongest = torch.tensor(-1 if received is None else SIGNALS.index(received))
-        if self._group is not None:
-            dist.all_reduce(strongest, dist.ReduceOp.MAX, group=self._group)
+        strongest = self._agreement.maximum(-1 if received is None else SIGNALS.index(received))
         if strongest >= 0:
-            self._request.agreed = SIGNALS[int(strongest)]
+            self._request.agreed = SIGNALS[strongest]
             trainer._signal_connector.received_sigterm = True
