@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kill_moments import Aim, Pace, look, wait_for
+from llada_lightning.checkpoints.sharded_checkpoints import PARTIAL
 from processes import Start, finish, start
 from run_state import RunState, differences, read_state
 from small_fits import BUDGET_STEPS, STEPS, STEPS_OF_TWO, Corpora, budget_words, fit_words, run_folder
@@ -25,7 +26,8 @@ PATIENCE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Cell:
-    """A configuration of the matrix. Without a strategy it is one process; `budgets`: a trunk with branches."""
+    """A configuration of the matrix. Without a strategy it is one process; `budgets`: a trunk with branches;
+    `asynchronous`: checkpoints are written beside training, and the best one is kept, too."""
 
     objective: str
     workers: int = 0
@@ -34,11 +36,13 @@ class Cell:
     strategy: str | None = None
     budgets: bool = False
     wandb: bool = False
+    asynchronous: bool = False
 
     @property
     def name(self) -> str:
         ranks = f"2 {self.strategy}" if self.strategy else None
-        parts = [self.objective, ranks, "trunk" if self.budgets else None, "wandb" if self.wandb else None]
+        others = {"trunk": self.budgets, "wandb": self.wandb, "asynchronous": self.asynchronous}
+        parts = [self.objective, ranks, *(name for name, chosen in others.items() if chosen)]
         data = f"{'mixture' if self.mixture else 'single'}, {self.workers} workers, accumulation {self.accumulation}"
         return ", ".join([" ".join(filter(None, parts)), data])
 
@@ -48,7 +52,7 @@ class Cell:
 
     @property
     def undisturbed(self) -> Cell:
-        """The cell whose bits are the same: neither loader workers nor W&B change any."""
+        """The cell whose bits are the same: loader workers, W&B and how checkpoints are written change none."""
         return Cell(self.objective, 0, self.mixture, self.accumulation, self.strategy, self.budgets)
 
     @property
@@ -68,13 +72,15 @@ class Cell:
             extra += budget_words()
         if self.wandb:
             extra += ["--wandb.project=kills", "--wandb.offline=true"]
+        if self.asynchronous:
+            extra += ["--run.async_checkpoints=true", "--run.keep_best=true"]
         path = corpora.mixture if self.mixture else corpora.first
         return fit_words(self.objective, path, root, *extra, accumulation=self.accumulation)
 
 
 def cells() -> list[Cell]:
     """Every objective with every number of workers and both kinds of data, accumulation in turns; two processes of both
-    strategies; a trunk with branches; W&B."""
+    strategies; a trunk with branches; checkpoints beside training; W&B."""
     matrix = [
         Cell(objective, workers, mixture, 3 if (workers + mixture) % 2 else 1)
         for objective in ("arm", "llada")
@@ -87,8 +93,8 @@ def cells() -> list[Cell]:
         Cell("llada", 0, strategy="fsdp2"),
         Cell("arm", 1, True, 3, strategy="fsdp2"),
     ]
-    others = [Cell("arm", budgets=True), Cell("llada", 1, budgets=True), Cell("llada", wandb=True)]
-    return [*matrix, *pairs, *others]
+    trunks = [Cell("arm", budgets=True), Cell("llada", 1, budgets=True)]
+    return [*matrix, *pairs, *trunks, Cell("llada", asynchronous=True), Cell("llada", wandb=True)]
 
 
 @dataclass
@@ -111,6 +117,7 @@ class CellReport:
         restarts: starts after a kill.
         different: what differed from the undisturbed run, by key (see ``run_state.differences``).
         findings: what else went wrong.
+        left: files under temporary names that are still there when all is done.
     """
 
     name: str
@@ -119,6 +126,7 @@ class CellReport:
     restarts: int = 0
     different: dict[str, str] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
 
     @property
     def good(self) -> bool:
@@ -162,6 +170,12 @@ class References:
             return self._found[cell]
 
 
+def temporary_files(folder: Path) -> list[str]:
+    """Names of hidden and of half-written files below a folder that is not being written to; W&B's are its own."""
+    files = [path for path in folder.rglob("*") if "wandb" not in path.parts and path.name != ".metadata"]
+    return sorted(path.name for path in files if path.name.startswith(".") or path.name.endswith(PARTIAL))
+
+
 def pace_of(folder: Path, seconds: float) -> Pace:
     """A run's pace from its record of seconds, and all that it took."""
     with (folder / "metrics.csv").open(newline="") as file:
@@ -203,6 +217,7 @@ class CellKiller:
             if self._ended_well(root, pace):
                 self.report.runs += 1
                 self.report.different |= differences(read_state(run_folder(root)), state)
+                self.report.left += temporary_files(root)
         return self.report
 
     def _ended_well(self, root: Path, pace: Pace) -> bool:

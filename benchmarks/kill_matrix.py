@@ -105,8 +105,9 @@ def failed(name: str, error: BaseException) -> CellReport:
 
 def describe(report: CellReport) -> str:
     """A cell in a line."""
+    left = f"; left behind: {', '.join(report.left)}" if report.left else ""
     state = "equal" if report.good else "; ".join([*report.findings, *report.different.values()]) or "nothing ran"
-    return f"{report.name}: {len(report.kills)} kills, {report.restarts} restarts: {state}"
+    return f"{report.name}: {len(report.kills)} kills, {report.restarts} restarts: {state}{left}"
 
 
 def table(reports: list[CellReport]) -> str:
@@ -135,13 +136,13 @@ def table(reports: list[CellReport]) -> str:
 
 
 def counts(reports: list[CellReport]) -> list[str]:
-    """Kills, kills by what they hit, kills of one rank only, restarts."""
+    """Kills, kills by what they hit, kills of one rank only, restarts, temporary files that stayed."""
     kills = [kill for report in reports for kill in report.kills]
     hits = Counter(kill.hit for kill in kills)
     results = hits["result"] + hits["after a result"]
     ranks = sum(kill.target.startswith("rank") for kill in kills)
-    restarts = sum(report.restarts for report in reports)
-    return [str(number) for number in [len(kills), *(hits[hit] for hit in HITS), results, ranks, restarts]]
+    restarts, left = sum(report.restarts for report in reports), sum(len(report.left) for report in reports)
+    return [str(number) for number in [len(kills), *(hits[hit] for hit in HITS), results, ranks, restarts, left]]
 
 
 def write_report(out: Path, reports: list[CellReport], seconds: float, options: argparse.Namespace) -> None:
@@ -160,7 +161,8 @@ def write_report(out: Path, reports: list[CellReport], seconds: float, options: 
     bad = [report for report in reports if not report.good]
     content = {**about, "equal": not bad, "cells": [report.as_dict() for report in reports]}
     write_json(out / "kill_matrix.json", content)
-    findings = [f"- {describe(report)}" for report in bad] or ["Every run equals its undisturbed one."]
+    notable = [report for report in reports if not report.good or report.left]
+    findings = [f"- {describe(report)}" for report in notable] or ["Every run equals its undisturbed one."]
     with written_atomically(out / "kill_matrix.md") as path:
         path.write_text("\n\n".join([table(reports), "\n".join(findings), str(about)]) + "\n")
 
