@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.data.datasets import TokenStream
-from llada_lightning.data.manifest import check_sequence_length, check_shards, read_manifest, read_tokenizer_text
+from llada_lightning.data.integrity import check_shards
+from llada_lightning.data.manifest import check_sequence_length, read_manifest, read_tokenizer_text
 from llada_lightning.data.order import WINDOW_SHARDS
 from llada_lightning.data.tokenizers import tokenizer_from_text
 from llada_lightning.errors import UserError
@@ -99,9 +100,7 @@ def prompts_of_data(
             f"--data: '{folder}' has {split.items(whole)} validation sequences of {whole} tokens; set --prompts-count "
             "to no more"
         )
-    items = [shard.tokens // whole for shard in split.shards]
-    vocab_size = manifest.tokenizer.vocab_size
-    stream = TokenStream([f"{folder.rstrip('/')}/val"], [items], [1.0], whole, vocab_size, seed, WINDOW_SHARDS)
+    stream = TokenStream([folder.rstrip("/")], [manifest], "val", [1.0], whole, seed, WINDOW_SHARDS)
     rows = stream.tokens(range(count)).tolist()
     source = f"{prompt_length} tokens of validation text each ({manifest.fingerprint[:12]})"
     return Prompts(source, [row[:prompt_length] for row in rows], [row[prompt_length:] for row in rows])

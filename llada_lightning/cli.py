@@ -9,6 +9,7 @@ from pathlib import Path
 from llada_lightning import __version__
 from llada_lightning.cluster import says_it
 from llada_lightning.errors import UserError, refusal
+from llada_lightning.secrets import redacted
 
 USAGE = """\
 usage: llada COMMAND [options]        (llada COMMAND --help lists a command's options)
@@ -21,6 +22,7 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   test       the same under Lightning's other name
   predict    the loss of each validation sequence
   plan       FLOP budgets -> a table of runs, and the sweep that runs them
+  replay     what was in one step of a run: its sequences, each with its loss
   launch     resolve a fit once and start it on many processes (srun, torchrun)
   sweep      run a sweep file on this machine, skipping what is done
   collect    run folders, W&B projects -> one table of results
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         return _dispatch(args)
     except UserError as error:
         # A loader's worker hands its error over with a traceback before it.
-        line = str(error).splitlines()[-1].split("UserError: ")[-1]
+        line = redacted(str(error).splitlines()[-1].split("UserError: ")[-1])
         if says_it(line):
             print(f"error: {line}", file=sys.stderr)
         return 2
@@ -103,6 +105,12 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return launch_command(args, resolved_run)
 
+    def replay(args: list[str]) -> int:
+        quiet_libraries()
+        from llada_lightning.replay_command import replay_command
+
+        return replay_command(args)
+
     def prepare(args: list[str]) -> int:
         from llada_lightning.data.prepare_command import prepare_command
 
@@ -152,6 +160,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
     return {
         "plan": plan,
         "launch": launch,
+        "replay": replay,
         "prepare": prepare,
         "sweep": sweep,
         "collect": collect,

@@ -164,6 +164,29 @@ def says_it(message: str) -> bool:
     return int(os.environ.get("SLURM_LOCALID", 0)) == 0
 
 
+def shared_answer(launch: Launch | None, question: str, answer: str) -> str:
+    """The first process's answer in every process that torchrun launched; elsewhere the process's own.
+
+    Before training only torchrun's processes share a store. Where srun launched them, the first one leaves alone and
+    srun ends the others (`--kill-on-bad-exit`).
+
+    Args:
+        launch: of this process.
+        question: asked once a start.
+        answer: of this process; only the first one's counts.
+    """
+    store = _shared_store()
+    if store is None or launch is None or launch.processes == 1:
+        return answer
+    key = f"llada/{question}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        if launch.rank == 0:
+            store.set(key, answer)
+        return bytes(store.get(key)).decode()  # waits for it
+    except RuntimeError:  # its host has left
+        return answer
+
+
 def _shared_store() -> Any:
     if "torch" not in sys.modules:
         return None

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json
+from llada_lightning.trusted import not_trusted
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\f": "\f", r"\0": "\0"}
 
@@ -35,13 +36,17 @@ def one_line(message: str, command: str) -> str:
         command: whose ``--help`` lists the options.
     """
     key = re.search(r'Parser key "([^"]+)"', message)
-    within = re.search(r"^ +- (\S+: .* given; expected .*|Option '\S+' is not accepted.*)$", message, re.MULTILINE)
+    causes = r"\S+: .* given; expected .*|\S+: .* was not imported; .*|Option '\S+' is not accepted.*"
+    within = re.search(rf"^ +- ({causes})$", message, re.MULTILINE)
     value = re.search(r"(?:Given|Got) value: (.+)", message)
     expected = re.findall(r"Expected an? (?:<class '([\w.]+)'>|(\w[\w.]*\[.*\]))", message)
     unnamed = re.search(r"required: (?:\w+\.)?model$", message.strip())
     if unnamed:
         return "model: which one is not said; give --model ArmModule or LladaModule, or --config of a run"
     see = f"; see '{command} --help'"
+    untrusted = re.search(r"Importing '([^']+)' is not allowed", message)
+    if untrusted:
+        return f"{key[1] if key else 'class_path'}: {not_trusted(untrusted[1])}"
     if key and within:  # ends with `see` already
         inner = within[1]
         return f"{key[1]}: {inner}" if inner.startswith("Option") else f"{key[1]}.{inner}"

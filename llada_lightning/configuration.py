@@ -109,17 +109,22 @@ def _refuse_what_breaks_the_contract(config: Namespace) -> None:
             )
     if trainer.gradient_clip_algorithm not in (None, "norm"):
         raise UserError(f"trainer.gradient_clip_algorithm: {trainer.gradient_clip_algorithm} given; only norm is known")
+    if (trainer.gradient_clip_val or 0) < 0:
+        raise UserError(f"trainer.gradient_clip_val: {trainer.gradient_clip_val} must be above 0; null clips nothing")
     counts = {
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.log_every_n_steps": trainer.log_every_n_steps,
         "run.checkpoint_every_steps": run.checkpoint_every_steps,
         "run.keep_checkpoints": run.keep_checkpoints,
+        "guard.patience": config.guard.patience,
     }
     for key, count in counts.items():
         if count is not None and count < 1:
             raise UserError(f"{key}: {count} must be at least 1")
     if run.checkpoint_every_minutes is not None and not run.checkpoint_every_minutes > 0:
         raise UserError(f"run.checkpoint_every_minutes: {run.checkpoint_every_minutes} must lie above 0")
+    if not config.guard.spike_zscore > 0:
+        raise UserError(f"guard.spike_zscore: {config.guard.spike_zscore} must be above 0")
 
 
 def _fill(config: Namespace, key: str, value: Any) -> None:
@@ -230,6 +235,9 @@ def identity(config: Namespace, data: TokenDataModule, schedule: WSD | None = No
     if schedule is not None:
         plain["model"]["init_args"]["schedule"] = asdict(schedule)
         plain["trainer"]["max_steps"] = schedule.total_steps
+    # Only skipped spikes make another run: what is reported changes nothing.
+    guard = plain.get("guard", {})
+    skipping = {"guard": {"spike_zscore": guard["spike_zscore"]}} if guard.get("spikes") == "skip" else {}
     data_arguments = {k: v for k, v in plain["data"]["init_args"].items() if k not in _DATA_MACHINE}
     return {
         "model": {**plain["model"], "class_path": f"{model.__module__}.{model.__qualname__}"},
@@ -237,6 +245,7 @@ def identity(config: Namespace, data: TokenDataModule, schedule: WSD | None = No
         "trainer": {key: plain["trainer"].get(key) for key in _TRAINER_IDENTITY},
         "seed": plain["seed_everything"],
         "tokenizer": data.tokenizer.fingerprint,
+        **skipping,
     }
 
 

@@ -8,13 +8,12 @@ import sys
 from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -23,26 +22,33 @@ from torch import Tensor
 from llada_lightning.checkpoints.integrity import require_whole
 from llada_lightning.checkpoints.run_folder import final_checkpoint, saved_identity
 from llada_lightning.cluster import agreed_launch
-from llada_lightning.command_line import one_line
 from llada_lightning.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.manifest import TOKENIZER_NAME, read_tokenizer_text
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
+from llada_lightning.lock import check_unlocked, run_lock
+from llada_lightning.parser import OneLineParser, class_first
 from llada_lightning.phases import Phase, phases_of
 from llada_lightning.scaling.results import read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
-from llada_lightning.settings import Budget, Run, Wandb
+from llada_lightning.secrets import refuse_secrets
+from llada_lightning.settings import Budget, Guard, Run, Wandb
 from llada_lightning.signals import LeaveRequest, leaving_at_a_steps_end, say
 from llada_lightning.training.callbacks.accounting import Accounting
+from llada_lightning.training.callbacks.bad_numbers import BadNumbers, DivergedError
 from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, CheckpointPlan, StepCheckpoints
 from llada_lightning.training.callbacks.leaving import LeaveTogether
 from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
 from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
 from llada_lightning.training.callbacks.wandb_log import wandb_logger
+from llada_lightning.training.devices import check_devices
+from llada_lightning.training.guard import UpdateGuard
+from llada_lightning.training.memory import MemoryAdvice
 from llada_lightning.training.modules import LanguageModule, check_identity, model_identity
 from llada_lightning.training.parallel import check_strategy, launched_settings, saves_shards
-from llada_lightning.training.record import result_record
+from llada_lightning.training.record import result_record, without_validation
+from llada_lightning.trusted import trust_known_modules
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
@@ -59,16 +65,6 @@ FEW_DOCUMENTS = 20
 """Below this many clusters a standard error has itself an error of a sixth and more."""
 
 
-class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are UserErrors of one line, and that takes no abbreviated keys."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(one_line(message, "llada fit")) from ex
-
-
 class LladaCLI(LightningCLI):
     """Adds budget, run folder and W&B; resolves the configuration before anything is built.
 
@@ -80,6 +76,7 @@ class LladaCLI(LightningCLI):
     def __init__(self, args: list[str], execute: bool = True) -> None:
         self._execute = execute
         self.leave = LeaveRequest()
+        trust_known_modules()
         super().__init__(
             model_class=LanguageModule,
             datamodule_class=TokenDataModule,
@@ -97,6 +94,7 @@ class LladaCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--budget", type=Budget, default=Budget(), help="What the run may spend.")
         parser.add_argument("--run", type=Run, default=Run(), help="Where the run lives.")
+        parser.add_argument("--guard", type=Guard, default=Guard(), help="What to do about bad numbers.")
         parser.add_argument("--wandb", type=Wandb, default=Wandb(), help="Weights & Biases.")
         data = {"class_path": "llada_lightning.data.datamodule.TokenDataModule"}
         parser.set_defaults({"data": {**data, "init_args": {"path": "data/python-stdlib"}}})
@@ -125,6 +123,7 @@ class LladaCLI(LightningCLI):
         trainer = self.settings.trainer
         self.launch = agreed_launch(trainer.devices, trainer.num_nodes) if self._execute else None
         reject_unknown_keys(self.settings)
+        refuse_secrets(self.settings.as_dict())
         data = resolve_data(self.settings)
         if self.subcommand == "fit":
             schedules = resolve_fit(self.settings, data)
@@ -145,22 +144,28 @@ class LladaCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         if not self._execute:
             return
+        check_devices(self.settings.trainer)
         try:
             super().instantiate_classes()
-        except (MisconfigurationException, ValueError) as error:  # what Lightning says of the trainer's settings
+        except (MisconfigurationException, ValueError, ImportError) as error:  # Lightning, of the trainer's settings
             raise UserError(" ".join(str(error).split())) from error
+        check_strategy(self.trainer.strategy)
         self.model.identity = self.identity
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run, trainer = self.settings.run, self.config_init[self.subcommand].trainer
         checkpoint_io = AsyncCheckpointIO(AtomicCheckpointIO()) if run.async_checkpoints else AtomicCheckpointIO()
         kwargs |= launched_settings(self.launch, trainer.devices, [checkpoint_io, *_as_list(trainer.plugins)])
+        self.memory = MemoryAdvice()
         if self.subcommand != "fit":
-            return super().instantiate_trainer(callbacks=[EvaluationProgress()], **kwargs)
+            return super().instantiate_trainer(callbacks=[EvaluationProgress(), self.memory], **kwargs)
         phase = self.phase
         data, model = self.datamodule, self.model
         self.accounting = Accounting(model.flops_per_token(data.sequence_length, data.mask_eps))
-        own_callbacks: list[Callback] = [self.accounting, LeaveTogether(self.leave)]
+        guard = self.settings.guard
+        model.guard = UpdateGuard(guard.spikes, guard.spike_zscore)
+        bad_numbers = BadNumbers(phase.folder, data.global_batch, guard.patience)
+        own_callbacks: list[Callback] = [self.accounting, bad_numbers, LeaveTogether(self.leave), self.memory]
         if trainer.enable_progress_bar is not False:
             title = f"{model.objective} {shape_name(model.shape)} {phase.title}".rstrip()
             own_callbacks.append(BudgetProgress(title, self.accounting))
@@ -178,10 +183,6 @@ class LladaCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Everything is known to fit together: only now write into the run's folder, and start W&B."""
-        check_strategy(self.trainer.strategy)
-        if self.settings.run.async_checkpoints and saves_shards(self.trainer.strategy):
-            raise UserError("run.async_checkpoints: true given, but this strategy writes shards; leave it out")
-        self.datamodule.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
         try:
             self._write_config()
             self._write_tokenizer()
@@ -210,17 +211,35 @@ class LladaCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if not self._execute:
             return
+        try:
+            self._run_resolved(subcommand)
+        except (RuntimeError, MemoryError) as error:
+            if self.memory.advice is None:
+                raise
+            raise UserError(self.memory.advice) from error
+
+    def _run_resolved(self, subcommand: str) -> None:
         if subcommand != "fit":
             super()._run_subcommand(subcommand)
             return
-        with leaving_at_a_steps_end(self.leave):
-            self.before_fit()
-            done = {record["run"] for record in read_records(self.folder)}
-            for phase in self.phases:
-                if phase.run not in done:
-                    self._fit(phase)
-        if isinstance(self.wandb, WandbLogger):
-            self._finish_wandb()
+        self.datamodule.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
+        if self.settings.run.async_checkpoints and saves_shards(self.trainer.strategy):
+            raise UserError("run.async_checkpoints: true given, but this strategy writes shards; leave it out")
+        with run_lock(self.folder, self.launch, self.trainer.is_global_zero):
+            with leaving_at_a_steps_end(self.leave):
+                self.before_fit()
+                done = {record["run"] for record in read_records(self.folder)}
+                for phase in self.phases:
+                    if phase.run in done:
+                        continue
+                    try:
+                        self._fit(phase)
+                    except DivergedError as stop:
+                        self._give_up(phase, stop)
+                        if phase.run is None:
+                            break
+            if self.wandb is not None:
+                self.wandb.finish()
 
     def _fit(self, phase: Phase) -> None:
         """Train a phase to its end; if a budget ends there, validate, write the record, say where it is."""
@@ -244,6 +263,15 @@ class LladaCLI(LightningCLI):
         parent = phase.parent_hash() if self.trainer.is_global_zero else None
         self._write(result_record(phase.run, self.trainer, self.model, self.datamodule, self.accounting, parent))
 
+    def _give_up(self, phase: Phase, stop: DivergedError) -> None:
+        """Record that a budget, or with its trunk every budget from here on, has no loss: once is enough."""
+        say(str(stop))
+        without_validation(self.model)
+        lost = [phase] if phase.run else self.phases[self.phases.index(phase) :]
+        parent = phase.parent_hash() if self.trainer.is_global_zero else None
+        for run in [other.run for other in lost if other.run]:
+            self._write(result_record(run, self.trainer, self.model, self.datamodule, self.accounting, parent))
+
     @rank_zero_only
     def after_validate(self) -> None:
         """The figure, with its error bar, on stdout."""
@@ -259,7 +287,7 @@ class LladaCLI(LightningCLI):
             print("\n".join(f"{nats:.6f}" for nats in nats_B.tolist()))
 
     def _warn_of_few_documents(self) -> None:
-        if self.model.val_documents < FEW_DOCUMENTS:
+        if 0 < self.model.val_documents < FEW_DOCUMENTS:
             say(
                 f"note: validation sequences begin in {self.model.val_documents} documents only, so the standard error "
                 "means little; give more text, or prepare it with a larger --val-fraction"
@@ -269,21 +297,16 @@ class LladaCLI(LightningCLI):
     def _write(self, record: dict[str, Any]) -> None:
         write_validation(self.folder, record["steps"], self.model.val_by_document)
         records = sorted([*read_records(self.folder), record], key=lambda known: int(known["steps"]))
-        if isinstance(self.wandb, WandbLogger):
+        if self.wandb is not None:
             # Of several budgets the largest one's figures stand in the summary, and all of them below one key.
             everything = {"records": json.dumps(strict_json(records))} if len(self.phases) > 1 else {}
-            self.wandb.experiment.summary.update({**records[-1], **everything})
+            self.wandb.update_summary({**records[-1], **everything})
         path = write_records(self.folder, records)  # last: from here on the budget counts as reached
         say(
             f"{record['run']}: {describe_loss(record, record['val_kind'])}, {record['flops_6nd']:.3g} FLOPs (6ND), "
             f"{record['wall_seconds']:.0f} s; {path}"
         )
         self._warn_of_few_documents()
-
-    @rank_zero_only
-    def _finish_wandb(self) -> None:
-        assert self.wandb is not None
-        self.wandb.experiment.finish()
 
     def check_folder(self) -> None:
         """Leave if the run is done; refuse the folder of another run. Nothing is written here."""
@@ -332,18 +355,6 @@ class LladaCLI(LightningCLI):
                 path.write_text(text, encoding="utf-8")
 
 
-def class_first(args: list[str]) -> list[str]:
-    """The arguments with each `--model=NAME` before its `--model.…`: the parser needs the class before its settings,
-    and a sweep's agent hands arguments over in an order of its own."""
-    args = list(args)
-    for key in ("--model", "--data"):
-        named = next((i for i, arg in enumerate(args) if arg.startswith(f"{key}=")), None)
-        setting = next((i for i, arg in enumerate(args) if arg.startswith(f"{key}.")), None)
-        if named is not None and setting is not None and setting < named:
-            args.insert(setting, args.pop(named))
-    return args
-
-
 def run_folder(args: list[str]) -> Path:
     """The folder that `llada ARGS` (from `fit` on) would run in; builds and starts nothing."""
     return LladaCLI(args, execute=False).folder
@@ -353,6 +364,7 @@ def resolved_run(args: list[str]) -> tuple[Path, str]:
     """The folder that `llada ARGS` (from `fit` on) would run in, and its resolved configuration as YAML."""
     cli = LladaCLI(args, execute=False)
     cli.check_folder()
+    check_unlocked(cli.folder)
     return cli.folder, cli.resolved
 
 

@@ -58,6 +58,21 @@ class Run:
 
 
 @dataclass
+class Guard:
+    """What to do about bad numbers. An update with a loss or gradient that is not finite is skipped in any case.
+
+    Args:
+        spikes: a loss far above those of the last 100 updates: skip its update, report it, or do not look.
+        spike_zscore: how far: robust standard deviations above their median.
+        patience: updates skipped in a row that end the run.
+    """
+
+    spikes: Literal["ignore", "report", "skip"] = "report"
+    spike_zscore: float = 30.0
+    patience: int = 20
+
+
+@dataclass
 class Wandb:
     """Weights & Biases; metrics.csv is written in any case.
 

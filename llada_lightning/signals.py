@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -71,4 +71,5 @@ def _finish_wandb() -> None:
     """Send what W&B still holds: SLURM ends the job's processes soon after it is asked to requeue the job."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
-        wandb.finish(exit_code=1)
+        with suppress(Exception):  # W&B is never in the way
+            wandb.finish(exit_code=1)

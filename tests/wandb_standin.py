@@ -70,6 +70,10 @@ class WandbStandIn:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Hang up; from then on nobody listens there."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -12,12 +12,15 @@ import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
@@ -72,8 +75,12 @@ class ShardReader(dcp.FileSystemReader):
         self.fill({f"{part}.{name}": tensor})
         return tensor
 
-    def fill(self, flat: dict[str, Any]) -> None:
-        """Reads, in place, the value of each full name; a tensor's room is given.
+    def fill(self, values: dict[str, Any], together: bool = False) -> None:
+        """Reads, in place, the value of each full name, or of each nested one; a tensor's room is given.
+
+        Args:
+            values: to be filled.
+            together: with the other processes of the run, each its shards.
 
         Raises:
             UserError: a shard is missing or damaged, or holds other things than plain values and tensors.
@@ -81,7 +88,7 @@ class ShardReader(dcp.FileSystemReader):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*torch.distributed is disabled.*")  # as asked
-                dcp.load(flat, storage_reader=self, planner=_Planner(), no_dist=True)
+                dcp.load(values, storage_reader=self, planner=_Planner(), no_dist=not together)
         except CheckpointException as error:
             cause, _ = next(iter(error.failures.values()))
             raise UserError(
@@ -112,8 +119,25 @@ class _IndexUnpickler(pickle.Unpickler):
 
 class _Planner(dcp.DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        # Nothing but plain values and tensors; flat keys are their own paths.
-        self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+        # The library's own method runs what it reads; here nothing but plain values and tensors pass.
+        plain = torch.load(value, weights_only=True)
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], plain)
+
+
+@contextmanager
+def refusing_strangers(path: Path) -> Iterator[None]:
+    """One line for a checkpoint that does not hold what a checkpoint is made of.
+
+    Raises:
+        UserError: it is damaged, or holds objects that could run code.
+    """
+    try:
+        yield
+    except (OSError, EOFError, LookupError, AttributeError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"checkpoint '{path}' is refused: it is damaged, or holds other things than a checkpoint, which may run "
+            "code when they are read; take another one"
+        ) from error
 
 
 def read_sharded(folder: Path) -> dict[str, Any]:

@@ -67,6 +67,14 @@ class Corpus(ABC):
         """Bytes of the source (as stored) that the present pass has read."""
         return 0
 
+    def present_identity(self) -> dict[str, Any]:
+        """The identity as the source stands now: another one where it has changed since it was opened.
+
+        Raises:
+            UserError: the source cannot be read any more.
+        """
+        return self.identity
+
 
 class FileCorpus(Corpus):
     """Documents from files.
@@ -89,9 +97,13 @@ class FileCorpus(Corpus):
         self._list_files = list_files
         self._read = read
         self._skip_binary = skip_binary
+        self._facts = facts
         self._meter = Meter()
-        self.identity = {**facts, **file_identity(list_files, facts)}
+        self.identity = self.present_identity()
         self.total_bytes = self.identity["bytes"]
+
+    def present_identity(self) -> dict[str, Any]:
+        return {**self._facts, **file_identity(self._list_files, self._facts)}
 
     @property
     def position(self) -> int:
@@ -128,15 +140,21 @@ class DatasetCorpus(Corpus):
         self._path = Path(where).expanduser()
         name, _, config = where.partition(":")
         if self._path.exists():
-            # A dataset on this machine is known by its files, like every other corpus of files.
-            facts: dict[str, Any] = {"kind": "dataset", "split": self._split}
-            self.identity = {**facts, **file_identity(lambda: list_path(self._path), facts)}
+            self.identity = self._identity_of_files()
             self._load_args: dict[str, Any] = _local_dataset(self._path)
         else:
             # The hub's revision is left out: a rerun that does nothing should need no network.
-            facts = {"kind": "dataset", "name": name, "config": config or None, "split": self._split}
+            facts: dict[str, Any] = {"kind": "dataset", "name": name, "config": config or None, "split": self._split}
             self.identity = {**facts, "digest": digest_of(facts)}
             self._load_args = {"path": name, "name": config or None}
+
+    def _identity_of_files(self) -> dict[str, Any]:
+        """A dataset on this machine is known by its files, like every other corpus of files."""
+        facts: dict[str, Any] = {"kind": "dataset", "split": self._split}
+        return {**facts, **file_identity(lambda: list_path(self._path), facts)}
+
+    def present_identity(self) -> dict[str, Any]:
+        return self._identity_of_files() if "files" in self.identity else self.identity
 
     def documents(self) -> Iterator[str]:
         dataset = self._load()
@@ -232,11 +250,14 @@ def list_folder(
 ) -> Iterator[tuple[str, Path]]:
     """The files under a folder, sorted by relative path; hidden names and links to folders are left out.
 
-    One folder's names are held at a time, not the whole tree's.
+    One folder's names are held at a time, not the whole tree's. UserError where a folder cannot be read.
     """
-    with os.scandir(folder) as entries:
-        # With a slash behind the folders, the order by name is the order of the relative paths.
-        named = sorted((entry.name + "/" * entry.is_dir(follow_symlinks=False), entry.path) for entry in entries)
+    try:
+        with os.scandir(folder) as entries:
+            # With a slash behind the folders, the order by name is the order of the relative paths.
+            named = sorted((entry.name + "/" * entry.is_dir(follow_symlinks=False), entry.path) for entry in entries)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); mend or remove the folder") from error
     for name, path in named:
         if name.startswith(".") or not keep(name):
             continue

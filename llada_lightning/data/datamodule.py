@@ -18,14 +18,8 @@ from llada_lightning.data.datasets import (
     ValidationDataset,
     take_batch,
 )
-from llada_lightning.data.manifest import (
-    Manifest,
-    TokenizerInfo,
-    check_sequence_length,
-    check_shards,
-    local_path,
-    read_manifest,
-)
+from llada_lightning.data.integrity import check_shards
+from llada_lightning.data.manifest import Manifest, TokenizerInfo, check_sequence_length, local_path, read_manifest
 from llada_lightning.data.order import WINDOW_SHARDS, Mixture
 from llada_lightning.errors import UserError
 from llada_lightning.objectives.forward_process import TimeSampling
@@ -152,7 +146,8 @@ class TokenDataModule(LightningDataModule):
         return list(zip(read.tolist(), items, strict=True))
 
     def check(self) -> None:
-        """Refuse a data folder that cannot serve: missing or cut shards, sequences longer than a shard."""
+        """Refuse a data folder that cannot serve: missing, cut or foreign files, sequences longer than a
+        shard. The shards' bytes are checked when they are read."""
         for folder, manifest in zip(self.weights, self.manifests, strict=True):
             check_shards(folder, manifest)
             check_sequence_length(manifest, self.sequence_length)
@@ -197,13 +192,12 @@ class TokenDataModule(LightningDataModule):
     predict_dataloader = val_dataloader
 
     def _stream(self, split: str, seed: int) -> TokenStream:
-        shards = [m.splits[split].shards for m in self.manifests]
         return TokenStream(
-            folders=[f"{_for_litdata(folder)}/{split}" for folder in self.weights],
-            shard_items=[[shard.tokens // self.sequence_length for shard in source] for source in shards],
+            folders=[_for_litdata(folder) for folder in self.weights],
+            manifests=self.manifests,
+            split=split,
             weights=list(self.weights.values()),
             sequence_length=self.sequence_length,
-            vocab_size=self.tokenizer.vocab_size,
             seed=seed,
             window_shards=self.window_shards,
         )

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from litdata import StreamingDataset, TokensLoader
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from llada_lightning.data.batches import TrainingBatch, ValidationBatch
+from llada_lightning.data.manifest import Manifest
 from llada_lightning.data.order import EpochOrder, Mixture
+from llada_lightning.data.shard_reader import ShardReader
 from llada_lightning.errors import UserError
 from llada_lightning.objectives import forward_process
 from llada_lightning.objectives.forward_process import TimeSampling
@@ -33,11 +34,11 @@ class TokenStream:
     """The sequences of one split of a weighted mixture, by ordinal.
 
     Args:
-        folders: one folder (or URL) of litdata shards a source.
-        shard_items: for each source, the sequences in each of its shards.
+        folders: the prepared folders (or URLs), as litdata takes them; one a source.
+        manifests: of the folders.
+        split: "train" or "val".
         weights: of the mixture.
         sequence_length: L.
-        vocab_size: of the tokenizer.
         seed: of the order.
         window_shards: shards whose items are shuffled together.
     """
@@ -45,20 +46,24 @@ class TokenStream:
     def __init__(
         self,
         folders: Sequence[str],
-        shard_items: Sequence[Sequence[int]],
+        manifests: Sequence[Manifest],
+        split: str,
         weights: Sequence[float],
         sequence_length: int,
-        vocab_size: int,
         seed: int,
         window_shards: int,
     ) -> None:
-        self.sequence_length, self._vocab_size, self._folders = sequence_length, vocab_size, folders
+        self.sequence_length, self._vocab_size = sequence_length, manifests[0].tokenizer.vocab_size
         self.mixture = Mixture(weights)
-        self.orders = [EpochOrder(items, seed, source, window_shards) for source, items in enumerate(shard_items)]
+        shards = [manifest.splits[split].shards for manifest in manifests]
+        self.orders = [
+            EpochOrder([shard.tokens // sequence_length for shard in own], seed, source, window_shards)
+            for source, own in enumerate(shards)
+        ]
         self._documents: dict[tuple[int, int], int] = {}
-        self._datasets = [
-            StreamingDataset(folder, item_loader=TokensLoader(block_size=sequence_length), shuffle=False)
-            for folder in folders
+        self._readers = [
+            ShardReader(folder, split, manifest, sequence_length)
+            for folder, manifest in zip(folders, manifests, strict=True)
         ]
 
     def locate(self, ordinal: int) -> tuple[int, int]:
@@ -70,15 +75,15 @@ class TokenStream:
         """(B, L) int64.
 
         Raises:
-            UserError: a token that the tokenizer does not have: the shards are damaged.
+            UserError: a shard is not what was prepared, or holds a token that the tokenizer does not have.
         """
         located = [self.locate(ordinal) for ordinal in ordinals]
-        tokens_BL = torch.stack([self._datasets[source][item].long() for source, item in located])
-        foreign = (tokens_BL >= self._vocab_size).any(dim=1).nonzero()
+        tokens_BL = torch.stack([self._readers[source][item].long() for source, item in located])
+        foreign = ((tokens_BL < 0) | (tokens_BL >= self._vocab_size)).any(dim=1).nonzero()
         if len(foreign):
             source, item = located[int(foreign[0])]
             raise UserError(
-                f"data.path: sequence {item} of '{self._folders[source]}' has tokens beyond the vocabulary of "
+                f"data.path: sequence {item} of '{self._readers[source].folder}' has tokens beyond the vocabulary of "
                 f"{self._vocab_size}; the shards are damaged: prepare the corpus again"
             )
         return tokens_BL
@@ -96,7 +101,7 @@ class TokenStream:
 
     def _find_document(self, source: int, item: int, eos_token_id: int) -> int:
         for earlier in range(item - 1, -1, -1):
-            ends = (self._datasets[source][earlier] == eos_token_id).nonzero()
+            ends = (self._readers[source][earlier] == eos_token_id).nonzero()
             if len(ends):
                 return self._place(source, earlier) + 1 + int(ends[-1])
             if (source, earlier) in self._documents:

@@ -1,4 +1,4 @@
-"""The manifest of a prepared data folder: what it holds, how it was made, and the checks before it is trained on.
+"""The manifest of a prepared data folder: what it holds, how it was made, and whether it can be true.
 
 A prepared folder is ``manifest.json``, ``tokenizer.json``, and for each of the splits ``train`` and ``val`` litdata's
 ``index.json`` with its shards. Counts are taken from the manifest, never from litdata, whose lengths are shares of
@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from llada_lightning.errors import UserError
@@ -21,6 +22,16 @@ FORMAT = 1
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
+SPLITS = ("train", "val")
+TOKEN_BYTES = {"uint16": 2, "int32": 4}
+"""Bytes of a stored token, by dtype."""
+
+SHARD_HEADER = 12
+"""Bytes before a shard's tokens: litdata's number of items, which is 1, and two offsets, each uint32."""
+
+COPY_AGAIN = "copy the folder again, or delete it and prepare it again"
+"""The mend of damaged data."""
+
 _KIND = "llada-prepared-data"
 _LOCAL_PREFIXES = ("local:", "file://")
 
@@ -113,8 +124,9 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """The text of ``manifest.json``."""
-        return json.dumps({"kind": _KIND, **asdict(self)}, indent=1) + "\n"
+        """The text of ``manifest.json``, which ends with a checksum of the rest."""
+        record = {"kind": _KIND, **asdict(self)}
+        return json.dumps({**record, "checksum": _checksum(record)}, indent=1) + "\n"
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Manifest:
@@ -123,8 +135,27 @@ class Manifest:
             name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
             for name, split in record["splits"].items()
         }
-        fields = {key: value for key, value in record.items() if key != "kind"}
+        fields = {key: value for key, value in record.items() if key not in ("kind", "checksum")}
         return cls(**{**fields, "splits": splits, "tokenizer": TokenizerInfo(**record["tokenizer"])})
+
+
+def canonical_json(content: Any) -> str:
+    """JSON that is equal for equal content: keys sorted, no white space, ASCII."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(record).encode()).hexdigest()
+
+
+@lru_cache(maxsize=2)  # a large vocabulary takes a second, and a run asks at each of its phases
+def tokenizer_fingerprint(text: str, eos_id: int, mask_id: int) -> str:
+    """SHA-256 of a tokenizer's content and special ids, whatever the layout of its file.
+
+    Args:
+        text: of a ``tokenizer.json``; ValueError where it is not JSON.
+    """
+    return _checksum({"tokenizer": json.loads(text), "eos_id": eos_id, "mask_id": mask_id})
 
 
 def data_fingerprint(splits: Mapping[str, Split], tokenizer_fingerprint: str) -> str:
@@ -208,11 +239,10 @@ def _read_remote(url: str, name: str) -> str:
 
 
 def _decode(text: str, folder: str) -> Manifest:
-    damaged = f"{MANIFEST_NAME} of '{folder}' is damaged; delete the folder and prepare it again"
     try:
         record = json.loads(text)
-    except ValueError as error:
-        raise UserError(damaged) from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(folder, "not JSON") from error
     if not isinstance(record, dict) or record.get("kind") != _KIND:
         raise _foreign(folder)
     if record.get("format") != FORMAT:
@@ -220,34 +250,63 @@ def _decode(text: str, folder: str) -> Manifest:
             f"'{folder}' has format {record.get('format')}, this version reads format {FORMAT}; prepare it again, or "
             "use the version of llada-lightning that wrote it"
         )
+    checksum = record.pop("checksum", None)  # which the first folders lack
+    if checksum is not None and checksum != _checksum(record):
+        raise _damaged(folder, "its checksum is of another text")
     try:
-        return Manifest.from_dict(record)
+        manifest = Manifest.from_dict(record)
+        contradiction = next(_contradictions(manifest), None)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(damaged) from error
+        raise _damaged(folder, f"{type(error).__name__}: {error}") from error
+    if contradiction is not None:
+        raise _damaged(folder, contradiction)
+    return manifest
 
 
-def check_shards(folder: str | os.PathLike[str], manifest: Manifest) -> None:
-    """Checks that every file of a local folder is there in its full size; a remote folder is left to the loader.
+def _damaged(folder: str, what: str) -> UserError:
+    return UserError(f"{MANIFEST_NAME} of '{folder}' is damaged ({what}); {COPY_AGAIN}")
 
-    litdata would wait for a missing shard as for a download, and read past the end of a short one.
 
-    Raises:
-        UserError: a shard or an index is missing or has another size.
-    """
-    root = local_path(folder)
-    if root is None:
-        return
-    mend = "copy the folder again, or delete it and prepare it again"
-    for name, split in manifest.splits.items():
-        if not os.path.isfile(os.path.join(root, name, "index.json")):
-            raise UserError(f"'{root}': {name}/index.json is missing; {mend}")
-        for shard in split.shards:
-            try:
-                size = os.stat(os.path.join(root, shard.file)).st_size
-            except OSError as error:
-                raise UserError(f"'{root}': shard {shard.file} is missing ({shard.size} bytes); {mend}") from error
-            if size != shard.size:
-                raise UserError(f"'{root}': shard {shard.file} has {size} bytes, expected {shard.size}; {mend}")
+def _contradictions(manifest: Manifest) -> Iterator[str]:
+    """What cannot be true of a prepared folder, whatever its files hold."""
+    ids, splits = manifest.tokenizer, manifest.splits
+    if sorted(splits) != sorted(SPLITS):
+        yield f"splits {', '.join(splits) or 'none'}, expected {' and '.join(SPLITS)}"
+    if manifest.dtype not in TOKEN_BYTES:
+        yield f"dtype {manifest.dtype!r}, expected {' or '.join(TOKEN_BYTES)}"
+    if not isinstance(manifest.settings, dict) or not isinstance(manifest.source["digest"], str):
+        yield "the source's digest or the settings are missing"
+    words = 1 << (16 if manifest.dtype == "uint16" else 31)
+    if not (_is_whole(ids.vocab_size, 1) and ids.vocab_size <= words):
+        yield f"vocab_size {ids.vocab_size!r} as {manifest.dtype}"
+    for name, token_id in (("eos_id", ids.eos_id), ("mask_id", ids.mask_id)):
+        if not (_is_whole(token_id, 0) and token_id < ids.vocab_size):
+            yield f"{name} {token_id!r} of {ids.vocab_size} words"
+    if ids.eos_id == ids.mask_id:
+        yield f"eos_id and mask_id are both {ids.eos_id}"
+    for name, split in splits.items():
+        yield from _split_contradictions(name, split, TOKEN_BYTES[manifest.dtype])
+    fingerprint = data_fingerprint(splits, ids.fingerprint)
+    if fingerprint != manifest.fingerprint:
+        yield f"fingerprint {manifest.fingerprint}, the checksums of its shards and tokenizer give {fingerprint}"
+
+
+def _split_contradictions(name: str, split: Split, token_bytes: int) -> Iterator[str]:
+    for key in ("documents", "tokens", "bytes"):
+        if not _is_whole(getattr(split, key), 1):
+            yield f"{name}: {key} {getattr(split, key)!r}"
+    for shard in split.shards:
+        if not shard.file.startswith(f"{name}/") or "/" in shard.file.removeprefix(f"{name}/"):
+            yield f"shard {shard.file!r} lies outside of '{name}'"
+        if not _is_whole(shard.tokens, 1) or shard.size != SHARD_HEADER + shard.tokens * token_bytes:
+            yield f"shard {shard.file}: {shard.tokens!r} tokens in {shard.size!r} bytes"
+    tokens = sum(shard.tokens for shard in split.shards)
+    if not split.documents <= split.tokens == tokens:
+        yield f"{name}: {split.tokens} tokens in {split.documents} documents, its shards hold {tokens}"
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
 
 
 def check_sequence_length(manifest: Manifest, sequence_length: int) -> None:

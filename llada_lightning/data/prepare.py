@@ -22,13 +22,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from llada_lightning.data.corpora import Corpus, open_corpus
+from llada_lightning.data.integrity import check_shards
 from llada_lightning.data.manifest import (
     MANIFEST_NAME,
+    SPLITS,
     TOKENIZER_NAME,
     Manifest,
     Split,
     TokenizerInfo,
-    check_shards,
     data_fingerprint,
     read_manifest,
 )
@@ -38,7 +39,6 @@ from llada_lightning.data.shard_writer import ShardWriter, check_shard_tokens, t
 from llada_lightning.data.tokenizers import load_tokenizer, pieces, tokenizer_info, train_tokenizer
 from llada_lightning.errors import UserError
 
-SPLITS = ("train", "val")
 BATCH_CHARS = 1 << 21
 """Characters encoded at once: enough to keep many cores busy, about 100 MB while they are."""
 
@@ -364,6 +364,8 @@ def _write(
         _check_splits({name: encoder.documents for name, encoder in encoders.items()}, settings, source, corpus)
         splits = {name: encoder.close() for name, encoder in encoders.items()}
     report.update(splits.values(), corpus.position, force=True)
+    if corpus.present_identity() != corpus.identity:
+        raise UserError(f"source '{source}' changed while it was being read; run again when it rests")
     manifest = Manifest(
         source=corpus.identity,
         settings=record,
@@ -379,4 +381,8 @@ def _write(
     except OSError as error:
         message = f"'{folder}' cannot be written ({error.strerror}); free space, or choose another --out"
         raise UserError(message) from error
+    try:
+        check_shards(folder, manifest)
+    except UserError as error:
+        raise UserError(f"files were removed or cut while they were being written: {error}") from error
     return manifest

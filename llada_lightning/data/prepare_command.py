@@ -51,9 +51,16 @@ def prepare_parser() -> CommandParser:
     tokenizer.add_argument("--add-mask-token", action="store_true", help="add a mask token to a tokenizer without one")
     tokenizer.add_argument("--eos-token", type=str, default=None, help="the taken tokenizer's end-of-text token")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=str, required=True, help="folder to write; it appears when it is complete")
+    output.add_argument("--out", type=str, default=None, help="folder to write; it appears when it is complete")
     output.add_argument("--val-fraction", type=float, default=0.02, help="share of the documents kept for validation")
     output.add_argument("--shard-tokens", type=int, default=1 << 20, help="tokens of a shard, at least 1000 sequences")
+    output.add_argument(
+        "--verify",
+        type=str,
+        default=None,
+        metavar="DIR",
+        help="write nothing: read all of a prepared folder (or URL), and name each file that is damaged",
+    )
     output.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     output.add_argument("--quiet", action="store_true", help="no progress on stderr")
     return parser
@@ -63,10 +70,17 @@ def prepare_command(args: list[str]) -> int:
     """Runs ``llada prepare`` with its arguments; returns the exit code.
 
     Raises:
-        UserError: an option, the source, the tokenizer or the folder is not right.
+        UserError: an option, the source, the tokenizer or the folder is not right, or a verified folder is damaged.
     """
-    options = vars(prepare_parser().parse_args(args))
-    as_json, quiet = options.pop("json"), options.pop("quiet")
+    parser = prepare_parser()
+    options = vars(parser.parse_args(args))
+    as_json, quiet, verified = options.pop("json"), options.pop("quiet"), options.pop("verify")
+    if (options["out"] is None) == (verified is None):
+        parser.error("the following arguments are required: out, or verify, and not both")
+    if verified is not None:
+        from llada_lightning.data.verify_command import verify_command
+
+        return verify_command(verified, as_json=as_json, quiet=quiet)
     if options["document_separator"] is not None:
         options["document_separator"] = unescaped(options["document_separator"])
     from llada_lightning.data.prepare import prepare  # after the parser, so that --help answers at once

@@ -14,6 +14,7 @@ import numpy as np
 
 from llada_lightning.data.manifest import Shard
 from llada_lightning.errors import UserError
+from llada_lightning.files import file_sha256
 
 if TYPE_CHECKING:
     from litdata.streaming.writer import BinaryWriter
@@ -107,11 +108,9 @@ class ShardWriter:
         return BinaryWriter(str(self._folder), chunk_size=self._shard_tokens, item_loader=TokensLoader())
 
     def _record(self, path: str) -> None:
-        with open(path, "rb") as file:
-            checksum = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file.read())
         name = Path(path).relative_to(self._root).as_posix()
         tokens = self._lengths[len(self.shards)]
-        self.shards.append(Shard(name, tokens, os.path.getsize(path), checksum.hexdigest()))
+        self.shards.append(Shard(name, tokens, os.path.getsize(path), file_sha256(path)))
 
     def _write_index(self, rank: int) -> None:
         """Turns litdata's index of one writer into that of the split.
@@ -124,10 +123,6 @@ class ShardWriter:
         index["updated_at"] = hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:32]
         (self._folder / "index.json").write_text(json.dumps(index, sort_keys=True), encoding="utf-8")
         worker_index.unlink()
-
-
-def _digest(content: bytes) -> hashlib._Hash:
-    return hashlib.sha256(content)  # Python 3.10 lacks file_digest
 
 
 @contextlib.contextmanager

@@ -7,16 +7,14 @@ truncation.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from llada_lightning.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo
+from llada_lightning.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo, tokenizer_fingerprint
 from llada_lightning.errors import UserError
 
 EOS_TOKEN = "[EOS]"
@@ -271,11 +269,5 @@ def tokenizer_info(tokenizer: Tokenizer, *, eos_token: str = EOS_TOKEN, mask_tok
         raise UserError(f"the tokenizer lacks '{eos_token if eos_id is None else mask_token}'; use one that has it")
     # Ids may have holes, and a model needs a row for each up to the largest.
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    content = {"tokenizer": json.loads(tokenizer.to_str()), "eos_id": eos_id, "mask_id": mask_id}
-    fingerprint = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    fingerprint = tokenizer_fingerprint(tokenizer.to_str(), eos_id, mask_id)
     return TokenizerInfo(vocab_size, eos_token, eos_id, mask_token, mask_id, fingerprint)
-
-
-def canonical_json(content: Any) -> str:
-    """JSON that is equal for equal content: keys sorted, no white space, ASCII."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))

@@ -13,6 +13,7 @@ import pandas as pd
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.covariance import CovarianceReport, Row
+from llada_lightning.scaling.faults import skipped_updates
 from llada_lightning.scaling.results import (
     CONFIG_FILE,
     DIVERGED,
@@ -78,6 +79,8 @@ class CollectReport:
     """Folder or W&B run -> why it is not finished. Records that exist are in the table, with their status."""
     diverged: list[str] = field(default_factory=list)
     """Where the finished runs are whose validation loss is not finite. They are in the table."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Folder -> updates that its run skipped, because of bad numbers."""
     duplicates: list[Duplicate] = field(default_factory=list)
     foreign: dict[str, list[str]] = field(default_factory=dict)
     """W&B project -> its runs that are not ours."""
@@ -88,12 +91,15 @@ class CollectReport:
         """The report for people, one line a finding."""
         unfinished = [f"unfinished: {where} ({reason})" for where, reason in self.unfinished.items()]
         diverged = [f"diverged: {where} (validation loss not finite)" for where in self.diverged]
+        counts = [f"{where} ({count})" for where, count in self.skipped.items()]
+        skipped = [f"skipped updates, see faults.csv: {_first_of(counts)}"] if counts else []
         duplicates = [line for twin in self.duplicates for line in twin.lines()]
         foreign = [
             f"not ours: {len(runs)} of {project}'s runs, without a record of `llada fit`: {_first_of(runs)}"
             for project, runs in self.foreign.items()
         ]
-        return unfinished + diverged + duplicates + foreign + (self.covariance.lines() if self.covariance else [])
+        covariance = self.covariance.lines() if self.covariance else []
+        return unfinished + diverged + skipped + duplicates + foreign + covariance
 
 
 @dataclass
@@ -166,6 +172,8 @@ def gather(sources: Iterable[Path | str]) -> Collection:
     for folder in find_run_folders(name for name in names if not name.startswith(PREFIX)):
         collection.report.folders += 1
         _add_folder(collection, folder)
+        if count := skipped_updates(folder):
+            collection.report.skipped[str(folder)] = count
     for project in dict.fromkeys(name for name in names if name.startswith(PREFIX)):
         _add_project(collection, project)
     collection.report.diverged = [where for where, record in collection.kept.values() if _has_diverged(record)]

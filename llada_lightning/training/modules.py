@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from lightning import LightningModule
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -27,6 +28,7 @@ from llada_lightning.objectives.losses import masked_diffusion_loss, next_token_
 from llada_lightning.scaling.budget import expected_mask_probability
 from llada_lightning.scaling.flops import Objective, TrainingFlops, flops_per_token
 from llada_lightning.scaling.shapes import Shape, get_shape
+from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.metrics import ValidationLoss
 from llada_lightning.training.parallel import shard, sharding_mesh
 from llada_lightning.training.schedules import WSD, schedule_from
@@ -85,7 +87,10 @@ class LanguageModule(LightningModule, ABC):
             raise UserError(f"model.optimizer: {optimizer}; betas must lie in [0, 1), eps above 0, weight_decay from 0")
         self.optimizer_settings, self.schedule = optimizer, schedule
         self.identity: dict[str, Any] = {}
+        self.guard = UpdateGuard()
         self.grad_norm: Tensor | None = None
+        self.step_loss: Tensor | None = None
+        self._micro_losses: list[Tensor] = []
         self.val_loss = ValidationLoss()
         self.validation: dict[str, float] = {}
         self.val_by_document: list[tuple[int, int, float]] = []
@@ -122,15 +127,33 @@ class LanguageModule(LightningModule, ABC):
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip by norm, over all shards, and keep the norm for the log."""
+        """Clip by norm, over all shards, and have the guard judge the step; both figures are kept for the log."""
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         clip = float(gradient_clip_val) if gradient_clip_val else float("inf")
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, self.grad_norm)
+        # What torch's fused optimizers take from a GradScaler: 1 leaves weights, moments and step counts as they are.
+        optimizer.found_inf = self._judge(self.grad_norm)  # type: ignore[attr-defined]
+
+    def _judge(self, grad_norm: Tensor) -> Tensor:
+        """The guard's verdict on the global batch, the same on all ranks."""
+        assert self.trainer is not None
+        figures = torch.stack([torch.stack(self._micro_losses).mean(), grad_norm])
+        self._micro_losses.clear()
+        if self.trainer.world_size > 1:
+            dist.all_reduce(figures)  # not Lightning's reduction, whose barrier would wait for the device
+            figures /= self.trainer.world_size
+        self.step_loss = figures[0]
+        return self.guard.judge(self.trainer.global_step + 1, *figures)
+
+    def on_train_start(self) -> None:
+        self._micro_losses.clear()  # of a step that an interrupt broke off
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        return self.training_loss(batch)
+        loss = self.training_loss(batch)
+        self._micro_losses.append(loss.detach())
+        return loss
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
         nats_per_token_B = self.sequence_nll(batch) / batch.tokens_BL.shape[1]
@@ -157,6 +180,7 @@ class LanguageModule(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint knows its run: every setting that makes it this run, and the fingerprints of its data."""
         checkpoint["identity"], checkpoint["objective"] = self.identity, self.objective
+        checkpoint["guard"] = self.guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another run's checkpoint; to validate, another model's or tokenizer's.
@@ -170,6 +194,8 @@ class LanguageModule(LightningModule, ABC):
             check_identity(model_identity(saved), model_identity(self.identity))
             return
         check_history(saved, self.identity, checkpoint["global_step"])
+        if "guard" in checkpoint:  # older ones have none
+            self.guard.load_state_dict(checkpoint["guard"])
         # Lightning counts micro-batches and steps where the count divides by the accumulation. A run may go on with
         # another accumulation, so the count is what it would be had the run had it from the start.
         batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches

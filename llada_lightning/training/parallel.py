@@ -11,12 +11,31 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from llada_lightning.checkpoints.sharded_checkpoints import by_name, is_sharded
+from llada_lightning.checkpoints.sharded_checkpoints import (
+    META,
+    ShardReader,
+    by_name,
+    is_sharded,
+    refusing_strangers,
+)
 from llada_lightning.cluster import Launch, device_count
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
@@ -42,12 +61,30 @@ class FullySharded(ModelParallelStrategy):
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """A checkpoint in shards by Lightning; of a file, every process takes its shards."""
+        """Every process takes its shards, of a checkpoint in shards or of a file; nothing in either is run.
+
+        Lightning's own method would read the index and the settings of the optimizer as pickles that may run code.
+        """
         path = Path(self.broadcast(checkpoint_path))
-        if is_sharded(path):
-            return super().load_checkpoint(path, weights_only)
+        with refusing_strangers(path):
+            return self._load_shards(path) if is_sharded(path) else self._load_file(path)
+
+    def _load_shards(self, folder: Path) -> dict[str, Any]:
         assert self.model is not None
-        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        reader = ShardReader(folder)
+        reader.read_metadata()  # fails here, in each process alone, before they read together
+        weights = {"state_dict": get_model_state_dict(self.model)}
+        reader.fill(weights, together=True)
+        self.model.load_state_dict(weights["state_dict"])
+        for number, optimizer in enumerate(self.optimizers):
+            state: dict[str, Any] = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
+            reader.fill(state, together=True)
+            set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
+        return torch.load(folder / META, map_location="cpu", weights_only=True)
+
+    def _load_file(self, path: Path) -> dict[str, Any]:
+        assert self.model is not None
+        checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
         whole = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=whole)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -86,16 +123,19 @@ def saves_shards(strategy: Strategy) -> bool:
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse another sharding than ours.
+    """Refuse another strategy than one device, replicas, and our sharding.
 
-    Lightning's own class would split single matrices over a node, for which the model has no plan, and give the moments
-    of a checkpoint file to the wrong parameters (2.6, where an optimizer's groups are not in the model's order).
+    Lightning's own sharding would split single matrices over a node, for which the model has no plan, and give the
+    moments of a checkpoint file to the wrong parameters (2.6, where an optimizer's groups are not in the model's
+    order). And other strategies read checkpoints by themselves, as pickles that may run code.
 
     Raises:
         UserError: it is another one.
     """
-    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FullySharded):
-        raise UserError(f"trainer.strategy: {type(strategy).__name__} given; use --trainer.strategy=fsdp2")
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FullySharded)):
+        raise UserError(f"trainer.strategy: {type(strategy).__name__} given; use --trainer.strategy=fsdp2 (or ddp)")
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise UserError("trainer.strategy: spawned or forked processes keep what they train to themselves; use ddp")
 
 
 def sharding_mesh(strategy: Strategy) -> DeviceMesh:

@@ -79,6 +79,12 @@ def result_record(
     }
 
 
+def without_validation(module: LanguageModule) -> None:
+    """Of a run that broke off: it has no loss at its budget."""
+    module.validation = dict.fromkeys(("val_nats_per_token", "val_stderr", "val_bits_per_byte"), math.nan)
+    module.val_by_document = []
+
+
 def describe_devices(trainer: Trainer) -> str:
     """How many of which device: `8 x NVIDIA H100 80GB HBM3`, `1 x cpu (x86_64)`."""
     name = device_name(trainer)

@@ -5,9 +5,11 @@ import gzip
 import json
 import lzma
 import os
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
+from random import Random
 
 import pytest
 import zstandard
@@ -143,6 +145,28 @@ def test_a_damaged_file_is_named(tmp_path: Path, suffix: str, damage: str) -> No
         list(documents(str(path)))
 
 
+COMPRESS_WITH_CHECKSUM = {**COMPRESS, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2", ".zst"])
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_file_of_json_lines_is_named(tmp_path: Path, suffix: str, damage: str) -> None:
+    random = Random(0)
+    lines = "".join(json.dumps({"text": random.randbytes(20).hex()}) + "\n" for _ in range(4000))
+    raw = bytearray(COMPRESS_WITH_CHECKSUM[suffix](lines.encode()))
+    if damage == "cut":
+        del raw[len(raw) * 2 // 3 :]
+    else:
+        raw[len(raw) * 2 // 3] ^= 16
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(raw)
+    with pytest.raises(
+        UserError, match=r"a\.jsonl\.\w+(:\d+)?: (cannot be read|is not a line of JSON) \(.*; "
+    ) as caught:
+        list(documents(str(path)))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_text_that_is_not_utf8_or_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"caf\xe9 \n")
@@ -198,6 +222,30 @@ def test_a_dataset_of_the_hub_is_asked_for_by_name_configuration_and_split(monke
         {"path": "owner/name", "name": "en", "split": "validation", "streaming": True},
         {"path": "name", "name": None, "split": "train", "streaming": True},
     ]
+
+
+def test_code_in_a_dataset_is_never_run(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    (folder / "hostile.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        list(documents(f"hf:{folder}"))
+    write_jsonl(folder / "train.jsonl", ["a"])
+    with pytest.raises(UserError, match="cannot be read"):
+        list(documents(f"hf:{folder}"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_that_goes_away_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text" / "b").mkdir(parents=True)
+    (tmp_path / "text" / "a.txt").write_text("a")
+    (tmp_path / "text" / "b" / "b.txt").write_text("b")
+    stream = documents(str(tmp_path / "text"))
+    assert next(stream) == "a"
+    shutil.rmtree(tmp_path / "text" / "b")
+    with pytest.raises(UserError, match=r"text/b: cannot be read \(No such file or directory\); mend or remove"):
+        next(stream)
 
 
 def test_a_hub_out_of_reach_and_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:

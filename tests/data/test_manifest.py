@@ -5,17 +5,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
+from llada_lightning.data.integrity import check_shards
 from llada_lightning.data.manifest import (
     Manifest,
     Shard,
     Split,
     TokenizerInfo,
     check_sequence_length,
-    check_shards,
     data_fingerprint,
     read_manifest,
     read_tokenizer_text,
@@ -105,22 +106,66 @@ def test_missing_foreign_damaged_and_of_another_format(tmp_path: Path) -> None:
             read_manifest(tmp_path)
 
 
-def test_shards_missing_or_cut_short(tmp_path: Path) -> None:
-    manifest = write_folder(tmp_path / "data")
-    folder = str(tmp_path / "data")
-    check_shards(folder, manifest)
-    check_shards(f"local:{folder}", manifest)
-    shard = tmp_path / "data" / "train" / "chunk-0-1.bin"
-    shard.write_bytes(bytes(20))
-    with pytest.raises(UserError, match=r"train/chunk-0-1\.bin has 20 bytes, expected 22; copy the folder again"):
-        check_shards(folder, manifest)
-    shard.unlink()
-    with pytest.raises(UserError, match=r"train/chunk-0-1\.bin is missing"):
-        check_shards(folder, manifest)
-    (tmp_path / "data" / "val" / "index.json").unlink()
-    shard.write_bytes(bytes(22))
-    with pytest.raises(UserError, match=r"val/index\.json is missing"):
-        check_shards(folder, manifest)
+def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:
+    text = make_manifest().to_json()
+    (tmp_path / "manifest.json").write_text(text.replace('"bytes": 100', '"bytes": 101'))
+    with pytest.raises(UserError, match=r"is damaged \(its checksum is of another text\); copy the folder again"):
+        read_manifest(tmp_path)
+    record = json.loads(text)
+    assert record.pop("checksum")
+    (tmp_path / "manifest.json").write_text(json.dumps(record))  # as the first versions wrote it
+    assert read_manifest(tmp_path) == make_manifest()
+
+
+def changed(*keys: Any, value: Any) -> str:
+    """The text of a manifest without a checksum, one of its values changed."""
+    record = json.loads(make_manifest().to_json())
+    del record["checksum"]
+    inner = record
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    return json.dumps(record)
+
+
+SHARD = ("splits", "train", "shards", 0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (("splits",), {}, "splits none, expected train and val"),
+        (("dtype",), "float32", "dtype 'float32', expected uint16 or int32"),
+        (("dtype",), ["uint16"], "unhashable"),
+        (("dtype",), "int32", "20 tokens in 52 bytes"),
+        (("source",), {}, "KeyError: 'digest'"),
+        (("settings",), None, "settings are missing"),
+        (("tokenizer", "vocab_size"), 1 << 17, "vocab_size 131072 as uint16"),
+        (("tokenizer", "vocab_size"), -300, "vocab_size -300"),
+        (("tokenizer", "vocab_size"), "300", "vocab_size '300'"),
+        (("tokenizer", "mask_id"), 300, "mask_id 300 of 300 words"),
+        (("tokenizer", "mask_id"), 0, "eos_id and mask_id are both 0"),
+        (("tokenizer", "eos_id"), -1, "eos_id -1"),
+        (("splits", "val", "bytes"), 0, "val: bytes 0"),
+        (("splits", "val", "documents"), 1e300, r"val: documents 1e\+300"),
+        (("splits", "val", "documents"), 9, "8 tokens in 9 documents"),
+        (("splits", "train", "tokens"), 1 << 60, "its shards hold 25"),
+        (("splits", "train", "shards"), [], "25 tokens in 3 documents, its shards hold 0"),
+        ((*SHARD, "tokens"), -20, "-20 tokens in 52 bytes"),
+        ((*SHARD, "size"), 50, "20 tokens in 50 bytes"),
+        ((*SHARD, "file"), "train/../../secret", "lies outside of 'train'"),
+        ((*SHARD, "file"), "/etc/passwd", "lies outside of 'train'"),
+        ((*SHARD, "file"), 7, "AttributeError"),
+        ((*SHARD, "sha256"), "ab", "fingerprint [0-9a-f]{64}, the checksums of its shards and tokenizer give"),
+        (("tokenizer", "fingerprint"), "of another tokenizer", "the checksums of its shards and tokenizer give"),
+        (("fingerprint",), "of another folder", "fingerprint of another folder, the checksums"),
+    ],
+)
+def test_what_cannot_be_true_is_refused(tmp_path: Path, keys: tuple[Any, ...], value: Any, said: str) -> None:
+    (tmp_path / "manifest.json").write_text(changed(*keys, value=value))
+    with pytest.raises(UserError, match=rf"^manifest\.json of '.*' is damaged \(.*{said}.*\); ") as caught:
+        read_manifest(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_sequence_longer_than_every_shard() -> None:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -208,7 +207,7 @@ def test_wandb_out_of_reach_does_not_stop_the_run(
 
 
 def test_a_run_that_diverges_says_so(prepared: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"--model.schedule.lr": "1e30", "--trainer.gradient_clip_val": "null"}
+    settings = {"--model.schedule.lr": "1e30", "--trainer.gradient_clip_val": "null", "--guard.patience": "3"}
     folder = fit("arm", prepared, tmp_path, *(f"{k}={v}" for k, v in settings.items()), "--trainer.max_steps=6")
     found = json.loads((folder / "result.json").read_text())[0]
     assert found["status"] == "diverged"

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,21 @@ class KillAt(Callback):
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if trainer.global_step == self.step and self.rank in (None, trainer.global_rank):
             os.kill(os.getpid(), signal.Signals[self.name])
+
+
+class CallAt(Callback):
+    """Calls one of :data:`CALLS`, in this process, in the middle of the step after ``step``."""
+
+    def __init__(self, step: int, name: str) -> None:
+        self.step, self.name = step, name
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if trainer.global_step == self.step:
+            CALLS[self.name]()
+
+
+CALLS: dict[str, Callable[[], None]] = {}
+"""What tests want to happen in the middle of a step."""
 
 
 class KillInValidation(Callback):
@@ -96,7 +112,8 @@ def fit_process(
 def child_environment() -> dict[str, str]:
     """As ours, with this folder and the package under test to be imported."""
     paths = [str(TESTS), str(TESTS.parents[1])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    ours = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "LLADA_TRUSTED_MODULES": "tiny_runs"}
+    return {**os.environ, **ours}
 
 
 def free_port() -> int:
@@ -110,6 +127,11 @@ def kill_at(step: int, name: str = "SIGKILL", rank: int | None = None) -> str:
     """The argument that adds :class:`KillAt`."""
     arguments = f"{{step: {step}, name: {name}, rank: {'null' if rank is None else rank}}}"
     return f"--trainer.callbacks=[{{class_path: tiny_runs.KillAt, init_args: {arguments}}}]"
+
+
+def call_at(step: int, name: str) -> str:
+    """The argument that adds :class:`CallAt`."""
+    return f"--trainer.callbacks=[{{class_path: tiny_runs.CallAt, init_args: {{step: {step}, name: {name}}}}}]"
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:

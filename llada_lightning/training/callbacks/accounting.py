@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from llada_lightning.data.batches import TrainingBatch
 from llada_lightning.scaling.flops import TrainingFlops
 from llada_lightning.scaling.hardware import peak_flops
+from llada_lightning.training.modules import LanguageModule
 
 _WINDOW = 20
 """Logged steps over which the rates of the log and the progress line are taken."""
@@ -36,7 +36,6 @@ class Accounting(Callback):
         self.train_seconds = 0.0
         self.wall_seconds = 0.0
         self.last: dict[str, float] = {}
-        self._loss: Tensor | None = None
         self._lr = 0.0
         self._step = 0
         self._tick = 0.0
@@ -96,19 +95,16 @@ class Accounting(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TrainingBatch, batch_idx: int
     ) -> None:
-        # Lightning has divided each micro-batch's loss by their number: the sum is the global batch's loss.
-        loss = outputs["loss"]
-        self._loss = loss if self._loss is None else self._loss + loss
         if trainer.global_step == self._step:
             return
-        self._step, loss, self._loss = trainer.global_step, self._loss, None
+        self._step = trainer.global_step
         self.tokens += batch.global_tokens
         if self._step % trainer.log_every_n_steps == 0 or self._step == trainer.max_steps:  # type: ignore[attr-defined]
-            self._log(trainer, pl_module, loss)
+            self._log(trainer, pl_module)
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        # .item() waits for the device, so the clock is read after it.
-        mean_loss = trainer.strategy.reduce(loss, reduce_op="mean").item()
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModule) and pl_module.step_loss is not None
+        loss = float(pl_module.step_loss)  # waits for the device, so the clock is read after it
         self._advance(training=True)
         values: dict[str, float] = {
             "tokens": self.tokens,
@@ -117,12 +113,13 @@ class Accounting(Callback):
             "flops_head": self.flops.flops_head,
             "flops_total": self.flops.flops_total,
             "lr": self._lr,
-            "train_nats_per_token": mean_loss,
+            "train_nats_per_token": loss,
             "seconds": self.wall_seconds,
         }
-        grad_norm = getattr(pl_module, "grad_norm", None)
-        if grad_norm is not None:
-            values["grad_norm"] = float(grad_norm)
+        pl_module.guard.settle()
+        values["skipped_updates"] = pl_module.guard.skipped
+        if pl_module.grad_norm is not None:
+            values["grad_norm"] = float(pl_module.grad_norm)
         values.update(self._rates(trainer))
         self.last = values
         for logger in trainer.loggers:

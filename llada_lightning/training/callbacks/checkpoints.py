@@ -20,7 +20,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from llada_lightning.checkpoints.run_folder import checkpoint_of_step, checkpoints_by_step
-from llada_lightning.checkpoints.sharded_checkpoints import PARTIAL, discard, is_sharded, put_in_place, read_sharded
+from llada_lightning.checkpoints.sharded_checkpoints import (
+    PARTIAL,
+    discard,
+    is_sharded,
+    put_in_place,
+    read_sharded,
+    refusing_strangers,
+)
 from llada_lightning.errors import UserError
 from llada_lightning.signals import say
 from llada_lightning.training.agreement import Agreement
@@ -33,7 +40,7 @@ DAMAGED = ".damaged"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint appears whole or not at all; one in shards is read as a file would be; no pickle runs code."""
+    """A checkpoint appears whole or not at all; one in shards is read as a file would be; nothing in it is run."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
@@ -47,9 +54,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             put_in_place(partial, target)
 
     def load_checkpoint(self, path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
-        if is_sharded(Path(path)):
-            return read_sharded(Path(path))
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with refusing_strangers(Path(path)):
+            if is_sharded(Path(path)):
+                return read_sharded(Path(path))
+            return torch.load(path, map_location="cpu", weights_only=True)
 
     def remove_checkpoint(self, path: Any) -> None:
         discard(Path(path))
@@ -173,7 +181,7 @@ class StepCheckpoints(Checkpoint):
                 self._save(trainer)
         if better and trainer.is_global_zero:
             link_best(checkpoint_of_step(self._folder, step))
-            self._prune()
+            self._prune(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._saved != trainer.global_step:
@@ -202,13 +210,16 @@ class StepCheckpoints(Checkpoint):
             trainer.save_checkpoint(target)
         self._saved, self._due, self._last_save = trainer.global_step, False, time.monotonic()
         if trainer.is_global_zero:
-            self._prune()
+            self._prune(trainer)
 
-    def _prune(self) -> None:
+    def _prune(self, trainer: Trainer) -> None:
         by_step = checkpoints_by_step(self._folder)
         kept = {*sorted(by_step)[-self._plan.keep :], *self._plan.forks}
         if self._plan.keep_best and self._best is not None:
             kept.add(self._best[0])
+        guard = getattr(trainer.lightning_module, "guard", None)
+        if guard is not None:  # while updates are skipped, the last one from before that stays
+            kept.add(max((step for step in by_step if step <= guard.last_update), default=-1))
         for step in by_step.keys() - kept:
             discard(by_step[step])
 

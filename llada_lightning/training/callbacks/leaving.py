@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -50,7 +51,8 @@ class LeaveTogether(Callback):
         """W&B gives a run that it knows to be preempted to the next agent of its sweep."""
         wandb = sys.modules.get("wandb")  # a branch has no logger of its own, but the run has
         if isinstance(exception, SIGTERMException) and "WANDB_SWEEP_ID" in os.environ and wandb and wandb.run:
-            wandb.run.mark_preempting()
+            with suppress(Exception):  # W&B is never in the way
+                wandb.run.mark_preempting()
 
     def _agree(self, trainer: Trainer) -> None:
         received = self._request.received

@@ -2,21 +2,94 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from llada_lightning.errors import UserError
+from llada_lightning.signals import say
 
 INIT_TIMEOUT_SECONDS = float(os.environ.get("WANDB_INIT_TIMEOUT", "30"))
+FINISH_TIMEOUT_SECONDS = float(os.environ.get("WANDB_FINISH_TIMEOUT", "60"))
+"""How long the end of a run may take where W&B does not answer; what is not sent by then stays on disk."""
+
+P = ParamSpec("P")
+
+
+def _never_in_the_way(method: Callable[Concatenate[SafeWandbLogger, P], None]) -> Callable[..., None]:
+    """Whatever W&B raises ends the logging, with one line, and not the run."""
+
+    @functools.wraps(method)
+    def call(self: SafeWandbLogger, *args: P.args, **kwargs: P.kwargs) -> None:
+        if self.is_lost:
+            return
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            self.is_lost = True
+            import wandb
+
+            with suppress(Exception, SystemExit):  # or it would try again, and fail aloud, as Python leaves
+                wandb.teardown()
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            say(
+                f"warning: W&B is lost ({reason}); the run goes on, metrics.csv and result.json stay complete, and "
+                f"what W&B had until now can be sent by: wandb sync {self.save_dir}/wandb/*run-*"
+            )
+
+    return call
+
+
+class SafeWandbLogger(WandbLogger):
+    """Lightning's logger, of whose faults none ends a run.
+
+    Attributes:
+        is_lost: W&B has raised; nothing more is logged to it.
+    """
+
+    is_lost = False
+
+    @_never_in_the_way
+    def log_hyperparams(self, params: Any) -> None:
+        super().log_hyperparams(params)
+
+    @_never_in_the_way
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics(metrics, step)
+
+    @_never_in_the_way
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        super().after_save_checkpoint(checkpoint_callback)
+
+    @_never_in_the_way
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+
+    @rank_zero_only
+    @_never_in_the_way
+    def update_summary(self, values: dict[str, Any]) -> None:
+        """The figures that stand for the run in W&B's tables."""
+        self.experiment.summary.update(values)
+
+    @rank_zero_only
+    @_never_in_the_way
+    def finish(self) -> None:
+        """Send what is left, for :data:`FINISH_TIMEOUT_SECONDS` at most, and say so if that was too short."""
+        run = self.experiment
+        run.finish()
+        if getattr(run, "_finish_timed_out", False):
+            raise TimeoutError(f"no answer within {FINISH_TIMEOUT_SECONDS:g} s")
 
 
 def wandb_logger(
     folder: Path, run_id: str, name: str, project: str | None, entity: str | None, group: str | None, offline: bool
-) -> WandbLogger | None:
+) -> SafeWandbLogger | None:
     """The logger of a run, started; None where neither a project nor a sweep's agent asks for one.
 
     The id follows from the run's configuration, so a restarted run goes on in the same curves. Where W&B cannot be
@@ -35,15 +108,19 @@ def wandb_logger(
     # An agent has chosen the id already: of a new run, or of one that was preempted.
     identity: dict[str, Any] = {"resume": "allow"} if in_sweep else {"id": run_id, "resume": "allow"}
 
-    def start(offline: bool) -> WandbLogger:
-        logger = WandbLogger(
+    bounded: dict[str, Any] = {}
+    if "finish_timeout" in wandb.Settings.model_fields:  # older ones wait for as long as it takes
+        bounded["finish_timeout"] = FINISH_TIMEOUT_SECONDS
+
+    def start(offline: bool) -> SafeWandbLogger:
+        logger = SafeWandbLogger(
             name=name,
             project=project,
             entity=entity,
             group=group,
             save_dir=str(folder),
             offline=offline,
-            settings=wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, silent=True),
+            settings=wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, silent=True, **bounded),
             **identity,
         )
         start_run(logger)

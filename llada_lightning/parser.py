@@ -1,0 +1,32 @@
+"""The parser of Lightning's verbs, in our manners."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from llada_lightning.command_line import one_line
+from llada_lightning.errors import UserError
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are UserErrors of one line, and that takes no abbreviated keys."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(one_line(message, "llada fit")) from ex
+
+
+def class_first(args: list[str]) -> list[str]:
+    """The arguments with each `--model=NAME` before its `--model.…`: the parser needs the class before its settings,
+    and a sweep's agent hands arguments over in an order of its own."""
+    args = list(args)
+    for key in ("--model", "--data"):
+        named = next((i for i, arg in enumerate(args) if arg.startswith(f"{key}=")), None)
+        setting = next((i for i, arg in enumerate(args) if arg.startswith(f"{key}.")), None)
+        if named is not None and setting is not None and setting < named:
+            args.insert(setting, args.pop(named))
+    return args

@@ -1,0 +1,76 @@
+"""What a configuration asks of the machine, and the machine does not have: said before anything is built."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from llada_lightning.cluster import device_count
+from llada_lightning.errors import UserError
+from llada_lightning.signals import say
+from llada_lightning.trusted import not_trusted
+
+_GPU = ("gpu", "cuda")
+
+
+def check_devices(trainer: Namespace) -> None:
+    """Refuse devices that are not there, in words that say what is.
+
+    Args:
+        trainer: its settings, with the precision filled in. Instances, which only Python can give, pass.
+
+    Raises:
+        UserError: no such accelerator, fewer devices than asked for, or a class that is not trusted.
+    """
+    accelerator, devices = trainer.accelerator, trainer.devices
+    for key in ("accelerator", "strategy", "profiler"):
+        # A class that may not be imported is left over as a string.
+        if isinstance(trainer[key], str) and "." in trainer[key]:
+            raise UserError(f"trainer.{key}: {not_trusted(_class_path(trainer[key]))}")
+    named = ",".join(map(str, devices)) if isinstance(devices, (list, tuple)) else str(devices)
+    if not re.fullmatch(r"auto|-1|[1-9]\d*|(\d+,)+\d*|0,?", named.replace(" ", "")):
+        raise UserError(f"trainer.devices: {devices} given; give a number from 1, or leave it out")
+    if accelerator in _GPU:
+        _check_gpus(accelerator, devices)
+    elif accelerator == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"trainer.accelerator: mps given, but {_no_gpu('MPS')}; leave it out, or give cpu")
+    elif accelerator == "cpu" and not re.fullmatch(r"auto|[1-9]\d*", str(devices).strip()):
+        raise UserError(f"trainer.devices: {devices} given; on the CPU it is a number of processes, such as 1")
+    if _emulates_bf16(trainer):
+        say(f"note: {torch.cuda.get_device_name()} computes {trainer.precision} by way of fp32; 32-true is faster")
+
+
+def _emulates_bf16(trainer: Namespace) -> bool:
+    uses_gpu = trainer.accelerator in (*_GPU, "auto") and torch.cuda.is_available()
+    asked = str(trainer.precision).startswith("bf16")
+    return asked and uses_gpu and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _check_gpus(accelerator: str, devices: Any) -> None:
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not there:
+        raise UserError(f"trainer.accelerator: {accelerator} given, but {_no_gpu('CUDA')}; leave it out, or give cpu")
+    if isinstance(devices, str) and "," in devices:
+        devices = [number for number in devices.split(",") if number.strip()]
+    if isinstance(devices, (list, tuple)):
+        wanted = max(int(number) + 1 for number in devices)
+    else:
+        wanted = device_count(devices) or 1
+    if wanted > there:
+        raise UserError(
+            f"trainer.devices: {devices} given, but torch finds {there} GPU(s) here; give at most {there}, or leave it "
+            "out (all that there are)"
+        )
+
+
+def _no_gpu(kind: str) -> str:
+    return f"torch {torch.__version__} finds no {kind} device here"
+
+
+def _class_path(given: str) -> str:
+    """The dotted path within `a.b`, `{class_path: a.b}` and `{"class_path": "a.b", …}`."""
+    path = given.partition("class_path")[2] or given
+    return path.strip(" :{}\"'").split(",")[0].strip(" }\"'")
