@@ -112,18 +112,7 @@ def describe(report: CellReport) -> str:
 
 def table(reports: list[CellReport]) -> str:
     """The reports as a Markdown table, with their sums."""
-    head = [
-        "cell",
-        "kills",
-        "start-up",
-        "training",
-        "save",
-        "validation",
-        "result",
-        "one rank",
-        "restarts",
-        "steps lost",
-    ]
+    head = ["cell", "kills", *HITS, "result", "one rank", "restarts", "left behind", "steps lost"]
     lines = ["| " + " | ".join([*head, *COMPARED]) + " |", "|" + "---|" * (len(head) + len(COMPARED))]
     for report in reports:
         equal = ["-" if not report.runs else "no" if key in report.different else "yes" for key in COMPARED]
@@ -180,14 +169,14 @@ def main(argv: list[str] | None = None) -> int:
     options.out = options.out.resolve()
     if options.out.exists() and any(options.out.iterdir()):
         parser.error(f"--out: {options.out} is not empty; name a new folder")
+    names = [*(cell.name for cell in cells()), *COMMANDS]
+    if not any(chosen(name, options.only) for name in names):
+        parser.error(f"--only: no cell is called {' or '.join(options.only)}; choose from: {'; '.join(names)}")
     begin = time.monotonic()
     environment = child_environment(options.out / "tmp")
     references = References(options.out / "undisturbed", prepare_corpora(options.out / "data"), environment)
     jobs, needed = plan(options, references)
-    if not jobs:
-        parser.error(f"--only: no cell is called {' or '.join(options.only)}: {', '.join(c.name for c in cells())}")
-    kills = options.kills + options.command_kills
-    reports = run_jobs(jobs, needed, references, kills, options.jobs)
+    reports = run_jobs(jobs, needed, references, options.kills + options.command_kills, options.jobs)
     write_report(options.out, reports, time.monotonic() - begin, options)
     print(table(reports))
     print(f"\n{'all equal' if all(report.good for report in reports) else 'NOT equal'}: {options.out}/kill_matrix.json")

@@ -82,8 +82,8 @@ class Start:
             for pid in living:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(0.01)
+            self.process.poll()
+            time.sleep(0.01)
         self.process.wait()
 
     def outlived(self, seconds: float) -> bool:

@@ -65,6 +65,8 @@ class Killer:
     def _kill(self, pid: int) -> None:
         with suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().rstrip("\0").split("\0")
+            if "fit" not in words:  # forked, and not yet the fit
+                return
             os.kill(pid, signal.SIGKILL)
             self.killed.append(words[words.index("fit") :])
         self._ends[pid] = float("inf")
