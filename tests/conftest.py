@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from small_corpora import write_corpus
+
 # Two threads of torch beside loader workers and ranks on two cores slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The callbacks that kill a run are named by their class paths.
@@ -24,15 +26,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST_FIRST.index(first) if first in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=rank)
-
-
-def write_corpus(folder: Path, documents: int = 60, first: int = 0) -> Path:
-    """Text files of arithmetic sentences: enough tokens for a few epochs of tiny runs."""
-    folder.mkdir(parents=True)
-    for n in range(first, first + documents):
-        lines = [f"{n} plus {k} is {n + k}, and {n} times {k} is {n * k}." for k in range(25)]
-        (folder / f"{n:04d}.txt").write_text("\n".join(lines))
-    return folder
 
 
 @pytest.fixture(scope="session")

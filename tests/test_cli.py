@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models
 
 from llada_lightning import __version__
 from llada_lightning.cli import main
+from small_corpora import seal
 
 SMALL = ["--model.shape=107k", "--data.sequence_length=32", "--data.global_batch=8", "--trainer.accelerator=cpu"]
 
@@ -59,13 +60,14 @@ def test_no_module(fails) -> None:
 
 
 def test_shards_with_foreign_tokens(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Found when they are read, by a worker too; checksums are for `prepare`."""
+    """Found when they are read, by a worker too, also where the checksums are those of the damage."""
     copy = tmp_path / "copy"
     shutil.copytree(prepared, copy)
     for shard in (copy / "train").glob("*.bin"):
         content = bytearray(shard.read_bytes())
         content[100:] = b"\xff" * len(content[100:])
         shard.write_bytes(bytes(content))
+    seal(copy)
     for workers in (0, 1):
         arguments = [f"--data.path={copy}", f"--run.root={tmp_path / 'runs'}", f"--data.workers={workers}", *SMALL]
         assert main(["fit", "--model=ArmModule", *arguments, "--budget.flops=1e10"]) == 2

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from llada_lightning.errors import UserError
@@ -147,6 +148,7 @@ def _checksum(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(record).encode()).hexdigest()
 
 
+@lru_cache(maxsize=2)  # a large vocabulary takes a second, and a run asks at each of its phases
 def tokenizer_fingerprint(text: str, eos_id: int, mask_id: int) -> str:
     """SHA-256 of a tokenizer's content and special ids, whatever the layout of its file.
 

@@ -83,8 +83,8 @@ def _advice_for_training(trainer: Trainer, module: LanguageModule, batch: Traini
             "smaller shape"
         )
     return (
-        f"{start}; {_tried(trainer, fitting)}: give --data.micro_batch {fitting} --trainer.accumulate_grad_batches "
-        f"{share // fitting}, and the run goes on from its last checkpoint"
+        f"{start}; {_tried(trainer, module, fitting)}: give --data.micro_batch {fitting} "
+        f"--trainer.accumulate_grad_batches {share // fitting}, and the run goes on from its last checkpoint"
     )
 
 
@@ -94,12 +94,14 @@ def _advice_for_validation(trainer: Trainer, module: LanguageModule, batch: Vali
     start = f"data.val_batch: {tried} sequences of {length} tokens have no room in memory ({reason})"
     if fitting is None:
         return f"{start}, nor has one; use more memory, a shorter data.sequence_length or a smaller shape"
-    return f"{start}; {_tried(trainer, fitting)}: give --data.val_batch {fitting}"
+    return f"{start}; {_tried(trainer, module, fitting)}: give --data.val_batch {fitting}"
 
 
-def _tried(trainer: Trainer, fitting: int) -> str:
-    have = "has" if fitting == 1 else "have"
-    return f"{fitting} may fit (not tried: sharded)" if _is_sharded(trainer) else f"{fitting} {have}, as tried"
+def _tried(trainer: Trainer, module: LanguageModule, fitting: int) -> str:
+    if _is_sharded(trainer):
+        return f"{fitting} may fit (not tried: sharded)"
+    masked = " with every token masked" if module.objective == "llada" else ""
+    return f"{fitting} {'has' if fitting == 1 else 'have'}, as tried{masked}"
 
 
 def _is_sharded(trainer: Trainer) -> bool:

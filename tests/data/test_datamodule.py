@@ -243,8 +243,8 @@ def test_a_sequence_longer_than_a_shard_is_refused(prepared: Path) -> None:
 
 
 def test_a_mixture_of_two_tokenizers_is_refused(prepared: Path, tmp_path: Path) -> None:
-    from conftest import write_corpus
     from llada_lightning.data.prepare import prepare
+    from small_corpora import write_corpus
 
     other = write_corpus(tmp_path / "text", first=500)
     prepare(str(other), str(tmp_path / "data"), vocab_size=300, val_fraction=0.2, progress=False)

@@ -54,8 +54,9 @@ def test_the_line_names_what_fits_and_the_run_goes_on_with_it(
     assert device.tried == [8, 4, 2]
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: data.micro_batch: 8 sequences of 32 tokens have no room in memory")
+    tried = "as tried" + " with every token masked" * (objective == "llada")
     assert line.endswith(
-        "2 have, as tried: give --data.micro_batch 2 --trainer.accumulate_grad_batches 4, and the run goes on from its "
+        f"2 have, {tried}: give --data.micro_batch 2 --trainer.accumulate_grad_batches 4, and the run goes on from its "
         "last checkpoint"
     )
     with monkeypatch.context() as small:
@@ -102,7 +103,7 @@ def test_a_validation_batch_without_room(
     assert main(fit_arguments("llada", prepared, tmp_path, "--trainer.max_steps=2", "--data.val_batch=6")) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: data.val_batch: 6 sequences of 32 tokens have no room")
-    assert line.endswith("3 have, as tried: give --data.val_batch 3")
+    assert line.endswith("3 have, as tried with every token masked: give --data.val_batch 3")
 
 
 def test_where_not_even_one_fits(

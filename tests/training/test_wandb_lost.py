@@ -11,6 +11,7 @@ import pytest
 
 import tiny_runs
 from llada_lightning.training.callbacks import wandb_log
+from test_preemption import wandb_records
 from tiny_runs import call_at, fit, metrics, record
 from wandb_standin import WandbStandIn
 
@@ -22,7 +23,7 @@ SHORT = ("--wandb.project=study", "--trainer.max_steps=6")
 def _in_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fit runs in this process, and its callback reads the calls of the module that it imports."""
     monkeypatch.setattr(tiny_runs, "CALLS", {})
-    monkeypatch.setattr(wandb_log, "FINISH_TIMEOUT_SECONDS", 2.0)
+    monkeypatch.setattr(wandb_log, "FINISH_TIMEOUT_SECONDS", 1.0)
 
 
 def children() -> dict[int, str]:
@@ -43,7 +44,14 @@ def is_whole(folder: Path, said: str) -> None:
     assert record(folder)["status"] == "done"
     assert said.count("warning:") == 1
     assert said.count("warning: W&B is lost") == 1
-    assert [path for path in (folder / "wandb").glob("*run-*/*.wandb") if path.stat().st_size]
+
+
+def steps_to_send(folder: Path) -> set[int]:
+    """The steps in what `wandb sync` reads."""
+    [file] = (folder / "wandb").glob("run-*/*.wandb")
+    histories = [found.history for found in wandb_records(file) if found.WhichOneof("record_type") == "history"]
+    items = [item for history in histories for item in history.item]
+    return {int(item.value_json) for item in items if "trainer/global_step" in (item.key, *item.nested_key)}
 
 
 def test_a_server_that_goes_away_costs_the_run_its_timeout_only(
@@ -52,6 +60,7 @@ def test_a_server_that_goes_away_costs_the_run_its_timeout_only(
     tiny_runs.CALLS["hang_up"] = server.stop
     folder = fit("arm", prepared, tmp_path, *SHORT, call_at(3, "hang_up"))
     is_whole(folder, capsys.readouterr().err)
+    assert steps_to_send(folder) == {1, 2, 3, 4, 5, 6}
 
 
 def test_the_death_of_its_process_does_not_end_the_run(
@@ -64,6 +73,7 @@ def test_the_death_of_its_process_does_not_end_the_run(
     tiny_runs.CALLS["kill"] = kill
     folder = fit("arm", prepared, tmp_path, *SHORT, call_at(3, "kill"))
     is_whole(folder, capsys.readouterr().err)
+    assert steps_to_send(folder) <= {1, 2, 3}
 
 
 @pytest.mark.parametrize("method", ["log_metrics", "finalize", "log_hyperparams"])

@@ -16,10 +16,11 @@ from litdata.constants import _TORCH_DTYPES_MAPPING
 from llada_lightning.cli import main
 from llada_lightning.data import integrity
 from llada_lightning.data.integrity import check_shards, verify
-from llada_lightning.data.manifest import data_fingerprint, read_manifest
+from llada_lightning.data.manifest import read_manifest
 from llada_lightning.data.verify_command import verify_command
 from llada_lightning.errors import UserError
 from llada_lightning.files import file_sha256
+from small_corpora import seal
 
 SHARD = "train/chunk-0-2.bin"
 
@@ -180,19 +181,6 @@ def test_tokens_that_no_text_has_are_found_behind_right_checksums(folder: Path, 
     assert damage.file == SHARD
     with pytest.raises(UserError, match=rf"{SHARD} has {said}"):
         verify_command(str(folder), as_json=True, quiet=True)
-
-
-def seal(folder: Path) -> None:
-    """Gives the manifest the checksums of the files, as somebody would who hides a damage."""
-    manifest = read_manifest(folder)
-    splits = {
-        name: replace(
-            split, shards=tuple(replace(shard, sha256=file_sha256(folder / shard.file)) for shard in split.shards)
-        )
-        for name, split in manifest.splits.items()
-    }
-    fingerprint = data_fingerprint(splits, manifest.tokenizer.fingerprint)
-    (folder / "manifest.json").write_text(replace(manifest, splits=splits, fingerprint=fingerprint).to_json())
 
 
 def test_documents_are_counted(folder: Path) -> None:
