@@ -49,7 +49,8 @@ def killed(moment: At, function: Callable[..., Any], *arguments: Any) -> bool:
 
 
 def _run(moment: At, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    os.environ["LLADA_TRUSTED_MODULES"] = "tiny_runs"
+    # As in a command's own process; a loader's worker would be the server's child else, and outlive its parent.
+    multiprocessing.set_start_method("fork", force=True)
     owner_name, _, name = moment.function.replace(":", ".").rpartition(".")
     owner = pkgutil.resolve_name(owner_name)
     original, calls = getattr(owner, name), 0
