@@ -75,7 +75,7 @@ def kill_command(
                 run.process.wait(rng.random() * 0.01)
             else:
                 run.process.wait(rng.random() * life)
-        hit = "after the end" if run.ended else "writing" if siblings(out) - beside else "reading"
+        hit = "after a result" if run.ended else "save" if siblings(out) - beside else "start-up"
         run.kill()
         report.kills.append(Kill("save" if aimed else "life", "all", round(run.seconds, 2), hit, 0))
         advance()
@@ -164,7 +164,7 @@ class SweepKiller:
             self._wait_for_orphans()
             run.kill()
         target = "the sweep alone" if alone else "all"
-        self.report.kills.append(Kill("life", target, round(seconds, 2), "sweep", 0))
+        self.report.kills.append(Kill("life", target, round(seconds, 2), "training", 0))
         self.report.restarts += 1
         self.advance()
 
