@@ -56,6 +56,7 @@ def test_a_broken_pipe_that_is_not_stdout_is_our_fault(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(cli, "_dispatch", breaks)
     reader, writer = os.pipe()
-    with os.fdopen(reader), os.fdopen(writer, "w") as stdout, pytest.raises(BrokenPipeError):
+    with os.fdopen(reader), os.fdopen(writer, "w") as stdout:
         monkeypatch.setattr("sys.stdout", stdout)
-        cli.main([])
+        with pytest.raises(BrokenPipeError):
+            cli.main([])
