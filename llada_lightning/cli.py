@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,16 +37,31 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   --version  print the version
 """
 
+_BROKEN_PIPE = 128 + 13
+"""As a shell says it of a command that SIGPIPE ended."""
+
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done, 2 the user's mistake, 1 our fault (a traceback), 130 interrupted.
+    """Run the command; returns the exit code: 0 done, 2 the user's mistake, 1 our fault (a traceback), 130 interrupted,
+    141 where nobody reads stdout any more.
 
     Args:
         argv: the arguments after `llada`; those of the process by default.
     """
-    args = sys.argv[1:] if argv is None else list(argv)
+    code = _outcome(sys.argv[1:] if argv is None else list(argv))
+    refused = _refused_by_stdout()
+    if isinstance(refused, BrokenPipeError):
+        return _BROKEN_PIPE
+    if refused is not None and code == 0:
+        print(f"error: stdout: {refused.strerror}; free space, or send the output elsewhere", file=sys.stderr)
+        return 2
+    return code
+
+
+def _outcome(args: list[str]) -> int:
+    """The exit code; every error but our own is said."""
     try:
         return _dispatch(args)
     except UserError as error:
@@ -54,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {line}", file=sys.stderr)
         return 2
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return _BROKEN_PIPE
         line = refusal(error) or ""
         if not line:
             raise
@@ -64,7 +83,30 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except SystemExit as leave:  # --help, a run that is done, a signal
+        if isinstance(leave.__context__, BrokenPipeError):  # rich leaves so
+            return _BROKEN_PIPE
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+
+
+def _refused_by_stdout() -> OSError | None:
+    """Why stdout does not take what was printed, if so; it is let go then, or Python would complain at its exit."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe that its reader has closed: any other broken pipe is our fault."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout, 0)
+    except (AttributeError, OSError, ValueError, TypeError):  # none, closed, or not of the system
+        return False
+    return bool(poll.poll(0))
 
 
 def entry_point() -> None:
@@ -183,7 +225,6 @@ def _lightning(args: list[str]) -> int:
 def quiet_libraries() -> None:
     """Silence what the libraries tell everyone at every start and nobody can act upon."""
     import logging
-    import os
     import warnings
 
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")

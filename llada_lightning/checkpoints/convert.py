@@ -70,7 +70,9 @@ def convert(
     if objective != description.objective:
         fitting = next(target for target, known in _OBJECTIVES.items() if known == description.objective)
         raise UserError(f"--to {to}: '{model.path}' is of {description.objective}; choose --to {fitting} or --to llada")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not out.is_dir():
+        raise UserError(f"'{out}' is a file; give the name of a folder that is not there yet")
+    if out.exists() and any(out.iterdir()):
         raise UserError(f"'{out}' is there already and is not empty; choose another name")
     if out.is_symlink() or (out.exists() and out.samefile(Path.cwd())):
         raise UserError(f"'{out}' is the folder you are in, or a link, and cannot be replaced; choose a new name")

@@ -8,6 +8,7 @@ truncation.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -197,6 +198,7 @@ def _hub_file(name: str) -> Path:
     """Fetches a tokenizer and its configuration from the hub into its cache."""
     from huggingface_hub import hf_hub_download
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry has two lines; the last reason is below
     try:
         path = hf_hub_download(name, TOKENIZER_NAME)
     except Exception as error:  # no such name, no tokenizer.json, no network, no access

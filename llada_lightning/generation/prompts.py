@@ -31,7 +31,7 @@ def prompt_ids(
         UserError: an id is outside of the vocabulary, or [MASK] is where it must not be.
     """
     if infill and lm.causal:
-        raise UserError(f"infill: '{lm.name}' is an arm, which cannot see what stands behind a gap; leave it away")
+        raise UserError(f"infill: '{lm.name}' is an arm, which cannot see what stands behind a gap; leave it out")
     if isinstance(prompts, np.ndarray):
         prompts = torch.from_numpy(prompts)
     if isinstance(prompts, Tensor):
@@ -46,15 +46,15 @@ def prompt_ids(
         rows = [_encode(lm, p, infill) if isinstance(p, str) else _ids(p, i) for i, p in enumerate(prompts)]
     if not rows:
         raise UserError("prompts: none given; give at least one")
-    for i, row in enumerate(rows):
-        _check(lm, row, i, infill)
+    for number, row in enumerate(rows, 1):
+        _check(lm, row, number, infill)
     return rows
 
 
 def _ids(prompt: Any, i: int) -> list[int]:
     ids: list[Any] = list(prompt) if isinstance(prompt, Iterable) else [None]
     if not all(isinstance(token, Integral) for token in ids):
-        raise UserError(f"prompt {i}: {str(prompt)[:60]} given; a prompt is a text or a list of token ids")
+        raise UserError(f"prompt {i + 1}: {str(prompt)[:60]} given; a prompt is a text or a list of token ids")
     return [int(token) for token in ids]
 
 
@@ -77,7 +77,7 @@ def _rows(prompts_BP: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
     for i, present in enumerate(present_BP):
         places = present.nonzero()[:, 0].tolist()
         if places and len(places) != places[-1] - places[0] + 1:
-            raise UserError(f"attention_mask: row {i} has a hole; padding stands on one side or both of a prompt")
+            raise UserError(f"attention_mask: row {i + 1} has a hole; padding stands on one side or both of a prompt")
     return [row[keep].tolist() for row, keep in zip(prompts_BP, present_BP, strict=True)]
 
 
@@ -97,40 +97,45 @@ def _encode(lm: LanguageModel, text: str, infill: bool) -> list[int]:
     return ids
 
 
-def _check(lm: LanguageModel, row: list[int], i: int, infill: bool) -> None:
+def _check(lm: LanguageModel, row: list[int], number: int, infill: bool) -> None:
     outside = next((token for token in row if not 0 <= token < lm.model.vocab_size), None)
     if outside is not None:
-        raise UserError(f"prompt {i}: token {outside} is outside of the vocabulary of {lm.model.vocab_size}")
+        raise UserError(f"prompt {number}: token {outside} is outside of the vocabulary of {lm.model.vocab_size}")
     gaps = row.count(lm.mask_token_id) if lm.mask_token_id is not None else 0
     if gaps and not infill:
         raise UserError(
-            f"prompt {i}: holds [MASK] (id {lm.mask_token_id}) {gaps} times; fill such gaps with infill, or take it out"
+            f"prompt {number}: holds [MASK] (id {lm.mask_token_id}) {gaps} times; fill such gaps with infill, or take "
+            "it out"
         )
     if lm.causal and not row and lm.start_token_id is None:
-        raise UserError(f"prompt {i}: an empty one gives '{lm.name}' nothing to begin with; give at least one token")
+        raise UserError(
+            f"prompt {number}: an empty one gives '{lm.name}' nothing to begin with; give at least one token"
+        )
     if infill and not gaps:
-        raise UserError(f"prompt {i}: holds no [MASK] (id {lm.mask_token_id}) to fill; put one for each missing token")
+        raise UserError(
+            f"prompt {number}: holds no [MASK] (id {lm.mask_token_id}) to fill; put one for each missing token"
+        )
 
 
 def check_context(lm: LanguageModel, rows: list[list[int]], length: int) -> None:
     """Refuse what is longer than anything that the model was trained on.
 
     Raises:
-        UserError: says which prompt, and what length is left.
+        UserError: says which prompt, counted from 1, by how much it is too long, and what length is left.
     """
-    for i, row in enumerate(rows):
-        total = len(row) + length
-        if total > lm.context_length and not length:
-            raise UserError(
-                f"prompt {i}: {total} tokens are more than the {lm.context_length} that '{lm.name}' was trained on; "
-                "shorten it"
-            )
-        if total > lm.context_length:
-            raise UserError(
-                f"prompt {i}: {len(row)} tokens and {length} of the answer are {total}, more than the "
-                f"{lm.context_length} that '{lm.name}' was trained on; shorten the prompt or set length to at most "
-                f"{max(0, lm.context_length - len(row))}"
-            )
+    for i, row in enumerate(rows, 1):
+        room = lm.context_length - len(row)
+        if length <= room:
+            continue
+        what = f"{len(row)} tokens"
+        if length:
+            what += f" and {length} of the answer are {len(row) + length},"
+        else:
+            what += " are"
+        mend = f"shorten the prompt by {length - room} tokens"
+        if length and room > 0:
+            mend += f" or set length to at most {room}"
+        raise UserError(f"prompt {i}: {what} more than the {lm.context_length} that '{lm.name}' was trained on; {mend}")
 
 
 def as_batches(rows: list[Any], size: int | None) -> list[tuple[int, list[Any]]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 Finish = Literal["eos", "stop", "length"]
 
@@ -23,10 +23,12 @@ class Generation:
         confidence: probability that the model gave each token when it appeared (before temperature, top-k and top-p;
             after guidance); 1 for a token that was given.
         finish: what ended each answer: a token of the model, a stop string, or the length.
-        steps: of the schedule; where there is none, the most that there could be.
-        forward_passes: passes of the model over (what was left of) the batch; one with guidance counts once.
+        steps: the most that an answer took; those of the schedule are in ``settings``.
+        forward_passes: passes of the model over (what was left of) the batch. With guidance one pass holds each
+            sequence twice, with and without its prompt, and so costs what two do.
         seconds: wall-clock time of the sampling.
         cache: `none` (exact), `kv` (exact, of `arm`), `prefix` or `dual` (approximate).
+        settings: as they ran: what was given, and what followed from it and the model.
     """
 
     prompts: list[list[int]]
@@ -39,6 +41,7 @@ class Generation:
     forward_passes: int
     seconds: float
     cache: str = "none"
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:

@@ -19,7 +19,7 @@ from llada_lightning.generation.noise import Noise, NoiseByPrompt, ReleasedNoise
 from llada_lightning.generation.prompts import Prompts, as_batches, check_context, prompt_ids
 from llada_lightning.generation.released import ReleasedDenoiser
 from llada_lightning.generation.result import Finish, Generation, Observer
-from llada_lightning.generation.settings import Cache, Remasking, Settings, Strategy, resolve_settings
+from llada_lightning.generation.settings import Cache, Remasking, Settings, Strategy, default_length, resolve_settings
 
 
 @torch.inference_mode()
@@ -27,7 +27,7 @@ def generate(
     lm: LanguageModel,
     prompts: Prompts,
     *,
-    length: int = 128,
+    length: int | None = None,
     steps: int | None = None,
     block_length: int | None = None,
     strategy: Strategy | None = None,
@@ -50,34 +50,42 @@ def generate(
 ) -> Generation:
     """Sample an answer to each prompt.
 
-    An answer depends on its prompt, the settings, the seed and the prompt's number, and on nothing else of the batch,
-    but for rounding: a tie within it, next to unknown in float32, may fall another way in bfloat16. Tokens behind EOS
-    are discarded.
+    An answer depends on its prompt, the settings, the seed and the prompt's number (its place in the list), and on
+    nothing else of the batch, but for rounding: a tie within it, next to unknown in float32, may fall another way in
+    bfloat16. Tokens behind EOS are discarded.
 
     Args:
         lm: as ``load_model`` gives it.
         prompts: a text, texts, lists of ids, or a tensor (B, P); an empty one writes from nothing.
-        length: tokens of the answer; with ``infill`` the prompts say it.
+        length: tokens of the answer; by default 128, or what the context leaves of that beside the longest prompt. With
+            ``infill`` the prompts say it.
         steps: of the whole generation, evenly spread over its blocks; by default one for each token.
         block_length: divides ``length``; by default all of it.
         strategy: see :class:`~llada_lightning.generation.settings.Settings`, also for what follows; by default
             `diffusion` for `llada`, `autoregressive` for `arm`.
         attention_mask: (B, P), where a tensor of prompts is padded, on either side.
         seed: of the noise.
-        first: number of the first prompt: prompt i of a batch gets its answer alone with ``first=i``.
+        first: number of the first prompt, from 0: prompt i of a batch gets its answer alone with ``first=i``.
         batch_size: prompts at a time; by default all.
         compat: `llada` repeats the authors' released sampler token for token, [MASK]'s logit and torch's generator
-            included (``seed`` is not used: call ``torch.manual_seed``), and discards nothing.
+            included (``seed`` is not used: call ``torch.manual_seed``; an answer depends on its batch), and discards
+            nothing.
         on_step: called after every step that unmasked something.
 
     Raises:
         UserError: a setting or a prompt that cannot be, see there.
     """
+    if not isinstance(lm, LanguageModel):
+        raise UserError(f"lm: {str(lm)[:60]!r} given for the model; give what load_model returns of it")
     rows = prompt_ids(lm, prompts, attention_mask, infill)
     if first < 0:
         raise UserError(f"first: {first} given; prompts are numbered from 0")
     if infill:
+        if length is not None:
+            raise UserError(f"length: {length} given; the gaps of a text say how many tokens are filled; leave it out")
         length = max(row.count(-1 if lm.mask_token_id is None else lm.mask_token_id) for row in rows)
+    elif length is None:
+        length = default_length(lm.context_length - max(map(len, rows)), block_length)
     settings = resolve_settings(
         lm,
         length=length,
@@ -110,10 +118,11 @@ def generate(
         step_of_token=step_of_token,
         confidence=confidence,
         finish=finish,
-        steps=settings.most_steps,
+        steps=max(int(canvas.step_BL.max()) for _, canvas in parts),
         forward_passes=sum(passes for passes, _ in parts),
         seconds=seconds,
         cache=settings.cache,
+        settings=vars(settings) | {"seed": seed, "first": first},
     )
 
 

@@ -18,6 +18,9 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 REMASKINGS: tuple[Remasking, ...] = get_args(Remasking)
 CACHES: tuple[Cache, ...] = get_args(Cache)
 
+DEFAULT_LENGTH = 128
+"""Of an answer, in tokens, where the context has room for it."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -114,9 +117,13 @@ def resolve_settings(
     _whole("length", length)
     if strategy == "autoregressive":
         if block_length not in (None, 1, length):
-            raise UserError(f"block_length: {block_length} given; autoregressive sampling takes one token at a time")
+            raise UserError(
+                f"block_length: {block_length} given; autoregressive sampling takes one token at a time; leave it out"
+            )
         if steps not in (None, length):
-            raise UserError(f"steps: {steps} given; autoregressive sampling takes {length}, one for each token")
+            raise UserError(
+                f"steps: {steps} given; autoregressive sampling takes {length}, one for each token; leave it out"
+            )
         block_length = 1
     unsaid = block_length is None
     if infill and block_length is not None:
@@ -146,12 +153,24 @@ def resolve_settings(
     )
     _check_ranges(settings)
     if steps is not None and threshold is not None:
-        raise UserError(f"steps: {steps} given with threshold {threshold}, which decides their number; leave one away")
+        raise UserError(f"steps: {steps} given with threshold {threshold}, which decides their number; leave one out")
     _check_stop(settings.stop, lm)
     (_check_arm if lm.causal else _check_llada)(settings, lm)
     if strategy == "block_diffusion" and unsaid:
-        raise UserError("block_length: not given; block_diffusion grows by so many tokens at a time (the paper: 32)")
+        raise UserError(
+            "block_length: not given; block_diffusion grows by so many tokens at a time; give 32, as the paper"
+        )
     return settings
+
+
+def default_length(room: int, block_length: int | None) -> int:
+    """The length of an answer where none is given: what the room leaves of 128 tokens, in whole blocks, at least one.
+
+    Raises:
+        UserError: the blocks have no length.
+    """
+    block = 1 if block_length is None else _whole("block_length", block_length)
+    return DEFAULT_LENGTH if room >= DEFAULT_LENGTH else max(block, room // block * block)
 
 
 def _check_stop(stop: tuple[str, ...], lm: LanguageModel) -> None:
@@ -206,6 +225,12 @@ def _check_ranges(settings: Settings) -> None:
             raise UserError(f"{name}: {share} given; it must lie in (0, 1]")
     if not (math.isfinite(settings.cfg_scale) and settings.cfg_scale >= 0):
         raise UserError(f"cfg_scale: {settings.cfg_scale} given; it must be 0 (no guidance) or above")
+    if settings.temperature == 0 and (settings.top_k is not None or settings.top_p is not None):
+        name = "top_p" if settings.top_k is None else "top_k"
+        raise UserError(
+            f"{name}: {getattr(settings, name)} does nothing at temperature 0, which takes the likeliest token; give a "
+            "temperature above 0, or leave it out"
+        )
     if any(not isinstance(text, str) or not text for text in settings.stop):
         raise UserError("stop: an empty string is in every text; give strings of at least one character")
 
@@ -224,7 +249,7 @@ def _check_arm(settings: Settings, lm: LanguageModel) -> None:
     }
     for name, given in foreign.items():
         if given:
-            raise UserError(f"{name}: '{lm.name}' is an arm, which writes one token after the other; leave it away")
+            raise UserError(f"{name}: '{lm.name}' is an arm, which writes one token after the other; leave it out")
 
 
 def _check_llada(settings: Settings, lm: LanguageModel) -> None:
@@ -237,7 +262,7 @@ def _check_llada(settings: Settings, lm: LanguageModel) -> None:
     }
     for name, given in foreign_to_infill.items():
         if settings.infill and given:
-            raise UserError(f"{name}: infilling denoises all of a given text, without caches; leave it away")
+            raise UserError(f"{name}: infilling denoises all of a given text, without caches; leave it out")
     if settings.random and (settings.zero_eos_confidence or settings.threshold is not None):
         name = "zero_eos_confidence" if settings.zero_eos_confidence else "threshold"
         raise UserError(f"{name}: remasking '{settings.remasking}' knows no confidence; take low_confidence")
@@ -261,4 +286,6 @@ def _check_compat(settings: Settings) -> None:
     }
     for name, given in foreign.items():
         if given:
-            raise UserError(f"{name}: the released sampler, which compat 'llada' repeats, has no such thing")
+            raise UserError(
+                f"{name}: the released sampler, which compat 'llada' repeats, has no such thing; leave it out"
+            )

@@ -255,6 +255,8 @@ def test_what_is_no_checkpoint(refused, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "is no checkpoint: it has no config.json and no checkpoints/step=" in refused(tmp_path / "empty")
     assert "nowhere' does not exist; give a run's folder" in refused(tmp_path / "nowhere")
+    assert refused(Path("owner/Name")).endswith("is fetched first: hf download owner/Name --local-dir Name")
+    assert "hub" not in refused(Path("runs/absent/llada"))
 
 
 def test_the_layout_of_the_other_objective(refused, tmp_path: Path) -> None:
@@ -262,6 +264,11 @@ def test_the_layout_of_the_other_objective(refused, tmp_path: Path) -> None:
     assert "--to hf-llama: " in (line := refused(llada, "--to=hf-llama"))
     assert line.endswith("is of llada; choose --to hf-llada or --to llada")
     assert refused(arm, "--to=hf-llada").endswith("is of arm; choose --to hf-llama or --to llada")
+
+
+def test_an_output_that_is_a_file(refused, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert "out' is a file; give the name of a folder" in refused(GOLDEN, "--to=hf-llada")
 
 
 def test_an_output_that_is_taken(refused, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tokenizers: what they promise about text, [MASK] and EOS."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,4 @@ def test_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert load_tokenizer("owner/name")[1] == load_tokenizer(str(path))[1]
     with pytest.raises(UserError, match=r"hub does not give it \(ConnectionError: out of reach\)"):
         load_tokenizer("other")
+    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING), "retries are told"

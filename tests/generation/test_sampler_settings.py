@@ -30,7 +30,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("llada", {"top_p": 1.5}, "top_p: 1.5"),
     ("llada", {"cfg_scale": -0.5}, "cfg_scale: -0.5"),
     ("llada", {"threshold": 0.0}, "threshold: 0.0"),
-    ("llada", {"threshold": 0.9, "steps": 8}, "leave one away"),
+    ("llada", {"threshold": 0.9, "steps": 8}, "leave one out"),
     ("llada", {"threshold": 0.9, "remasking": "entropy"}, "an entropy has not"),
     ("llada", {"threshold": 0.9, "remasking": "random"}, "knows no confidence"),
     ("llada", {"zero_eos_confidence": True, "remasking": "random_count"}, "knows no confidence"),
@@ -38,11 +38,13 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("llada", {"strategy": "autoregressive", "block_length": 4}, "one token at a time"),
     ("llada", {"strategy": "autoregressive", "steps": 4}, "takes 32"),
     ("llada", {"compat": "gpt"}, "compat: 'gpt'"),
-    ("llada", {"compat": "llada", "top_k": 3}, "has no such thing"),
+    ("llada", {"compat": "llada", "top_k": 3, "temperature": 1.0}, "has no such thing"),
     ("llada", {"compat": "llada", "cache": "dual"}, "has no such thing"),
     ("llada", {"compat": "llada", "remasking": "margin"}, "has no such thing"),
     ("llada", {"compat": "llada", "strategy": "block_diffusion"}, "has no such thing"),
-    ("llada", {"length": 126}, "set length to at most 125"),
+    ("llada", {"length": 126}, "shorten the prompt by 1 tokens or set length to at most 125"),
+    ("llada", {"top_p": 0.9}, "top_p: 0.9 does nothing at temperature 0"),
+    ("arm", {"top_k": 3}, "top_k: 3 does nothing at temperature 0"),
     ("llada", {"temperature": 1e5}, "between 0 (greedy) and 1e4"),
     ("llada", {"strategy": "block_diffusion"}, "block_length: not given"),
     ("llada", {"stop": "a"}, "no tokenizer"),
@@ -69,22 +71,24 @@ def test_settings_that_cannot_be(objective: str, settings: dict[str, Any], words
 @pytest.mark.parametrize(
     ("prompts", "settings", "words"),
     [
-        ([[5, MASK]], {}, "prompt 0: holds [MASK] (id 1) 1 times"),
-        ([[5], [WORDS]], {}, f"prompt 1: token {WORDS} is outside"),
+        ([[5, MASK]], {}, "prompt 1: holds [MASK] (id 1) 1 times"),
+        ([[5], [WORDS]], {}, f"prompt 2: token {WORDS} is outside"),
         ([[-1]], {}, "token -1 is outside"),
         ([[5]], {"infill": True}, "holds no [MASK]"),
         ([[MASK]], {"infill": True, "block_length": 1}, "all gaps of a text together"),
         ([[MASK]], {"infill": True, "cache": "dual"}, "cache 'dual'"),
         ([[MASK]], {"infill": True, "strategy": "block_diffusion"}, "strategy 'block_diffusion'"),
         ([[MASK] * 200], {"infill": True}, "200 tokens are more than the 128"),
+        ([[MASK]], {"infill": True, "length": 8}, "length: 8 given; the gaps"),
+        ([[5], [5] * 130], {"length": 8}, "on; shorten the prompt by 10 tokens"),
         ([], {}, "none given"),
         (torch.ones(1, 2, 3, dtype=torch.int64), {}, "shape (1, 2, 3)"),
         (torch.tensor(5), {}, "shape ()"),
         (torch.tensor([[5.7]]), {}, "torch.float32"),
-        ([[5.7, 6.2]], {}, "prompt 0: [5.7, 6.2] given"),
-        ([[5], None], {}, "prompt 1: None given"),
-        ([5, [6]], {}, "prompt 0: 5 given"),
-        (torch.tensor([[5, 6, 7]]), {"attention_mask": torch.tensor([[1, 0, 1]])}, "row 0 has a hole"),
+        ([[5.7, 6.2]], {}, "prompt 1: [5.7, 6.2] given"),
+        ([[5], None], {}, "prompt 2: None given"),
+        ([5, [6]], {}, "prompt 1: 5 given"),
+        (torch.tensor([[5, 6, 7]]), {"attention_mask": torch.tensor([[1, 0, 1]])}, "row 1 has a hole"),
         ("text", {}, "has no tokenizer"),
         ([[5]], {"attention_mask": torch.ones(1, 1)}, "no tensor"),
         (torch.ones(1, 2, dtype=torch.int64), {"attention_mask": torch.ones(1, 1)}, "shape (1, 1)"),
@@ -109,3 +113,8 @@ def test_a_stop_string_that_no_answer_can_spell() -> None:
     lm = toy(ToyPredictor(8), letters())
     with pytest.raises(UserError, match=r"stop: 'ab\[EOS\]' holds a special token"):
         generate(lm, [[2]], length=4, stop=["ab", "ab[EOS]"])
+
+
+def test_a_path_is_no_model() -> None:
+    with pytest.raises(UserError, match=r"lm: 'runs/tour/llada' given for the model; give what load_model"):
+        generate("runs/tour/llada", [[5]], length=4)  # type: ignore[arg-type]

@@ -31,7 +31,8 @@ def chat_parser() -> CommandParser:
     parser = CommandParser(
         prog="llada chat",
         description="A conversation with a checkpoint, by its chat template; without one the model continues the "
-        "plain text. /help lists what can be done in it. Lines piped in are the user's.",
+        "plain text. /help lists what can be done in it. Lines piped in are the user's; a mistake in one ends it, "
+        "as nobody is there to mend it, with exit code 2.",
     )
     shared.add_model_options(parser)
     parser.add_argument("--system", type=str, default=None, help="message that stands before the conversation")
@@ -80,6 +81,7 @@ class Chat:
     def __init__(self, lm: LanguageModel, options: dict[str, Any], system: str | None = None) -> None:
         from llada_lightning.generation.pictures.alignment import Aligner
         from llada_lightning.generation.pictures.dialogue import Turn
+        from llada_lightning.generation.settings import DEFAULT_LENGTH
         from llada_lightning.generation.terminal.conversation import Message
 
         lm.encode("")
@@ -91,6 +93,9 @@ class Chat:
         self._turns: list[Turn] = []
         self._console, self._aside = people_console(), people_console(stderr=True)
         self._check_settings()
+        length = self._settings()["length"]
+        if options["length"] is None and length < DEFAULT_LENGTH:
+            self.note(f"length is {length}: half of the context of {lm.context_length} tokens")
         if lm.chat_template is None:
             self.note("no chat template: the model continues plain text")
 
@@ -126,7 +131,7 @@ class Chat:
         from llada_lightning.generation.terminal.unfold import Unfolding, coloured
 
         check_text(text)
-        settings = shared.sampling_settings(self._options)
+        settings = self._settings()
         messages = [*self._messages, Message("user", text)]
         ids, left_out = fitting_ids(self._lm, messages, settings["length"])
         if left_out:
@@ -153,14 +158,14 @@ class Chat:
         self.note("the conversation begins anew")
 
     def _tell(self, _: str) -> None:
-        settings = shared.sampling_settings(self._options)
+        settings = self._settings()
         self.note("\n".join(f"{name:<20} {'-' if value in (None, []) else value}" for name, value in settings.items()))
 
     def _set(self, rest: str) -> None:
         try:
             name, *values = shlex.split(rest, posix=True)
         except ValueError as error:  # nothing, or a quotation without end
-            raise UserError(f"/set {rest}: give a setting and its value, e.g. /set steps 64") from error
+            raise UserError(f"{f'/set {rest}'.strip()}: give a setting and its value, e.g. /set steps 64") from error
         name = name.replace("-", "_")
         if name not in shared.SAMPLING:
             raise UserError(f"/set: '{name}' is no setting; choose from {', '.join(shared.SAMPLING)}")
@@ -171,13 +176,22 @@ class Chat:
         except UserError:
             self._options = before
             raise
-        value = self._options[name]
-        self.note(f"{name} is {'-' if value is None else value}")
+        value = self._settings()[name]
+        self.note(f"{name} is {'-' if value in (None, []) else value}")
+
+    def _settings(self) -> dict[str, Any]:
+        """Of the sampler; a length that nobody gave leaves half of the context to the conversation."""
+        from llada_lightning.generation.settings import default_length
+
+        settings = shared.sampling_settings(self._options)
+        if settings["length"] is None:
+            settings["length"] = default_length(self._lm.context_length // 2, settings["block_length"])
+        return settings
 
     def _check_settings(self) -> None:
         from llada_lightning.generation.settings import resolve_settings
 
-        settings = shared.sampling_settings(self._options)
+        settings = self._settings()
         del settings["seed"]
         resolve_settings(self._lm, infill=False, **settings)
 

@@ -13,7 +13,7 @@ from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
 from llada_lightning.generation.pictures.alignment import visible
 from llada_lightning.generation.terminal import options as shared
-from llada_lightning.generation.terminal.prompt_sources import Prompt, given_prompts, with_gaps
+from llada_lightning.generation.terminal.prompt_sources import Prompt, given_prompts, holds_gap, with_gaps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,19 +78,36 @@ def generate_command(argv: list[str]) -> int:
     lm = shared.load(options)
     settings = shared.sampling_settings(options) | {"infill": options["infill"]}
     prompts = given or [_nothing(lm, settings)]
+    if not options["infill"] and any(isinstance(prompt, str) and holds_gap(prompt) for prompt in prompts):
+        _note("note: [MASK] in a prompt is read as plain text; --infill fills it")
     console = people_console()
     generation = _sample(lm, prompts, settings, options["batch_size"], console, quiet=options["json"])
     facts = shared.facts(lm, settings, generation)
+    if options["length"] is None and not options["infill"]:
+        _note_length(lm, generation)
     if options["json"]:
-        print_json(record(lm, options["checkpoint"], prompts, settings, generation))
+        print_json(record(lm, options["checkpoint"], prompts, generation))
     else:
         _print_answers(lm, prompts, generation, console)
         people_console(stderr=True).print(Text(facts, "dim"), soft_wrap=True)
     if out is not None:
-        _write_answers(out, record(lm, options["checkpoint"], prompts, settings, generation))
+        _write_answers(out, record(lm, options["checkpoint"], prompts, generation))
     if picture is not None:
         _draw(picture, lm, prompts, generation, facts)
     return 0
+
+
+def _note(text: str) -> None:
+    """Says something beside the answers."""
+    people_console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _note_length(lm: LanguageModel, generation: Generation) -> None:
+    from llada_lightning.generation.settings import DEFAULT_LENGTH
+
+    length = generation.settings["length"]
+    if length < DEFAULT_LENGTH:
+        _note(f"note: --length {length}: the context of {lm.context_length} tokens leaves no more of {DEFAULT_LENGTH}")
 
 
 def _targets(options: dict[str, Any]) -> tuple[Path | None, Path | None]:
@@ -104,6 +121,8 @@ def _targets(options: dict[str, Any]) -> tuple[Path | None, Path | None]:
         out = Path(options["out"]).expanduser()
         if out.suffix != ".jsonl" or out.is_dir() or not out.parent.is_dir():
             raise UserError(f"--out '{options['out']}': give a .jsonl file in a folder that exists")
+        if options["prompts_file"] and out.exists() and out.samefile(Path(options["prompts_file"]).expanduser()):
+            raise UserError(f"--out '{options['out']}' is the file of the prompts; choose another file")
     return picture, out
 
 
@@ -160,14 +179,12 @@ def _print_answers(lm: LanguageModel, prompts: list[Prompt], generation: Generat
             print(text, flush=True)
 
 
-def record(
-    lm: LanguageModel, checkpoint: str, prompts: list[Prompt], settings: dict[str, Any], generation: Generation
-) -> dict[str, Any]:
+def record(lm: LanguageModel, checkpoint: str, prompts: list[Prompt], generation: Generation) -> dict[str, Any]:
     """Answers in plain values: what ``--json`` prints. Lists run over the prompts."""
     return {
         "checkpoint": checkpoint,
         "objective": lm.objective,
-        "settings": settings,
+        "settings": generation.settings,
         "prompts": prompts,
         "prompt_tokens": generation.prompts,
         "text": generation.text,
@@ -211,4 +228,4 @@ def _draw(path: Path, lm: LanguageModel, prompts: list[Prompt], generation: Gene
     ]
     note = write_picture(path, dialogues)
     if note:
-        people_console(stderr=True).print(note, markup=False, highlight=False, soft_wrap=True)
+        _note(note)

@@ -45,7 +45,12 @@ def add_sampling_options(parser: CommandParser) -> None:
     """How an answer is sampled; defaults are those of ``generate``."""
     group = parser.add_argument_group("sampling")
     add = group.add_argument
-    add("--length", type=int, default=128, help="tokens of the answer")
+    add(
+        "--length",
+        type=int | None,
+        default=None,
+        help="tokens of the answer; by default 128, or what fits",
+    )
     add("--steps", type=int | None, default=None, help="of the whole answer; by default one for each token")
     add("--block-length", type=int | None, default=None, help="tokens denoised together; by default all of them")
     add(
@@ -59,7 +64,12 @@ def add_sampling_options(parser: CommandParser) -> None:
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     add("--top-k", type=int | None, default=None, help="draw from the k likeliest tokens")
     add("--top-p", type=float | None, default=None, help="draw from the likeliest tokens that hold this share")
-    add("--cfg-scale", type=float, default=0.0, help="weight of classifier-free guidance; 0 is none")
+    add(
+        "--cfg-scale",
+        type=float,
+        default=0.0,
+        help="weight of classifier-free guidance; 0 is none, above it a pass costs two",
+    )
     add(
         "--threshold",
         type=float | None,
@@ -76,8 +86,13 @@ def add_sampling_options(parser: CommandParser) -> None:
         help=r"ends the answer; may be given again; '\n' is a new line",
     )
     add("--cache", choices=CACHES, default=None, help="kv: of arm, exact; prefix, dual: of llada's blocks, approximate")
-    add("--seed", type=int, default=0, help="of the noise")
-    add("--compat", choices=("llada",), default=None, help="sample as the authors' released code does")
+    add("--seed", type=int, default=0, help="of the noise, with the prompt's place in the list")
+    add(
+        "--compat",
+        choices=("llada",),
+        default=None,
+        help="sample as the authors' released code does: an answer then depends on its batch",
+    )
 
 
 def sampling_settings(options: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +134,7 @@ def strategy_of(lm: LanguageModel, settings: dict[str, Any]) -> str:
 def facts(lm: LanguageModel, settings: dict[str, Any], generation: Generation) -> str:
     """One line: how the answers came to be, how fast, and what ended them."""
     strategy, speed = strategy_of(lm, settings), generation.tokens_per_second
-    said = [strategy]
+    said, guided = [strategy], settings["cfg_scale"] > 0
     if strategy != "autoregressive":
         if settings["block_length"]:
             said.append(f"blocks of {settings['block_length']}")
@@ -127,7 +142,7 @@ def facts(lm: LanguageModel, settings: dict[str, Any], generation: Generation) -
         limit = settings["threshold"]
         said.append(f"threshold {limit:g}" if limit is not None else f"{generation.steps} steps")
     said += [
-        f"{generation.forward_passes} forward passes",
+        f"{generation.forward_passes} forward passes{' (each with and without the prompt)' if guided else ''}",
         f"{speed:,.0f} tokens/s" if speed >= 100 else f"{speed:.3g} tokens/s",
         f"cache {generation.cache}{' (approximate)' if generation.cache in ('prefix', 'dual') else ''}",
     ]

@@ -105,6 +105,11 @@ def _json_prompt(line: str, where: str) -> Prompt:
     raise UserError(f'{where}: "prompt" is neither a text nor a list of token ids; write {{"prompt": "…"}}')
 
 
+def holds_gap(text: str) -> bool:
+    """Whether a text has a gap as :func:`with_gaps` knows it."""
+    return _GAP.search(text) is not None
+
+
 def with_gaps(text: str, mask_token: str) -> str:
     """The text with each `[MASK:12]` as 12 times the mask token, and `[MASK]` as one.
 

@@ -86,7 +86,7 @@ def test_settings_are_told_changed_and_checked(chat, capsys: Captured) -> None:
         ("/set steps 0", "at least 1"),
         ("/set remasking random", "knows no confidence"),
         ("/set colour red", "'colour' is no setting; choose from length"),
-        ("/set", "give a setting"),
+        ("/set", "^/set: give a setting"),
         ("/set zero_eos_confidence maybe", "true or false"),
         ("/sett steps 4", "'/sett' is no command"),
     ):
@@ -164,6 +164,17 @@ def test_an_interrupt_ends_what_is_piped_in(chat, capsys: Captured, monkeypatch:
     monkeypatch.setattr(options, "sample", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert chat(speaking_model(template=CHAT_TEMPLATE), "one", "two") == 130
     assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_a_default_length_leaves_half_of_a_short_context(
+    chat, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "load", lambda _: speaking_model(context_length=40))
+    monkeypatch.setattr("sys.stdin", io.StringIO("/set length 8\n/set length\none\n"))
+    assert main(["chat", "small"]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("length is 20: half of the context of 40 tokens\n")
+    assert "length is 8\nlength is 20\n" in err and ", 20 steps, " in err
 
 
 def test_help_lists_every_command(chat, capsys: Captured) -> None:

@@ -84,6 +84,7 @@ def test_json_is_strict_and_whole(lm: LanguageModel, capsys: Captured) -> None:
     assert record["prompts"] == ["one", "two three"] and record["prompt_tokens"] == expected.prompts
     assert (record["checkpoint"], record["objective"]) == ("small", "llada")
     assert record["settings"]["steps"] == 4 and record["settings"]["seed"] == 3
+    assert record["settings"]["strategy"] == "diffusion" and record["settings"]["block_length"] == 8
     assert record["tokens_per_second"] == pytest.approx(sum(map(len, record["tokens"])) / record["seconds"])
 
 
@@ -111,6 +112,48 @@ def test_gaps_are_filled_where_they_are(lm: LanguageModel, capsys: Captured) -> 
     assert short["text"][0].startswith("one") and short["text"][0].endswith(".")
     assert main([*arguments, "one[MASK][MASK][MASK] two[MASK]."]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == short["tokens"]
+
+
+def test_a_default_length_is_what_the_context_leaves(
+    lm: LanguageModel, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["generate", "small", "--json", "--threshold", "0.001"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(options, "load", lambda _: speaking_model(context_length=30))
+    assert main(["generate", "small", "--prompt", "one two", "--block-length", "4", "--json"]) == 0
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    given = len(record["prompt_tokens"][0])
+    length = record["settings"]["length"]
+    assert length % 4 == 0 and 30 - 4 < given + length <= 30
+    assert err == f"note: --length {length}: the context of 30 tokens leaves no more of 128\n"
+
+
+def test_a_gap_that_stays_text_is_noted(lm: LanguageModel, capsys: Captured) -> None:
+    assert main(["generate", "small", "--prompt", "a [MASK:4] b", *FEW]) == 0
+    assert capsys.readouterr().err.startswith("note: [MASK] in a prompt is read as plain text; --infill fills it\n")
+
+
+def test_the_file_of_the_prompts_is_not_replaced(lm: LanguageModel, capsys: Captured, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "one"}\n')
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    for out in (path, link):
+        assert main(["generate", "small", "--prompts-file", str(path), *FEW, "--out", str(out)]) == 2
+        assert capsys.readouterr().err.endswith("is the file of the prompts; choose another file\n")
+    assert path.read_text() == '{"prompt": "one"}\n'
+
+
+def test_an_answer_that_ended_early_says_what_ran(lm: LanguageModel, capsys: Captured) -> None:
+    arguments = ["generate", "arm", "--prompt", "one", "--length", "32", "--json"]
+    assert main(arguments) == 0
+    word = json.loads(capsys.readouterr().out)["text"][0][:1]
+    assert main([*arguments, "--stop", word]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["finish"] == ["stop"]
+    assert record["steps"] == record["forward_passes"] == len(record["tokens"][0]) < 32
+    assert record["settings"]["steps"] == 32 and record["settings"]["cache"] == "kv"
 
 
 @pytest.mark.parametrize("checkpoint", ["small", "arm"])
@@ -160,7 +203,7 @@ def test_on_a_terminal_the_answer_is_in_colour(
         (["--steps", "many"], "steps: many given; expected int or null"),
         (["--strategy", "guess"], "choose from"),
         (["--batch-size", "0"], "at least 1"),
-        (["--threshold", "0.5", "--steps", "4"], "leave one away"),
+        (["--threshold", "0.5", "--steps", "4"], "leave one out"),
     ],
 )
 def test_mistakes_in_one_line(
