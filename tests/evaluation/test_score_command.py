@@ -149,6 +149,16 @@ def test_text_gives_bits_per_byte(run: Run, tmp_path: Path) -> None:
     )
 
 
+def test_a_folder_of_texts_is_its_files(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "texts" / "more").mkdir(parents=True)
+    (tmp_path / "texts" / "a.txt").write_text("abc def")
+    (tmp_path / "texts" / "more" / "b.jsonl").write_text('{"text": "ghi"}\n')
+    result = json.loads(run("arm", "--text", tmp_path / "texts", "--json")[1])
+    expected = rolling_log_likelihood(ARM, [LLADA.encode("abc def"), LLADA.encode("ghi")])
+    assert (result["documents"], result["bytes"]) == (2, 10)
+    assert result["nats_per_token"] == pytest.approx(expected.nats_per_token)
+
+
 def test_one_text_shows_the_error_that_it_has(run: Run, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("abc def ghijklm")
     path = tmp_path / "one.txt"
@@ -205,8 +215,9 @@ CHOICE = {"prompt": [1], "choices": [[2], [3]]}
         ([{"prompt": [1] * 48, "continuation": [2]}], ["llada"], "pairs.jsonl:1: a prompt of 48"),
         (["nonsense"], ["llada"], "pairs.jsonl:1: is not a line of JSON"),
         ([], ["llada"], "holds no line"),
-        ([PAIR], ["llada", "--out", "/dev/null/out.jsonl"], "cannot be written"),
-        ([PAIR], ["llada", "--out", "/dev"], "is a folder"),
+        ([PAIR], ["llada", "--out", "/dev/null/out.jsonl"], "no folder /dev/null"),
+        ([PAIR], ["llada", "--out", "/dev/null"], "'/dev/null' is no regular file"),
+        ([PAIR], ["llada", "--out", "/dev"], "'/dev' is no regular file"),
         ([PAIR], ["llada", "--window", "4"], "--window does nothing with --pairs"),
         ([PAIR], ["llada", "--stride", "4"], "--stride does nothing with --pairs"),
         ([PAIR], ["llada", "--text-field", "text"], "--text-field does nothing with --pairs"),
@@ -225,8 +236,10 @@ def test_mistakes_of_the_text_and_of_no_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     for arguments, message in (
         (["--text", tmp_path / "empty.txt"], "no text"),
-        (["--text", tmp_path / "none.txt"], "no such file"),
+        (["--text", tmp_path / "none.txt"], "no such file or folder"),
         (["--pairs", tmp_path / "none.jsonl"], "no such file"),
+        (["--pairs", tmp_path], "is a folder"),
+        (["--text", tmp_path, "--out", tmp_path / "empty.txt"], "is a file that is scored"),
         ([], "neither given"),
         (["--text", tmp_path / "empty.txt", "--confidence", "0.9"], "is of choices"),
         (["--text", tmp_path / "empty.txt", "--truncate", "left"], "--truncate does nothing with --text"),
@@ -244,17 +257,18 @@ def test_where_results_cannot_go_is_told_before_anything_is_scored(
     link = tmp_path / "link.jsonl"
     link.symlink_to(path)
     for out, message in (
-        (path, "is the file that is scored"),
-        (link, "is the file that is scored"),
-        (tmp_path, "is a folder"),
-        (path / "more" / "out.jsonl", "cannot be written into"),
+        (path, "is a file that is scored"),
+        (link, "is a file that is scored"),
+        (tmp_path, "is no regular file"),
+        (path / "out.jsonl", "there is no folder"),
+        (tmp_path / "none" / "out.jsonl", "there is no folder"),
     ):
         code, _, stderr = run("no such model", "--pairs", path, "--out", out)  # a KeyError, if it were loaded
         assert code == 2 and message in stderr and stderr.count("\n") == 1
     assert path.read_text() == before
     monkeypatch.setattr("os.access", lambda *_: False)
-    code, _, stderr = run("no such model", "--pairs", path, "--out", tmp_path / "new" / "out.jsonl")
-    assert code == 2 and "cannot be written into" in stderr and not (tmp_path / "new").exists()
+    code, _, stderr = run("no such model", "--pairs", path, "--out", tmp_path / "out.jsonl")
+    assert code == 2 and "cannot be written into" in stderr and not (tmp_path / "out.jsonl").exists()
 
 
 def test_help_waits_for_no_torch() -> None:
