@@ -43,7 +43,7 @@ def final_checkpoint(folder: Path) -> Path | None:
 
 
 def run_folder_of(checkpoint: Path) -> Path | None:
-    """The folder of the run that a checkpoint lies in, a branch's too and a half copy's; None where it lies elsewhere."""
+    """The folder of the run that a checkpoint lies in, a branch's and a half copy's too; None where there is none."""
     folder = checkpoint.absolute().parent
     phase = folder.parent
     run = phase.parent.parent if phase.parent.name == BRANCHES else phase

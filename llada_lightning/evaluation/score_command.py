@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,8 @@ def score_parser() -> CommandParser:
         "--samples",
         type=int | None,
         default=None,
-        help=f"masks of each continuation (llada), {_FIXED_SAMPLES}; the first {REPLICATES} with --confidence",
+        help=f"masks of each continuation (llada), {_FIXED_SAMPLES}; the first {REPLICATES} with --confidence; one has "
+        "no standard error",
     )
     how.add_argument("--target-stderr", type=float | None, default=None, help="sample on until this error, in nats")
     how.add_argument(
@@ -85,11 +87,15 @@ def score_command(argv: list[str]) -> int:
         UserError: an option, the checkpoint or the file is not right.
     """
     options = score_parser().parse_args(argv)
+    sampled = [name for name in ("samples", "target_stderr", "max_samples") if options[name] is not None]
     options.samples = _samples(options)
     _check(options)
     from llada_lightning.evaluation.score_report import print_report  # after the parser: --help answers at once
 
     lm = load(vars(options))
+    if lm.objective == "arm" and sampled:
+        names = ", ".join(_option(name) for name in sampled)
+        print(f"note: {names}: without effect, an arm's value is exact", file=sys.stderr)
     sampling = {
         "cfg_scale": options.cfg_scale,
         "seed": options.seed,
@@ -105,6 +111,10 @@ def score_command(argv: list[str]) -> int:
     else:
         print_report(people_console(), summary, results)
     return 0
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _samples(options: Any) -> int:
@@ -127,6 +137,8 @@ def _check(options: Any) -> None:
     )
     if options.confidence is not None and options.target_stderr is not None:
         raise UserError("score: --confidence and --target-stderr both say when to stop; give one of them")
+    if options.max_samples is not None and options.confidence is None and options.target_stderr is None:
+        raise UserError("score: --max-samples does nothing without --target-stderr or --confidence; give one of them")
     if options.confidence is not None and options.text:
         raise UserError("score: --confidence is of choices, and --text has none; use --target-stderr")
     given, idle = (
@@ -134,7 +146,7 @@ def _check(options: Any) -> None:
     )
     for name in idle:
         if options[name] is not None:
-            raise UserError(f"score: --{name.replace('_', '-')} does nothing with {given}; leave it out")
+            raise UserError(f"score: {_option(name)} does nothing with {given}; leave it out")
     path = Path(options.pairs or options.text)
     if options.pairs and path.is_dir():
         raise UserError(f"score: --pairs '{path}' is a folder; give a JSONL file")
