@@ -12,19 +12,40 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from llada_lightning.errors import UserError
+
 _BLOCK_BYTES = 1 << 20
 
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path`` to write to, and renames it once the block has ended well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid4().hex}{path.suffix}")
+    """Gives a temporary path beside ``path`` to write to, and renames it once the block has ended well.
+
+    A link stays a link: the file that it leads to is replaced.
+
+    Raises:
+        UserError: as :func:`require_replaceable`.
+    """
+    require_replaceable(path)
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{path.stem}.{uuid4().hex}{path.suffix}")  # writers go by the given suffix
     try:
         yield temporary
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_replaceable(path: Path) -> None:
+    """Refuses what a rename would destroy: a device, a pipe, a folder, a link that leads back to itself.
+
+    Raises:
+        UserError: the path is there and is no regular file.
+    """
+    is_loop = Path(os.path.realpath(path)).is_symlink()
+    if is_loop or (path.exists() and not path.is_file()):
+        raise UserError(f"'{path}' is no regular file, so it cannot be replaced; choose another file")
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -41,7 +41,15 @@ def require_whole(checkpoint: Path) -> None:
         raise UserError(f"checkpoint: '{checkpoint}' does not exist; give one of a run's checkpoints/")
     found = damage(checkpoint)
     if found is not None:
-        raise UserError(f"checkpoint: '{checkpoint}' is damaged ({found}) or of another program; take another one")
+        whole = whole_neighbour(checkpoint)
+        mend = "take another one" if whole is None else f"take '{whole}', which is whole"
+        raise UserError(f"checkpoint: '{checkpoint}' is damaged ({found}) or of another program; {mend}")
+
+
+def whole_neighbour(checkpoint: Path) -> Path | None:
+    """The checkpoint of the highest step that is whole, in the folder of one that does not serve; None: no other."""
+    whole, _ = whole_checkpoint(checkpoint.parent)
+    return None if whole == checkpoint else whole
 
 
 def whole_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:

@@ -43,10 +43,11 @@ def final_checkpoint(folder: Path) -> Path | None:
 
 
 def run_folder_of(checkpoint: Path) -> Path | None:
-    """The folder of the run that a checkpoint lies in, a branch's too; None where it lies elsewhere."""
-    phase = checkpoint.absolute().parent.parent
+    """The folder of the run that a checkpoint lies in, a branch's and a half copy's too; None where there is none."""
+    folder = checkpoint.absolute().parent
+    phase = folder.parent
     run = phase.parent.parent if phase.parent.name == BRANCHES else phase
-    return run if (run / CONFIG).is_file() else None
+    return run if folder.name == CHECKPOINTS or (run / CONFIG).is_file() else None
 
 
 def saved_identity(checkpoint: Path) -> dict[str, Any]:

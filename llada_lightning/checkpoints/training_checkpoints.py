@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from llada_lightning.checkpoints.description import Description
-from llada_lightning.checkpoints.integrity import require_whole
+from llada_lightning.checkpoints.integrity import require_whole, whole_neighbour
 from llada_lightning.checkpoints.run_folder import CONFIG, run_folder_of
 from llada_lightning.checkpoints.sharded_checkpoints import META, ShardReader, is_sharded
 from llada_lightning.checkpoints.stored_tensors import StoredTensor, of_tensor
@@ -48,8 +48,8 @@ def read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], str
         content = torch.load(
             path / META if is_sharded(path) else path, mmap=True, weights_only=True, map_location="cpu"
         )
-        require_whole(path)
         weights = _shards(path) if is_sharded(path) else {k: of_tensor(v) for k, v in content[_WEIGHTS].items()}
+        require_whole(path)
         return _description(content, path), weights, content["identity"]["tokenizer"]
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -57,10 +57,10 @@ def read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], str
             "checkpoint of llada fit, or a folder with safetensors"
         ) from error
     except (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, BadZipFile) as error:
-        raise UserError(
-            f"'{path}' is not a checkpoint of llada fit, or is damaged; give a run's folder, one of its checkpoints, "
-            "or a folder with config.json and safetensors"
-        ) from error
+        whole = whole_neighbour(path)
+        usual = "give a run's folder, one of its checkpoints, or a folder with config.json and safetensors"
+        mend = usual if whole is None else f"give '{whole}', which is whole"
+        raise UserError(f"'{path}' is not a checkpoint of llada fit, or is damaged; {mend}") from error
 
 
 def _shards(folder: Path) -> dict[str, StoredTensor]:

@@ -64,16 +64,18 @@ def log_likelihood(
         progress: a bar on stderr; None: where that is a terminal.
 
     Raises:
-        UserError: no token of the vocabulary, [MASK] within a continuation, more tokens than the context, or an option
-            out of range.
+        UserError: no model, a request that is no pair, no token of the vocabulary, [MASK] within a
+            continuation, more tokens than the context, or an option out of range.
     """
+    if not isinstance(lm, LanguageModel):
+        raise UserError(f"lm is {str(lm)[:60]!r}, no model; give what load_model returns for it")
     check_sampling(samples, max_samples, target_stderr, cfg_scale=cfg_scale, batch_tokens=batch_tokens)
     check_guidance(lm, cfg_scale)
     if target_stderr is not None:
         samples = max(samples, REPLICATES)
     checked = [
-        check_request(lm, prompt, continuation, truncate, f"request {n}")
-        for n, (prompt, continuation) in enumerate(requests)
+        check_request(lm, *_pair(request, f"request {n}"), truncate, f"request {n}")
+        for n, request in enumerate(requests)
     ]
     with ScoringProgress(progress) as bar:
         scorer = Scorer(lm, cfg_scale, batch_tokens, bar)
@@ -123,6 +125,17 @@ def check_guidance(lm: LanguageModel, cfg_scale: float) -> None:
     """Raises UserError where guidance is asked of an `arm`."""
     if cfg_scale and lm.objective == "arm":
         raise UserError(f"cfg_scale is {cfg_scale}, but guidance (Eq. 16) is of llada, and this is arm; leave it at 0")
+
+
+def _pair(request: tuple[Ids, Ids], name: str) -> tuple[Ids, Ids]:
+    try:
+        prompt, continuation = request
+        len(prompt), len(continuation)
+    except (TypeError, ValueError) as error:  # a pair outside of a list: its ids
+        raise UserError(
+            f"{name}: {str(request)[:40]!r} is no pair; give a list of pairs of token ids, [(prompt, continuation), …]"
+        ) from error
+    return prompt, continuation
 
 
 def _waves(bounds: Sequence[Bound], samples: int) -> Iterator[list[tuple[Bound, BoolArray]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from llada_lightning.command_line import CommandParser, add_json, people_console
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.masks import REPLICATES
 from llada_lightning.evaluation.options import check_sampling
-from llada_lightning.files import strict_json, written_atomically
+from llada_lightning.files import require_replaceable, strict_json, written_atomically
 from llada_lightning.generation.terminal.options import add_model_options, load
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ def score_parser() -> CommandParser:
         "--text",
         type=str | None,
         default=None,
-        metavar="FILE",
-        help="perplexity of long texts: a text file (one document) or JSONL, as `llada prepare --source` takes them",
+        metavar="PATH",
+        help="perplexity of long texts: a text file (one document), JSONL, or a folder of them, read as `llada prepare "
+        "--source` reads them",
     )
     what.add_argument("--text-field", type=str | None, default=None, help="field of --text's JSONL with the text; text")
     what.add_argument("--window", type=int | None, default=None, help="tokens of a pass over --text; the context")
@@ -57,7 +59,8 @@ def score_parser() -> CommandParser:
         "--samples",
         type=int | None,
         default=None,
-        help=f"masks of each continuation (llada), {_FIXED_SAMPLES}; the first {REPLICATES} with --confidence",
+        help=f"masks of each continuation (llada), {_FIXED_SAMPLES}; the first {REPLICATES} with --confidence; one has "
+        "no standard error",
     )
     how.add_argument("--target-stderr", type=float | None, default=None, help="sample on until this error, in nats")
     how.add_argument(
@@ -84,11 +87,15 @@ def score_command(argv: list[str]) -> int:
         UserError: an option, the checkpoint or the file is not right.
     """
     options = score_parser().parse_args(argv)
+    sampled = [name for name in ("samples", "target_stderr", "max_samples") if options[name] is not None]
     options.samples = _samples(options)
     _check(options)
     from llada_lightning.evaluation.score_report import print_report  # after the parser: --help answers at once
 
     lm = load(vars(options))
+    if lm.objective == "arm" and sampled:
+        names = ", ".join(_option(name) for name in sampled)
+        print(f"note: {names}: without effect, an arm's value is exact", file=sys.stderr)
     sampling = {
         "cfg_scale": options.cfg_scale,
         "seed": options.seed,
@@ -104,6 +111,10 @@ def score_command(argv: list[str]) -> int:
     else:
         print_report(people_console(), summary, results)
     return 0
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _samples(options: Any) -> int:
@@ -126,6 +137,8 @@ def _check(options: Any) -> None:
     )
     if options.confidence is not None and options.target_stderr is not None:
         raise UserError("score: --confidence and --target-stderr both say when to stop; give one of them")
+    if options.max_samples is not None and options.confidence is None and options.target_stderr is None:
+        raise UserError("score: --max-samples does nothing without --target-stderr or --confidence; give one of them")
     if options.confidence is not None and options.text:
         raise UserError("score: --confidence is of choices, and --text has none; use --target-stderr")
     given, idle = (
@@ -133,23 +146,26 @@ def _check(options: Any) -> None:
     )
     for name in idle:
         if options[name] is not None:
-            raise UserError(f"score: --{name.replace('_', '-')} does nothing with {given}; leave it out")
+            raise UserError(f"score: {_option(name)} does nothing with {given}; leave it out")
     path = Path(options.pairs or options.text)
-    if not path.is_file():
-        raise UserError(f"score: {given} '{path}': no such file")
+    if options.pairs and path.is_dir():
+        raise UserError(f"score: --pairs '{path}' is a folder; give a JSONL file")
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(f"score: {given} '{path}': no such file{' or folder' * bool(options.text)}; correct the path")
     if options.out:
         _check_out(Path(options.out), path)
 
 
 def _check_out(out: Path, source: Path) -> None:
     """Before hours of scoring: whether the results can be written."""
-    folder = next(parent for parent in out.absolute().parents if os.path.exists(parent))
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+    folder = Path(os.path.realpath(out)).parent  # a link's own folder does not matter
+    if not folder.is_dir():
+        raise UserError(f"score: --out {out}: there is no folder {folder}; make it, or choose another file")
+    if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"score: --out {out} cannot be written into {folder}; choose another file")
-    if out.exists() and out.samefile(source):
-        raise UserError(f"score: --out {out} is the file that is scored; choose another file")
-    if out.is_dir():
-        raise UserError(f"score: --out {out} is a folder; give a file")
+    if out.exists() and out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"score: --out {out} is a file that is scored; choose another file")
+    require_replaceable(out)
 
 
 def _pairs(lm: LanguageModel, options: Any, sampling: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -17,6 +17,7 @@ from llada_lightning.evaluation.requests import Score, monte_carlo_stderr
 from llada_lightning.objectives.bounds import ratio_and_stderr
 
 _ROWS_SHOWN = 40
+_MOST_DECIMALS = 9
 
 
 def score_record(score: Score) -> dict[str, Any]:
@@ -102,50 +103,69 @@ def _print_scores(console: Console, summary: dict[str, Any], results: Sequence[d
         cells = (row["index"], _with_error(row["mean"], row["stderr"]), row["tokens"], row["kind"], row["method"])
         table.add_row(*map(str, cells), f"{row['samples']:,}")
     console.print(table)
-    console.print(
-        f"{_per_token(summary)} over {summary['requests']:,} requests, {summary['tokens']:,} tokens{_cut(summary)}"
-    )
+    counts = f"over {_count(summary['requests'], 'request')}, {_count(summary['tokens'], 'token')}{_cut(summary)}"
+    if summary["requests"] == 1 and summary["tokens"]:
+        shown = _of_one(summary)
+        console.print(f"{_per_token(shown)}{_masks_only(shown)} {counts}; one request has no standard error")
+    else:
+        console.print(f"{_per_token(summary)} {counts}")
 
 
 def _print_choices(console: Console, summary: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
     per = "" if summary["normalisation"] == "none" else f" per {summary['normalisation']}"
     sampled_on = summary["confidence"] is not None
-    table = Table("question", "best", "answer", f"nats{per} of each choice", *["settled"] * sampled_on, "samples")
+    table = Table(
+        "question", "best", "answer", f"nats{per} of each choice", "kind", "samples", *["settled"] * sampled_on
+    )
     for row in results[:_ROWS_SHOWN]:
-        values = " ".join(f"{value:.2f}" for value in row["values"])
+        choices = row["choices"]
+        values = [
+            _with_error(value, choice["stderr"] * _scale(value, choice["mean"]))
+            for value, choice in zip(row["values"], choices, strict=True)
+        ]
+        each = (values, [choice["kind"] for choice in choices], [f"{choice['samples']:,}" for choice in choices])
         answer = "" if row["answer"] is None else str(row["answer"])
-        samples = sum(choice["samples"] for choice in row["choices"])
         settled = ["yes" if row["settled"] else "no"] if sampled_on else []
-        table.add_row(str(row["index"]), str(row["best"]), answer, values, *settled, f"{samples:,}")
+        table.add_row(str(row["index"]), str(row["best"]), answer, *map("\n".join, each), *settled)
     console.print(table)
     if summary["accuracy"] is not None:
         accuracy = _with_error(summary["accuracy"], summary["accuracy_stderr"])
-        console.print(f"accuracy {accuracy} over {summary['answered']:,} questions{_cut(summary)}")
+        console.print(f"accuracy {accuracy} over {_count(summary['answered'], 'question')}{_cut(summary)}")
     if sampled_on:
         at = f"at {summary['confidence']:g}"
         console.print(
-            f"settled {at}: {summary['settled']:,} of {summary['questions']:,}; {summary['samples']:,} samples"
+            f"settled {at}: {summary['settled']:,} of {summary['questions']:,}; {_count(summary['samples'], 'sample')}"
         )
 
 
 def _print_text(console: Console, summary: dict[str, Any]) -> None:
-    context = f", each with {summary['context']:,} tokens of context" if summary["context"] else ""
+    context = f", each with {_count(summary['context'], 'token')} of context" if summary["context"] else ""
     one, spread = summary["documents"] == 1, summary["monte_carlo_stderr"]
-    if one:  # no error over documents; that of the masks is left
-        summary = {**summary, "stderr": spread, "bits_per_byte_stderr": _bits_stderr(summary, spread)}
+    summary = _of_one(summary) if one else summary
     perplexity = _with_error(summary["perplexity"], summary["perplexity"] * summary["stderr"])  # to first order
-    said = f"{_per_token(summary)}; perplexity {perplexity}"
-    console.print(f"{said} (Monte Carlo only)" if one and spread > 0 else said)
-    counts = f"{summary['documents']:,} documents, {summary['tokens']:,} tokens, {summary['windows']:,} windows"
-    error = "one document has no standard error" if one else f"of the error, {spread:.2g} is Monte Carlo"
-    console.print(f"{counts} of at most {summary['window']:,} tokens{context}; {error}")
+    console.print(f"{_per_token(summary)}; perplexity {perplexity}{_masks_only(summary) if one else ''}")
+    counts = ", ".join(_count(summary[f"{name}s"], name) for name in ("document", "token", "window"))
+    part = "; one document has no standard error" if one else f"; of the error, {spread:.2g} is Monte Carlo"
+    if not one and not spread > 0:  # arm; or one sample, which tells no error
+        part = "" if spread == 0 else "; one sample tells no Monte Carlo error"
+    console.print(f"{counts} of at most {_count(summary['window'], 'token')}{context}{part}")
 
 
-def _bits_stderr(summary: dict[str, Any], stderr: float) -> float | None:
-    """The error of the bits per byte that a text's nats per token with this error have."""
-    if summary["bits_per_byte"] is None:
-        return None
-    return stderr * summary["tokens"] / summary["bytes"] / math.log(2) if summary["bytes"] else math.nan
+def _of_one(summary: dict[str, Any]) -> dict[str, Any]:
+    """Of one document or request, which have no error over several: that of the masks is left."""
+    spread = summary["monte_carlo_stderr"]
+    bits = summary["bits_per_byte"]
+    bits_stderr = None if bits is None else spread * _scale(bits, summary["nats_per_token"])
+    return {**summary, "stderr": spread, "bits_per_byte_stderr": bits_stderr}
+
+
+def _masks_only(summary: dict[str, Any]) -> str:
+    return "" if summary["monte_carlo_stderr"] == 0 else " (Monte Carlo only)"
+
+
+def _scale(value: float, of: float) -> float:
+    """What a number was multiplied by, and so its error."""
+    return value / of if of else math.nan
 
 
 def _per_token(summary: dict[str, Any]) -> str:
@@ -161,5 +181,15 @@ def _cut(summary: dict[str, Any]) -> str:
     return f"; {summary['truncated']:,} with a prompt cut on its left" if summary["truncated"] else ""
 
 
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}" if number == 1 else f"{number:,} {name}s"
+
+
 def _with_error(value: float, stderr: float) -> str:
-    return f"{value:.4f}" if stderr == 0 or math.isnan(stderr) else f"{value:.4f} ± {stderr:.2g}"
+    """A value to the second digit of its error; ``?`` is an error that is not known."""
+    if stderr == 0:
+        return f"{value:.4f}"
+    if not math.isfinite(stderr):
+        return f"{value:.4f} ± ?"
+    decimals = min(max(1 - math.floor(math.log10(stderr)), 0), _MOST_DECIMALS)
+    return f"{value:.{decimals}f} ± {stderr:.{decimals}f}"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from llada_lightning.checkpoints.integrity import damage, require_whole, whole_checkpoint
 from llada_lightning.checkpoints.sharded_checkpoints import META
+from llada_lightning.checkpoints.stored_model import open_checkpoint
 from llada_lightning.errors import UserError
 
 CONTENT = {"state_dict": {"a": torch.arange(40.0), "b": torch.ones(3, 5)}, "global_step": 7, "name": "run"}
@@ -113,6 +114,10 @@ def test_the_last_whole_one_is_found_and_the_others_are_named(tmp_path: Path) ->
     assert found == tmp_path / "step=00000010.ckpt"
     assert {path.name for path in damaged} == {"step=00000015.ckpt", "step=00000020.ckpt"}
     assert whole_checkpoint(tmp_path / "none") == (None, {})
+    with pytest.raises(UserError, match=r"take '.+step=00000010.ckpt', which is whole"):
+        require_whole(tmp_path / "step=00000020.ckpt")
+    with pytest.raises(UserError, match=r"step=00000020.ckpt' is not .+; give '.+step=00000010.ckpt', which is whole"):
+        open_checkpoint(tmp_path)
 
 
 def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:

@@ -267,6 +267,14 @@ def test_mistakes_are_told_in_one_line(request_: Any, options: dict[str, Any], m
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("pair", [([1, 2], [3]), ([1, 2], [3, 4]), ([1], [2, 3, 4])])
+def test_a_pair_outside_of_a_list_and_a_path_for_a_model_are_refused(pair: Any) -> None:
+    with pytest.raises(UserError, match=r"request 0: .+ is no pair; give a list of pairs of token ids"):
+        log_likelihood(LLADA, pair)
+    with pytest.raises(UserError, match=r"lm is 'runs/tour/llada', no model; give what load_model returns"):
+        log_likelihood("runs/tour/llada", [pair])  # type: ignore[arg-type]
+
+
 def test_guidance_of_an_arm_is_refused() -> None:
     with pytest.raises(UserError, match="guidance"):
         log_likelihood(ARM, [([1], [2])], cfg_scale=1.0)

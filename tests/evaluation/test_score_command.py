@@ -20,6 +20,7 @@ from llada_lightning.checkpoints.load import load_model
 from llada_lightning.cli import main
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.rolling import rolling_log_likelihood
+from llada_lightning.evaluation.score_report import _with_error
 from small_checkpoints import tokenizer_folder
 from small_checkpoints import written as stored
 
@@ -56,7 +57,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_pairs_as_one_json_object_and_as_lines(run: Run, tmp_path: Path, name: str, lm: Any) -> None:
     out = tmp_path / "out.jsonl"
     code, stdout, stderr = run(name, "--pairs", written(tmp_path, *PAIRS), "--json", "--out", out, "--samples", "16")
-    assert (code, stderr) == (0, "")
+    assert code == 0
+    assert stderr == ("note: --samples: without effect, an arm's value is exact\n" if name == "arm" else "")
     result = json.loads(stdout)
     expected = log_likelihood(lm, [([0, 1, 2], [3]), ([0, 1], [26, *range(4, 13)])], samples=16)
     assert [row["mean"] for row in result["results"]] == pytest.approx([score.mean for score in expected])
@@ -92,7 +94,7 @@ def test_a_checkpoint_from_disk(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_nothing_to_score_has_no_mean(run: Run, tmp_path: Path) -> None:
     path = written(tmp_path, {"prompt": "a", "continuation": ""})
     code, stdout, _ = run("llada", "--pairs", path)
-    assert code == 0 and "no tokens over 1 requests" in stdout and "nan" not in stdout
+    assert code == 0 and "no tokens over 1 request," in stdout and "nan" not in stdout
     assert json.loads(run("llada", "--pairs", path, "--json")[1])["nats_per_token"] is None
 
 
@@ -116,7 +118,11 @@ def test_choices_give_an_accuracy_with_its_error(run: Run, tmp_path: Path) -> No
         assert row["best"] == per_token.index(max(per_token))
     assert {choice["samples"] for choice in result["results"][0]["choices"]} == {1, 31, 64}
     assert "settled" not in result and "settled" not in result["results"][0]
-    assert "settled" not in run("llada", "--pairs", path)[1]
+    table = run("llada", "--pairs", path, "--normalisation", "token", "--samples", "64")[1]
+    assert "settled" not in table
+    for value, choice in zip(result["results"][0]["values"], result["results"][0]["choices"], strict=True):
+        shown = [_with_error(value, choice["stderr"] / choice["tokens"]), choice["kind"], str(choice["samples"])]
+        assert any([cell.strip() for cell in line.split("│")[4:7]] == shown for line in table.splitlines())
 
 
 def test_choices_until_they_are_settled(run: Run, tmp_path: Path) -> None:
@@ -149,6 +155,16 @@ def test_text_gives_bits_per_byte(run: Run, tmp_path: Path) -> None:
     )
 
 
+def test_a_folder_of_texts_is_its_files(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "texts" / "more").mkdir(parents=True)
+    (tmp_path / "texts" / "a.txt").write_text("abc def")
+    (tmp_path / "texts" / "more" / "b.jsonl").write_text('{"text": "ghi"}\n')
+    result = json.loads(run("arm", "--text", tmp_path / "texts", "--json")[1])
+    expected = rolling_log_likelihood(ARM, [LLADA.encode("abc def"), LLADA.encode("ghi")])
+    assert (result["documents"], result["bytes"]) == (2, 10)
+    assert result["nats_per_token"] == pytest.approx(expected.nats_per_token)
+
+
 def test_one_text_shows_the_error_that_it_has(run: Run, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("abc def ghijklm")
     path = tmp_path / "one.txt"
@@ -156,18 +172,54 @@ def test_one_text_shows_the_error_that_it_has(run: Run, tmp_path: Path) -> None:
     result = json.loads(run("llada", "--text", path, "--samples", "32", "--json")[1])
     error = result["monte_carlo_stderr"]
     assert error > 0 and result["stderr"] is None
-    assert f"{result['nats_per_token']:.4f} ± {error:.2g} nats/token (bound)" in said
-    assert f"perplexity {result['perplexity']:.4f} ± {result['perplexity'] * error:.2g} (Monte Carlo only)" in said
-    assert f"{result['bits_per_byte']:.4f} ± {error / math.log(2):.2g} bits/byte" in said  # a byte a token
+    assert f"{_with_error(result['nats_per_token'], error)} nats/token (bound)" in said
+    perplexity = result["perplexity"]
+    assert f"perplexity {_with_error(perplexity, perplexity * error)} (Monte Carlo only)" in said
+    assert f"{_with_error(result['bits_per_byte'], error / math.log(2))} bits/byte" in said  # a byte a token
+    assert "1 document, 15 tokens, 1 window of at most 48 tokens" in said
     _, said, _ = run("arm", "--text", path)
     assert "±" not in said and "one document has no standard error" in said
+
+
+def test_one_request_shows_the_error_that_it_has(run: Run, tmp_path: Path) -> None:
+    path = written(tmp_path, PAIRS[1])
+    result = json.loads(run("llada", "--pairs", path, "--samples", "32", "--json")[1])
+    error = result["monte_carlo_stderr"]
+    assert error > 0 and result["stderr"] is None
+    said = " ".join(run("llada", "--pairs", path, "--samples", "32")[1].split())
+    assert f"{_with_error(result['nats_per_token'], error)} nats/token (bound), " in said
+    assert (
+        f"{_with_error(result['bits_per_byte'], error / math.log(2))} bits/byte (Monte Carlo only) over 1 req" in said
+    )
+    assert said.endswith("one request has no standard error")
+    said = run("llada", "--pairs", path, "--samples", "1")[1]
+    assert said.count("± ?") == 3  # the row, nats and bits
+    said = run("arm", "--pairs", path)[1]
+    assert "±" not in said and "Monte Carlo" not in said
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "said"),
+    [
+        (5.6262, 0.49, "5.63 ± 0.49"),
+        (-43.1639, 0.00099, "-43.16390 ± 0.00099"),
+        (1234.5, 56.7, "1234 ± 57"),
+        (2.0, 0.0, "2.0000"),
+        (2.0, math.nan, "2.0000 ± ?"),
+        (math.inf, math.inf, "inf ± ?"),
+        (1.0, 3e-17, "1.000000000 ± 0.000000000"),
+    ],
+)
+def test_a_value_ends_where_its_error_does(value: float, stderr: float, said: str) -> None:
+    assert _with_error(value, stderr) == said
 
 
 def test_the_perplexity_of_texts_has_an_error(run: Run, tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text('{"text": "abc def"}\n{"text": "ghi"}\n')
     result = json.loads(run("arm", "--text", tmp_path / "text.jsonl", "--json")[1])
     _, said, _ = run("arm", "--text", tmp_path / "text.jsonl")
-    assert f"perplexity {result['perplexity']:.4f} ± {result['perplexity'] * result['stderr']:.2g}\n" in said
+    assert f"perplexity {_with_error(result['perplexity'], result['perplexity'] * result['stderr'])}\n" in said
+    assert "2 documents, 10 tokens, 2 windows of at most 48 tokens\n" in said  # nothing of Monte Carlo: an arm
 
 
 def test_long_prompts_are_cut_and_counted(run: Run, tmp_path: Path) -> None:
@@ -199,14 +251,16 @@ CHOICE = {"prompt": [1], "choices": [[2], [3]]}
         ([PAIR], ["llada", "--cfg-scale", "-1"], "cfg_scale is -1.0"),
         ([PAIR], ["arm", "--cfg-scale", "1"], "leave it at 0"),
         ([PAIR], ["llada", "--max-samples", "2"], "max_samples is 2"),
+        ([PAIR], ["llada", "--max-samples", "256"], "does nothing without --target-stderr or --confidence"),
         ([PAIR], ["llada", "--text", "also.txt"], "both given"),
         ([{"prompt": "a", "continuation": "b"}], ["bare"], "has no tokenizer"),
         ([CHOICE], ["bare", "--normalisation", "byte"], "needs texts or a tokenizer"),
         ([{"prompt": [1] * 48, "continuation": [2]}], ["llada"], "pairs.jsonl:1: a prompt of 48"),
         (["nonsense"], ["llada"], "pairs.jsonl:1: is not a line of JSON"),
         ([], ["llada"], "holds no line"),
-        ([PAIR], ["llada", "--out", "/dev/null/out.jsonl"], "cannot be written"),
-        ([PAIR], ["llada", "--out", "/dev"], "is a folder"),
+        ([PAIR], ["llada", "--out", "/dev/null/out.jsonl"], "no folder /dev/null"),
+        ([PAIR], ["llada", "--out", "/dev/null"], "'/dev/null' is no regular file"),
+        ([PAIR], ["llada", "--out", "/dev"], "'/dev' is no regular file"),
         ([PAIR], ["llada", "--window", "4"], "--window does nothing with --pairs"),
         ([PAIR], ["llada", "--stride", "4"], "--stride does nothing with --pairs"),
         ([PAIR], ["llada", "--text-field", "text"], "--text-field does nothing with --pairs"),
@@ -225,8 +279,10 @@ def test_mistakes_of_the_text_and_of_no_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     for arguments, message in (
         (["--text", tmp_path / "empty.txt"], "no text"),
-        (["--text", tmp_path / "none.txt"], "no such file"),
+        (["--text", tmp_path / "none.txt"], "no such file or folder"),
         (["--pairs", tmp_path / "none.jsonl"], "no such file"),
+        (["--pairs", tmp_path], "is a folder"),
+        (["--text", tmp_path, "--out", tmp_path / "empty.txt"], "is a file that is scored"),
         ([], "neither given"),
         (["--text", tmp_path / "empty.txt", "--confidence", "0.9"], "is of choices"),
         (["--text", tmp_path / "empty.txt", "--truncate", "left"], "--truncate does nothing with --text"),
@@ -244,17 +300,18 @@ def test_where_results_cannot_go_is_told_before_anything_is_scored(
     link = tmp_path / "link.jsonl"
     link.symlink_to(path)
     for out, message in (
-        (path, "is the file that is scored"),
-        (link, "is the file that is scored"),
-        (tmp_path, "is a folder"),
-        (path / "more" / "out.jsonl", "cannot be written into"),
+        (path, "is a file that is scored"),
+        (link, "is a file that is scored"),
+        (tmp_path, "is no regular file"),
+        (path / "out.jsonl", "there is no folder"),
+        (tmp_path / "none" / "out.jsonl", "there is no folder"),
     ):
         code, _, stderr = run("no such model", "--pairs", path, "--out", out)  # a KeyError, if it were loaded
         assert code == 2 and message in stderr and stderr.count("\n") == 1
     assert path.read_text() == before
     monkeypatch.setattr("os.access", lambda *_: False)
-    code, _, stderr = run("no such model", "--pairs", path, "--out", tmp_path / "new" / "out.jsonl")
-    assert code == 2 and "cannot be written into" in stderr and not (tmp_path / "new").exists()
+    code, _, stderr = run("no such model", "--pairs", path, "--out", tmp_path / "out.jsonl")
+    assert code == 2 and "cannot be written into" in stderr and not (tmp_path / "out.jsonl").exists()
 
 
 def test_help_waits_for_no_torch() -> None:
