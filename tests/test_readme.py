@@ -55,7 +55,7 @@ def test_the_tour_by_hand(checkout: Path, capsys: pytest.CaptureFixture[str], mo
     """Every `llada` command in README's order: two runs by hand, a planned study, the published one."""
     tour = [line for line in COMMANDS if line.startswith("llada")]
     assert [line.split()[1] for line in tour] == [
-        "prepare", "fit", "fit", "validate", "collect", "curves",
+        "prepare", "fit", "fit", "validate", "collect", "curves", "prepare", "replay",
         "generate", "generate", "generate", "generate", "chat",
         "score", "score", "score", "convert", "convert", "generate",
         "plan", "sweep", "sweep", "collect", "curves", "curves", "fit",
