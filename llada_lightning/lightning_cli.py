@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from llada_lightning.checkpoints.integrity import require_whole
-from llada_lightning.checkpoints.run_folder import final_checkpoint, saved_identity
+from llada_lightning.checkpoints.run_folder import CHECKPOINTS, CONFIG, final_checkpoint, saved_identity
 from llada_lightning.cluster import agreed_launch
 from llada_lightning.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.data.datamodule import TokenDataModule
@@ -30,7 +30,7 @@ from llada_lightning.files import strict_json, written_atomically
 from llada_lightning.lock import check_unlocked, run_lock
 from llada_lightning.parser import OneLineParser, class_first
 from llada_lightning.phases import Phase, phases_of
-from llada_lightning.scaling.results import read_records, write_records, write_validation
+from llada_lightning.scaling.results import DIVERGED, read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.secrets import refuse_secrets
 from llada_lightning.settings import Budget, Guard, Run, Wandb
@@ -201,12 +201,19 @@ class LladaCLI(LightningCLI):
             check_identity(model_identity(saved_identity(given)), model_identity(self.identity))
             require_whole(given)
             return kwargs
-        checkpoint = final_checkpoint(self.folder) if self.settings.run.name is not None else None
+        checkpoint = None if self.settings.run.name is None else final_checkpoint(self._config_folder() or self.folder)
         if checkpoint is None:
             raise UserError(f"ckpt_path: nothing to {subcommand}; give --ckpt_path, or a run's config.yaml")
         require_whole(checkpoint)
         say(f"reading {checkpoint}")
         return {**kwargs, "ckpt_path": str(checkpoint)}
+
+    def _config_folder(self) -> Path | None:
+        """The run's folder that a given config.yaml lies in: it may be a copy of the one that it names."""
+        given = [Path(str(path)).absolute() for path in filter(None, self.settings.get("config") or [])]
+        return next(
+            (path.parent for path in given if path.name == CONFIG and (path.parent / CHECKPOINTS).is_dir()), None
+        )
 
     def _run_subcommand(self, subcommand: str) -> None:
         if not self._execute:
@@ -303,7 +310,7 @@ class LladaCLI(LightningCLI):
             self.wandb.update_summary({**records[-1], **everything})
         path = write_records(self.folder, records)  # last: from here on the budget counts as reached
         say(
-            f"{record['run']}: {describe_loss(record, record['val_kind'])}, {record['flops_6nd']:.3g} FLOPs (6ND), "
+            f"{record['run']}: {describe_result(record)}, {record['flops_6nd']:.3g} FLOPs (6ND), "
             f"{record['wall_seconds']:.0f} s; {path}"
         )
         self._warn_of_few_documents()
@@ -320,7 +327,7 @@ class LladaCLI(LightningCLI):
                 )
         if len(records) == len(names):
             for record in records:
-                say(f"{self.folder} is done ({describe_loss(record, record['val_kind'])}); nothing to do")
+                say(f"{self.folder} is done ({describe_result(record)}); nothing to do")
             sys.exit(0)
         done = {record["run"] for record in records}
         damaged: dict[Path, str] = {}
@@ -366,6 +373,11 @@ def resolved_run(args: list[str]) -> tuple[Path, str]:
     cli.check_folder()
     check_unlocked(cli.folder)
     return cli.folder, cli.resolved
+
+
+def describe_result(record: Mapping[str, Any]) -> str:
+    """The validation loss of a record; of a run that diverged, that it has none."""
+    return DIVERGED if record["status"] == DIVERGED else describe_loss(record, record["val_kind"])
 
 
 def describe_loss(values: Mapping[str, float | None], kind: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -76,28 +78,54 @@ def test_a_damaged_checkpoint_is_neither_validated_nor_branched_from(
     assert not (tmp_path / "test" / "other").exists()
 
 
-@pytest.mark.parametrize("fault", [errno.ENOSPC, "PytorchStreamWriter failed writing file data/1: file write failed"])
+class SmallDisk:
+    """A file on a disk that takes no more than so many bytes."""
+
+    def __init__(self, file: IO[bytes], room: int) -> None:
+        self._file, self._room = file, room
+
+    def write(self, part: bytes) -> int:
+        self._room -= len(part)
+        if self._room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self._file.write(part)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def test_a_copy_of_a_run_is_validated_by_its_own_checkpoint(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its config.yaml still names the run that it was copied from."""
+    shutil.copytree(whole, tmp_path / "copy")
+    assert main(["validate", "--config", str(tmp_path / "copy" / "config.yaml")]) == 0
+    assert f"reading {tmp_path / 'copy' / 'checkpoints' / 'step=00000024.ckpt'}" in capsys.readouterr().err
+    flip(tmp_path / "copy" / "checkpoints" / "step=00000024.ckpt")
+    assert main(["validate", "--config", str(tmp_path / "copy" / "config.yaml")]) == 2
+    assert "copy/checkpoints/step=00000024.ckpt' is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("room", [10, 1000, 100_000])
 def test_a_full_disk_leaves_the_checkpoints_before_it(
     whole: Path,
     prepared: Path,
     tmp_path: Path,
-    fault: int | str,
+    room: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Also where torch's writer covers the disk's refusal with one of its own."""
     save = torch.save
 
-    def full(content: dict, file: object) -> None:
-        if content["global_step"] < 16:
-            save(content, file)
-            return
-        file.write(b"half")  # type: ignore[attr-defined]
-        raise OSError(fault, "No space left on device") if isinstance(fault, int) else RuntimeError(fault)
+    def full(content: dict, file: IO[bytes]) -> None:
+        save(content, file if content["global_step"] < 16 else SmallDisk(file, room))
 
     monkeypatch.setattr(checkpoints.torch, "save", full)
     assert main(fit_arguments("llada", prepared, tmp_path, *SAVED)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: checkpoint: '") and "step=00000016.ckpt' cannot be written (" in error
+    assert error.startswith("error: checkpoint: '")
+    assert "step=00000016.ckpt' cannot be written (No space left on device); the ones before it are whole" in error
     folder = tmp_path / "test" / "run"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step=00000008.ckpt"]
     monkeypatch.undo()

@@ -69,20 +69,24 @@ def _written_or_gone(partial: Path, target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        if not _is_of_the_disk(cause):
+        refusal = _of_the_disk(error)
+        if refusal is None:
             raise
         discard(partial)
-        reason = getattr(cause, "strerror", None) or "the disk takes no more"
         raise UserError(
-            f"checkpoint: '{target}' cannot be written ({reason}); the ones before it are whole: free space or mend "
-            "the folder, and the same command goes on from the last of them"
+            f"checkpoint: '{target}' cannot be written ({refusal.strerror}); the ones before it are whole: free space "
+            "or mend the folder, and the same command goes on from the last of them"
         ) from error
 
 
-def _is_of_the_disk(error: BaseException) -> bool:
-    """Whether the disk refused: as the system says it, or as torch's writer, which keeps the reason to itself."""
-    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "file write failed" in str(error)
+def _of_the_disk(error: BaseException) -> OSError | None:
+    """What the disk said; torch's writer goes on to complain of its own state, with that as the context."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__cause__ or seen.__context__
+    return seen
 
 
 @dataclass(frozen=True)
