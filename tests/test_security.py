@@ -30,7 +30,7 @@ from llada_lightning.scaling.results import CONFIG_FILE
 from llada_lightning.secrets import redacted, refuse_secrets
 from llada_lightning.training.parallel import FullySharded
 from small_checkpoints import write_shards
-from tiny_runs import fit, fit_arguments
+from tiny_runs import fit, fit_arguments, fit_process
 
 SHORT = ("--trainer.max_steps=4", "--run.checkpoint_every_steps=2")
 PACKAGE = Path(llada_lightning.__file__).parent
@@ -90,8 +90,15 @@ def spoil(checkpoint: Path, place: str, victim: Path) -> None:
 
 @pytest.mark.parametrize("place", ["file", "pickle", "meta", "index"])
 def test_a_planted_checkpoint_is_read_by_no_command(
-    trained: Path, prepared: Path, tmp_path: Path, victim: Path, place: str, refused: Callable[..., str]
+    trained: Path,
+    prepared: Path,
+    tmp_path: Path,
+    victim: Path,
+    place: str,
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """By name it is refused; in a run's own folder, too, or where it is no archive passed over as a damaged one."""
     root = tmp_path / "runs"
     shutil.copytree(trained.parents[1], root)
     folder = root / "test" / "run"
@@ -100,7 +107,7 @@ def test_a_planted_checkpoint_is_read_by_no_command(
     (folder / "result.json").unlink()
     fit_again = fit_arguments("llada", prepared, root, *SHORT)
     other = [*fit_arguments("llada", prepared, tmp_path / "other", *SHORT), f"--ckpt_path={checkpoint}"]
-    commands = [fit_again, other]  # in the run's own folder, and by name
+    commands = [other]
     if place in ("file", "index"):
         commands.append([*other, "--weights_only=false"])  # Lightning's own switch
         for verb in ("validate", "test", "predict"):
@@ -110,6 +117,12 @@ def test_a_planted_checkpoint_is_read_by_no_command(
         commands.append(["convert", str(folder), str(tmp_path / "out"), "--to", "llada"])
     for command in commands:
         assert "checkpoint" in refused(*command), command
+    if place in ("file", "meta"):
+        assert "checkpoint" in refused(*fit_again)
+    else:
+        assert main(fit_again) == 0
+        assert "step=00000004.ckpt is damaged" in capsys.readouterr().err
+        assert not victim.exists()
 
 
 @pytest.mark.parametrize("place", ["value", "index", "meta"])
@@ -347,17 +360,14 @@ def test_no_command_line_or_file_puts_a_secret_into_a_runs_folder(tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["given.yaml"]
 
 
-def test_keys_of_the_environment_are_in_nothing_that_a_run_writes_or_says(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_keys_of_the_environment_are_in_nothing_that_a_run_writes_or_says(prepared: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, SECRET)
-    folder = fit("arm", prepared, tmp_path, *SHORT, "--wandb.project=test", "--wandb.offline=true")
-    said = capfd.readouterr()
-    assert SECRET not in said.out + said.err
+    secrets = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"), SECRET)
+    offline = ("--wandb.project=test", "--wandb.offline=true")
+    done = fit_process("arm", prepared, tmp_path, *SHORT, *offline, variables=secrets)
+    assert done.returncode == 0, done.stderr
+    assert SECRET not in done.stdout + done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"config.yaml", "metrics.csv", "result.json"} <= {path.name for path in files}
     assert any(path.suffix == ".wandb" for path in files)
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
-    assert (folder / CONFIG_FILE).exists()
