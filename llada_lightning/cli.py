@@ -66,19 +66,14 @@ def _outcome(args: list[str]) -> int:
         return _dispatch(args)
     except UserError as error:
         # A loader's worker hands its error over with a traceback before it.
-        line = redacted(str(error).splitlines()[-1].split("UserError: ")[-1])
-        if says_it(line):
-            print(f"error: {line}", file=sys.stderr)
-        return 2
+        return _mistake(redacted(str(error).splitlines()[-1].split("UserError: ")[-1]))
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return _BROKEN_PIPE
-        line = refusal(error) or ""
-        if not line:
+        refused = refusal(error)
+        if refused is None:
             raise
-        if says_it(line):
-            print(f"error: {line}", file=sys.stderr)
-        return 2
+        return _mistake(refused)
     except KeyboardInterrupt:  # before, or after, there is a step to save
         print("interrupted", file=sys.stderr)
         return 130
@@ -86,6 +81,13 @@ def _outcome(args: list[str]) -> int:
         if isinstance(leave.__context__, BrokenPipeError):  # rich leaves so
             return _BROKEN_PIPE
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+
+
+def _mistake(line: str) -> int:
+    """Says what the user can mend, once for all processes of a run; the exit code."""
+    if says_it(line):
+        print(f"error: {line}", file=sys.stderr)
+    return 2
 
 
 def _refused_by_stdout() -> OSError | None:

@@ -17,11 +17,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from llada_lightning.checkpoints.integrity import damage
+from llada_lightning.checkpoints.integrity import whole_checkpoint
 from llada_lightning.checkpoints.run_folder import (
     BRANCHES,
     CONFIG,
-    checkpoints_by_step,
     last_checkpoint,
     saved_identity,
     saved_step,
@@ -247,9 +246,9 @@ def start_before(phase: Phase, step: int) -> Path | None:
     Raises:
         UserError: the step belongs to the run that this one started from.
     """
-    for saved, path in sorted(checkpoints_by_step(phase.checkpoints).items(), reverse=True):
-        if saved < step and damage(path) is None:
-            return path
+    own, _ = whole_checkpoint(phase.checkpoints, before=step)
+    if own is not None:
+        return own
     parent = phase.foreign_parent
     if parent is not None and saved_step(parent) >= step:
         raise UserError(f"replay: --step {step} lies before {parent}, where this run begins; replay the run of that")

@@ -51,10 +51,17 @@ def whole_neighbour(checkpoint: Path) -> Path | None:
     return None if whole == checkpoint else whole
 
 
-def whole_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The checkpoint of the highest step that is whole, and those of higher steps with what is wrong with them."""
+def whole_checkpoint(folder: Path, before: int | None = None) -> tuple[Path | None, dict[Path, str]]:
+    """The checkpoint of the highest step that is whole, and those of higher steps with what is wrong with them.
+
+    Args:
+        folder: of checkpoints.
+        before: only those of lower steps than this count; None: all.
+    """
     damaged: dict[Path, str] = {}
-    for _, checkpoint in sorted(checkpoints_by_step(folder).items(), reverse=True):
+    for step, checkpoint in sorted(checkpoints_by_step(folder).items(), reverse=True):
+        if before is not None and step >= before:
+            continue
         found = damage(checkpoint)
         if found is None:
             return checkpoint, damaged
@@ -82,14 +89,10 @@ def _damage_of_archive(path: Path) -> str | None:
 
 
 def _damage_of_shards(folder: Path) -> str | None:
-    storage = ShardReader(folder).read_metadata().storage_data
-    for name in sorted({entry.relative_path for entry in storage.values()}):
-        with (folder / name).open("rb") as file:
-            for entry in storage.values():
-                if entry.relative_path != name:
-                    continue
-                file.seek(entry.offset)  # one tensor at a time in memory
-                with zipfile.ZipFile(io.BytesIO(file.read(entry.length))) as archive:
-                    if archive.testzip() is not None:
-                        return f"{name} fails its checksum at byte {entry.offset}"
+    for entry in ShardReader(folder).read_metadata().storage_data.values():
+        with (folder / entry.relative_path).open("rb") as file:
+            file.seek(entry.offset)  # one tensor at a time in memory
+            with zipfile.ZipFile(io.BytesIO(file.read(entry.length))) as archive:
+                if archive.testzip() is not None:
+                    return f"{entry.relative_path} fails its checksum at byte {entry.offset}"
     return None
