@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from llada_lightning.files import strict_json, written_atomically
 from llada_lightning.lock import check_unlocked, run_lock
 from llada_lightning.parser import OneLineParser, class_first
 from llada_lightning.phases import Phase, phases_of
-from llada_lightning.scaling.results import DIVERGED, read_records, write_records, write_validation
+from llada_lightning.scaling.results import read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.secrets import refuse_secrets
 from llada_lightning.settings import Budget, Guard, Run, Wandb
@@ -47,7 +45,13 @@ from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.memory import MemoryAdvice
 from llada_lightning.training.modules import LanguageModule, check_identity, model_identity
 from llada_lightning.training.parallel import check_strategy, launched_settings, saves_shards
-from llada_lightning.training.record import result_record, without_validation
+from llada_lightning.training.record import (
+    describe_loss,
+    describe_result,
+    few_documents,
+    result_record,
+    without_validation,
+)
 from llada_lightning.trusted import trust_known_modules
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -59,10 +63,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "logger": False,  # metrics.csv always, W&B by --wandb.project
 }
-
-
-FEW_DOCUMENTS = 20
-"""Below this many clusters a standard error has itself an error of a sixth and more."""
 
 
 class LladaCLI(LightningCLI):
@@ -294,11 +294,9 @@ class LladaCLI(LightningCLI):
             print("\n".join(f"{nats:.6f}" for nats in nats_B.tolist()))
 
     def _warn_of_few_documents(self) -> None:
-        if 0 < self.model.val_documents < FEW_DOCUMENTS:
-            say(
-                f"note: validation sequences begin in {self.model.val_documents} documents only, so the standard error "
-                "means little; give more text, or prepare it with a larger --val-fraction"
-            )
+        note = few_documents(self.model.val_documents)
+        if note is not None:
+            say(note)
 
     @rank_zero_only
     def _write(self, record: dict[str, Any]) -> None:
@@ -373,20 +371,6 @@ def resolved_run(args: list[str]) -> tuple[Path, str]:
     cli.check_folder()
     check_unlocked(cli.folder)
     return cli.folder, cli.resolved
-
-
-def describe_result(record: Mapping[str, Any]) -> str:
-    """The validation loss of a record; of a run that diverged, that it has none."""
-    return DIVERGED if record["status"] == DIVERGED else describe_loss(record, record["val_kind"])
-
-
-def describe_loss(values: Mapping[str, float | None], kind: str) -> str:
-    """A validation loss with its standard error, its kind and both units."""
-    loss, stderr, bits = (
-        math.nan if values[key] is None else values[key]
-        for key in ("val_nats_per_token", "val_stderr", "val_bits_per_byte")
-    )
-    return f"{loss:.4f} ± {stderr:.4f} nats/token ({kind}), {bits:.4f} bits/byte"
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from llada_lightning.scaling.results import DIVERGED, DONE
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.training.callbacks.accounting import Accounting, device_name
 from llada_lightning.training.modules import LanguageModule
+
+FEW_DOCUMENTS = 20
+"""Below this many clusters a standard error has itself an error of a sixth and more."""
 
 _VERSIONED = ("torch", "lightning", "litdata", "tokenizers", "numpy")
 
@@ -116,3 +120,27 @@ def git_commit() -> str | None:
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def describe_result(record: Mapping[str, Any]) -> str:
+    """The validation loss of a record; of a run that diverged, that it has none."""
+    return DIVERGED if record["status"] == DIVERGED else describe_loss(record, record["val_kind"])
+
+
+def describe_loss(values: Mapping[str, float | None], kind: str) -> str:
+    """A validation loss with its standard error, its kind and both units."""
+    loss, stderr, bits = (
+        math.nan if values[key] is None else values[key]
+        for key in ("val_nats_per_token", "val_stderr", "val_bits_per_byte")
+    )
+    return f"{loss:.4f} ± {stderr:.4f} nats/token ({kind}), {bits:.4f} bits/byte"
+
+
+def few_documents(documents: int) -> str | None:
+    """A note for the user where a standard error is of little use; None where it is of use."""
+    if not 0 < documents < FEW_DOCUMENTS:
+        return None
+    return (
+        f"note: validation sequences begin in {documents} documents only, so the standard error means little; give "
+        "more text, or prepare it with a larger --val-fraction"
+    )
