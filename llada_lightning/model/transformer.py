@@ -198,7 +198,7 @@ class Transformer(nn.Module):
         mask = None if attention_mask_BL is None else attention_pattern(attention_mask_BL, causal, start)
         *blocks, last = self.blocks
         for block in blocks:
-            x_BLD = block(x_BLD, rope, causal, mask, cache)
+            x_BLD = block(x_BLD, rope, causal, mask, cache, ALL)
         return self.norm(last(x_BLD, rope, causal, mask, cache, queries))
 
     def forward(self, tokens_BL: Tensor, *, causal: bool, attention_mask_BL: Tensor | None = None) -> Tensor:
