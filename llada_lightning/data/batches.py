@@ -18,6 +18,8 @@ class TrainingBatch(NamedTuple):
         ordinals_B: (B,) int64.
         denominator: tokens of the global batch over the number of its micro-batches (see ``objectives.losses``).
         global_tokens: tokens of the global batch, padding not counted.
+        documents_BL: (B, L) int64: the document of its sequence that each token belongs to; None: attention crosses
+            documents.
     """
 
     tokens_BL: Tensor
@@ -27,6 +29,7 @@ class TrainingBatch(NamedTuple):
     ordinals_B: Tensor
     denominator: float
     global_tokens: int
+    documents_BL: Tensor | None = None
 
 
 class ValidationBatch(NamedTuple):
@@ -37,9 +40,11 @@ class ValidationBatch(NamedTuple):
         masked_BL: (B, L) bool: exactly l masked a row (Eq. 14).
         counted_B: (B,) bool, False where a row only fills up the batch of a rank that ran out.
         documents_B: (B,) int64: equal for sequences that begin in the same document.
+        documents_BL: as in :class:`TrainingBatch`.
     """
 
     tokens_BL: Tensor
     masked_BL: Tensor
     counted_B: Tensor
     documents_B: Tensor
+    documents_BL: Tensor | None = None

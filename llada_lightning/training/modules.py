@@ -236,24 +236,24 @@ class ArmModule(LanguageModule):
     val_kind = "exact"
 
     def training_loss(self, batch: TrainingBatch) -> Tensor:
-        nll_BL = self._nll(batch.tokens_BL)
+        nll_BL = self._nll(batch.tokens_BL, batch.documents_BL)
         if batch.attention_mask_BL is not None:
             nll_BL = nll_BL * batch.attention_mask_BL
         return next_token_loss(nll_BL, batch.denominator)
 
     def sequence_nll(self, batch: ValidationBatch) -> Tensor:
-        return self._nll(batch.tokens_BL).double().sum(dim=1)
+        return self._nll(batch.tokens_BL, batch.documents_BL).double().sum(dim=1)
 
     def flops_per_token(self, sequence_length: int, mask_eps: float) -> TrainingFlops:
         assert self.vocab_size is not None
         return flops_per_token(self.shape, self.vocab_size, sequence_length, self.objective)
 
-    def _nll(self, tokens_BL: Tensor) -> Tensor:
+    def _nll(self, tokens_BL: Tensor, documents_BL: Tensor | None) -> Tensor:
         """(B, L) negative log-likelihood of every token."""
         assert self.eos_token_id is not None
         inputs_BL = shift_right(tokens_BL, self.eos_token_id)
         # Right padding lies in the future of every token that counts: causal attention needs no mask for it.
-        logits_BLV = self.model(inputs_BL, causal=True)
+        logits_BLV = self.model(inputs_BL, causal=True, documents_BL=documents_BL)
         nll_N = token_nll(logits_BLV.flatten(0, 1), tokens_BL.flatten(), self.excluded_token_id)
         return nll_N.view_as(tokens_BL)
 
@@ -265,12 +265,13 @@ class LladaModule(LanguageModule):
     val_kind = "bound"
 
     def training_loss(self, batch: TrainingBatch) -> Tensor:
-        nll_M = self._masked_nll(batch.tokens_BL, batch.masked_BL, batch.attention_mask_BL)
+        nll_M = self._masked_nll(batch.tokens_BL, batch.masked_BL, batch.attention_mask_BL, batch.documents_BL)
         p_M = batch.p_B[:, None].expand_as(batch.masked_BL)[batch.masked_BL]
         return masked_diffusion_loss(nll_M, p_M, batch.denominator)
 
     def sequence_nll(self, batch: ValidationBatch) -> Tensor:
-        return nll_bound(self._masked_nll(batch.tokens_BL, batch.masked_BL, None), batch.masked_BL)
+        nll_M = self._masked_nll(batch.tokens_BL, batch.masked_BL, None, batch.documents_BL)
+        return nll_bound(nll_M, batch.masked_BL)
 
     def flops_per_token(self, sequence_length: int, mask_eps: float) -> TrainingFlops:
         """As computed: the head sees masked positions only, in expectation."""
@@ -278,11 +279,15 @@ class LladaModule(LanguageModule):
         share = expected_mask_probability(mask_eps)
         return flops_per_token(self.shape, self.vocab_size, sequence_length, self.objective, logit_share=share)
 
-    def _masked_nll(self, tokens_BL: Tensor, masked_BL: Tensor, attention_mask_BL: Tensor | None) -> Tensor:
+    def _masked_nll(
+        self, tokens_BL: Tensor, masked_BL: Tensor, attention_mask_BL: Tensor | None, documents_BL: Tensor | None
+    ) -> Tensor:
         """(M,) negative log-likelihood of the masked tokens."""
         assert self.mask_token_id is not None
         inputs_BL = tokens_BL.masked_fill(masked_BL, self.mask_token_id)
-        hidden_BLD = self.model.hidden(inputs_BL, causal=False, attention_mask_BL=attention_mask_BL)
+        hidden_BLD = self.model.hidden(
+            inputs_BL, causal=False, attention_mask_BL=attention_mask_BL, documents_BL=documents_BL
+        )
         logits_MV = self.model.head(hidden_BLD[masked_BL])
         return token_nll(logits_MV, tokens_BL[masked_BL], self.excluded_token_id)
 
