@@ -10,7 +10,7 @@ from llada_lightning.scaling.plan import Grid, Machine, Recipe, Stream, plan_stu
 from llada_lightning.scaling.plan_cost import (
     MeasuredRate,
     activation_bytes_per_token,
-    logits_bytes_per_token,
+    logits_bytes,
     measured_rates,
     state_bytes,
     training_memory_bytes,
@@ -52,7 +52,7 @@ def test_memory_by_hand() -> None:
     shape = get_shape("107k")
     assert state_bytes(shape, 1024) == 16 * 237_888 + 2 * (106_816 + 1024 * 64)
     assert activation_bytes_per_token(shape) == 2 * (26 * 64 + 8 * 192) + 6 * 64
-    assert logits_bytes_per_token(1024) == 12 * 1024
+    assert logits_bytes(1024, 512) == 12 * 1024 * 512
     whole = training_memory_bytes(shape, 1024, 128, micro_batch=4)
     assert whole == state_bytes(shape, 1024) + 4 * 128 * (2 * (26 * 64 + 8 * 192) + 6 * 64 + 12 * 1024)
     assert training_memory_bytes(shape, 1024, 128, 4, shards=8) == whole - state_bytes(shape, 1024) * 7 / 8

@@ -78,6 +78,10 @@ class Accounting(Callback):
         self._advance(training=True)
         return self.train_seconds, self.tokens
 
+    def leave_out(self) -> None:
+        """What has passed since the last reading was no training."""
+        self._advance()
+
     def state_dict(self) -> dict[str, Any]:
         self._advance(training=True)
         return {"tokens": self.tokens, "train_seconds": self.train_seconds, "wall_seconds": self.wall_seconds}
