@@ -182,7 +182,8 @@ class LladaCLI(LightningCLI):
             )
             own_callbacks.append(StepCheckpoints(phase.checkpoints, plan))
         if phase is self.phases[0]:
-            own_callbacks += profiling(self.settings.profile, phase.folder, phase.last_step, self.accounting)
+            where = (phase.folder, phase.last_step, self.accounting, trainer.profiler)
+            own_callbacks += profiling(self.settings.profile, *where)
         return super().instantiate_trainer(callbacks=[*own_callbacks, *_as_list(trainer.callbacks)], **kwargs)
 
     def before_fit(self) -> None:

@@ -88,7 +88,7 @@ def page(summary: Mapping[str, Any]) -> str:
         "together; FLOPs by the three counts of a training token.",
         _speed_table(summary),
         "## A step",
-        f"{step:.2f} ms on average under the profiler, validation left out. {_ON_GPU if summary['on_gpu'] else ''}".strip(),
+        f"{step:.2f} ms on average under the profiler, validation left out.{_ON_GPU if summary['on_gpu'] else ''}",
         _table(
             ("phase", "ms a step", "share"),
             [(label, f"{phases[name]:.2f}", f"{phases[name] / step:.1%}") for name, label in PHASES.items()],
@@ -101,7 +101,7 @@ def page(summary: Mapping[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-_ON_GPU = "Times are the GPU's: what the host does while the GPU is busy is not seen."
+_ON_GPU = " Times are the GPU's: what the host does while the GPU is busy is not seen."
 
 
 def _memory(summary: Mapping[str, Any]) -> str:
@@ -127,8 +127,8 @@ def _speed_table(summary: Mapping[str, Any]) -> str:
 def _communication(summary: Mapping[str, Any], step: float) -> str:
     told = summary["communication_milliseconds"]
     line = (
-        f"Of these {told['total']:.2f} ms communication (nccl, gloo) is under way, {told['alone']:.2f} ms "
-        f"({told['alone'] / step:.1%}) while nothing is computed."
+        f"Communication (nccl, gloo) is under way for {told['total']:.2f} ms of them; for {told['alone']:.2f} ms "
+        f"({told['alone'] / step:.1%}) nothing is computed meanwhile."
     )
     busy = summary["device_busy"]
     return line if busy is None else f"{line} The GPU is busy {busy:.1%} of the time."

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pandas as pd
 import pytest
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.plan import Grid, Machine, Recipe, Stream, plan_study
 from llada_lightning.scaling.plan_cost import (
+    LOGITS_CHUNK_BYTES,
+    LossKind,
     MeasuredRate,
     activation_bytes_per_token,
     logits_bytes,
@@ -56,6 +60,15 @@ def test_memory_by_hand() -> None:
     whole = training_memory_bytes(shape, 1024, 128, micro_batch=4)
     assert whole == state_bytes(shape, 1024) + 4 * 128 * (2 * (26 * 64 + 8 * 192) + 6 * 64 + 12 * 1024)
     assert training_memory_bytes(shape, 1024, 128, 4, shards=8) == whole - state_bytes(shape, 1024) * 7 / 8
+
+
+def test_a_chunked_loss_holds_one_chunk_of_logits() -> None:
+    """At 126 464 words a plain loss holds 1.5 MB a token, and a chunk bounds it."""
+    shape = get_shape("arm-1b")
+    assert logits_bytes(126_464, 300, "chunked") == logits_bytes(126_464, 300) < LOGITS_CHUNK_BYTES
+    assert logits_bytes(126_464, 8 * 4096, "chunked") == LOGITS_CHUNK_BYTES
+    plain, chunked = (training_memory_bytes(shape, 126_464, 4096, 8, loss=loss) for loss in get_args(LossKind))
+    assert plain - chunked == pytest.approx(12 * 126_464 * 8 * 4096 - LOGITS_CHUNK_BYTES)
 
 
 def test_accumulation_is_the_least_that_fits() -> None:

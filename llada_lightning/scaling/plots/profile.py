@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from llada_lightning.scaling.plots.style import GREY, INK, StudyFigure, new_figure
 
-_COLORS = ("#F0E442", "#CC79A7", "#0072B2", "#56B4E9", "#009E73", "#D55E00", GREY)
+_COLORS = ("#F0E442", "#CC79A7", "#56B4E9", "#E69F00", "#009E73", "#D55E00", GREY)
 """Okabe and Ito's, none used twice."""
 _NAMED_FROM = 0.05
 """Share of the step from which a part's figure stands on its bar."""

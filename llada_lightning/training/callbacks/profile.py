@@ -30,13 +30,16 @@ _OPERATIONS = 10
 """How many of the dearest operations are named."""
 
 
-def profiling(settings: Profile, folder: Path, last_step: int, accounting: Accounting) -> list[Callback]:
+def profiling(
+    settings: Profile, folder: Path, last_step: int, accounting: Accounting, profiler: Profiler | str | None = None
+) -> list[Callback]:
     """The callback that the settings ask for; none where they ask for none.
 
     Args:
         folder: of the run.
         last_step: where the fit ends.
         accounting: must stand before it.
+        profiler: of the trainer's settings.
 
     Raises:
         UserError: the settings make no profile.
@@ -52,6 +55,8 @@ def profiling(settings: Profile, folder: Path, last_step: int, accounting: Accou
             f"profile.steps: {settings.steps} after {settings.after} others are more than the {last_step} steps that "
             "are trained; lower one of them"
         )
+    if profiler == "pytorch" or isinstance(profiler, PyTorchProfiler):
+        raise UserError("trainer.profiler: pytorch and profile.steps are the same recorder; leave one of them out")
     return [StepProfiler(settings, folder / "profile", accounting)]
 
 
@@ -76,10 +81,6 @@ class StepProfiler(Callback):
         self._before: tuple[float, int] | None = None
         self._unprofiled: dict[str, float] | None = None
         self._tokens = 0
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(trainer.profiler, PyTorchProfiler):  # type: ignore[attr-defined]
-            raise UserError("trainer.profiler: torch's own profiler cannot run twice; leave it out, or profile.steps")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = self._first = trainer.global_step
