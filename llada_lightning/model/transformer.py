@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llada_lightning.model.cache import KeyValueCache
+from llada_lightning.model.head import OutputHead
 from llada_lightning.model.rope import apply_rope, rope_tables
 from llada_lightning.scaling.shapes import Shape
 
@@ -116,7 +117,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(vocab_size, shape.d_model)
         self.blocks = nn.ModuleList(Block(shape, layer, norm_eps) for layer in range(shape.n_layers))
         self.norm = nn.RMSNorm(shape.d_model, eps=norm_eps)
-        self.head = nn.Linear(shape.d_model, vocab_size, bias=False)
+        self.head = OutputHead(shape.d_model, vocab_size)
 
     def hidden(
         self,
