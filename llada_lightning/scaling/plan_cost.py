@@ -45,21 +45,21 @@ def activation_bytes_per_token(shape: Shape) -> float:
 LossKind = Literal["plain", "chunked"]
 """How the cross-entropy behind the output head is computed: at once, or chunk by chunk with its gradients."""
 
-LOGITS_CHUNK_BYTES = 512 * 2**20
-"""The most that the chunked loss keeps of logits on a GPU, with what it computes from them."""
+LOGITS_CHUNK_BYTES = 2**30
+"""bf16 logits that the chunked loss takes at a time on a GPU (``model.linear_cross_entropy``)."""
 
 
 def logits_bytes(vocab_size: int, tokens: int, loss: LossKind = "plain") -> float:
     """What a step holds of the logits of a micro-batch.
 
     Plain: at the start of the backward pass three fp32 tensors of the vocabulary's width are alive: log-probabilities,
-    their gradient, and the logits'. Chunked: one chunk at a time; the gradient of the head's weight stands among the
-    states (:func:`state_bytes`) in any case.
+    their gradient, and the logits'. Chunked: of one chunk the bf16 logits, the fp32 probabilities, and the gradient in
+    bf16; that of the head's weight stands among the states (:func:`state_bytes`) in any case.
 
     For `llada` too: with few sequences in a micro-batch nearly all of its positions may be masked.
     """
-    plain = 12.0 * vocab_size * tokens
-    return plain if loss == "plain" else min(plain, LOGITS_CHUNK_BYTES)
+    logits = float(vocab_size * tokens)
+    return 12 * logits if loss == "plain" else 8 * min(logits, LOGITS_CHUNK_BYTES / 2)
 
 
 def training_memory_bytes(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pandas as pd
 import pytest
 
@@ -20,6 +18,8 @@ from llada_lightning.scaling.plan_cost import (
     training_memory_bytes,
 )
 from llada_lightning.scaling.shapes import Shape, get_shape
+
+KINDS: tuple[LossKind, LossKind] = ("plain", "chunked")
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -63,12 +63,15 @@ def test_memory_by_hand() -> None:
 
 
 def test_a_chunked_loss_holds_one_chunk_of_logits() -> None:
-    """At 126 464 words a plain loss holds 1.5 MB a token, and a chunk bounds it."""
-    shape = get_shape("arm-1b")
-    assert logits_bytes(126_464, 300, "chunked") == logits_bytes(126_464, 300) < LOGITS_CHUNK_BYTES
-    assert logits_bytes(126_464, 8 * 4096, "chunked") == LOGITS_CHUNK_BYTES
-    plain, chunked = (training_memory_bytes(shape, 126_464, 4096, 8, loss=loss) for loss in get_args(LossKind))
-    assert plain - chunked == pytest.approx(12 * 126_464 * 8 * 4096 - LOGITS_CHUNK_BYTES)
+    """1 GiB of bf16 logits and four times that in all, where a plain loss holds 12 bytes a logit."""
+    from llada_lightning.model.linear_cross_entropy import CHUNK_BYTES
+
+    assert CHUNK_BYTES["cuda"] == LOGITS_CHUNK_BYTES
+    words, tokens = 126_464, 8 * 4096
+    assert logits_bytes(words, 300, "chunked") == 8 * words * 300
+    assert logits_bytes(words, tokens, "chunked") == 4 * LOGITS_CHUNK_BYTES
+    plain, chunked = (training_memory_bytes(get_shape("arm-1b"), words, 4096, 8, loss=loss) for loss in KINDS)
+    assert plain - chunked == 12 * words * tokens - 4 * LOGITS_CHUNK_BYTES
 
 
 def test_accumulation_is_the_least_that_fits() -> None:
