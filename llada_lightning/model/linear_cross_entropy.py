@@ -47,7 +47,7 @@ def linear_cross_entropy(
     device = hidden_MD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
     gradients = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(  # type: ignore[no-any-return]
+    return _LinearCrossEntropy.apply(
         hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, dtype, gradients, compiled
     )
 
