@@ -49,7 +49,7 @@ LOGITS_CHUNK_BYTES = 2**30
 """bf16 logits that the chunked loss takes at a time on a GPU (``model.linear_cross_entropy``)."""
 
 
-def logits_bytes(vocab_size: int, tokens: int, loss: LossKind = "plain") -> float:
+def logits_bytes(vocab_size: int, tokens: int, loss: LossKind = "chunked") -> float:
     """What a step holds of the logits of a micro-batch.
 
     Plain: at the start of the backward pass three fp32 tensors of the vocabulary's width are alive: log-probabilities,
@@ -68,7 +68,7 @@ def training_memory_bytes(
     sequence_length: int,
     micro_batch: int,
     shards: int = 1,
-    loss: LossKind = "plain",
+    loss: LossKind = "chunked",
 ) -> float:
     """Peak memory of one device in a training step under bf16-mixed: states, activations and logits.
 

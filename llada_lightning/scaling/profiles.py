@@ -78,6 +78,7 @@ def page(summary: Mapping[str, Any]) -> str:
         "vocabulary, length": f"{summary['vocab_size']:,} words, {summary['sequence_length']:,} tokens",
         "batch": f"{summary['global_batch']} sequences = micro-batch {sequences}",
         "precision, strategy": f"{summary['precision']}, {summary['strategy']}",
+        "speed": ", ".join(f"{key} {value}" for key, value in summary["speed"].items()),
         "peak memory": _memory(summary),
     }
     sections = [

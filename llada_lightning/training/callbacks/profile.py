@@ -225,18 +225,20 @@ def _setting(trainer: Trainer, module: LanguageModule, batch: TrainingBatch) -> 
         "threads": torch.get_num_threads(),
         "precision": str(trainer.precision),
         "strategy": type(trainer.strategy).__name__,
+        "speed": asdict(module.speed),
     }
 
 
 def _memory(trainer: Trainer, module: LanguageModule, batch: TrainingBatch) -> dict[str, Any]:
-    """Peak, and what `llada plan` would have said where it speaks of the same thing: a GPU under bf16-mixed."""
+    """Peak, and what `llada plan` says where it speaks of the same: a GPU under bf16-mixed, nothing recomputed."""
     device = trainer.strategy.root_device
     estimate = None
-    if device.type == "cuda" and trainer.precision == "bf16-mixed":
+    speed = module.speed
+    if device.type == "cuda" and trainer.precision == "bf16-mixed" and speed.recompute == "none" and not speed.fp8:
         assert module.vocab_size is not None
         micro_batch, length = batch.tokens_BL.shape
         shards = trainer.world_size if isinstance(trainer.strategy, FullySharded) else 1
-        estimate = training_memory_bytes(module.shape, module.vocab_size, length, micro_batch, shards)
+        estimate = training_memory_bytes(module.shape, module.vocab_size, length, micro_batch, shards, speed.loss)
     return {"peak_memory_bytes": peak_memory_bytes(device), "estimated_memory_bytes": estimate}
 
 
