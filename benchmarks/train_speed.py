@@ -77,6 +77,8 @@ def measure_in_turns(variants: Sequence[Variant], workload: Workload, preset: Pr
     for _ in range(preset.turns):
         for one in (one for one in found if one.ok):
             _take_turn(one, workload, batches, preset, kept)
+            gc.collect()
+            torch.cuda.empty_cache()  # nothing without a GPU
     return found
 
 
@@ -96,10 +98,6 @@ def _take_turn(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         one.status = "out of memory" if is_out_of_memory(error) else f"failed: {reason}"
         traceback.clear_frames(error.__traceback__)
-    steps = None
-    gc.collect()
-    if not keep:
-        torch.cuda.empty_cache()
 
 
 def warmed_up(variant: Variant, workload: Workload, batches: list[TrainingBatch], warmup: int) -> Steps:
@@ -257,7 +255,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         write_result(options.json, result)
     if lacking:
         print(f"train_speed: {options.preset} needs a CUDA device, and this is {device}: tiny sizes", file=sys.stderr)
-        tiny = {"preset": "tiny", "shapes": [], "vocabularies": [], "micro_batch": None}
+        tiny: dict[str, Any] = {"preset": "tiny", "shapes": [], "vocabularies": [], "micro_batch": None}
         result["rows"] += run(argparse.Namespace(**{**vars(options), **tiny, "json": None}))["rows"]
         write_result(options.json, result)
     return result

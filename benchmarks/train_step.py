@@ -1,4 +1,4 @@
-"""A training step on random tokens, ours or as released: forward, backward, clipping and AdamW, by name of a variant."""
+"""A training step on random tokens, ours or as released: forward, backward, clipping and AdamW."""
 
 from __future__ import annotations
 
