@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from bench_report import caption, circumstances, markdown, write_result
 from llada_lightning.data.prepare import prepare
-from llada_lightning.scaling.plots.style import new_figure, write_figure
+from llada_lightning.scaling.plots.style import dress, new_figure, write_figure
 from llada_lightning.training.callbacks.metrics_csv import read_rows
 from processes import child_environment, finish
 from small_fits import fit_words, run_folder
@@ -72,7 +72,7 @@ def beside_plain(curves: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
             "all_steps": float(difference.max()),
             "mean": float(difference.mean()),
             "last_loss": losses[-1],
-            "agrees": first <= AGREE if way.startswith("fp32") else None,
+            "agrees": first <= AGREE if way.startswith("fp32") and way != PLAIN else None,
         }
     return found
 
@@ -114,6 +114,8 @@ def figure(curves: dict[str, dict[str, list[float]]]) -> Figure:
             above.plot(steps, losses, color=color, linewidth=2.5 - 0.6 * number, label=way)
             if way != PLAIN:
                 below.semilogy(steps, np.maximum(np.abs(np.array(losses) - plain), 1e-8), color=color, linewidth=0.8)
+        dress(above)
+        dress(below)
         above.set_title(objective)
         below.set_xlabel("step")
     axes[0, 0].set_ylabel("nats a token")
@@ -129,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/out"), help="folder of the picture and the figures"
+        "--out", type=Path, default=Path("runs/benchmarks"), help="folder of the picture and the figures"
     )
     options = parser.parse_args(arguments)
     curves: dict[str, dict[str, list[float]]] = {}
@@ -145,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = {objective: beside_plain(ways) for objective, ways in curves.items()}
     result = {**circumstances(torch.device("cpu")), "shape": options.shape, "differences": found, "curves": curves}
     write_result(options.out / "curves_overlay.json", result)
-    path = write_figure(figure(curves), options.out, "curves_overlay.png")
+    path = write_figure(figure(curves), options.out, "curves_overlay")
     tables = "\n\n".join(table(objective, ways) for objective, ways in found.items())
     print(f"{caption(result)}\n\n{tables}\n\n{path}")
     return 0 if all(one["agrees"] is not False for ways in found.values() for one in ways.values()) else 1

@@ -26,14 +26,21 @@ from llada_lightning.scaling.flops import flops_per_token
 from llada_lightning.scaling.shapes import get_shape
 
 Point = dict[str, Any]
-FIRST: Point = {"sequence_length": 256, "shape": "853k", "vocab_size": 2048, "micro_batch": 8}
-AXES: dict[str, tuple[Any, ...]] = {
-    "sequence_length": (256, 512, 1024, 2048),
-    "shape": ("853k", "2.66m", "6.43m", "14.2m"),
-    "vocab_size": (2048, 8192, 32_768, 131_072),
-    "micro_batch": (8, 16, 32),
+AXES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "cpu": {
+        "sequence_length": (256, 512, 1024, 2048),
+        "shape": ("853k", "2.66m", "6.43m", "14.2m"),
+        "vocab_size": (2048, 8192, 32_768, 131_072),
+        "micro_batch": (8, 16, 32),
+    },
+    "cuda": {
+        "sequence_length": (1024, 2048, 4096, 8192),
+        "shape": ("85m", "202m", "397m", "680m"),
+        "vocab_size": (16_384, 32_768, 65_536, 131_072),
+        "micro_batch": (4, 8, 16, 32),
+    },
 }
-"""What grows, and its values: each axis begins at :data:`FIRST`."""
+"""By device what grows, and its values; the first point has the first of each."""
 FOLLOWS = 0.1
 """Time follows the account where the ratio of their growth is within this of 1."""
 
@@ -44,7 +51,7 @@ def measure(point: Point, objective: str, device: str, steps: int) -> dict[str, 
     Raises:
         RuntimeError: the process failed.
     """
-    task = {**point, "objective": objective, "device": device, "steps": steps, "warmup": 2}
+    task = {**point, "objective": objective, "device": device, "steps": steps, "warmup": 3}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("growth_point.py"))],
         input=json.dumps(task),
@@ -69,7 +76,7 @@ def account(point: Point, objective: str) -> float:
 
 def points(axes: dict[str, tuple[Any, ...]]) -> list[tuple[str, Point]]:
     """Each point with the axis that it lies on; the first one lies on all of them, and stands once."""
-    first = {**FIRST, **{axis: values[0] for axis, values in axes.items()}}
+    first = {axis: values[0] for axis, values in axes.items()}
     return [("", first)] + [(axis, {**first, axis: value}) for axis, values in axes.items() for value in values[1:]]
 
 
@@ -119,7 +126,7 @@ def table(rows: Sequence[Point]) -> str:
         lines.append(
             [
                 axis.replace("_", " ") or "first point",
-                str(row[axis]) if axis else ", ".join(str(row[name]) for name in FIRST),
+                str(row[axis]) if axis else ", ".join(str(row[name]) for name in AXES["cpu"]),
                 f"{1e6 * row['token_seconds']:.1f}",
                 f"{row['token_seconds_ratio']:.2f}",
                 f"{row['flops_per_token'] / 1e6:.1f}",
@@ -134,18 +141,23 @@ def table(rows: Sequence[Point]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, axes: dict[str, tuple[Any, ...]] | None = None) -> int:
+    """The command; other axes than its own for a shorter look."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objective", choices=("llada", "arm"), default="llada")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=AXES, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=4, help="measured in a process")
     parser.add_argument("--repeats", type=int, default=2, help="processes of each point")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    rows = study(axes or AXES, options.objective, options.device, options.steps, options.repeats)
-    result = {**circumstances(device), "objective": options.objective, "rows": rows}
+    if options.device == "cuda" and not torch.cuda.is_available():
+        result = {**circumstances(torch.device("cpu")), "rows": [], "status": "missing: no CUDA device here"}
+        write_result(options.json, result)
+        print(f"{caption(result)}\n\ngrowth on a GPU: {result['status']}")
+        return 0
+    rows = study(axes or AXES[options.device], options.objective, options.device, options.steps, options.repeats)
+    result = {**circumstances(torch.device(options.device)), "objective": options.objective, "rows": rows}
     write_result(options.json, result)
-    print(f"{caption(result)}\n\n`{options.objective}`, first point {FIRST}:\n\n{table(rows)}")
+    print(f"{caption(result)}\n\n`{options.objective}`:\n\n{table(rows)}")
     return 0
 
 
