@@ -15,7 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -241,6 +241,7 @@ def _one_against_the_other(rows: Sequence[dict[str, Any]]) -> list[str]:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what the options ask for; after each workload what there is so far is written."""
     device, preset = torch.device(options.device), PRESETS[options.preset]
+    preset = replace(preset, turns=options.turns or preset.turns)
     result: dict[str, Any] = {**circumstances(device), "rows": []}
     lacking = preset.needs_gpu and device.type != "cuda"
     for workload, name in workloads(options, preset):
@@ -286,6 +287,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--objectives", nargs="+", choices=("llada", "arm"), default=["llada", "arm"])
     parser.add_argument("--only", nargs="+", default=[], help="parts of variants' names; references run anyway")
     parser.add_argument("--micro-batch", type=int, help="instead of the preset's")
+    parser.add_argument("--turns", type=int, help="instead of the preset's")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args(arguments)
     if options.device is None:
