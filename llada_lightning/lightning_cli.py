@@ -44,7 +44,7 @@ from llada_lightning.training.devices import check_devices
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.memory import MemoryAdvice
 from llada_lightning.training.modules import LanguageModule, check_identity, model_identity
-from llada_lightning.training.parallel import check_strategy, launched_settings, saves_shards
+from llada_lightning.training.parallel import check_strategy, launched_settings, saves_shards, tensor_parallel
 from llada_lightning.training.record import (
     describe_loss,
     describe_result,
@@ -52,6 +52,7 @@ from llada_lightning.training.record import (
     result_record,
     without_validation,
 )
+from llada_lightning.training.tensor_parallel import check_degree
 from llada_lightning.trusted import trust_known_modules
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -150,6 +151,9 @@ class LladaCLI(LightningCLI):
         except (MisconfigurationException, ValueError, ImportError) as error:  # Lightning, of the trainer's settings
             raise UserError(" ".join(str(error).split())) from error
         check_strategy(self.trainer.strategy)
+        self.tensor_parallel = tensor_parallel(self.trainer.strategy)
+        sizes = (self.model.shape, self.model.vocab_size, self.datamodule.sequence_length)
+        check_degree(self.tensor_parallel, self.trainer.world_size, *sizes)
         self.model.identity = self.identity
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -229,7 +233,9 @@ class LladaCLI(LightningCLI):
         if subcommand != "fit":
             super()._run_subcommand(subcommand)
             return
-        self.datamodule.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
+        self.datamodule.exact_micro_batch(
+            self.trainer.world_size // self.tensor_parallel, self.trainer.accumulate_grad_batches
+        )
         if self.settings.run.async_checkpoints and saves_shards(self.trainer.strategy):
             raise UserError("run.async_checkpoints: true given, but this strategy writes shards; leave it out")
         with run_lock(self.folder, self.launch, self.trainer.is_global_zero):

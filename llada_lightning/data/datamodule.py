@@ -159,7 +159,17 @@ class TokenDataModule(LightningDataModule):
     def micro_batch(self) -> int:
         """Sequences of a forward pass on one device, such that the global batch is exact."""
         assert self.trainer is not None
-        return self.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
+        return self.exact_micro_batch(self._replica[1], self.trainer.accumulate_grad_batches)
+
+    @property
+    def _replica(self) -> tuple[int, int]:
+        """This process's rank among those that read different sequences, and their number.
+
+        Processes of one tensor-parallel group read the same ones: they count as one.
+        """
+        assert self.trainer is not None
+        place = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return place["rank"], place["num_replicas"]
 
     def exact_micro_batch(self, devices: int, accumulation: int) -> int:
         """As :attr:`micro_batch`, for a trainer to be."""
@@ -171,13 +181,7 @@ class TokenDataModule(LightningDataModule):
         dataset = TrainingDataset(
             self._stream("train", self.seed), process, self.tokenizer.eos_id, self.global_batch, self.micro_batch
         )
-        sampler = OrdinalSampler(
-            self.trainer.global_step,
-            self.global_batch,
-            self.micro_batch,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-        )
+        sampler = OrdinalSampler(self.trainer.global_step, self.global_batch, self.micro_batch, *self._replica)
         return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -185,7 +189,7 @@ class TokenDataModule(LightningDataModule):
         stream = self._stream("val", self.val_seed)
         sequences = available_sequences(stream, self.val_sequences)
         batch = self._val_batch or self.micro_batch
-        sampler = StridedSampler(sequences, batch, self.trainer.global_rank, self.trainer.world_size)
+        sampler = StridedSampler(sequences, batch, *self._replica)
         return self._loader(ValidationDataset(stream, sequences, self.val_seed, self.tokenizer.eos_id), sampler)
 
     test_dataloader = val_dataloader

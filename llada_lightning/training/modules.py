@@ -106,7 +106,9 @@ class LanguageModule(LightningModule, ABC):
             self.model = Transformer(self.shape, self.vocab_size, self.rope_theta)
         if sharded:
             assert self.trainer is not None
-            shard(self.model, sharding_mesh(self.trainer.strategy), str(self.trainer.precision))
+            mesh = sharding_mesh(self.trainer.strategy)
+            shard(self.model, mesh, str(self.trainer.precision))
+            self.val_loss.process_group = mesh.get_group("data_parallel")  # the others have the same sequences
         device = self.model.head.weight.device
         if device.type != "meta":
             self.model.initialise(torch.Generator(device).manual_seed(self.seed))

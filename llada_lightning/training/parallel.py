@@ -1,6 +1,7 @@
 """Fully sharded data parallelism (FSDP2): which parts of the Transformer are gathered together, and in which type.
 
 `--trainer.strategy=fsdp2` shards over all processes, as `--trainer.strategy=ddp` replicates over all.
+`--trainer.strategy=fsdp2_tp8` shards over groups of 8, whose processes compute together (tensor parallelism).
 """
 
 from __future__ import annotations
@@ -40,24 +41,34 @@ from llada_lightning.cluster import Launch, device_count
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
 from llada_lightning.model.transformer import Block
+from llada_lightning.training.tensor_parallel import parallelise
 
 
 class FullySharded(ModelParallelStrategy):
     """Weights, gradients and moments in shards over all processes of all nodes (FSDP2; Zhao et al. 2023).
 
     Args:
+        tensor_parallel: processes, neighbours by rank, that compute the same micro-batch together; 1: each its own.
         save_distributed_checkpoint: each process writes its shard, and a checkpoint is a folder; False: the first
             process gathers everything into one file.
         process_group_backend: null: nccl for GPUs, gloo for CPUs.
     """
 
-    def __init__(self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None) -> None:
+    def __init__(
+        self,
+        tensor_parallel: int = 1,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+    ) -> None:
         super().__init__(
-            save_distributed_checkpoint=save_distributed_checkpoint, process_group_backend=process_group_backend
+            tensor_parallel_size=tensor_parallel,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
         )
+        self.tensor_parallel = tensor_parallel
 
     def setup_environment(self) -> None:
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        self._data_parallel_size = self.num_nodes * self.num_processes // self.tensor_parallel
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -95,6 +106,26 @@ class FullySharded(ModelParallelStrategy):
 
 
 StrategyRegistry.register("fsdp2", FullySharded, description="fully sharded data parallelism over all processes")
+for _degree in (2, 4, 8):
+    StrategyRegistry.register(
+        f"fsdp2_tp{_degree}",
+        FullySharded,
+        description=f"fully sharded data parallelism over groups of {_degree} tensor-parallel processes",
+        tensor_parallel=_degree,
+    )
+
+
+def tensor_parallel(strategy: Any) -> int:
+    """Processes that compute one micro-batch together.
+
+    Args:
+        strategy: one, or what a configuration says: a name, or a class with its arguments.
+    """
+    if isinstance(strategy, FullySharded):
+        return strategy.tensor_parallel
+    if isinstance(strategy, str) and strategy in StrategyRegistry:
+        return int(StrategyRegistry[strategy]["init_params"].get("tensor_parallel", 1))
+    return int(strategy.get("init_args", {}).get("tensor_parallel", 1)) if isinstance(strategy, dict) else 1
 
 
 def launched_settings(launch: Launch | None, devices: Any, plugins: list[Any]) -> dict[str, Any]:
@@ -139,9 +170,9 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def sharding_mesh(strategy: Strategy) -> DeviceMesh:
-    """The processes that the strategy shards over."""
+    """The run's processes: `data_parallel` x `tensor_parallel`."""
     assert isinstance(strategy, FullySharded)
-    return strategy.device_mesh["data_parallel"]
+    return strategy.device_mesh
 
 
 def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
@@ -152,9 +183,12 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
     autocast does not round them either. So a sharded run computes what an unsharded one does.
 
     Args:
-        mesh: of one dimension.
+        mesh: its `data_parallel` dimension shards, its `tensor_parallel` one divides the matrices first.
         precision: Lightning's name, such as `bf16-mixed` or `32-true`.
     """
+    if mesh["tensor_parallel"].size() > 1:
+        parallelise(model, mesh["tensor_parallel"])
+    mesh = mesh["data_parallel"]
     matrices = torch.bfloat16 if precision == "bf16-mixed" else None
     policy = MixedPrecisionPolicy(param_dtype=matrices, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
