@@ -238,6 +238,7 @@ def identity(config: Namespace, data: TokenDataModule, schedule: WSD | None = No
     # Only skipped spikes make another run: what is reported changes nothing.
     guard = plain.get("guard", {})
     skipping = {"guard": {"spike_zscore": guard["spike_zscore"]}} if guard.get("spikes") == "skip" else {}
+    eight_bits = {"fp8": True} if plain.get("speed", {}).get("fp8") else {}
     data_arguments = {k: v for k, v in plain["data"]["init_args"].items() if k not in _DATA_MACHINE}
     return {
         "model": {**plain["model"], "class_path": f"{model.__module__}.{model.__qualname__}"},
@@ -246,6 +247,7 @@ def identity(config: Namespace, data: TokenDataModule, schedule: WSD | None = No
         "seed": plain["seed_everything"],
         "tokenizer": data.tokenizer.fingerprint,
         **skipping,
+        **eight_bits,
     }
 
 

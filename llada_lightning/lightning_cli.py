@@ -52,6 +52,7 @@ from llada_lightning.training.record import (
     result_record,
     without_validation,
 )
+from llada_lightning.training.speed import Speed, describe_speed, resolve_speed
 from llada_lightning.training.tensor_parallel import check_degree
 from llada_lightning.trusted import trust_known_modules
 
@@ -95,6 +96,7 @@ class LladaCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--budget", type=Budget, default=Budget(), help="What the run may spend.")
         parser.add_argument("--run", type=Run, default=Run(), help="Where the run lives.")
+        parser.add_argument("--speed", type=Speed, default=Speed(), help="How the same is computed faster.")
         parser.add_argument("--guard", type=Guard, default=Guard(), help="What to do about bad numbers.")
         parser.add_argument("--wandb", type=Wandb, default=Wandb(), help="Weights & Biases.")
         data = {"class_path": "llada_lightning.data.datamodule.TokenDataModule"}
@@ -155,6 +157,11 @@ class LladaCLI(LightningCLI):
         sizes = (self.model.shape, self.model.vocab_size, self.datamodule.sequence_length)
         check_degree(self.tensor_parallel, self.trainer.world_size, *sizes)
         self.model.identity = self.identity
+        given, device = Speed(**vars(self.settings.speed)), self.trainer.strategy.root_device
+        self.model.speed, notes = resolve_speed(given, device, training=self.subcommand == "fit")
+        if self.trainer.is_global_zero and self.subcommand == "fit":
+            for line in [*notes, describe_speed(self.model.speed)]:
+                say(line)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run, trainer = self.settings.run, self.config_init[self.subcommand].trainer

@@ -15,7 +15,6 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 
 from llada_lightning.checkpoints.integrity import whole_checkpoint
 from llada_lightning.checkpoints.run_folder import (
@@ -188,7 +187,7 @@ class StepRecorder(Callback):
         assert isinstance(pl_module, LanguageModule)
         with torch.no_grad(), trainer.precision_plugin.train_step_context():
             for row in range(len(batch.ordinals_B)):
-                self.sequences.append(self._sequence(trainer, pl_module, _alone(batch, row)))
+                self.sequences.append(self._sequence(trainer, pl_module, batch.rows(slice(row, row + 1))))
 
     def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
         self._progress.update(self._task, completed=trainer.global_step)
@@ -216,13 +215,6 @@ class StepRecorder(Callback):
             finite=math.isfinite(loss),
             text=self._tokenizer.decode(tokens, skip_special_tokens=False),
         )
-
-
-def _alone(batch: TrainingBatch, row: int) -> TrainingBatch:
-    """One sequence of a micro-batch, with the micro-batch's denominator."""
-    tensors = {key: value for key, value in batch._asdict().items() if isinstance(value, Tensor)}
-    one: dict[str, Any] = {key: value[row : row + 1] for key, value in tensors.items()}
-    return batch._replace(**one)
 
 
 def phase_of_step(phases: list[Phase], folder: Path, step: int) -> Phase:

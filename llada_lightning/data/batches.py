@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+BUCKET = 64
+"""Counts of scored positions are rounded up to multiples of it: fewer shapes, of a size that GPUs multiply well."""
 
 
 class TrainingBatch(NamedTuple):
@@ -16,6 +20,9 @@ class TrainingBatch(NamedTuple):
         masked_BL: (B, L) bool: what the forward process masks, padding never. `arm` leaves it unread.
         p_B: (B,) float32: the probability with which each sequence's tokens were masked.
         ordinals_B: (B,) int64.
+        scored_M: (M,) int64: where masked tokens lie in the flattened (B L), then zeros up to a multiple of ``BUCKET``.
+            Known to the host, so that the device is not waited for.
+        scored: how many of them are masked tokens.
         denominator: tokens of the global batch over the number of its micro-batches (see ``objectives.losses``).
         global_tokens: tokens of the global batch, padding not counted.
     """
@@ -25,8 +32,27 @@ class TrainingBatch(NamedTuple):
     masked_BL: Tensor
     p_B: Tensor
     ordinals_B: Tensor
+    scored_M: Tensor
+    scored: int
     denominator: float
     global_tokens: int
+
+    def rows(self, rows: slice, masked_BL: Tensor | None = None) -> TrainingBatch:
+        """Some of the sequences, masked as they are or as given (of these rows); the denominator stays."""
+        own = [name for name in self._fields if name.endswith(("_B", "_BL"))]
+        cut: dict[str, Any] = {name: getattr(self, name) for name in own}
+        cut = {name: None if value is None else value[rows] for name, value in cut.items()}
+        if masked_BL is not None:
+            cut["masked_BL"] = masked_BL
+        scored_M, scored = scored_positions(cut["masked_BL"])
+        return self._replace(**cut, scored_M=scored_M, scored=scored)
+
+
+def scored_positions(masked_BL: Tensor) -> tuple[Tensor, int]:
+    """``TrainingBatch.scored_M`` and ``scored`` of a mask."""
+    positions_M = masked_BL.flatten().nonzero()[:, 0]
+    filled = -(-len(positions_M) // BUCKET) * BUCKET
+    return torch.nn.functional.pad(positions_M, (0, filled - len(positions_M))), len(positions_M)
 
 
 class ValidationBatch(NamedTuple):

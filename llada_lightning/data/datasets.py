@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from llada_lightning.data.batches import TrainingBatch, ValidationBatch
+from llada_lightning.data.batches import TrainingBatch, ValidationBatch, scored_positions
 from llada_lightning.data.manifest import Manifest
 from llada_lightning.data.order import EpochOrder, Mixture
 from llada_lightning.data.shard_reader import ShardReader
@@ -140,12 +140,15 @@ class TrainingDataset(Dataset[TrainingBatch]):
             tokens_BL = tokens_BL.masked_fill(~attention_mask_BL, self.eos_token_id)
             masked_BL = masked_BL & attention_mask_BL
         global_tokens = self._global_tokens(int(n_B[0]))
+        scored_M, scored = scored_positions(masked_BL)
         return TrainingBatch(
             tokens_BL=tokens_BL,
             attention_mask_BL=attention_mask_BL,
             masked_BL=masked_BL,
             p_B=torch.from_numpy(p_B).float(),
             ordinals_B=torch.from_numpy(n_B),
+            scored_M=scored_M,
+            scored=scored,
             denominator=global_tokens * self.micro_batch / self.global_batch,
             global_tokens=global_tokens,
         )

@@ -7,18 +7,22 @@ is causal is an argument of the forward pass.
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from llada_lightning.model.cache import KeyValueCache
+from llada_lightning.model.head import OutputHead
 from llada_lightning.model.rope import apply_rope, rope_tables
 from llada_lightning.scaling.shapes import Shape
 
 NORM_EPS = 1e-5
 ALL = slice(None)
+Recompute = Literal["none", "selective", "full"]
 
 
 class Attention(nn.Module):
@@ -78,7 +82,12 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind its norm and beside the residual stream."""
+    """Attention and feed-forward, each behind its norm and beside the residual stream.
+
+    Attributes:
+        recompute: what the backward pass computes again instead of keeping it: nothing, all but products and
+            attention, or everything between the block's input and output.
+    """
 
     def __init__(self, shape: Shape, layer: int, norm_eps: float) -> None:
         super().__init__()
@@ -86,8 +95,16 @@ class Block(nn.Module):
         self.attention = Attention(shape, layer)
         self.feed_forward_norm = nn.RMSNorm(shape.d_model, eps=norm_eps)
         self.feed_forward = FeedForward(shape)
+        self.recompute: Recompute = "none"
 
-    def forward(
+    def forward(self, x_BLD: Tensor, *arguments: Any) -> Tensor:
+        """Arguments as ``_forward`` has them."""
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._forward(x_BLD, *arguments)
+        contexts: dict[str, Any] = {"context_fn": _keep_products} if self.recompute == "selective" else {}
+        return checkpoint(self._forward, x_BLD, *arguments, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+    def _forward(
         self,
         x_BLD: Tensor,
         rope: tuple[Tensor, Tensor],
@@ -98,6 +115,26 @@ class Block(nn.Module):
     ) -> Tensor:
         x_BLD = x_BLD[:, queries] + self.attention(self.attention_norm(x_BLD), rope, causal, mask, cache, queries)
         return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD))
+
+
+_aten = torch.ops.aten
+_PRODUCTS = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+"""What takes most of a block's time."""
+
+
+def _keep_products() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Transformer(nn.Module):
@@ -116,7 +153,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(vocab_size, shape.d_model)
         self.blocks = nn.ModuleList(Block(shape, layer, norm_eps) for layer in range(shape.n_layers))
         self.norm = nn.RMSNorm(shape.d_model, eps=norm_eps)
-        self.head = nn.Linear(shape.d_model, vocab_size, bias=False)
+        self.head = OutputHead(shape.d_model, vocab_size)
 
     def hidden(
         self,

@@ -1,8 +1,8 @@
 """The training losses: next-token prediction (Eq. 2) and masked diffusion (Eq. 3), in nats per token.
 
-Both take a ``denominator`` instead of a mean: the number of tokens of the *global* batch over the number of its
-micro-batches. The mean over micro-batches and ranks, which Lightning and DDP take, is then the loss per token of
-the global batch, however it was split.
+Both are a weighted sum of negative log-likelihoods over a ``denominator``, the number of tokens of the *global* batch
+over the number of its micro-batches. The mean over micro-batches and ranks, which Lightning and DDP take, is then the
+loss per token of the global batch, however it was split.
 """
 
 from __future__ import annotations
@@ -39,17 +39,15 @@ def shift_right(tokens_BL: Tensor, start_token_id: int) -> Tensor:
     return torch.cat([start_B1, tokens_BL[:, :-1]], dim=1)
 
 
-def next_token_loss(nll_N: Tensor, denominator: Tensor | float) -> Tensor:
-    """Mean negative log-likelihood (Eq. 2), nats per token."""
-    return nll_N.sum() / denominator
-
-
-def masked_diffusion_loss(nll_M: Tensor, p_M: Tensor, denominator: Tensor | float) -> Tensor:
-    """The loss of Eq. 3: masked tokens only, each over its mask probability, nats per token.
+def masked_diffusion_weights(p_M: Tensor, scored: int) -> Tensor:
+    """What the loss of Eq. 3 weighs the masked tokens' negative log-likelihoods by; that of Eq. 2 takes each once.
 
     Args:
-        nll_M: (M,) negative log-likelihood of the masked tokens.
         p_M: (M,) probability with which each of them was masked.
-        denominator: tokens, masked or not, that the loss is taken over.
+        scored: the first so many are masked tokens; what follows only fills up a shape, and counts nothing.
+
+    Returns:
+        (M,) 1/p, and 0 behind the scored ones.
     """
-    return (nll_M / p_M).sum() / denominator
+    fills_M = torch.arange(len(p_M), device=p_M.device) >= scored
+    return p_M.reciprocal().masked_fill(fills_M, 0.0)

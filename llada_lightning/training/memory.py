@@ -123,8 +123,11 @@ def worst_case(batch: Batch, size: int) -> Batch:
 
     Every masked token costs a row of logits, and one batch has more of them than another.
     """
-    rows: dict[str, Any] = {k: value[:size] for k, value in batch._asdict().items() if isinstance(value, torch.Tensor)}
-    return batch._replace(**{**rows, "masked_BL": torch.ones_like(rows["masked_BL"])})
+    masked_BL = torch.ones_like(batch.masked_BL[:size])
+    if isinstance(batch, TrainingBatch):
+        return batch.rows(slice(size), masked_BL)
+    rows: dict[str, Any] = {name: value[:size] for name, value in batch._asdict().items() if value is not None}
+    return batch._replace(**{**rows, "masked_BL": masked_BL})
 
 
 def _has_room(trainer: Trainer, module: LanguageModule, batch: Batch) -> bool:

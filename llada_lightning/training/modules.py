@@ -24,7 +24,7 @@ from llada_lightning.data.batches import TrainingBatch, ValidationBatch
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
 from llada_lightning.objectives.bounds import nll_bound
-from llada_lightning.objectives.losses import masked_diffusion_loss, next_token_loss, shift_right, token_nll
+from llada_lightning.objectives.losses import masked_diffusion_weights, shift_right, token_nll
 from llada_lightning.scaling.budget import expected_mask_probability
 from llada_lightning.scaling.flops import Objective, TrainingFlops, flops_per_token
 from llada_lightning.scaling.shapes import Shape, get_shape
@@ -32,6 +32,7 @@ from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.metrics import ValidationLoss
 from llada_lightning.training.parallel import shard, sharding_mesh
 from llada_lightning.training.schedules import WSD, schedule_from
+from llada_lightning.training.speed import Speed, apply_speed
 
 
 @dataclass
@@ -88,6 +89,7 @@ class LanguageModule(LightningModule, ABC):
         self.optimizer_settings, self.schedule = optimizer, schedule
         self.identity: dict[str, Any] = {}
         self.guard = UpdateGuard()
+        self.speed = Speed()
         self.grad_norm: Tensor | None = None
         self.step_loss: Tensor | None = None
         self._micro_losses: list[Tensor] = []
@@ -104,6 +106,7 @@ class LanguageModule(LightningModule, ABC):
         sharded = self.device_mesh is not None
         with torch.device("meta") if sharded else nullcontext():
             self.model = Transformer(self.shape, self.vocab_size, self.rope_theta)
+        apply_speed(self.model, self.speed)
         if sharded:
             assert self.trainer is not None
             mesh = sharding_mesh(self.trainer.strategy)
@@ -221,6 +224,13 @@ class LanguageModule(LightningModule, ABC):
     def flops_per_token(self, sequence_length: int, mask_eps: float) -> TrainingFlops:
         """Training FLOPs of a token by the three counts."""
 
+    def head_nll(self, hidden_MD: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted sum of negative log-likelihoods with a gradient, and each of them (M,) in nats."""
+        if self.speed.loss == "chunked":
+            return self.model.head.nll(hidden_MD, targets_M, weights_M, self.excluded_token_id)
+        nll_M = token_nll(self.model.head(hidden_MD), targets_M, self.excluded_token_id)
+        return (nll_M * weights_M).sum(), nll_M
+
     @property
     def val_documents(self) -> int:
         """Documents that the last validation's sequences begin in."""
@@ -238,26 +248,25 @@ class ArmModule(LanguageModule):
     val_kind = "exact"
 
     def training_loss(self, batch: TrainingBatch) -> Tensor:
-        nll_BL = self._nll(batch.tokens_BL)
-        if batch.attention_mask_BL is not None:
-            nll_BL = nll_BL * batch.attention_mask_BL
-        return next_token_loss(nll_BL, batch.denominator)
+        counted_BL = batch.attention_mask_BL
+        weights_BL = torch.ones_like(batch.tokens_BL, dtype=torch.float32) if counted_BL is None else counted_BL.float()
+        return self._nll(batch.tokens_BL, weights_BL)[0] / batch.denominator
 
     def sequence_nll(self, batch: ValidationBatch) -> Tensor:
-        return self._nll(batch.tokens_BL).double().sum(dim=1)
+        ones_BL = torch.ones_like(batch.tokens_BL, dtype=torch.float32)
+        return self._nll(batch.tokens_BL, ones_BL)[1].view_as(ones_BL).double().sum(dim=1)
 
     def flops_per_token(self, sequence_length: int, mask_eps: float) -> TrainingFlops:
         assert self.vocab_size is not None
         return flops_per_token(self.shape, self.vocab_size, sequence_length, self.objective)
 
-    def _nll(self, tokens_BL: Tensor) -> Tensor:
-        """(B, L) negative log-likelihood of every token."""
+    def _nll(self, tokens_BL: Tensor, weights_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted sum of the negative log-likelihoods, and (B L,) of every token."""
         assert self.eos_token_id is not None
         inputs_BL = shift_right(tokens_BL, self.eos_token_id)
         # Right padding lies in the future of every token that counts: causal attention needs no mask for it.
-        logits_BLV = self.model(inputs_BL, causal=True)
-        nll_N = token_nll(logits_BLV.flatten(0, 1), tokens_BL.flatten(), self.excluded_token_id)
-        return nll_N.view_as(tokens_BL)
+        hidden_BLD = self.model.hidden(inputs_BL, causal=True)
+        return self.head_nll(hidden_BLD.flatten(0, 1), tokens_BL.flatten(), weights_BL.flatten())
 
 
 class LladaModule(LanguageModule):
@@ -267,12 +276,18 @@ class LladaModule(LanguageModule):
     val_kind = "bound"
 
     def training_loss(self, batch: TrainingBatch) -> Tensor:
-        nll_M = self._masked_nll(batch.tokens_BL, batch.masked_BL, batch.attention_mask_BL)
-        p_M = batch.p_B[:, None].expand_as(batch.masked_BL)[batch.masked_BL]
-        return masked_diffusion_loss(nll_M, p_M, batch.denominator)
+        hidden_ND = self._hidden(batch.tokens_BL, batch.masked_BL, batch.attention_mask_BL)
+        hidden_MD, targets_M = (x.index_select(0, batch.scored_M) for x in (hidden_ND, batch.tokens_BL.flatten()))
+        p_M = batch.p_B[batch.scored_M // batch.tokens_BL.shape[1]]
+        weights_M = masked_diffusion_weights(p_M, batch.scored)
+        return self.head_nll(hidden_MD, targets_M, weights_M)[0] / batch.denominator
 
     def sequence_nll(self, batch: ValidationBatch) -> Tensor:
-        return nll_bound(self._masked_nll(batch.tokens_BL, batch.masked_BL, None), batch.masked_BL)
+        masked_N = batch.masked_BL.flatten()
+        hidden_MD = self._hidden(batch.tokens_BL, batch.masked_BL)[masked_N]
+        targets_M = batch.tokens_BL.flatten()[masked_N]
+        _, nll_M = self.head_nll(hidden_MD, targets_M, torch.ones_like(targets_M, dtype=torch.float32))
+        return nll_bound(nll_M, batch.masked_BL)
 
     def flops_per_token(self, sequence_length: int, mask_eps: float) -> TrainingFlops:
         """As computed: the head sees masked positions only, in expectation."""
@@ -280,13 +295,12 @@ class LladaModule(LanguageModule):
         share = expected_mask_probability(mask_eps)
         return flops_per_token(self.shape, self.vocab_size, sequence_length, self.objective, logit_share=share)
 
-    def _masked_nll(self, tokens_BL: Tensor, masked_BL: Tensor, attention_mask_BL: Tensor | None) -> Tensor:
-        """(M,) negative log-likelihood of the masked tokens."""
+    def _hidden(self, tokens_BL: Tensor, masked_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Tensor:
+        """(B L, D): what the head makes logits of."""
         assert self.mask_token_id is not None
         inputs_BL = tokens_BL.masked_fill(masked_BL, self.mask_token_id)
         hidden_BLD = self.model.hidden(inputs_BL, causal=False, attention_mask_BL=attention_mask_BL)
-        logits_MV = self.model.head(hidden_BLD[masked_BL])
-        return token_nll(logits_MV, tokens_BL[masked_BL], self.excluded_token_id)
+        return hidden_BLD.flatten(0, 1)
 
 
 _MODEL_IDENTITY = ("shape", "vocab_size", "rope_theta", "mask_token_id", "eos_token_id", "compat")

@@ -197,5 +197,6 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
     fully_shard(model.head, mesh=mesh, mp_policy=policy)
     rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(model, mesh=mesh, mp_policy=rest)
+    register_fsdp_forward_method(model.head, "nll")
     register_fsdp_forward_method(model, "hidden")  # `llada` needs the logits of few positions only
     model.to_empty(device=mesh.device_type)

@@ -28,7 +28,7 @@ from llada_lightning.objectives.forward_process import (
     random_mask,
     stratified_mask_counts,
 )
-from llada_lightning.objectives.losses import masked_diffusion_loss, token_nll
+from llada_lightning.objectives.losses import masked_diffusion_weights, token_nll
 from llada_lightning.scaling.budget import MASK_EPS
 
 WORDS = 3
@@ -166,7 +166,8 @@ def estimates_of_eq_3(table: Array, sampling: TimeSampling) -> Array:
         masked_BL = random_mask(seed, n_B, p_B, LENGTH)
         rows_M = masked_BL.nonzero()[0]
         nll_M, p_M = masked_nll(table, masked_BL), torch.tensor(p_B)[rows_M]
-        values.append([float(masked_diffusion_loss(nll_M[rows_M == b], p_M[rows_M == b], 1)) for b in range(WINDOW)])
+        loss_M = nll_M * masked_diffusion_weights(p_M, len(p_M))
+        values.append([float(loss_M[rows_M == b].sum()) for b in range(WINDOW)])
     return np.array(values)
 
 

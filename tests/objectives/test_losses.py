@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llada_lightning.objectives.bounds import clustered_mean_and_stderr, nll_bound
-from llada_lightning.objectives.losses import masked_diffusion_loss, next_token_loss, shift_right, token_nll
+from llada_lightning.objectives.losses import masked_diffusion_weights, shift_right, token_nll
 
 WORDS = 11
 MASK = 7
@@ -75,7 +75,12 @@ def test_half_precision_logits_are_summed_in_fp32(excluded: int | None) -> None:
 
 def test_nothing_masked_costs_nothing() -> None:
     nll = token_nll(random_logits(0), random_targets(0), MASK)
-    assert masked_diffusion_loss(nll, torch.ones(0), 64.0).item() == 0
+    assert (nll @ masked_diffusion_weights(torch.ones(0), 0)).item() == 0
+
+
+def test_positions_that_fill_up_weigh_nothing_whatever_their_probability() -> None:
+    p = torch.tensor([0.5, 0.25, float("nan"), 0.0])
+    assert masked_diffusion_weights(p, 2).tolist() == [2.0, 4.0, 0.0, 0.0]
 
 
 def test_shift_right_puts_eos_first_and_drops_the_last() -> None:
@@ -94,8 +99,9 @@ def test_mean_over_ragged_micro_batches_is_the_global_loss(seed: int, sizes: lis
     nll = token_nll(logits, targets)
     denominator = tokens / len(sizes)
     parts = list(zip(nll.split(sizes), p.split(sizes), strict=True))
-    arm = torch.stack([next_token_loss(nll_N, denominator) for nll_N, _ in parts]).mean()
-    llada = torch.stack([masked_diffusion_loss(nll_M, p_M, denominator) for nll_M, p_M in parts]).mean()
+    arm = torch.stack([nll_N.sum() / denominator for nll_N, _ in parts]).mean()
+    weighted = [nll_M @ masked_diffusion_weights(p_M, len(p_M)) for nll_M, p_M in parts]
+    llada = torch.stack(weighted).mean() / denominator
     torch.testing.assert_close(arm, nll.mean())
     torch.testing.assert_close(llada, (nll / p).mean())
 
@@ -110,7 +116,8 @@ def test_gradient_is_that_of_eq_3_written_plainly() -> None:
 
     ours = logits_BLV.clone().requires_grad_()
     nll_M = token_nll(ours[masked_BL], targets_BL[masked_BL], MASK)
-    loss = masked_diffusion_loss(nll_M, p_B[:, None].expand_as(masked_BL)[masked_BL], batch * length)
+    p_M = p_B[:, None].expand_as(masked_BL)[masked_BL]
+    loss = nll_M.double() @ masked_diffusion_weights(p_M, len(p_M)) / (batch * length)
 
     plain = logits_BLV.clone().requires_grad_()
     bias_V = torch.zeros(WORDS, dtype=torch.float64)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llada_lightning.cli import main
-from llada_lightning.data.batches import TrainingBatch, ValidationBatch
+from llada_lightning.data.batches import BUCKET, TrainingBatch, ValidationBatch
 from llada_lightning.model import Transformer
 from llada_lightning.training.memory import is_out_of_memory, worst_case
 from tiny_runs import fit, fit_arguments, losses, metrics
@@ -138,8 +138,11 @@ def test_what_the_allocator_says_is_known() -> None:
 
 def test_the_trial_batch_is_the_worst_of_its_size() -> None:
     tokens, masked = torch.arange(12).view(4, 3), torch.zeros(4, 3, dtype=torch.bool)
-    training = TrainingBatch(tokens, None, masked, torch.rand(4), torch.arange(4), 3.0, 12)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    training = TrainingBatch(tokens, None, masked, torch.rand(4), torch.arange(4), nothing, 0, 3.0, 12)
     validation = ValidationBatch(tokens, masked, torch.ones(4, dtype=torch.bool), torch.arange(4))
     for batch in (worst_case(training, 2), worst_case(validation, 2)):
         assert batch.tokens_BL.tolist() == tokens[:2].tolist()
         assert batch.masked_BL.shape == (2, 3) and batch.masked_BL.all()
+    worst = worst_case(training, 2)
+    assert worst.scored == 6 and worst.scored_M[:6].tolist() == [0, 1, 2, 3, 4, 5] and len(worst.scored_M) == BUCKET
