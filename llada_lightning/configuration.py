@@ -221,6 +221,8 @@ def cpu_flags() -> set[str]:
 
 _TRAINER_IDENTITY = ("max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
 _DATA_MACHINE = ("path", "workers", "micro_batch", "val_batch")
+_DATA_OPTIONS = {"document_mask": False}
+"""Options that came later: at its default none stands in an identity, so that older runs keep theirs."""
 
 
 def identity(config: Namespace, data: TokenDataModule, schedule: WSD | None = None) -> dict[str, Any]:
@@ -240,6 +242,9 @@ def identity(config: Namespace, data: TokenDataModule, schedule: WSD | None = No
     skipping = {"guard": {"spike_zscore": guard["spike_zscore"]}} if guard.get("spikes") == "skip" else {}
     eight_bits = {"fp8": True} if plain.get("speed", {}).get("fp8") else {}
     data_arguments = {k: v for k, v in plain["data"]["init_args"].items() if k not in _DATA_MACHINE}
+    for option, default in _DATA_OPTIONS.items():
+        if data_arguments.get(option) == default:
+            del data_arguments[option]
     return {
         "model": {**plain["model"], "class_path": f"{model.__module__}.{model.__qualname__}"},
         "data": {**data_arguments, "class_path": plain["data"]["class_path"], "fingerprint": data.fingerprint},

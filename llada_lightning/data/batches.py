@@ -25,6 +25,8 @@ class TrainingBatch(NamedTuple):
         scored: how many of them are masked tokens.
         denominator: tokens of the global batch over the number of its micro-batches (see ``objectives.losses``).
         global_tokens: tokens of the global batch, padding not counted.
+        documents_BL: (B, L) int64: the document of its sequence that each token belongs to; None: attention crosses
+            documents.
     """
 
     tokens_BL: Tensor
@@ -36,6 +38,7 @@ class TrainingBatch(NamedTuple):
     scored: int
     denominator: float
     global_tokens: int
+    documents_BL: Tensor | None = None
 
     def rows(self, rows: slice, masked_BL: Tensor | None = None) -> TrainingBatch:
         """Some of the sequences, masked as they are or as given (of these rows); the denominator stays."""
@@ -63,9 +66,11 @@ class ValidationBatch(NamedTuple):
         masked_BL: (B, L) bool: exactly l masked a row (Eq. 14).
         counted_B: (B,) bool, False where a row only fills up the batch of a rank that ran out.
         documents_B: (B,) int64: equal for sequences that begin in the same document.
+        documents_BL: as in :class:`TrainingBatch`.
     """
 
     tokens_BL: Tensor
     masked_BL: Tensor
     counted_B: Tensor
     documents_B: Tensor
+    documents_BL: Tensor | None = None

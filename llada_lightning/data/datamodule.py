@@ -46,6 +46,8 @@ class TokenDataModule(LightningDataModule):
         workers: loader processes; 0 loads in the training process.
         seed: of order and noise; null: the run's seed.
         val_seed: of the validation set's choice and noise, shared by runs that are to be compared.
+        document_mask: keep attention within each document of a sequence, in training and validation. FLOPs are
+            counted as of full attention: an upper count.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class TokenDataModule(LightningDataModule):
         workers: int = 0,
         seed: int | None = None,
         val_seed: int = 0,
+        document_mask: bool = False,
     ) -> None:
         super().__init__()
         least = {
@@ -89,7 +92,7 @@ class TokenDataModule(LightningDataModule):
         self.val_sequences = val_sequences
         self.random_length_share, self.mask_eps, self.time_sampling = random_length_share, mask_eps, time_sampling
         self.window_shards, self.workers = window_shards, workers
-        self.seed, self.val_seed = seed or 0, val_seed
+        self.seed, self.val_seed, self.document_mask = seed or 0, val_seed, document_mask
         self._manifests: list[Manifest] | None = None
 
     @property
@@ -179,7 +182,12 @@ class TokenDataModule(LightningDataModule):
         assert self.trainer is not None
         process = ForwardProcess(self.seed, self.mask_eps, self.time_sampling, self.random_length_share)
         dataset = TrainingDataset(
-            self._stream("train", self.seed), process, self.tokenizer.eos_id, self.global_batch, self.micro_batch
+            self._stream("train", self.seed),
+            process,
+            self.tokenizer.eos_id,
+            self.global_batch,
+            self.micro_batch,
+            self.document_mask,
         )
         sampler = OrdinalSampler(self.trainer.global_step, self.global_batch, self.micro_batch, *self._replica)
         return self._loader(dataset, sampler)
@@ -190,7 +198,8 @@ class TokenDataModule(LightningDataModule):
         sequences = available_sequences(stream, self.val_sequences)
         batch = self._val_batch or self.micro_batch
         sampler = StridedSampler(sequences, batch, *self._replica)
-        return self._loader(ValidationDataset(stream, sequences, self.val_seed, self.tokenizer.eos_id), sampler)
+        dataset = ValidationDataset(stream, sequences, self.val_seed, self.tokenizer.eos_id, self.document_mask)
+        return self._loader(dataset, sampler)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader

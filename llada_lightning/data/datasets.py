@@ -118,13 +118,19 @@ class TokenStream:
 
 
 class TrainingDataset(Dataset[TrainingBatch]):
-    """Ordinals of a micro-batch -> the micro-batch."""
+    """Ordinals of a micro-batch -> the micro-batch; with ``document_mask``, what belongs to which document."""
 
     def __init__(
-        self, stream: TokenStream, process: ForwardProcess, eos_token_id: int, global_batch: int, micro_batch: int
+        self,
+        stream: TokenStream,
+        process: ForwardProcess,
+        eos_token_id: int,
+        global_batch: int,
+        micro_batch: int,
+        document_mask: bool = False,
     ) -> None:
         self.stream, self.process, self.eos_token_id = stream, process, eos_token_id
-        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.global_batch, self.micro_batch, self.document_mask = global_batch, micro_batch, document_mask
 
     def __getitems__(self, ordinals: list[int]) -> TrainingBatch:
         n_B = np.asarray(ordinals, dtype=np.int64)
@@ -151,6 +157,7 @@ class TrainingDataset(Dataset[TrainingBatch]):
             scored=scored,
             denominator=global_tokens * self.micro_batch / self.global_batch,
             global_tokens=global_tokens,
+            documents_BL=document_numbers(tokens_BL, self.eos_token_id) if self.document_mask else None,
         )
 
     def _lengths(self, ordinals_B: np.ndarray) -> np.ndarray:
@@ -167,9 +174,11 @@ class TrainingDataset(Dataset[TrainingBatch]):
 class ValidationDataset(Dataset[ValidationBatch]):
     """Ordinals of a validation batch -> the batch, with Eq. 14's masks. Ordinals beyond ``sequences`` fill up."""
 
-    def __init__(self, stream: TokenStream, sequences: int, noise_seed: int, eos_token_id: int) -> None:
+    def __init__(
+        self, stream: TokenStream, sequences: int, noise_seed: int, eos_token_id: int, document_mask: bool = False
+    ) -> None:
         self.stream, self.sequences, self.noise_seed = stream, sequences, noise_seed
-        self.eos_token_id = eos_token_id
+        self.eos_token_id, self.document_mask = eos_token_id, document_mask
 
     def __getitems__(self, ordinals: list[int]) -> ValidationBatch:
         n_B = np.asarray(ordinals, dtype=np.int64)
@@ -178,12 +187,24 @@ class ValidationDataset(Dataset[ValidationBatch]):
         length = self.stream.sequence_length
         counts_B = forward_process.stratified_mask_counts(self.noise_seed, n_B, length)
         masked_BL = forward_process.fixed_count_mask(self.noise_seed, n_B, counts_B, length)
+        tokens_BL = self.stream.tokens(n_B.tolist())
         return ValidationBatch(
-            tokens_BL=self.stream.tokens(n_B.tolist()),
+            tokens_BL=tokens_BL,
             masked_BL=torch.from_numpy(masked_BL),
             counted_B=torch.from_numpy(counted_B),
             documents_B=torch.tensor([self.stream.document(n, self.eos_token_id) for n in n_B.tolist()]),
+            documents_BL=document_numbers(tokens_BL, self.eos_token_id) if self.document_mask else None,
         )
+
+
+def document_numbers(tokens_BL: Tensor, eos_token_id: int) -> Tensor:
+    """(B, L) int64: which document of its sequence a token belongs to, counted from 0. EOS ends its document.
+
+    Of the true tokens: what is masked still belongs to its document. For `arm` these are the documents of what is
+    predicted; the input there stands one place behind, so that a document's first token is predicted from EOS alone.
+    """
+    ends_BL = (tokens_BL == eos_token_id).long()
+    return ends_BL.cumsum(dim=1) - ends_BL
 
 
 class OrdinalSampler(Sampler[list[int]]):

@@ -15,57 +15,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from llada_lightning.model import patterns
+from llada_lightning.model.attention import ALL, KERNELS, Attention, Backend, Mask, activate, is_whole
 from llada_lightning.model.cache import KeyValueCache
 from llada_lightning.model.head import OutputHead
-from llada_lightning.model.rope import apply_rope, rope_tables
+from llada_lightning.model.patterns import Pattern
+from llada_lightning.model.rope import rope_tables
 from llada_lightning.scaling.shapes import Shape
 
 NORM_EPS = 1e-5
-ALL = slice(None)
 Recompute = Literal["none", "selective", "full"]
-
-
-class Attention(nn.Module):
-    """Grouped-query attention through ``scaled_dot_product_attention``."""
-
-    def __init__(self, shape: Shape, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.head_dim = shape.head_dim
-        kv_width = shape.n_kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.d_model, shape.d_model, bias=False)
-        self.k_proj = nn.Linear(shape.d_model, kv_width, bias=False)
-        self.v_proj = nn.Linear(shape.d_model, kv_width, bias=False)
-        self.out_proj = nn.Linear(shape.d_model, shape.d_model, bias=False)
-        self.grouped = shape.n_kv_heads != shape.n_heads
-
-    def forward(
-        self,
-        x_BLD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        causal: bool,
-        mask: Tensor | None,
-        cache: KeyValueCache | None = None,
-        queries: slice = ALL,
-    ) -> Tensor:
-        k, v = (self._heads(projection(x_BLD)) for projection in (self.k_proj, self.v_proj))
-        q = self._heads(self.q_proj(x_BLD[:, queries]))
-        q, k = apply_rope(q, *(table[..., queries, :] for table in rope)), apply_rope(k, *rope)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        grouped = self.grouped
-        if grouped and mask is not None:
-            # On CUDA no kernel but the plain one takes groups and a mask together, and it keeps all L x L scores.
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-            grouped = False
-        # SDPA takes a mask or is_causal, not both: a mask already holds the causal part.
-        out_BHLD = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=grouped
-        )
-        return self.out_proj(out_BHLD.transpose(1, 2).flatten(2))
-
-    def _heads(self, x_BLE: Tensor) -> Tensor:
-        return x_BLE.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -109,7 +68,7 @@ class Block(nn.Module):
         x_BLD: Tensor,
         rope: tuple[Tensor, Tensor],
         causal: bool,
-        mask: Tensor | None,
+        mask: Mask,
         cache: KeyValueCache | None = None,
         queries: slice = ALL,
     ) -> Tensor:
@@ -154,6 +113,19 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(shape, layer, norm_eps) for layer in range(shape.n_layers))
         self.norm = nn.RMSNorm(shape.d_model, eps=norm_eps)
         self.head = OutputHead(shape.d_model, vocab_size)
+        self.attention_backend: Backend = "sdpa"
+
+    def attend_with(self, backend: Backend) -> None:
+        """Compute attention by another back end (see ``model.attention``): the same numbers but for rounding.
+
+        ``check_backend`` says beforehand whether it serves. ``fa3`` and ``fa4`` reroute SDPA in the whole process,
+        until the next call.
+        """
+        activate(backend)
+        self.attention_backend = backend
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.kernel = KERNELS[backend]
 
     def hidden(
         self,
@@ -161,6 +133,8 @@ class Transformer(nn.Module):
         *,
         causal: bool,
         attention_mask_BL: Tensor | None = None,
+        documents_BL: Tensor | None = None,
+        pattern: Pattern | None = None,
         positions_BL: Tensor | None = None,
         cache: KeyValueCache | None = None,
         queries: slice = ALL,
@@ -172,6 +146,9 @@ class Transformer(nn.Module):
             causal: attend to earlier positions only, or to all.
             attention_mask_BL: (B, L) bool, False where a key is padding, on either side; with a cache (B, S), of all
                 its keys after this pass.
+            documents_BL: (B, L) int64, equal for tokens of one document: attention stays within it. Positions run on
+                over the whole sequence, which changes nothing, because RoPE sees differences only. Not with a cache.
+            pattern: what a query may see besides (see ``model.patterns``).
             positions_BL: (B, L) int64, where each token stands; by default one after the other from 0, or from where
                 the cache is written.
             cache: keys and values of other positions to attend to; those of ``tokens_BL`` are written at its
@@ -182,7 +159,9 @@ class Transformer(nn.Module):
             (B, L, D), or as many positions as wanted, in the parameters' type; ``head`` makes logits of any selection
             of its rows.
         """
-        assert queries == ALL or not causal, "which keys a query sees is said for all queries"
+        same_for_all = not causal and documents_BL is None and pattern is None
+        assert queries == ALL or same_for_all, "which keys a query sees is said for all queries"
+        assert cache is None or documents_BL is None, "documents are of these tokens, and a cache holds others"
         length = tokens_BL.shape[1]
         start = 0 if cache is None else cache.position
         keys = length if cache is None else cache.keys_after(length)
@@ -193,17 +172,36 @@ class Transformer(nn.Module):
         else:
             rope = cos[positions_BL][:, None], sin[positions_BL][:, None]
         causal = causal and length > 1  # a single query stands last: it sees every key
-        if attention_mask_BL is None and causal and start > 0:
-            attention_mask_BL = torch.ones(1, keys, dtype=torch.bool, device=tokens_BL.device)
-        mask = None if attention_mask_BL is None else attention_pattern(attention_mask_BL, causal, start)
+        seen = patterns.combined(causal, attention_mask_BL, documents_BL, pattern)
+        mask = self._mask(seen, tokens_BL, keys, start, is_whole(cache, queries))
         *blocks, last = self.blocks
         for block in blocks:
-            x_BLD = block(x_BLD, rope, causal, mask, cache)
+            x_BLD = block(x_BLD, rope, causal, mask, cache, ALL)
         return self.norm(last(x_BLD, rope, causal, mask, cache, queries))
 
-    def forward(self, tokens_BL: Tensor, *, causal: bool, attention_mask_BL: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        *,
+        causal: bool,
+        attention_mask_BL: Tensor | None = None,
+        documents_BL: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, L, V) of every position; arguments as in :meth:`hidden`."""
-        return self.head(self.hidden(tokens_BL, causal=causal, attention_mask_BL=attention_mask_BL))
+        return self.head(
+            self.hidden(tokens_BL, causal=causal, attention_mask_BL=attention_mask_BL, documents_BL=documents_BL)
+        )
+
+    def _mask(self, seen: Pattern | None, tokens_BL: Tensor, keys: int, start: int, whole: bool) -> Mask:
+        """As the back end takes it; None where nothing is hidden, or only what is not yet written."""
+        batch, length = tokens_BL.shape
+        if seen is None:
+            return None
+        if self.attention_backend == "flex" and whole:
+            return patterns.block_sparse(seen, batch, length, tokens_BL.device)
+        if seen is patterns.earlier_or_same and start == 0:
+            return None  # the others have a way of their own for it
+        return patterns.dense(seen, batch, length, keys, tokens_BL.device, start)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
@@ -223,20 +221,6 @@ class Transformer(nn.Module):
                     writes_residual = name.endswith(("out_proj.weight", "down_proj.weight"))
                     std = 1 / math.sqrt(weight.shape[1] * (2 * i if writes_residual else 1))
                     _init_normal(weight, std, generator)
-
-
-def attention_pattern(attention_mask_BS: Tensor, causal: bool, start: int = 0) -> Tensor:
-    """Which of S keys each query sees: (B, 1, 1 or S - start, S) bool, for queries from position ``start`` on.
-
-    Where causal, every query sees itself: else a row of padding on the left would see nothing, and its softmax would
-    be undefined.
-    """
-    keys_B11S = attention_mask_BS[:, None, None, :]
-    if not causal:
-        return keys_B11S
-    key_S = torch.arange(attention_mask_BS.shape[1], device=attention_mask_BS.device)
-    query_L1 = key_S[start:, None]
-    return (keys_B11S & (key_S <= query_L1)) | (key_S == query_L1)
 
 
 def _init_normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:

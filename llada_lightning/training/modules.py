@@ -250,22 +250,22 @@ class ArmModule(LanguageModule):
     def training_loss(self, batch: TrainingBatch) -> Tensor:
         counted_BL = batch.attention_mask_BL
         weights_BL = torch.ones_like(batch.tokens_BL, dtype=torch.float32) if counted_BL is None else counted_BL.float()
-        return self._nll(batch.tokens_BL, weights_BL)[0] / batch.denominator
+        return self._nll(batch.tokens_BL, weights_BL, batch.documents_BL)[0] / batch.denominator
 
     def sequence_nll(self, batch: ValidationBatch) -> Tensor:
         ones_BL = torch.ones_like(batch.tokens_BL, dtype=torch.float32)
-        return self._nll(batch.tokens_BL, ones_BL)[1].view_as(ones_BL).double().sum(dim=1)
+        return self._nll(batch.tokens_BL, ones_BL, batch.documents_BL)[1].view_as(ones_BL).double().sum(dim=1)
 
     def flops_per_token(self, sequence_length: int, mask_eps: float) -> TrainingFlops:
         assert self.vocab_size is not None
         return flops_per_token(self.shape, self.vocab_size, sequence_length, self.objective)
 
-    def _nll(self, tokens_BL: Tensor, weights_BL: Tensor) -> tuple[Tensor, Tensor]:
+    def _nll(self, tokens_BL: Tensor, weights_BL: Tensor, documents_BL: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weighted sum of the negative log-likelihoods, and (B L,) of every token."""
         assert self.eos_token_id is not None
         inputs_BL = shift_right(tokens_BL, self.eos_token_id)
         # Right padding lies in the future of every token that counts: causal attention needs no mask for it.
-        hidden_BLD = self.model.hidden(inputs_BL, causal=True)
+        hidden_BLD = self.model.hidden(inputs_BL, causal=True, documents_BL=documents_BL)
         return self.head_nll(hidden_BLD.flatten(0, 1), tokens_BL.flatten(), weights_BL.flatten())
 
 
@@ -276,7 +276,7 @@ class LladaModule(LanguageModule):
     val_kind = "bound"
 
     def training_loss(self, batch: TrainingBatch) -> Tensor:
-        hidden_ND = self._hidden(batch.tokens_BL, batch.masked_BL, batch.attention_mask_BL)
+        hidden_ND = self._hidden(batch, batch.attention_mask_BL)
         hidden_MD, targets_M = (x.index_select(0, batch.scored_M) for x in (hidden_ND, batch.tokens_BL.flatten()))
         p_M = batch.p_B[batch.scored_M // batch.tokens_BL.shape[1]]
         weights_M = masked_diffusion_weights(p_M, batch.scored)
@@ -284,7 +284,7 @@ class LladaModule(LanguageModule):
 
     def sequence_nll(self, batch: ValidationBatch) -> Tensor:
         masked_N = batch.masked_BL.flatten()
-        hidden_MD = self._hidden(batch.tokens_BL, batch.masked_BL)[masked_N]
+        hidden_MD = self._hidden(batch)[masked_N]
         targets_M = batch.tokens_BL.flatten()[masked_N]
         _, nll_M = self.head_nll(hidden_MD, targets_M, torch.ones_like(targets_M, dtype=torch.float32))
         return nll_bound(nll_M, batch.masked_BL)
@@ -295,11 +295,13 @@ class LladaModule(LanguageModule):
         share = expected_mask_probability(mask_eps)
         return flops_per_token(self.shape, self.vocab_size, sequence_length, self.objective, logit_share=share)
 
-    def _hidden(self, tokens_BL: Tensor, masked_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Tensor:
+    def _hidden(self, batch: TrainingBatch | ValidationBatch, attention_mask_BL: Tensor | None = None) -> Tensor:
         """(B L, D): what the head makes logits of."""
         assert self.mask_token_id is not None
-        inputs_BL = tokens_BL.masked_fill(masked_BL, self.mask_token_id)
-        hidden_BLD = self.model.hidden(inputs_BL, causal=False, attention_mask_BL=attention_mask_BL)
+        inputs_BL = batch.tokens_BL.masked_fill(batch.masked_BL, self.mask_token_id)
+        hidden_BLD = self.model.hidden(
+            inputs_BL, causal=False, attention_mask_BL=attention_mask_BL, documents_BL=batch.documents_BL
+        )
         return hidden_BLD.flatten(0, 1)
 
 

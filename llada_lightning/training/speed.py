@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -85,14 +83,7 @@ def apply_speed(model: Transformer, speed: Speed) -> None:
             # One graph for each kind of micro-batch (padded or not, training or validation), shared by all blocks.
             block.compile(dynamic=False)
     if speed.compile:
-        keep_compiled()
         model.head.compiled = True
-
-
-def keep_compiled() -> None:
-    """Have torch keep what it compiles in the user's cache folder, for other runs, instead of in /tmp."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "llada-lightning" / "compiled"))
 
 
 def compiler_trouble(device: torch.device) -> str | None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from llada_lightning.model import Transformer
-from llada_lightning.model.transformer import Attention, attention_pattern
+from llada_lightning.model.attention import Attention
 from llada_lightning.scaling.shapes import PAPER_SHAPES, PAPER_VOCAB_SIZE, Shape, named_shapes
 from llada_lightning.training.modules import ArmModule, LladaModule
 
@@ -171,13 +171,6 @@ def test_padding_gives_no_nan_to_values_or_gradients(causal: bool, dtype: torch.
     logits_BLV.float().square().mean().backward()
     assert logits_BLV.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_attention_pattern() -> None:
-    attention_mask_BL = torch.tensor([[False, True, True]])
-    assert attention_pattern(attention_mask_BL, causal=False).tolist() == [[[[False, True, True]]]]
-    causal = attention_pattern(attention_mask_BL, causal=True)[0, 0].int().tolist()
-    assert causal == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
 
 
 def test_attention_is_the_formula() -> None:

@@ -1,0 +1,287 @@
+"""Grouped-query attention, and the back ends that compute it, by name.
+
+- ``sdpa``: torch's ``scaled_dot_product_attention``, which picks a kernel by itself.
+- ``flash``: the package flash-attn (Dao 2023). It takes no masks.
+- ``flex``: torch's ``flex_attention``, compiled: it skips the blocks of keys that a pattern forbids.
+- ``fa3``, ``fa4``: FlashAttention-3 and -4 in the place of SDPA's own flash kernel, through torch's activation call.
+
+What a back end does not serve goes through SDPA: for ``flash`` every pass with a mask (padding, a pattern), for all of
+them passes with a cache or for a part of the queries. A kernel takes q (B, H, L, D), k and v (B, K, S, D), where K
+divides H, whether attention is causal, and a mask; it returns (B, H, L, D).
+
+SDPA on CUDA makes a boolean mask additive in the queries' type, in each call, and its own flash kernel takes none: a
+masked pass costs memory and time that ``flex`` saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from llada_lightning.errors import UserError
+from llada_lightning.model.cache import KeyValueCache
+from llada_lightning.model.rope import apply_rope
+from llada_lightning.scaling.shapes import Shape
+
+Backend = Literal["sdpa", "flash", "flex", "fa3", "fa4"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+Mask = Tensor | BlockMask | None
+Kernel = Callable[[Tensor, Tensor, Tensor, bool, Mask], Tensor]
+ALL = slice(None)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Mask) -> Tensor:
+    """Through torch's ``scaled_dot_product_attention``; the mask is dense."""
+    assert not isinstance(mask, BlockMask)
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and mask is not None:
+        # On CUDA, before torch 2.13, no kernel but the plain one takes groups and a mask together, and that one keeps
+        # all L x L scores.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        grouped = False
+    # SDPA takes a mask or is_causal, not both: a mask already holds the causal part.
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=grouped
+    )
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Mask) -> Tensor:
+    """Through flash-attn, which keeps heads behind positions and takes groups as they are; masks through SDPA."""
+    if mask is not None:
+        return sdpa(q, k, v, causal, mask)
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal).transpose(1, 2)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Mask) -> Tensor:
+    """Through ``flex_attention``; the mask is block-sparse and holds the causal part.
+
+    On CUDA it is compiled, once a process: by itself, or within what is being compiled around it. On the CPU it is
+    torch's plain formula, which has no gradients.
+    """
+    assert not isinstance(mask, Tensor) and (mask is not None or not causal)
+    attend: Any = flex_attention
+    if q.is_cuda and not torch.compiler.is_compiling():
+        attend = _compiled_flex_attention()
+    return attend(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    return torch.compile(flex_attention)
+
+
+KERNELS: dict[Backend, Kernel] = {"sdpa": sdpa, "flash": flash, "flex": flex, "fa3": sdpa, "fa4": sdpa}
+
+
+class Attention(nn.Module):
+    """Grouped-query attention.
+
+    Attributes:
+        kernel: the back end's; ``Transformer.attend_with`` sets it.
+    """
+
+    def __init__(self, shape: Shape, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = shape.head_dim
+        kv_width = shape.n_kv_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.d_model, shape.d_model, bias=False)
+        self.k_proj = nn.Linear(shape.d_model, kv_width, bias=False)
+        self.v_proj = nn.Linear(shape.d_model, kv_width, bias=False)
+        self.out_proj = nn.Linear(shape.d_model, shape.d_model, bias=False)
+        self.kernel: Kernel = sdpa
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        causal: bool,
+        mask: Mask,
+        cache: KeyValueCache | None = None,
+        queries: slice = ALL,
+    ) -> Tensor:
+        k, v = (self._heads(projection(x_BLD)) for projection in (self.k_proj, self.v_proj))
+        q = self._heads(self.q_proj(x_BLD[:, queries]))
+        q, k = apply_rope(q, *(table[..., queries, :] for table in rope)), apply_rope(k, *rope)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        kernel = self.kernel if is_whole(cache, queries) else sdpa
+        return self.out_proj(kernel(q, k, v, causal, mask).transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BLE: Tensor) -> Tensor:
+        return x_BLE.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def is_whole(cache: KeyValueCache | None, queries: slice) -> bool:
+    """Whether a pass has as many queries as keys; only those go through another back end than SDPA."""
+    return cache is None and queries == ALL
+
+
+_REROUTES = {"fa3": "FA3", "fa4": "FA4"}
+
+
+def activate(name: Backend) -> None:
+    """Have SDPA run the flash kernel that a back end names, in the whole process; others bring torch's own back.
+
+    Raises:
+        ImportError, RuntimeError: its package is not installed, or not as torch expects it.
+    """
+    wanted = _REROUTES.get(name)
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    if wanted == current:
+        return
+    if wanted is None:
+        torch.nn.attention.restore_flash_attention_impl()
+    else:
+        torch.nn.attention.activate_flash_attention_impl(wanted)
+    # From torch 2.13 on SDPA prefers cuDNN's kernel on Hopper and Blackwell, and would pass the rerouted one by.
+    torch.backends.cuda.enable_cudnn_sdp(wanted is None)
+
+
+def check_backend(
+    name: str, device: torch.device, training: bool, head_dim: int, dtype: torch.dtype, grouped: bool = False
+) -> str:
+    """What a back end is on this device, for people: `sdpa (flash kernel, with a mask memory-efficient kernel)`.
+
+    Torch's choice is asked for; `flash`, `fa3` and `fa4` are tried on a small input. Afterwards SDPA is torch's own:
+    ``Transformer.attend_with`` activates what is to stay.
+
+    Args:
+        name: as the user gave it.
+        device: where the model lies.
+        training: whether gradients are wanted.
+        head_dim: dimensions of a head.
+        dtype: of queries, keys and values: bf16 under `bf16-mixed`.
+        grouped: whether several query heads share keys and values.
+
+    Raises:
+        UserError: there is no such back end, it is not installed, or it does not fit.
+    """
+    if name not in BACKENDS:
+        raise UserError(f"speed.attention: {name} given; use one of {', '.join(BACKENDS)}")
+    name = cast(Backend, name)
+    unfit = _unfit(name, device, training, head_dim, dtype)
+    if unfit is not None:
+        raise UserError(f"speed.attention: {name} given, but {unfit}")
+    if name == "flex":
+        return "flex (compiled, block-sparse)" if device.type == "cuda" else "flex (torch's plain formula)"
+    activate("sdpa")
+    plain, masked = (sdpa_kernel(device, training, head_dim, dtype, grouped, masked) for masked in (False, True))
+    if name == "sdpa":
+        return f"sdpa ({plain} kernel)" if plain == masked else f"sdpa ({plain} kernel, with a mask {masked} kernel)"
+    failure = _try(name, device, training, head_dim, dtype)
+    if failure is not None:
+        raise UserError(f"speed.attention: {name} given, but {failure}; use sdpa")
+    return f"{name} ({_version(name)}, with a mask sdpa's {masked} kernel)"
+
+
+def sdpa_kernel(
+    device: torch.device, training: bool, head_dim: int, dtype: torch.dtype, grouped: bool, masked: bool
+) -> str:
+    """The kernel that torch's SDPA picks: flash, memory-efficient, cuDNN, plain (all scores in memory), or unknown."""
+    q = torch.zeros(1, 2, 128, head_dim, device=device, dtype=dtype, requires_grad=training)
+    k = q[:, :1] if grouped and not masked else q  # with a mask, ``sdpa`` repeats them
+    mask = torch.ones(1, 1, 1, 128, dtype=torch.bool, device=device) if masked else None
+    try:
+        choice = torch._fused_sdp_choice(q, k, k, attn_mask=mask, enable_gqa=k is not q)
+    except (AttributeError, NotImplementedError):  # a private name of torch's; not every device has it
+        return "unknown"
+    return _KERNEL_NAMES.get(SDPBackend(choice).name, SDPBackend(choice).name.lower())
+
+
+_KERNEL_NAMES = {
+    "MATH": "plain",
+    "FLASH_ATTENTION": "flash",
+    "EFFICIENT_ATTENTION": "memory-efficient",
+    "CUDNN_ATTENTION": "cuDNN",
+}
+
+_LEAST_CAPABILITY = {"flash": (8, 0), "flex": (7, 0), "fa3": (9, 0), "fa4": (9, 0)}
+"""Of a GPU, by NVIDIA's count: 8.0 is Ampere (A100), 9.0 Hopper (H100)."""
+
+
+def _unfit(name: Backend, device: torch.device, training: bool, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why a back end does not serve here, with the mend; None: nothing speaks against it."""
+    if name == "sdpa" or (name == "flex" and device.type == "cpu" and not training):
+        return None
+    if name == "flex" and device.type == "cpu":
+        return "torch has no gradients of it on the CPU; use sdpa"
+    if device.type != "cuda":
+        return f"it needs a CUDA device, and this is {device.type}; use sdpa"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device here; use sdpa"
+    capability, least = torch.cuda.get_device_capability(device), _LEAST_CAPABILITY[name]
+    if capability < least:
+        return "it needs compute capability {}.{}, and this GPU has {}.{}; use sdpa".format(*least, *capability)
+    if name == "flex":
+        if find_spec("triton") is None:
+            return "triton is not installed; pip install triton, or use sdpa"
+        return f"it needs heads of 16 dimensions, and these have {head_dim}; use sdpa" if head_dim < 16 else None
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes bf16 or fp16, not {str(dtype)[6:]}; use --trainer.precision=bf16-mixed, or sdpa"
+    if name in _REROUTES and not hasattr(torch.nn.attention, "restore_flash_attention_impl"):
+        return f"torch {torch.__version__} cannot reroute its attention; use torch 2.11 or later, or sdpa"
+    return _not_installed(name)
+
+
+_INSTALL = {
+    "flash": "pip install flash-attn --no-build-isolation",
+    "fa3": "build it from the folder hopper/ of github.com/Dao-AILab/flash-attention",
+    "fa4": "pip install flash-attn-4",
+}
+
+
+def _not_installed(name: Backend) -> str | None:
+    try:
+        if name == "flash":
+            from flash_attn import flash_attn_func  # noqa: F401
+        else:
+            activate(name)
+    except (ImportError, RuntimeError) as error:
+        return f"its package does not load ({_first_line(error)}); {_INSTALL[name]}, or use sdpa"
+    finally:
+        activate("sdpa")
+    return None
+
+
+def _try(name: Backend, device: torch.device, training: bool, head_dim: int, dtype: torch.dtype) -> str | None:
+    """What goes wrong on a small input; None: nothing."""
+    q = torch.randn(1, 2, 128, head_dim, device=device, dtype=dtype, requires_grad=training)
+    try:
+        activate(name)
+        if name in _REROUTES:
+            chosen = sdpa_kernel(device, training, head_dim, dtype, grouped=False, masked=False)
+            if chosen != "flash":
+                return f"for heads of {head_dim} dimensions torch chooses its {chosen} kernel"
+        out = KERNELS[name](q, q, q, True, None)
+        if training:
+            out.sum().backward()
+        torch.cuda.synchronize(device)
+    except Exception as error:  # each package refuses in its own way
+        return f"it fails on this device ({_first_line(error)})"
+    finally:
+        activate("sdpa")
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _version(name: Backend) -> str:
+    package = {"flash": "flash-attn", "fa3": "flash-attn-3", "fa4": "flash-attn-4"}[name]
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return package
