@@ -7,7 +7,6 @@ too (sequence parallelism; Korthikanti et al. 2022).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -92,10 +91,14 @@ def parallelise(model: Transformer, mesh: DeviceMesh) -> None:
     def gather_output(module: nn.Module, inputs: tuple[Any, ...], x_BLD: Tensor) -> Tensor:
         return _gathered(x_BLD, mesh).to_local()
 
+    def owned_output(module: nn.Module, inputs: tuple[Any, ...], logits_NV: Tensor) -> Tensor:
+        return logits_NV.clone()  # as it comes out of the plan it may not be written to
+
     for block in model.blocks:
         block.get_submodule("attention").register_forward_pre_hook(gather_input)
         block.get_submodule("feed_forward").register_forward_pre_hook(gather_input)
     model.norm.register_forward_hook(gather_output)
+    model.head.register_forward_hook(owned_output)
 
 
 def _gathered(x_BLD: Tensor, mesh: DeviceMesh) -> DTensor:
