@@ -34,9 +34,11 @@ class OutputHead(nn.Linear):
         Returns:
             () float32 with a gradient; (M,) float32, nats, without.
         """
-        weight_VD, shards = self.weight, None
-        if isinstance(weight_VD, DTensor):  # tensor parallelism: some of the words
-            weight_VD, shards = weight_VD.to_local(), WordShards.of(weight_VD)
+        weight_VD: Tensor = self.weight
+        shards = None
+        if isinstance(weight_VD, DTensor):  # tensor parallelism: this process has some of the words
+            shards = WordShards.of(weight_VD)
+            weight_VD = weight_VD.to_local()
         return linear_cross_entropy(
             hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, self.compiled, shards
         )

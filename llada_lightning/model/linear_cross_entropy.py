@@ -73,10 +73,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         column = excluded_token_id if shards is None else shards.column(excluded_token_id)
         with torch.autocast(hidden_MD.device.type, enabled=False):
             chunks = _chunks(len(hidden_MD), len(weight_VD), dtype, hidden_MD.device.type)
+            chunk_gradient = _compiled_chunk_gradient() if compiled else _chunk_gradient
             if shards is not None:
-                chunk_gradient = functools.partial(shards.chunk_gradient, compiled=compiled)
-            else:
-                chunk_gradient = _compiled_chunk_gradient() if compiled else _chunk_gradient
+                chunk_gradient = shards.compiled_chunk_gradient if compiled else shards.chunk_gradient
             matrix_VD = weight_VD.to(dtype)
             grad_hidden_MD = torch.empty_like(hidden_MD) if gradients else None
             grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if gradients else None

@@ -6,11 +6,15 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from lightning import Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -20,15 +24,15 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from llada_lightning.checkpoints.sharded_checkpoints import (
     META,
@@ -40,8 +44,10 @@ from llada_lightning.checkpoints.sharded_checkpoints import (
 from llada_lightning.cluster import Launch, device_count
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
+from llada_lightning.model.shards import fill
 from llada_lightning.model.transformer import Block
-from llada_lightning.training.tensor_parallel import parallelise
+from llada_lightning.scaling.shapes import Shape
+from llada_lightning.training.tensor_parallel import check_degree, parallelise
 
 
 class FullySharded(ModelParallelStrategy):
@@ -96,13 +102,27 @@ class FullySharded(ModelParallelStrategy):
     def _load_file(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
         checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-        whole = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=whole)
+        _fill_by_name(get_model_state_dict(self.model), checkpoint.pop("state_dict"))
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, saved in zip(self.optimizers, checkpoint.pop("optimizer_states"), strict=False):
             ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-            set_optimizer_state_dict(self.model, optimizer, by_name(saved, ordered), options=whole)
+            whole, own = by_name(saved, ordered), get_optimizer_state_dict(self.model, optimizer)
+            states: dict[str, Any] = own["state"]  # type: ignore[assignment]
+            for name, state in states.items():
+                _fill_by_name(state, whole["state"][name])
+            own["param_groups"] = whole["param_groups"]
+            set_optimizer_state_dict(self.model, optimizer, own)
         return checkpoint
+
+
+def _fill_by_name(own: dict[str, Any], whole: dict[str, Any]) -> None:
+    if own.keys() != whole.keys():
+        raise KeyError(f"{sorted(own.keys() ^ whole.keys())} in one of the two only")
+    for name, tensor in own.items():
+        if isinstance(tensor, DTensor):
+            fill(tensor, whole[name])
+        else:
+            tensor.copy_(whole[name])
 
 
 StrategyRegistry.register("fsdp2", FullySharded, description="fully sharded data parallelism over all processes")
@@ -167,6 +187,45 @@ def check_strategy(strategy: Strategy) -> None:
         raise UserError(f"trainer.strategy: {type(strategy).__name__} given; use --trainer.strategy=fsdp2 (or ddp)")
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise UserError("trainer.strategy: spawned or forked processes keep what they train to themselves; use ddp")
+
+
+def replicas(trainer: Trainer) -> int:
+    """Parts of the run's processes that read different sequences."""
+    return trainer.world_size // tensor_parallel(trainer.strategy)
+
+
+def leads_its_group(trainer: Trainer) -> bool:
+    """Whether this process speaks for those that compute the same micro-batch."""
+    return trainer.global_rank % tensor_parallel(trainer.strategy) == 0
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together, the same in all processes, () float32.
+
+    In shards, one sum over all processes; torch's own would make one for each dimension of the mesh.
+    """
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    if not sharded:
+        return torch.nn.utils.get_total_norm(gradients)
+    assert len(sharded) == len(gradients)
+    by_copies: dict[int, list[Tensor]] = defaultdict(list)
+    for gradient in sharded:
+        sizes = zip(gradient.placements, gradient.device_mesh.shape, strict=True)
+        by_copies[math.prod(size for placement, size in sizes if placement.is_replicate())].append(gradient.to_local())
+    squares = [torch.nn.utils.get_total_norm(parts).square() / copies for copies, parts in by_copies.items()]
+    total = torch.stack(squares).sum()
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
+def check_parallel(trainer: Trainer, shape: Shape, vocab_size: int, sequence_length: int) -> None:
+    """:func:`check_strategy`, and whether its degree of tensor parallelism divides the processes and the model.
+
+    Raises:
+        UserError: another strategy, or another degree is needed.
+    """
+    check_strategy(trainer.strategy)
+    check_degree(tensor_parallel(trainer.strategy), trainer.world_size, shape, vocab_size, sequence_length)
 
 
 def sharding_mesh(strategy: Strategy) -> DeviceMesh:

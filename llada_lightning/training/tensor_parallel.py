@@ -1,12 +1,13 @@
 """Tensor parallelism: a group of processes computes one micro-batch together, each with its part of every matrix.
 
-Columns, then rows (Shoeybi et al. 2019): a process has some of the heads, some of the inner width and some of the words.
-Between those pairs of matrices it has some positions of each sequence, so that norms and residual stream are divided,
+Columns, then rows (Shoeybi et al. 2019): a process has some of the heads, some of the inner width, some of the words.
+Between such pairs of matrices it has some positions of each sequence, so that norms and residual stream are divided,
 too (sequence parallelism; Korthikanti et al. 2022).
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -84,6 +85,8 @@ def parallelise(model: Transformer, mesh: DeviceMesh) -> None:
     plan["embedding"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(_SEQUENCE))
     plan["norm"], plan["head"] = norm, ColwiseParallel(output_layouts=Replicate())
     parallelize_module(model, mesh, plan)
+    # FSDP2 warns of what the plan returns; the model writes to none of it in place.
+    warnings.filterwarnings("ignore", ".*returned a view tensor")
 
     def gather_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return _gathered(inputs[0], mesh), *inputs[1:]
