@@ -53,7 +53,7 @@ from llada_lightning.training.record import (
     result_record,
     without_validation,
 )
-from llada_lightning.training.speed import Speed, describe_speed, resolve_speed
+from llada_lightning.training.speed import Speed, resolve_speed
 from llada_lightning.trusted import trust_known_modules
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -155,10 +155,13 @@ class LladaCLI(LightningCLI):
             raise UserError(" ".join(str(error).split())) from error
         check_strategy(self.trainer.strategy)
         self.model.identity = self.identity
-        given, device = Speed(**vars(self.settings.speed)), self.trainer.strategy.root_device
-        self.model.speed, notes = resolve_speed(given, device, training=self.subcommand == "fit")
-        if self.trainer.is_global_zero and self.subcommand == "fit":
-            for line in [*notes, describe_speed(self.model.speed)]:
+        self._resolve_speed()
+
+    def _resolve_speed(self) -> None:
+        given, fits = Speed(**vars(self.settings.speed)), self.subcommand == "fit"
+        self.model.speed, lines = resolve_speed(given, self.model.shape, self.trainer, training=fits)
+        if self.trainer.is_global_zero and fits:
+            for line in lines:
                 say(line)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
