@@ -155,14 +155,8 @@ class LladaCLI(LightningCLI):
             raise UserError(" ".join(str(error).split())) from error
         check_strategy(self.trainer.strategy)
         self.model.identity = self.identity
-        self._resolve_speed()
-
-    def _resolve_speed(self) -> None:
         given, fits = Speed(**vars(self.settings.speed)), self.subcommand == "fit"
-        self.model.speed, lines = resolve_speed(given, self.model.shape, self.trainer, training=fits)
-        if self.trainer.is_global_zero and fits:
-            for line in lines:
-                say(line)
+        self.model.speed, self.speed_lines = resolve_speed(given, self.model.shape, self.trainer, training=fits)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run, trainer = self.settings.run, self.config_init[self.subcommand].trainer
@@ -276,6 +270,8 @@ class LladaCLI(LightningCLI):
         start = phase.start()
         if start is not None:
             say(f"{'branching off' if start == phase.parent else 'going on'} from {start}")
+        for line in self.speed_lines if self.trainer.is_global_zero else []:
+            say(line)
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=start)
         if self.trainer.global_step < phase.last_step:
             raise UserError(f"stopped at step {self.trainer.global_step}; the same command goes on from there")
