@@ -162,7 +162,17 @@ class TokenDataModule(LightningDataModule):
     def micro_batch(self) -> int:
         """Sequences of a forward pass on one device, such that the global batch is exact."""
         assert self.trainer is not None
-        return self.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
+        return self.exact_micro_batch(self._replica[1], self.trainer.accumulate_grad_batches)
+
+    @property
+    def _replica(self) -> tuple[int, int]:
+        """This process's rank among those that read different sequences, and their number.
+
+        Processes of one tensor-parallel group read the same ones: they count as one.
+        """
+        assert self.trainer is not None
+        place = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return place["rank"], place["num_replicas"]
 
     def exact_micro_batch(self, devices: int, accumulation: int) -> int:
         """As :attr:`micro_batch`, for a trainer to be."""
@@ -179,13 +189,7 @@ class TokenDataModule(LightningDataModule):
             self.micro_batch,
             self.document_mask,
         )
-        sampler = OrdinalSampler(
-            self.trainer.global_step,
-            self.global_batch,
-            self.micro_batch,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-        )
+        sampler = OrdinalSampler(self.trainer.global_step, self.global_batch, self.micro_batch, *self._replica)
         return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -193,7 +197,7 @@ class TokenDataModule(LightningDataModule):
         stream = self._stream("val", self.val_seed)
         sequences = available_sequences(stream, self.val_sequences)
         batch = self._val_batch or self.micro_batch
-        sampler = StridedSampler(sequences, batch, self.trainer.global_rank, self.trainer.world_size)
+        sampler = StridedSampler(sequences, batch, *self._replica)
         dataset = ValidationDataset(stream, sequences, self.val_seed, self.tokenizer.eos_id, self.document_mask)
         return self._loader(dataset, sampler)
 

@@ -25,7 +25,9 @@ def module(
 ) -> TokenDataModule:
     data = TokenDataModule(path=path, sequence_length=L, global_batch=G, **settings)
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_step=step, global_rank=rank, world_size=ranks, accumulate_grad_batches=accumulation
+        global_step=step,
+        distributed_sampler_kwargs={"rank": rank, "num_replicas": ranks},
+        accumulate_grad_batches=accumulation,
     )
     return data
 
