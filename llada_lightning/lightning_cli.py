@@ -53,7 +53,7 @@ from llada_lightning.training.record import (
     result_record,
     without_validation,
 )
-from llada_lightning.training.speed import Speed, describe_speed, resolve_speed
+from llada_lightning.training.speed import Speed, resolve_speed
 from llada_lightning.trusted import trust_known_modules
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -155,11 +155,8 @@ class LladaCLI(LightningCLI):
             raise UserError(" ".join(str(error).split())) from error
         check_parallel(self.trainer, self.model.shape, self.model.vocab_size, self.datamodule.sequence_length)
         self.model.identity = self.identity
-        given, device = Speed(**vars(self.settings.speed)), self.trainer.strategy.root_device
-        self.model.speed, notes = resolve_speed(given, device, training=self.subcommand == "fit")
-        if self.trainer.is_global_zero and self.subcommand == "fit":
-            for line in [*notes, describe_speed(self.model.speed)]:
-                say(line)
+        given, fits = Speed(**vars(self.settings.speed)), self.subcommand == "fit"
+        self.model.speed, self.speed_lines = resolve_speed(given, self.model.shape, self.trainer, training=fits)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run, trainer = self.settings.run, self.config_init[self.subcommand].trainer
@@ -273,6 +270,8 @@ class LladaCLI(LightningCLI):
         start = phase.start()
         if start is not None:
             say(f"{'branching off' if start == phase.parent else 'going on'} from {start}")
+        for line in self.speed_lines if self.trainer.is_global_zero else []:
+            say(line)
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=start)
         if self.trainer.global_step < phase.last_step:
             raise UserError(f"stopped at step {self.trainer.global_step}; the same command goes on from there")

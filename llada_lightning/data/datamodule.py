@@ -43,7 +43,7 @@ class TokenDataModule(LightningDataModule):
         mask_eps: smallest mask probability of the forward process.
         time_sampling: t stratified over the global batch (weyl) or independent (iid).
         window_shards: shards whose sequences are shuffled together.
-        workers: loader processes; 0 loads in the training process.
+        workers: loader processes; 0 loads in the training process; null: 2 where a GPU trains, else 0.
         seed: of order and noise; null: the run's seed.
         val_seed: of the validation set's choice and noise, shared by runs that are to be compared.
         document_mask: keep attention within each document of a sequence, in training and validation. FLOPs are
@@ -62,7 +62,7 @@ class TokenDataModule(LightningDataModule):
         mask_eps: float = MASK_EPS,
         time_sampling: TimeSampling = "weyl",
         window_shards: int = WINDOW_SHARDS,
-        workers: int = 0,
+        workers: int | None = None,
         seed: int | None = None,
         val_seed: int = 0,
         document_mask: bool = False,
@@ -216,13 +216,16 @@ class TokenDataModule(LightningDataModule):
         )
 
     def _loader(self, dataset: Any, sampler: Any) -> DataLoader:
+        assert self.trainer is not None
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        workers = (2 if on_gpu else 0) if self.workers is None else self.workers
         return DataLoader(
             dataset,
             batch_sampler=sampler,
             collate_fn=take_batch,
-            num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.workers > 0,
+            num_workers=workers,
+            pin_memory=on_gpu,
+            persistent_workers=workers > 0,
             # A generator of its own: the loader draws worker seeds, which must not move the global generator.
             generator=torch.Generator().manual_seed(0),
         )

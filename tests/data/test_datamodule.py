@@ -28,6 +28,7 @@ def module(
         global_step=step,
         distributed_sampler_kwargs={"rank": rank, "num_replicas": ranks},
         accumulate_grad_batches=accumulation,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
     return data
 
