@@ -47,6 +47,7 @@ from llada_lightning.model import Transformer
 from llada_lightning.model.shards import fill
 from llada_lightning.model.transformer import Block
 from llada_lightning.scaling.shapes import Shape
+from llada_lightning.signals import say
 from llada_lightning.training.tensor_parallel import check_degree, parallelise
 
 
@@ -225,7 +226,10 @@ def check_parallel(trainer: Trainer, shape: Shape, vocab_size: int, sequence_len
         UserError: another strategy, or another degree is needed.
     """
     check_strategy(trainer.strategy)
-    check_degree(tensor_parallel(trainer.strategy), trainer.world_size, shape, vocab_size, sequence_length)
+    degree = tensor_parallel(trainer.strategy)
+    check_degree(degree, trainer.world_size, shape, vocab_size, sequence_length)
+    if trainer.num_devices % degree:
+        say(f"note: groups of {degree} processes lie across nodes of {trainer.num_devices}, and wait for the network")
 
 
 def sharding_mesh(strategy: Strategy) -> DeviceMesh:

@@ -8,6 +8,7 @@ too (sequence parallelism; Korthikanti et al. 2022).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,9 +89,6 @@ def parallelise(model: Transformer, mesh: DeviceMesh) -> None:
     # FSDP2 warns of what the plan returns; the model writes to none of it in place.
     warnings.filterwarnings("ignore", ".*returned a view tensor")
 
-    def gather_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _gathered(inputs[0], mesh), *inputs[1:]
-
     def gather_output(module: nn.Module, inputs: tuple[Any, ...], x_BLD: Tensor) -> Tensor:
         return _gathered(x_BLD, mesh).to_local()
 
@@ -98,10 +96,21 @@ def parallelise(model: Transformer, mesh: DeviceMesh) -> None:
         return logits_NV.clone()  # as it comes out of the plan it may not be written to
 
     for block in model.blocks:
-        block.get_submodule("attention").register_forward_pre_hook(gather_input)
-        block.get_submodule("feed_forward").register_forward_pre_hook(gather_input)
+        for name in ("attention", "feed_forward"):
+            part = block.get_submodule(name)
+            part.forward = _gathering(part.forward, mesh)
     model.norm.register_forward_hook(gather_output)
     model.head.register_forward_hook(owned_output)
+
+
+def _gathering(forward: Callable[..., Tensor], mesh: DeviceMesh) -> Callable[..., Tensor]:
+    """With all positions of the input, and not by a hook: where blocks are compiled, FSDP2's hooks cut their graphs,
+    and what passes from one graph to the next must be a plain tensor."""
+
+    def gathering(x_BLD: Tensor, *arguments: Any) -> Tensor:
+        return forward(_gathered(x_BLD, mesh), *arguments)
+
+    return gathering
 
 
 def _gathered(x_BLD: Tensor, mesh: DeviceMesh) -> DTensor:
