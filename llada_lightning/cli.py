@@ -225,11 +225,14 @@ def _lightning(args: list[str]) -> int:
 
 
 def quiet_libraries() -> None:
-    """Silence what the libraries tell everyone at every start and nobody can act upon."""
+    """Silence what the libraries tell everyone at every start and nobody can act upon, and have torch keep what it
+    compiles in the user's cache folder, where later runs find it, instead of in /tmp."""
     import logging
     import warnings
 
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache, "llada-lightning", "compiled"))
     import lightning  # noqa: F401  (sets the levels that follow)
 
     for name in ("lightning.pytorch", "lightning.fabric"):

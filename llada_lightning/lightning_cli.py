@@ -31,13 +31,14 @@ from llada_lightning.phases import Phase, phases_of
 from llada_lightning.scaling.results import read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.secrets import refuse_secrets
-from llada_lightning.settings import Budget, Guard, Run, Wandb
+from llada_lightning.settings import Budget, Guard, Profile, Run, Wandb
 from llada_lightning.signals import LeaveRequest, leaving_at_a_steps_end, say
 from llada_lightning.training.callbacks.accounting import Accounting
 from llada_lightning.training.callbacks.bad_numbers import BadNumbers, DivergedError
 from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, CheckpointPlan, StepCheckpoints
 from llada_lightning.training.callbacks.leaving import LeaveTogether
 from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
+from llada_lightning.training.callbacks.profile import profiling
 from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
 from llada_lightning.training.callbacks.wandb_log import wandb_logger
 from llada_lightning.training.devices import check_devices
@@ -52,7 +53,7 @@ from llada_lightning.training.record import (
     result_record,
     without_validation,
 )
-from llada_lightning.training.speed import Speed, describe_speed, resolve_speed
+from llada_lightning.training.speed import Speed, resolve_speed
 from llada_lightning.trusted import trust_known_modules
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -97,6 +98,7 @@ class LladaCLI(LightningCLI):
         parser.add_argument("--run", type=Run, default=Run(), help="Where the run lives.")
         parser.add_argument("--speed", type=Speed, default=Speed(), help="How the same is computed faster.")
         parser.add_argument("--guard", type=Guard, default=Guard(), help="What to do about bad numbers.")
+        parser.add_argument("--profile", type=Profile, default=Profile(), help="Where a step's time goes.")
         parser.add_argument("--wandb", type=Wandb, default=Wandb(), help="Weights & Biases.")
         data = {"class_path": "llada_lightning.data.datamodule.TokenDataModule"}
         parser.set_defaults({"data": {**data, "init_args": {"path": "data/python-stdlib"}}})
@@ -153,10 +155,13 @@ class LladaCLI(LightningCLI):
             raise UserError(" ".join(str(error).split())) from error
         check_strategy(self.trainer.strategy)
         self.model.identity = self.identity
-        given, device = Speed(**vars(self.settings.speed)), self.trainer.strategy.root_device
-        self.model.speed, notes = resolve_speed(given, device, training=self.subcommand == "fit")
-        if self.trainer.is_global_zero and self.subcommand == "fit":
-            for line in [*notes, describe_speed(self.model.speed)]:
+        self._resolve_speed()
+
+    def _resolve_speed(self) -> None:
+        given, fits = Speed(**vars(self.settings.speed)), self.subcommand == "fit"
+        self.model.speed, lines = resolve_speed(given, self.model.shape, self.trainer, training=fits)
+        if self.trainer.is_global_zero and fits:
+            for line in lines:
                 say(line)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -186,6 +191,9 @@ class LladaCLI(LightningCLI):
                 forks=phase.forks,
             )
             own_callbacks.append(StepCheckpoints(phase.checkpoints, plan))
+        if phase is self.phases[0]:
+            where = (phase.folder, phase.last_step, self.accounting, trainer.profiler)
+            own_callbacks += profiling(self.settings.profile, *where)
         return super().instantiate_trainer(callbacks=[*own_callbacks, *_as_list(trainer.callbacks)], **kwargs)
 
     def before_fit(self) -> None:

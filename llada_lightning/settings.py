@@ -73,6 +73,19 @@ class Guard:
 
 
 @dataclass
+class Profile:
+    """Where a step's time goes: a trace, a page and a picture in the run's `profile/`; never part of its identity.
+
+    Args:
+        steps: to record; 0: none. Of several budgets the way to the first one's decay is profiled.
+        after: steps passed first, so that warming up and compiling are not measured.
+    """
+
+    steps: int = 0
+    after: int = 10
+
+
+@dataclass
 class Wandb:
     """Weights & Biases; metrics.csv is written in any case.
 

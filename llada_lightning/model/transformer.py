@@ -176,7 +176,7 @@ class Transformer(nn.Module):
         mask = self._mask(seen, tokens_BL, keys, start, is_whole(cache, queries))
         *blocks, last = self.blocks
         for block in blocks:
-            x_BLD = block(x_BLD, rope, causal, mask, cache)
+            x_BLD = block(x_BLD, rope, causal, mask, cache, ALL)
         return self.norm(last(x_BLD, rope, causal, mask, cache, queries))
 
     def forward(

@@ -130,7 +130,13 @@ class Plan:
     def warnings(self) -> list[str]:
         """What a careful reader of the table would notice, one line each."""
         table = self.table()
-        return [*self._few_steps(table), *self._tight_memory(), *self._repeated_data(table), *self._lost_centres(table)]
+        return [
+            *self._few_steps(table),
+            *self._tight_memory(),
+            *self._measured_memory(),
+            *self._repeated_data(table),
+            *self._lost_centres(table),
+        ]
 
     def _few_steps(self, table: pd.DataFrame) -> list[str]:
         few = table[table.steps < MIN_STEPS]
@@ -151,6 +157,13 @@ class Plan:
             f"{len(tight)} trunks do not fit {self.machine.device}: {worst.name} needs {worst.memory / _GIB:.0f} GiB "
             f"of {usable / _GIB:.0f} usable; divide the states among more devices (--sharded)"
         ]
+
+    def _measured_memory(self) -> list[str]:
+        found = [rate.memory_ratio for rate in self.machine.measured or () if rate.memory_ratio is not None]
+        if not found:
+            return []
+        ends = " to ".join(f"{ratio:.2f}" for ratio in dict.fromkeys((min(found), max(found))))
+        return [f"the profiles' peak memory is {ends} x what this plan would have estimated for them"]
 
     def _repeated_data(self, table: pd.DataFrame) -> list[str]:
         repeated = table[(table.objective == "arm") & (table.epochs.astype(float) > MAX_EPOCHS)]

@@ -15,11 +15,12 @@ from llada_lightning.errors import UserError
 from llada_lightning.scaling.flops import CONVENTIONS, Convention
 from llada_lightning.scaling.hyperparameters import BATCH_RULES, DECAY_FRACTION, LEARNING_RATE_RULES
 from llada_lightning.scaling.plan import OBJECTIVES, Plan, plan_study
-from llada_lightning.scaling.plan_cost import Machine, measured_rates
+from llada_lightning.scaling.plan_cost import Machine, MeasuredRate, measured_rates
 from llada_lightning.scaling.plan_files import Destination, write_slurm, write_sweep
 from llada_lightning.scaling.plan_grid import CENTRES, Grid
 from llada_lightning.scaling.plan_table import print_plan
 from llada_lightning.scaling.plan_trunk import Recipe
+from llada_lightning.scaling.profiles import profiled_rate
 from llada_lightning.scaling.results import read_results
 from llada_lightning.scaling.stream import DataFacts, Stream
 
@@ -101,7 +102,14 @@ def _parser() -> CommandParser:
     add("--device", type=str, default=None, metavar="NAME", help="such as H100: for memory, and for hours with --mfu")
     add("--devices", type=int, default=1, help="devices of one run")
     add("--mfu", type=float, default=None, help="share of the device's peak that training achieves")
-    add("--measured", type=str, default=None, metavar="RESULTS", help="results table: hours by its throughput")
+    add(
+        "--measured",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="hours by the throughput of results tables, or of profiles' summary.json",
+    )
     add("--micro-batch", type=int, default=None, help="sequences of a device's forward pass; default: what fits")
     add("--sharded", action="store_true", help="FSDP divides the states among the devices")
 
@@ -135,7 +143,7 @@ def _plan(options: Namespace, base: Mapping[str, Any], read_data: ReadData) -> t
         device=options.device,
         devices=options.devices,
         mfu=options.mfu,
-        measured=None if options.measured is None else measured_rates(read_results(options.measured)),
+        measured=tuple(rate for path in options.measured for rate in _measured(path)) if options.measured else None,
         sharded=options.sharded,
         micro_batch=_first(options.micro_batch, _count(data, "data", "micro_batch")),
     )
@@ -167,6 +175,10 @@ def _plan(options: Namespace, base: Mapping[str, Any], read_data: ReadData) -> t
     )
     study = _first(options.study, base["run"].get("study"), Path(options.out or "plan").stem)
     return plan, Destination(study=study, data=path, base=options.base, vocab_size=vocab_size)
+
+
+def _measured(path: str) -> tuple[MeasuredRate, ...]:
+    return (profiled_rate(path),) if Path(path).suffix == ".json" else measured_rates(read_results(path))
 
 
 def _convention(options: Namespace, budget: Mapping[str, Any]) -> Convention:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 
@@ -41,17 +42,33 @@ def activation_bytes_per_token(shape: Shape) -> float:
     return shape.n_layers * block + 6 * shape.d_model
 
 
-def logits_bytes_per_token(vocab_size: int) -> float:
-    """At the start of the backward pass three fp32 tensors of the vocabulary's width are alive: log-probabilities,
-    their gradient, and the logits'.
+LossKind = Literal["plain", "chunked"]
+"""How the cross-entropy behind the output head is computed: at once, or chunk by chunk with its gradients."""
+
+LOGITS_CHUNK_BYTES = 2**30
+"""bf16 logits that the chunked loss takes at a time on a GPU (``model.linear_cross_entropy``)."""
+
+
+def logits_bytes(vocab_size: int, tokens: int, loss: LossKind = "chunked") -> float:
+    """What a step holds of the logits of a micro-batch.
+
+    Plain: at the start of the backward pass three fp32 tensors of the vocabulary's width are alive: log-probabilities,
+    their gradient, and the logits'. Chunked: of one chunk the bf16 logits, the fp32 probabilities, and the gradient in
+    bf16; that of the head's weight stands among the states (:func:`state_bytes`) in any case.
 
     For `llada` too: with few sequences in a micro-batch nearly all of its positions may be masked.
     """
-    return 12 * vocab_size
+    logits = float(vocab_size * tokens)
+    return 12 * logits if loss == "plain" else 8 * min(logits, LOGITS_CHUNK_BYTES / 2)
 
 
 def training_memory_bytes(
-    shape: Shape, vocab_size: int, sequence_length: int, micro_batch: int, shards: int = 1
+    shape: Shape,
+    vocab_size: int,
+    sequence_length: int,
+    micro_batch: int,
+    shards: int = 1,
+    loss: LossKind = "chunked",
 ) -> float:
     """Peak memory of one device in a training step under bf16-mixed: states, activations and logits.
 
@@ -61,18 +78,25 @@ def training_memory_bytes(
         sequence_length: tokens of a sequence.
         micro_batch: sequences of a forward pass on the device.
         shards: devices over which FSDP divides the states; the block that it gathers is not counted.
+        loss: how the cross-entropy is computed.
     """
-    per_token = activation_bytes_per_token(shape) + logits_bytes_per_token(vocab_size)
-    return state_bytes(shape, vocab_size) / shards + micro_batch * sequence_length * per_token
+    tokens = micro_batch * sequence_length
+    activations = tokens * activation_bytes_per_token(shape)
+    return state_bytes(shape, vocab_size) / shards + activations + logits_bytes(vocab_size, tokens, loss)
 
 
 @dataclass(frozen=True)
 class MeasuredRate:
-    """What a run has achieved: FLOP/s (6ND, attention and head together) of one device."""
+    """What a run has achieved: FLOP/s (6ND, attention and head together) of one device.
+
+    Args:
+        memory_ratio: peak memory over :func:`training_memory_bytes`; None where both are not known.
+    """
 
     objective: str
     params_nonembedding: float
     flops_per_second: float
+    memory_ratio: float | None = None
 
 
 def measured_rates(results: pd.DataFrame) -> tuple[MeasuredRate, ...]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from lightning import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
+from llada_lightning.model.attention import Backend, check_backend
 from llada_lightning.model.transformer import Block, Recompute
+from llada_lightning.scaling.shapes import Shape
 
 _FP8_CAPABILITY = (8, 9)
 """The first GPUs that multiply 8-bit floats: Ada and Hopper."""
@@ -24,6 +26,7 @@ class Speed:
     """How the same numbers are computed faster. But for fp8 nothing here makes another run.
 
     Args:
+        attention: the back end (see ``model.attention``).
         compile: each block by torch.compile; null: where a GPU trains. What it has compiled serves later runs too.
         loss: chunked takes the cross-entropy with the output head, so that the logits of all positions never stand in
             memory; plain makes all logits first.
@@ -32,50 +35,55 @@ class Speed:
         fp8: the blocks' products in 8-bit floats (torchao; Hopper, Ada and later). Other roundings: another run.
     """
 
+    attention: Backend = "sdpa"
     compile: bool | None = None
     loss: Literal["chunked", "plain"] = "chunked"
     recompute: Recompute = "none"
     fp8: bool = False
 
 
-def resolve_speed(speed: Speed, device: torch.device, training: bool) -> tuple[Speed, list[str]]:
+def resolve_speed(speed: Speed, shape: Shape, trainer: Trainer, training: bool) -> tuple[Speed, list[str]]:
     """What of the settings this machine can do.
 
     Args:
         speed: as given.
-        device: that computes.
+        shape: of the model.
+        trainer: knows device, precision and strategy.
         training: else nothing is compiled, unless asked for: it would take longer than it saves.
 
     Returns:
-        The settings to apply, and a note for each that is given up.
+        The settings to apply, and lines for the start of a run: what was given up, and what is live.
 
     Raises:
-        UserError: fp8 without torchao or without the hardware: it cannot be left out in silence, it is another run.
+        UserError: an attention back end, or fp8, that is not installed or does not fit: they were asked for by name.
     """
+    device = trainer.strategy.root_device
+    dtype = torch.bfloat16 if str(trainer.precision).startswith("bf16") else torch.float32
+    grouped = shape.n_kv_heads != shape.n_heads
+    attention = check_backend(speed.attention, device, training, shape.head_dim, dtype, grouped)
     if speed.fp8:
-        _check_fp8(device)
+        _check_fp8(device, isinstance(trainer.strategy, ModelParallelStrategy))
     compiled = speed.compile
     if compiled is None:
         compiled = training and device.type == "cuda"
     trouble = compiler_trouble(device) if compiled else None
-    notes = [] if trouble is None else [f"note: speed.compile: {trouble}; running without it, which changes no figure"]
-    return Speed(compiled and trouble is None, speed.loss, speed.recompute, speed.fp8), notes
+    resolved = replace(speed, compile=compiled and trouble is None)
+    lines = [] if trouble is None else [f"note: speed.compile: {trouble}; running without it, which changes no figure"]
+    return resolved, [*lines, f"speed: attention {attention}, {_describe(resolved)}"]
 
 
-def describe_speed(speed: Speed) -> str:
-    """One line for the start of a run."""
-    return "speed: " + ", ".join(
-        [
-            "blocks compiled" if speed.compile else "blocks not compiled",
-            f"{speed.loss} loss",
-            *([f"{speed.recompute} recomputation"] if speed.recompute != "none" else []),
-            *(["fp8 products"] if speed.fp8 else []),
-        ]
-    )
+def _describe(speed: Speed) -> str:
+    parts = ["blocks compiled" if speed.compile else "blocks not compiled", f"{speed.loss} loss"]
+    if speed.recompute != "none":
+        parts.append(f"{speed.recompute} recomputation")
+    if speed.fp8:
+        parts.append("fp8 products")
+    return ", ".join(parts)
 
 
 def apply_speed(model: Transformer, speed: Speed) -> None:
     """Set a model, in place, to compute as resolved settings say; before it is sharded."""
+    model.attend_with(speed.attention)
     if speed.fp8:
         _convert_to_fp8(model)
     for block in model.blocks:
@@ -85,14 +93,7 @@ def apply_speed(model: Transformer, speed: Speed) -> None:
             # One graph for each kind of micro-batch (padded or not, training or validation), shared by all blocks.
             block.compile(dynamic=False)
     if speed.compile:
-        keep_compiled()
         model.head.compiled = True
-
-
-def keep_compiled() -> None:
-    """Have torch keep what it compiles in the user's cache folder, for other runs, instead of in /tmp."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "llada-lightning" / "compiled"))
 
 
 def compiler_trouble(device: torch.device) -> str | None:
@@ -110,7 +111,9 @@ def compiler_trouble(device: torch.device) -> str | None:
     return None
 
 
-def _check_fp8(device: torch.device) -> None:
+def _check_fp8(device: torch.device, sharded: bool) -> None:
+    if sharded:
+        raise UserError("speed.fp8: true given, but the strategy shards the weights; use --trainer.strategy=ddp")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"the {device.type.upper()}"
         raise UserError(f"speed.fp8: true given, but {name} has no 8-bit products (Hopper, Ada and later have)")

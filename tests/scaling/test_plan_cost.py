@@ -8,14 +8,18 @@ import pytest
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.plan import Grid, Machine, Recipe, Stream, plan_study
 from llada_lightning.scaling.plan_cost import (
+    LOGITS_CHUNK_BYTES,
+    LossKind,
     MeasuredRate,
     activation_bytes_per_token,
-    logits_bytes_per_token,
+    logits_bytes,
     measured_rates,
     state_bytes,
     training_memory_bytes,
 )
 from llada_lightning.scaling.shapes import Shape, get_shape
+
+KINDS: tuple[LossKind, LossKind] = ("plain", "chunked")
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -52,10 +56,22 @@ def test_memory_by_hand() -> None:
     shape = get_shape("107k")
     assert state_bytes(shape, 1024) == 16 * 237_888 + 2 * (106_816 + 1024 * 64)
     assert activation_bytes_per_token(shape) == 2 * (26 * 64 + 8 * 192) + 6 * 64
-    assert logits_bytes_per_token(1024) == 12 * 1024
+    assert logits_bytes(1024, 512, "plain") == 12 * 1024 * 512
+    assert logits_bytes(1024, 512, "chunked") == 8 * 1024 * 512
     whole = training_memory_bytes(shape, 1024, 128, micro_batch=4)
-    assert whole == state_bytes(shape, 1024) + 4 * 128 * (2 * (26 * 64 + 8 * 192) + 6 * 64 + 12 * 1024)
+    assert whole == state_bytes(shape, 1024) + 4 * 128 * (2 * (26 * 64 + 8 * 192) + 6 * 64 + 8 * 1024)
     assert training_memory_bytes(shape, 1024, 128, 4, shards=8) == whole - state_bytes(shape, 1024) * 7 / 8
+
+
+def test_a_chunked_loss_holds_one_chunk_of_logits() -> None:
+    """1 GiB of bf16 logits and four times that in all, where a plain loss holds 12 bytes a logit."""
+    from llada_lightning.model.linear_cross_entropy import CHUNK_BYTES
+
+    assert CHUNK_BYTES["cuda"] == LOGITS_CHUNK_BYTES
+    words, tokens = 126_464, 8 * 4096
+    assert logits_bytes(words, tokens, "chunked") == 4 * LOGITS_CHUNK_BYTES
+    plain, chunked = (training_memory_bytes(get_shape("arm-1b"), words, 4096, 8, loss=loss) for loss in KINDS)
+    assert plain - chunked == 12 * words * tokens - 4 * LOGITS_CHUNK_BYTES
 
 
 def test_accumulation_is_the_least_that_fits() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from typing import Any
@@ -19,7 +20,7 @@ _WINDOW = 20
 
 
 class Accounting(Callback):
-    """Tokens, FLOPs by the three counts, throughput and MFU; counters survive a restart with the checkpoint.
+    """Tokens, FLOPs by the three counts, achieved FLOP/s, MFU, peak memory; counters survive with the checkpoint.
 
     Args:
         per_token: training FLOPs of a token.
@@ -57,6 +58,30 @@ class Accounting(Callback):
             return None
         return self.flops.flops_total / self.train_seconds / (peak * trainer.world_size)
 
+    def rates(self, trainer: Trainer, tokens_per_second: float) -> dict[str, float]:
+        """A throughput as FLOP/s by each count, all devices together, and as MFU where the device's peak is known."""
+        achieved = self.per_token * tokens_per_second
+        peak = device_peak(trainer)
+        return {
+            "tokens_per_second": tokens_per_second,
+            "flops_6nd_per_second": achieved.flops_6nd,
+            "flops_attention_per_second": achieved.flops_attention,
+            "flops_head_per_second": achieved.flops_head,
+            "flops_total_per_second": achieved.flops_total,
+            **({} if peak is None else {"mfu": achieved.flops_total / (peak * trainer.world_size)}),
+        }
+
+    def settled(self, trainer: Trainer) -> tuple[float, int]:
+        """Seconds of training and tokens up to here; waits for the device, so it is nothing for every step."""
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        self._advance(training=True)
+        return self.train_seconds, self.tokens
+
+    def leave_out(self) -> None:
+        """What has passed since the last reading was no training."""
+        self._advance()
+
     def state_dict(self) -> dict[str, Any]:
         self._advance(training=True)
         return {"tokens": self.tokens, "train_seconds": self.train_seconds, "wall_seconds": self.wall_seconds}
@@ -77,9 +102,7 @@ class Accounting(Callback):
         if trainer.state.fn != "fit":
             self._advance()
             return
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.synchronize()  # or the steps still in the queue would count as validation
-        self._advance(training=True)
+        self.settled(trainer)  # or the steps still in the queue would count as validation
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._advance()
@@ -121,20 +144,20 @@ class Accounting(Callback):
         if pl_module.grad_norm is not None:
             values["grad_norm"] = float(pl_module.grad_norm)
         values.update(self._rates(trainer))
+        memory = peak_memory_bytes(trainer.strategy.root_device)
+        if memory is not None:
+            values["peak_memory_bytes"] = memory
         self.last = values
         for logger in trainer.loggers:
             logger.log_metrics(values, step=self._step)
 
     def _rates(self, trainer: Trainer) -> dict[str, float]:
-        """Windowed tokens/s over all devices, and MFU where the device's peak is known."""
+        """:meth:`rates` over the window of logged steps."""
         self._window.append((self.train_seconds, self.tokens))
         (first_seconds, first_tokens), (seconds, tokens) = self._window[0], self._window[-1]
         if seconds == first_seconds:
             return {}
-        rate = (tokens - first_tokens) / (seconds - first_seconds)
-        peak = device_peak(trainer)
-        mfu = {} if peak is None else {"mfu": rate * self.per_token.flops_total / (peak * trainer.world_size)}
-        return {"tokens_per_second": rate, **mfu}
+        return self.rates(trainer, (tokens - first_tokens) / (seconds - first_seconds))
 
     def _advance(self, training: bool = False) -> None:
         now = time.monotonic()
@@ -153,3 +176,21 @@ def device_name(trainer: Trainer) -> str:
 def device_peak(trainer: Trainer) -> float | None:
     """Dense bf16 FLOP/s of one device, or None."""
     return peak_flops(device_name(trainer))
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory that this process has held so far; of several, each knows its own, and the first one's is logged.
+
+    On a GPU what torch's allocator has handed out, on the CPU the resident size of the whole process, interpreter and
+    libraries with it. None where the system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)  # the allocator's own count: nothing waits for the device
+    if device.type != "cpu":
+        return None
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -15,8 +15,9 @@ from llada_lightning.files import written_atomically
 
 COLUMNS = (
     "step", "tokens", "flops_6nd", "flops_attention", "flops_head", "flops_total", "lr", "train_nats_per_token",
-    "grad_norm", "skipped_updates", "tokens_per_second", "mfu", "seconds", "val_nats_per_token", "val_stderr",
-    "val_bits_per_byte",
+    "grad_norm", "skipped_updates", "tokens_per_second", "flops_6nd_per_second", "flops_attention_per_second",
+    "flops_head_per_second", "flops_total_per_second", "mfu", "peak_memory_bytes", "seconds", "val_nats_per_token",
+    "val_stderr", "val_bits_per_byte",
 )  # fmt: skip
 
 
