@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LLADA := $(BIN)/python -m llada_lightning
 JOBS ?= 2
+FIGURES ?= runs/benchmarks
 
-.PHONY: help setup quickstart test test-slow lint format notebooks bench clean
+.PHONY: help setup quickstart test test-slow lint format notebooks bench bench-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -49,13 +50,22 @@ format: setup  ## format the code
 notebooks: setup  ## run the notebooks and store what they show
 	$(BIN)/python notebooks/render.py
 
-bench: setup  ## speed and size on this machine, each a ratio in one run
-	$(BIN)/python benchmarks/fit_overhead.py
-	$(BIN)/python benchmarks/stream_speed.py
-	$(BIN)/python benchmarks/prepare_speed.py
-	$(BIN)/python benchmarks/fit_speed.py
-	$(BIN)/python benchmarks/sampler_speed.py
-	$(BIN)/python benchmarks/scoring_speed.py
+bench: setup  ## speed and size on this machine's CPU, each a ratio in one run: runs/benchmarks/*.json and tables
+	$(BIN)/python benchmarks/train_speed.py --preset cpu --json $(FIGURES)/train_speed.json
+	$(BIN)/python benchmarks/growth.py --device cpu --json $(FIGURES)/growth.json
+	$(BIN)/python benchmarks/long_run.py --json $(FIGURES)/long_run.json
+	$(BIN)/python benchmarks/start_cost.py --json $(FIGURES)/start_cost.json
+	$(BIN)/python benchmarks/curves_overlay.py --out $(FIGURES)
+	$(BIN)/python benchmarks/fit_overhead.py --json $(FIGURES)/fit_overhead.json
+	$(BIN)/python benchmarks/stream_speed.py --json $(FIGURES)/stream_speed.json
+	$(BIN)/python benchmarks/prepare_speed.py --json $(FIGURES)/prepare_speed.json
+	$(BIN)/python benchmarks/fit_speed.py --json $(FIGURES)/fit_speed.json
+	$(BIN)/python benchmarks/sampler_speed.py --json $(FIGURES)/sampler_speed.json
+	$(BIN)/python benchmarks/scoring_speed.py --device cpu --json $(FIGURES)/scoring_speed.json
+
+bench-gpu: setup  ## the training step on this machine's GPU; without one tiny sizes, and its figures marked as missing
+	$(BIN)/python benchmarks/train_speed.py --preset h200 --json $(FIGURES)/train_speed_gpu.json
+	$(BIN)/python benchmarks/growth.py --device cuda --repeats 1 --json $(FIGURES)/growth_gpu.json
 
 clean:  ## remove the environment and caches; data and runs stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -22,8 +22,6 @@ where the checkpoints are folders on this machine.
 
 from __future__ import annotations
 
-import os
-import platform
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,6 +30,7 @@ from typing import Any
 
 import torch
 
+from bench_report import hardware
 from efficiency_figure import above_weights, efficiency_figure
 from efficiency_memory import measure_memory
 from efficiency_quality import Prompts, judged, prompts_of_data, prompts_of_file
@@ -211,17 +210,6 @@ def described(lm: LanguageModel) -> dict[str, Any]:
         "dtype": name_of(lm.model.head.weight.dtype),
         "context_length": lm.context_length,
     }
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """The device's name, and the threads that a CPU is given."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name = f"{named[0] if named else platform.machine()}, threads: {torch.get_num_threads()}"
-    return {"device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "system": platform.system()}
 
 
 def say(what: str) -> None:

@@ -1,0 +1,98 @@
+"""What `train_speed.py` measures: variants of a training step by name, presets of sizes, and what is to be reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llada_lightning.scaling.flops import Objective
+from llada_lightning.training.speed import Speed
+from train_step import Variant
+
+RELEASED = "released loop: fp32, eager, all logits"
+RELEASED_BF16 = "released loop in bf16-mixed"
+GATHER = "+ logits of masked positions only"
+EVERYTHING = "+ compiled blocks: everything on"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes, and how long to measure.
+
+    Attributes:
+        shapes: by name, with the length of their sequences.
+        turns: rounds over all variants.
+        steps: that a variant is measured for in a turn.
+        warmup: steps of a new model before it is measured.
+        gpu: the variants of a GPU instead of the CPU's.
+        needs_gpu: too large for a CPU.
+    """
+
+    shapes: tuple[tuple[str, int], ...]
+    vocabularies: tuple[int, ...]
+    micro_batch: int
+    turns: int
+    steps: int
+    warmup: int
+    gpu: bool
+    needs_gpu: bool = False
+
+
+PRESETS = {
+    "cpu": Preset((("10.2m", 256),), (4096, 32_768), 16, turns=3, steps=2, warmup=2, gpu=False),
+    "h200": Preset(
+        (("85m", 2048), ("319m", 2048), ("llada-1b", 4096)),
+        (32_768, 126_464),
+        micro_batch=8,
+        turns=2,
+        steps=6,
+        warmup=3,
+        gpu=True,
+        needs_gpu=True,
+    ),
+    "tiny": Preset((("107k", 64),), (384,), 4, turns=2, steps=2, warmup=1, gpu=True),
+}
+
+RATIO_AIMS = {(4096, GATHER): 1.05, (4096, EVERYTHING): 2.5, (32_768, GATHER): 1.8, (32_768, EVERYTHING): 5.0}
+"""Of the CPU's preset: least speed of `llada` over the released loop's, by vocabulary and variant."""
+MFU_AIMS = {"llada-1b": 0.5, "85m": 0.4, "319m": 0.4}
+"""Of a GPU's preset: least MFU with everything on, attention and head counted."""
+
+
+def cpu_variants(objective: Objective) -> list[Variant]:
+    """Each one adds to the one before, but for the last."""
+    plain, chunked, compiled = Speed(loss="plain", compile=False), Speed(compile=False), Speed(compile=True)
+    gather = [Variant(GATHER, speed=plain)] if objective == "llada" else []
+    return [
+        Variant(RELEASED, released=True, reference=True),
+        *gather,
+        Variant("+ chunked loss", speed=chunked),
+        Variant("+ fused AdamW", speed=chunked, fused=True),
+        Variant("+ bf16-mixed", speed=chunked, fused=True, bf16=True),
+        Variant(EVERYTHING, speed=compiled, fused=True, bf16=True),
+        Variant("everything on, in fp32", speed=compiled, fused=True),
+    ]
+
+
+def gpu_variants(objective: Objective) -> list[Variant]:
+    """Up to "everything on" each one adds to the one before, and then each one changes one thing about that."""
+    plain, chunked = Speed(loss="plain", compile=False), Speed(compile=False)
+    gather = [Variant(GATHER, speed=plain, bf16=True)] if objective == "llada" else []
+
+    def everything(name: str, speed: Speed) -> Variant:
+        return Variant(name, speed=speed, bf16=True, fused=True)
+
+    return [
+        Variant(RELEASED, released=True, reference=True),
+        Variant(RELEASED_BF16, released=True, reference=True, bf16=True),
+        *gather,
+        Variant("+ chunked loss", speed=chunked, bf16=True),
+        everything("+ fused AdamW", chunked),
+        everything(EVERYTHING, Speed(compile=True)),
+        everything("selective recomputation", Speed(compile=True, recompute="selective")),
+        everything("full recomputation", Speed(compile=True, recompute="full")),
+        everything("attention by flash", Speed(compile=True, attention="flash")),
+        everything("attention by flex", Speed(compile=True, attention="flex")),
+        everything("attention by fa3", Speed(compile=True, attention="fa3")),
+        everything("attention by fa4", Speed(compile=True, attention="fa4")),
+        everything("fp8 products", Speed(compile=True, fp8=True)),
+    ]
