@@ -105,10 +105,10 @@ class LanguageModule(LightningModule, ABC):
         sharded = self.device_mesh is not None
         with torch.device("meta") if sharded else nullcontext():
             self.model = Transformer(self.shape, self.vocab_size, self.rope_theta)
-        apply_speed(self.model, self.speed)
-        if sharded:
+        mesh = sharding_mesh(self.trainer.strategy) if sharded and self.trainer is not None else None
+        apply_speed(self.model, self.speed, whole_blocks=mesh is None or mesh["tensor_parallel"].size() == 1)
+        if mesh is not None:
             assert self.trainer is not None
-            mesh = sharding_mesh(self.trainer.strategy)
             shard(self.model, mesh, str(self.trainer.precision))
             self.val_loss.process_group = mesh.get_group("data_parallel")  # the others have the same sequences
         device = self.model.head.weight.device

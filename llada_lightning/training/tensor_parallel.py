@@ -64,6 +64,7 @@ def parallelise(model: Transformer, mesh: DeviceMesh) -> None:
     Tokens go in, and hidden states and logits come out, whole and the same in every process of the group.
 
     Args:
+        model: where its head is set to be compiled, so are the parts of its blocks.
         mesh: of one dimension; its size divides what :func:`check_degree` says.
     """
     norm, columns, rows = (
@@ -99,14 +100,14 @@ def parallelise(model: Transformer, mesh: DeviceMesh) -> None:
         for name in ("attention", "feed_forward"):
             part = block.get_submodule(name)
             part.forward = _gathering(part.forward, mesh)
+            if model.head.compiled:
+                # What passes between graphs must be a plain tensor, so none may be cut, as FSDP2's hooks would a block.
+                part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
     model.norm.register_forward_hook(gather_output)
     model.head.register_forward_hook(owned_output)
 
 
 def _gathering(forward: Callable[..., Tensor], mesh: DeviceMesh) -> Callable[..., Tensor]:
-    """With all positions of the input, and not by a hook: where blocks are compiled, FSDP2's hooks cut their graphs,
-    and what passes from one graph to the next must be a plain tensor."""
-
     def gathering(x_BLD: Tensor, *arguments: Any) -> Tensor:
         return forward(_gathered(x_BLD, mesh), *arguments)
 

@@ -205,9 +205,13 @@ def test_one_file_gathered_from_two_dimensions_of_shards(prepared: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("speed", ["--speed.recompute=full", "--speed.recompute=selective", "--speed.compile=true"])
-def test_however_it_is_computed(speed: str, prepared: Path, tmp_path: Path, one: dict[str, Path]) -> None:
-    assert_same_figures(run("llada", prepared, tmp_path, *TP, speed), one["llada"], abs=1e-4)
+@pytest.mark.parametrize("compiled", ["true", "false"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_however_it_is_computed(
+    compiled: str, recompute: str, prepared: Path, tmp_path: Path, one: dict[str, Path]
+) -> None:
+    speed = (f"--speed.compile={compiled}", f"--speed.recompute={recompute}")
+    assert_same_figures(run("llada", prepared, tmp_path, *TP, *speed), one["llada"], abs=1e-4)
 
 
 @pytest.mark.slow
