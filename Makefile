@@ -52,10 +52,10 @@ notebooks: setup  ## run the notebooks and store what they show
 
 bench: setup  ## speed and size on this machine's CPU, each a ratio in one run: runs/benchmarks/*.json and tables
 	$(BIN)/python benchmarks/train_speed.py --preset cpu --json $(FIGURES)/train_speed.json
-	$(BIN)/python benchmarks/growth.py --device cpu --json $(FIGURES)/growth.json
+	$(BIN)/python benchmarks/growth.py --device cpu --repeats 1 --json $(FIGURES)/growth.json
 	$(BIN)/python benchmarks/long_run.py --json $(FIGURES)/long_run.json
-	$(BIN)/python benchmarks/start_cost.py --json $(FIGURES)/start_cost.json
-	$(BIN)/python benchmarks/curves_overlay.py --out $(FIGURES)
+	$(BIN)/python benchmarks/start_cost.py --repeats 1 --json $(FIGURES)/start_cost.json
+	$(BIN)/python benchmarks/curves_overlay.py --objectives llada --steps 200 --out $(FIGURES)
 	$(BIN)/python benchmarks/fit_overhead.py --json $(FIGURES)/fit_overhead.json
 	$(BIN)/python benchmarks/stream_speed.py --json $(FIGURES)/stream_speed.json
 	$(BIN)/python benchmarks/prepare_speed.py --json $(FIGURES)/prepare_speed.json

@@ -77,8 +77,9 @@ def measure_in_turns(variants: Sequence[Variant], workload: Workload, preset: Pr
     for _ in range(preset.turns):
         for one in (one for one in found if one.ok):
             _take_turn(one, workload, batches, preset, kept)
-            gc.collect()
-            torch.cuda.empty_cache()  # nothing without a GPU
+            if workload.device.type == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
     return found
 
 
