@@ -45,7 +45,7 @@ from llada_lightning.training.devices import check_devices
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.memory import MemoryAdvice
 from llada_lightning.training.modules import LanguageModule, check_identity, model_identity
-from llada_lightning.training.parallel import check_strategy, launched_settings, saves_shards
+from llada_lightning.training.parallel import check_parallel, launched_settings, leads_its_group, replicas, saves_shards
 from llada_lightning.training.record import (
     describe_loss,
     describe_result,
@@ -153,16 +153,10 @@ class LladaCLI(LightningCLI):
             super().instantiate_classes()
         except (MisconfigurationException, ValueError, ImportError) as error:  # Lightning, of the trainer's settings
             raise UserError(" ".join(str(error).split())) from error
-        check_strategy(self.trainer.strategy)
+        check_parallel(self.trainer, self.model.shape, self.model.vocab_size, self.datamodule.sequence_length)
         self.model.identity = self.identity
-        self._resolve_speed()
-
-    def _resolve_speed(self) -> None:
         given, fits = Speed(**vars(self.settings.speed)), self.subcommand == "fit"
-        self.model.speed, lines = resolve_speed(given, self.model.shape, self.trainer, training=fits)
-        if self.trainer.is_global_zero and fits:
-            for line in lines:
-                say(line)
+        self.model.speed, self.speed_lines = resolve_speed(given, self.model.shape, self.trainer, training=fits)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run, trainer = self.settings.run, self.config_init[self.subcommand].trainer
@@ -244,7 +238,7 @@ class LladaCLI(LightningCLI):
         if subcommand != "fit":
             super()._run_subcommand(subcommand)
             return
-        self.datamodule.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
+        self.datamodule.exact_micro_batch(replicas(self.trainer), self.trainer.accumulate_grad_batches)
         if self.settings.run.async_checkpoints and saves_shards(self.trainer.strategy):
             raise UserError("run.async_checkpoints: true given, but this strategy writes shards; leave it out")
         with run_lock(self.folder, self.launch, self.trainer.is_global_zero):
@@ -276,6 +270,8 @@ class LladaCLI(LightningCLI):
         start = phase.start()
         if start is not None:
             say(f"{'branching off' if start == phase.parent else 'going on'} from {start}")
+        for line in self.speed_lines if self.trainer.is_global_zero else []:
+            say(line)
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=start)
         if self.trainer.global_step < phase.last_step:
             raise UserError(f"stopped at step {self.trainer.global_step}; the same command goes on from there")
@@ -306,7 +302,8 @@ class LladaCLI(LightningCLI):
         """The nats of each validation sequence, one line each, on stdout."""
         for nats_B in self.trainer.predict(**kwargs) or []:
             assert isinstance(nats_B, Tensor)
-            print("\n".join(f"{nats:.6f}" for nats in nats_B.tolist()))
+            if leads_its_group(self.trainer):
+                print("\n".join(f"{nats:.6f}" for nats in nats_B.tolist()))
 
     def _warn_of_few_documents(self) -> None:
         note = few_documents(self.model.val_documents)

@@ -38,6 +38,7 @@ from llada_lightning.training.callbacks.metrics_csv import read_rows
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.memory import MemoryAdvice
 from llada_lightning.training.modules import LanguageModule, check_identity
+from llada_lightning.training.parallel import tensor_parallel
 
 _TEXT_TOKENS = 32
 
@@ -252,6 +253,7 @@ def _fit_arguments(run: Path) -> list[str]:
     config = yaml.safe_load((run / CONFIG).read_text())
     trainer, data = config["trainer"], config["data"]["init_args"]
     devices = (device_count(trainer["devices"]) or 1) * trainer["num_nodes"]
+    devices = max(1, devices // tensor_parallel(trainer["strategy"]))  # of one group together do the work of one
     micro_batch = data["micro_batch"]
     accumulation = data["global_batch"] // micro_batch if micro_batch else trainer["accumulate_grad_batches"] * devices
     place = [f"--run.root={run.parent.parent}", f"--run.study={run.parent.name}", f"--run.name={run.name}"]

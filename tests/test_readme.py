@@ -55,7 +55,7 @@ def test_the_tour_by_hand(checkout: Path, capsys: pytest.CaptureFixture[str], mo
     """Every `llada` command in README's order: two runs by hand, a planned study, the published one."""
     tour = [line for line in COMMANDS if line.startswith("llada")]
     assert [line.split()[1] for line in tour] == [
-        "prepare", "fit", "fit", "validate", "collect", "curves", "prepare", "replay",
+        "prepare", "fit", "fit", "validate", "collect", "curves", "fit", "prepare", "replay",
         "generate", "generate", "generate", "generate", "chat",
         "score", "score", "score", "convert", "convert", "generate",
         "plan", "sweep", "sweep", "collect", "curves", "curves", "fit",
@@ -76,6 +76,7 @@ def test_the_tour_by_hand(checkout: Path, capsys: pytest.CaptureFixture[str], mo
         assert (runs / study / "fits.json").exists()
     assert (runs / "published" / "multiplier.png").exists()
     assert "<html" in (runs / "tour" / "read.html").read_text()
+    assert "tokens/s" in (runs / "tour" / "profiled" / "profile" / "summary.md").read_text()
     exec(compile(PYTHON, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) == 3
 

@@ -43,7 +43,7 @@ class TokenDataModule(LightningDataModule):
         mask_eps: smallest mask probability of the forward process.
         time_sampling: t stratified over the global batch (weyl) or independent (iid).
         window_shards: shards whose sequences are shuffled together.
-        workers: loader processes; 0 loads in the training process.
+        workers: loader processes; 0 loads in the training process; null: 2 where a GPU trains, else 0.
         seed: of order and noise; null: the run's seed.
         val_seed: of the validation set's choice and noise, shared by runs that are to be compared.
         document_mask: keep attention within each document of a sequence, in training and validation. FLOPs are
@@ -62,7 +62,7 @@ class TokenDataModule(LightningDataModule):
         mask_eps: float = MASK_EPS,
         time_sampling: TimeSampling = "weyl",
         window_shards: int = WINDOW_SHARDS,
-        workers: int = 0,
+        workers: int | None = None,
         seed: int | None = None,
         val_seed: int = 0,
         document_mask: bool = False,
@@ -162,7 +162,17 @@ class TokenDataModule(LightningDataModule):
     def micro_batch(self) -> int:
         """Sequences of a forward pass on one device, such that the global batch is exact."""
         assert self.trainer is not None
-        return self.exact_micro_batch(self.trainer.world_size, self.trainer.accumulate_grad_batches)
+        return self.exact_micro_batch(self._replica[1], self.trainer.accumulate_grad_batches)
+
+    @property
+    def _replica(self) -> tuple[int, int]:
+        """This process's rank among those that read different sequences, and their number.
+
+        Processes of one tensor-parallel group read the same ones: they count as one.
+        """
+        assert self.trainer is not None
+        place = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return place["rank"], place["num_replicas"]
 
     def exact_micro_batch(self, devices: int, accumulation: int) -> int:
         """As :attr:`micro_batch`, for a trainer to be."""
@@ -179,13 +189,7 @@ class TokenDataModule(LightningDataModule):
             self.micro_batch,
             self.document_mask,
         )
-        sampler = OrdinalSampler(
-            self.trainer.global_step,
-            self.global_batch,
-            self.micro_batch,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-        )
+        sampler = OrdinalSampler(self.trainer.global_step, self.global_batch, self.micro_batch, *self._replica)
         return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -193,7 +197,7 @@ class TokenDataModule(LightningDataModule):
         stream = self._stream("val", self.val_seed)
         sequences = available_sequences(stream, self.val_sequences)
         batch = self._val_batch or self.micro_batch
-        sampler = StridedSampler(sequences, batch, self.trainer.global_rank, self.trainer.world_size)
+        sampler = StridedSampler(sequences, batch, *self._replica)
         dataset = ValidationDataset(stream, sequences, self.val_seed, self.tokenizer.eos_id, self.document_mask)
         return self._loader(dataset, sampler)
 
@@ -212,13 +216,16 @@ class TokenDataModule(LightningDataModule):
         )
 
     def _loader(self, dataset: Any, sampler: Any) -> DataLoader:
+        assert self.trainer is not None
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        workers = (2 if on_gpu else 0) if self.workers is None else self.workers
         return DataLoader(
             dataset,
             batch_sampler=sampler,
             collate_fn=take_batch,
-            num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.workers > 0,
+            num_workers=workers,
+            pin_memory=on_gpu,
+            persistent_workers=workers > 0,
             # A generator of its own: the loader draws worker seeds, which must not move the global generator.
             generator=torch.Generator().manual_seed(0),
         )

@@ -64,12 +64,14 @@ def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Mask) -> Tensor:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Mask) -> Tensor:
-    """Through ``flex_attention``; the mask is block-sparse and holds the causal part.
+    """Through ``flex_attention``; a block-sparse mask holds the causal part, a dense one goes through SDPA.
 
     On CUDA it is compiled, once a process: by itself, or within what is being compiled around it. On the CPU it is
     torch's plain formula, which has no gradients.
     """
-    assert not isinstance(mask, Tensor) and (mask is not None or not causal)
+    if isinstance(mask, Tensor):
+        return sdpa(q, k, v, causal, mask)
+    assert mask is not None or not causal
     attend: Any = flex_attention
     if q.is_cuda and not torch.compiler.is_compiling():
         attend = _compiled_flex_attention()
@@ -256,23 +258,32 @@ def _not_installed(name: Backend) -> str | None:
 
 
 def _try(name: Backend, device: torch.device, training: bool, head_dim: int, dtype: torch.dtype) -> str | None:
-    """What goes wrong on a small input; None: nothing."""
-    q = torch.randn(1, 2, 128, head_dim, device=device, dtype=dtype, requires_grad=training)
+    """What goes wrong on a small causal input, values and gradients compared with SDPA's; None: nothing."""
+    # A generator of its own: the run's noise must not move.
+    qkv = torch.randn(3, 1, 2, 128, head_dim, device=device, generator=torch.Generator(device).manual_seed(0))
+    expected = _results(sdpa, qkv.to(dtype), training)
     try:
         activate(name)
         if name in _REROUTES:
             chosen = sdpa_kernel(device, training, head_dim, dtype, grouped=False, masked=False)
             if chosen != "flash":
                 return f"for heads of {head_dim} dimensions torch chooses its {chosen} kernel"
-        out = KERNELS[name](q, q, q, True, None)
-        if training:
-            out.sum().backward()
-        torch.cuda.synchronize(device)
+        found = _results(KERNELS[name], qkv.to(dtype), training)
     except Exception as error:  # each package refuses in its own way
         return f"it fails on this device ({_first_line(error)})"
     finally:
         activate("sdpa")
-    return None
+    if all(torch.allclose(a.float(), b.float(), rtol=0.05, atol=0.05) for a, b in zip(found, expected, strict=True)):
+        return None
+    return "its results differ from sdpa's"
+
+
+def _results(kernel: Kernel, qkv: Tensor, training: bool) -> list[Tensor]:
+    with torch.set_grad_enabled(training):
+        qkv.requires_grad_(training)
+        q, k, v = qkv.unbind()
+        out = kernel(q, k, v, True, None)
+    return [out, *torch.autograd.grad(out.float().square().sum(), qkv)] if training else [out]
 
 
 def _first_line(error: BaseException) -> str:

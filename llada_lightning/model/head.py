@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llada_lightning.model.linear_cross_entropy import linear_cross_entropy
+from llada_lightning.model.word_shards import WordShards
 
 
 class OutputHead(nn.Linear):
@@ -32,6 +34,11 @@ class OutputHead(nn.Linear):
         Returns:
             () float32 with a gradient; (M,) float32, nats, without.
         """
+        weight_VD: Tensor = self.weight
+        shards = None
+        if isinstance(weight_VD, DTensor):  # tensor parallelism: this process has some of the words
+            shards = WordShards.of(weight_VD)
+            weight_VD = weight_VD.to_local()
         return linear_cross_entropy(
-            hidden_MD, self.weight, targets_M, weights_M, excluded_token_id, compiled=self.compiled
+            hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, self.compiled, shards
         )

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llada_lightning.model.word_shards import WordShards
+
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}
 """Logits of a chunk: on the CPU they stay near the cache; on a GPU a chunk is long enough that adding its part of the
 weight's gradient costs little."""
@@ -28,6 +30,7 @@ def linear_cross_entropy(
     weights_M: Tensor,
     excluded_token_id: int | None = None,
     compiled: bool = False,
+    shards: WordShards | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropies of a linear layer's output, and their weighted sum.
 
@@ -40,6 +43,7 @@ def linear_cross_entropy(
         weights_M: (M,) float32, of the sum; 0 for positions that only fill up a shape.
         excluded_token_id: a word that gets no probability (see ``objectives.losses.token_nll``).
         compiled: fuse what stands between the two products by ``torch.compile``.
+        shards: where the weight holds some of the words only, and other processes, with the same positions, the others.
 
     Returns:
         () float32, the sum, differentiable once by hidden and weight; (M,) float32, nats, without gradient.
@@ -48,7 +52,7 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
     gradients = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(
-        hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, dtype, gradients, compiled
+        hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, dtype, gradients, compiled, shards
     )
 
 
@@ -64,10 +68,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         gradients: bool,
         compiled: bool,
+        shards: WordShards | None,
     ) -> tuple[Tensor, Tensor]:
+        column = excluded_token_id if shards is None else shards.column(excluded_token_id)
         with torch.autocast(hidden_MD.device.type, enabled=False):
             chunks = _chunks(len(hidden_MD), len(weight_VD), dtype, hidden_MD.device.type)
             chunk_gradient = _compiled_chunk_gradient() if compiled else _chunk_gradient
+            if shards is not None:
+                chunk_gradient = shards.compiled_chunk_gradient if compiled else shards.chunk_gradient
             matrix_VD = weight_VD.to(dtype)
             grad_hidden_MD = torch.empty_like(hidden_MD) if gradients else None
             grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if gradients else None
@@ -75,12 +83,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for rows in chunks:
                 hidden_CD = hidden_MD[rows].to(dtype)
                 logits_CV = hidden_CD @ matrix_VD.T
-                if excluded_token_id is not None:
-                    logits_CV[:, excluded_token_id] = float("-inf")
+                if column is not None:
+                    logits_CV[:, column] = float("-inf")
                 nll_M[rows], grad_CV = chunk_gradient(logits_CV, targets_M[rows], weights_M[rows])
                 if grad_hidden_MD is not None and grad_weight_VD is not None:
                     grad_hidden_MD[rows] = grad_CV @ matrix_VD
                     _add_product(grad_weight_VD, grad_CV.T, hidden_CD)
+            if shards is not None and grad_hidden_MD is not None:
+                shards.add_up(grad_hidden_MD)
         ctx.gradients = None if grad_weight_VD is None else (grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype))
         ctx.mark_non_differentiable(nll_M)
         return (nll_M * weights_M).sum(), nll_M
@@ -90,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         hidden_MD, weight_VD = ctx.gradients
         ctx.gradients = None  # used up: they are scaled in place
-        return hidden_MD.mul_(grad), weight_VD.mul_(grad), None, None, None, None, None, None
+        return hidden_MD.mul_(grad), weight_VD.mul_(grad), None, None, None, None, None, None, None
 
 
 def _chunk_gradient(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> tuple[Tensor, Tensor]:

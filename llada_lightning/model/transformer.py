@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from llada_lightning.model import patterns
@@ -21,6 +21,7 @@ from llada_lightning.model.cache import KeyValueCache
 from llada_lightning.model.head import OutputHead
 from llada_lightning.model.patterns import Pattern
 from llada_lightning.model.rope import rope_tables
+from llada_lightning.model.shards import fill
 from llada_lightning.scaling.shapes import Shape
 
 NORM_EPS = 1e-5
@@ -227,6 +228,6 @@ def _init_normal(weight: Tensor, std: float, generator: torch.Generator | None) 
     if isinstance(weight, DTensor):  # every process draws the whole, as one alone would, and keeps its shard
         whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         _init_normal(whole, std, generator)
-        weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None))
+        fill(weight, whole)
         return
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)

@@ -89,7 +89,8 @@ def page(summary: Mapping[str, Any]) -> str:
         "together; FLOPs by the three counts of a training token.",
         _speed_table(summary),
         "## A step",
-        f"{step:.2f} ms on average under the profiler, validation left out.{_ON_GPU if summary['on_gpu'] else ''}",
+        f"{step:.2f} ms on average under the profiler, validation left out.{_ON_GPU if summary['on_gpu'] else ''}"
+        f"{_CHUNKED if summary['speed'].get('loss') == 'chunked' else ''}",
         _table(
             ("phase", "ms a step", "share"),
             [(label, f"{phases[name]:.2f}", f"{phases[name] / step:.1%}") for name, label in PHASES.items()],
@@ -97,11 +98,12 @@ def page(summary: Mapping[str, Any]) -> str:
         _communication(summary, step),
         "## Dearest operations",
         _operations_table(summary, step),
-        "`trace.json.gz` opens in https://ui.perfetto.dev; the phases stand there as `llada.<phase>`.",
+        "`trace*.json.gz` opens in https://ui.perfetto.dev; the phases stand there as `llada.<phase>`.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
+_CHUNKED = " The chunked loss takes the output head's gradients in the forward pass."
 _ON_GPU = " Times are the GPU's: what the host does while the GPU is busy is not seen."
 
 

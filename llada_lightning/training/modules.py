@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from lightning import LightningModule
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from llada_lightning.data.batches import TrainingBatch, ValidationBatch
@@ -30,7 +29,7 @@ from llada_lightning.scaling.flops import Objective, TrainingFlops, flops_per_to
 from llada_lightning.scaling.shapes import Shape, get_shape
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.metrics import ValidationLoss
-from llada_lightning.training.parallel import shard, sharding_mesh
+from llada_lightning.training.parallel import shard, sharding_mesh, total_norm
 from llada_lightning.training.schedules import WSD, schedule_from
 from llada_lightning.training.speed import Speed, apply_speed
 
@@ -106,10 +105,12 @@ class LanguageModule(LightningModule, ABC):
         sharded = self.device_mesh is not None
         with torch.device("meta") if sharded else nullcontext():
             self.model = Transformer(self.shape, self.vocab_size, self.rope_theta)
-        apply_speed(self.model, self.speed)
-        if sharded:
+        mesh = sharding_mesh(self.trainer.strategy) if sharded and self.trainer is not None else None
+        apply_speed(self.model, self.speed, whole_blocks=mesh is None or mesh["tensor_parallel"].size() == 1)
+        if mesh is not None:
             assert self.trainer is not None
-            shard(self.model, sharding_mesh(self.trainer.strategy), str(self.trainer.precision))
+            shard(self.model, mesh, str(self.trainer.precision))
+            self.val_loss.process_group = mesh.get_group("data_parallel")  # the others have the same sequences
         device = self.model.head.weight.device
         if device.type != "meta":
             self.model.initialise(torch.Generator(device).manual_seed(self.seed))
@@ -132,8 +133,7 @@ class LanguageModule(LightningModule, ABC):
     ) -> None:
         """Clip by norm, over all shards, and have the guard judge the step; both figures are kept for the log."""
         parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.grad_norm = total_norm([p.grad for p in parameters if p.grad is not None])
         clip = float(gradient_clip_val) if gradient_clip_val else float("inf")
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, self.grad_norm)
         # What torch's fused optimizers take from a GradScaler: 1 leaves weights, moments and step counts as they are.

@@ -1,15 +1,20 @@
 """Fully sharded data parallelism (FSDP2): which parts of the Transformer are gathered together, and in which type.
 
 `--trainer.strategy=fsdp2` shards over all processes, as `--trainer.strategy=ddp` replicates over all.
+`--trainer.strategy=fsdp2_tp8` shards over groups of 8, whose processes compute together (tensor parallelism).
 """
 
 from __future__ import annotations
 
+import math
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from lightning import Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -19,15 +24,15 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from llada_lightning.checkpoints.sharded_checkpoints import (
     META,
@@ -39,25 +44,38 @@ from llada_lightning.checkpoints.sharded_checkpoints import (
 from llada_lightning.cluster import Launch, device_count
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
+from llada_lightning.model.shards import fill
 from llada_lightning.model.transformer import Block
+from llada_lightning.scaling.shapes import Shape
+from llada_lightning.signals import say
+from llada_lightning.training.tensor_parallel import check_degree, parallelise
 
 
 class FullySharded(ModelParallelStrategy):
     """Weights, gradients and moments in shards over all processes of all nodes (FSDP2; Zhao et al. 2023).
 
     Args:
+        tensor_parallel: processes, neighbours by rank, that compute the same micro-batch together; 1: each its own.
         save_distributed_checkpoint: each process writes its shard, and a checkpoint is a folder; False: the first
             process gathers everything into one file.
         process_group_backend: null: nccl for GPUs, gloo for CPUs.
     """
 
-    def __init__(self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None) -> None:
+    def __init__(
+        self,
+        tensor_parallel: int = 1,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+    ) -> None:
         super().__init__(
-            save_distributed_checkpoint=save_distributed_checkpoint, process_group_backend=process_group_backend
+            tensor_parallel_size=tensor_parallel,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
         )
+        self.tensor_parallel = tensor_parallel
 
     def setup_environment(self) -> None:
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        self._data_parallel_size = self.num_nodes * self.num_processes // self.tensor_parallel
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -85,16 +103,50 @@ class FullySharded(ModelParallelStrategy):
     def _load_file(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
         checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-        whole = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=whole)
+        _fill_by_name(get_model_state_dict(self.model), checkpoint.pop("state_dict"))
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, saved in zip(self.optimizers, checkpoint.pop("optimizer_states"), strict=False):
             ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-            set_optimizer_state_dict(self.model, optimizer, by_name(saved, ordered), options=whole)
+            whole, own = by_name(saved, ordered), get_optimizer_state_dict(self.model, optimizer)
+            states: dict[str, Any] = own["state"]  # type: ignore[assignment]
+            for name, state in states.items():
+                _fill_by_name(state, whole["state"][name])
+            own["param_groups"] = whole["param_groups"]
+            set_optimizer_state_dict(self.model, optimizer, own)
         return checkpoint
 
 
+def _fill_by_name(own: dict[str, Any], whole: dict[str, Any]) -> None:
+    if own.keys() != whole.keys():
+        raise KeyError(f"{sorted(own.keys() ^ whole.keys())} in one of the two only")
+    for name, tensor in own.items():
+        if isinstance(tensor, DTensor):
+            fill(tensor, whole[name])
+        else:
+            tensor.copy_(whole[name])
+
+
 StrategyRegistry.register("fsdp2", FullySharded, description="fully sharded data parallelism over all processes")
+for _degree in (2, 4, 8):
+    StrategyRegistry.register(
+        f"fsdp2_tp{_degree}",
+        FullySharded,
+        description=f"fully sharded data parallelism over groups of {_degree} tensor-parallel processes",
+        tensor_parallel=_degree,
+    )
+
+
+def tensor_parallel(strategy: Any) -> int:
+    """Processes that compute one micro-batch together.
+
+    Args:
+        strategy: one, or what a configuration says: a name, or a class with its arguments.
+    """
+    if isinstance(strategy, FullySharded):
+        return strategy.tensor_parallel
+    if isinstance(strategy, str) and strategy in StrategyRegistry:
+        return int(StrategyRegistry[strategy]["init_params"].get("tensor_parallel", 1))
+    return int(strategy.get("init_args", {}).get("tensor_parallel", 1)) if isinstance(strategy, dict) else 1
 
 
 def launched_settings(launch: Launch | None, devices: Any, plugins: list[Any]) -> dict[str, Any]:
@@ -138,10 +190,52 @@ def check_strategy(strategy: Strategy) -> None:
         raise UserError("trainer.strategy: spawned or forked processes keep what they train to themselves; use ddp")
 
 
+def replicas(trainer: Trainer) -> int:
+    """Parts of the run's processes that read different sequences."""
+    return trainer.world_size // tensor_parallel(trainer.strategy)
+
+
+def leads_its_group(trainer: Trainer) -> bool:
+    """Whether this process speaks for those that compute the same micro-batch."""
+    return trainer.global_rank % tensor_parallel(trainer.strategy) == 0
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together, the same in all processes, () float32.
+
+    In shards, one sum over all processes; torch's own would make one for each dimension of the mesh.
+    """
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    if not sharded:
+        return torch.nn.utils.get_total_norm(gradients)
+    assert len(sharded) == len(gradients)
+    by_copies: dict[int, list[Tensor]] = defaultdict(list)
+    for gradient in sharded:
+        sizes = zip(gradient.placements, gradient.device_mesh.shape, strict=True)
+        by_copies[math.prod(size for placement, size in sizes if placement.is_replicate())].append(gradient.to_local())
+    squares = [torch.nn.utils.get_total_norm(parts).square() / copies for copies, parts in by_copies.items()]
+    total = torch.stack(squares).sum()
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
+def check_parallel(trainer: Trainer, shape: Shape, vocab_size: int, sequence_length: int) -> None:
+    """:func:`check_strategy`, and whether its degree of tensor parallelism divides the processes and the model.
+
+    Raises:
+        UserError: another strategy, or another degree is needed.
+    """
+    check_strategy(trainer.strategy)
+    degree = tensor_parallel(trainer.strategy)
+    check_degree(degree, trainer.world_size, shape, vocab_size, sequence_length)
+    if trainer.num_devices % degree:
+        say(f"note: groups of {degree} processes lie across nodes of {trainer.num_devices}, and wait for the network")
+
+
 def sharding_mesh(strategy: Strategy) -> DeviceMesh:
-    """The processes that the strategy shards over."""
+    """The run's processes: `data_parallel` x `tensor_parallel`."""
     assert isinstance(strategy, FullySharded)
-    return strategy.device_mesh["data_parallel"]
+    return strategy.device_mesh
 
 
 def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
@@ -152,9 +246,12 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
     autocast does not round them either. So a sharded run computes what an unsharded one does.
 
     Args:
-        mesh: of one dimension.
+        mesh: its `data_parallel` dimension shards, its `tensor_parallel` one divides the matrices first.
         precision: Lightning's name, such as `bf16-mixed` or `32-true`.
     """
+    if mesh["tensor_parallel"].size() > 1:
+        parallelise(model, mesh["tensor_parallel"])
+    mesh = mesh["data_parallel"]
     matrices = torch.bfloat16 if precision == "bf16-mixed" else None
     policy = MixedPrecisionPolicy(param_dtype=matrices, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:

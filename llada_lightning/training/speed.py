@@ -81,15 +81,19 @@ def _describe(speed: Speed) -> str:
     return ", ".join(parts)
 
 
-def apply_speed(model: Transformer, speed: Speed) -> None:
-    """Set a model, in place, to compute as resolved settings say; before it is sharded."""
+def apply_speed(model: Transformer, speed: Speed, whole_blocks: bool = True) -> None:
+    """Set a model, in place, to compute as resolved settings say; before it is sharded.
+
+    Args:
+        whole_blocks: compile them here; False: tensor parallelism compiles their parts, when it has divided them.
+    """
     model.attend_with(speed.attention)
     if speed.fp8:
         _convert_to_fp8(model)
     for block in model.blocks:
         assert isinstance(block, Block)
         block.recompute = speed.recompute
-        if speed.compile:
+        if speed.compile and whole_blocks:
             # One graph for each kind of micro-batch (padded or not, training or validation), shared by all blocks.
             block.compile(dynamic=False)
     if speed.compile:

@@ -25,7 +25,10 @@ def module(
 ) -> TokenDataModule:
     data = TokenDataModule(path=path, sequence_length=L, global_batch=G, **settings)
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_step=step, global_rank=rank, world_size=ranks, accumulate_grad_batches=accumulation
+        global_step=step,
+        distributed_sampler_kwargs={"rank": rank, "num_replicas": ranks},
+        accumulate_grad_batches=accumulation,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
     return data
 
@@ -110,6 +113,26 @@ def test_random_lengths_pad_with_eos_and_count_true_tokens(prepared: Path) -> No
 
 def test_full_sequences_carry_no_attention_mask(prepared: Path) -> None:
     assert all(b.attention_mask_BL is None for b in batches(module(str(prepared), random_length_share=0.0), 3))
+
+
+def test_documents_are_numbered_where_attention_stays_within_them(prepared: Path) -> None:
+    """By the true tokens, masked or not; without the option no batch carries them, and nothing else differs."""
+    data, plain = module(str(prepared), document_mask=True), module(str(prepared))
+    crossed = 0
+    for batch, without in zip(batches(data, 20), batches(plain, 20), strict=True):
+        assert without.documents_BL is None and batch.documents_BL is not None
+        assert batch._replace(documents_BL=None).tokens_BL.equal(without.tokens_BL)
+        assert batch.masked_BL.equal(without.masked_BL)
+        for tokens, documents in zip(batch.tokens_BL.tolist(), batch.documents_BL.tolist(), strict=True):
+            before = [tokens[:i].count(data.tokenizer.eos_id) for i in range(L)]
+            assert documents == before
+        crossed += int((batch.masked_BL & (batch.tokens_BL == data.tokenizer.eos_id)).sum())
+    assert crossed  # an EOS that is masked ends its document all the same
+    for validated, without in zip(data.val_dataloader(), plain.val_dataloader(), strict=True):
+        assert without.documents_BL is None
+        ends_BL = (validated.tokens_BL == data.tokenizer.eos_id).long()
+        assert validated.documents_BL.equal(ends_BL.cumsum(dim=1) - ends_BL)
+        assert validated.documents_B.equal(without.documents_B)
 
 
 def test_micro_batches_of_a_step_share_its_token_count(prepared: Path) -> None:

@@ -66,7 +66,11 @@ def test_branches_equal_separate_runs_bit_for_bit(prepared: Path, tmp_path: Path
     assert (len(table), len(report.duplicates), report.unfinished) == (3, 3, {})
 
 
-@pytest.mark.parametrize("step", [5, 10, 11, 17], ids=["trunk", "first branch", "its end", "trunk again"])
+@pytest.mark.parametrize(
+    "step",
+    [5, pytest.param(10, marks=pytest.mark.slow), 11, pytest.param(17, marks=pytest.mark.slow)],
+    ids=["trunk", "first branch", "its end", "trunk again"],
+)
 def test_a_killed_family_ends_bit_for_bit_as_an_uninterrupted_one(prepared: Path, tmp_path: Path, step: int) -> None:
     whole = fit("llada", prepared, tmp_path / "whole", *budgets(*STEPS))
     killed = fit_process("llada", prepared, tmp_path / "killed", *budgets(*STEPS), kill_at(step))
@@ -80,6 +84,7 @@ def test_a_killed_family_ends_bit_for_bit_as_an_uninterrupted_one(prepared: Path
     assert validated == [[10, 20], [10, 20]]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_same_family(prepared: Path, tmp_path: Path) -> None:
     whole = fit("arm", prepared, tmp_path / "whole", *budgets(12, 24))
     ranks = ("--trainer.devices=2", "--trainer.strategy=ddp")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from llada_lightning.checkpoints.run_folder import saved_identity
 from llada_lightning.cli import main
 from llada_lightning.data.manifest import read_manifest
 from llada_lightning.scaling.results import RESULT_COLUMNS
@@ -121,10 +122,21 @@ def test_a_run_is_named_by_its_configuration(prepared: Path, tmp_path: Path) -> 
     base = [a for a in fit_arguments("arm", prepared, tmp_path) if not a.startswith("--run.name")]
     name = run_folder(base).name
     machine = ["--data.workers=1", "--trainer.accumulate_grad_batches=2", "--trainer.log_every_n_steps=3"]
+    machine.append("--data.document_mask=false")  # as older runs have it, whose identity lacks the option
     assert run_folder([*base, *machine]).name == name
     assert name.startswith("arm-L2-d32-h2-kv1-ff64-6.5e+08flops-")
     for change in ("--seed_everything=1", "--data.global_batch=4", "--model.schedule.lr=0.02", "--trainer.max_steps=9"):
         assert run_folder([*base, change]).name != name
+    assert run_folder([*base, "--data.document_mask=true"]).name != name
+
+
+def test_a_run_within_documents_is_another_run(run: Path, prepared: Path, tmp_path: Path) -> None:
+    folder = fit(str(record(run)["objective"]), prepared, tmp_path, "--data.document_mask=true")
+    assert record(folder)["flops_total"] == record(run)["flops_total"]
+    assert losses(folder) != losses(run)
+    assert record(folder)["val_nats_per_token"] == pytest.approx(record(run)["val_nats_per_token"], abs=0.3)
+    options = [saved_identity(one / "checkpoints" / "step=00000024.ckpt")["data"] for one in (folder, run)]
+    assert options[0] == {**options[1], "document_mask": True} and "document_mask" not in options[1]
 
 
 def test_the_same_length_by_flops_or_steps_is_the_same_run(prepared: Path, tmp_path: Path) -> None:

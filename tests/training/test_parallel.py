@@ -74,7 +74,9 @@ def test_one_process_validates_shards_to_the_same_figure(
     assert f"{record(two)['val_nats_per_token']:.4f}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("before", "after"), [((), SHARDED), (SHARDED, ())], ids=["file", "shards"])
+@pytest.mark.parametrize(
+    ("before", "after"), [pytest.param((), SHARDED, marks=pytest.mark.slow), (SHARDED, ())], ids=["file", "shards"]
+)
 def test_a_killed_run_goes_on_on_another_number_of_processes(
     prepared: Path, tmp_path: Path, before: tuple[str, ...], after: tuple[str, ...]
 ) -> None:
@@ -100,6 +102,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(prepared: Path, tmp_
     assert all(torch.allclose(weights(folder)[k], v, atol=1e-5) for k, v in weights(whole).items())
 
 
+@pytest.mark.slow
 def test_bf16_rounds_where_an_unsharded_run_does(prepared: Path, tmp_path: Path) -> None:
     """On the same two processes as replicas: what is rounded, and summed, is the same, so the losses are."""
     short = ("--trainer.devices=2", "--trainer.precision=bf16-mixed", "--trainer.max_steps=6")

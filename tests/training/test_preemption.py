@@ -75,6 +75,7 @@ def logged(folder: Path, kind: str) -> list[Any]:
     return [getattr(record, kind) for record in found]
 
 
+@pytest.mark.slow
 def test_a_requeued_run_goes_on_in_its_wandb_run(prepared: Path, tmp_path: Path, slurm: dict[str, str]) -> None:
     pytest.importorskip("wandb")
     warned = fit_process("arm", prepared, tmp_path / "job", *OFFLINE, kill_at(3, "SIGUSR1"), variables=slurm)

@@ -13,7 +13,7 @@ from tiny_runs import fit, fit_process, kill_at, losses, metrics, record, weight
 
 
 @pytest.mark.parametrize("objective", ["arm", "llada"])
-@pytest.mark.parametrize(("workers", "step"), [(0, 17), (2, 13)])
+@pytest.mark.parametrize(("workers", "step"), [(0, 17), pytest.param(2, 13, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(
     prepared: Path, tmp_path: Path, objective: str, workers: int, step: int
 ) -> None:
@@ -46,7 +46,11 @@ def test_a_run_killed_in_its_validation_misses_no_row(prepared: Path, tmp_path: 
     ]
 
 
-@pytest.mark.parametrize("then", [(), ("--trainer.accumulate_grad_batches=2",)], ids=["whole", "accumulated"])
+@pytest.mark.parametrize(
+    "then",
+    [pytest.param((), marks=pytest.mark.slow), ("--trainer.accumulate_grad_batches=2",)],
+    ids=["whole", "accumulated"],
+)
 def test_a_run_killed_on_two_ranks_goes_on_on_one(prepared: Path, tmp_path: Path, then: tuple[str, ...]) -> None:
     whole = fit("llada", prepared, tmp_path / "whole")
     ranks = ("--trainer.devices=2", "--trainer.strategy=ddp")

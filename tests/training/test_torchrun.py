@@ -34,6 +34,7 @@ def torchrun(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
     ]
 
 
+@pytest.mark.slow
 def test_two_agents_train_and_save_shards_and_one_process_goes_on(prepared: Path, tmp_path: Path) -> None:
     whole = fit("llada", prepared, tmp_path / "whole")
     killed = torchrun(*fit_arguments("llada", prepared, tmp_path / "run", "--trainer.strategy=fsdp2", kill_at(13)))

@@ -30,6 +30,7 @@ class LeaveTogether(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
+        _spare_lightnings_own(trainer)
         self._begin(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -60,3 +61,16 @@ class LeaveTogether(Callback):
         if strongest >= 0:
             self._request.agreed = SIGNALS[strongest]
             trainer._signal_connector.received_sigterm = True
+
+
+def _spare_lightnings_own(trainer: Trainer) -> None:
+    """Lightning 2.6 asks rank 0's device before each micro-batch whether to leave, and waits for its queue to run dry;
+    here all processes have agreed before, without the device."""
+
+    def leave_as_agreed() -> None:
+        if trainer.received_sigterm:
+            raise SIGTERMException
+
+    loop = trainer.fit_loop.epoch_loop
+    if hasattr(loop, "_broadcast_sigterm_tensor"):
+        loop._broadcast_sigterm_tensor = leave_as_agreed  # type: ignore[method-assign]

@@ -21,7 +21,7 @@ from llada_lightning.settings import Profile
 from llada_lightning.signals import say
 from llada_lightning.training.callbacks.accounting import Accounting, peak_memory_bytes
 from llada_lightning.training.modules import LanguageModule
-from llada_lightning.training.parallel import FullySharded
+from llada_lightning.training.parallel import FullySharded, tensor_parallel
 from llada_lightning.training.phase_clock import ANNOTATION, VALIDATION, PhaseClock, stopwatch
 from llada_lightning.training.record import describe_devices, git_commit, versions
 from llada_lightning.training.trace import TraceFacts, read_trace, trace_facts
@@ -230,11 +230,13 @@ def _setting(trainer: Trainer, module: LanguageModule, batch: TrainingBatch) -> 
 
 
 def _memory(trainer: Trainer, module: LanguageModule, batch: TrainingBatch) -> dict[str, Any]:
-    """Peak, and what `llada plan` says where it speaks of the same: a GPU under bf16-mixed, nothing recomputed."""
+    """Peak, and what `llada plan` says where it speaks of the same: a GPU under bf16-mixed, nothing recomputed
+    and no micro-batch divided."""
     device = trainer.strategy.root_device
     estimate = None
     speed = module.speed
-    if device.type == "cuda" and trainer.precision == "bf16-mixed" and speed.recompute == "none" and not speed.fp8:
+    alike = speed.recompute == "none" and not speed.fp8 and tensor_parallel(trainer.strategy) == 1
+    if device.type == "cuda" and trainer.precision == "bf16-mixed" and alike:
         assert module.vocab_size is not None
         micro_batch, length = batch.tokens_BL.shape
         shards = trainer.world_size if isinstance(trainer.strategy, FullySharded) else 1

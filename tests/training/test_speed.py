@@ -1,0 +1,228 @@
+"""Every fast path computes what the plain one does; what this machine cannot do is said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llada_lightning.cli import main
+from llada_lightning.data.batches import TrainingBatch, scored_positions
+from llada_lightning.training import ArmModule, LladaModule
+from llada_lightning.training import speed as module
+from llada_lightning.training.modules import LanguageModule
+from llada_lightning.training.schedules import WSD
+from llada_lightning.training.speed import Speed, apply_speed, resolve_speed
+from tiny_runs import fit, fit_arguments, losses, record
+
+WORDS, LENGTH = 64, 32
+SHAPE = {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
+PLAIN = Speed(compile=False, loss="plain")
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_compiled() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+def batch(padded: bool) -> TrainingBatch:
+    generator = torch.Generator().manual_seed(0)
+    tokens_BL = torch.randint(0, WORDS - 2, (3, LENGTH), generator=generator)
+    p_B = torch.tensor([0.05, 0.4, 0.9])
+    masked_BL = torch.rand(tokens_BL.shape, generator=generator) < p_B[:, None]
+    attention_mask_BL = None
+    if padded:
+        attention_mask_BL = torch.arange(LENGTH) < torch.tensor([[LENGTH], [7], [LENGTH]])
+        masked_BL &= attention_mask_BL
+    scored_M, scored = scored_positions(masked_BL)
+    return TrainingBatch(
+        tokens_BL, attention_mask_BL, masked_BL, p_B, torch.arange(3), scored_M, scored, 3.0 * LENGTH, 3 * LENGTH
+    )
+
+
+def build(kind: type[LanguageModule], speed: Speed) -> LanguageModule:
+    built = kind(SHAPE, WORDS, WORDS - 1, WORDS - 2, schedule=WSD(lr=1e-3).resolve(10, 1000, 1e-3))
+    built.speed = speed
+    built.configure_model()
+    return built
+
+
+def step(kind: type[LanguageModule], speed: Speed, padded: bool, bf16: bool) -> tuple[float, list[Tensor]]:
+    built = build(kind, speed)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = built.training_loss(batch(padded))
+    loss.backward()
+    return loss.item(), [parameter.grad for parameter in built.parameters() if parameter.grad is not None]
+
+
+FAST = [
+    Speed(compile=False),
+    Speed(compile=False, recompute="full"),
+    Speed(compile=False, recompute="selective"),
+    Speed(compile=False, loss="plain", recompute="selective"),
+]
+COMPILED = Speed(compile=True, recompute="selective")
+
+
+@pytest.mark.parametrize(("kind", "speed"), [*product([ArmModule, LladaModule], FAST), (LladaModule, COMPILED)])
+def test_loss_and_gradients_are_those_of_the_plain_path(kind: type[LanguageModule], speed: Speed) -> None:
+    for padded in (False, True):
+        loss, gradients = step(kind, PLAIN, padded, bf16=False)
+        fast_loss, fast_gradients = step(kind, speed, padded, bf16=False)
+        assert fast_loss == pytest.approx(loss, rel=1e-6)
+        for fast, plain in zip(fast_gradients, gradients, strict=True):
+            assert float((fast - plain).norm() / plain.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [ArmModule, LladaModule])
+@pytest.mark.parametrize("speed", FAST[:3], ids=lambda s: s.recompute)
+def test_bf16_differs_by_roundings_only(kind: type[LanguageModule], speed: Speed) -> None:
+    exact = step(kind, PLAIN, padded=True, bf16=False)[1]
+    plain_loss, plain = step(kind, PLAIN, padded=True, bf16=True)
+    fast_loss, fast = step(kind, speed, padded=True, bf16=True)
+    assert fast_loss == pytest.approx(plain_loss, rel=1e-5)
+    for mine, theirs, true in zip(fast, plain, exact, strict=True):
+        error, plain_error = float((mine - true).norm()), float((theirs - true).norm())
+        assert error < 1.5 * plain_error + 1e-6 * float(true.norm())
+
+
+def test_recomputation_keeps_less() -> None:
+    def kept(recompute: Any) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            held.append(tensor)
+            return tensor
+
+        held: list[Tensor] = []
+        model = build(LladaModule, Speed(compile=False, recompute=recompute)).model
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.blocks[0](
+                torch.randn(2, LENGTH, 32, requires_grad=True), (torch.ones(LENGTH, 8),) * 2, False, None, None
+            )
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(size for place, size in sizes.items() if place not in parameters)
+
+    assert 0 < kept("full") < kept("none")
+
+
+def test_all_blocks_share_one_graph_for_each_kind_of_micro_batch() -> None:
+    """A graph for each block would make a run's start longer with its depth; a fifth kind of batch, ever longer."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    built = build(LladaModule, PLAIN)
+    for block in built.model.blocks:
+        block.compile(dynamic=False, backend=counter)
+    for _ in range(2):
+        for padded in (False, True):
+            built.training_loss(batch(padded)).backward()
+    assert counter.frame_count == 2
+
+
+def test_positions_beyond_the_masked_ones_change_nothing() -> None:
+    built, whole = build(LladaModule, Speed(compile=False)), batch(padded=False)
+    longer = torch.nn.functional.pad(whole.scored_M, (0, 640))
+    assert len(whole.scored_M) % 64 == 0 and whole.scored == int(whole.masked_BL.sum())
+    assert built.training_loss(whole._replace(scored_M=longer)).item() == pytest.approx(
+        built.training_loss(whole).item(), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(("objective", "compiled"), [("arm", "true"), ("llada", "false")])
+def test_the_fast_runs_curve_lies_on_the_plain_ones(
+    objective: str, compiled: str, prepared: Path, tmp_path: Path
+) -> None:
+    plain = fit(objective, prepared, tmp_path / "plain", "--speed.loss=plain")
+    fast = fit(objective, prepared, tmp_path / "fast", f"--speed.compile={compiled}", "--speed.recompute=selective")
+    assert losses(fast) == pytest.approx(losses(plain), abs=2e-5)
+    mine, theirs = record(fast), record(plain)
+    assert mine["run"] == theirs["run"]  # speed is no part of what a run is
+    assert mine["val_nats_per_token"] == pytest.approx(theirs["val_nats_per_token"], abs=2e-5)
+
+
+def test_a_line_says_what_is_live(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit("arm", prepared, tmp_path, "--speed.recompute=full", "--trainer.max_steps=1")
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("speed: ")]
+    assert line == "speed: attention sdpa (flash kernel), blocks not compiled, chunked loss, full recomputation"
+
+
+def trainer(device: str = "cpu") -> Any:
+    return SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)), precision="bf16-mixed")
+
+
+def test_without_a_compiler_a_run_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+
+    def none_there() -> str:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_there)
+    shape = build(ArmModule, PLAIN).shape
+    resolved, lines = resolve_speed(Speed(compile=True), shape, trainer(), training=True)
+    assert resolved == Speed(compile=False)
+    assert lines[0] == (
+        "note: speed.compile: there is no C++ compiler here (install g++, or name one in CXX); running without it, "
+        "which changes no figure"
+    )
+
+
+def test_what_is_compiled_by_itself() -> None:
+    shape = build(ArmModule, PLAIN).shape
+    assert resolve_speed(Speed(), shape, trainer(), training=True)[0].compile is False
+    assert resolve_speed(Speed(compile=True), shape, trainer(), training=True)[0].compile is True
+
+
+def test_fp8_on_hardware_without_it_is_refused(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(fit_arguments("llada", prepared, tmp_path, "--speed.fp8=true")) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: speed.fp8: true given, but the CPU has no 8-bit products (Hopper, Ada and later have)"
+    )
+
+
+def test_fp8_makes_another_run(prepared: Path, tmp_path: Path) -> None:
+    from llada_lightning.lightning_cli import LladaCLI
+
+    arguments = [a for a in fit_arguments("llada", prepared, tmp_path) if not a.startswith("--run.name")]
+    names = [LladaCLI([*arguments, *extra], execute=False).run_name for extra in ([], ["--speed.fp8=true"])]
+    assert names[0] != names[1]
+
+
+def test_fp8_converts_the_blocks_products_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao's emulation on the CPU: near the plain loss, gradients everywhere, the head and the names untouched."""
+    pytest.importorskip("torchao.float8")
+    plain = build(LladaModule, PLAIN)
+    eight = build(LladaModule, PLAIN)
+    module._convert_to_fp8(eight.model, emulate=True)
+    kinds = {name: type(part).__name__ for name, part in eight.model.named_modules()}
+    assert kinds["blocks.0.attention.q_proj"] == kinds["blocks.1.feed_forward.down_proj"] == "Float8Linear"
+    assert kinds["head"] == "OutputHead"
+    assert list(eight.state_dict()) == list(plain.state_dict())
+    loss, rounded = plain.training_loss(batch(False)), eight.training_loss(batch(False))
+    rounded.backward()
+    assert loss.item() != rounded.item() == pytest.approx(loss.item(), rel=0.05)
+    assert all(parameter.grad is not None for parameter in eight.parameters())
+
+
+def test_an_unknown_back_end_is_refused(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, mend in {"flesh": "speed.attention", "flash": "use sdpa", "flex": "use sdpa"}.items():
+        assert main(fit_arguments("llada", prepared, tmp_path, f"--speed.attention={name}")) == 2
+        assert mend in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "test").exists()
+
+
+def test_settings_apply_to_every_block() -> None:
+    model = build(ArmModule, PLAIN).model
+    apply_speed(model, replace(PLAIN, recompute="full"))
+    assert [block.recompute for block in model.blocks] == ["full", "full"]
