@@ -38,7 +38,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset((("10.2m", 256),), (4096, 32_768), 16, turns=4, steps=1, warmup=2, gpu=False),
+    "cpu": Preset((("10.2m", 256),), (4096, 32_768), 16, turns=3, steps=1, warmup=2, gpu=False),
     "h200": Preset(
         (("85m", 2048), ("319m", 2048), ("llada-1b", 4096)),
         (32_768, 126_464),
