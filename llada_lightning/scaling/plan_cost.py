@@ -152,7 +152,10 @@ class Machine:
             raise UserError(f"plan: {given}; known: {', '.join(PEAK_FLOPS_BF16)}; or give --measured RESULTS")
         for objective in objectives:
             if self.measured is not None and all(rate.objective != objective for rate in self.measured):
-                raise UserError(f"plan: --measured holds no throughput of {objective}; measure a run of it first")
+                raise UserError(
+                    f"plan: --measured holds no throughput of {objective}; give a table or a profile of such a run, "
+                    "too, or leave it out of --objectives"
+                )
 
     @property
     def peak(self) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.strategies import StrategyRegistry
 
 from llada_lightning.cluster import device_count
 from llada_lightning.errors import UserError
@@ -25,11 +26,15 @@ def check_devices(trainer: Namespace) -> None:
     Raises:
         UserError: no such accelerator, fewer devices than asked for, or a class that is not trusted.
     """
-    accelerator, devices = trainer.accelerator, trainer.devices
+    accelerator, devices, strategy = trainer.accelerator, trainer.devices, trainer.strategy
     for key in ("accelerator", "strategy", "profiler"):
         # A class that may not be imported is left over as a string.
         if isinstance(trainer[key], str) and "." in trainer[key]:
             raise UserError(f"trainer.{key}: {not_trusted(_class_path(trainer[key]))}")
+    known = StrategyRegistry.available_strategies()
+    if isinstance(strategy, str) and "." not in strategy and strategy not in ("auto", *known):
+        ours = ", ".join(["ddp", *(name for name in known if name.startswith("fsdp2"))])
+        raise UserError(f"trainer.strategy: {strategy} given; use one of {ours}, or leave it out")
     named = ",".join(map(str, devices)) if isinstance(devices, (list, tuple)) else str(devices)
     if not re.fullmatch(r"auto|-1|[1-9]\d*|(\d+,)+\d*|0,?", named.replace(" ", "")):
         raise UserError(f"trainer.devices: {devices} given; give a number from 1, or leave it out")

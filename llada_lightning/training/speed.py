@@ -120,7 +120,9 @@ def _check_fp8(device: torch.device, sharded: bool) -> None:
         raise UserError("speed.fp8: true given, but the strategy shards the weights; use --trainer.strategy=ddp")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"the {device.type.upper()}"
-        raise UserError(f"speed.fp8: true given, but {name} has no 8-bit products (Hopper, Ada and later have)")
+        raise UserError(
+            f"speed.fp8: true given, but {name} has no 8-bit products (Hopper, Ada and later have); leave it out"
+        )
     if importlib.util.find_spec("torchao") is None:
         raise UserError('speed.fp8: true given, but torchao is not installed; pip install "llada-lightning[fp8]"')
 

@@ -72,7 +72,7 @@ def test_bfloat16_that_is_emulated_is_said(capsys: pytest.CaptureFixture[str]) -
     [
         ("--trainer.accelerator=tpu", "torch_xla"),
         ("--trainer.accelerator=none_such", "invalid accelerator name"),
-        ("--trainer.strategy=none_such", "invalid strategy name"),
+        ("--trainer.strategy=none_such", "use one of ddp, fsdp2, fsdp2_tp2, fsdp2_tp4, fsdp2_tp8"),
         ("--trainer.strategy=ddp_spawn", "keep what they train to themselves; use ddp"),
         ("--trainer.plugins=[none_such]", "trainer.plugins"),
         ("--trainer.precision=transformer-engine", "transformer_engine"),

@@ -187,7 +187,7 @@ def test_fp8_on_hardware_without_it_is_refused(
 ) -> None:
     assert main(fit_arguments("llada", prepared, tmp_path, "--speed.fp8=true")) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: speed.fp8: true given, but the CPU has no 8-bit products (Hopper, Ada and later have)"
+        "error: speed.fp8: true given, but the CPU has no 8-bit products (Hopper, Ada and later have); leave it out"
     )
 
 

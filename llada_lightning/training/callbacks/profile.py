@@ -53,7 +53,7 @@ def profiling(
     if settings.after + settings.steps > last_step:
         raise UserError(
             f"profile.steps: {settings.steps} after {settings.after} others are more than the {last_step} steps that "
-            "are trained; lower one of them"
+            "are trained; lower --profile.steps or --profile.after"
         )
     if profiler == "pytorch" or isinstance(profiler, PyTorchProfiler):
         raise UserError("trainer.profiler: pytorch and profile.steps are the same recorder; leave one of them out")
