@@ -54,7 +54,7 @@ def test_it_gives_the_loss_that_the_run_recorded(run: Path, prepared: Path) -> N
     """All conventions at once (start token, [MASK]'s logit): the validation loss by `lm.logits` is the record's."""
     lm = load_model(run, device="cpu")
     data = TokenDataModule(str(prepared), sequence_length=32, global_batch=8, val_sequences=24)
-    data.trainer = SimpleNamespace(world_size=1, global_rank=0, accumulate_grad_batches=1)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, accumulate_grad_batches=1)  # type: ignore[assignment]
     total = count = 0.0
     for batch in data.val_dataloader():
         tokens_BL = batch.tokens_BL

@@ -18,14 +18,17 @@ from llada_lightning.scaling.sweep_run import SweepOutcome, run_sweep
 from test_branches import branch, budgets, records
 from tiny_runs import fit, fit_arguments, losses, metrics, record, weights
 
-CLOCK = ("seconds", "tokens_per_second", "mfu")
+SPEED = ("seconds", "mfu", "peak_memory_bytes")
 EXACT = ("val_nats_per_token", "val_stderr", "tokens", "flops_6nd", "unique_tokens", "steps", "run")
 SAVING = "llada_lightning.training.callbacks.checkpoints"
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    """All of metrics.csv but the clock's columns."""
-    return [{key: value for key, value in row.items() if key not in CLOCK} for row in metrics(folder)]
+    """All of metrics.csv but how fast and in how much memory it was."""
+    return [
+        {key: value for key, value in row.items() if key not in SPEED and not key.endswith("_per_second")}
+        for row in metrics(folder)
+    ]
 
 
 def moments_of_adam(folder: Path, step: int) -> list[torch.Tensor]:
