@@ -80,7 +80,7 @@ class ProgramResult:
     errors: str = ""
 
 
-def run_program(program: str, limits: Limits = Limits()) -> ProgramResult:  # noqa: B008  (immutable)
+def run_program(program: str, limits: Limits = Limits()) -> ProgramResult:
     """Runs Python source to its end, or to a limit.
 
     A program passes where its last line is reached: an exception, a failed assertion, an exit, of whatever code, and a
