@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from llada_lightning.evaluation.sandbox import Limits, run_program
+from llada_lightning.evaluation.sandbox import Limits, Verdict, run_program
 
 
 class SandboxedCodeEval:
@@ -22,7 +22,7 @@ class SandboxedCodeEval:
         predictions: Sequence[Sequence[str]],
         k: Sequence[int] = (1,),
         **_: object,
-    ) -> tuple[dict[str, float], dict[str, Any]]:
+    ) -> tuple[dict[str, float], dict[int, list[Verdict]]]:
         """The mean of pass@k over problems.
 
         Args:

@@ -78,7 +78,7 @@ class HarnessModel(LM):
         lm.encode("")  # says that there is no tokenizer
         self.lm, self.sampling, self.infill, self.greedy = lm, dict(sampling or {}), infill, greedy
         self.batch_size, self.progress, self.seed = batch_size, progress, seed
-        self._scoring = {
+        self._scoring: dict[str, Any] = {
             "samples": monte_carlo, "cfg_scale": cfg_scale, "seed": seed, "batch_tokens": batch_tokens,
             "progress": progress,
         }  # fmt: skip

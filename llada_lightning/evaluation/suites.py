@@ -69,11 +69,12 @@ def _instruct(length: int, zero_eos: bool = False) -> Sampling:
     return {"length": length, "steps": length, "remasking": "low_confidence", "zero_eos_confidence": zero_eos}
 
 
+_FLEXIBLE = "exact_match,flexible-extract"
 _MMLU = Benchmark("mmlu", "mmlu", "acc,none", 5)
 _CMMLU = Benchmark("cmmlu", "cmmlu", "acc,none", 5)
 _ARC_C = Benchmark("arc_c", "arc_challenge", "acc_norm,none", 0)
 _PIQA = Benchmark("piqa", "piqa", "acc_norm,none", 0)
-_GSM8K = Benchmark("gsm8k", "gsm8k", "exact_match,flexible-extract", 4, BASE)
+_GSM8K = Benchmark("gsm8k", "gsm8k", _FLEXIBLE, 4, BASE)
 _HUMANEVAL = Benchmark("humaneval", "humaneval", "pass@1,create_test", 0, BASE)
 
 SUITES: dict[str, Suite] = {
@@ -99,9 +100,9 @@ SUITES: dict[str, Suite] = {
         Benchmark("mmlu_pro", "mmlu_pro", "exact_match,custom-extract", 0, _instruct(256)),
         Benchmark("hellaswag", "hellaswag_generative", "exact_match,letter", 0, _instruct(3)),
         Benchmark("arc_c", "arc_challenge_chat", "exact_match,remove_whitespace", 0, _instruct(512)),
-        Benchmark("gsm8k", "gsm8k", "exact_match,flexible-extract", 4, _instruct(512, zero_eos=True)),
+        Benchmark("gsm8k", "gsm8k", _FLEXIBLE, 4, _instruct(512, zero_eos=True)),
         Benchmark("math", "minerva_math", "exact_match,none", 0, _instruct(512, zero_eos=True)),
-        Benchmark("gpqa", "gpqa_main_generative_n_shot", "exact_match,flexible-extract", 5, _instruct(64, zero_eos=True)),
+        Benchmark("gpqa", "gpqa_main_generative_n_shot", _FLEXIBLE, 5, _instruct(64, zero_eos=True)),
         Benchmark("humaneval", "humaneval_instruct", "pass@1,create_test", 0, _instruct(512, zero_eos=True)),
         Benchmark("mbpp", "mbpp_instruct", "pass_at_1,extract_code", 3, _instruct(256, zero_eos=True)),
     ), chat=True),
