@@ -72,7 +72,7 @@ class Loaded:
 def task_manager(benchmarks: Sequence[Benchmark], include_path: Path | None) -> TaskManager:
     """An index that knows the benchmarks' tasks.
 
-    Reading lm-evaluation-harness's own thousands of tasks takes seconds, so that is left out where the folder holds all.
+    Reading lm-evaluation-harness's own thousands of tasks takes seconds: left out where the folder holds all.
 
     Raises:
         UserError: a task is unknown, or the folder is not there.
@@ -108,7 +108,7 @@ def load_benchmark(manager: TaskManager, benchmark: Benchmark, unsafe_code: bool
     """The benchmark with its data, as its shots say.
 
     Raises:
-        UserError: the task executes code and that is not asked for, its data cannot be reached, or a package is missing.
+        UserError: it executes code and that is not asked for, its data cannot be reached, or a package is missing.
     """
     executes = runs_code(manager, benchmark.task)
     if executes and not unsafe_code:

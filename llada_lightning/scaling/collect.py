@@ -137,7 +137,7 @@ class Collection:
         self.report.duplicates.append(Duplicate(*key, winner, loser, difference, relative))
 
     def table(self) -> pd.DataFrame:
-        """The records kept, sorted by objective, FLOPs and size; behind them the scores of tasks, where there are any."""
+        """The records kept with their scores of tasks, sorted by objective, FLOPs and size."""
         table = table_of_records([record for _, record in self.kept.values()])
         scores = [
             {} if where.startswith(PREFIX) else task_columns(where, record["steps"])

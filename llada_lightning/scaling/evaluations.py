@@ -47,7 +47,14 @@ def read_evaluations(folder: Path | str) -> pd.DataFrame:
         UserError: the file is damaged.
     """
     path = Path(folder) / EVALUATIONS_FILE
-    types = {"steps": "int64", "task": str, "score": "float64", "stderr": "float64", "n": "int64", "metric": str}
+    types: dict[str, Any] = {
+        "steps": "int64",
+        "task": str,
+        "score": "float64",
+        "stderr": "float64",
+        "n": "int64",
+        "metric": str,
+    }
     if not path.is_file():
         return pd.DataFrame(columns=list(EVALUATION_COLUMNS))
     try:
