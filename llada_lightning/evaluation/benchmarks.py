@@ -99,9 +99,20 @@ def runs_code(manager: TaskManager, name: str) -> bool:
         return False
     config = entry.cfg or {}
     parts = config.get("task")
-    children = parts if isinstance(parts, list) else []
-    names = [child if isinstance(child, str) else str(child.get("task") or child.get("group")) for child in children]
-    return bool(config.get("unsafe_code")) or any(runs_code(manager, child) for child in names if child != name)
+    inner = parts if isinstance(parts, list) else []
+    if entry.cfg is None:  # a tag
+        inner = sorted(entry.tags)
+    return bool(config.get("unsafe_code")) or any(_part_runs_code(manager, part) for part in inner)
+
+
+def _part_runs_code(manager: TaskManager, part: Any) -> bool:
+    """Of what a group lists: a name, or a group or task written out within it."""
+    if isinstance(part, str):
+        return runs_code(manager, part)
+    inner = part.get("task", [])
+    return bool(part.get("unsafe_code")) or any(
+        _part_runs_code(manager, each) for each in (inner if isinstance(inner, list) else [inner])
+    )
 
 
 def load_benchmark(manager: TaskManager, benchmark: Benchmark, unsafe_code: bool) -> Loaded:
