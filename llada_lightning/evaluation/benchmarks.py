@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lm_eval import simple_evaluate
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
 from llada_lightning.errors import UserError
@@ -79,6 +82,7 @@ def task_manager(benchmarks: Sequence[Benchmark], include_path: Path | None) -> 
     """
     if include_path is not None and not include_path.is_dir():
         raise UserError(f"--include-path '{include_path}': no such folder; give one with task YAML files")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = [benchmark.task for benchmark in benchmarks]
     folders = [OUR_TASKS, *([] if include_path is None else [include_path])]
     manager = TaskManager(include_path=folders, include_defaults=False)
@@ -128,7 +132,7 @@ def load_benchmark(manager: TaskManager, benchmark: Benchmark, unsafe_code: bool
             "leave the task out"
         )
     try:
-        with sandboxed_code_eval() if executes else nullcontext():
+        with _seeded(), sandboxed_code_eval() if executes else nullcontext():
             found = manager.load([benchmark.task])
     except (ImportError, AssertionError) as error:
         raise UserError(
@@ -172,19 +176,22 @@ def measure(
     model.sampling = benchmark.sampling | dict(sampling or {})
     model.infill = benchmark.infill
     model.greedy = any(task.OUTPUT_TYPE == "loglikelihood" for task in loaded.parts)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    found = simple_evaluate(
-        model,
-        tasks=loaded.tasks,
-        num_fewshot=benchmark.shots,
-        limit=limit,
-        bootstrap_iters=1000,
-        log_samples=False,
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
-        confirm_run_unsafe_code=unsafe_code,
-        task_manager=TaskManager(include_defaults=False),
-    )
+    with _seeded():
+        found = simple_evaluate(
+            model,
+            tasks=loaded.tasks,
+            num_fewshot=benchmark.shots,
+            limit=limit,
+            bootstrap_iters=1000,
+            log_samples=False,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            confirm_run_unsafe_code=unsafe_code,
+            task_manager=TaskManager(include_defaults=False),
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
     return [] if found is None else list(_outcomes(benchmark, found))
 
 
@@ -210,6 +217,22 @@ def _metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, float]]
         if comma and not name.endswith("_stderr") and isinstance(value, (int, float)):
             error = result.get(f"{name}_stderr,{filtered}")
             yield key, {"value": float(value), "stderr": float(error) if isinstance(error, (int, float)) else math.nan}
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Global generators as lm-evaluation-harness seeds them, and afterwards as they were.
+
+    Tasks shuffle choices when they are loaded (GPQA), which the harness's own seeding, later, would not reach.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _first_line(error: BaseException) -> str:

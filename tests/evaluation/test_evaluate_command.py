@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from llada_lightning.scaling.collect import collect
 from llada_lightning.scaling.evaluations import read_evaluations
 from llada_lightning.scaling.plots import task_accuracy
 from small_checkpoints import tokenizer_folder, written
-from tiny_runs import fit
+from tiny_runs import child_environment, fit
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,3 +104,19 @@ def test_a_task_without_data_can_be_left_out(checkpoint: Path, tasks: Path, caps
     assert main([*arguments, "--skip-missing"]) == 0
     gone_on = capsys.readouterr()
     assert "note: left out: task 'lost'" in gone_on.err and "local_choice" in gone_on.out
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_documents(checkpoint: Path, tasks: Path, tmp_path: Path) -> None:
+    records = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.json"
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+        command += ["-m", "llada_lightning", "evaluate", str(checkpoint), "--tasks", "local_choice", "--limit", "7"]
+        subprocess.run(
+            [*command, "--include-path", str(tasks), "--out", str(out), "--quiet"], check=True, env=child_environment()
+        )
+        records.append(json.loads(out.read_text()))
+    one, two = (record["results"][0] for record in records)
+    assert one["n"] == two["n"] == 7 and one["value"] == two["value"]
+    assert one["stderr"] == pytest.approx(two["stderr"])  # documents come in another order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,6 +230,28 @@ def first_task(manager: TaskManager, name: str) -> dict[str, Any]:
         return config
     child = config["task"][0]
     return first_task(manager, child if isinstance(child, str) else child["task"][0])
+
+
+def test_tasks_that_draw_are_the_same_every_time_and_leave_our_generators_alone(models: Any, tmp_path: Path) -> None:
+    benchmark, answers = Benchmark("drawn", "drawn"), []
+    random.seed(5)
+    before = random.getstate()
+    for folder in (tmp_path / "one", tmp_path / "two"):  # datasets remembers what it made of the first
+        choice_task(folder, "drawn")
+        (folder / "drawing.py").write_text(
+            "import random\n"
+            "def drawn(dataset):\n"
+            "    def draw(doc):\n"
+            "        return {**doc, 'answer': random.randrange(3)}\n"
+            "    return dataset.map(draw)\n"
+        )
+        path = folder / "drawn.yaml"
+        path.write_text(path.read_text() + "process_docs: !function drawing.drawn\n")
+        loaded = load_benchmark(task_manager([benchmark], folder), benchmark, unsafe_code=False)
+        measure(HarnessModel(models["arm"]), loaded)
+        assert random.getstate() == before
+        answers.append([document["answer"] for document in loaded.parts[0].test_docs()])
+    assert answers[0] == answers[1] and len(set(answers[0])) > 1
 
 
 def test_unknown_tasks_are_named_with_their_neighbours(tmp_path: Path) -> None:
