@@ -56,6 +56,13 @@ class Outcome:
     def is_share(self) -> bool:
         return self.metric.split(",")[0] in SHARES
 
+    def as_row(self, steps: int, settings: str) -> dict[str, Any]:
+        """A share as a row of a run's evaluations, in percent."""
+        return {
+            "steps": steps, "task": self.name, "score": 100 * self.value, "stderr": 100 * self.stderr, "n": self.n,
+            "metric": self.metric, "settings": settings,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Loaded:

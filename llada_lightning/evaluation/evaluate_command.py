@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -235,8 +236,6 @@ def _join_run(options: Any, outcomes: list[Outcome], chat: bool) -> Path | None:
 
     A limited evaluation is no result of a run, and stays out.
     """
-    import json
-
     from llada_lightning.checkpoints.run_folder import CONFIG, final_checkpoint, run_folder_of, saved_step
     from llada_lightning.scaling.evaluations import write_evaluations
 
@@ -247,16 +246,5 @@ def _join_run(options: Any, outcomes: list[Outcome], chat: bool) -> Path | None:
     if checkpoint is None or run is None or not shares or options.limit is not None:
         return None
     settings = json.dumps(_settings(options, chat) | {"suite": options.suite}, sort_keys=True)
-    rows = [
-        {
-            "steps": saved_step(checkpoint),
-            "task": outcome.name,
-            "score": 100 * outcome.value,
-            "stderr": 100 * outcome.stderr,
-            "n": outcome.n,
-            "metric": outcome.metric,
-            "settings": settings,
-        }
-        for outcome in shares
-    ]
-    return write_evaluations(run, rows)
+    step = saved_step(checkpoint)
+    return write_evaluations(run, [outcome.as_row(step, settings) for outcome in shares])

@@ -1,0 +1,132 @@
+"""Benchmarks while a run trains: every so many steps, into the run's `evaluations.csv`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
+from tokenizers import Tokenizer
+
+from llada_lightning.checkpoints.language_model import LanguageModel
+from llada_lightning.checkpoints.run_folder import BRANCHES
+from llada_lightning.data.manifest import read_tokenizer_text
+from llada_lightning.errors import UserError
+from llada_lightning.scaling.evaluations import write_evaluations
+from llada_lightning.training.callbacks.accounting import Accounting
+from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
+from llada_lightning.training.modules import LanguageModule
+
+
+class EvaluateTasks(Callback):
+    """Measures tasks through lm-evaluation-harness, as `llada evaluate` does, without changing what is trained.
+
+    Tasks that execute code are refused. The time is left out of the run's tokens per second. A row of the last step
+    joins the results table, also where ``limit`` made it rough: its ``n`` says so.
+
+    Args:
+        tasks: of lm-evaluation-harness.
+        every_n_steps: optimizer steps between evaluations.
+        include_path: a folder with task files of yours.
+        limit: the first documents of each task only.
+        shots: examples in the prompt; null: as the task says.
+        monte_carlo: masks of a continuation of several tokens (`llada`).
+    """
+
+    def __init__(
+        self,
+        tasks: list[str],
+        every_n_steps: int = 1000,
+        include_path: str | None = None,
+        limit: int | None = 200,
+        shots: int | None = None,
+        monte_carlo: int = 16,
+    ) -> None:
+        for name, count in (("every_n_steps", every_n_steps), ("monte_carlo", monte_carlo), ("limit", limit)):
+            if count is not None and count < 1:
+                raise UserError(f"EvaluateTasks: {name} is {count}; it must be at least 1")
+        self._tasks, self._every, self._limit = list(tasks), every_n_steps, limit
+        self._include_path = None if include_path is None else Path(include_path)
+        self._shots, self._monte_carlo = shots, monte_carlo
+        self._loaded: list[Any] = []
+        self._measured_step = -1
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tasks are loaded before anything is trained, so that a missing one is found at once."""
+        if getattr(pl_module, "device_mesh", None) is not None:
+            raise UserError("EvaluateTasks: a sharded model cannot be measured while it trains; use llada evaluate")
+        try:
+            from llada_lightning.evaluation.benchmarks import load_benchmark, task_manager
+        except ModuleNotFoundError as error:
+            raise UserError(f"EvaluateTasks: {error.name} is missing; pip install 'llada-lightning[eval]'") from error
+        from llada_lightning.evaluation.suites import Benchmark
+
+        benchmarks = [Benchmark(name, name, shots=self._shots) for name in self._tasks]
+        manager = task_manager(benchmarks, self._include_path)
+        self._loaded = [load_benchmark(manager, benchmark, unsafe_code=False) for benchmark in benchmarks]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step % self._every or step in (0, self._measured_step):
+            return
+        self._measured_step = step
+        accounting = next((each for each in trainer.callbacks if isinstance(each, Accounting)), None)  # type: ignore[attr-defined]
+        if accounting is not None:
+            accounting.settled(trainer)
+        assert isinstance(pl_module, LanguageModule)
+        pl_module.model.eval()
+        try:
+            with _precision(trainer):
+                rows = self._rows(trainer, pl_module, step)
+        finally:
+            pl_module.model.train()
+        folder = _run_folder(trainer)
+        if rows and folder is not None:
+            write_evaluations(folder, rows)
+        if accounting is not None:
+            accounting.leave_out()
+
+    def _rows(self, trainer: Trainer, module: LanguageModule, step: int) -> list[dict[str, Any]]:
+        from llada_lightning.evaluation.benchmarks import measure
+        from llada_lightning.evaluation.harness import HarnessModel
+
+        model = HarnessModel(_language_model(trainer, module), monte_carlo=self._monte_carlo)
+        outcomes = [each for loaded in self._loaded for each in measure(model, loaded, limit=self._limit)]
+        settings = json.dumps({"monte_carlo": self._monte_carlo, "limit": self._limit, "in_training": True})
+        return [outcome.as_row(step, settings) for outcome in outcomes if outcome.is_share]
+
+
+def _language_model(trainer: Trainer, module: LanguageModule) -> LanguageModel:
+    """The model as it is being trained, with the tokenizer of its data."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    assert module.eos_token_id is not None
+    return LanguageModel(
+        objective=module.objective,
+        model=module.model,
+        mask_token_id=module.mask_token_id,
+        eos_token_id=module.eos_token_id,
+        context_length=data.sequence_length,
+        tokenizer=Tokenizer.from_str(read_tokenizer_text(next(iter(data.weights)))),
+        start_token_id=module.eos_token_id if module.objective == "arm" else None,
+        compat=module.compat,
+        name="the model in training",
+    )
+
+
+def _precision(trainer: Trainer) -> AbstractContextManager[Any]:
+    plugin = trainer.precision_plugin
+    return plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext()
+
+
+def _run_folder(trainer: Trainer) -> Path | None:
+    """The folder of the run, not of a branch; None on ranks that write nothing."""
+    logger = next((each for each in trainer.loggers if isinstance(each, MetricsCSV)), None)
+    if logger is None:
+        return None
+    folder = Path(logger.save_dir)
+    return folder.parent.parent if folder.parent.name == BRANCHES else folder

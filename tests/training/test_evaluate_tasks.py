@@ -1,0 +1,47 @@
+"""Tasks measured while a run trains: the same scores as afterwards, and the same training as without."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_tasks import choice_task
+
+pytest.importorskip("lm_eval")
+
+import datasets
+
+from llada_lightning.cli import main
+from llada_lightning.errors import UserError
+from llada_lightning.scaling.evaluations import read_evaluations
+from llada_lightning.training.callbacks.evaluate_tasks import EvaluateTasks
+from tiny_runs import fit, losses
+
+
+@pytest.mark.parametrize("objective", ["arm", "llada"])
+def test_scores_in_training_are_those_of_the_checkpoint(
+    prepared: Path, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    choice_task(tmp_path / "tasks")
+    arguments = {"tasks": ["local_choice"], "every_n_steps": 2, "include_path": str(tmp_path / "tasks")}
+    where = "llada_lightning.training.callbacks.evaluate_tasks.EvaluateTasks"
+    callback = json.dumps([{"class_path": where, "init_args": arguments}])
+    run = fit(objective, prepared, tmp_path / "with", "--trainer.max_steps=4", f"--trainer.callbacks={callback}")
+    plain = fit(objective, prepared, tmp_path / "without", "--trainer.max_steps=4")
+    assert losses(run) == losses(plain)
+    rows = read_evaluations(run)
+    assert rows["steps"].tolist() == [2, 4]
+    capsys.readouterr()
+    command = ["evaluate", str(run), "--tasks", "local_choice", "--include-path", str(tmp_path / "tasks"), "--quiet"]
+    assert main([*command, "--monte-carlo", "16", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)["results"][0]
+    assert rows["score"].tolist()[-1] == pytest.approx(100 * result["value"])
+
+
+@pytest.mark.parametrize("option", ["every_n_steps", "limit", "monte_carlo"])
+def test_counts_below_one_are_refused(option: str) -> None:
+    with pytest.raises(UserError, match=f"EvaluateTasks: {option} is 0; it must be at least 1"):
+        EvaluateTasks(["piqa"], **{option: 0})  # type: ignore[arg-type]
