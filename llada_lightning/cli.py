@@ -32,6 +32,7 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   generate   text from a checkpoint, by any sampler; the process drawn
   chat       a conversation with a checkpoint
   score      log-likelihood of continuations, multiple choice, perplexity of texts
+  evaluate   benchmarks of a checkpoint, through lm-evaluation-harness
   convert    a checkpoint -> an inference folder of ours, or Hugging Face LLaDA or Llama
 
   --version  print the version
@@ -201,6 +202,11 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return score_command(args)
 
+    def evaluate(args: list[str]) -> int:
+        from llada_lightning.evaluation.evaluate_command import evaluate_command
+
+        return evaluate_command(args)
+
     return {
         "plan": plan,
         "launch": launch,
@@ -212,6 +218,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
         "generate": generate,
         "chat": chat,
         "score": score,
+        "evaluate": evaluate,
         "convert": convert,
     }
 

@@ -18,9 +18,10 @@ class ScoringProgress:
 
     Args:
         enabled: None: where stderr is a terminal.
+        what: is done.
     """
 
-    def __init__(self, enabled: bool | None = False) -> None:
+    def __init__(self, enabled: bool | None = False, what: str = "scoring") -> None:
         console = Console(stderr=True)
         shown = console.is_terminal if enabled is None else enabled
         columns = (
@@ -31,7 +32,7 @@ class ScoringProgress:
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=console, transient=True, disable=not shown)
-        self._task = self._bar.add_task("scoring", total=0)
+        self._task = self._bar.add_task(what, total=0)
         self._total = 0
 
     def __enter__(self) -> ScoringProgress:

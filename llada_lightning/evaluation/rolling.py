@@ -116,6 +116,26 @@ def rolling_log_likelihood(
     )
 
 
+def document_log_likelihoods(lm: LanguageModel, texts_ids: Sequence[Ids], **options: Any) -> list[float]:
+    """The log-likelihood of each text, nats, in disjoint windows of the context length; 0 of an empty one.
+
+    Args:
+        lm: the model.
+        texts_ids: ids of each document.
+        options: of :func:`likelihood.log_likelihood`, for the windows.
+
+    Raises:
+        UserError: as that function.
+    """
+    length = lm.context_length
+    windows = [(n, *pair) for n, ids in enumerate(texts_ids) for pair in _windows(ids, length, length)]
+    scores = log_likelihood(lm, [(prompt, continuation) for _, prompt, continuation in windows], **options)
+    totals = [0.0] * len(texts_ids)
+    for (n, _, _), score in zip(windows, scores, strict=True):
+        totals[n] += score.mean
+    return totals
+
+
 def _windows(ids: Ids, window: int, stride: int) -> Iterator[tuple[Ids, Ids]]:
     """(context, tokens to score) of each window of a document."""
     yield ids[:0], ids[:window]

@@ -13,6 +13,7 @@ import pandas as pd
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.covariance import CovarianceReport, Row
+from llada_lightning.scaling.evaluations import task_columns
 from llada_lightning.scaling.faults import skipped_updates
 from llada_lightning.scaling.results import (
     CONFIG_FILE,
@@ -136,8 +137,14 @@ class Collection:
         self.report.duplicates.append(Duplicate(*key, winner, loser, difference, relative))
 
     def table(self) -> pd.DataFrame:
-        """The records kept, sorted by objective, FLOPs and size."""
+        """The records kept with their scores of tasks, sorted by objective, FLOPs and size."""
         table = table_of_records([record for _, record in self.kept.values()])
+        scores = [
+            {} if where.startswith(PREFIX) else task_columns(where, record["steps"])
+            for where, record in self.kept.values()
+        ]
+        tasks = sorted({name for score in scores for name in score})
+        table = table.join(pd.DataFrame(scores, columns=tasks, dtype="float64"))
         order = ["objective", "flops_6nd", "params_nonembedding", "run"]
         return table.sort_values(order, kind="stable", ignore_index=True)
 

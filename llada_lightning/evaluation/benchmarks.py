@@ -1,0 +1,206 @@
+"""Benchmarks through lm-evaluation-harness: tasks found, loaded, measured."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from llada_lightning.errors import UserError
+from llada_lightning.evaluation.code_metric import sandboxed_code_eval
+from llada_lightning.evaluation.harness import HarnessModel
+from llada_lightning.evaluation.suites import Benchmark
+
+OUR_TASKS = Path(__file__).parent / "tasks"
+SHARES = frozenset({"acc", "acc_norm", "acc_mutual_info", "exact_match", "em", "f1", "pass@1", "pass_at_1"})
+"""Metrics between 0 and 1 of which more is better: those that a results table takes, in percent."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a benchmark gave.
+
+    Args:
+        name: in our tables.
+        task: of lm-evaluation-harness.
+        metric: the one that counts, ``metric,filter``.
+        value: of it, as lm-evaluation-harness gives it.
+        stderr: its standard error over documents; NaN where there is none. Of `llada` the scatter of the Monte Carlo
+            estimates is part of it only as far as it makes answers right or wrong.
+        n: documents.
+        shots: examples in the prompt; None where the tasks of a group differ.
+        metrics: every metric's value and standard error.
+    """
+
+    name: str
+    task: str
+    metric: str
+    value: float
+    stderr: float
+    n: int
+    shots: int | None
+    metrics: dict[str, dict[str, float]]
+
+    @property
+    def is_share(self) -> bool:
+        return self.metric.split(",")[0] in SHARES
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A benchmark with its data.
+
+    Args:
+        benchmark: what is measured.
+        tasks: as ``TaskManager.load`` gives them.
+        parts: the task objects of the whole tree.
+    """
+
+    benchmark: Benchmark
+    tasks: list[Any]
+    parts: list[Any]
+
+
+def task_manager(benchmarks: Sequence[Benchmark], include_path: Path | None) -> TaskManager:
+    """An index that knows the benchmarks' tasks.
+
+    Reading lm-evaluation-harness's own thousands of tasks takes seconds: left out where the folder holds all.
+
+    Raises:
+        UserError: a task is unknown, or the folder is not there.
+    """
+    if include_path is not None and not include_path.is_dir():
+        raise UserError(f"--include-path '{include_path}': no such folder; give one with task YAML files")
+    names = [benchmark.task for benchmark in benchmarks]
+    folders = [OUR_TASKS, *([] if include_path is None else [include_path])]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=folders)
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            mend = f"did you mean {', '.join(near)}?" if near else "see `lm-eval ls tasks`, or give --include-path"
+            raise UserError(f"task '{name}' is not known to lm-evaluation-harness; {mend}")
+    return manager
+
+
+def runs_code(manager: TaskManager, name: str) -> bool:
+    """Whether a task, or one of a group's, executes what the model wrote."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return False
+    config = entry.cfg or {}
+    parts = config.get("task")
+    children = parts if isinstance(parts, list) else []
+    names = [child if isinstance(child, str) else str(child.get("task") or child.get("group")) for child in children]
+    return bool(config.get("unsafe_code")) or any(runs_code(manager, child) for child in names if child != name)
+
+
+def load_benchmark(manager: TaskManager, benchmark: Benchmark, unsafe_code: bool) -> Loaded:
+    """The benchmark with its data, as its shots say.
+
+    Raises:
+        UserError: it executes code and that is not asked for, its data cannot be reached, or a package is missing.
+    """
+    executes = runs_code(manager, benchmark.task)
+    if executes and not unsafe_code:
+        raise UserError(
+            f"task '{benchmark.task}' executes what the model writes; give --unsafe-code to run that in a sandbox, or "
+            "leave the task out"
+        )
+    try:
+        with sandboxed_code_eval() if executes else nullcontext():
+            found = manager.load([benchmark.task])
+    except (ImportError, AssertionError) as error:
+        raise UserError(
+            f"task '{benchmark.task}' needs a package ({_first_line(error)}); pip install 'lm-eval[math]' or that one"
+        ) from error
+    except Exception as error:  # whatever datasets, its hub and its network raise
+        raise UserError(
+            f"task '{benchmark.task}': its data cannot be reached ({_first_line(error)}); run once where there is a "
+            "network, with HF_HOME=FOLDER and --limit 1, copy FOLDER here, set HF_HOME=FOLDER and HF_HUB_OFFLINE=1"
+        ) from error
+    groups = found["groups"]
+    inner = {child for children in found["group_map"].values() for child in children}
+    top = [group for name, group in groups.items() if name not in inner]
+    parts = list(found["tasks"].values())
+    return Loaded(benchmark, top or parts, parts)
+
+
+def measure(
+    model: HarnessModel,
+    loaded: Loaded,
+    *,
+    limit: int | None = None,
+    chat: bool = False,
+    sampling: Mapping[str, Any] | None = None,
+    unsafe_code: bool = False,
+) -> list[Outcome]:
+    """Runs a benchmark; of a tag, which has no score of its own, one outcome for each task. Nothing off the first rank.
+
+    Args:
+        model: its sampling is set to the benchmark's.
+        loaded: the benchmark.
+        limit: the first documents of each task only.
+        chat: prompts through the chat template.
+        sampling: goes before the benchmark's.
+        unsafe_code: whether tasks may execute, in the sandbox, what the model wrote.
+
+    Raises:
+        UserError: the task has no such metric, or as the model's methods.
+    """
+    benchmark = loaded.benchmark
+    model.sampling = benchmark.sampling | dict(sampling or {})
+    model.infill = benchmark.infill
+    model.greedy = any(task.OUTPUT_TYPE == "loglikelihood" for task in loaded.parts)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    found = simple_evaluate(
+        model,
+        tasks=loaded.tasks,
+        num_fewshot=benchmark.shots,
+        limit=limit,
+        bootstrap_iters=1000,
+        log_samples=False,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+        confirm_run_unsafe_code=unsafe_code,
+        task_manager=TaskManager(include_defaults=False),
+    )
+    return [] if found is None else list(_outcomes(benchmark, found))
+
+
+def _outcomes(benchmark: Benchmark, found: Mapping[str, Any]) -> Iterator[Outcome]:
+    results, counts = found["results"], found["n-samples"]
+    whole = benchmark.task in results
+    for task in [benchmark.task] if whole else results:
+        metrics = dict(_metrics(results[task]))
+        metric = benchmark.metric or next(iter(metrics))
+        if metric not in metrics:
+            raise UserError(f"task '{task}' has no metric '{metric}'; it has {', '.join(metrics)}")
+        n = sum(count["effective"] for count in counts.values()) if whole else counts[task]["effective"]
+        shots = found["n-shot"].get(task)
+        yield Outcome(
+            benchmark.name if whole else task, task, metric, **metrics[metric], n=n, shots=shots, metrics=metrics
+        )
+
+
+def _metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    """(``metric,filter``, its value and standard error) of one task."""
+    for key, value in result.items():
+        name, comma, filtered = key.partition(",")
+        if comma and not name.endswith("_stderr") and isinstance(value, (int, float)):
+            error = result.get(f"{name}_stderr,{filtered}")
+            yield key, {"value": float(value), "stderr": float(error) if isinstance(error, (int, float)) else math.nan}
+
+
+def _first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}".rstrip(".: ")

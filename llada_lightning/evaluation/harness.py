@@ -1,0 +1,267 @@
+"""Models of ours for lm-evaluation-harness: both objectives, every kind of checkpoint.
+
+Importing this imports lm_eval, which takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from torch import Tensor, stack
+
+from llada_lightning.checkpoints.language_model import LanguageModel
+from llada_lightning.errors import UserError
+from llada_lightning.evaluation.likelihood import log_likelihood
+from llada_lightning.evaluation.progress import ScoringProgress
+from llada_lightning.evaluation.rolling import document_log_likelihoods
+from llada_lightning.generation.sampling import generate
+from llada_lightning.generation.terminal.conversation import Message, conversation_ids
+
+MONTE_CARLO = 128
+"""Masks of a continuation of several tokens (paper, B.6). One token is scored exactly by one pass."""
+
+DEFAULT_LENGTH = 256
+"""Tokens of an answer where neither the task nor the user says: as lm-evaluation-harness's own models."""
+
+_OF_BOTH = frozenset({"length", "temperature", "top_k", "top_p", "cache"})
+_INFILL_LACKS = frozenset({"length", "steps", "block_length", "stop", "strategy", "cache"})
+
+
+class HarnessModel(LM):
+    """A :class:`LanguageModel` as lm-evaluation-harness asks it.
+
+    `loglikelihood` gives log p for `arm` and the lower bound of Eq. 6 for `llada`, and whether greedy decoding gives
+    the continuation. For a masked diffusion model that has no one meaning. Here as in the released evaluation: with the
+    continuation's length known, one token a step, the most confident first. It costs as many passes as tokens, and no
+    multiple choice reads it, so it is only computed where ``greedy`` says so; elsewhere it is False.
+
+    Args:
+        lm: the model.
+        monte_carlo: masks of each continuation of several tokens, at least 1; `arm` and one token are exact.
+        sampling: keyword arguments of ``generate`` that go before what a task says. Those that `arm` cannot have are
+            left out for it. `length` replaces the task's `max_gen_toks`.
+        infill: `llada` fills the gap between the fields `prompt` and `suffix` of a document with as many tokens as its
+            `canonical_solution` has.
+        greedy: whether greedy decoding is tried in `loglikelihood`.
+        cfg_scale: w of classifier-free guidance (Eq. 16) in likelihoods.
+        seed: of masks and of samples.
+        batch_size: prompts sampled together.
+        batch_tokens: tokens of one pass of scoring; by default what suits the device.
+        progress: bars on stderr; None: where that is a terminal.
+
+    Raises:
+        UserError: a Monte Carlo count or batch size below 1, or no tokenizer.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        monte_carlo: int = MONTE_CARLO,
+        sampling: Mapping[str, Any] | None = None,
+        infill: bool = False,
+        greedy: bool = False,
+        cfg_scale: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 8,
+        batch_tokens: int | None = None,
+        progress: bool | None = False,
+    ) -> None:
+        super().__init__()
+        for name, count in (("monte_carlo", monte_carlo), ("batch_size", batch_size)):
+            if count < 1:
+                raise UserError(f"{name} is {count}; it must be at least 1")
+        lm.encode("")  # says that there is no tokenizer
+        self.lm, self.sampling, self.infill, self.greedy = lm, dict(sampling or {}), infill, greedy
+        self.batch_size, self.progress, self.seed = batch_size, progress, seed
+        self._scoring: dict[str, Any] = {
+            "samples": monte_carlo, "cfg_scale": cfg_scale, "seed": seed, "batch_tokens": batch_tokens,
+            "progress": progress,
+        }  # fmt: skip
+        self._device = lm.device
+        self._chats: dict[str, list[int]] = {}
+        if dist.is_initialized():
+            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+
+    # --- likelihoods --------------------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(nats, greedy) of each (context, continuation); contexts that do not fit are cut at their left."""
+        pairs = [self._pair(*request.args) for request in requests]
+        scores = log_likelihood(self.lm, pairs, truncate="left", **self._scoring)
+        greedy = self._greedy(pairs) if self.greedy else [False] * len(pairs)
+        return [(score.mean, flag) for score, flag in zip(scores, greedy, strict=True)]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Nats of each text, in disjoint windows of the context length."""
+        texts = [self.lm.encode(request.args[0]) for request in requests]
+        return document_log_likelihoods(self.lm, texts, **self._scoring)
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of both: encoded together and parted where the context alone would end, as in the harness's own models.
+
+        White space at the context's end belongs to the continuation: tokenizers bind it to the word behind it.
+        """
+        if context in self._chats:
+            return self._chats[context], self.lm.encode(continuation)
+        kept = context.rstrip()
+        whole, head = self.lm.encode(context + continuation), self.lm.encode(kept)
+        prefix = list(self.lm.text_prefix_ids) if kept else []
+        return [*prefix, *head], whole[len(head) :]
+
+    def _greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
+        flags = [not continuation for _, continuation in pairs]
+        for length in sorted({len(continuation) for _, continuation in pairs} - {0}):
+            members = [i for i, (_, continuation) in enumerate(pairs) if len(continuation) == length]
+            prompts = [self._fitting(pairs[i][0], length) for i in members]
+            answers = generate(self.lm, prompts, length=length, batch_size=self.batch_size).tokens
+            for i, answer in zip(members, answers, strict=True):
+                flags[i] = answer == pairs[i][1]
+        return flags
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The answer to each (context, settings), up to the first of the settings' stop strings."""
+        answers = [""] * len(requests)
+        with ScoringProgress(self.progress, "answers") as bar:
+            bar.expect(len(requests))
+            for members in self._batches(requests):
+                batch = [requests[i] for i in members]
+                texts = self._filled(batch) if self._fills(batch[0]) else self._answered(batch, members[0])
+                for i, text in zip(members, texts, strict=True):
+                    answers[i] = text
+                bar.advance(len(batch))
+        return answers
+
+    def _batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
+        """Numbers of requests that share their settings, in order."""
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(f"{request.args[1]!r} {self._fills(request)}", []).append(i)
+        for members in groups.values():
+            for start in range(0, len(members), self.batch_size):
+                yield members[start : start + self.batch_size]
+
+    def _answered(self, requests: Sequence[Instance], first: int) -> list[str]:
+        settings = self.settings(requests[0].args[1])
+        prompts = [self._fitting(self._prompt(request.args[0]), settings["length"]) for request in requests]
+        text = generate(self.lm, prompts, seed=self.seed, first=first, **settings).text
+        assert text is not None
+        return text
+
+    def settings(self, task: Mapping[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of ``generate`` for what a task's ``generation_kwargs`` say.
+
+        An answer takes at most half of the context, so that its prompt has room. Steps are then no more than tokens.
+        Stop strings that hold a special token are left out: no answer's text does.
+        """
+        settings: dict[str, Any] = {"length": int(task.get("max_gen_toks") or DEFAULT_LENGTH)}
+        if task.get("do_sample"):
+            settings |= {name: task[name] for name in ("top_k", "top_p") if task.get(name) is not None}
+            settings["temperature"] = float(task.get("temperature") or 1.0)
+        settings |= {k: v for k, v in self.sampling.items() if not self.lm.causal or k in _OF_BOTH}
+        block = settings.get("block_length") or 1
+        most = max(block, self.lm.context_length // 2 // block * block)
+        if settings["length"] > most:
+            settings["length"] = most
+            if settings.get("steps") is not None:
+                settings["steps"] = min(settings["steps"], most)
+        until = task.get("until") or []
+        stops = [until] if isinstance(until, str) else list(until)
+        return settings | {"stop": [text for text in stops if text and not self._holds_special(text)]}
+
+    def _fills(self, request: Instance) -> bool:
+        return self.infill and not self.lm.causal and "suffix" in request.doc
+
+    def _filled(self, requests: Sequence[Instance]) -> list[str]:
+        """What stands between prompt and suffix."""
+        assert self.lm.mask_token_id is not None
+        texts, spans = [], []
+        for request in requests:
+            before = self.lm.encode_prompt(request.doc["prompt"])
+            behind = self.lm.encode(request.doc["suffix"])
+            gap = max(1, len(self.lm.encode(request.doc["canonical_solution"])))
+            texts.append([*before, *[self.lm.mask_token_id] * gap, *behind])
+            spans.append((len(before), len(before) + gap))
+        settings = {k: v for k, v in self.sampling.items() if k not in _INFILL_LACKS}
+        filled = generate(self.lm, texts, infill=True, seed=self.seed, **settings).tokens
+        return [self.lm.decode(tokens[start:end]) for tokens, (start, end) in zip(filled, spans, strict=True)]
+
+    def _prompt(self, context: str) -> list[int]:
+        return self._chats.get(context) or self.lm.encode_prompt(context)
+
+    def _fitting(self, prompt: list[int], length: int) -> list[int]:
+        """The prompt's right part that leaves room for an answer; the prefix of texts stays in front.
+
+        A Llama that is given nothing begins with its BOS.
+        """
+        prefix = list(self.lm.text_prefix_ids)
+        if not prompt and self.lm.causal and self.lm.start_token_id is None:
+            return (prefix or [self.lm.eos_token_id])[:1]
+        excess = len(prompt) + length - self.lm.context_length
+        if excess <= 0:
+            return prompt
+        kept = prefix if prompt[: len(prefix)] == prefix else []
+        return kept + prompt[len(kept) + excess :]
+
+    def _holds_special(self, text: str) -> bool:
+        tokenizer: Any = self.lm.tokenizer
+        return any(t.special and t.content in text for t in tokenizer.get_added_tokens_decoder().values())
+
+    # --- chat ---------------------------------------------------------------------------------------------------------
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The prompt of a conversation as a text, whose ids are kept aside.
+
+        The text is for people and for the harness's records: read back, what a message spells could become a special
+        token. Without ``add_generation_prompt`` the last message begins the answer.
+
+        Raises:
+            UserError: there is no chat template, or it refuses the messages.
+        """
+        if self.lm.chat_template is None:
+            raise UserError(f"'{self.lm.name}' has no chat template; leave --chat out, or take a chat model")
+        said, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
+        messages = [Message(message["role"], message["content"]) for message in said]  # type: ignore[arg-type]
+        ids = conversation_ids(self.lm, messages) + self.lm.encode(begun)
+        tokenizer: Any = self.lm.tokenizer
+        text = str(tokenizer.decode(ids, skip_special_tokens=False))
+        self._chats[text] = ids
+        return text
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The checkpoint's template, for the harness's records."""
+        return (self.lm.chat_template or "") if chat_template else ""
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer and its template in the harness's cache of requests."""
+        return self.lm.name.replace("/", "__")
+
+    # --- several processes --------------------------------------------------------------------------------------------
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """The scalars of all processes, one behind the other."""
+        if self.world_size == 1:
+            return tensor
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, tensor.cpu())
+        return stack(found)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """The objects of all processes, on one of them."""
+        if self.world_size == 1:
+            return [obj]
+        found: list[Any] | None = [None] * self.world_size if self.rank == dst else None
+        dist.gather_object(obj, found, dst=dst)
+        return found
+
+    def barrier(self) -> None:
+        """Waits for all processes."""
+        if self.world_size > 1:
+            dist.barrier()

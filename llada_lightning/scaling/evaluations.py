@@ -1,0 +1,76 @@
+"""Scores of a run's checkpoints on tasks: a file in the run's folder, and columns of the results table.
+
+``evaluations.csv`` in a run's folder has a row for each step and task. A results table takes from it, for the step of
+each of its rows, the columns ``task_<name>`` (percent) and ``task_<name>_stderr``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from llada_lightning.errors import UserError
+from llada_lightning.files import written_atomically
+
+EVALUATIONS_FILE = "evaluations.csv"
+EVALUATION_COLUMNS = ("steps", "task", "score", "stderr", "n", "metric", "settings")
+"""``score`` and ``stderr`` are in percent; ``settings`` say how it was measured."""
+
+
+def write_evaluations(folder: Path | str, rows: Sequence[dict[str, Any]]) -> Path:
+    """Adds rows to a run's evaluations; those of the same step and task replace the ones before. Atomic.
+
+    Args:
+        folder: the run's folder.
+        rows: with exactly the keys ``EVALUATION_COLUMNS``.
+
+    Raises:
+        UserError: the file that is there is damaged.
+    """
+    path = Path(folder) / EVALUATIONS_FILE
+    table = pd.DataFrame(rows, columns=list(EVALUATION_COLUMNS))
+    if path.exists():
+        table = pd.concat([read_evaluations(folder), table])
+    table = table.drop_duplicates(["steps", "task"], keep="last").sort_values(["steps", "task"])
+    with written_atomically(path) as temporary:
+        table.to_csv(temporary, index=False)
+    return path
+
+
+def read_evaluations(folder: Path | str) -> pd.DataFrame:
+    """The columns ``EVALUATION_COLUMNS``; no rows where a run has no evaluations.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = Path(folder) / EVALUATIONS_FILE
+    types: dict[str, Any] = {
+        "steps": "int64",
+        "task": str,
+        "score": "float64",
+        "stderr": "float64",
+        "n": "int64",
+        "metric": str,
+    }
+    if not path.is_file():
+        return pd.DataFrame(columns=list(EVALUATION_COLUMNS))
+    try:
+        table = pd.read_csv(path, dtype=types)
+    except (OSError, ValueError) as error:  # pandas' errors of parsing are ValueErrors
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}); delete it and evaluate again") from error
+    if list(table.columns) != list(EVALUATION_COLUMNS):
+        raise UserError(f"{path}: its columns must be {', '.join(EVALUATION_COLUMNS)}; delete it and evaluate again")
+    return table
+
+
+def task_columns(folder: Path | str, steps: Any) -> dict[str, float]:
+    """The columns of a results table that the evaluations at a step give."""
+    table = read_evaluations(folder)
+    columns: dict[str, float] = {}
+    for row in table[table["steps"] == steps].to_dict("records"):
+        columns[f"task_{row['task']}"] = float(row["score"])
+        columns[f"task_{row['task']}_stderr"] = float(row["stderr"])
+    return columns

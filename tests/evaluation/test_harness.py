@@ -1,0 +1,265 @@
+"""Our models in lm-evaluation-harness: its accuracies are those of a direct computation, and of its own model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from local_tasks import QUESTIONS, answer_task, choice_task
+
+pytest.importorskip("lm_eval")
+
+import datasets
+from lm_eval.api.instance import Instance
+
+from llada_lightning.checkpoints.language_model import LanguageModel
+from llada_lightning.checkpoints.load import load_model
+from llada_lightning.errors import UserError
+from llada_lightning.evaluation.benchmarks import Outcome, load_benchmark, measure, runs_code, task_manager
+from llada_lightning.evaluation.harness import HarnessModel
+from llada_lightning.evaluation.likelihood import log_likelihood
+from llada_lightning.evaluation.suites import SUITES, Benchmark
+from llada_lightning.generation.sampling import generate
+from small_checkpoints import tokenizer_folder, written
+
+OBJECTIVES = ("arm", "llada")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LanguageModel]:
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = tokenizer_folder(root / "tokenizer")
+    return {name: load_model(written(root / name, "llada", name, tokenizer)) for name in OBJECTIVES}  # type: ignore[arg-type]
+
+
+def asked(*arguments: Any, doc: dict[str, Any] | None = None) -> Instance:
+    return Instance("loglikelihood", doc or {}, arguments, 0, ("task", 0, 1))
+
+
+def outcome(model: HarnessModel, folder: Path, task: str, **options: Any) -> Outcome:
+    benchmark = Benchmark(task, task)
+    loaded = load_benchmark(task_manager([benchmark], folder), benchmark, unsafe_code=False)
+    (result,) = measure(model, loaded, **options)
+    return result
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_multiple_choice_is_the_direct_computation(models: Any, tmp_path: Path, objective: str) -> None:
+    lm = models[objective]
+    documents = choice_task(tmp_path)
+    found = outcome(HarnessModel(lm, monte_carlo=8), tmp_path, "local_choice")
+    right, right_per_byte = [], []
+    for document in documents:
+        prompt = lm.encode_prompt(f"{document['question']}\nAnswer:")
+        pairs = [(prompt, lm.encode(f" {choice}")) for choice in document["choices"]]
+        values = np.array([score.mean for score in log_likelihood(lm, pairs, 8)])
+        right.append(int(values.argmax()) == document["answer"])
+        lengths = np.array([len(choice) for choice in document["choices"]])
+        right_per_byte.append(int((values / lengths).argmax()) == document["answer"])
+    assert found.metrics["acc,none"]["value"] == np.mean(right)
+    assert found.metrics["acc_norm,none"]["value"] == np.mean(right_per_byte)
+    assert found.n == len(documents)
+    assert found.stderr == pytest.approx(np.std(right, ddof=1) / math.sqrt(len(right)))
+    assert (found.metric, found.is_share, found.shots) == ("acc,none", True, 0)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_answers_are_those_of_generate(models: Any, tmp_path: Path, objective: str) -> None:
+    lm = models[objective]
+    questions = [f"question {n}:" for n in range(6)]
+    text = generate(lm, questions, length=8).text
+    assert text is not None
+    documents = [{"question": q, "answer": t if n % 3 else "no"} for n, (q, t) in enumerate(zip(questions, text))]  # noqa: B905
+    answer_task(tmp_path, documents)
+    found = outcome(HarnessModel(lm, batch_size=4), tmp_path, "local_answer")
+    assert found.value == sum(d["answer"] == t for d, t in zip(documents, text, strict=True)) / 6 == 4 / 6
+
+
+def test_limit_takes_the_first_documents(models: Any, tmp_path: Path) -> None:
+    choice_task(tmp_path)
+    assert outcome(HarnessModel(models["arm"]), tmp_path, "local_choice", limit=3).n == 3
+
+
+def test_an_arm_agrees_with_the_harness_own_model(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from lm_eval.models.huggingface import HFLM
+
+    folder = written(tmp_path / "llama", "hf-llama", "arm", tokenizer_folder(tmp_path / "tokenizer"))
+    choice_task(tmp_path / "tasks")
+    ours = HarnessModel(load_model(folder))
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4, add_bos_token=True)
+    requests = [asked(f"{d['question']}\nAnswer:", f" {c}") for d in QUESTIONS for c in d["choices"]]
+    requests += [asked("white space ", "moves"), asked("", "nothing before")]
+    ours.greedy = True
+    expected = theirs.loglikelihood(requests, disable_tqdm=True)
+    for (mine, greedy), (value, their_greedy) in zip(ours.loglikelihood(requests), expected, strict=True):
+        assert mine == pytest.approx(value, abs=1e-4)
+        assert greedy == their_greedy
+    answer = generate(ours.lm, [ours.lm.encode_prompt("Once")], length=4).tokens[0]
+    likeliest = asked("Once", ours.lm.decode(answer))
+    if ours.lm.encode(ours.lm.decode(answer)) == answer:
+        assert ours.loglikelihood([likeliest])[0][1] and theirs.loglikelihood([likeliest], disable_tqdm=True)[0][1]
+    mine, their = (outcome(model, tmp_path / "tasks", "local_choice").metrics for model in (ours, theirs))  # type: ignore[arg-type]
+    assert mine == their
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_greedy_is_what_greedy_sampling_writes(models: Any, objective: str) -> None:
+    lm = models[objective]
+    model = HarnessModel(lm, monte_carlo=4, greedy=True)
+    for seed in range(20):
+        (tokens,) = generate(lm, [lm.encode_prompt(f"prompt {seed}")], length=3).tokens
+        if len(tokens) == 3 and lm.encode(lm.decode(tokens)) == tokens:
+            break
+    requests = [asked(f"prompt {seed}", lm.decode(tokens)), asked(f"prompt {seed}", "xyz")]
+    assert [flag for _, flag in model.loglikelihood(requests)] == [True, False]
+    model.greedy = False
+    assert [flag for _, flag in model.loglikelihood(requests)] == [False, False]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_text_beyond_the_context_is_scored_window_by_window(models: Any, objective: str) -> None:
+    lm = models[objective]
+    text = "a long text, " * 12
+    (value,) = HarnessModel(lm, monte_carlo=4).loglikelihood_rolling([asked(text)])
+    ids, length = lm.encode(text), lm.context_length
+    windows = [([], ids[start : start + length]) for start in range(0, len(ids), length)]
+    assert len(windows) == 3
+    assert value == pytest.approx(sum(score.mean for score in log_likelihood(lm, windows, 4)))
+
+
+def test_settings_of_a_task_and_of_the_user(models: Any) -> None:
+    llada = HarnessModel(models["llada"], sampling={"length": 16, "steps": 16, "zero_eos_confidence": True})
+    said = llada.settings({"max_gen_toks": 8, "until": ["\n", "[EOS]"], "do_sample": False})
+    assert said == {"length": 16, "steps": 16, "zero_eos_confidence": True, "stop": ["\n"]}
+    arm = HarnessModel(models["arm"], sampling=llada.sampling)
+    assert arm.settings({"until": "Q"}) == {"length": 16, "stop": ["Q"]}
+    # Half of the context, 64, at most, and no more steps than tokens.
+    large = HarnessModel(models["llada"], sampling={"length": 1024, "steps": 1024, "block_length": 5})
+    assert large.settings({}) | {"stop": []} == {"length": 30, "steps": 30, "block_length": 5, "stop": []}
+    sampled = HarnessModel(models["arm"]).settings({"do_sample": True, "top_p": 0.9, "max_gen_toks": 4})
+    assert (sampled["temperature"], sampled["top_p"], sampled["length"]) == (1.0, 0.9, 4)
+
+
+def test_stop_strings_and_long_prompts(models: Any) -> None:
+    lm = models["arm"]
+    model = HarnessModel(lm)
+    (whole,) = model.generate_until([asked("A prompt" * 20, {"max_gen_toks": 8})])
+    (cut,) = model.generate_until([asked("A prompt" * 20, {"max_gen_toks": 8, "until": [whole[2]]})])
+    assert cut == whole[: whole.index(whole[2])]
+
+
+def test_infilling_sees_what_stands_behind(models: Any) -> None:
+    document = {"prompt": "def f():\n", "suffix": "\n    return x\n", "canonical_solution": "    x = 1"}
+    request = asked("unused", {"max_gen_toks": 8}, doc=document)
+    lm = models["llada"]
+    (text,) = HarnessModel(lm, infill=True).generate_until([request])
+    before, behind = lm.encode(document["prompt"]), lm.encode(document["suffix"])
+    tokens = generate(lm, [[*before, *[lm.mask_token_id] * 9, *behind]], infill=True).tokens[0]
+    assert text == lm.decode(tokens[len(before) : len(before) + 9])
+    assert tokens[len(before) + 9 :] == behind
+    (continued,) = HarnessModel(models["arm"], infill=True).generate_until([request])
+    assert continued == HarnessModel(models["arm"]).generate_until([request])[0]
+
+
+def test_chat_prompts_keep_special_tokens_to_the_template(models: Any) -> None:
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}[EOS]{% endfor %}assistant:"
+    lm = replace(models["arm"], chat_template=template)
+    model = HarnessModel(lm)
+    text = model.apply_chat_template([{"role": "user", "content": "say [EOS]"}])
+    ids = model._prompt(text)
+    assert ids.count(lm.eos_token_id) == 1  # the template's; the message's stays text
+    assert ids == [*lm.encode("user: say [EOS]"), lm.eos_token_id, *lm.encode("assistant:")]
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}]
+    begun = model.apply_chat_template(history, add_generation_prompt=False)
+    assert model._prompt(begun)[-2:] == lm.encode("so")
+    assert model._pair(text, " yes") == (ids, lm.encode(" yes"))
+    with pytest.raises(UserError, match="has no chat template"):
+        HarnessModel(models["arm"]).apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize(("option", "value"), [("monte_carlo", 0), ("monte_carlo", -3), ("batch_size", 0)])
+def test_counts_below_one_are_refused(models: Any, option: str, value: int) -> None:
+    with pytest.raises(UserError, match=f"{option} is {value}; it must be at least 1"):
+        HarnessModel(models["llada"], **{option: value})
+
+
+def test_a_model_without_a_tokenizer_is_refused(models: Any) -> None:
+    with pytest.raises(UserError, match="has no tokenizer"):
+        HarnessModel(replace(models["llada"], tokenizer=None))
+
+
+def test_suites_name_tasks_that_exist_with_their_metrics() -> None:
+    pytest.importorskip("lm_eval")
+    suites = [benchmark for suite in SUITES.values() for benchmark in suite.benchmarks]
+    manager = task_manager(suites, None)
+    executing = {benchmark.name for benchmark in suites if runs_code(manager, benchmark.task)}
+    assert executing == {"humaneval", "humaneval_fim", "mbpp"}
+    for benchmark in suites:
+        names = [benchmark.task]
+        while not (config := manager.task_index[names[0]].cfg or {}).get("metric_list"):
+            first = config["task"][0]
+            names = [first if isinstance(first, str) else first["task"][0]]
+        kinds = {str(metric["metric"]).split(".")[-1].replace("pass_at_k", "pass@1") for metric in config["metric_list"]}
+        filters = {each["name"] for each in config.get("filter_list") or [{"name": "none"}]}
+        metric, _, filtered = str(benchmark.metric).partition(",")
+        assert metric in kinds and filtered in filters, benchmark
+
+
+def test_unknown_tasks_are_named_with_their_neighbours(tmp_path: Path) -> None:
+    choice_task(tmp_path)
+    manager = SimpleNamespace(all_tasks=["local_choice"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llada_lightning.evaluation.benchmarks.TaskManager", lambda **_: manager)
+        with pytest.raises(UserError, match="task 'local_choise' is not known.*did you mean local_choice"):
+            task_manager([Benchmark("x", "local_choise")], tmp_path)
+
+
+def test_data_that_cannot_be_reached_say_how_to_get_them(tmp_path: Path) -> None:
+    choice_task(tmp_path, "lost", dataset_kwargs={"data_files": {"test": str(tmp_path / "nowhere.jsonl")}})
+    benchmark = Benchmark("lost", "lost")
+    with pytest.raises(UserError, match=r"'lost': its data cannot be reached.*HF_HOME.*HF_HUB_OFFLINE=1") as refused:
+        load_benchmark(task_manager([benchmark], tmp_path), benchmark, unsafe_code=False)
+    assert "\n" not in str(refused.value)
+
+
+def test_code_runs_on_request_only_and_in_the_sandbox(models: Any, tmp_path: Path) -> None:
+    (tmp_path / "scores.py").write_text(
+        "import evaluate\n"
+        "metric = evaluate.load('code_eval')\n"
+        "def pass_at_k(references, predictions, k=None):\n"
+        "    return metric.compute(references=references, predictions=predictions, k=[1])[0]\n"
+        "def programs(resps, docs):\n"
+        "    return [[doc['program'] for _ in resp] for resp, doc in zip(resps, docs)]\n"
+    )
+    documents = [
+        {"question": "?", "answer": "assert x == 1", "program": program} for program in ("x = 1", "x = 2", "exit()")
+    ]
+    answer_task(tmp_path, documents, "local_code", unsafe_code=True)
+    path = tmp_path / "local_code.yaml"
+    text = path.read_text()
+    start = text.index("metric_list:")
+    end = text.index("output_type:")
+    text = text[:start] + "metric_list:\n  - metric: !function scores.pass_at_k\n    k: [1]\n    aggregation: mean\n"
+    text += "    higher_is_better: true\nfilter_list:\n  - name: made\n    filter:\n      - function: custom\n"
+    text += "        filter_fn: !function scores.programs\n" + path.read_text()[end:]
+    path.write_text(text)
+    benchmark = Benchmark("code", "local_code", "pass@1,made")
+    manager = task_manager([benchmark], tmp_path)
+    with pytest.raises(UserError, match="'local_code' executes what the model writes; give --unsafe-code"):
+        load_benchmark(manager, benchmark, unsafe_code=False)
+    loaded = load_benchmark(manager, benchmark, unsafe_code=True)
+    (found,) = measure(HarnessModel(models["arm"]), loaded, unsafe_code=True)
+    assert (found.value, found.n, found.name) == (1 / 3, 3, "code")
