@@ -21,7 +21,7 @@ from llada_lightning.files import require_replaceable, write_json
 from llada_lightning.generation.terminal.options import REMASKINGS, STRATEGIES, add_model_options, load
 
 if TYPE_CHECKING:
-    from llada_lightning.evaluation.benchmarks import Outcome
+    from llada_lightning.evaluation.benchmarks import Loaded, Outcome
     from llada_lightning.evaluation.harness import HarnessModel
 
 _SAMPLING = (
@@ -35,6 +35,12 @@ def evaluate_parser() -> CommandParser:
     parser = CommandParser(
         prog="llada evaluate", description="Benchmarks of a checkpoint, through lm-evaluation-harness."
     )
+    add_evaluation_options(parser)
+    return parser
+
+
+def add_evaluation_options(parser: CommandParser) -> None:
+    """What is measured and how; of `llada ablate` too."""
     add_model_options(parser)
     what = parser.add_argument_group("what is measured", "one of the first two")
     what.add_argument("--suite", type=str | None, default=None, help=f"of the paper: {', '.join(SUITES)}")
@@ -73,7 +79,6 @@ def evaluate_parser() -> CommandParser:
     output.add_argument("--out", type=str | None, default=None, metavar="FILE", help="JSON with every metric")
     output.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add_json(parser)
-    return parser
 
 
 def evaluate_command(argv: list[str]) -> int:
@@ -85,12 +90,35 @@ def evaluate_command(argv: list[str]) -> int:
         UserError: an option, the checkpoint, a task or its data is not right.
     """
     options = evaluate_parser().parse_args(argv)
-    suite = _suite(options)
-    _check(options)
+    suite = suite_of(options)
+    check(options)
+    model, loaded = prepared(options, suite)
+    from llada_lightning.evaluation.benchmarks import measure
+
+    chat = suite.chat or options.chat
+    sampling = said(options)
+    outcomes = [
+        outcome
+        for each in loaded
+        for outcome in measure(
+            model, each, limit=options.limit, chat=chat, sampling=sampling, unsafe_code=options.unsafe_code
+        )
+    ]
+    if model.rank == 0:
+        _report(options, model, outcomes, chat)
+    return 0
+
+
+def prepared(options: Any, suite: Suite) -> tuple[HarnessModel, list[Loaded]]:
+    """The model and the benchmarks with their data, as the options of a command say.
+
+    Raises:
+        UserError: lm-evaluation-harness is missing, the checkpoint, a task or its data is not right.
+    """
     _quiet_libraries()
-    # After the parser: --help answers at once.
+    # Here, since --help should not wait for them.
     try:
-        from llada_lightning.evaluation.benchmarks import load_benchmark, measure, task_manager
+        from llada_lightning.evaluation.benchmarks import load_benchmark, task_manager
         from llada_lightning.evaluation.harness import HarnessModel
     except ModuleNotFoundError as error:
         raise UserError(f"evaluate: {error.name} is missing; pip install 'llada-lightning[eval]'") from error
@@ -117,21 +145,10 @@ def evaluate_command(argv: list[str]) -> int:
         batch_tokens=options.batch_tokens,
         progress=False if options.quiet else None,
     )
-    chat = suite.chat or options.chat
-    sampling = {name: options[name] for name in _SAMPLING if options[name]}
-    outcomes = [
-        outcome
-        for each in loaded
-        for outcome in measure(
-            model, each, limit=options.limit, chat=chat, sampling=sampling, unsafe_code=options.unsafe_code
-        )
-    ]
-    if model.rank == 0:
-        _report(options, model, outcomes, chat)
-    return 0
+    return model, loaded
 
 
-def _suite(options: Any) -> Suite:
+def suite_of(options: Any) -> Suite:
     """What is to be measured.
 
     Raises:
@@ -151,7 +168,7 @@ def _suite(options: Any) -> Suite:
     return Suite(tuple(Benchmark(name, name, shots=options.shots) for name in names))
 
 
-def _check(options: Any) -> None:
+def check(options: Any) -> None:
     """What can be said before anything is read."""
     for name in ("limit", "monte_carlo", "batch_size", "batch_tokens", "length", "steps", "block_length"):
         if options[name] is not None and options[name] < 1:
@@ -211,8 +228,13 @@ def _report(options: Any, model: HarnessModel, outcomes: list[Outcome], chat: bo
 
 def _settings(options: Any, chat: bool) -> dict[str, Any]:
     """How it was measured, as far as the command says."""
-    said = {name: options[name] for name in _SAMPLING if options[name]}
-    return {"monte_carlo": options.monte_carlo, "seed": options.seed, "limit": options.limit, "chat": chat, **said}
+    common = {"monte_carlo": options.monte_carlo, "seed": options.seed, "limit": options.limit, "chat": chat}
+    return common | said(options)
+
+
+def said(options: Any) -> dict[str, Any]:
+    """The settings of sampling that the options say."""
+    return {name: options[name] for name in _SAMPLING if options[name]}
 
 
 def _table(outcomes: list[Outcome]) -> Table:

@@ -87,6 +87,15 @@ class HarnessModel(LM):
         if dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
+    @property
+    def cfg_scale(self) -> float:
+        """w of guidance in likelihoods."""
+        return float(self._scoring["cfg_scale"])
+
+    @cfg_scale.setter
+    def cfg_scale(self, value: float) -> None:
+        self._scoring["cfg_scale"] = value
+
     # --- likelihoods --------------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
