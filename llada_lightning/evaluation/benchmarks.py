@@ -126,18 +126,27 @@ def _part_runs_code(manager: TaskManager, part: Any) -> bool:
     )
 
 
+def require_code_allowed(manager: TaskManager, benchmark: Benchmark, unsafe_code: bool) -> None:
+    """Needs no data.
+
+    Raises:
+        UserError: the task executes what the model writes, and that is not asked for.
+    """
+    if not unsafe_code and runs_code(manager, benchmark.task):
+        raise UserError(
+            f"task '{benchmark.task}' executes what the model writes; give --unsafe-code to run that in a sandbox, or "
+            "leave the task out (--skip-missing)"
+        )
+
+
 def load_benchmark(manager: TaskManager, benchmark: Benchmark, unsafe_code: bool) -> Loaded:
     """The benchmark with its data, as its shots say.
 
     Raises:
         UserError: it executes code and that is not asked for, its data cannot be reached, or a package is missing.
     """
+    require_code_allowed(manager, benchmark, unsafe_code)
     executes = runs_code(manager, benchmark.task)
-    if executes and not unsafe_code:
-        raise UserError(
-            f"task '{benchmark.task}' executes what the model writes; give --unsafe-code to run that in a sandbox, or "
-            "leave the task out"
-        )
     try:
         with _seeded(), sandboxed_code_eval() if executes else nullcontext():
             found = manager.load([benchmark.task])

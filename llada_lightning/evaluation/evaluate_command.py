@@ -54,7 +54,7 @@ def add_evaluation_options(parser: CommandParser) -> None:
     what.add_argument("--limit", type=int | None, default=None, help="the first documents of each task only, for a try")
     what.add_argument("--chat", action="store_true", help="prompts through the checkpoint's chat template")
     what.add_argument("--unsafe-code", action="store_true", help="let tasks run what the model writes, in a sandbox")
-    what.add_argument("--skip-missing", action="store_true", help="go on without tasks whose data cannot be reached")
+    what.add_argument("--skip-missing", action="store_true", help="go on without tasks that cannot be loaded")
     how = parser.add_argument_group("likelihoods")
     how.add_argument(
         "--monte-carlo",
@@ -118,13 +118,16 @@ def prepared(options: Any, suite: Suite) -> tuple[HarnessModel, list[Loaded]]:
     _quiet_libraries()
     # Here, since --help should not wait for them.
     try:
-        from llada_lightning.evaluation.benchmarks import load_benchmark, task_manager
+        from llada_lightning.evaluation.benchmarks import load_benchmark, require_code_allowed, task_manager
         from llada_lightning.evaluation.harness import HarnessModel
     except ModuleNotFoundError as error:
         raise UserError(f"evaluate: {error.name} is missing; pip install 'llada-lightning[eval]'") from error
 
     include_path = Path(options.include_path) if options.include_path else None
     manager = task_manager(suite.benchmarks, include_path)
+    if not options.skip_missing:
+        for benchmark in suite.benchmarks:  # before gigabytes are loaded
+            require_code_allowed(manager, benchmark, options.unsafe_code)
     loaded = []
     for benchmark in suite.benchmarks:
         try:

@@ -106,6 +106,14 @@ def test_a_task_without_data_can_be_left_out(checkpoint: Path, tasks: Path, caps
     assert "note: left out: task 'lost'" in gone_on.err and "local_choice" in gone_on.out
 
 
+def test_code_is_refused_before_any_data_are_looked_for(checkpoint: Path, tasks: Path, capsys: Any) -> None:
+    choice_task(tasks, "lost", dataset_kwargs={"data_files": {"test": "/nowhere/lost.jsonl"}})
+    choice_task(tasks, "local_code", unsafe_code=True)
+    names = "lost,local_code"
+    assert main(["evaluate", str(checkpoint), "--tasks", names, "--include-path", str(tasks), "--quiet"]) == 2
+    assert "task 'local_code' executes what the model writes; give --unsafe-code" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_documents(checkpoint: Path, tasks: Path, tmp_path: Path) -> None:
     records = []
