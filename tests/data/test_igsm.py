@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llada_lightning.data.igsm.problem import problems
-from llada_lightning.data.igsm.solver import Ambiguous, solve
+from llada_lightning.data.igsm.solver import AmbiguousError, solve
 from llada_lightning.data.igsm.text import question, solution
 from llada_lightning.errors import UserError
 
@@ -56,7 +56,7 @@ def test_the_same_seed_gives_the_same_problems_and_no_test_problem_is_trained_on
     ],
 )
 def test_an_ambiguous_text_is_refused(text: str, fault: str) -> None:
-    with pytest.raises(Ambiguous, match=fault):
+    with pytest.raises(AmbiguousError, match=fault):
         solve(text)
 
 
