@@ -54,7 +54,7 @@ class Problem:
 
     @property
     def held_out(self) -> bool:
-        """Whether the problem belongs to the test half: a hash of its structure decides, never an order of sentences or terms."""
+        """Whether the problem is kept for testing: a hash of its structure decides, not the order of what is stated."""
         structure = sorted((s.parameter, sorted(s.terms), s.constant, s.factor) for s in self.steps)
         digest = hashlib.sha256(repr((structure, self.steps[-1].parameter)).encode()).digest()
         return int.from_bytes(digest[:8], "big") % _TEST_SHARE == 0
