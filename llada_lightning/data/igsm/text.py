@@ -47,4 +47,5 @@ def _solved(step: Step, letters: dict[Parameter, str], values: dict[Parameter, i
     if step.factor != 1:
         symbols, numbers = f"{step.factor} * ({symbols})", f"{step.factor} * ({numbers})"
     assert 0 <= step.value < MODULUS
-    return f"{head}{symbols} = {numbers} = {step.value}."
+    worked = symbols if numbers == str(step.value) else f"{symbols} = {numbers}"  # of one term: b = a = 4
+    return f"{head}{worked} = {step.value}."
