@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llada_lightning.checkpoints.language_model import LanguageModel
@@ -22,7 +23,6 @@ from llada_lightning.evaluation.igsm.prompts import SYSTEM, chat_messages, compl
 from llada_lightning.evaluation.igsm.run import IgsmSettings, answer_in, run_igsm
 from llada_lightning.model import Transformer
 from llada_lightning.scaling.shapes import Shape
-from small_models import random_model
 
 PROBLEMS = [next(problems(7 + i, steps=4 + i % 3, test=True)) for i in range(6)]
 
