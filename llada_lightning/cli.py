@@ -33,6 +33,7 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   chat       a conversation with a checkpoint
   score      log-likelihood of continuations, multiple choice, perplexity of texts
   evaluate   benchmarks of a checkpoint, through lm-evaluation-harness
+  igsm       generated mathematics problems, solved by a checkpoint
   ablate     guidance, samplers, remasking, lengths: the paper's Tables 6 to 10
   convert    a checkpoint -> an inference folder of ours, or Hugging Face LLaDA or Llama
 
@@ -208,6 +209,11 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return evaluate_command(args)
 
+    def igsm(args: list[str]) -> int:
+        from llada_lightning.evaluation.igsm.igsm_command import igsm_command
+
+        return igsm_command(args)
+
     def ablate(args: list[str]) -> int:
         from llada_lightning.evaluation.ablate_command import ablate_command
 
@@ -225,6 +231,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
         "chat": chat,
         "score": score,
         "evaluate": evaluate,
+        "igsm": igsm,
         "ablate": ablate,
         "convert": convert,
     }

@@ -6,6 +6,7 @@ A source is written as one word on the command line:
 - a text file, a JSONL file (``.jsonl``, ``.ndjson``, ``.json`` with one object a line), or a folder of such files, read
   recursively in sorted order; each plain or compressed (``.gz``, ``.xz``, ``.bz2``, ``.zst``);
 - a pattern (``books/*.txt``) of such files;
+- ``igsm:COUNT[@SEED]``: generated mathematics problems with their solutions, the same for the same seed;
 - ``hf:NAME[:CONFIG][@SPLIT]``: a dataset of the Hugging Face hub, or ``hf:FOLDER[@SPLIT]``: one on this machine.
 """
 
@@ -23,11 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llada_lightning.data.igsm.corpus import VERSION as IGSM_VERSION
+from llada_lightning.data.igsm.corpus import IgsmSource, igsm_source
 from llada_lightning.data.text_files import READ_ERRORS, Meter, is_text, json_documents, suffixes_of, text_documents
 from llada_lightning.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
 HUB_PREFIX = "hf:"
+IGSM = "igsm"
 _SAMPLED_BYTES = 1 << 16
 _FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
@@ -201,6 +205,18 @@ class DatasetCorpus(Corpus):
         return text
 
 
+class IgsmCorpus(Corpus):
+    """Generated problems, known by their number and seed."""
+
+    def __init__(self, source: IgsmSource) -> None:
+        self._source = source
+        facts = {"kind": IGSM, "problems": source.count, "seed": source.seed, "version": IGSM_VERSION}
+        self.identity = {**facts, "digest": digest_of(facts)}
+
+    def documents(self) -> Iterator[str]:
+        return self._source.documents()
+
+
 def _local_dataset(path: Path) -> dict[str, Any]:
     """The arguments of ``load_dataset`` for a folder, or for one file by its suffix."""
     if path.is_dir():
@@ -328,6 +344,8 @@ def open_corpus(source: str, *, text_field: str = "text", document_separator: st
         return _stdlib_corpus()
     if source.startswith(HUB_PREFIX):
         return DatasetCorpus(source[len(HUB_PREFIX) :], text_field)
+    if source.partition(":")[0] == IGSM:
+        return IgsmCorpus(igsm_source(source))
     path = Path(source).expanduser()
     if path.suffix in _TABLE_SUFFIXES:
         raise UserError(f"source '{source}': tables are read as datasets; write '{HUB_PREFIX}{source}'")
