@@ -14,12 +14,13 @@ from lm_eval.api.model import LM
 from torch import Tensor, stack
 
 from llada_lightning.checkpoints.language_model import LanguageModel
+from llada_lightning.data.chat import Message
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.progress import ScoringProgress
 from llada_lightning.evaluation.rolling import document_log_likelihoods
 from llada_lightning.generation.sampling import generate
-from llada_lightning.generation.terminal.conversation import Message, conversation_ids
+from llada_lightning.generation.terminal.conversation import conversation_ids
 
 MONTE_CARLO = 128
 """Masks of a continuation of several tokens (paper, B.6). One token is scored exactly by one pass."""

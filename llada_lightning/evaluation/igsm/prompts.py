@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 
+from llada_lightning.data.chat import Message
 from llada_lightning.data.igsm.corpus import asked, document
 from llada_lightning.data.igsm.problem import Problem, problems
 from llada_lightning.data.igsm.text import question, solution
-from llada_lightning.generation.terminal.conversation import Message
 
 SYSTEM = (
     "You're an expert at solving elementary math problems involving addition, subtraction, and multiplication. "

@@ -79,10 +79,10 @@ class Chat:
     """
 
     def __init__(self, lm: LanguageModel, options: dict[str, Any], system: str | None = None) -> None:
+        from llada_lightning.data.chat import Message
         from llada_lightning.generation.pictures.alignment import Aligner
         from llada_lightning.generation.pictures.dialogue import Turn
         from llada_lightning.generation.settings import DEFAULT_LENGTH
-        from llada_lightning.generation.terminal.conversation import Message
 
         lm.encode("")
         self._lm = lm
@@ -125,8 +125,9 @@ class Chat:
         self._aside.print(Text(text, "dim"), soft_wrap=True)
 
     def _ask(self, text: str) -> None:
+        from llada_lightning.data.chat import Message
         from llada_lightning.generation.pictures.dialogue import answer, question
-        from llada_lightning.generation.terminal.conversation import Message, fitting_ids
+        from llada_lightning.generation.terminal.conversation import fitting_ids
         from llada_lightning.generation.terminal.prompt_sources import check_text
         from llada_lightning.generation.terminal.unfold import Unfolding, coloured
 

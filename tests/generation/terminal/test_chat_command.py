@@ -9,11 +9,12 @@ import pytest
 
 from llada_lightning.checkpoints import LanguageModel
 from llada_lightning.cli import main
+from llada_lightning.data.chat import Message
 from llada_lightning.errors import UserError
 from llada_lightning.generation import generate
 from llada_lightning.generation.terminal import options
 from llada_lightning.generation.terminal.chat_command import Chat, chat_parser
-from llada_lightning.generation.terminal.conversation import Message, conversation_ids
+from llada_lightning.generation.terminal.conversation import conversation_ids
 from speaking_models import CHAT_TEMPLATE, speaking_model
 
 Captured = pytest.CaptureFixture[str]

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from llada_lightning.data.chat import Message
 from llada_lightning.errors import UserError
-from llada_lightning.generation.terminal.conversation import Message, conversation_ids, fitting_ids
+from llada_lightning.generation.terminal.conversation import conversation_ids, fitting_ids
 from speaking_models import BEGIN, CHAT_TEMPLATE, HEADER, HEADER_END, TURN_END, speaking_model, tokenizer
 
 SPECIAL = [BEGIN, HEADER, HEADER_END, TURN_END, "[EOS]", "[MASK]"]
