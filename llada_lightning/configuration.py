@@ -19,19 +19,20 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
-from llada_lightning.data.datamodule import TokenDataModule
+from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.budget import steps_for_budget
 from llada_lightning.scaling.flops import flops_6nd
 from llada_lightning.scaling.hyperparameters import default_learning_rate
 from llada_lightning.scaling.shapes import get_shape, shape_name
+from llada_lightning.training.first_weights import take_over, weights_hash
 from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.schedules import WSD, schedule_from
 
 T = TypeVar("T")
 
 
-def resolve_data(config: Namespace) -> TokenDataModule:
+def resolve_data(config: Namespace) -> LanguageDataModule:
     """Fill in, in place, what follows from the data and the device: seeds, vocabulary, precision.
 
     Args:
@@ -47,7 +48,9 @@ def resolve_data(config: Namespace) -> TokenDataModule:
         raise UserError(f"seed_everything: {config.seed_everything} given; a run that can be repeated needs a number")
     _fill(config.model.init_args, "seed", config.seed_everything)
     _fill(config.data.init_args, "seed", config.seed_everything)
-    data = located(config.data.class_path, TokenDataModule)(**config.data.init_args.as_dict())
+    if config.model.init_args.get("weights") is not None:
+        take_over(config)
+    data = located(config.data.class_path, LanguageDataModule)(**config.data.init_args.as_dict())  # type: ignore[type-abstract]
     data.check()
     if config.trainer.precision is None:
         config.trainer.precision = native_precision(str(config.trainer.accelerator))
@@ -57,7 +60,7 @@ def resolve_data(config: Namespace) -> TokenDataModule:
     return data
 
 
-def resolve_fit(config: Namespace, data: TokenDataModule) -> list[WSD]:
+def resolve_fit(config: Namespace, data: LanguageDataModule) -> list[WSD]:
     """Fill in, in place, what follows from the budget: steps, schedule, intervals, the run's name.
 
     Returns:
@@ -132,7 +135,7 @@ def _fill(config: Namespace, key: str, value: Any) -> None:
         config[key] = value
 
 
-def _fill_vocabulary(config: Namespace, data: TokenDataModule) -> None:
+def _fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
     tokenizer, arguments = data.tokenizer, config.model.init_args
     _fill(arguments, "vocab_size", tokenizer.vocab_size)
     if arguments.vocab_size < tokenizer.vocab_size:
@@ -146,16 +149,21 @@ def _fill_vocabulary(config: Namespace, data: TokenDataModule) -> None:
             raise UserError(f"model.{key}: {arguments[key]} given, but the data's tokenizer has {value}; leave it out")
 
 
-def _lengths(config: Namespace, module: LanguageModule, data: TokenDataModule) -> list[int]:
+def _lengths(config: Namespace, module: LanguageModule, data: LanguageDataModule) -> list[int]:
     """Optimizer steps of each budget, ascending, or those of `trainer.max_steps`."""
     budget, given = config.budget, config.trainer.max_steps
     if budget.flops is not None and budget.tokens is not None:
         raise UserError(f"budget: flops {budget.flops} and tokens {budget.tokens:g} are both given; give one")
+    if data.wanted_steps is not None and (budget.flops, budget.tokens) != (None, None):
+        raise UserError("budget: given beside data.epochs; leave one of them out")
     if budget.flops is None and budget.tokens is None:
+        if data.wanted_steps is not None and given in (-1, data.wanted_steps):
+            config.trainer.max_steps = data.wanted_steps
+            return [data.wanted_steps]
         if given < 1:
             raise UserError("budget.flops: nothing says how long to train; give --budget.flops, such as 1e12")
         return [given]
-    flops_per_token = module.flops_per_token(data.sequence_length, data.mask_eps)
+    flops_per_token = module.flops_per_token(data.attended_length, data.mask_eps, data.response_share)
     per_step = data.expected_tokens_per_step
     if budget.flops is not None:
         budgets = budget.flops if isinstance(budget.flops, list) else [budget.flops]
@@ -177,7 +185,7 @@ def _lengths(config: Namespace, module: LanguageModule, data: TokenDataModule) -
     return lengths
 
 
-def _resolved_schedules(given: WSD, module: LanguageModule, data: TokenDataModule, lengths: list[int]) -> list[WSD]:
+def _resolved_schedules(given: WSD, module: LanguageModule, data: LanguageDataModule, lengths: list[int]) -> list[WSD]:
     if given.total_steps is not None and [given.total_steps] != lengths:
         raise UserError(
             f"model.schedule.total_steps: {given.total_steps} given, but the run has {lengths} steps; leave it out"
@@ -220,12 +228,12 @@ def cpu_flags() -> set[str]:
 
 
 _TRAINER_IDENTITY = ("max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
-_DATA_MACHINE = ("path", "workers", "micro_batch", "val_batch")
+_DATA_MACHINE = ("path", "tokenizer", "chat_template", "workers", "micro_batch", "val_batch")
 _DATA_OPTIONS = {"document_mask": False}
 """Options that came later: at its default none stands in an identity, so that older runs keep theirs."""
 
 
-def identity(config: Namespace, data: TokenDataModule, schedule: WSD | None = None) -> dict[str, Any]:
+def identity(config: Namespace, data: LanguageDataModule, schedule: WSD | None = None) -> dict[str, Any]:
     """What makes a run this run: its resolved settings without paths and without the machine's.
 
     Args:
@@ -245,18 +253,21 @@ def identity(config: Namespace, data: TokenDataModule, schedule: WSD | None = No
     for option, default in _DATA_OPTIONS.items():
         if data_arguments.get(option) == default:
             del data_arguments[option]
+    weights = plain["model"]["init_args"].pop("weights", None)
+    start = {} if weights is None else {"weights": weights_hash(weights)}
     return {
         "model": {**plain["model"], "class_path": f"{model.__module__}.{model.__qualname__}"},
         "data": {**data_arguments, "class_path": plain["data"]["class_path"], "fingerprint": data.fingerprint},
         "trainer": {key: plain["trainer"].get(key) for key in _TRAINER_IDENTITY},
         "seed": plain["seed_everything"],
         "tokenizer": data.tokenizer.fingerprint,
+        **start,
         **skipping,
         **eight_bits,
     }
 
 
-def run_name(config: Namespace, data: TokenDataModule, schedules: list[WSD]) -> str:
+def run_name(config: Namespace, data: LanguageDataModule, schedules: list[WSD]) -> str:
     """`arm-443k-1e+12flops-0a1b2c3d4e`: objective, shape, training FLOPs by 6ND, ten digits of the identity's hash.
 
     A function of the identity: however the length was given, the same run has the same name. Of several budgets the

@@ -21,8 +21,7 @@ from llada_lightning.checkpoints.integrity import require_whole
 from llada_lightning.checkpoints.run_folder import CHECKPOINTS, CONFIG, final_checkpoint, saved_identity
 from llada_lightning.cluster import agreed_launch
 from llada_lightning.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
-from llada_lightning.data.datamodule import TokenDataModule
-from llada_lightning.data.manifest import TOKENIZER_NAME, read_tokenizer_text
+from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
 from llada_lightning.lock import check_unlocked, run_lock
@@ -81,7 +80,7 @@ class LladaCLI(LightningCLI):
         trust_known_modules()
         super().__init__(
             model_class=LanguageModule,
-            datamodule_class=TokenDataModule,
+            datamodule_class=LanguageDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=OneLineParser,
@@ -167,7 +166,7 @@ class LladaCLI(LightningCLI):
             return super().instantiate_trainer(callbacks=[EvaluationProgress(), self.memory], **kwargs)
         phase = self.phase
         data, model = self.datamodule, self.model
-        self.accounting = Accounting(model.flops_per_token(data.sequence_length, data.mask_eps))
+        self.accounting = Accounting(model.flops_per_token(data.attended_length, data.mask_eps, data.response_share))
         guard = self.settings.guard
         model.guard = UpdateGuard(guard.spikes, guard.spike_zscore)
         bad_numbers = BadNumbers(phase.folder, data.global_batch, guard.patience)
@@ -366,10 +365,10 @@ class LladaCLI(LightningCLI):
     @rank_zero_only
     def _write_tokenizer(self) -> None:
         """The data's tokenizer beside the configuration, so that the folder can be moved away from its data."""
-        if not (self.folder / TOKENIZER_NAME).exists():
-            text = read_tokenizer_text(next(iter(self.datamodule.weights)))
-            with written_atomically(self.folder / TOKENIZER_NAME) as path:
-                path.write_text(text, encoding="utf-8")
+        for name, text in self.datamodule.tokenizer_files().items():
+            if not (self.folder / name).exists():
+                with written_atomically(self.folder / name) as path:
+                    path.write_text(text, encoding="utf-8")
 
 
 def run_folder(args: list[str]) -> Path:

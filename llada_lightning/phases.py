@@ -7,7 +7,6 @@ what the budgets share is trained once. (Rate and warmup that are not given foll
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ from llada_lightning.checkpoints.integrity import require_whole, whole_checkpoin
 from llada_lightning.checkpoints.run_folder import (
     BRANCHES,
     CHECKPOINTS,
+    checkpoint_hash,
     checkpoint_of_step,
     saved_identity,
     saved_step,
 )
 from llada_lightning.configuration import as_namespace, identity, run_name
-from llada_lightning.data.datamodule import TokenDataModule
+from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.errors import UserError
 from llada_lightning.training.modules import check_history, check_identity
 from llada_lightning.training.schedules import WSD
@@ -124,7 +124,7 @@ class Phase:
         config.trainer.val_check_interval = self.val_check_interval
 
 
-def phases_of(config: Namespace, data: TokenDataModule, schedules: list[WSD], folder: Path) -> list[Phase]:
+def phases_of(config: Namespace, data: LanguageDataModule, schedules: list[WSD], folder: Path) -> list[Phase]:
     """The fits of a resolved configuration, in the order in which they are run: smallest budget first.
 
     Args:
@@ -183,7 +183,7 @@ def fork_step(schedule: WSD) -> int:
     return schedule.total_steps - schedule.decay_steps
 
 
-def _whole(config: Namespace, data: TokenDataModule, schedule: WSD, folder: Path) -> Phase:
+def _whole(config: Namespace, data: LanguageDataModule, schedule: WSD, folder: Path) -> Phase:
     assert schedule.total_steps is not None
     name = run_name(config, data, [schedule])
     given = Path(config.ckpt_path) if config.ckpt_path else None
@@ -198,14 +198,3 @@ def _whole(config: Namespace, data: TokenDataModule, schedule: WSD, folder: Path
         run=name,
         parent=given,
     )
-
-
-def checkpoint_hash(path: Path) -> str:
-    """sha256 of a checkpoint: of its file, or of all files of a sharded one, in order of name."""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            with file.open("rb") as content:
-                while block := content.read(1 << 22):
-                    digest.update(block)
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import re
 from pathlib import Path
@@ -76,3 +77,14 @@ def _saved(checkpoint: Path, key: str) -> Any:
         raise UserError(f"checkpoint: '{checkpoint}' does not exist; give one of a run's checkpoints/") from error
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint: '{checkpoint}' is damaged or of another program; take another one") from error
+
+
+def checkpoint_hash(path: Path) -> str:
+    """sha256 of a checkpoint: of its file, or of all files of a sharded one, in order of name."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as content:
+                while block := content.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()

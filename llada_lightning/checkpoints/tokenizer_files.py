@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from llada_lightning.checkpoints.config_file import GENERATION_CONFIG_NAME
 from llada_lightning.checkpoints.description import Description
-from llada_lightning.data.manifest import TOKENIZER_NAME
+from llada_lightning.data.manifest import TOKENIZER_NAME, local_path
 from llada_lightning.data.tokenizers import (
     KNOWN_EOS_TOKENS,
     KNOWN_MASK_TOKENS,
@@ -73,6 +73,14 @@ class TokenizerFiles:
         except (OSError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(f"tokenizer '{path}' cannot be read ({error}); give a tokenizer.json") from error
         return replace(alone, files={**alone.files, **files}, named=named)
+
+    def with_template_of(self, folder: str) -> TokenizerFiles:
+        """The same with the chat template that a local folder keeps beside it, if any."""
+        place = local_path(folder)
+        template = None if place is None else Path(place) / TEMPLATE_NAME
+        if template is None or not template.is_file():
+            return self
+        return replace(self, files={**self.files, TEMPLATE_NAME: template.read_bytes()})
 
     @cached_property
     def named_ids(self) -> dict[str, int]:

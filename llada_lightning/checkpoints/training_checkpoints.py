@@ -124,7 +124,7 @@ def run_tokenizer(checkpoint: Path, description: Description, fingerprint: str) 
         with contextlib.suppress(UserError):  # damaged: it is none
             files = TokenizerFiles.of_text(text, name)
             if _fingerprint(files, description) == fingerprint:
-                return files
+                return files.with_template_of(folder)
         others.append(name)
     if others:
         print(

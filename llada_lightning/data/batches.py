@@ -27,6 +27,10 @@ class TrainingBatch(NamedTuple):
         global_tokens: tokens of the global batch, padding not counted.
         documents_BL: (B, L) int64: the document of its sequence that each token belongs to; None: attention crosses
             documents.
+        response_BL: (B, L) bool: the response and the one EOS that ends it, which are what `arm` learns of a pair;
+            None: there is no prompt, and every token is learned.
+        response_lengths_B: (B,) int64: tokens that the forward process may mask, padding EOS included (Eq. 5); None
+            with ``response_BL``. Each response's loss is divided by its own length, and ``denominator`` is B.
     """
 
     tokens_BL: Tensor
@@ -39,6 +43,8 @@ class TrainingBatch(NamedTuple):
     denominator: float
     global_tokens: int
     documents_BL: Tensor | None = None
+    response_BL: Tensor | None = None
+    response_lengths_B: Tensor | None = None
 
     def rows(self, rows: slice, masked_BL: Tensor | None = None) -> TrainingBatch:
         """Some of the sequences, masked as they are or as given (of these rows); the denominator stays."""
@@ -59,14 +65,14 @@ def scored_positions(masked_BL: Tensor) -> tuple[Tensor, int]:
 
 
 class ValidationBatch(NamedTuple):
-    """B full sequences of length L.
+    """B sequences of length L.
 
     Attributes:
         tokens_BL: (B, L) int64.
         masked_BL: (B, L) bool: exactly l masked a row (Eq. 14).
         counted_B: (B,) bool, False where a row only fills up the batch of a rank that ran out.
         documents_B: (B,) int64: equal for sequences that begin in the same document.
-        documents_BL: as in :class:`TrainingBatch`.
+        documents_BL, attention_mask_BL, response_BL: as in :class:`TrainingBatch`; ``masked_BL`` masks responses only.
     """
 
     tokens_BL: Tensor
@@ -74,3 +80,11 @@ class ValidationBatch(NamedTuple):
     counted_B: Tensor
     documents_B: Tensor
     documents_BL: Tensor | None = None
+    attention_mask_BL: Tensor | None = None
+    response_BL: Tensor | None = None
+
+    def scored_counts(self) -> Tensor:
+        """(B,) int64: tokens whose likelihood is asked for."""
+        if self.response_BL is None:
+            return torch.full_like(self.documents_B, self.tokens_BL.shape[1])
+        return self.response_BL.sum(dim=1)

@@ -33,7 +33,7 @@ LLADA_TEMPLATE = (
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ '' if loop.first else '\n\n' }}{{ message.role }}:\n{{ message.content }}"
-    "{% endfor %}{% if add_generation_prompt %}\n\nassistant:\n{% endif %}"
+    "{% endfor %}{{ '\n\nassistant:\n' if add_generation_prompt else '' }}"
 )
 """For tokenizers without special tokens of a dialogue: roles as text. EOS alone ends an answer."""
 
@@ -97,6 +97,11 @@ class ChatTemplate:
                 "choose --data.chat_template plain, or another template"
             )
         return self._ids_of(prompt, guard), self._ids_of(whole[len(prompt) :], guard)
+
+    def lacking(self) -> list[str]:
+        """Special tokens that the template writes, by their look, and that the tokenizer does not have."""
+        known = set(self.special.values())
+        return sorted(set(re.findall(r"<\|[a-z_]+\|>", self.text)) - known)
 
     def _guard(self, messages: Sequence[Message]) -> dict[int, str]:
         """Each character of a special token to one that no message holds.

@@ -161,14 +161,20 @@ class DatasetCorpus(Corpus):
         return self._identity_of_files() if "files" in self.identity else self.identity
 
     def documents(self) -> Iterator[str]:
+        for row in self.rows():
+            text = self._text_of(row)
+            if text and not text.isspace():
+                yield text
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The dataset's rows.
+
+        Raises:
+            UserError: it cannot be read.
+        """
         dataset = self._load()
         try:
-            for row in dataset:
-                text = self._text_of(row)
-                if text and not text.isspace():
-                    yield text
-        except UserError:
-            raise
+            yield from dataset
         except Exception as error:  # what a reader of remote Parquet raises has no common type
             raise self._failure(error) from error
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
-import torch
-from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from llada_lightning.data.datasets import (
@@ -16,17 +13,25 @@ from llada_lightning.data.datasets import (
     TokenStream,
     TrainingDataset,
     ValidationDataset,
-    take_batch,
 )
 from llada_lightning.data.integrity import check_shards
-from llada_lightning.data.manifest import Manifest, TokenizerInfo, check_sequence_length, local_path, read_manifest
+from llada_lightning.data.language_datamodule import LanguageDataModule
+from llada_lightning.data.manifest import (
+    TOKENIZER_NAME,
+    Manifest,
+    TokenizerInfo,
+    check_sequence_length,
+    local_path,
+    read_manifest,
+    read_tokenizer_text,
+)
 from llada_lightning.data.order import WINDOW_SHARDS, Mixture
 from llada_lightning.errors import UserError
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.scaling.budget import MASK_EPS, expected_length
 
 
-class TokenDataModule(LightningDataModule):
+class TokenDataModule(LanguageDataModule):
     """Streams fixed-length sequences of one corpus or of a weighted mixture, with their noise.
 
     The order and the noise are pure functions of (seed, ordinal): the number of devices, workers and micro-batches
@@ -67,32 +72,30 @@ class TokenDataModule(LightningDataModule):
         val_seed: int = 0,
         document_mask: bool = False,
     ) -> None:
-        super().__init__()
-        least = {
-            "sequence_length": (sequence_length, 1),
-            "global_batch": (global_batch, 1),
-            "micro_batch": (micro_batch, 1),
-            "val_sequences": (val_sequences, 1),
-            "val_batch": (val_batch, 1),
-            "window_shards": (window_shards, 1),
-            "workers": (workers, 0),
-        }
-        for name, (value, minimum) in least.items():
-            if value is not None and value < minimum:
-                raise UserError(f"data.{name}: {value} must be at least {minimum}")
+        super().__init__(
+            sequence_length,
+            global_batch,
+            micro_batch,
+            val_sequences,
+            val_batch,
+            mask_eps,
+            time_sampling,
+            workers,
+            seed,
+            val_seed,
+        )
+        if window_shards < 1:
+            raise UserError(f"data.window_shards: {window_shards} must be at least 1")
         if not path:
             raise UserError("data.path: no folder given; name one that llada prepare wrote")
         if not 0 <= random_length_share <= 1:
             raise UserError(f"data.random_length_share: {random_length_share} must lie between 0 and 1")
-        if not 0 < mask_eps < 1:
-            raise UserError(f"data.mask_eps: {mask_eps} must lie between 0 and 1")
         self.weights = {path: 1.0} if isinstance(path, str) else dict(path)
-        self.sequence_length, self.global_batch = sequence_length, global_batch
-        self._micro_batch, self._val_batch = micro_batch, val_batch
-        self.val_sequences = val_sequences
-        self.random_length_share, self.mask_eps, self.time_sampling = random_length_share, mask_eps, time_sampling
-        self.window_shards, self.workers = window_shards, workers
-        self.seed, self.val_seed, self.document_mask = seed or 0, val_seed, document_mask
+        self.random_length_share, self.window_shards, self.document_mask = (
+            random_length_share,
+            window_shards,
+            document_mask,
+        )
         self._manifests: list[Manifest] | None = None
 
     @property
@@ -113,6 +116,9 @@ class TokenDataModule(LightningDataModule):
     def tokenizer(self) -> TokenizerInfo:
         """Vocabulary size, special ids and fingerprint of the sources' one tokenizer."""
         return self.manifests[0].tokenizer
+
+    def tokenizer_files(self) -> dict[str, str]:
+        return {TOKENIZER_NAME: read_tokenizer_text(next(iter(self.weights)))}
 
     @property
     def fingerprint(self) -> str:
@@ -155,29 +161,6 @@ class TokenDataModule(LightningDataModule):
             check_shards(folder, manifest)
             check_sequence_length(manifest, self.sequence_length)
 
-    def setup(self, stage: str | None = None) -> None:
-        self.check()
-
-    @property
-    def micro_batch(self) -> int:
-        """Sequences of a forward pass on one device, such that the global batch is exact."""
-        assert self.trainer is not None
-        return self.exact_micro_batch(self._replica[1], self.trainer.accumulate_grad_batches)
-
-    @property
-    def _replica(self) -> tuple[int, int]:
-        """This process's rank among those that read different sequences, and their number.
-
-        Processes of one tensor-parallel group read the same ones: they count as one.
-        """
-        assert self.trainer is not None
-        place = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-        return place["rank"], place["num_replicas"]
-
-    def exact_micro_batch(self, devices: int, accumulation: int) -> int:
-        """As :attr:`micro_batch`, for a trainer to be."""
-        return exact_micro_batch(self.global_batch, self._micro_batch, devices, accumulation)
-
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         process = ForwardProcess(self.seed, self.mask_eps, self.time_sampling, self.random_length_share)
@@ -215,50 +198,10 @@ class TokenDataModule(LightningDataModule):
             window_shards=self.window_shards,
         )
 
-    def _loader(self, dataset: Any, sampler: Any) -> DataLoader:
-        assert self.trainer is not None
-        on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        workers = (2 if on_gpu else 0) if self.workers is None else self.workers
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=take_batch,
-            num_workers=workers,
-            pin_memory=on_gpu,
-            persistent_workers=workers > 0,
-            # A generator of its own: the loader draws worker seeds, which must not move the global generator.
-            generator=torch.Generator().manual_seed(0),
-        )
-
 
 def _for_litdata(folder: str) -> str:
     """As litdata takes it: ``~`` and ``file://`` resolved; ``local:``, its stand-in for a remote place, kept."""
     return (folder if folder.startswith("local:") else local_path(folder) or folder).rstrip("/")
-
-
-def exact_micro_batch(global_batch: int, micro_batch: int | None, devices: int, accumulation: int) -> int:
-    """The micro-batch for which micro-batch x devices x accumulation is the global batch.
-
-    Raises:
-        UserError: there is none, or the given one is not it; the message names the nearest choices.
-    """
-    if micro_batch is None and global_batch % (devices * accumulation) == 0:
-        return global_batch // (devices * accumulation)
-    if micro_batch is not None and micro_batch * devices * accumulation == global_batch:
-        return micro_batch
-    per_step = (micro_batch or 1) * devices
-    lower = max(1, global_batch // per_step) * per_step
-    choices = sorted({lower, lower + per_step})
-    given = f"micro-batch {micro_batch or '(whole number)'} x {devices} device(s) x accumulation {accumulation}"
-    fits = [a for a in range(1, global_batch + 1) if global_batch % (per_step * a) == 0] if micro_batch else []
-    exact = [a for a in fits if per_step * a == global_batch]
-    mend = (
-        f"set --trainer.accumulate_grad_batches {exact[0]}"
-        if exact
-        else f"nearest global batches: {' or '.join(map(str, choices))} with accumulation "
-        f"{' or '.join(str(c // per_step) for c in choices)}"
-    )
-    raise UserError(f"data.global_batch: {global_batch} is not {given}; {mend}")
 
 
 def available_sequences(stream: TokenStream, wanted: int | None) -> int:

@@ -174,6 +174,16 @@ def json_documents(path: Path, meter: Meter, text_field: str) -> Iterator[str]:
     Raises:
         UserError: a line is not a JSON object, or lacks the field, or holds something else than text in it.
     """
+    for where, record in json_records(path, meter):
+        yield mended(_field(record, text_field, where))
+
+
+def json_records(path: Path, meter: Meter) -> Iterator[tuple[str, Any]]:
+    """Each line's value with its place, `FILE:LINE`; empty lines are passed over.
+
+    Raises:
+        UserError: a line is not JSON.
+    """
     with _opened(path, meter) as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
@@ -183,7 +193,7 @@ def json_documents(path: Path, meter: Meter, text_field: str) -> Iterator[str]:
             except (ValueError, RecursionError) as error:
                 message = f"{path}:{number}: is not a line of JSON ({error}); write one object a line"
                 raise UserError(message) from error
-            yield _mended(_field(record, text_field, f"{path}:{number}"))
+            yield f"{path}:{number}", record
 
 
 def _field(record: Any, text_field: str, where: str) -> str:
@@ -200,7 +210,7 @@ def _field(record: Any, text_field: str, where: str) -> str:
     return text
 
 
-def _mended(text: str) -> str:
+def mended(text: str) -> str:
     """Text without lone surrogates, which JSON can write (``\\ud800``) and UTF-8 cannot: U+FFFD takes their place."""
     try:
         text.encode()

@@ -30,6 +30,8 @@ class Stream(IntEnum):
     VALIDATION_MASK = 6
     GENERATION = 7
     LIKELIHOOD = 8
+    TURN = 9
+    HELD_OUT = 10
 
 
 def random_words(seed: int, stream: Stream, ordinal: int, count: int, sub_ordinal: int = 0) -> npt.NDArray[np.uint64]:

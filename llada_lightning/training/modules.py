@@ -27,6 +27,7 @@ from llada_lightning.objectives.losses import masked_diffusion_weights, shift_ri
 from llada_lightning.scaling.budget import expected_mask_probability
 from llada_lightning.scaling.flops import Objective, TrainingFlops, flops_per_token
 from llada_lightning.scaling.shapes import Shape, get_shape
+from llada_lightning.training.first_weights import fill_weights
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.metrics import ValidationLoss
 from llada_lightning.training.parallel import shard, sharding_mesh, total_norm
@@ -61,6 +62,7 @@ class LanguageModule(LightningModule, ABC):
         optimizer: AdamW's settings.
         schedule: the learning rate.
         compat: `llada` lets [MASK] have a logit, as the authors' released code does.
+        weights: a checkpoint of any kind to start from, whose shape and vocabulary are taken; null: weights are drawn.
         seed: of the initial weights; null: the run's seed.
     """
 
@@ -77,12 +79,13 @@ class LanguageModule(LightningModule, ABC):
         optimizer: AdamW = AdamW(),  # noqa: B008 (read only; the parser shows its defaults)
         schedule: WSD = WSD(),  # noqa: B008
         compat: Literal["llada"] | None = None,
+        weights: str | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
         self.shape: Shape = get_shape(shape)
         self.vocab_size, self.mask_token_id, self.eos_token_id = vocab_size, mask_token_id, eos_token_id
-        self.rope_theta, self.compat, self.seed = rope_theta, compat, seed or 0
+        self.rope_theta, self.compat, self.weights, self.seed = rope_theta, compat, weights, seed or 0
         if not (all(0 <= beta < 1 for beta in optimizer.betas) and optimizer.eps > 0 <= optimizer.weight_decay):
             raise UserError(f"model.optimizer: {optimizer}; betas must lie in [0, 1), eps above 0, weight_decay from 0")
         self.optimizer_settings, self.schedule = optimizer, schedule
@@ -114,6 +117,8 @@ class LanguageModule(LightningModule, ABC):
         device = self.model.head.weight.device
         if device.type != "meta":
             self.model.initialise(torch.Generator(device).manual_seed(self.seed))
+            if self.weights is not None and self.trainer is not None and self.trainer.training:
+                fill_weights(self.model, self.weights)
 
     def configure_optimizers(self) -> Any:
         """AdamW with decay on matrices only, and the schedule by step."""
@@ -159,7 +164,7 @@ class LanguageModule(LightningModule, ABC):
         return loss
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
-        nats_per_token_B = self.sequence_nll(batch) / batch.tokens_BL.shape[1]
+        nats_per_token_B = self.sequence_nll(batch) / batch.scored_counts()
         self.val_loss.update(nats_per_token_B[batch.counted_B], batch.documents_B[batch.counted_B])
 
     def on_validation_epoch_end(self) -> None:
@@ -219,8 +224,8 @@ class LanguageModule(LightningModule, ABC):
         """(B,) negative log-likelihood of each sequence, or a sample of its bound, in nats."""
 
     @abstractmethod
-    def flops_per_token(self, sequence_length: int, mask_eps: float) -> TrainingFlops:
-        """Training FLOPs of a token by the three counts."""
+    def flops_per_token(self, sequence_length: int, mask_eps: float, response_share: float = 1.0) -> TrainingFlops:
+        """Training FLOPs of a token by the three counts; of all tokens ``response_share`` are responses'."""
 
     def head_nll(self, hidden_MD: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sum of negative log-likelihoods with a gradient, and each of them (M,) in nats."""
@@ -246,15 +251,20 @@ class ArmModule(LanguageModule):
     val_kind = "exact"
 
     def training_loss(self, batch: TrainingBatch) -> Tensor:
-        counted_BL = batch.attention_mask_BL
-        weights_BL = torch.ones_like(batch.tokens_BL, dtype=torch.float32) if counted_BL is None else counted_BL.float()
+        if batch.response_BL is not None:
+            weights_BL = batch.response_BL / batch.response_BL.sum(dim=1, keepdim=True)
+        elif batch.attention_mask_BL is not None:
+            weights_BL = batch.attention_mask_BL.float()
+        else:
+            weights_BL = torch.ones_like(batch.tokens_BL, dtype=torch.float32)
         return self._nll(batch.tokens_BL, weights_BL, batch.documents_BL)[0] / batch.denominator
 
     def sequence_nll(self, batch: ValidationBatch) -> Tensor:
         ones_BL = torch.ones_like(batch.tokens_BL, dtype=torch.float32)
-        return self._nll(batch.tokens_BL, ones_BL, batch.documents_BL)[1].view_as(ones_BL).double().sum(dim=1)
+        nll_BL = self._nll(batch.tokens_BL, ones_BL, batch.documents_BL)[1].view_as(ones_BL).double()
+        return nll_BL.sum(dim=1) if batch.response_BL is None else (nll_BL * batch.response_BL).sum(dim=1)
 
-    def flops_per_token(self, sequence_length: int, mask_eps: float) -> TrainingFlops:
+    def flops_per_token(self, sequence_length: int, mask_eps: float, response_share: float = 1.0) -> TrainingFlops:
         assert self.vocab_size is not None
         return flops_per_token(self.shape, self.vocab_size, sequence_length, self.objective)
 
@@ -276,21 +286,23 @@ class LladaModule(LanguageModule):
     def training_loss(self, batch: TrainingBatch) -> Tensor:
         hidden_ND = self._hidden(batch, batch.attention_mask_BL)
         hidden_MD, targets_M = (x.index_select(0, batch.scored_M) for x in (hidden_ND, batch.tokens_BL.flatten()))
-        p_M = batch.p_B[batch.scored_M // batch.tokens_BL.shape[1]]
-        weights_M = masked_diffusion_weights(p_M, batch.scored)
+        rows_M = batch.scored_M // batch.tokens_BL.shape[1]
+        weights_M = masked_diffusion_weights(batch.p_B[rows_M], batch.scored)
+        if batch.response_lengths_B is not None:
+            weights_M = weights_M / batch.response_lengths_B[rows_M]
         return self.head_nll(hidden_MD, targets_M, weights_M)[0] / batch.denominator
 
     def sequence_nll(self, batch: ValidationBatch) -> Tensor:
         masked_N = batch.masked_BL.flatten()
-        hidden_MD = self._hidden(batch)[masked_N]
+        hidden_MD = self._hidden(batch, batch.attention_mask_BL)[masked_N]
         targets_M = batch.tokens_BL.flatten()[masked_N]
         _, nll_M = self.head_nll(hidden_MD, targets_M, torch.ones_like(targets_M, dtype=torch.float32))
-        return nll_bound(nll_M, batch.masked_BL)
+        return nll_bound(nll_M, batch.masked_BL, batch.scored_counts())
 
-    def flops_per_token(self, sequence_length: int, mask_eps: float) -> TrainingFlops:
+    def flops_per_token(self, sequence_length: int, mask_eps: float, response_share: float = 1.0) -> TrainingFlops:
         """As computed: the head sees masked positions only, in expectation."""
         assert self.vocab_size is not None
-        share = expected_mask_probability(mask_eps)
+        share = expected_mask_probability(mask_eps) * response_share
         return flops_per_token(self.shape, self.vocab_size, sequence_length, self.objective, logit_share=share)
 
     def _hidden(self, batch: TrainingBatch | ValidationBatch, attention_mask_BL: Tensor | None = None) -> Tensor:

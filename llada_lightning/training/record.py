@@ -13,7 +13,7 @@ from typing import Any
 from lightning import Trainer
 
 import llada_lightning
-from llada_lightning.data.datamodule import TokenDataModule
+from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.scaling.results import DIVERGED, DONE
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.training.callbacks.accounting import Accounting, device_name
@@ -29,7 +29,7 @@ def result_record(
     run: str,
     trainer: Trainer,
     module: LanguageModule,
-    data: TokenDataModule,
+    data: LanguageDataModule,
     accounting: Accounting,
     parent_checkpoint: str | None = None,
 ) -> dict[str, Any]:

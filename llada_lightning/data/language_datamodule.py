@@ -1,0 +1,175 @@
+"""What the data modules share: an exact global batch over ranks and micro-batches, and the loaders."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from llada_lightning.data.datasets import take_batch
+from llada_lightning.data.manifest import TokenizerInfo
+from llada_lightning.errors import UserError
+from llada_lightning.objectives.forward_process import TimeSampling
+
+
+class LanguageDataModule(LightningDataModule, ABC):
+    """Training and validation sequences with their noise, both pure functions of (seed, ordinal).
+
+    The number of devices, workers and micro-batches changes nothing, and a resumed run needs its step only.
+    """
+
+    document_mask = False
+
+    def __init__(
+        self,
+        sequence_length: int,
+        global_batch: int,
+        micro_batch: int | None,
+        val_sequences: int | None,
+        val_batch: int | None,
+        mask_eps: float,
+        time_sampling: TimeSampling,
+        workers: int | None,
+        seed: int | None,
+        val_seed: int,
+    ) -> None:
+        super().__init__()
+        least = {
+            "sequence_length": (sequence_length, 1),
+            "global_batch": (global_batch, 1),
+            "micro_batch": (micro_batch, 1),
+            "val_sequences": (val_sequences, 1),
+            "val_batch": (val_batch, 1),
+            "workers": (workers, 0),
+        }
+        for name, (value, minimum) in least.items():
+            if value is not None and value < minimum:
+                raise UserError(f"data.{name}: {value} must be at least {minimum}")
+        if not 0 < mask_eps < 1:
+            raise UserError(f"data.mask_eps: {mask_eps} must lie between 0 and 1")
+        self.sequence_length, self.global_batch = sequence_length, global_batch
+        self._micro_batch, self._val_batch = micro_batch, val_batch
+        self.val_sequences = val_sequences
+        self.mask_eps, self.time_sampling, self.workers = mask_eps, time_sampling, workers
+        self.seed, self.val_seed = seed or 0, val_seed
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> TokenizerInfo:
+        """Vocabulary size, special ids and fingerprint of the one tokenizer."""
+
+    @abstractmethod
+    def tokenizer_files(self) -> dict[str, str]:
+        """What a run's folder keeps of the tokenizer: text by name of file."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Of all that is trained and validated on."""
+
+    @property
+    @abstractmethod
+    def expected_tokens_per_step(self) -> float:
+        """Mean tokens of a global batch."""
+
+    @property
+    @abstractmethod
+    def bytes_per_token(self) -> float:
+        """Of the validation text."""
+
+    @property
+    def attended_length(self) -> int:
+        """The length whose attention a token costs on average."""
+        return self.sequence_length
+
+    @property
+    def response_share(self) -> float:
+        """Share of the tokens that the forward process may mask."""
+        return 1.0
+
+    @property
+    def wanted_steps(self) -> int | None:
+        """The run's length where the data module's settings say it."""
+        return None
+
+    @abstractmethod
+    def unique_tokens(self, steps: int) -> int:
+        """Distinct tokens that a run of ``steps`` steps reads."""
+
+    @abstractmethod
+    def epochs(self, steps: int) -> float:
+        """How often a run of ``steps`` steps reads what it repeats most."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse data that cannot serve.
+
+        Raises:
+            UserError: says what is wrong with them.
+        """
+
+    def setup(self, stage: str | None = None) -> None:
+        self.check()
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of a forward pass on one device, such that the global batch is exact."""
+        assert self.trainer is not None
+        return self.exact_micro_batch(self._replica[1], self.trainer.accumulate_grad_batches)
+
+    @property
+    def _replica(self) -> tuple[int, int]:
+        """This process's rank among those that read different sequences, and their number.
+
+        Processes of one tensor-parallel group read the same ones: they count as one.
+        """
+        assert self.trainer is not None
+        place = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return place["rank"], place["num_replicas"]
+
+    def exact_micro_batch(self, devices: int, accumulation: int) -> int:
+        """As :attr:`micro_batch`, for a trainer to be."""
+        return exact_micro_batch(self.global_batch, self._micro_batch, devices, accumulation)
+
+    def _loader(self, dataset: Any, sampler: Any) -> DataLoader:
+        assert self.trainer is not None
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        workers = (2 if on_gpu else 0) if self.workers is None else self.workers
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=take_batch,
+            num_workers=workers,
+            pin_memory=on_gpu,
+            persistent_workers=workers > 0,
+            # A generator of its own: the loader draws worker seeds, which must not move the global generator.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+
+def exact_micro_batch(global_batch: int, micro_batch: int | None, devices: int, accumulation: int) -> int:
+    """The micro-batch for which micro-batch x devices x accumulation is the global batch.
+
+    Raises:
+        UserError: there is none, or the given one is not it; the message names the nearest choices.
+    """
+    if micro_batch is None and global_batch % (devices * accumulation) == 0:
+        return global_batch // (devices * accumulation)
+    if micro_batch is not None and micro_batch * devices * accumulation == global_batch:
+        return micro_batch
+    per_step = (micro_batch or 1) * devices
+    lower = max(1, global_batch // per_step) * per_step
+    choices = sorted({lower, lower + per_step})
+    given = f"micro-batch {micro_batch or '(whole number)'} x {devices} device(s) x accumulation {accumulation}"
+    fits = [a for a in range(1, global_batch + 1) if global_batch % (per_step * a) == 0] if micro_batch else []
+    exact = [a for a in fits if per_step * a == global_batch]
+    mend = (
+        f"set --trainer.accumulate_grad_batches {exact[0]}"
+        if exact
+        else f"nearest global batches: {' or '.join(map(str, choices))} with accumulation "
+        f"{' or '.join(str(c // per_step) for c in choices)}"
+    )
+    raise UserError(f"data.global_batch: {global_batch} is not {given}; {mend}")

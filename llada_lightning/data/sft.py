@@ -1,0 +1,236 @@
+"""The data module of supervised fine-tuning (paper, Sec. 2.3, App. B.1), for both objectives."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+from torch.utils.data import DataLoader
+
+from llada_lightning.checkpoints.tokenizer_files import TEMPLATE_NAME, TokenizerFiles
+from llada_lightning.data.chat import LLADA_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate
+from llada_lightning.data.datasets import OrdinalSampler, StridedSampler
+from llada_lightning.data.dialogues import read_dialogues
+from llada_lightning.data.language_datamodule import LanguageDataModule
+from llada_lightning.data.manifest import TOKENIZER_NAME, TokenizerInfo
+from llada_lightning.data.pairs import PairDataset, Pairs, PairStream, PairValidationDataset, tokenize_pairs
+from llada_lightning.data.tokenizers import load_tokenizer
+from llada_lightning.errors import UserError
+from llada_lightning.objectives import noise
+from llada_lightning.objectives.forward_process import TimeSampling
+from llada_lightning.objectives.noise import Stream
+from llada_lightning.scaling.budget import MASK_EPS
+
+
+class SftDataModule(LanguageDataModule):
+    """Prompts with responses: only responses are masked and learned, each with the EOS behind it.
+
+    A dialogue of n turns is n pairs, of which each visit draws one. Some consecutive pairs are padded with EOS to the
+    longest of them; `llada` learns that padding as part of the response, `arm` learns the first EOS. Tokens, and so
+    FLOPs, count prompts, responses and this padding, for both objectives.
+
+    Args:
+        path: a .jsonl file, a folder of them, or hf:NAME[:CONFIG][@SPLIT]. A row has prompt and response, question and
+            answer, instruction and output, or messages of user and assistant by turns.
+        tokenizer: tokenizer.json or a folder with one; null: that of `model.weights`.
+        chat_template: tokenizer (its own), llada, plain (roles as text), or a file of Jinja; null: the tokenizer's own
+            where it has one, else plain.
+        sequence_length: the context, which no pair may exceed; null: that of `model.weights`.
+        drop_long: leave out dialogues that exceed the context, instead of refusing them.
+        epochs: how often each dialogue is visited; null: a budget decides the length.
+        global_batch: pairs of an optimizer step, exactly.
+        micro_batch: pairs of a forward pass on one device; null: the global batch over devices and accumulation.
+        pad_together: so many consecutive pairs are padded to the longest of them (paper: 2, the batch of a GPU).
+        val_fraction: share of the dialogues held out for validation.
+        val_sequences: at most so many are held out; null: no limit.
+        val_batch: pairs of a validation batch on one device; null: as micro_batch.
+        mask_eps: smallest mask probability of the forward process.
+        time_sampling: t stratified over the global batch (weyl) or independent (iid).
+        workers: loader processes; 0 loads in the training process; null: 2 where a GPU trains, else 0.
+        seed: of order, turns and noise; null: the run's seed.
+        val_seed: of what is held out, and of its noise.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        sequence_length: int | None = None,
+        drop_long: bool = False,
+        epochs: float | None = None,
+        global_batch: int = 256,
+        micro_batch: int | None = None,
+        pad_together: int = 2,
+        val_fraction: float = 0.02,
+        val_sequences: int | None = 512,
+        val_batch: int | None = None,
+        mask_eps: float = MASK_EPS,
+        time_sampling: TimeSampling = "weyl",
+        workers: int | None = None,
+        seed: int | None = None,
+        val_seed: int = 0,
+    ) -> None:
+        if tokenizer is None or sequence_length is None:
+            missing = "tokenizer" if tokenizer is None else "sequence_length"
+            raise UserError(f"data.{missing}: none given; give --model.weights CHECKPOINT, or --data.{missing}")
+        super().__init__(
+            sequence_length,
+            global_batch,
+            micro_batch,
+            val_sequences,
+            val_batch,
+            mask_eps,
+            time_sampling,
+            workers,
+            seed,
+            val_seed,
+        )
+        if pad_together < 1:
+            raise UserError(f"data.pad_together: {pad_together} must be at least 1")
+        if not 0 < val_fraction < 1:
+            raise UserError(f"data.val_fraction: {val_fraction} must lie between 0 and 1")
+        if epochs is not None and not epochs > 0:
+            raise UserError(f"data.epochs: {epochs} must be above 0")
+        self.path, self._tokenizer_spec, self._template_spec = path, tokenizer, chat_template
+        self.drop_long, self._epochs, self.pad_together, self.val_fraction = (
+            drop_long,
+            epochs,
+            pad_together,
+            val_fraction,
+        )
+        self._loaded = load_tokenizer(tokenizer)
+
+    @property
+    def tokenizer(self) -> TokenizerInfo:
+        return self._loaded[1]
+
+    def tokenizer_files(self) -> dict[str, str]:
+        return {TOKENIZER_NAME: self._loaded[0].to_str(), TEMPLATE_NAME: self.template.text}
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """How dialogues are written.
+
+        Raises:
+            UserError: there is none of that name, or the tokenizer lacks its special tokens.
+        """
+        tokenizer, info = self._loaded
+        own = TokenizerFiles.of_path(self._tokenizer_spec).chat_template
+        spec = self._template_spec or ("plain" if own is None else "tokenizer")
+        if spec == "tokenizer" and own is None:
+            raise UserError(f"data.chat_template: tokenizer '{self._tokenizer_spec}' has none; choose plain or llada")
+        if spec in ("tokenizer", "llada", "plain"):
+            text = {"tokenizer": own, "llada": LLADA_TEMPLATE, "plain": PLAIN_TEMPLATE}[spec] or ""
+        else:
+            try:
+                text = Path(spec).expanduser().read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"data.chat_template: '{spec}' cannot be read ({error}); give tokenizer, llada, plain or a file"
+                ) from error
+        template = ChatTemplate.of(text, tokenizer, info.eos_id, (info.mask_id,), spec)
+        lacking = template.lacking()
+        if lacking:
+            raise UserError(
+                f"data.chat_template: '{spec}' writes {', '.join(lacking)}, and tokenizer '{self._tokenizer_spec}' has "
+                "no such special token; choose plain, or another tokenizer"
+            )
+        return template
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """All of them, read and tokenized once."""
+        rows = read_dialogues(self.path)
+        shown = track(rows, description="reading pairs", transient=True, disable=not self._shows_progress)
+        return tokenize_pairs(shown, self.template, self.tokenizer.eos_id, self.sequence_length, self.drop_long)
+
+    _shows_progress = False
+
+    @cached_property
+    def splits(self) -> dict[str, np.ndarray]:
+        """The dialogues of training and of validation: a choice by ``val_seed``."""
+        count = self.pairs.dialogues
+        held = max(1, round(self.val_fraction * count))
+        if self.val_sequences is not None:
+            held = min(held, self.val_sequences)
+        if held >= count:
+            raise UserError(f"data.path: '{self.path}' has {count} dialogues; training and validation need one each")
+        order = np.argsort(noise.random_words(self.val_seed, Stream.HELD_OUT, 0, count), kind="stable")
+        return {"val": np.sort(order[:held]), "train": np.sort(order[held:])}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        lines = [f"tokenizer {self.tokenizer.fingerprint}", f"pairs {self.pairs.fingerprint()}"]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @cached_property
+    def stream(self) -> PairStream:
+        """Training's order."""
+        return PairStream(self.pairs, self.splits["train"], self.seed, self.pad_together)
+
+    @cached_property
+    def _epoch_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the first epoch's pairs: padded lengths, and those of the prompts."""
+        ordinals = np.arange(len(self.splits["train"]))
+        return self.stream.padded_lengths(ordinals), self.pairs.prompts_P[self.stream.drawn(ordinals)]
+
+    @property
+    def expected_tokens_per_step(self) -> float:
+        """As in the first epoch."""
+        return self.global_batch * float(self._epoch_lengths[0].mean())
+
+    @property
+    def attended_length(self) -> int:
+        lengths = self._epoch_lengths[0]
+        return round(float((lengths**2).sum() / lengths.sum()))
+
+    @property
+    def response_share(self) -> float:
+        lengths, prompts = self._epoch_lengths
+        return 1 - float(prompts.sum() / lengths.sum())
+
+    @property
+    def wanted_steps(self) -> int | None:
+        return (
+            None
+            if self._epochs is None
+            else max(1, round(self._epochs * len(self.splits["train"]) / self.global_batch))
+        )
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the held-out dialogues' responses, all turns."""
+        val = np.concatenate([np.arange(*self.pairs.first_N[n : n + 2]) for n in self.splits["val"]])
+        tokens = (self.pairs.lengths - self.pairs.prompts_P)[val]
+        return float(self.pairs.bytes_P[val].sum() / tokens.sum())
+
+    def unique_tokens(self, steps: int) -> int:
+        """Of the dialogues that a run of ``steps`` steps reads, without padding; of their turns the mean."""
+        read = min(1.0, self.epochs(steps))
+        first = self.pairs.first_N
+        means = np.add.reduceat(self.pairs.lengths, first[:-1]) / np.diff(first)
+        return round(read * float(means[self.splits["train"]].sum()))
+
+    def epochs(self, steps: int) -> float:
+        return steps * self.global_batch / len(self.splits["train"])
+
+    def check(self) -> None:
+        assert self.splits
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        dataset = PairDataset(self.stream, self.tokenizer.eos_id, self.mask_eps, self.time_sampling, self.global_batch)
+        sampler = OrdinalSampler(self.trainer.global_step, self.global_batch, self.micro_batch, *self._replica)
+        return self._loader(dataset, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        held = self.splits["val"]
+        sampler = StridedSampler(len(held), self._val_batch or self.micro_batch, *self._replica)
+        return self._loader(PairValidationDataset(self.pairs, held, self.val_seed, self.tokenizer.eos_id), sampler)
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
