@@ -22,6 +22,7 @@ from llada_lightning.checkpoints.run_folder import CHECKPOINTS, CONFIG, final_ch
 from llada_lightning.cluster import agreed_launch
 from llada_lightning.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.data.language_datamodule import LanguageDataModule
+from llada_lightning.data.sft import SftDataModule  # noqa: F401 (so that the parser knows its name)
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
 from llada_lightning.lock import check_unlocked, run_lock

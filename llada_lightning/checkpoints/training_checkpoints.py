@@ -87,7 +87,7 @@ def _description(content: Mapping[str, Any], path: Path) -> Description:
         vocab_size=arguments["vocab_size"],
         eos_token_id=arguments["eos_token_id"],
         mask_token_id=arguments["mask_token_id"],
-        context_length=data["sequence_length"],
+        context_length=data.get("sequence_length") or data["context_length"],
         rope_theta=arguments["rope_theta"],
         start_token_id=start,
         text_prefix_ids=(),  # prepared data holds nothing but text and EOS

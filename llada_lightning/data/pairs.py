@@ -106,7 +106,7 @@ def tokenize_pairs(
             if not drop_long:
                 raise UserError(
                     f"{where}: prompt of {len(longest[0])} and response of {len(longest[1])} tokens are longer than "
-                    f"the context of {sequence_length}; raise --data.sequence_length, or leave such rows out with "
+                    f"the context of {sequence_length}; raise --data.context_length, or leave such rows out with "
                     "--data.drop_long true"
                 )
             dropped += 1
@@ -116,7 +116,7 @@ def tokenize_pairs(
         sizes += [len(message.content.encode()) for message in messages if message.role == "assistant"]
         turns.append(len(pairs))
     if not turns:
-        raise UserError(f"data.path: no dialogue is left of {dropped}; give others, or raise --data.sequence_length")
+        raise UserError(f"data.path: no dialogue is left of {dropped}; give others, or raise --data.context_length")
     lengths = [len(own) for own in tokens]
     return Pairs(
         np.concatenate(tokens),

@@ -38,7 +38,7 @@ class SftDataModule(LanguageDataModule):
         tokenizer: tokenizer.json or a folder with one; null: that of `model.weights`.
         chat_template: tokenizer (its own), llada, plain (roles as text), or a file of Jinja; null: the tokenizer's own
             where it has one, else plain.
-        sequence_length: the context, which no pair may exceed; null: that of `model.weights`.
+        context_length: tokens that no pair may exceed; null: that of `model.weights`.
         drop_long: leave out dialogues that exceed the context, instead of refusing them.
         epochs: how often each dialogue is visited; null: a budget decides the length.
         global_batch: pairs of an optimizer step, exactly.
@@ -59,10 +59,10 @@ class SftDataModule(LanguageDataModule):
         path: str,
         tokenizer: str | None = None,
         chat_template: str | None = None,
-        sequence_length: int | None = None,
+        context_length: int | None = None,
         drop_long: bool = False,
         epochs: float | None = None,
-        global_batch: int = 256,
+        global_batch: int = 16,
         micro_batch: int | None = None,
         pad_together: int = 2,
         val_fraction: float = 0.02,
@@ -74,11 +74,11 @@ class SftDataModule(LanguageDataModule):
         seed: int | None = None,
         val_seed: int = 0,
     ) -> None:
-        if tokenizer is None or sequence_length is None:
-            missing = "tokenizer" if tokenizer is None else "sequence_length"
+        if tokenizer is None or context_length is None:
+            missing = "tokenizer" if tokenizer is None else "context_length"
             raise UserError(f"data.{missing}: none given; give --model.weights CHECKPOINT, or --data.{missing}")
         super().__init__(
-            sequence_length,
+            context_length,
             global_batch,
             micro_batch,
             val_sequences,

@@ -63,8 +63,8 @@ def take_over(config: Namespace) -> None:
         if stored.tokenizer is None:
             raise UserError(f"data.tokenizer: '{arguments.weights}' has no tokenizer; give one")
         data.tokenizer = stored.tokenizer.name
-    if data.get("sequence_length", 0) is None:
-        data.sequence_length = description.context_length
+    if data.get("context_length", 0) is None:
+        data.context_length = description.context_length
 
 
 def fill_weights(model: Transformer, path: str) -> None:
