@@ -34,6 +34,7 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   score      log-likelihood of continuations, multiple choice, perplexity of texts
   evaluate   benchmarks of a checkpoint, through lm-evaluation-harness
   igsm       generated mathematics problems, solved by a checkpoint
+  reversal   one half of a pair given, asked for the other
   ablate     guidance, samplers, remasking, lengths: the paper's Tables 6 to 10
   convert    a checkpoint -> an inference folder of ours, or Hugging Face LLaDA or Llama
 
@@ -214,6 +215,11 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return igsm_command(args)
 
+    def reversal(args: list[str]) -> int:
+        from llada_lightning.evaluation.reversal.reversal_command import reversal_command
+
+        return reversal_command(args)
+
     def ablate(args: list[str]) -> int:
         from llada_lightning.evaluation.ablate_command import ablate_command
 
@@ -232,6 +238,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
         "score": score,
         "evaluate": evaluate,
         "igsm": igsm,
+        "reversal": reversal,
         "ablate": ablate,
         "convert": convert,
     }

@@ -7,6 +7,7 @@ A source is written as one word on the command line:
   recursively in sorted order; each plain or compressed (``.gz``, ``.xz``, ``.bz2``, ``.zst``);
 - a pattern (``books/*.txt``) of such files;
 - ``igsm:COUNT[@SEED]``: generated mathematics problems with their solutions, the same for the same seed;
+- ``facts:COUNT[@SEED]``: invented facts, each stated in one order only, the same for the same seed;
 - ``hf:NAME[:CONFIG][@SPLIT]``: a dataset of the Hugging Face hub, or ``hf:FOLDER[@SPLIT]``: one on this machine.
 """
 
@@ -24,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llada_lightning.data.facts_corpus import FACTS, FactsSource, facts_source
+from llada_lightning.data.facts_corpus import VERSION as FACTS_VERSION
 from llada_lightning.data.igsm.corpus import VERSION as IGSM_VERSION
 from llada_lightning.data.igsm.corpus import IgsmSource, igsm_source
 from llada_lightning.data.text_files import READ_ERRORS, Meter, is_text, json_documents, suffixes_of, text_documents
@@ -211,12 +214,12 @@ class DatasetCorpus(Corpus):
         return text
 
 
-class IgsmCorpus(Corpus):
-    """Generated problems, known by their number and seed."""
+class GeneratedCorpus(Corpus):
+    """Documents that a program makes, known by their number, their seed and the program's version."""
 
-    def __init__(self, source: IgsmSource) -> None:
+    def __init__(self, kind: str, source: IgsmSource | FactsSource, version: int) -> None:
         self._source = source
-        facts = {"kind": IGSM, "problems": source.count, "seed": source.seed, "version": IGSM_VERSION}
+        facts = {"kind": kind, "count": source.count, "seed": source.seed, "version": version}
         self.identity = {**facts, "digest": digest_of(facts)}
 
     def documents(self) -> Iterator[str]:
@@ -351,7 +354,9 @@ def open_corpus(source: str, *, text_field: str = "text", document_separator: st
     if source.startswith(HUB_PREFIX):
         return DatasetCorpus(source[len(HUB_PREFIX) :], text_field)
     if source.partition(":")[0] == IGSM:
-        return IgsmCorpus(igsm_source(source))
+        return GeneratedCorpus(IGSM, igsm_source(source), IGSM_VERSION)
+    if source.partition(":")[0] == FACTS:
+        return GeneratedCorpus(FACTS, facts_source(source), FACTS_VERSION)
     path = Path(source).expanduser()
     if path.suffix in _TABLE_SUFFIXES:
         raise UserError(f"source '{source}': tables are read as datasets; write '{HUB_PREFIX}{source}'")

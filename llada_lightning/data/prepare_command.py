@@ -23,7 +23,8 @@ def prepare_parser() -> CommandParser:
         type=str,
         default="python-stdlib",
         help="python-stdlib; a text or .jsonl file (also .gz .xz .bz2 .zst), a folder or a pattern of them; "
-        "hf:NAME[:CONFIG][@SPLIT] or hf:FOLDER, a Hugging Face dataset; igsm:COUNT[@SEED], generated problems",
+        "hf:NAME[:CONFIG][@SPLIT] or hf:FOLDER, a Hugging Face dataset; igsm:COUNT[@SEED], generated problems; "
+        "facts:COUNT[@SEED], invented facts, each in one order only",
     )
     corpus.add_argument("--text-field", type=str, default="text", help="field (JSONL) or column (hf:) with the text")
     corpus.add_argument(

@@ -32,6 +32,7 @@ class Stream(IntEnum):
     LIKELIHOOD = 8
     TURN = 9
     HELD_OUT = 10
+    FACTS = 11
 
 
 def random_words(seed: int, stream: Stream, ordinal: int, count: int, sub_ordinal: int = 0) -> npt.NDArray[np.uint64]:

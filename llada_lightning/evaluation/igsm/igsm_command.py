@@ -13,7 +13,7 @@ from llada_lightning.errors import UserError
 from llada_lightning.generation.terminal import options as shared
 
 if TYPE_CHECKING:
-    from llada_lightning.evaluation.igsm.run import Accuracy, IgsmResult
+    from llada_lightning.evaluation.igsm.run import IgsmResult
 
 
 def igsm_parser() -> CommandParser:
@@ -65,12 +65,9 @@ def igsm_command(argv: list[str]) -> int:
 
 
 def _record(result: IgsmResult) -> dict[str, Any]:
-    def plain(accuracy: Accuracy) -> dict[str, float]:
-        return {**vars(accuracy), "accuracy": accuracy.value, "stderr": accuracy.stderr}
-
     return {
-        "overall": plain(result.overall),
-        "by_steps": {str(steps): plain(accuracy) for steps, accuracy in result.by_steps.items()},
+        "overall": result.overall.record(),
+        "by_steps": {str(steps): accuracy.record() for steps, accuracy in result.by_steps.items()},
         "unanswered": result.given.count(None),
     }
 

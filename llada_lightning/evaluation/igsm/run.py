@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 from llada_lightning.checkpoints import LanguageModel
 from llada_lightning.data.igsm.problem import Problem
 from llada_lightning.errors import UserError
+from llada_lightning.evaluation.accuracy import Accuracy
 from llada_lightning.evaluation.igsm.prompts import SHOT_STEPS, chat_messages, completion_prompt
 from llada_lightning.generation.sampling import generate
 from llada_lightning.generation.terminal.conversation import conversation_ids
@@ -42,23 +42,6 @@ class IgsmSettings:
             raise UserError(f"shots: {self.shots} given; give 0 to {len(SHOT_STEPS)}")
         if self.batch_size < 1:
             raise UserError(f"batch_size: {self.batch_size} given; give at least 1")
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Problems solved, of so many."""
-
-    correct: int
-    count: int
-
-    @property
-    def value(self) -> float:
-        return self.correct / self.count
-
-    @property
-    def stderr(self) -> float:
-        """Of a share of independent problems."""
-        return math.sqrt(self.value * (1 - self.value) / self.count)
 
 
 @dataclass(frozen=True)
