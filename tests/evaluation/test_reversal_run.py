@@ -99,7 +99,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path, capsys: pytest.CaptureF
         run_reversal(model(), PAIRS, ReversalSettings("chat"))
     with pytest.raises(UserError, match="pairs: none given"):
         run_reversal(model(), [], ReversalSettings("prompt"))
-    with pytest.raises(UserError, match="context"):
+    with pytest.raises(UserError, match="more than the 64"):
         run_reversal(model(), [Pair("a" * 5000, "b")], ReversalSettings("prompt"))
     path = tmp_path / "pairs.json"
     for content, fault in (("[", "cannot be read"), ("[]", "holds no list"), ('[{"first": "a"}]', "pair 1 lacks")):
