@@ -1,4 +1,4 @@
-"""Writes generated problems as pairs for supervised fine-tuning: `python experiments/sft/igsm_pairs.py COUNT FILE.jsonl`.
+"""Generated problems as pairs for fine-tuning: `python experiments/sft/igsm_pairs.py COUNT FILE.jsonl`.
 
 The problems are of the training stream, from a seed that `llada prepare --source igsm:COUNT` does not take by default.
 """
