@@ -2,8 +2,9 @@
 
     python experiments/reversal/poems.py POEMS.jsonl PAIRS.json OUT [OTHERS]
 
-POEMS holds `text`, a poem a line (compressed or not); PAIRS the `first` and `second` lines to be asked for. OUT/poems.jsonl
-gets the poems in which a pair's lines stand next to each other, and OTHERS more (default 0); OUT/pairs.json those pairs.
+POEMS holds `text`, a poem a line (compressed or not); PAIRS the `first` and `second` lines to be asked for.
+OUT/poems.jsonl gets the poems in which a pair's lines stand next to each other, and OTHERS more (default 0);
+OUT/pairs.json those pairs.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ import torch
 from litdata import StreamingDataset, TokensLoader
 
 from llada_lightning.data.batches import TrainingBatch
-from llada_lightning.data.datamodule import TokenDataModule, exact_micro_batch
+from llada_lightning.data.datamodule import TokenDataModule
+from llada_lightning.data.language_datamodule import exact_micro_batch
 from llada_lightning.errors import UserError
 from llada_lightning.objectives.forward_process import random_lengths
 
