@@ -1,15 +1,16 @@
 """Poems that a small model can hold, with their pairs of lines.
 
-    python experiments/reversal/poems.py POEMS.jsonl PAIRS.json OUT [OTHERS]
+    python experiments/reversal/poems.py POEMS.jsonl PAIRS.json OUT [LONGEST [OTHERS]]
 
 POEMS holds `text`, a poem a line (compressed or not); PAIRS the `first` and `second` lines to be asked for.
-OUT/poems.jsonl gets the poems in which a pair's lines stand next to each other, and OTHERS more (default 0);
-OUT/pairs.json those pairs.
+OUT/poems.jsonl gets the poems of at most LONGEST characters (default: any) in which a pair's lines stand next to each
+other, and OTHERS more (default 0); OUT/pairs.json those pairs.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from itertools import islice
 from pathlib import Path
@@ -20,9 +21,10 @@ from llada_lightning.evaluation.reversal.run import read_pairs
 JOINER = "，"
 
 
-def main(poems: Path, pairs: str, out: Path, others: int = 0) -> None:
+def main(poems: Path, pairs: str, out: Path, longest: float = math.inf, others: int = 0) -> None:
     wanted = {pair.first + JOINER + pair.second: pair for pair in read_pairs(pairs)}
     texts = [str(record["text"]) for _, record in json_records(poems, Meter())]
+    texts = [text for text in texts if len(text) <= longest]
     holding = {line: next((text for text in texts if line in text), None) for line in wanted}
     kept = list(dict.fromkeys(text for text in holding.values() if text is not None))
     kept += list(islice((text for text in texts if text not in set(kept)), others))
