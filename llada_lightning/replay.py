@@ -26,6 +26,7 @@ from llada_lightning.checkpoints.run_folder import (
 )
 from llada_lightning.cluster import device_count
 from llada_lightning.data.batches import TrainingBatch
+from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.manifest import read_tokenizer_text
 from llada_lightning.data.tokenizers import tokenizer_from_text
 from llada_lightning.errors import UserError
@@ -160,6 +161,8 @@ class ReplayCLI(LladaCLI):
         )
 
     def _run_resolved(self, subcommand: str) -> None:
+        if not isinstance(self.datamodule, TokenDataModule):
+            raise UserError("replay: only the steps of a pre-training can be replayed, and this run learned from pairs")
         start = start_before(self.phase, self._step)
         say(f"replaying up to step {self._step} from {start or 'the beginning'}")
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=start)
