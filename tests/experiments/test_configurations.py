@@ -24,7 +24,10 @@ def read(name: str) -> dict[str, Any]:
     return yaml.safe_load((ROOT / "experiments" / "paper" / f"{name}.yaml").read_text())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("*.yaml")), ids=lambda path: path.stem)
+CONFIGURATIONS = sorted(path for path in (ROOT / "experiments").rglob("*.yaml") if path.parent.name != "evaluation")
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_each_configuration_loads(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = [] if "model" in yaml.safe_load(path.read_text()) else ["--model=LladaModule"]
     assert main(["fit", f"--config={path}", *model, "--print_config"]) == 0
