@@ -125,7 +125,8 @@ def test_any_text_comes_back_from_any_shards_and_batches(
     assert sorted(found) == sorted(kept)
 
 
-def test_the_result_depends_on_text_and_settings_alone(tmp_path: Path) -> None:
+def test_the_result_depends_on_text_and_settings_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)  # `llada evaluate` in this process sets it
     source = write_corpus(tmp_path / "a.jsonl")
     first = run(source, tmp_path / "one", shard_tokens=200)
     code = (
