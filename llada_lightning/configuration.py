@@ -49,7 +49,7 @@ def resolve_data(config: Namespace) -> LanguageDataModule:
     _fill(config.model.init_args, "seed", config.seed_everything)
     _fill(config.data.init_args, "seed", config.seed_everything)
     if config.model.init_args.get("weights") is not None:
-        take_over(config)
+        take_over(config, module_class(config).objective)
     data = located(config.data.class_path, LanguageDataModule)(**config.data.init_args.as_dict())  # type: ignore[type-abstract]
     data.check()
     if config.trainer.precision is None:

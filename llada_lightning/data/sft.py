@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader
 
@@ -144,11 +146,21 @@ class SftDataModule(LanguageDataModule):
     @cached_property
     def pairs(self) -> Pairs:
         """All of them, read and tokenized once."""
-        rows = read_dialogues(self.path)
-        shown = track(rows, description="reading pairs", transient=True, disable=not self._shows_progress)
-        return tokenize_pairs(shown, self.template, self.tokenizer.eos_id, self.sequence_length, self.drop_long)
-
-    _shows_progress = False
+        rows = track(
+            read_dialogues(self.path),
+            description="reading pairs",
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        pairs = tokenize_pairs(rows, self.template, self.tokenizer.eos_id, self.sequence_length, self.drop_long)
+        if pairs.dropped:
+            print(
+                f"note: {pairs.dropped} of {pairs.dropped + pairs.dialogues} dialogues are longer than the context of "
+                f"{self.sequence_length} and are left out",
+                file=sys.stderr,
+            )
+        return pairs
 
     @cached_property
     def splits(self) -> dict[str, np.ndarray]:

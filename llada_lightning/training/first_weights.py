@@ -15,6 +15,7 @@ from llada_lightning.checkpoints.stored_model import StoredModel, open_checkpoin
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
 from llada_lightning.model.shards import fill
+from llada_lightning.scaling.flops import Objective
 from llada_lightning.scaling.shapes import get_shape
 
 DEFAULT_SHAPE = "443k"
@@ -31,8 +32,11 @@ def weights_hash(path: str) -> str:
     return checkpoint_hash(_opened(path).path)
 
 
-def take_over(config: Namespace) -> None:
+def take_over(config: Namespace, objective: Objective) -> None:
     """Fill in, in place, what a run takes from the checkpoint it starts from: the model, the context, the tokenizer.
+
+    Args:
+        objective: of the model that is configured.
 
     Raises:
         UserError: it is no checkpoint, is of the other objective, or a setting contradicts it.
@@ -40,10 +44,9 @@ def take_over(config: Namespace) -> None:
     arguments, data = config.model.init_args, config.data.init_args
     stored = _opened(arguments.weights)
     description = stored.description
-    objective = "arm" if config.model.class_path.endswith("ArmModule") else "llada"
     if description.objective != objective:
         raise UserError(
-            f"model.weights: '{arguments.weights}' is of {description.objective}, and {config.model.class_path} is not"
+            f"model.weights: '{arguments.weights}' is of {description.objective}, not of {objective}; give --model of it"
         )
     given = arguments.shape.as_dict() if isinstance(arguments.shape, Namespace) else arguments.shape
     if given != DEFAULT_SHAPE and get_shape(given) != description.shape:

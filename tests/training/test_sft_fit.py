@@ -14,8 +14,10 @@ import torch
 
 from llada_lightning.checkpoints import load_model
 from llada_lightning.cli import main
+from llada_lightning.data.batches import TrainingBatch
 from llada_lightning.data.chat import Message
 from llada_lightning.data.language_datamodule import LanguageDataModule
+from llada_lightning.data.pairs import PairDataset
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.generation.terminal.conversation import conversation_ids
 from llada_lightning.objectives.losses import shift_right
@@ -74,9 +76,7 @@ def data_of(prepared: Path, pairs: Path) -> SftDataModule:
     return SftDataModule(str(pairs), tokenizer=str(prepared), context_length=128, global_batch=8)
 
 
-def batch_of(data: SftDataModule, seed: int = 0):
-    from llada_lightning.data.pairs import PairDataset
-
+def batch_of(data: SftDataModule) -> TrainingBatch:
     dataset = PairDataset(data.stream, data.tokenizer.eos_id, data.mask_eps, data.time_sampling, data.global_batch)
     return dataset.__getitems__(list(range(8)))
 
