@@ -95,18 +95,19 @@ class TokenStream:
         ends every document.
         """
         source, item = self.locate(ordinal)
-        if (source, item) not in self._documents:
-            self._documents[source, item] = self._find_document(source, item, eos_token_id)
-        return self._documents[source, item]
-
-    def _find_document(self, source: int, item: int, eos_token_id: int) -> int:
-        for earlier in range(item - 1, -1, -1):
-            ends = (self._readers[source][earlier] == eos_token_id).nonzero()
+        begin, passed = self._place(source, 0), []
+        for later in range(item, 0, -1):
+            if (source, later) in self._documents:
+                begin = self._documents[source, later]
+                break
+            passed.append((source, later))
+            ends = (self._readers[source][later - 1] == eos_token_id).nonzero()
             if len(ends):
-                return self._place(source, earlier) + 1 + int(ends[-1])
-            if (source, earlier) in self._documents:
-                return self._documents[source, earlier]
-        return self._place(source, 0)
+                begin = self._place(source, later - 1) + 1 + int(ends[-1])
+                break
+        # What lies between begins there too: no sequence is looked at twice, however long the documents are.
+        self._documents.update(dict.fromkeys(passed, begin))
+        return begin
 
     def _place(self, source: int, item: int) -> int:
         """A sequence's first token, counted over all sources."""
