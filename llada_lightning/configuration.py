@@ -229,7 +229,7 @@ def cpu_flags() -> set[str]:
 
 _TRAINER_IDENTITY = ("max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
 _DATA_MACHINE = ("path", "tokenizer", "chat_template", "workers", "micro_batch", "val_batch")
-_DATA_OPTIONS = {"document_mask": False}
+_DATA_OPTIONS = {"document_mask": False, "train_tokens": None}
 """Options that came later: at its default none stands in an identity, so that older runs keep theirs."""
 
 

@@ -53,6 +53,8 @@ class TokenDataModule(LanguageDataModule):
         val_seed: of the validation set's choice and noise, shared by runs that are to be compared.
         document_mask: keep attention within each document of a sequence, in training and validation. FLOPs are
             counted as of full attention: an upper count.
+        train_tokens: distinct tokens of the training split that are read, again and again; null: all. They are the
+            beginnings of all its shards, the same for every seed; of a mixture each source gives its weight's share.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class TokenDataModule(LanguageDataModule):
         seed: int | None = None,
         val_seed: int = 0,
         document_mask: bool = False,
+        train_tokens: int | None = None,
     ) -> None:
         super().__init__(
             sequence_length,
@@ -90,6 +93,11 @@ class TokenDataModule(LanguageDataModule):
             raise UserError("data.path: no folder given; name one that llada prepare wrote")
         if not 0 <= random_length_share <= 1:
             raise UserError(f"data.random_length_share: {random_length_share} must lie between 0 and 1")
+        if train_tokens is not None and train_tokens < sequence_length:
+            raise UserError(
+                f"data.train_tokens: {train_tokens} is below one sequence of {sequence_length}; raise it, or leave it out"
+            )
+        self.train_tokens = train_tokens
         self.weights = {path: 1.0} if isinstance(path, str) else dict(path)
         self.random_length_share, self.window_shards, self.document_mask = (
             random_length_share,
@@ -151,8 +159,16 @@ class TokenDataModule(LanguageDataModule):
     def _read_of(self, steps: int) -> list[tuple[int, int]]:
         """For each source the sequences that a run reads, repeats counted, and those that there are."""
         read = Mixture(list(self.weights.values())).consumed(steps * self.global_batch)
-        items = [m.splits["train"].items(self.sequence_length) for m in self.manifests]
-        return list(zip(read.tolist(), items, strict=True))
+        return list(zip(read.tolist(), self._train_sequences(), strict=True))
+
+    def _train_sequences(self) -> list[int]:
+        """Of each source the training sequences that are read at all."""
+        present = [m.splits["train"].items(self.sequence_length) for m in self.manifests]
+        if self.train_tokens is None:
+            return present
+        wanted, total = self.train_tokens / self.sequence_length, sum(self.weights.values())
+        shares = [max(1, round(wanted * weight / total)) for weight in self.weights.values()]
+        return [min(share, items) for share, items in zip(shares, present, strict=True)]
 
     def check(self) -> None:
         """Refuse a data folder that cannot serve: missing, cut or foreign files, sequences longer than a
@@ -165,7 +181,7 @@ class TokenDataModule(LanguageDataModule):
         assert self.trainer is not None
         process = ForwardProcess(self.seed, self.mask_eps, self.time_sampling, self.random_length_share)
         dataset = TrainingDataset(
-            self._stream("train", self.seed),
+            self._stream("train", self.seed, self._train_sequences()),
             process,
             self.tokenizer.eos_id,
             self.global_batch,
@@ -187,7 +203,7 @@ class TokenDataModule(LanguageDataModule):
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
-    def _stream(self, split: str, seed: int) -> TokenStream:
+    def _stream(self, split: str, seed: int, limits: list[int] | None = None) -> TokenStream:
         return TokenStream(
             folders=[_for_litdata(folder) for folder in self.weights],
             manifests=self.manifests,
@@ -196,6 +212,7 @@ class TokenDataModule(LanguageDataModule):
             sequence_length=self.sequence_length,
             seed=seed,
             window_shards=self.window_shards,
+            limits=limits,
         )
 
 

@@ -52,12 +52,19 @@ class TokenStream:
         sequence_length: int,
         seed: int,
         window_shards: int,
+        limits: Sequence[int] | None = None,
     ) -> None:
         self.sequence_length, self._vocab_size = sequence_length, manifests[0].tokenizer.vocab_size
         self.mixture = Mixture(weights)
         shards = [manifest.splits[split].shards for manifest in manifests]
         self.orders = [
-            EpochOrder([shard.tokens // sequence_length for shard in own], seed, source, window_shards)
+            EpochOrder(
+                [shard.tokens // sequence_length for shard in own],
+                seed,
+                source,
+                window_shards,
+                None if limits is None else limits[source],
+            )
             for source, own in enumerate(shards)
         ]
         self._documents: dict[tuple[int, int], int] = {}

@@ -29,13 +29,21 @@ class EpochOrder:
         seed: of the run.
         source: index of the source; sources of a mixture are permuted independently.
         window_shards: shards whose items are shuffled together.
+        limit: items that are read at all, the same for every seed: the first ones of each shard, by :func:`spread`;
+            None: all.
     """
 
     def __init__(
-        self, shard_items: Sequence[int], seed: int, source: int = 0, window_shards: int = WINDOW_SHARDS
+        self,
+        shard_items: Sequence[int],
+        seed: int,
+        source: int = 0,
+        window_shards: int = WINDOW_SHARDS,
+        limit: int | None = None,
     ) -> None:
-        self._shard_items = np.asarray(shard_items, dtype=np.int64)
-        self._shard_starts = np.cumsum(self._shard_items) - self._shard_items
+        present = np.asarray(shard_items, dtype=np.int64)
+        self._shard_starts = np.cumsum(present) - present
+        self._shard_items = present if limit is None else spread(limit, present)
         self._seed, self._source, self._window_shards = seed, source, window_shards
         self.items = int(self._shard_items.sum())
         assert self.items > 0, "a source without items has no order"
@@ -73,6 +81,16 @@ class EpochOrder:
         self.__dict__.update(state)
         self._windows = lru_cache(maxsize=2)(self._windows_of_epoch)
         self._items_of = lru_cache(maxsize=2)(self._items_of_window)
+
+
+def spread(total: int, capacities: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """``total`` items over parts in proportion to what these hold, by largest remainder; all of it where it is more."""
+    if total >= capacities.sum():
+        return capacities
+    exact = capacities * (total / capacities.sum())
+    counts = np.floor(exact).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: total - int(counts.sum())]] += 1
+    return counts
 
 
 class Mixture:

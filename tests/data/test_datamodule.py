@@ -88,6 +88,30 @@ def test_an_epoch_reads_every_block_once(prepared: Path) -> None:
     assert data.epochs(steps) == steps * G / len(blocks)
 
 
+def test_few_training_tokens_are_read_again_and_again(prepared: Path) -> None:
+    """The same ones by every seed; the record counts them, and validation does not change."""
+    limited = [module(str(prepared), random_length_share=0.0, train_tokens=5 * L, seed=seed) for seed in (0, 1)]
+    first, second = ([row for batch in batches(data, 5) for row in batch.tokens_BL.tolist()] for data in limited)
+    assert sorted(first) == sorted(second) and first != second
+    assert len(set(map(tuple, first))) == 5 and first.count(first[0]) == 8
+    assert limited[0].unique_tokens(5) == 5 * L and limited[0].epochs(5) == 8
+    whole = module(str(prepared), random_length_share=0.0)
+    validated = [[batch.tokens_BL.tolist() for batch in data.val_dataloader()] for data in (limited[0], whole)]
+    assert validated[0] == validated[1]
+
+
+def test_a_mixture_shares_its_training_tokens_by_weight(prepared: Path, prepared_second: Path) -> None:
+    data = module({str(prepared): 1, str(prepared_second): 3}, random_length_share=0.0, train_tokens=8 * L)
+    read = [tuple(row) for batch in batches(data, 8) for row in batch.tokens_BL.tolist()]
+    second = set(map(tuple, stored_blocks(prepared_second)))
+    assert len(set(read)) == 8 and len(set(read) & second) == 6
+
+
+def test_training_tokens_of_no_sequence_are_refused(prepared: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.train_tokens: 31 is below one sequence of 32"):
+        module(str(prepared), train_tokens=31)
+
+
 def test_mixture_reads_each_source_by_its_weight(prepared: Path, prepared_second: Path) -> None:
     data = module({str(prepared): 1, str(prepared_second): 3})
     stream = data.train_dataloader().dataset.stream

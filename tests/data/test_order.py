@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_lightning.data.order import EpochOrder, Mixture, apportion
+from llada_lightning.data.order import EpochOrder, Mixture, apportion, spread
 from llada_lightning.errors import UserError
 
 shard_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 0)
@@ -39,6 +39,24 @@ def test_an_item_depends_on_the_position_alone(shards: list[int], positions: lis
     first = [order.item(p) for p in positions]
     again = pickle.loads(pickle.dumps(order))
     assert [again.item(p) for p in reversed(positions)] == first[::-1]
+
+
+@given(shard_sizes, st.integers(1, 120), st.integers(0, 2**63))
+def test_a_limit_repeats_the_beginnings_of_all_shards(shards: list[int], limit: int, seed: int) -> None:
+    order = EpochOrder(shards, seed, window_shards=2, limit=limit)
+    kept = spread(limit, np.array(shards))
+    assert order.items == kept.sum() == min(limit, sum(shards))
+    starts = np.cumsum(shards) - shards
+    beginnings = [start + i for start, count in zip(starts, kept, strict=True) for i in range(count)]
+    for epoch in range(2):
+        assert sorted(order.item(epoch * order.items + i) for i in range(order.items)) == beginnings
+
+
+@given(shard_sizes, st.integers(1, 120))
+def test_a_limit_is_spread_in_proportion(shards: list[int], limit: int) -> None:
+    kept, total = spread(limit, np.array(shards)), min(limit, sum(shards))
+    assert (kept <= shards).all()
+    assert (np.abs(kept - np.array(shards) * total / sum(shards)) < 1).all()
 
 
 def test_items_of_a_window_come_from_its_shards_only() -> None:
