@@ -95,7 +95,7 @@ class TokenDataModule(LanguageDataModule):
             raise UserError(f"data.random_length_share: {random_length_share} must lie between 0 and 1")
         if train_tokens is not None and train_tokens < sequence_length:
             raise UserError(
-                f"data.train_tokens: {train_tokens} is below one sequence of {sequence_length}; raise it, or leave it out"
+                f"data.train_tokens: {train_tokens} is below one sequence of {sequence_length}; raise it"
             )
         self.train_tokens = train_tokens
         self.weights = {path: 1.0} if isinstance(path, str) else dict(path)
