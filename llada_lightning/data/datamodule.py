@@ -94,9 +94,7 @@ class TokenDataModule(LanguageDataModule):
         if not 0 <= random_length_share <= 1:
             raise UserError(f"data.random_length_share: {random_length_share} must lie between 0 and 1")
         if train_tokens is not None and train_tokens < sequence_length:
-            raise UserError(
-                f"data.train_tokens: {train_tokens} is below one sequence of {sequence_length}; raise it"
-            )
+            raise UserError(f"data.train_tokens: {train_tokens} is below one sequence of {sequence_length}; raise it")
         self.train_tokens = train_tokens
         self.weights = {path: 1.0} if isinstance(path, str) else dict(path)
         self.random_length_share, self.window_shards, self.document_mask = (
