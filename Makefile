@@ -4,9 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LLADA := $(BIN)/python -m llada_lightning
 JOBS ?= 2
+GPU_JOBS ?= 8
 FIGURES ?= runs/benchmarks
+SOURCE ?= data/books.jsonl.xz
+TABLES ?= runs/study
 
-.PHONY: help setup quickstart test test-slow lint format notebooks bench bench-gpu clean
+.PHONY: help setup quickstart study-cpu study-gpu study-report test test-slow lint format notebooks bench bench-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +33,34 @@ quickstart: setup  ## both objectives over three budgets: runs/quickstart/scalin
 	$(LLADA) sweep run sweeps/quickstart.yaml --jobs $(JOBS)
 	$(LLADA) collect runs/quickstart --out runs/quickstart/results.csv
 	$(LLADA) curves runs/quickstart/results.csv --out runs/quickstart
+
+# Sweeps of the study, one after the other: what is done is skipped, and a signal stops the whole.
+sweeps = $(foreach sweep,$(2),$(LLADA) sweep run sweeps/study-$(1)-$(sweep).yaml --jobs $(3) &&) true
+
+study-cpu: setup  ## the study's small twin from nothing (SOURCE=books.jsonl.xz; two cores: about three hours): $(TABLES)/report.md
+	$(LLADA) prepare --source $(SOURCE) --out data/study --vocab-size 512 --val-fraction 0.15
+	$(call sweeps,cpu,tune-arm tune-llada arm-low arm llada seeds repeats ablations,$(JOBS))
+	$(LLADA) collect runs/study-cpu --out $(TABLES)/cpu/results.csv
+	for table in tune seeds repeats iid lengths; do \
+	  $(LLADA) collect runs/study-cpu-$$table --out $(TABLES)/cpu/$$table.csv || exit; done
+	$(BIN)/python experiments/study/histories.py runs/study-cpu $(TABLES)/cpu/history.csv
+	$(BIN)/python experiments/study/histories.py runs/study-cpu-repeats $(TABLES)/cpu/repeats-history.csv
+	$(BIN)/python experiments/study/variance.py runs/study-cpu/llada-107k-* data/study $(TABLES)/cpu/variance.json
+	$(LLADA) curves $(TABLES)/cpu/results.csv --out $(TABLES)/cpu
+	$(BIN)/python experiments/study/report.py --cpu $(TABLES)/cpu --out $(TABLES)/report.md
+
+study-gpu: setup  ## the large study on one GPU (SOURCE=books.jsonl.xz; an H100: about a quarter of an hour): $(TABLES)/gpu
+	$(LLADA) prepare --source $(SOURCE) --out data/study-gpu --vocab-size 4096 --val-fraction 0.15
+	$(call sweeps,gpu,tune-arm tune-llada arm llada seeds,$(GPU_JOBS))
+	$(LLADA) collect runs/study-gpu --out $(TABLES)/gpu/results.csv
+	for table in tune seeds; do $(LLADA) collect runs/study-gpu-$$table --out $(TABLES)/gpu/$$table.csv || exit; done
+	$(BIN)/python experiments/study/histories.py runs/study-gpu $(TABLES)/gpu/history.csv
+	$(LLADA) curves $(TABLES)/gpu/results.csv --out $(TABLES)/gpu
+
+study-report: setup  ## docs/study.md, its figures and fits from the committed tables of both studies
+	for study in cpu gpu; do \
+	  $(LLADA) curves experiments/study/$$study/results.csv --out experiments/study/$$study || exit; done
+	$(BIN)/python experiments/study/report.py
 
 test: setup  ## lint, types and tests
 	$(MAKE) lint

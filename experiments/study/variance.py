@@ -32,14 +32,16 @@ from llada_lightning.files import write_json
 from llada_lightning.model import Transformer
 from llada_lightning.objectives import forward_process
 from llada_lightning.objectives.forward_process import TimeSampling, fixed_count_mask, mask_probability, random_mask
+from llada_lightning.scaling.fits import Estimate
 
 GLOBAL_BATCH = 16
 BATCHES, SEEDS = 16, 128
 """Batches of fixed tokens, and draws of the noise for each."""
-CONSECUTIVE = 1024
-"""Batches one after the other, of tokens that vary."""
+BLOCKS, CONSECUTIVE = 16, 64
+"""Blocks of batches one after the other, of tokens that vary."""
 SEQUENCES, DRAWS, REPEATS = 256, 16, 32
 """Of the bounds: sequences, draws behind one estimate, estimates of each sequence."""
+RESAMPLES = 4000
 
 Array = npt.NDArray[np.float64]
 
@@ -47,6 +49,7 @@ Array = npt.NDArray[np.float64]
 def main(run: str, data: str, out: Path) -> None:
     lm = load_model(run)
     trained, tokens = lm.model, Tokens(data, lm.context_length)
+    trained.requires_grad_(True)  # a loaded model has no gradients
     fresh = Transformer(trained.shape, trained.vocab_size, trained.rope_theta)
     fresh.initialise(torch.Generator().manual_seed(0))
     write_json(
@@ -62,6 +65,7 @@ def main(run: str, data: str, out: Path) -> None:
                 "trained": noise_of_training(lm, trained, tokens),
             },
             "batches": {
+                "blocks": BLOCKS,
                 "batches": CONSECUTIVE,
                 "at the start": noise_of_batches(lm, fresh, tokens),
                 "trained": noise_of_batches(lm, trained, tokens),
@@ -107,13 +111,17 @@ def noise_of_training(lm: LanguageModel, model: Transformer, tokens: Tokens) -> 
 def noise_of_batches(lm: LanguageModel, model: Transformer, tokens: Tokens) -> dict[str, Any]:
     """Variance of loss and gradient over consecutive batches of one run, tokens and noise, by how t is drawn."""
 
-    def variance(sampling: TimeSampling) -> dict[str, float]:
-        return spread(
-            loss_and_gradient(lm, model, tokens("train", first, GLOBAL_BATCH), 0, first, sampling)
-            for first in track(range(0, CONSECUTIVE * GLOBAL_BATCH, GLOBAL_BATCH), f"batches, {sampling}")
-        )
+    def variances(sampling: TimeSampling) -> list[dict[str, float]]:
+        firsts = np.arange(BLOCKS * CONSECUTIVE).reshape(BLOCKS, CONSECUTIVE) * GLOBAL_BATCH
+        return [
+            spread(
+                loss_and_gradient(lm, model, tokens("train", int(first), GLOBAL_BATCH), 0, int(first), sampling)
+                for first in block
+            )
+            for block in track(firsts, f"batches, {sampling}")
+        ]
 
-    return compared([variance("weyl")], [variance("iid")])
+    return compared(variances("weyl"), variances("iid"))
 
 
 def loss_and_gradient(
@@ -128,7 +136,7 @@ def loss_and_gradient(
     loss = (nll_BL / torch.from_numpy(p_B)[:, None]).sum() / tokens_BL.numel()
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return float(loss), gradient.double().numpy()
+    return float(loss.detach()), gradient.double().numpy()
 
 
 def spread(draws: Any) -> dict[str, float]:
@@ -149,12 +157,20 @@ def spread(draws: Any) -> dict[str, float]:
 
 def compared(weyl: list[dict[str, float]], iid: list[dict[str, float]]) -> dict[str, Any]:
     """Means over batches, and how many times the variance of independent t is that of stratified t."""
-    means = {
-        name: {key: float(np.mean([one[key] for one in ones])) for key in ones[0]}
+    columns = {
+        name: {key: np.array([one[key] for one in ones]) for key in ones[0]}
         for name, ones in (("weyl", weyl), ("iid", iid))
     }
-    ratios = {key: means["iid"][key] / means["weyl"][key] for key in ("loss", "gradient")}
+    means = {name: {key: float(values.mean()) for key, values in own.items()} for name, own in columns.items()}
+    ratios = {key: ratio_of_means(columns["iid"][key], columns["weyl"][key]) for key in ("loss", "gradient")}
     return {**means, "iid_over_weyl": ratios}
+
+
+def ratio_of_means(over: Array, under: Array) -> dict[str, Any]:
+    """Of paired values, with the 95 % interval of a bootstrap over the pairs."""
+    rows = np.random.default_rng(0).integers(len(over), size=(RESAMPLES, len(over)))
+    drawn = over[rows].mean(axis=1) / under[rows].mean(axis=1)
+    return Estimate.of(over.mean() / under.mean(), drawn).as_dict()
 
 
 # --- the bound -------------------------------------------------------------------------------------------------------
@@ -180,12 +196,12 @@ def noise_of_bounds(lm: LanguageModel, tokens: Tokens) -> dict[str, Any]:
                 sums_B = masked_nll(lm, lm.model, tokens_BL, masked_BL).sum(dim=1).double().numpy()
             values[name].append((sums_B * weights_B).reshape(REPEATS, DRAWS).mean(axis=1) / tokens.length)
     found = {name: np.stack(estimates) for name, estimates in values.items()}
-    variances = {name: float(estimates.var(axis=1, ddof=1).mean()) for name, estimates in found.items()}
+    variances = {name: estimates.var(axis=1, ddof=1) for name, estimates in found.items()}
     best = variances["eq14_stratified"]
     return {
-        "variance": variances,
+        "variance": {name: float(variance.mean()) for name, variance in variances.items()},
         "mean": {name: float(estimates.mean()) for name, estimates in found.items()},
-        "over_eq14_stratified": {name: variance / best for name, variance in variances.items()},
+        "over_eq14_stratified": {name: ratio_of_means(variance, best) for name, variance in variances.items()},
     }
 
 

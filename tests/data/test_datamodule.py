@@ -219,6 +219,25 @@ def test_sequences_know_the_document_they_begin_in(prepared: Path, prepared_seco
         assert len(pairs) == len({d for d, _ in pairs}) == len({o for _, o in pairs})
 
 
+def test_no_sequence_is_read_twice_to_find_where_documents_begin(prepared: Path) -> None:
+    data = module(str(prepared), val_sequences=None)
+    stream, sequences = data.val_dataloader().dataset.stream, data.val_dataloader().dataset.sequences
+    never = 10**6  # as if all of the split were one document: each search goes on to its beginning
+    read: list[int] = []
+    stream._readers = [CountingReader(stream._readers[0], read)]
+    assert {stream.document(n, never) for n in range(sequences)} == {0}
+    assert len(read) == len(set(read)) <= sequences
+
+
+class CountingReader:
+    def __init__(self, reader: Any, read: list[int]) -> None:
+        self.reader, self.read = reader, read
+
+    def __getitem__(self, item: int) -> torch.Tensor:
+        self.read.append(item)
+        return self.reader[item]
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

@@ -1,0 +1,108 @@
+"""The report's own figures; those of each study alone are `llada curves`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from llada_lightning.scaling.fits import Multiplier, StudyFits
+from llada_lightning.scaling.plots import write_figure
+from llada_lightning.scaling.plots.style import (
+    GREY,
+    INK,
+    STYLES,
+    StudyFigure,
+    dress,
+    flops_axis,
+    label_counts,
+    label_plain,
+    new_figure,
+    shades,
+)
+
+SMDM = 16.0
+"""Nie et al. 2024, arXiv:2410.18514: FLOPs of masked diffusion over those of autoregression at equal loss."""
+
+
+def multipliers(studies: dict[str, StudyFits]) -> StudyFigure:
+    """The compute multiplier by the envelopes, 6ND, of several studies over the FLOPs of ``arm``, with 95 % bands."""
+    figure = new_figure(8.2, 3.8)
+    axes = figure.subplots()
+    colors = ("#0072B2", "#D55E00", "#009E73")
+    for (name, fits), color in zip(studies.items(), colors, strict=True):
+        curve = [entry for entry in fits.multiplier_curve if (entry.method, entry.convention) == ("envelope", "6nd")]
+        _band(axes, sorted(curve, key=lambda entry: entry.arm_flops), name, color)
+    axes.axhline(SMDM, color=GREY, linewidth=1, linestyle=":", label="16, SMDM")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=20))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("compute multiplier of llada", color=INK)
+    axes.set_xlabel("training FLOPs of arm (6ND)", color=INK)
+    flops_axis(axes)
+    dress(axes)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
+    return figure
+
+
+def _band(axes: Axes, entries: Sequence[Multiplier], name: str, color: str) -> None:
+    flops, values, lows, highs = (
+        np.array([getattr(entry, field) for entry in entries]) for field in ("arm_flops", "multiplier", "low", "high")
+    )
+    inside = np.array([not entry.extrapolated for entry in entries])
+    axes.plot(flops, np.where(inside, values, np.nan), "-", color=color, linewidth=2, label=name)
+    axes.plot(flops, values, "--", color=color, linewidth=1)
+    axes.fill_between(flops, lows, highs, where=inside.tolist(), color=color, alpha=0.16, linewidth=0)
+
+
+def repeats(found: pd.DataFrame) -> StudyFigure:
+    """Loss against distinct tokens at one budget: at the end of the run, and the best validation on the way."""
+    figure = new_figure(8.2, 3.8)
+    axes = figure.subplots()
+    for objective, style in STYLES.items():
+        axes.errorbar(
+            found["unique"], found[objective], yerr=found[f"{objective}_stderr"], fmt=style.marker + style.line,
+            color=style.color, markerfacecolor=style.face, markersize=5.5, capsize=3, label=style.label,
+        )  # fmt: skip
+        axes.plot(found["unique"], found[f"{objective}_best"], ":", color=style.color, label="  its best on the way")
+    axes.set_xscale("log")
+    label_counts(axes.xaxis, axes.get_xlim())
+    axes.set_xlabel("distinct training tokens", color=INK)
+    axes.set_ylabel("validation loss (nats/token)", color=INK)
+    dress(axes)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
+    return figure
+
+
+def plateaus(histories: dict[str, pd.DataFrame]) -> StudyFigure:
+    """Training loss of the trunks of ``llada`` against tokens, a panel a study, dark the larger shapes."""
+    figure = new_figure(9.0, 3.6)
+    for axes, (name, history) in zip(figure.subplots(1, len(histories)), histories.items(), strict=True):
+        trunks = history[history["objective"] == "llada"].dropna(subset="train_nats_per_token")
+        longest = trunks.groupby("shape")["tokens"].max().sort_values(ascending=False)
+        for shape, color in zip(longest.index, shades(STYLES["llada"].color, len(longest)), strict=True):
+            own = trunks[trunks["shape"] == shape]
+            axes.plot(own["tokens"], own["train_nats_per_token"], color=color, linewidth=1.4)
+        axes.set_title(name, fontsize=10, color=INK)
+        axes.set_xscale("log")
+        label_counts(axes.xaxis, axes.get_xlim())
+        axes.set_xlabel("training tokens", color=INK)
+        label_plain(axes.yaxis)
+        dress(axes)
+    figure.axes[0].set_ylabel("training loss (nats/token)", color=INK)
+    return figure
+
+
+def draw(cpu: Any, gpu: Any, published: StudyFits, folder: Path) -> None:
+    """All of them into a folder, as PNG and SVG."""
+    names = {"two cores, 512 words": cpu.fits, "one H100, 4,096 words": gpu.fits, "published, C4": published}
+    write_figure(multipliers(names), folder, "multipliers")
+    write_figure(repeats(cpu.repeats()), folder, "repeats")
+    histories = {name: pd.read_csv(study.folder / "history.csv") for name, study in (("two cores", cpu), ("H100", gpu))}
+    write_figure(plateaus(histories), folder, "plateaus")

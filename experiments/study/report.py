@@ -1,0 +1,314 @@
+"""The study's report and its figures, from its tables.
+
+    python experiments/study/report.py [--cpu FOLDER] [--gpu FOLDER] [--out REPORT.md]
+
+Every number and table of the report comes from here; the words stand in `study.md.jinja`. A folder holds what
+`make study-cpu` or `make study-gpu` collects; both default to the committed ones, and so does the report's place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.table import Table
+from rich.text import Text
+from scipy import stats
+
+import figures
+from llada_lightning.files import written_atomically
+from llada_lightning.scaling import curves_report
+from llada_lightning.scaling.covariance import covariance_path, read_covariance
+from llada_lightning.scaling.fits import Estimate, Multiplier, StudyFits, budget_groups, fit_table
+from llada_lightning.scaling.fits.runs import planned_flops
+from llada_lightning.scaling.flops import Convention
+from llada_lightning.scaling.reference import published_isoflop
+from llada_lightning.scaling.results import read_results
+from llada_lightning.scaling.shapes import format_count, get_shape
+
+HERE = Path(__file__).parent
+OBJECTIVES = ("arm", "llada")
+
+
+@dataclass
+class Study:
+    """The tables of one study in a folder, and what the fits say of them."""
+
+    folder: Path
+    table: pd.DataFrame = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.table = self.read("results")
+
+    def read(self, name: str) -> pd.DataFrame:
+        return read_results(self.folder / f"{name}.csv")
+
+    def covariance(self, name: str) -> pd.DataFrame:
+        return read_covariance(covariance_path(self.folder / f"{name}.csv"))
+
+    @cached_property
+    def fits(self) -> StudyFits:
+        return fit_table(self.table, covariance=self.covariance("results"))
+
+    @cached_property
+    def variance(self) -> dict[str, Any]:
+        return json.loads((self.folder / "variance.json").read_text())
+
+    # --- tables as `llada curves` prints them ---
+
+    def optima(self, convention: Convention = "6nd") -> str:
+        return markdown(curves_report.optima_table(self.fits, convention))
+
+    def laws(self, convention: Convention = "6nd") -> str:
+        return markdown(curves_report.parameters_table(self.fits, convention))
+
+    def multipliers(self, convention: Convention = "6nd") -> str:
+        return markdown(curves_report.multiplier_table(self.fits, convention))
+
+    def held_out(self, convention: Convention = "6nd") -> str:
+        return markdown(curves_report.held_out_table(self.fits, convention))
+
+    def notes(self) -> str:
+        return "\n".join(f"- {note}" for note in self.fits.notes)
+
+    # --- tables of its own ---
+
+    def runs(self) -> str:
+        """Every run of the main grid."""
+        budgets = budget_groups(planned_flops(self.table))
+        runs = self.table.assign(budget=budgets).sort_values(["objective", "budget", "params_nonembedding"])
+        rows = [
+            [
+                run.objective,
+                short_shape(run.shape),
+                format_count(run.params_nonembedding),
+                flops(run.flops_6nd),
+                flops(run.flops_total),
+                format_count(run.tokens),
+                f"{run.epochs:.2g}",
+                f"{run.lr:.2g}",
+                plus_minus(run.val_nats_per_token, run.val_stderr),
+                f"{run.val_bits_per_byte:.3f}",
+            ]
+            for run in runs.itertuples()
+        ]
+        head = ["objective", "shape", "N", "6ND", "all FLOPs", "tokens", "epochs", "rate", "loss ± s.e.", "bits/byte"]
+        return grid(head, rows)
+
+    def tuning(self) -> str:
+        """Loss by shape and learning rate, at the tuning's one budget."""
+        table = self.read("tune")
+        found = table.pivot_table(index=["objective", "shape"], columns="lr", values="val_nats_per_token")
+        rates = [f"{rate:g}" for rate in found.columns]
+        rows = []
+        for (objective, shape), losses in found.iterrows():
+            best = losses.min()
+            cells = ["" if np.isnan(loss) else f"**{loss:.3f}**" if loss == best else f"{loss:.3f}" for loss in losses]
+            rows.append([objective, short_shape(shape), *cells])
+        return grid(["objective", "shape", *rates], rows)
+
+    def three_seeds(self, objective: str) -> pd.DataFrame:
+        """The runs of the noise floor: those of the seeds' table, and the main grid's at the same point."""
+        own = _of(self.read("seeds"), objective)
+        return pd.concat([same_point(self.table, own.iloc[0]), own], ignore_index=True).sort_values("seed")
+
+    def noise_floor(self) -> str:
+        rows = []
+        for objective in OBJECTIVES:
+            runs = self.three_seeds(objective)
+            losses = runs["val_nats_per_token"]
+            spread = Estimate.of(losses.std(ddof=1), deviations(losses.std(ddof=1), len(losses)))
+            rows.append(
+                [
+                    objective,
+                    f"{short_shape(runs['shape'].iloc[0])}, {flops(runs['flops_6nd'].iloc[0])}",
+                    ", ".join(f"{loss:.4f}" for loss in losses),
+                    interval(spread, ".4f"),
+                    f"{runs['val_stderr'].mean():.4f}",
+                    f"{self.fits.envelopes('6nd')[objective].law.spread:.4f}",
+                ]
+            )
+        head = ["objective", "point", "losses", "s.d. over seeds", "s.e. over books", "spread about the envelope (log)"]
+        return grid(head, rows)
+
+    def repeats(self) -> pd.DataFrame:
+        """Loss by distinct tokens, at the end and at best on the way; last the main grid's run, of fresh tokens."""
+        runs, along = self.read("repeats"), pd.read_csv(self.folder / "repeats-history.csv")
+        covariance = self.covariance("repeats")
+        fresh = pd.concat([same_point(self.table, _of(runs, objective).iloc[0]) for objective in OBJECTIVES])
+        rows = []
+        for unique in sorted(runs["unique_tokens"].unique()):
+            members = runs[runs["unique_tokens"] == unique].set_index("objective")
+            labels = [f"{run.run}@{run.steps}" for run in members.loc[list(OBJECTIVES)].itertuples()]
+            error = difference_error(covariance, *labels)
+            limits = along[(along["train_tokens"] // 1000) == round(unique / 1000)]
+            best = limits.groupby("objective")["val_nats_per_token"].min()
+            rows.append(_repeat(members, error, best))
+        main = fresh.set_index("objective")
+        error = difference_error(
+            self.covariance("results"), *(f"{main.loc[name, 'run']}@{main.loc[name, 'steps']}" for name in OBJECTIVES)
+        )
+        rows.append(_repeat(main, error, main["val_nats_per_token"]))
+        return pd.DataFrame(rows)
+
+    def repeats_table(self) -> str:
+        rows = [
+            [
+                format_count(row.unique),
+                f"{row.epochs:.3g}",
+                plus_minus(row.arm, row.arm_stderr),
+                plus_minus(row.llada, row.llada_stderr),
+                plus_minus(row.difference, row.difference_stderr),
+                f"{row.arm_best:.3f}",
+                f"{row.llada_best:.3f}",
+            ]
+            for row in self.repeats().itertuples()
+        ]
+        head = ["distinct tokens", "epochs", "`arm`", "`llada`", "`llada` − `arm`", "`arm`, best on the way",
+                "`llada`, best on the way"]  # fmt: skip
+        return grid(head, rows)
+
+    def ablation(self, name: str) -> Estimate:
+        """Mean difference in loss of three seeds' pairs from the reference, with the 95 % t interval of the mean."""
+        changed = self.read(name).set_index("seed")["val_nats_per_token"]
+        differences = changed - self.three_seeds("llada").set_index("seed")["val_nats_per_token"]
+        half = stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / np.sqrt(len(differences))
+        mean = differences.mean()
+        return Estimate(mean, mean - half, mean + half)
+
+    def gaps(self) -> str:
+        """By how much ``llada``'s best loss exceeds ``arm``'s at each budget that both have."""
+        best = {
+            name: {round(np.log2(p.flops), 1): p for p in self.fits.envelopes("6nd")[name].points}
+            for name in OBJECTIVES
+        }
+        steps, covariance = self.table.set_index("run")["steps"], self.covariance("results")
+        rows = []
+        for budget in sorted(set(best["arm"]) & set(best["llada"])):
+            arm, llada = (best[name][budget] for name in OBJECTIVES)
+            error = difference_error(covariance, *(f"{point.run}@{steps[point.run]}" for point in (arm, llada)))
+            rows.append(
+                [
+                    flops(arm.flops),
+                    f"{plus_minus(arm.loss, arm.stderr)} ({short_shape(arm.shape)})",
+                    f"{plus_minus(llada.loss, llada.stderr)} ({short_shape(llada.shape)})",
+                    plus_minus(llada.loss - arm.loss, error),
+                ]
+            )
+        return grid(["FLOPs (6ND)", "best `arm`", "best `llada`", "difference"], rows)
+
+    # --- single numbers ---
+
+    def trend(self, convention: Convention = "6nd") -> Estimate:
+        """Exponent of the multiplier in the FLOPs of ``arm``, by the envelopes: below 0 it falls as budgets grow."""
+        arm, llada = (self.fits.envelopes(convention)[name].law for name in OBJECTIVES)
+        return Estimate.of(arm.b / llada.b - 1, arm.draws[:, 1] / llada.draws[:, 1] - 1)
+
+    def multiplier(self, arm_flops: float, convention: Convention = "6nd", method: str = "envelope") -> Multiplier:
+        """The multiplier at the budget of ``arm`` nearest to some FLOPs."""
+        entries = [
+            entry for entry in self.fits.compute_multiplier if (entry.convention, entry.method) == (convention, method)
+        ]
+        return min(entries, key=lambda entry: abs(np.log(entry.arm_flops / arm_flops)))
+
+
+def _of(table: pd.DataFrame, objective: str) -> pd.DataFrame:
+    return table[table["objective"] == objective]
+
+
+def same_point(table: pd.DataFrame, run: pd.Series) -> pd.DataFrame:
+    """The main grid's one run of an objective, shape and number of steps."""
+    same = np.logical_and.reduce([table[name] == run[name] for name in ("objective", "shape", "steps")])
+    assert same.sum() == 1, f"{run['run']} has no counterpart in the main grid"
+    return table[same]
+
+
+def difference_error(covariance: pd.DataFrame, first: str, second: str) -> float:
+    """Standard error of the difference of two losses over the validation documents that they share."""
+    variance = covariance.loc[first, first] + covariance.loc[second, second] - 2 * covariance.loc[first, second]
+    return float(np.sqrt(variance))
+
+
+def deviations(sample_deviation: float, count: int) -> np.ndarray:
+    """The two ends of a standard deviation's 95 % interval, from the chi-square of a normal sample."""
+    degrees = count - 1
+    return sample_deviation * np.sqrt(degrees / stats.chi2.ppf([0.975, 0.025], degrees))
+
+
+def _repeat(members: pd.DataFrame, error: float, best: pd.Series) -> dict[str, float]:
+    losses, stderr = members["val_nats_per_token"], members["val_stderr"]
+    return {
+        "unique": float(members["unique_tokens"].iloc[0]),
+        "epochs": float(members["epochs"].iloc[0]),
+        **{name: losses[name] for name in OBJECTIVES},
+        **{f"{name}_stderr": stderr[name] for name in OBJECTIVES},
+        **{f"{name}_best": best[name] for name in OBJECTIVES},
+        "difference": losses["llada"] - losses["arm"],
+        "difference_stderr": error,
+    }
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def grid(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def markdown(table: Table) -> str:
+    """A table that `llada curves` prints, as Markdown, its title above and its caption below."""
+    columns = [[Text.from_markup(str(cell)).plain.strip() for cell in column.cells] for column in table.columns]
+    head = [str(column.header).strip() for column in table.columns]
+    body = grid(head, [list(row) for row in zip(*columns, strict=True)])
+    return "\n\n".join(str(part) for part in (f"{table.title}:", body, table.caption) if part)
+
+
+def short_shape(name: str) -> str:
+    shape = get_shape(name)
+    return f"{shape.n_layers}x{shape.d_model}"
+
+
+def flops(value: float) -> str:
+    return f"{value:.2e}".replace("e+", "e")
+
+
+def plus_minus(value: float, error: float) -> str:
+    return f"{value:.3f} ± {error:.3f}"
+
+
+def interval(estimate: Estimate | Multiplier, form: str = ".3g") -> str:
+    value = estimate.multiplier if isinstance(estimate, Multiplier) else estimate.value
+    return f"{value:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"
+
+
+def write(report: Path, cpu: Path, gpu: Path) -> None:
+    """Draws the figures into the folders of tables, and writes the report, which shows them."""
+    studies = {"cpu": Study(cpu), "gpu": Study(gpu)}
+    published = fit_table(published_isoflop())
+    figures.draw(studies["cpu"], studies["gpu"], published, report.with_suffix(""))
+    environment = Environment(
+        loader=FileSystemLoader(HERE), undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True
+    )
+    environment.filters |= {"interval": interval, "flops": flops, "count": format_count}
+    places = {f"{name}_folder": Path(os.path.relpath(study.folder, report.parent)) for name, study in studies.items()}
+    text = environment.get_template("study.md.jinja").render(**studies, published=published, **places)
+    with written_atomically(report) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", type=Path, default=HERE / "cpu")
+    parser.add_argument("--gpu", type=Path, default=HERE / "gpu")
+    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "study.md")
+    options = parser.parse_args()
+    write(options.out, options.cpu, options.gpu)

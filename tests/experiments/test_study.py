@@ -1,0 +1,178 @@
+"""The study's report is that of its committed tables, its sweeps are fits, and its scripts count what they say."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+import histories
+import report
+import variance
+from llada_lightning import load_model
+from llada_lightning.cli import main
+from llada_lightning.objectives.bounds import nll_bound
+from llada_lightning.scaling.sweep import fit_arguments, read_sweep, render_command
+
+ROOT = Path(__file__).parents[2]
+STUDY = ROOT / "experiments" / "study"
+SWEEPS = sorted((ROOT / "sweeps").glob("study-*.yaml"))
+NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:e[+-]?\d+)?")
+
+
+@pytest.fixture(scope="module", params=["cpu", "gpu"])
+def study(request: pytest.FixtureRequest) -> report.Study:
+    return report.Study(STUDY / request.param)
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in NUMBER.findall(text)]
+
+
+def test_the_report_follows_from_the_committed_tables(tmp_path: Path) -> None:
+    """Word for word; numbers to the last digits that another processor's rounding may turn."""
+    report.write(tmp_path / "study.md", STUDY / "cpu", STUDY / "gpu")
+    fresh, committed = (tmp_path / "study.md").read_text(), (ROOT / "docs" / "study.md").read_text()
+    fresh = re.sub(r"\]\([^)]*/experiments/", "](../experiments/", fresh)
+    assert NUMBER.sub("", fresh) == NUMBER.sub("", committed)  # else: make study-report
+    assert numbers(fresh) == pytest.approx(numbers(committed), rel=0.02, abs=0.002)
+    assert len(numbers(fresh)) > 500
+    for figure in re.findall(r"\]\(([^)]*\.png)\)", committed):
+        assert (ROOT / "docs" / figure).stat().st_size > 10_000, figure
+
+
+def test_the_committed_fits_are_those_of_the_table(study: report.Study) -> None:
+    committed = report.json.loads((study.folder / "fits.json").read_text())
+    fresh = study.fits.as_dict()
+    assert [list(entry) for entry in fresh["held_out"]] == [list(entry) for entry in committed["held_out"]]
+    for name in ("compute_multiplier", "held_out"):
+        for own, kept in zip(fresh[name], committed[name], strict=True):
+            for key, value in kept.items():
+                if isinstance(value, float) and key not in ("low", "high"):
+                    assert own[key] == pytest.approx(value, rel=1e-3, abs=1e-4), (name, key)
+    for objective in report.OBJECTIVES:
+        for convention in ("6nd", "total"):
+            own, kept = (fits[objective]["envelope"][convention] for fits in (fresh, committed))
+            assert own["b"] == pytest.approx(kept["b"], rel=1e-4)
+            assert own["interval_b"] == pytest.approx(kept["interval_b"], rel=0.02)
+
+
+def test_every_result_is_one_of_the_sweeps(study: report.Study) -> None:
+    """The main grid holds each planned shape and budget of both objectives, and nothing else."""
+    planned = pd.concat(
+        [pd.read_csv(path) for path in (ROOT / "sweeps").glob(f"study-{study.folder.name}-*.csv")], ignore_index=True
+    )
+    keys = ["objective", "shape", "steps"]
+    assert sorted(planned[keys].itertuples(index=False, name=None)) == sorted(
+        study.table[keys].itertuples(index=False, name=None)
+    )
+    assert set(study.table["status"]) == {"done"}
+
+
+# --- the sweeps ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_the_first_and_the_last_run_of_a_sweep_are_fits(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = read_sweep(path)
+    for point in {0: sweep.points[0], -1: sweep.points[-1]}.values():
+        assert main([*fit_arguments(render_command(sweep, point)), "--print_config"]) == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        name = path.stem.removeprefix("study-")
+        base = STUDY / f"{name.split('-')[0]}.yaml"
+        assert config["data"]["init_args"]["path"] == yaml.safe_load(base.read_text())["data"]["init_args"]["path"]
+        assert config["run"]["study"].startswith(f"study-{name.split('-')[0]}")
+
+
+def test_the_recipes_run_every_sweep_and_collect_every_table() -> None:
+    for name in ("cpu", "gpu"):
+        shown = subprocess.run(
+            ["make", "-n", f"study-{name}", "TABLES=T"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        assert set(re.findall(r"sweep run (\S+)", shown)) == {
+            f"sweeps/{path.name}" for path in SWEEPS if path.stem.startswith(f"study-{name}")
+        }
+        tables = {path.name for path in (STUDY / name).glob("*.csv") if ".covariance" not in path.name}
+        loops = re.findall(r"for table in (.*?);", shown)
+        written = set(re.findall(rf"T/{name}/([\w-]+\.csv)", shown)) | {f"{t}.csv" for t in " ".join(loops).split()}
+        assert tables <= written
+        for script in re.findall(r"experiments/study/\w+\.py", shown):
+            assert (ROOT / script).is_file()
+
+
+# --- the scripts -----------------------------------------------------------------------------------------------------
+
+
+def test_a_history_keeps_validations_and_means_of_training(tmp_path: Path) -> None:
+    steps = np.arange(1, 1001)
+    rows = pd.DataFrame({"step": steps, "tokens": 64 * steps, "train_nats_per_token": 5.0 - steps / 1000})
+    rows = rows.assign(val_nats_per_token=np.where(steps % 500 == 0, 4.5, np.nan), val_stderr=0.1)
+    (tmp_path / "run").mkdir()
+    rows.to_csv(tmp_path / "run" / "metrics.csv", index=False)
+    config: dict[str, Any] = {
+        "seed_everything": 3,
+        "model": {"class_path": "llada_lightning.training.LladaModule", "init_args": {"shape": "107k"}},
+        "data": {"init_args": {"train_tokens": 25_000}},
+    }
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    histories.main(tmp_path, tmp_path / "history.csv")
+    found = pd.read_csv(tmp_path / "history.csv")
+    assert set(found["objective"]) == {"llada"} and set(found["train_tokens"]) == {25_000} and set(found["seed"]) == {3}
+    assert found["val_nats_per_token"].dropna().tolist() == [4.5, 4.5]
+    training = found.dropna(subset="train_nats_per_token")
+    assert 30 <= len(training) <= histories.ROWS
+    spans = np.diff(training["step"], prepend=0)
+    assert float(np.average(training["train_nats_per_token"], weights=spans)) == pytest.approx(4.4995, abs=1e-3)
+
+
+def test_an_interval_of_deviations_is_the_chi_squares() -> None:
+    """Of three normal numbers the interval holds the true deviation in 95 of 100 draws."""
+    samples = np.random.default_rng(0).normal(scale=2.0, size=(4000, 3)).std(axis=1, ddof=1)
+    ends = np.array([report.deviations(sample, 3) for sample in samples])
+    assert np.mean((ends[:, 0] <= 2.0) & (ends[:, 1] >= 2.0)) == pytest.approx(0.95, abs=0.012)
+
+
+def test_spread_is_the_variance_of_losses_and_the_trace_of_the_gradients_covariance() -> None:
+    draws = np.random.default_rng(1).normal(size=(50, 7))
+    found = variance.spread((float(row[0]), row) for row in draws)
+    assert found["loss"] == pytest.approx(draws[:, 0].var(ddof=1))
+    assert found["gradient"] == pytest.approx(np.trace(np.cov(draws.T)))
+
+
+def test_both_bounds_have_the_same_mean(tmp_path: Path, prepared: Path) -> None:
+    """Eq. 12 and Eq. 14 of one sequence, over many draws, agree with each other and with the package's own bound."""
+    arguments = (
+        "--model=LladaModule --model.shape=L1-d32-h1-kv1-ff64 --data.sequence_length=16 --data.global_batch=4 "
+        f"--data.path={prepared} --budget.flops=1e7 --run.root={tmp_path} --run.study=s --run.name=r"
+    )
+    assert main(["fit", *arguments.split()]) == 0
+    lm = load_model(tmp_path / "s" / "r")
+    tokens_BL = variance.Tokens(str(prepared), 16)("val", 0, 1).expand(4096, -1)
+    ordinals = np.arange(4096)
+    means = {}
+    for name, masks in (("eq12", variance.by_probability), ("eq14", variance.by_count)):
+        masked_BL, weights_B = masks(0, ordinals, 16, "weyl")
+        with torch.no_grad():
+            sums_B = variance.masked_nll(lm, lm.model, tokens_BL, masked_BL).sum(dim=1).double().numpy()
+        values = sums_B * weights_B / 16
+        means[name] = (values.mean(), values.std() / np.sqrt(len(values)))
+        if name == "eq14":
+            nll_BL = variance.masked_nll(lm, lm.model, tokens_BL[:64], masked_BL[:64]).detach()
+            package_B = nll_bound(nll_BL[masked_BL[:64]], masked_BL[:64]) / 16
+            assert package_B.numpy() == pytest.approx(values[:64], rel=1e-5)
+    (first, error), (second, other) = means["eq12"], means["eq14"]
+    assert abs(first - second) < 4 * np.hypot(error, other)
+    assert other < error
