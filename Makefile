@@ -39,7 +39,7 @@ sweeps = $(foreach sweep,$(2),$(LLADA) sweep run sweeps/study-$(1)-$(sweep).yaml
 
 study-cpu: setup  ## the study's small twin from nothing (SOURCE=books.jsonl.xz; two cores: about three hours): $(TABLES)/report.md
 	$(LLADA) prepare --source $(SOURCE) --out data/study --vocab-size 512 --val-fraction 0.15
-	$(call sweeps,cpu,tune-arm tune-llada arm-low arm llada seeds repeats ablations,$(JOBS))
+	$(call sweeps,cpu,tune-arm tune-llada arm-least arm-low arm llada seeds repeats ablations,$(JOBS))
 	$(LLADA) collect runs/study-cpu --out $(TABLES)/cpu/results.csv
 	for table in tune seeds repeats iid lengths; do \
 	  $(LLADA) collect runs/study-cpu-$$table --out $(TABLES)/cpu/$$table.csv || exit; done

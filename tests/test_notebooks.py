@@ -38,7 +38,8 @@ def kinds(notebook: dict[str, Any]) -> list[list[str]]:
 def test_a_notebook_runs_and_shows_what_is_committed(
     path: Path, render: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(ROOT / "experiments" / "quickstart", tmp_path / "experiments" / "quickstart")
+    for name in ("quickstart", "study"):
+        shutil.copytree(ROOT / "experiments" / name, tmp_path / "experiments" / name)
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
     fresh = kinds(render.run_notebook(path))
@@ -56,9 +57,9 @@ def test_a_committed_notebook_is_small_and_names_no_machine(path: Path) -> None:
     assert all(len("".join(cell["source"]).splitlines()) <= 25 for cell in cells)
 
 
-def test_the_four_notebooks_are_there() -> None:
+def test_the_notebooks_are_there() -> None:
     names = {path.stem for path in NOTEBOOKS}
-    assert names >= {"paper_figure3", "published_isoflop", "your_study", "plan_a_study"}
+    assert names >= {"paper_figure3", "published_isoflop", "your_study", "plan_a_study", "study"}
 
 
 def test_a_cell_shows_its_prints_and_its_last_value(render: ModuleType, tmp_path: Path) -> None:
