@@ -29,6 +29,7 @@ from llada_lightning.data.order import WINDOW_SHARDS, Mixture
 from llada_lightning.errors import UserError
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.scaling.budget import MASK_EPS, expected_length
+from llada_lightning.scaling.stream import sequences_read
 
 
 class TokenDataModule(LanguageDataModule):
@@ -162,11 +163,7 @@ class TokenDataModule(LanguageDataModule):
     def _train_sequences(self) -> list[int]:
         """Of each source the training sequences that are read at all."""
         present = [m.splits["train"].items(self.sequence_length) for m in self.manifests]
-        if self.train_tokens is None:
-            return present
-        wanted, total = self.train_tokens / self.sequence_length, sum(self.weights.values())
-        shares = [max(1, round(wanted * weight / total)) for weight in self.weights.values()]
-        return [min(share, items) for share, items in zip(shares, present, strict=True)]
+        return sequences_read(present, list(self.weights.values()), self.sequence_length, self.train_tokens)
 
     def check(self) -> None:
         """Refuse a data folder that cannot serve: missing, cut or foreign files, sequences longer than a

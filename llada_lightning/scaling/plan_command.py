@@ -22,7 +22,7 @@ from llada_lightning.scaling.plan_table import print_plan
 from llada_lightning.scaling.plan_trunk import Recipe
 from llada_lightning.scaling.profiles import profiled_rate
 from llada_lightning.scaling.results import read_results
-from llada_lightning.scaling.stream import DataFacts, Stream
+from llada_lightning.scaling.stream import DataFacts, Source, Stream, sequences_read
 
 DataPath = str | dict[str, float]
 """A prepared folder, or a mixture's folders with weights."""
@@ -132,12 +132,13 @@ def _plan(options: Namespace, base: Mapping[str, Any], read_data: ReadData) -> t
     words = vocab_size if facts is None else _first(vocab_size, facts.vocab_size)
     if words is None:
         raise UserError("plan: the vocabulary is not known; give --data DIR, or --vocab-size")
+    limit = _count(data, "data", "train_tokens")
     stream = Stream(
         words,
         sequence_length,
         random_length_share=_first(_number(data, "data", "random_length_share"), Stream.random_length_share),
         mask_eps=_first(_number(data, "data", "mask_eps"), Stream.mask_eps),
-        sources=() if facts is None else facts.sources,
+        sources=() if facts is None else _sources_read(facts.sources, sequence_length, limit),
     )
     machine = Machine(
         device=options.device,
@@ -175,6 +176,13 @@ def _plan(options: Namespace, base: Mapping[str, Any], read_data: ReadData) -> t
     )
     study = _first(options.study, base["run"].get("study"), Path(options.out or "plan").stem)
     return plan, Destination(study=study, data=path, base=options.base, vocab_size=vocab_size)
+
+
+def _sources_read(sources: tuple[Source, ...], sequence_length: int, train_tokens: int | None) -> tuple[Source, ...]:
+    """The sources with the sequences that a limit on distinct tokens leaves of them."""
+    present, weights = [source.sequences for source in sources], [source.weight for source in sources]
+    left = sequences_read(present, weights, sequence_length, train_tokens)
+    return tuple(Source(weight, sequences) for weight, sequences in zip(weights, left, strict=True))
 
 
 def _measured(path: str) -> tuple[MeasuredRate, ...]:

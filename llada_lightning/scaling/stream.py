@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llada_lightning.errors import UserError
@@ -34,6 +35,24 @@ class DataFacts:
 
     vocab_size: int
     sources: tuple[Source, ...]
+
+
+def sequences_read(
+    present: Sequence[int], weights: Sequence[float], sequence_length: int, train_tokens: int | None
+) -> list[int]:
+    """Of each source the training sequences that are read at all: its weight's share of ``train_tokens``, at least one.
+
+    Args:
+        present: sequences that each source holds.
+        weights: of the sources.
+        sequence_length: L.
+        train_tokens: distinct tokens that may be read; None: all.
+    """
+    if train_tokens is None:
+        return list(present)
+    wanted, total = train_tokens / sequence_length, sum(weights)
+    shares = [max(1, round(wanted * weight / total)) for weight in weights]
+    return [min(share, held) for share, held in zip(shares, present, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,17 @@ def test_a_base_gives_data_lengths_study_and_convention(
     assert config["trainer"]["accumulate_grad_batches"] * 2 == config["data"]["init_args"]["global_batch"]
 
 
+def test_few_unique_tokens_of_a_base_are_read_many_times(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base.yaml"
+    data = {"path": str(prepared), "sequence_length": 32, "train_tokens": 1600, "random_length_share": 0.0}
+    base.write_text(yaml.safe_dump({"data": {"init_args": data}}))
+    assert main(plan("--base", str(base), "--shapes", "107k", "214k", "443k", "--json")) == 0
+    row = json.loads(capsys.readouterr().out)["runs"][0]
+    assert row["epochs"] == pytest.approx(row["tokens"] / 1600)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
