@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,14 @@ class Study:
         return "\n".join(f"- {note}" for note in self.fits.notes)
 
     # --- tables of its own ---
+
+    def spent(self) -> str:
+        """Training FLOPs behind all results of the main grid, shared trunks counted for each."""
+        return f"{flops(self.table['flops_6nd'].sum())} and {flops(self.table['flops_total'].sum())}"
+
+    def versions(self) -> str:
+        found = json.loads(self.table["versions"].iloc[0])
+        return ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "lightning"))
 
     def runs(self) -> str:
         """Every run of the main grid."""
@@ -207,6 +215,14 @@ class Study:
 
     # --- single numbers ---
 
+    def ratio(self, kind: str, state: str, quantity: str) -> Estimate:
+        """Variance with independent t over that with stratified t."""
+        return _estimate(self.variance[kind][state]["iid_over_weyl"][quantity])
+
+    def bound(self, estimator: str) -> Estimate:
+        """Variance of a bound's estimator over that of Eq. 14 with stratified l."""
+        return _estimate(self.variance["bound"]["over_eq14_stratified"][estimator])
+
     def trend(self, convention: Convention = "6nd") -> Estimate:
         """Exponent of the multiplier in the FLOPs of ``arm``, by the envelopes: below 0 it falls as budgets grow."""
         arm, llada = (self.fits.envelopes(convention)[name].law for name in OBJECTIVES)
@@ -218,6 +234,16 @@ class Study:
             entry for entry in self.fits.compute_multiplier if (entry.convention, entry.method) == (convention, method)
         ]
         return min(entries, key=lambda entry: abs(np.log(entry.arm_flops / arm_flops)))
+
+
+def multiplier_at(fits: StudyFits, arm_flops: float, convention: Convention = "6nd") -> Multiplier:
+    """By the envelopes, at the budget of ``arm`` nearest to some FLOPs."""
+    entries = [m for m in fits.compute_multiplier if (m.convention, m.method) == (convention, "envelope")]
+    return min(entries, key=lambda entry: abs(np.log(entry.arm_flops / arm_flops)))
+
+
+def _estimate(entry: dict[str, float]) -> Estimate:
+    return Estimate(entry["value"], entry["low"], entry["high"])
 
 
 def _of(table: pd.DataFrame, objective: str) -> pd.DataFrame:
@@ -299,8 +325,13 @@ def write(report: Path, cpu: Path, gpu: Path) -> None:
         loader=FileSystemLoader(HERE), undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True
     )
     environment.filters |= {"interval": interval, "flops": flops, "count": format_count}
-    places = {f"{name}_folder": Path(os.path.relpath(study.folder, report.parent)) for name, study in studies.items()}
-    text = environment.get_template("study.md.jinja").render(**studies, published=published, **places)
+    places = {f"{name}_folder": os.path.relpath(study.folder, report.parent) for name, study in studies.items()}
+    text = environment.get_template("study.md.jinja").render(
+        **studies,
+        **places,
+        own_folder=report.stem,
+        published_at=partial(multiplier_at, published),
+    )
     with written_atomically(report) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -67,6 +67,11 @@ def test_the_committed_fits_are_those_of_the_table(study: report.Study) -> None:
             assert own["interval_b"] == pytest.approx(kept["interval_b"], rel=0.02)
 
 
+def test_the_readme_quotes_the_study() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{report.interval(report.Study(STUDY / 'gpu').multiplier(6.25e12))} times as many" in readme
+
+
 def test_every_result_is_one_of_the_sweeps(study: report.Study) -> None:
     """The main grid holds each planned shape and budget of both objectives, and nothing else."""
     planned = pd.concat(
