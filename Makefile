@@ -51,7 +51,7 @@ study-cpu: setup  ## the study's small twin from nothing (SOURCE=books.jsonl.xz;
 
 study-gpu: setup  ## the large study on one GPU (SOURCE=books.jsonl.xz; an H100: about a quarter of an hour): $(TABLES)/gpu
 	$(LLADA) prepare --source $(SOURCE) --out data/study-gpu --vocab-size 4096 --val-fraction 0.15
-	$(call sweeps,gpu,tune-arm tune-llada arm llada seeds,$(GPU_JOBS))
+	$(call sweeps,gpu,tune-arm tune-llada arm-least arm llada seeds,$(GPU_JOBS))
 	$(LLADA) collect runs/study-gpu --out $(TABLES)/gpu/results.csv
 	for table in tune seeds; do $(LLADA) collect runs/study-gpu-$$table --out $(TABLES)/gpu/$$table.csv || exit; done
 	$(BIN)/python experiments/study/histories.py runs/study-gpu $(TABLES)/gpu/history.csv

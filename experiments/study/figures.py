@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from llada_lightning.scaling.fits import Multiplier, StudyFits
@@ -20,24 +20,29 @@ from llada_lightning.scaling.plots.style import (
     StudyFigure,
     dress,
     flops_axis,
+    interval_bars,
     label_counts,
     label_plain,
     new_figure,
     shades,
 )
+from matched import Matched
 
 SMDM = 16.0
 """Nie et al. 2024, arXiv:2410.18514: FLOPs of masked diffusion over those of autoregression at equal loss."""
 
 
-def multipliers(studies: dict[str, StudyFits]) -> StudyFigure:
-    """The compute multiplier by the envelopes, 6ND, of several studies over the FLOPs of ``arm``, with 95 % bands."""
+def multipliers(studies: dict[str, Sequence[Matched]], published: StudyFits) -> StudyFigure:
+    """The compute multiplier by 6ND over the FLOPs of ``arm``: read off in our studies, and others', at 95 %."""
     figure = new_figure(8.2, 3.8)
     axes = figure.subplots()
-    colors = ("#0072B2", "#D55E00", "#009E73")
-    for (name, fits), color in zip(studies.items(), colors, strict=True):
-        curve = [entry for entry in fits.multiplier_curve if (entry.method, entry.convention) == ("envelope", "6nd")]
-        _band(axes, sorted(curve, key=lambda entry: entry.arm_flops), name, color)
+    for (name, found), color, marker in zip(studies.items(), ("#0072B2", "#D55E00"), "os", strict=True):
+        values = [one.multiplier.value for one in found]
+        bars = interval_bars(values, [one.multiplier.low for one in found], [one.multiplier.high for one in found])
+        flops = [one.arm_flops for one in found]
+        axes.errorbar(flops, values, yerr=bars, fmt=f"{marker}-", color=color, markersize=5, capsize=3, label=name)
+    curve = [m for m in published.multiplier_curve if (m.method, m.convention) == ("envelope", "6nd")]
+    _band(axes, sorted(curve, key=lambda entry: entry.arm_flops), "published, C4 (law)", "#009E73")
     axes.axhline(SMDM, color=GREY, linewidth=1, linestyle=":", label="16, SMDM")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=20))
@@ -52,13 +57,12 @@ def multipliers(studies: dict[str, StudyFits]) -> StudyFigure:
 
 
 def _band(axes: Axes, entries: Sequence[Multiplier], name: str, color: str) -> None:
+    inside = [entry for entry in entries if not entry.extrapolated]
     flops, values, lows, highs = (
-        np.array([getattr(entry, field) for entry in entries]) for field in ("arm_flops", "multiplier", "low", "high")
+        [getattr(entry, field) for entry in inside] for field in ("arm_flops", "multiplier", "low", "high")
     )
-    inside = np.array([not entry.extrapolated for entry in entries])
-    axes.plot(flops, np.where(inside, values, np.nan), "-", color=color, linewidth=2, label=name)
-    axes.plot(flops, values, "--", color=color, linewidth=1)
-    axes.fill_between(flops, lows, highs, where=inside.tolist(), color=color, alpha=0.16, linewidth=0)
+    axes.plot(flops, values, color=color, linewidth=2, label=name)
+    axes.fill_between(flops, lows, highs, color=color, alpha=0.16, linewidth=0)
 
 
 def repeats(found: pd.DataFrame) -> StudyFigure:
@@ -67,16 +71,26 @@ def repeats(found: pd.DataFrame) -> StudyFigure:
     axes = figure.subplots()
     for objective, style in STYLES.items():
         axes.errorbar(
-            found["unique"], found[objective], yerr=found[f"{objective}_stderr"], fmt=style.marker + style.line,
-            color=style.color, markerfacecolor=style.face, markersize=5.5, capsize=3, label=style.label,
-        )  # fmt: skip
-        axes.plot(found["unique"], found[f"{objective}_best"], ":", color=style.color, label="  its best on the way")
+            found["unique"],
+            found[objective],
+            yerr=found[f"{objective}_stderr"],
+            fmt=style.marker + style.line,
+            color=style.color,
+            markerfacecolor=style.face,
+            markersize=5.5,
+            capsize=3,
+        )
+        axes.plot(found["unique"], found[f"{objective}_best"], ":", color=style.color)
+    lines = [style.handle(marker=style.marker) for style in STYLES.values()]
+    lines.append(Line2D([], [], linestyle=":", color=INK, label="best on the way"))
+    axes.set_yscale("log")
+    label_plain(axes.yaxis)
     axes.set_xscale("log")
     label_counts(axes.xaxis, axes.get_xlim())
     axes.set_xlabel("distinct training tokens", color=INK)
     axes.set_ylabel("validation loss (nats/token)", color=INK)
     dress(axes)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(handles=lines, loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
     return figure
 
 
@@ -101,8 +115,8 @@ def plateaus(histories: dict[str, pd.DataFrame]) -> StudyFigure:
 
 def draw(cpu: Any, gpu: Any, published: StudyFits, folder: Path) -> None:
     """All of them into a folder, as PNG and SVG."""
-    names = {"two cores, 512 words": cpu.fits, "one H100, 4,096 words": gpu.fits, "published, C4": published}
-    write_figure(multipliers(names), folder, "multipliers")
+    ours = {"two cores, 512 words": cpu.read_off, "one H100, 4,096 words": gpu.read_off}
+    write_figure(multipliers(ours, published), folder, "multipliers")
     write_figure(repeats(cpu.repeats()), folder, "repeats")
     histories = {name: pd.read_csv(study.folder / "history.csv") for name, study in (("two cores", cpu), ("H100", gpu))}
     write_figure(plateaus(histories), folder, "plateaus")

@@ -1,6 +1,6 @@
 """Losses along the way of runs, as one table: `python experiments/study/histories.py STUDY OUT.csv`.
 
-STUDY holds run folders. A row is a step of a run: of the training loss 48 rows, spread evenly over the logarithm of the
+STUDY holds run folders. A row is a step of a run: of the training loss 32 rows, spread evenly over the logarithm of the
 tokens (means since the row before), and every validation. Losses are in nats per token.
 """
 
@@ -15,7 +15,7 @@ import yaml
 
 from llada_lightning.files import written_atomically
 
-ROWS = 48
+ROWS = 32
 COLUMNS = ["step", "tokens", "train_nats_per_token", "val_nats_per_token", "val_stderr"]
 
 

@@ -24,6 +24,7 @@ from rich.text import Text
 from scipy import stats
 
 import figures
+import matched
 from llada_lightning.files import written_atomically
 from llada_lightning.scaling import curves_report
 from llada_lightning.scaling.covariance import covariance_path, read_covariance
@@ -86,7 +87,7 @@ class Study:
         return f"{flops(self.table['flops_6nd'].sum())} and {flops(self.table['flops_total'].sum())}"
 
     def versions(self) -> str:
-        found = json.loads(self.table["versions"].iloc[0])
+        found = json.loads(self.table["versions"].mode()[0])
         return ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "lightning"))
 
     def runs(self) -> str:
@@ -167,6 +168,13 @@ class Study:
         rows.append(_repeat(main, error, main["val_nats_per_token"]))
         return pd.DataFrame(rows)
 
+    def crossover(self) -> float:
+        """Distinct tokens at which the two final losses meet, by a straight line over their logarithm."""
+        found = self.repeats()
+        after = int(np.argmax(found["difference"] > 0))
+        tokens, gaps = (found[name].to_numpy(float)[after - 1 : after + 1] for name in ("unique", "difference"))
+        return float(np.exp(np.interp(0.0, gaps, np.log(tokens))))
+
     def repeats_table(self) -> str:
         rows = [
             [
@@ -213,7 +221,35 @@ class Study:
             )
         return grid(["FLOPs (6ND)", "best `arm`", "best `llada`", "difference"], rows)
 
+    def matched(self) -> str:
+        """The multiplier with no law: seeds' scatter is an error of each loss, beside the shared one over books."""
+        rows = [
+            [flops(one.llada_flops), f"{one.loss:.3f}", flops(one.arm_flops), interval(one.multiplier)]
+            for one in self.read_off
+        ]
+        return grid(["FLOPs of `llada` (6ND)", "its best loss", "FLOPs of `arm` for it", "multiplier"], rows)
+
+    @cached_property
+    def read_off(self) -> list[matched.Matched]:
+        points = {name: self.fits.envelopes("6nd")[name].points for name in OBJECTIVES}
+        both, steps = [*points["arm"], *points["llada"]], self.table.set_index("run")["steps"]
+        labels = [f"{point.run}@{steps[point.run]}" for point in both]
+        seeds = np.concatenate([np.full(len(points[name]), self.seed_deviation(name)) for name in OBJECTIVES])
+        covariance = self.covariance("results").loc[labels, labels].to_numpy() + np.diag(seeds**2)
+        own = (np.array([getattr(p, key) for p in points[name]]) for name in OBJECTIVES for key in ("flops", "loss"))
+        return matched.read_off(*own, covariance)
+
     # --- single numbers ---
+
+    def n_opt(self, objective: str, budget: float) -> str:
+        """N at the IsoFLOP optimum nearest to a budget (6ND)."""
+        budgets = self.fits.objectives[objective].isoflop["6nd"].budgets
+        found = min(budgets, key=lambda own: abs(np.log(own.flops / budget))).n_opt
+        return f"{format_count(found.value)} ({format_count(found.low)} to {format_count(found.high)})"
+
+    def seed_deviation(self, objective: str) -> float:
+        """Standard deviation of the final loss over the noise floor's seeds."""
+        return float(self.three_seeds(objective)["val_nats_per_token"].std(ddof=1))
 
     def ratio(self, kind: str, state: str, quantity: str) -> Estimate:
         """Variance with independent t over that with stratified t."""
@@ -313,7 +349,7 @@ def plus_minus(value: float, error: float) -> str:
 
 def interval(estimate: Estimate | Multiplier, form: str = ".3g") -> str:
     value = estimate.multiplier if isinstance(estimate, Multiplier) else estimate.value
-    return f"{value:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"
+    return f"{value:{form}} ({estimate.low:{form}} to {estimate.high:{form}})".replace("inf", "∞")
 
 
 def write(report: Path, cpu: Path, gpu: Path) -> None:

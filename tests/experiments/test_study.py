@@ -12,8 +12,11 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import histories
+import matched
 import report
 import variance
 from llada_lightning import load_model
@@ -138,9 +141,33 @@ def test_a_history_keeps_validations_and_means_of_training(tmp_path: Path) -> No
     assert set(found["objective"]) == {"llada"} and set(found["train_tokens"]) == {25_000} and set(found["seed"]) == {3}
     assert found["val_nats_per_token"].dropna().tolist() == [4.5, 4.5]
     training = found.dropna(subset="train_nats_per_token")
-    assert 30 <= len(training) <= histories.ROWS
+    assert 20 <= len(training) <= histories.ROWS
     spans = np.diff(training["step"], prepend=0)
     assert float(np.average(training["train_nats_per_token"], weights=spans)) == pytest.approx(4.4995, abs=1e-3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    multiplier=st.floats(2.0, 200.0),
+    exponent=st.floats(0.03, 0.3),
+    least=st.floats(1e10, 1e18),
+)
+def test_a_multiplier_read_off_two_power_laws_is_theirs(multiplier: float, exponent: float, least: float) -> None:
+    """Straight lines in log loss over log FLOPs: interpolation is exact, and every loss within both ranges counts."""
+    arm_flops, llada_flops = least * 2.0 ** np.arange(9), multiplier * least * 2.0 ** np.arange(0.5, 8)
+    arm, llada = 3 * (arm_flops / least) ** -exponent, 3 * (llada_flops / least / multiplier) ** -exponent
+    found = matched.read_off(arm_flops, arm, llada_flops, llada, 1e-12 * np.eye(17))
+    assert [one.llada_flops for one in found] == llada_flops.tolist()
+    for one in found:
+        assert one.multiplier.value == pytest.approx(multiplier)
+        assert one.multiplier.covers(multiplier)
+
+
+def test_losses_that_arm_does_not_reach_have_no_multiplier() -> None:
+    arm_flops, arm = np.array([1.0, 2.0, 4.0]), np.array([4.0, 3.8, 3.6])
+    found = matched.read_off(arm_flops, arm, np.array([50.0, 90.0]), np.array([4.1, 3.9]), 1e-4 * np.eye(5))
+    assert [one.llada_flops for one in found] == [90.0]
+    assert 1.0 < found[0].arm_flops < 2.0
 
 
 def test_an_interval_of_deviations_is_the_chi_squares() -> None:
