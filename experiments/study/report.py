@@ -30,7 +30,7 @@ from llada_lightning.scaling import curves_report
 from llada_lightning.scaling.covariance import covariance_path, read_covariance
 from llada_lightning.scaling.fits import Estimate, Multiplier, StudyFits, budget_groups, fit_table
 from llada_lightning.scaling.fits.runs import planned_flops
-from llada_lightning.scaling.flops import Convention
+from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
 from llada_lightning.scaling.reference import published_isoflop
 from llada_lightning.scaling.results import read_results
 from llada_lightning.scaling.shapes import format_count, get_shape
@@ -221,23 +221,35 @@ class Study:
             )
         return grid(["FLOPs (6ND)", "best `arm`", "best `llada`", "difference"], rows)
 
-    def matched(self) -> str:
-        """The multiplier with no law: seeds' scatter is an error of each loss, beside the shared one over books."""
-        rows = [
-            [flops(one.llada_flops), f"{one.loss:.3f}", flops(one.arm_flops), interval(one.multiplier)]
-            for one in self.read_off
-        ]
-        return grid(["FLOPs of `llada` (6ND)", "its best loss", "FLOPs of `arm` for it", "multiplier"], rows)
+    def matched(self, convention: Convention = "6nd") -> str:
+        """The multiplier with no law, and its range where any one of ``arm``'s budgets is left out."""
+        rows = []
+        others = self.read_off_without(convention)
+        for one in self.read_off(convention):
+            found = [m.multiplier.value for without in others for m in without if m.llada_flops == one.llada_flops]
+            least, most = min(found), max(found)
+            cells = [flops(one.llada_flops), f"{one.loss:.3f}", flops(one.arm_flops), interval(one.multiplier)]
+            rows.append([*cells, f"{least:.3g} to {most:.3g}"])
+        name = CONVENTION_NAMES[convention]
+        head = [f"FLOPs of `llada` ({name})", "its best loss", "FLOPs of `arm` for that loss", "multiplier",
+                "with a budget of `arm` left out"]  # fmt: skip
+        return grid(head, rows)
 
-    @cached_property
-    def read_off(self) -> list[matched.Matched]:
-        points = {name: self.fits.envelopes("6nd")[name].points for name in OBJECTIVES}
+    def read_off(self, convention: Convention = "6nd", leave_out: str = "") -> list[matched.Matched]:
+        """Seeds' scatter is an independent error of each loss, beside the shared one over books."""
+        envelopes = self.fits.envelopes(convention)
+        points = {name: [p for p in envelopes[name].points if p.run != leave_out] for name in OBJECTIVES}
         both, steps = [*points["arm"], *points["llada"]], self.table.set_index("run")["steps"]
         labels = [f"{point.run}@{steps[point.run]}" for point in both]
         seeds = np.concatenate([np.full(len(points[name]), self.seed_deviation(name)) for name in OBJECTIVES])
         covariance = self.covariance("results").loc[labels, labels].to_numpy() + np.diag(seeds**2)
         own = (np.array([getattr(p, key) for p in points[name]]) for name in OBJECTIVES for key in ("flops", "loss"))
         return matched.read_off(*own, covariance)
+
+    def read_off_without(self, convention: Convention) -> list[list[matched.Matched]]:
+        """Read off anew with each of ``arm``'s budgets left out."""
+        runs = [point.run for point in self.fits.envelopes(convention)["arm"].points]
+        return [self.read_off(convention, run) for run in runs]
 
     # --- single numbers ---
 
