@@ -251,7 +251,7 @@ def identity(config: Namespace, data: LanguageDataModule, schedule: WSD | None =
     eight_bits = {"fp8": True} if plain.get("speed", {}).get("fp8") else {}
     data_arguments = {k: v for k, v in plain["data"]["init_args"].items() if k not in _DATA_MACHINE}
     for option, default in _DATA_OPTIONS.items():
-        if data_arguments.get(option) == default:
+        if option in data_arguments and data_arguments[option] == default:
             del data_arguments[option]
     weights = plain["model"]["init_args"].pop("weights", None)
     start = {} if weights is None else {"weights": weights_hash(weights)}
