@@ -49,13 +49,14 @@ study-cpu: setup  ## the study's small twin from nothing (SOURCE=books.jsonl.xz;
 	$(LLADA) curves $(TABLES)/cpu/results.csv --out $(TABLES)/cpu
 	$(BIN)/python experiments/study/report.py --cpu $(TABLES)/cpu --out $(TABLES)/report.md
 
-study-gpu: setup  ## the large study on one GPU (SOURCE=books.jsonl.xz; an H100: about a quarter of an hour): $(TABLES)/gpu
+study-gpu: setup  ## the large study on one GPU (SOURCE=books.jsonl.xz; an H100: about a quarter of an hour): $(TABLES)/report.md
 	$(LLADA) prepare --source $(SOURCE) --out data/study-gpu --vocab-size 4096 --val-fraction 0.15
 	$(call sweeps,gpu,tune-arm tune-llada arm-least arm llada seeds,$(GPU_JOBS))
 	$(LLADA) collect runs/study-gpu --out $(TABLES)/gpu/results.csv
 	for table in tune seeds; do $(LLADA) collect runs/study-gpu-$$table --out $(TABLES)/gpu/$$table.csv || exit; done
 	$(BIN)/python experiments/study/histories.py runs/study-gpu $(TABLES)/gpu/history.csv
 	$(LLADA) curves $(TABLES)/gpu/results.csv --out $(TABLES)/gpu
+	$(BIN)/python experiments/study/report.py --gpu $(TABLES)/gpu --out $(TABLES)/report.md
 
 study-report: setup  ## docs/study.md, its figures and fits from the committed tables of both studies
 	for study in cpu gpu; do \
