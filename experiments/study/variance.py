@@ -55,7 +55,7 @@ def main(run: str, data: str, out: Path) -> None:
     write_json(
         out,
         {
-            "run": run,
+            "run": Path(run).name,
             "sequence_length": lm.context_length,
             "global_batch": GLOBAL_BATCH,
             "training": {
