@@ -14,6 +14,7 @@ import pandas as pd
 import yaml
 
 from llada_lightning.files import written_atomically
+from llada_lightning.scaling.shapes import get_shape, shape_name
 
 ROWS = 32
 COLUMNS = ["step", "tokens", "train_nats_per_token", "val_nats_per_token", "val_stderr"]
@@ -32,10 +33,9 @@ def history(metrics: Path) -> pd.DataFrame:
     own = pd.concat([means, validations]).sort_values(["step", "val_nats_per_token"], ignore_index=True)
     objective = "llada" if "Llada" in config["model"]["class_path"] else "arm"
     shape, allowed = config["model"]["init_args"]["shape"], config["data"]["init_args"]["train_tokens"]
-    name = shape if isinstance(shape, str) else "L{n_layers}-d{d_model}".format(**shape)
     own.insert(0, "train_tokens", allowed)
     own.insert(0, "seed", config["seed_everything"])
-    own.insert(0, "shape", name)
+    own.insert(0, "shape", shape_name(get_shape(shape)))
     own.insert(0, "objective", objective)
     return own
 

@@ -44,13 +44,22 @@ def read_off(
     count = len(arm_flops)
     means = np.concatenate([arm_losses, llada_losses])
     draws = np.random.default_rng(seed).multivariate_normal(means, covariance, DRAWS)
-    found = []
+    values, found = multipliers(arm_flops, arm_losses, llada_flops, llada_losses), []
     for number, (flops, loss) in enumerate(zip(llada_flops, llada_losses, strict=True)):
-        if arm_losses[-1] <= loss <= arm_losses[0]:
-            needed = flops_for(loss, arm_flops, arm_losses)
+        if flops in values:
             drawn = [flops / flops_for(draw[count + number], arm_flops, draw[:count]) for draw in draws]
-            found.append(Matched(float(flops), float(loss), needed, Estimate.of(flops / needed, np.array(drawn))))
+            estimate = Estimate.of(values[flops], np.array(drawn))
+            found.append(Matched(float(flops), float(loss), float(flops / values[flops]), estimate))
     return found
+
+
+def multipliers(arm_flops: Array, arm_losses: Array, llada_flops: Array, llada_losses: Array) -> dict[float, float]:
+    """FLOPs of ``llada`` -> multiplier, where its loss lies between two of ``arm``'s; arguments as of ``read_off``."""
+    return {
+        float(flops): float(flops / flops_for(loss, arm_flops, arm_losses))
+        for flops, loss in zip(llada_flops, llada_losses, strict=True)
+        if arm_losses[-1] <= loss <= arm_losses[0]
+    }
 
 
 def flops_for(loss: float, flops: Array, losses: Array) -> float:

@@ -28,7 +28,15 @@ import matched
 from llada_lightning.files import written_atomically
 from llada_lightning.scaling import curves_report
 from llada_lightning.scaling.covariance import covariance_path, read_covariance
-from llada_lightning.scaling.fits import Estimate, Multiplier, StudyFits, budget_groups, fit_table
+from llada_lightning.scaling.fits import (
+    EnvelopePoint,
+    Estimate,
+    Multiplier,
+    StudyFits,
+    budget_groups,
+    fit_table,
+    run_names,
+)
 from llada_lightning.scaling.fits.runs import planned_flops
 from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
 from llada_lightning.scaling.reference import published_isoflop
@@ -156,15 +164,12 @@ class Study:
         rows = []
         for unique in sorted(runs["unique_tokens"].unique()):
             members = runs[runs["unique_tokens"] == unique].set_index("objective")
-            labels = [f"{run.run}@{run.steps}" for run in members.loc[list(OBJECTIVES)].itertuples()]
-            error = difference_error(covariance, *labels)
+            error = difference_error(covariance, *run_names(members.loc[list(OBJECTIVES)]))
             limits = along[(along["train_tokens"] // 1000) == round(unique / 1000)]
             best = limits.groupby("objective")["val_nats_per_token"].min()
             rows.append(_repeat(members, error, best))
         main = fresh.set_index("objective")
-        error = difference_error(
-            self.covariance("results"), *(f"{main.loc[name, 'run']}@{main.loc[name, 'steps']}" for name in OBJECTIVES)
-        )
+        error = difference_error(self.covariance("results"), *run_names(main.loc[list(OBJECTIVES)]))
         rows.append(_repeat(main, error, main["val_nats_per_token"]))
         return pd.DataFrame(rows)
 
@@ -206,11 +211,10 @@ class Study:
             name: {round(np.log2(p.flops), 1): p for p in self.fits.envelopes("6nd")[name].points}
             for name in OBJECTIVES
         }
-        steps, covariance = self.table.set_index("run")["steps"], self.covariance("results")
-        rows = []
+        covariance, rows = self.covariance("results"), []
         for budget in sorted(set(best["arm"]) & set(best["llada"])):
             arm, llada = (best[name][budget] for name in OBJECTIVES)
-            error = difference_error(covariance, *(f"{point.run}@{steps[point.run]}" for point in (arm, llada)))
+            error = difference_error(covariance, *self._names_of([arm, llada]))
             rows.append(
                 [
                     flops(arm.flops),
@@ -223,33 +227,40 @@ class Study:
 
     def matched(self, convention: Convention = "6nd") -> str:
         """The multiplier with no law, and its range where any one of ``arm``'s budgets is left out."""
+        arm_flops, *rest = self._envelope_arrays(convention)
+        without = [
+            matched.multipliers(np.delete(arm_flops, left_out), np.delete(rest[0], left_out), *rest[1:])
+            for left_out in range(len(arm_flops))
+        ]
         rows = []
-        others = self.read_off_without(convention)
         for one in self.read_off(convention):
-            found = [m.multiplier.value for without in others for m in without if m.llada_flops == one.llada_flops]
-            least, most = min(found), max(found)
+            found = [by_flops[one.llada_flops] for by_flops in without if one.llada_flops in by_flops]
             cells = [flops(one.llada_flops), f"{one.loss:.3f}", flops(one.arm_flops), interval(one.multiplier)]
-            rows.append([*cells, f"{least:.3g} to {most:.3g}"])
+            rows.append([*cells, f"{min(found):.3g} to {max(found):.3g}"])
         name = CONVENTION_NAMES[convention]
         head = [f"FLOPs of `llada` ({name})", "its best loss", "FLOPs of `arm` for that loss", "multiplier",
                 "with a budget of `arm` left out"]  # fmt: skip
         return grid(head, rows)
 
-    def read_off(self, convention: Convention = "6nd", leave_out: str = "") -> list[matched.Matched]:
+    def read_off(self, convention: Convention = "6nd") -> list[matched.Matched]:
         """Seeds' scatter is an independent error of each loss, beside the shared one over books."""
-        envelopes = self.fits.envelopes(convention)
-        points = {name: [p for p in envelopes[name].points if p.run != leave_out] for name in OBJECTIVES}
-        both, steps = [*points["arm"], *points["llada"]], self.table.set_index("run")["steps"]
-        labels = [f"{point.run}@{steps[point.run]}" for point in both]
+        points = {name: self.fits.envelopes(convention)[name].points for name in OBJECTIVES}
+        labels = self._names_of([*points["arm"], *points["llada"]])
         seeds = np.concatenate([np.full(len(points[name]), self.seed_deviation(name)) for name in OBJECTIVES])
         covariance = self.covariance("results").loc[labels, labels].to_numpy() + np.diag(seeds**2)
-        own = (np.array([getattr(p, key) for p in points[name]]) for name in OBJECTIVES for key in ("flops", "loss"))
-        return matched.read_off(*own, covariance)
+        return matched.read_off(*self._envelope_arrays(convention), covariance)
 
-    def read_off_without(self, convention: Convention) -> list[list[matched.Matched]]:
-        """Read off anew with each of ``arm``'s budgets left out."""
-        runs = [point.run for point in self.fits.envelopes(convention)["arm"].points]
-        return [self.read_off(convention, run) for run in runs]
+    def _names_of(self, points: list[EnvelopePoint]) -> list[str]:
+        """What the covariance calls the runs of an envelope's points."""
+        return run_names(self.table.set_index("run").loc[[point.run for point in points]].reset_index())
+
+    def _envelope_arrays(self, convention: Convention) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """FLOPs and best losses of ``arm``, then of ``llada``."""
+        points = {name: self.fits.envelopes(convention)[name].points for name in OBJECTIVES}
+        columns = [
+            np.array([getattr(p, key) for p in points[name]]) for name in OBJECTIVES for key in ("flops", "loss")
+        ]
+        return columns[0], columns[1], columns[2], columns[3]
 
     # --- single numbers ---
 
@@ -276,12 +287,8 @@ class Study:
         arm, llada = (self.fits.envelopes(convention)[name].law for name in OBJECTIVES)
         return Estimate.of(arm.b / llada.b - 1, arm.draws[:, 1] / llada.draws[:, 1] - 1)
 
-    def multiplier(self, arm_flops: float, convention: Convention = "6nd", method: str = "envelope") -> Multiplier:
-        """The multiplier at the budget of ``arm`` nearest to some FLOPs."""
-        entries = [
-            entry for entry in self.fits.compute_multiplier if (entry.convention, entry.method) == (convention, method)
-        ]
-        return min(entries, key=lambda entry: abs(np.log(entry.arm_flops / arm_flops)))
+    def multiplier(self, arm_flops: float, convention: Convention = "6nd") -> Multiplier:
+        return multiplier_at(self.fits, arm_flops, convention)
 
 
 def multiplier_at(fits: StudyFits, arm_flops: float, convention: Convention = "6nd") -> Multiplier:
