@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ from lightning import Trainer
 
 from llada_lightning import load_model
 from llada_lightning.checkpoints.run_folder import final_checkpoint
-from llada_lightning.checkpoints.sharded_checkpoints import META, is_sharded, read_sharded
+from llada_lightning.checkpoints.sharded_checkpoints import META, _IndexUnpickler, is_sharded, read_sharded
 from llada_lightning.checkpoints.stored_model import open_checkpoint
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.tokenizers import train_tokenizer
@@ -274,6 +275,34 @@ def test_a_strangers_bytes_among_the_shards_are_not_run(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         read_sharded(folder)
     assert not victim.exists()
+
+
+def by_getattr(module: str, kind: str, name: str) -> bytes:
+    """A pickle of getattr(kind, name)."""
+    return f"cbuiltins\ngetattr\n(c{module}\n{kind}\nV{name}\ntR.".encode()
+
+
+def test_an_index_names_members_of_its_enums_as_early_python_311_does() -> None:
+    written = by_getattr("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING", "TORCH_PRESERVE_FORMAT")
+    assert pickle.loads(written).name == "TORCH_PRESERVE_FORMAT"  # what Python itself makes of it
+    assert _IndexUnpickler(io.BytesIO(written)).load() is pickle.loads(written)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "name"),
+    [
+        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING", "__class__"),
+        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING", "mro"),
+        ("torch.distributed.checkpoint.metadata", "Metadata", "__init__"),
+        ("torch", "Size", "__reduce__"),
+        ("pathlib", "PosixPath", "unlink"),
+        ("torch.serialization", "_get_layout", "__globals__"),
+        ("os", "path", "join"),
+    ],
+)
+def test_an_index_gets_no_other_attribute(module: str, kind: str, name: str) -> None:
+    with pytest.raises(pickle.UnpicklingError, match=r"members of its own enums only|not a part of an index"):
+        _IndexUnpickler(io.BytesIO(by_getattr(module, kind, name))).load()
 
 
 @pytest.mark.parametrize("spoil", ["cut", "empty", "foreign", "text"])
