@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_lightning import files
@@ -167,6 +167,7 @@ def test_names_that_look_like_numbers_stay_names(tmp_path: Path) -> None:
     assert list(again.loc[0, ["run", "git_commit", "tokenizer", "seed"]]) == ["0012", "1e5", "NA", 2**63 - 1]
 
 
+@settings(deadline=None)
 @given(loss=st.floats(allow_nan=False, allow_infinity=False), seed=st.integers(0, 2**62))
 def test_csv_keeps_every_digit(tmp_path_factory: pytest.TempPathFactory, loss: float, seed: int) -> None:
     path = tmp_path_factory.getbasetemp() / "digits.csv"
