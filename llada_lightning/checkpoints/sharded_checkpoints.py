@@ -98,8 +98,18 @@ class ShardReader(dcp.FileSystemReader):
             ) from cause
 
 
+def _enum_member(kind: Any, name: Any) -> Any:
+    """An index's ``getattr``: early Python 3.11 (3.11.2, no longer 3.11.7) writes a member of an enum by it."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and kind.__module__ == dcp_metadata.__name__:
+        members = kind.__members__
+        if isinstance(name, str) and name in members:
+            return members[name]
+    raise pickle.UnpicklingError("an index takes getattr for members of its own enums only")
+
+
 class _IndexUnpickler(pickle.Unpickler):
     _OTHERS = {  # noqa: RUF012 (read only)
+        ("builtins", "getattr"): _enum_member,
         ("torch", "Size"): torch.Size,
         ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
@@ -108,8 +118,6 @@ class _IndexUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _enum_member
         if (module, name) in self._OTHERS:
             return self._OTHERS[module, name]
         found = getattr(torch if module == "torch" else dcp_metadata, name, None)
@@ -118,15 +126,6 @@ class _IndexUnpickler(pickle.Unpickler):
         if module == dcp_metadata.__name__ == getattr(found, "__module__", None) and isinstance(found, type):
             return found
         raise pickle.UnpicklingError(f"{module}.{name} is not a part of an index")
-
-
-def _enum_member(kind: Any, name: Any) -> Any:
-    """An index's ``getattr``: early Python 3.11 (3.11.2, no longer 3.11.7) writes a member of an enum by it."""
-    if isinstance(kind, type) and issubclass(kind, Enum) and kind.__module__ == dcp_metadata.__name__:
-        members = kind.__members__
-        if isinstance(name, str) and name in members:
-            return members[name]
-    raise pickle.UnpicklingError("an index takes getattr for members of its own enums only")
 
 
 class _Planner(dcp.DefaultLoadPlanner):
