@@ -233,7 +233,7 @@ class Study:
             for left_out in range(len(arm_flops))
         ]
         rows = []
-        for one in self.read_off(convention):
+        for one in self.read_off[convention]:
             found = [by_flops[one.llada_flops] for by_flops in without if one.llada_flops in by_flops]
             cells = [flops(one.llada_flops), f"{one.loss:.3f}", flops(one.arm_flops), interval(one.multiplier)]
             rows.append([*cells, f"{min(found):.3g} to {max(found):.3g}"])
@@ -242,7 +242,11 @@ class Study:
                 "with a budget of `arm` left out"]  # fmt: skip
         return grid(head, rows)
 
-    def read_off(self, convention: Convention = "6nd") -> list[matched.Matched]:
+    @cached_property
+    def read_off(self) -> dict[Convention, list[matched.Matched]]:
+        return {convention: self._read_off(convention) for convention in CONVENTION_NAMES}
+
+    def _read_off(self, convention: Convention) -> list[matched.Matched]:
         """Seeds' scatter is an independent error of each loss, beside the shared one over books."""
         points = {name: self.fits.envelopes(convention)[name].points for name in OBJECTIVES}
         labels = self._names_of([*points["arm"], *points["llada"]])
