@@ -37,7 +37,7 @@ quickstart: setup  ## both objectives over three budgets: runs/quickstart/scalin
 # Sweeps of the study, one after the other: what is done is skipped, and a signal stops the whole.
 sweeps = $(foreach sweep,$(2),$(LLADA) sweep run sweeps/study-$(1)-$(sweep).yaml --jobs $(3) &&) true
 
-study-cpu: setup  ## the study's small twin from nothing (SOURCE=books.jsonl.xz; two cores: two to three hours): $(TABLES)/report.md
+study-cpu: setup  ## the study's small twin from nothing (SOURCE=books.jsonl.xz; two cores: about three hours): $(TABLES)/report.md
 	$(LLADA) prepare --source $(SOURCE) --out data/study --vocab-size 512 --val-fraction 0.15
 	$(call sweeps,cpu,tune-arm tune-llada arm-least arm-low arm llada seeds repeats ablations,$(JOBS))
 	$(LLADA) collect runs/study-cpu --out $(TABLES)/cpu/results.csv
@@ -51,7 +51,7 @@ study-cpu: setup  ## the study's small twin from nothing (SOURCE=books.jsonl.xz;
 
 study-gpu: setup  ## the large study on one GPU (SOURCE=books.jsonl.xz; an H100: about a quarter of an hour): $(TABLES)/report.md
 	$(LLADA) prepare --source $(SOURCE) --out data/study-gpu --vocab-size 4096 --val-fraction 0.15
-	$(call sweeps,gpu,tune-arm tune-llada arm-least arm llada seeds,$(GPU_JOBS))
+	$(call sweeps,gpu,tune-arm tune-llada arm-least arm-between arm llada seeds,$(GPU_JOBS))
 	$(LLADA) collect runs/study-gpu --out $(TABLES)/gpu/results.csv
 	for table in tune seeds; do $(LLADA) collect runs/study-gpu-$$table --out $(TABLES)/gpu/$$table.csv || exit; done
 	$(BIN)/python experiments/study/histories.py runs/study-gpu $(TABLES)/gpu/history.csv

@@ -27,9 +27,12 @@ from llada_lightning.scaling.plots.style import (
     shades,
 )
 from matched import Matched
+from report_text import short_shape
 
 SMDM = 16.0
 """Nie et al. 2024, arXiv:2410.18514: FLOPs of masked diffusion over those of autoregression at equal loss."""
+SMDM_RANGE = (1e18, 1e20)
+"""Its FLOPs, as the LLaDA paper tells them."""
 
 
 def multipliers(studies: dict[str, Sequence[Matched]], published: StudyFits) -> StudyFigure:
@@ -43,7 +46,7 @@ def multipliers(studies: dict[str, Sequence[Matched]], published: StudyFits) -> 
         axes.errorbar(flops, values, yerr=bars, fmt=f"{marker}-", color=color, markersize=5, capsize=3, label=name)
     curve = [m for m in published.multiplier_curve if (m.method, m.convention) == ("envelope", "6nd")]
     _band(axes, sorted(curve, key=lambda entry: entry.arm_flops), "published, C4 (law)", "#009E73")
-    axes.axhline(SMDM, color=GREY, linewidth=1, linestyle=":", label="16, SMDM")
+    axes.plot(SMDM_RANGE, (SMDM, SMDM), ":", color=GREY, linewidth=1.5, label="16, SMDM")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=20))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
@@ -102,7 +105,8 @@ def plateaus(histories: dict[str, pd.DataFrame]) -> StudyFigure:
         longest = trunks.groupby("shape")["tokens"].max().sort_values(ascending=False)
         for shape, color in zip(longest.index, shades(STYLES["llada"].color, len(longest)), strict=True):
             own = trunks[trunks["shape"] == shape]
-            axes.plot(own["tokens"], own["train_nats_per_token"], color=color, linewidth=1.4)
+            axes.plot(own["tokens"], own["train_nats_per_token"], color=color, linewidth=1.4, label=short_shape(shape))
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
         axes.set_title(name, fontsize=10, color=INK)
         axes.set_xscale("log")
         label_counts(axes.xaxis, axes.get_xlim())
@@ -115,7 +119,7 @@ def plateaus(histories: dict[str, pd.DataFrame]) -> StudyFigure:
 
 def draw(cpu: Any, gpu: Any, published: StudyFits, folder: Path) -> None:
     """All of them into a folder, as PNG and SVG."""
-    ours = {"two cores, 512 words": cpu.read_off["6nd"], "one H100, 4,096 words": gpu.read_off["6nd"]}
+    ours = {"two cores, 512 words": cpu.read_off["6nd"].rows, "one H100, 4,096 words": gpu.read_off["6nd"].rows}
     write_figure(multipliers(ours, published), folder, "multipliers")
     write_figure(repeats(cpu.repeats()), folder, "repeats")
     histories = {name: pd.read_csv(study.folder / "history.csv") for name, study in (("two cores", cpu), ("H100", gpu))}

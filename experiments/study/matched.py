@@ -1,21 +1,61 @@
 """The compute multiplier read off the measured envelopes, with no law through them.
 
-Between two budgets of ``arm`` its best loss is a straight line in log loss over log FLOPs. Where a loss of ``llada``
-lies on that line, the FLOPs of both give the multiplier. No law, so no misfit of one; and no smoothing either.
+Between two budgets of ``arm`` its best loss is a straight line in log loss over log FLOPs; beyond its ends the
+outermost line goes on. Where a loss of ``llada`` lies on it, the FLOPs of both give the multiplier. No law, so no
+misfit of one; and no smoothing either.
+
+Errors: of the validation books, shared by all runs; of seeds, one for each trunk, because its branches share most of
+their training; and the choice of the best of several shapes, anew in every draw (``fits.envelope``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
-from llada_lightning.scaling.fits import Estimate
-
-DRAWS = 4000
+from llada_lightning.scaling.fits import Estimate, Noise, flops_column
+from llada_lightning.scaling.fits.envelope import Candidates
+from llada_lightning.scaling.fits.noise import Spread
+from llada_lightning.scaling.flops import Convention
 
 Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """One objective's best loss at each budget less the luck of a best of several, cheapest first, and its draws."""
+
+    flops: Array
+    """(k,) rising."""
+    losses: Array
+    """(k,) falling."""
+    draws: Array
+    """(samples, k)"""
+
+    @classmethod
+    def of(cls, runs: pd.DataFrame, noise: Noise, seeds: Spread, convention: Convention) -> Envelope:
+        """The best of equal budgets by 6ND, at their FLOPs by a convention.
+
+        Args:
+            runs: of one objective; a trunk is one shape at one learning rate.
+            noise: of these runs, in their order.
+            seeds: deviation of log loss over seeds, and its degrees of freedom.
+            convention: by which FLOPs are counted.
+        """
+        trunks = runs.groupby(["shape", "lr"], sort=False).ngroup().to_numpy()
+        shapes = Candidates.of(runs, "6nd", "nats_per_token", replace(noise, normals=noise.normals[:, trunks]))
+        flops = np.array([runs[flops_column(convention)].iloc[rows].mean() for rows in shapes.rows])
+        budgets = shapes.envelope(flops)
+        best = [shapes.best(budget) for budget in budgets]
+        luck = np.array([shapes.luck(budget, seeds) for budget in budgets])
+        errors = np.stack([shapes.errors(budget, seeds) for budget in budgets], axis=1)
+        return cls(flops[best], np.exp(shapes.log_loss[best] + luck), np.exp(shapes.log_loss[best] + errors))
+
+    def without(self, budget: int) -> Envelope:
+        return Envelope(*(np.delete(values, budget, axis=-1) for values in (self.flops, self.losses, self.draws)))
 
 
 @dataclass(frozen=True)
@@ -28,44 +68,52 @@ class Matched:
     multiplier: Estimate
 
 
-def read_off(
-    arm_flops: Array, arm_losses: Array, llada_flops: Array, llada_losses: Array, covariance: Array, seed: int = 0
-) -> list[Matched]:
-    """Each of ``llada``'s losses that lies between two of ``arm``'s, cheapest budget first.
+@dataclass(frozen=True)
+class ReadOff:
+    """The multipliers, cheapest budget of ``llada`` first, and how they change together."""
 
-    Args:
-        arm_flops: (a,) rising.
-        arm_losses: (a,) best losses, falling.
-        llada_flops: (b,)
-        llada_losses: (b,)
-        covariance: (a + b, a + b) joint errors of the losses, ``arm``'s first, nats^2.
-        seed: of the draws.
-    """
-    count = len(arm_flops)
-    means = np.concatenate([arm_losses, llada_losses])
-    draws = np.random.default_rng(seed).multivariate_normal(means, covariance, DRAWS)
-    values, found = multipliers(arm_flops, arm_losses, llada_flops, llada_losses), []
-    for number, (flops, loss) in enumerate(zip(llada_flops, llada_losses, strict=True)):
-        if flops in values:
-            drawn = [flops / flops_for(draw[count + number], arm_flops, draw[:count]) for draw in draws]
-            estimate = Estimate.of(values[flops], np.array(drawn))
-            found.append(Matched(float(flops), float(loss), float(flops / values[flops]), estimate))
-    return found
+    rows: list[Matched]
+    growth: Estimate
+    """The last over the first."""
+    exponent: Estimate
+    """Of the multiplier in the FLOPs of ``llada``, least squares over the rows."""
 
 
-def multipliers(arm_flops: Array, arm_losses: Array, llada_flops: Array, llada_losses: Array) -> dict[float, float]:
-    """FLOPs of ``llada`` -> multiplier, where its loss lies between two of ``arm``'s; arguments as of ``read_off``."""
+def read_off(arm: Envelope, llada: Envelope) -> ReadOff:
+    """Each of ``llada``'s losses that lies between two of ``arm``'s."""
+    values = multipliers(arm, llada)
+    kept = [number for number, flops in enumerate(llada.flops) if float(flops) in values]
+    flops, log_flops, found = llada.flops[kept], np.log(llada.flops[kept]), np.array(list(values.values()))
+    drawn = log_flops - log_flops_for(llada.draws[:, kept], arm.flops, arm.draws)
+    with np.errstate(over="ignore"):  # infinite where a draw is nearly flat
+        estimates = [Estimate.of(value, np.exp(draws)) for value, draws in zip(found, drawn.T, strict=True)]
+        growth = Estimate.of(found[-1] / found[0], np.exp(drawn[:, -1] - drawn[:, 0]))
+    rows = [
+        Matched(float(own), float(loss), float(own / estimate.value), estimate)
+        for own, loss, estimate in zip(flops, llada.losses[kept], estimates, strict=True)
+    ]
+    centred = log_flops - log_flops.mean()
+    slopes = centred / (centred @ centred)
+    return ReadOff(rows, growth, Estimate.of(slopes @ np.log(found), drawn @ slopes))
+
+
+def multipliers(arm: Envelope, llada: Envelope) -> dict[float, float]:
+    """FLOPs of ``llada`` -> multiplier, where its loss lies between two of ``arm``'s."""
+    needed = np.exp(log_flops_for(llada.losses[None], arm.flops, arm.losses[None])[0])
     return {
-        float(flops): float(flops / flops_for(loss, arm_flops, arm_losses))
-        for flops, loss in zip(llada_flops, llada_losses, strict=True)
-        if arm_losses[-1] <= loss <= arm_losses[0]
+        float(flops): float(flops / own)
+        for flops, loss, own in zip(llada.flops, llada.losses, needed, strict=True)
+        if arm.losses[-1] <= loss <= arm.losses[0]
     }
 
 
-def flops_for(loss: float, flops: Array, losses: Array) -> float:
-    """FLOPs at which a falling envelope first has a loss; beyond its ends the last line goes on."""
-    best = np.minimum.accumulate(losses)
-    right = int(np.clip(np.sum(best > loss), 1, len(flops) - 1))
-    (x0, x1), (y0, y1) = np.log(flops[right - 1 : right + 1]), np.log(best[right - 1 : right + 1])
-    slope = min((y1 - y0) / (x1 - x0), -1e-6)  # a draw may be flat
-    return float(np.exp(x0 + (np.log(loss) - y0) / slope))
+def log_flops_for(goals: Array, flops: Array, losses: Array) -> Array:
+    """log FLOPs at which a falling envelope first has a loss, per draw: goals (S, b), flops (a,), losses (S, a)."""
+    best, x = np.log(np.minimum.accumulate(losses, axis=1)), np.log(flops)
+    needed, rows = np.empty_like(goals), np.arange(len(goals))
+    for column, goal in enumerate(np.log(goals).T):
+        right = np.clip(np.sum(best > goal[:, None], axis=1), 1, len(flops) - 1)
+        before, after = best[rows, right - 1], best[rows, right]
+        slope = np.minimum((after - before) / (x[right] - x[right - 1]), -1e-6)  # a draw may be flat
+        needed[:, column] = x[right - 1] + (goal - before) / slope
+    return needed

@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from rich.table import Table
-from rich.text import Text
 from scipy import stats
 
 import figures
@@ -35,13 +33,17 @@ from llada_lightning.scaling.fits import (
     StudyFits,
     budget_groups,
     fit_table,
+    flops_column,
+    noise_of_runs,
     run_names,
 )
+from llada_lightning.scaling.fits.noise import Spread
 from llada_lightning.scaling.fits.runs import planned_flops
 from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
 from llada_lightning.scaling.reference import published_isoflop
 from llada_lightning.scaling.results import read_results
-from llada_lightning.scaling.shapes import format_count, get_shape
+from llada_lightning.scaling.shapes import format_count
+from report_text import flops, grid, interval, markdown, plus_minus, short_shape
 
 HERE = Path(__file__).parent
 OBJECTIVES = ("arm", "llada")
@@ -132,7 +134,7 @@ class Study:
             rows.append([objective, short_shape(shape), *cells])
         return grid(["objective", "shape", *rates], rows)
 
-    def three_seeds(self, objective: str) -> pd.DataFrame:
+    def seeds(self, objective: str) -> pd.DataFrame:
         """The runs of the noise floor: those of the seeds' table, and the main grid's at the same point."""
         own = _of(self.read("seeds"), objective)
         return pd.concat([same_point(self.table, own.iloc[0]), own], ignore_index=True).sort_values("seed")
@@ -140,9 +142,10 @@ class Study:
     def noise_floor(self) -> str:
         rows = []
         for objective in OBJECTIVES:
-            runs = self.three_seeds(objective)
+            runs = self.seeds(objective)
             losses = runs["val_nats_per_token"]
             spread = Estimate.of(losses.std(ddof=1), deviations(losses.std(ddof=1), len(losses)))
+            taken = self.fits.objectives[objective].spread.tau
             rows.append(
                 [
                     objective,
@@ -150,10 +153,12 @@ class Study:
                     ", ".join(f"{loss:.4f}" for loss in losses),
                     interval(spread, ".4f"),
                     f"{runs['val_stderr'].mean():.4f}",
-                    f"{self.fits.envelopes('6nd')[objective].law.spread:.4f}",
+                    f"{self.seed_spread(objective).tau:.4f}",
+                    f"{taken:.4f}",
                 ]
             )
-        head = ["objective", "point", "losses", "s.d. over seeds", "s.e. over books", "spread about the envelope (log)"]
+        head = ["objective", "point", "losses", "s.d. over seeds", "s.e. over books", "s.d. over seeds of log loss",
+                "the fits' spread of log loss beyond books"]  # fmt: skip
         return grid(head, rows)
 
     def repeats(self) -> pd.DataFrame:
@@ -198,9 +203,9 @@ class Study:
         return grid(head, rows)
 
     def ablation(self, name: str) -> Estimate:
-        """Mean difference in loss of three seeds' pairs from the reference, with the 95 % t interval of the mean."""
+        """Mean difference in loss of the seeds' pairs from the reference, with the 95 % t interval of the mean."""
         changed = self.read(name).set_index("seed")["val_nats_per_token"]
-        differences = changed - self.three_seeds("llada").set_index("seed")["val_nats_per_token"]
+        differences = changed - self.seeds("llada").set_index("seed")["val_nats_per_token"]
         half = stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / np.sqrt(len(differences))
         mean = differences.mean()
         return Estimate(mean, mean - half, mean + half)
@@ -227,44 +232,46 @@ class Study:
 
     def matched(self, convention: Convention = "6nd") -> str:
         """The multiplier with no law, and its range where any one of ``arm``'s budgets is left out."""
-        arm_flops, *rest = self._envelope_arrays(convention)
-        without = [
-            matched.multipliers(np.delete(arm_flops, left_out), np.delete(rest[0], left_out), *rest[1:])
-            for left_out in range(len(arm_flops))
-        ]
+        arm, llada = self._envelopes(convention)
+        without = [matched.multipliers(arm.without(budget), llada) for budget in range(len(arm.flops))]
         rows = []
-        for one in self.read_off[convention]:
+        for one in self.read_off[convention].rows:
             found = [by_flops[one.llada_flops] for by_flops in without if one.llada_flops in by_flops]
             cells = [flops(one.llada_flops), f"{one.loss:.3f}", flops(one.arm_flops), interval(one.multiplier)]
-            rows.append([*cells, f"{min(found):.3g} to {max(found):.3g}"])
+            none = " or none" if len(found) < len(without) else ""
+            rows.append([*cells, f"{min(found):.3g} to {max(found):.3g}{none}"])
         name = CONVENTION_NAMES[convention]
         head = [f"FLOPs of `llada` ({name})", "its best loss", "FLOPs of `arm` for that loss", "multiplier",
                 "with a budget of `arm` left out"]  # fmt: skip
         return grid(head, rows)
 
     @cached_property
-    def read_off(self) -> dict[Convention, list[matched.Matched]]:
-        return {convention: self._read_off(convention) for convention in CONVENTION_NAMES}
+    def read_off(self) -> dict[Convention, matched.ReadOff]:
+        return {convention: matched.read_off(*self._envelopes(convention)) for convention in CONVENTION_NAMES}
 
-    def _read_off(self, convention: Convention) -> list[matched.Matched]:
-        """Seeds' scatter is an independent error of each loss, beside the shared one over books."""
-        points = {name: self.fits.envelopes(convention)[name].points for name in OBJECTIVES}
-        labels = self._names_of([*points["arm"], *points["llada"]])
-        seeds = np.concatenate([np.full(len(points[name]), self.seed_deviation(name)) for name in OBJECTIVES])
-        covariance = self.covariance("results").loc[labels, labels].to_numpy() + np.diag(seeds**2)
-        return matched.read_off(*self._envelope_arrays(convention), covariance)
+    def _envelopes(self, convention: Convention) -> tuple[matched.Envelope, matched.Envelope]:
+        noise = noise_of_runs(self.table, self.covariance("results"), self.fits.samples, seed=0)
+        found = []
+        for objective in OBJECTIVES:
+            rows = np.flatnonzero(self.table["objective"] == objective)
+            runs, own = self.table.iloc[rows], noise.take(rows)
+            found.append(matched.Envelope.of(runs, own, self.seed_spread(objective), convention))
+        return found[0], found[1]
+
+    def near_best(self, convention: Convention = "total") -> str:
+        """At ``llada``'s largest budget the multipliers of the shapes within a seed's deviation of the best."""
+        arm, llada = self._envelopes(convention)
+        runs = _of(self.table, "llada")
+        runs = runs[budget_groups(runs["flops_6nd"]) == budget_groups(runs["flops_6nd"]).max()]
+        losses, spent = (runs[name].to_numpy(float) for name in ("val_nats_per_token", flops_column(convention)))
+        near = losses < losses.min() + self.seed_deviation("llada")
+        luck = llada.losses[-1] / losses.min()
+        found = spent[near] / np.exp(matched.log_flops_for(luck * losses[near][None], arm.flops, arm.losses[None])[0])
+        return f"{found.min():.3g} to {found.max():.3g}"
 
     def _names_of(self, points: list[EnvelopePoint]) -> list[str]:
         """What the covariance calls the runs of an envelope's points."""
         return run_names(self.table.set_index("run").loc[[point.run for point in points]].reset_index())
-
-    def _envelope_arrays(self, convention: Convention) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """FLOPs and best losses of ``arm``, then of ``llada``."""
-        points = {name: self.fits.envelopes(convention)[name].points for name in OBJECTIVES}
-        columns = [
-            np.array([getattr(p, key) for p in points[name]]) for name in OBJECTIVES for key in ("flops", "loss")
-        ]
-        return columns[0], columns[1], columns[2], columns[3]
 
     # --- single numbers ---
 
@@ -276,7 +283,23 @@ class Study:
 
     def seed_deviation(self, objective: str) -> float:
         """Standard deviation of the final loss over the noise floor's seeds."""
-        return float(self.three_seeds(objective)["val_nats_per_token"].std(ddof=1))
+        return float(self.seeds(objective)["val_nats_per_token"].std(ddof=1))
+
+    def seeds_error(self) -> float:
+        """What seeds add to the error of a difference between the objectives, nats."""
+        return float(np.hypot(*(self.seed_deviation(objective) for objective in OBJECTIVES)))
+
+    def misfit(self) -> str:
+        """log loss of ``arm``'s four least budgets less the law of its envelope."""
+        envelope = self.fits.envelopes("6nd")["arm"]
+        assert envelope.law is not None
+        law, points = envelope.law, envelope.points[:4]
+        return ", ".join(f"{np.log(point.loss / law.loss(point.flops)):+.3f}" for point in points)
+
+    def seed_spread(self, objective: str) -> Spread:
+        """The same of log loss, with its degrees of freedom."""
+        losses = self.seeds(objective)["val_nats_per_token"]
+        return Spread(float(np.log(losses).std(ddof=1)), len(losses) - 1, np.nan)
 
     def ratio(self, kind: str, state: str, quantity: str) -> Estimate:
         """Variance with independent t over that with stratified t."""
@@ -289,7 +312,9 @@ class Study:
     def trend(self, convention: Convention = "6nd") -> Estimate:
         """Exponent of the multiplier in the FLOPs of ``arm``, by the envelopes: below 0 it falls as budgets grow."""
         arm, llada = (self.fits.envelopes(convention)[name].law for name in OBJECTIVES)
-        return Estimate.of(arm.b / llada.b - 1, arm.draws[:, 1] / llada.draws[:, 1] - 1)
+        falling = llada.draws[:, 1] > 0  # else `llada` never reaches the loss
+        ratios = np.divide(arm.draws[:, 1], llada.draws[:, 1], out=np.full(len(falling), np.inf), where=falling)
+        return Estimate.of(arm.b / llada.b - 1, ratios - 1)
 
     def multiplier(self, arm_flops: float, convention: Convention = "6nd") -> Multiplier:
         return multiplier_at(self.fits, arm_flops, convention)
@@ -339,40 +364,6 @@ def _repeat(members: pd.DataFrame, error: float, best: pd.Series) -> dict[str, f
         "difference": losses["llada"] - losses["arm"],
         "difference_stderr": error,
     }
-
-
-# --- text ------------------------------------------------------------------------------------------------------------
-
-
-def grid(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
-
-
-def markdown(table: Table) -> str:
-    """A table that `llada curves` prints, as Markdown, its title above and its caption below."""
-    columns = [[Text.from_markup(str(cell)).plain.strip() for cell in column.cells] for column in table.columns]
-    head = [str(column.header).strip() for column in table.columns]
-    body = grid(head, [list(row) for row in zip(*columns, strict=True)])
-    return "\n\n".join(str(part) for part in (f"{table.title}:", body, table.caption) if part)
-
-
-def short_shape(name: str) -> str:
-    shape = get_shape(name)
-    return f"{shape.n_layers}x{shape.d_model}"
-
-
-def flops(value: float) -> str:
-    return f"{value:.2e}".replace("e+", "e")
-
-
-def plus_minus(value: float, error: float) -> str:
-    return f"{value:.3f} ± {error:.3f}"
-
-
-def interval(estimate: Estimate | Multiplier, form: str = ".3g") -> str:
-    value = estimate.multiplier if isinstance(estimate, Multiplier) else estimate.value
-    return f"{value:{form}} ({estimate.low:{form}} to {estimate.high:{form}})".replace("inf", "∞")
 
 
 def write(report: Path, cpu: Path, gpu: Path) -> None:

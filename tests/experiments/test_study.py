@@ -22,6 +22,8 @@ import variance
 from llada_lightning import load_model
 from llada_lightning.cli import main
 from llada_lightning.objectives.bounds import nll_bound
+from llada_lightning.scaling.fits import Noise
+from llada_lightning.scaling.fits.noise import Spread
 from llada_lightning.scaling.sweep import fit_arguments, read_sweep, render_command
 
 ROOT = Path(__file__).parents[2]
@@ -71,8 +73,13 @@ def test_the_committed_fits_are_those_of_the_table(study: report.Study) -> None:
 
 
 def test_the_readme_quotes_the_study() -> None:
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"{report.interval(report.Study(STUDY / 'gpu').multiplier(6.25e12))} times as many" in readme
+    readme, study = " ".join((ROOT / "README.md").read_text().split()), report.Study(STUDY / "gpu")
+    assert f"{report.interval(study.multiplier(6.25e12))} times as many" in readme
+    spans = {}
+    for convention, found in study.read_off.items():
+        values = [one.multiplier.value for one in found.rows]
+        spans[convention] = f"{values[0]:.0f} to {values[-1]:.0f} times"
+    assert f"{spans['6nd']} over the budgets, and {spans['total']} with attention and head counted" in readme
 
 
 def test_every_result_is_one_of_the_sweeps(study: report.Study) -> None:
@@ -81,9 +88,10 @@ def test_every_result_is_one_of_the_sweeps(study: report.Study) -> None:
         [pd.read_csv(path) for path in (ROOT / "sweeps").glob(f"study-{study.folder.name}-*.csv")], ignore_index=True
     )
     keys = ["objective", "shape", "steps"]
-    assert sorted(planned[keys].itertuples(index=False, name=None)) == sorted(
-        study.table[keys].itertuples(index=False, name=None)
-    )
+    expected = list(planned[keys].itertuples(index=False, name=None))
+    if study.folder.name == "gpu":
+        expected.append(("arm", "L1-d64-h2-kv2-ff192", 2391))  # study-gpu-arm-between.yaml
+    assert sorted(expected) == sorted(study.table[keys].itertuples(index=False, name=None))
     assert set(study.table["status"]) == {"done"}
 
 
@@ -146,28 +154,70 @@ def test_a_history_keeps_validations_and_means_of_training(tmp_path: Path) -> No
     assert float(np.average(training["train_nats_per_token"], weights=spans)) == pytest.approx(4.4995, abs=1e-3)
 
 
+def envelope(flops: np.ndarray, losses: np.ndarray) -> matched.Envelope:
+    """One whose losses are known."""
+    return matched.Envelope(flops, losses, np.tile(losses, (5, 1)))
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     multiplier=st.floats(2.0, 200.0),
+    growth=st.floats(-0.5, 0.5),
     exponent=st.floats(0.03, 0.3),
     least=st.floats(1e10, 1e18),
 )
-def test_a_multiplier_read_off_two_power_laws_is_theirs(multiplier: float, exponent: float, least: float) -> None:
+def test_a_multiplier_read_off_two_power_laws_is_theirs(
+    multiplier: float, growth: float, exponent: float, least: float
+) -> None:
     """Straight lines in log loss over log FLOPs: interpolation is exact, and every loss within both ranges counts."""
-    arm_flops, llada_flops = least * 2.0 ** np.arange(9), multiplier * least * 2.0 ** np.arange(0.5, 8)
-    arm, llada = 3 * (arm_flops / least) ** -exponent, 3 * (llada_flops / least / multiplier) ** -exponent
-    found = matched.read_off(arm_flops, arm, llada_flops, llada, 1e-12 * np.eye(17))
-    assert [one.llada_flops for one in found] == llada_flops.tolist()
-    for one in found:
-        assert one.multiplier.value == pytest.approx(multiplier)
-        assert one.multiplier.covers(multiplier)
+    arm_flops, goals = least * 2.0 ** np.arange(9), least * 2.0 ** np.arange(0.5, 8)
+    true = multiplier * (goals / goals[0]) ** growth
+    arm, llada = (3 * (flops / least) ** -exponent for flops in (arm_flops, goals))
+    found = matched.read_off(envelope(arm_flops, arm), envelope(true * goals, llada))
+    assert [one.llada_flops for one in found.rows] == (true * goals).tolist()
+    assert [one.multiplier.value for one in found.rows] == pytest.approx(true)
+    assert [one.multiplier.low for one in found.rows] == pytest.approx(true)
+    assert found.growth.value == pytest.approx(true[-1] / true[0])
+    assert found.exponent.value == pytest.approx(growth / (1 + growth), abs=1e-6)
 
 
 def test_losses_that_arm_does_not_reach_have_no_multiplier() -> None:
-    arm_flops, arm = np.array([1.0, 2.0, 4.0]), np.array([4.0, 3.8, 3.6])
-    found = matched.read_off(arm_flops, arm, np.array([50.0, 90.0]), np.array([4.1, 3.9]), 1e-4 * np.eye(5))
-    assert [one.llada_flops for one in found] == [90.0]
-    assert 1.0 < found[0].arm_flops < 2.0
+    arm = envelope(np.array([1.0, 2.0, 4.0]), np.array([4.0, 3.8, 3.6]))
+    found = matched.read_off(arm, envelope(np.array([50.0, 90.0, 99.0]), np.array([4.1, 3.9, 3.85])))
+    assert [one.llada_flops for one in found.rows] == [90.0, 99.0]
+    assert 1.0 < found.rows[0].arm_flops < found.rows[1].arm_flops < 2.0
+
+
+def grid_of_runs(rng: np.random.Generator, book: float, seed: float) -> pd.DataFrame:
+    """Runs of three shapes, equally good, at four budgets; noise of books shared by all, of seeds by trunks."""
+    shared, rows = book * rng.standard_normal(), []
+    for shape in range(3):
+        trunk = seed * rng.standard_normal()
+        for budget in range(4):
+            log_loss = -0.05 * budget * np.log(2) + shared + trunk
+            rows.append({"shape": f"s{shape}", "lr": 0.01, "params_nonembedding": 1000 * 2**shape,
+                         "tokens": 2.0 ** (budget - shape), "flops_6nd": 6e3 * 2.0**budget,
+                         "val_nats_per_token": 4 * np.exp(log_loss), "val_stderr": book * 4})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_an_envelope_makes_up_for_luck_and_its_intervals_hold_the_truth() -> None:
+    """The best of three equals is too low by 0.85 deviations over seeds; a redrawn choice makes up for much of it."""
+    rng, book, seed, studies = np.random.default_rng(2), 0.002, 0.01, 300
+    true, raw, corrected, inside = 4 * 2.0 ** (-0.05 * np.arange(4)), [], [], 0
+    for _ in range(studies):
+        runs = grid_of_runs(rng, book, seed)
+        noise = Noise.of(np.full((12, 12), book**2), "covariance", 400, int(rng.integers(1 << 30)))
+        found = matched.Envelope.of(runs, noise, Spread(seed, 7, np.nan), "6nd")
+        raw.append(np.log(runs["val_nats_per_token"].min() / true[-1]))
+        corrected.append(np.log(found.losses[-1] / true[-1]))
+        low, high = np.percentile(found.draws[:, -1], [2.5, 97.5])
+        inside += low <= true[-1] <= high
+        changes = np.log(found.draws[:, -1] / found.draws[:, 0])
+        assert np.ptp(changes) < 1e-6  # branches of one trunk err together
+    assert np.mean(raw) == pytest.approx(-0.846 * seed, abs=4 * np.std(raw) / np.sqrt(studies))
+    assert np.mean(raw) < 1.5 * np.mean(corrected) < 0
+    assert inside / studies >= 0.93
 
 
 def test_an_interval_of_deviations_is_the_chi_squares() -> None:

@@ -62,7 +62,7 @@ def test_the_legend_lists_only_what_is_drawn() -> None:
 def test_many_shapes_are_counted_not_listed() -> None:
     table = published_isoflop()
     words = legend_of(scaling_curve(table, fit_table(table, samples=SAMPLES)))
-    assert f"{table['shape'].nunique()} shapes" in words
+    assert f"{table['shape'].nunique()} shapes,\nnot told apart" in words
     assert "106M" not in words
     assert not any("s.e." in word for word in words)
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.markers import CARETRIGHT
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.fits import Multiplier, StudyFits, fit_table
@@ -70,6 +72,33 @@ def test_an_optimum_outside_of_the_grid_is_an_arrow_head_at_its_edge() -> None:
     assert all(any(x == pytest.approx(edge) for edge in edges) for x, _ in arrows)
     assert len(points(axes, "*")) == len(budgets) - len(outside)
     assert "optimum outside" in words(isoflop_curves(table, fits))
+
+
+def test_an_open_interval_ends_in_a_caret_at_the_grids_edge(full: Study) -> None:
+    table, fits = full
+    found = isoflop_curves(table, fits)
+    assert not points(found.axes[0], CARETRIGHT) and "open end" not in words(found)
+    isoflop = fits.objectives["arm"].isoflop["6nd"]
+    first = replace(isoflop.budgets[0], n_opt=replace(isoflop.budgets[0].n_opt, high=np.inf))
+    opened = replace(isoflop, budgets=[first, *isoflop.budgets[1:]])
+    arm = replace(fits.objectives["arm"], isoflop={**fits.objectives["arm"].isoflop, "6nd": opened})
+    figure = isoflop_curves(table, replace(fits, objectives={**fits.objectives, "arm": arm}))
+    ((_, end),) = [line.get_xdata() for line in figure.axes[0].get_lines() if line.get_marker() == CARETRIGHT]
+    assert end == pytest.approx(np.exp(first.log_n.max()))
+    assert "open end" in words(figure)
+
+
+def test_names_of_budgets_do_not_stand_on_each_other(full: Study) -> None:
+    """Not even where two budgets end at one point."""
+    table, fits = full
+    flat = table.assign(val_nats_per_token=table.groupby("params_nonembedding")["val_nats_per_token"].transform("mean"))
+    figure = isoflop_curves(flat, fits)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    for axes in figure.axes:
+        boxes = [text.get_window_extent(renderer) for text in axes.texts]
+        assert len(boxes) == len(SIMULATED_BUDGETS)
+        assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
 
 
 def test_the_optimum_is_drawn_by_both_methods_with_exponents(full: Study) -> None:

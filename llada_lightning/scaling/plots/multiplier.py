@@ -35,7 +35,7 @@ def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None
     """FLOPs that ``llada`` needs over FLOPs that ``arm`` needs for equal loss, against ``arm``'s, by method.
 
     Points are at ``arm``'s budgets, with 95 % intervals; lines and bands go between, dashed and without a band's fill
-    where ``llada`` reaches the loss only outside of its own budgets. One panel a convention.
+    where one of them reaches the loss only outside of the budgets of its fit. One panel a convention.
 
     Args:
         fits: of a study with both objectives.
@@ -127,6 +127,6 @@ def _legend(entries: Sequence[Multiplier]) -> list[list[Line2D]]:
         if name in present
     ]
     beyond = [Line2D([], [], color=GREY, linewidth=1, linestyle="--", marker="o", markerfacecolor="white",
-                     markersize=5, label="beyond llada's\nbudgets")]  # fmt: skip
+                     markersize=5, label="beyond a fit's\nbudgets")]  # fmt: skip
     extrapolated = any(entry.extrapolated for entry in entries)
     return [methods, beyond if extrapolated else [], [note("bars, bands: 95 %")]]

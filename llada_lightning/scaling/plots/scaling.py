@@ -143,7 +143,9 @@ def _legend(runs: pd.DataFrame, fits: StudyFits, convention: Convention, shapes:
         for name, fit in envelopes.items()
     ]
     shape_handles = (
-        [note(f"{len(shapes)} shapes")] if many else [marker_handle(marker, name) for name, marker in shapes.items()]
+        [note(f"{len(shapes)} shapes,\nnot told apart")]
+        if many
+        else [marker_handle(marker, name) for name, marker in shapes.items()]
     )
     others = any(
         len(best_of_budgets(members, fits.unit)) < len(members)
