@@ -37,12 +37,13 @@ quickstart: setup  ## both objectives over three budgets: runs/quickstart/scalin
 # Sweeps of the study, one after the other: what is done is skipped, and a signal stops the whole.
 sweeps = $(foreach sweep,$(2),$(LLADA) sweep run sweeps/study-$(1)-$(sweep).yaml --jobs $(3) &&) true
 
-study-cpu: setup  ## the study's small twin from nothing (SOURCE=books.jsonl.xz; two cores: about three hours): $(TABLES)/report.md
+study-cpu: setup  ## the study's small twin from nothing (SOURCE=books.jsonl.xz; two cores: three and a half hours): $(TABLES)/report.md
 	$(LLADA) prepare --source $(SOURCE) --out data/study --vocab-size 512 --val-fraction 0.15
-	$(call sweeps,cpu,tune-arm tune-llada arm-least arm-low arm llada seeds repeats ablations,$(JOBS))
+	$(call sweeps,cpu,tune-arm tune-llada arm-least arm-low arm llada seeds repeats ablations short,$(JOBS))
 	$(LLADA) collect runs/study-cpu --out $(TABLES)/cpu/results.csv
 	for table in tune seeds repeats iid lengths; do \
 	  $(LLADA) collect runs/study-cpu-$$table --out $(TABLES)/cpu/$$table.csv || exit; done
+	$(LLADA) collect runs/study-cpu runs/study-cpu-short --out $(TABLES)/cpu/short.csv
 	$(BIN)/python experiments/study/histories.py runs/study-cpu $(TABLES)/cpu/history.csv
 	$(BIN)/python experiments/study/histories.py runs/study-cpu-repeats $(TABLES)/cpu/repeats-history.csv
 	$(BIN)/python experiments/study/variance.py runs/study-cpu/llada-107k-* data/study $(TABLES)/cpu/variance.json

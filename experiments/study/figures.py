@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -24,7 +26,6 @@ from llada_lightning.scaling.plots.style import (
     label_counts,
     label_plain,
     new_figure,
-    shades,
 )
 from matched import Matched
 from report_text import short_shape
@@ -98,12 +99,12 @@ def repeats(found: pd.DataFrame) -> StudyFigure:
 
 
 def plateaus(histories: dict[str, pd.DataFrame]) -> StudyFigure:
-    """Training loss of the trunks of ``llada`` against tokens, a panel a study, dark the larger shapes."""
+    """Training loss of the trunks of ``llada`` against tokens, a panel a study, dark the longer runs."""
     figure = new_figure(9.0, 3.6)
     for axes, (name, history) in zip(figure.subplots(1, len(histories)), histories.items(), strict=True):
         trunks = history[history["objective"] == "llada"].dropna(subset="train_nats_per_token")
         longest = trunks.groupby("shape")["tokens"].max().sort_values(ascending=False)
-        for shape, color in zip(longest.index, shades(STYLES["llada"].color, len(longest)), strict=True):
+        for shape, color in zip(longest.index, colormaps["viridis"](np.linspace(0, 0.92, len(longest))), strict=True):
             own = trunks[trunks["shape"] == shape]
             axes.plot(own["tokens"], own["train_nats_per_token"], color=color, linewidth=1.4, label=short_shape(shape))
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
@@ -119,7 +120,7 @@ def plateaus(histories: dict[str, pd.DataFrame]) -> StudyFigure:
 
 def draw(cpu: Any, gpu: Any, published: StudyFits, folder: Path) -> None:
     """All of them into a folder, as PNG and SVG."""
-    ours = {"two cores, 512 words": cpu.read_off["6nd"].rows, "one H100, 4,096 words": gpu.read_off["6nd"].rows}
+    ours = {"two cores, 512 words": cpu.read_offs.at("6nd").rows, "one H100, 4,096 words": gpu.read_offs.at("6nd").rows}
     write_figure(multipliers(ours, published), folder, "multipliers")
     write_figure(repeats(cpu.repeats()), folder, "repeats")
     histories = {name: pd.read_csv(study.folder / "history.csv") for name, study in (("two cores", cpu), ("H100", gpu))}

@@ -4,8 +4,8 @@ Between two budgets of ``arm`` its best loss is a straight line in log loss over
 outermost line goes on. Where a loss of ``llada`` lies on it, the FLOPs of both give the multiplier. No law, so no
 misfit of one; and no smoothing either.
 
-Errors: of the validation books, shared by all runs; of seeds, one for each trunk, because its branches share most of
-their training; and the choice of the best of several shapes, anew in every draw (``fits.envelope``).
+Errors: of the validation books, shared by all runs; of seeds, one for each trunk, whose branches share part of their
+training, or one for each run; and the choice of the best of several shapes, anew in every draw (``fits.envelope``).
 """
 
 from __future__ import annotations
@@ -32,11 +32,15 @@ class Envelope:
     """(k,) rising."""
     losses: Array
     """(k,) falling."""
-    draws: Array
+    drawn_flops: Array
+    """(samples, k): of the shape that is the best in that draw."""
+    drawn_losses: Array
     """(samples, k)"""
 
     @classmethod
-    def of(cls, runs: pd.DataFrame, noise: Noise, seeds: Spread, convention: Convention) -> Envelope:
+    def of(
+        cls, runs: pd.DataFrame, noise: Noise, seeds: Spread, convention: Convention, *, by_trunk: bool = True
+    ) -> Envelope:
         """The best of equal budgets by 6ND, at their FLOPs by a convention.
 
         Args:
@@ -44,18 +48,33 @@ class Envelope:
             noise: of these runs, in their order.
             seeds: deviation of log loss over seeds, and its degrees of freedom.
             convention: by which FLOPs are counted.
+            by_trunk: whether all branches of a trunk have the same error of seeds; else each has its own.
         """
-        trunks = runs.groupby(["shape", "lr"], sort=False).ngroup().to_numpy()
-        shapes = Candidates.of(runs, "6nd", "nats_per_token", replace(noise, normals=noise.normals[:, trunks]))
+        if by_trunk:
+            noise = replace(noise, normals=noise.normals[:, runs.groupby(["shape", "lr"], sort=False).ngroup()])
+        shapes = Candidates.of(runs, "6nd", "nats_per_token", noise)
         flops = np.array([runs[flops_column(convention)].iloc[rows].mean() for rows in shapes.rows])
         budgets = shapes.envelope(flops)
         best = [shapes.best(budget) for budget in budgets]
         luck = np.array([shapes.luck(budget, seeds) for budget in budgets])
         errors = np.stack([shapes.errors(budget, seeds) for budget in budgets], axis=1)
-        return cls(flops[best], np.exp(shapes.log_loss[best] + luck), np.exp(shapes.log_loss[best] + errors))
+        seen = shapes.log_loss - shapes.noise.draws(seeds)  # what might have been seen, as ``errors`` takes it
+        chosen = np.stack([budget[seen[:, budget].argmin(axis=1)] for budget in budgets], axis=1)
+        losses, drawn = np.exp(shapes.log_loss[best] + luck), np.exp(shapes.log_loss[best] + errors)
+        return cls(flops[best], losses, flops[chosen], drawn)
+
+    def take(self, budgets: npt.ArrayLike) -> Envelope:
+        """Of some of the budgets, by their positions."""
+        every = (self.flops, self.losses, self.drawn_flops, self.drawn_losses)
+        return Envelope(*(values[..., np.asarray(budgets, np.intp)] for values in every))
 
     def without(self, budget: int) -> Envelope:
-        return Envelope(*(np.delete(values, budget, axis=-1) for values in (self.flops, self.losses, self.draws)))
+        return self.take(np.delete(np.arange(len(self.flops)), budget))
+
+    def exponent(self) -> tuple[float, Array]:
+        """c of loss ~ C^-c by least squares over the budgets, and its draws (samples,)."""
+        slopes = slope_weights(np.log(self.flops))
+        return float(-slopes @ np.log(self.losses)), -np.log(self.drawn_losses) @ slopes
 
 
 @dataclass(frozen=True)
@@ -82,24 +101,29 @@ class ReadOff:
 def read_off(arm: Envelope, llada: Envelope) -> ReadOff:
     """Each of ``llada``'s losses that lies between two of ``arm``'s."""
     values = multipliers(arm, llada)
-    kept = [number for number, flops in enumerate(llada.flops) if float(flops) in values]
-    flops, log_flops, found = llada.flops[kept], np.log(llada.flops[kept]), np.array(list(values.values()))
-    drawn = log_flops - log_flops_for(llada.draws[:, kept], arm.flops, arm.draws)
+    kept = llada.take([number for number, flops in enumerate(llada.flops) if float(flops) in values])
+    found = np.array(list(values.values()))
+    drawn = np.log(kept.drawn_flops) - log_flops_for(kept.drawn_losses, arm.drawn_flops, arm.drawn_losses)
     with np.errstate(over="ignore"):  # infinite where a draw is nearly flat
         estimates = [Estimate.of(value, np.exp(draws)) for value, draws in zip(found, drawn.T, strict=True)]
         growth = Estimate.of(found[-1] / found[0], np.exp(drawn[:, -1] - drawn[:, 0]))
     rows = [
         Matched(float(own), float(loss), float(own / estimate.value), estimate)
-        for own, loss, estimate in zip(flops, llada.losses[kept], estimates, strict=True)
+        for own, loss, estimate in zip(kept.flops, kept.losses, estimates, strict=True)
     ]
-    centred = log_flops - log_flops.mean()
-    slopes = centred / (centred @ centred)
+    slopes = slope_weights(np.log(kept.flops))
     return ReadOff(rows, growth, Estimate.of(slopes @ np.log(found), drawn @ slopes))
+
+
+def slope_weights(x: Array) -> Array:
+    """The least-squares slope of y (n,) over x (n,) is ``slope_weights(x) @ y``."""
+    centred = x - x.mean()
+    return np.asarray(centred / (centred @ centred), float)
 
 
 def multipliers(arm: Envelope, llada: Envelope) -> dict[float, float]:
     """FLOPs of ``llada`` -> multiplier, where its loss lies between two of ``arm``'s."""
-    needed = np.exp(log_flops_for(llada.losses[None], arm.flops, arm.losses[None])[0])
+    needed = np.exp(log_flops_for(llada.losses[None], arm.flops[None], arm.losses[None])[0])
     return {
         float(flops): float(flops / own)
         for flops, loss, own in zip(llada.flops, llada.losses, needed, strict=True)
@@ -108,12 +132,14 @@ def multipliers(arm: Envelope, llada: Envelope) -> dict[float, float]:
 
 
 def log_flops_for(goals: Array, flops: Array, losses: Array) -> Array:
-    """log FLOPs at which a falling envelope first has a loss, per draw: goals (S, b), flops (a,), losses (S, a)."""
-    best, x = np.log(np.minimum.accumulate(losses, axis=1)), np.log(flops)
+    """log FLOPs at which a falling envelope first has a loss, per draw: goals (S, b), flops and losses (S, a)."""
+    order = np.argsort(flops, axis=1)
+    x = np.log(np.take_along_axis(flops, order, axis=1))
+    best = np.log(np.minimum.accumulate(np.take_along_axis(losses, order, axis=1), axis=1))
     needed, rows = np.empty_like(goals), np.arange(len(goals))
     for column, goal in enumerate(np.log(goals).T):
-        right = np.clip(np.sum(best > goal[:, None], axis=1), 1, len(flops) - 1)
+        right = np.clip(np.sum(best > goal[:, None], axis=1), 1, x.shape[1] - 1)
         before, after = best[rows, right - 1], best[rows, right]
-        slope = np.minimum((after - before) / (x[right] - x[right - 1]), -1e-6)  # a draw may be flat
-        needed[:, column] = x[right - 1] + (goal - before) / slope
+        slope = np.minimum((after - before) / (x[rows, right] - x[rows, right - 1]), -1e-6)  # a draw may be flat
+        needed[:, column] = x[rows, right - 1] + (goal - before) / slope
     return needed

@@ -22,7 +22,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from scipy import stats
 
 import figures
-import matched
 from llada_lightning.files import written_atomically
 from llada_lightning.scaling import curves_report
 from llada_lightning.scaling.covariance import covariance_path, read_covariance
@@ -33,16 +32,15 @@ from llada_lightning.scaling.fits import (
     StudyFits,
     budget_groups,
     fit_table,
-    flops_column,
-    noise_of_runs,
     run_names,
 )
 from llada_lightning.scaling.fits.noise import Spread
 from llada_lightning.scaling.fits.runs import planned_flops
-from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
+from llada_lightning.scaling.flops import Convention
 from llada_lightning.scaling.reference import published_isoflop
 from llada_lightning.scaling.results import read_results
 from llada_lightning.scaling.shapes import format_count
+from read_offs import ReadOffs
 from report_text import flops, grid, interval, markdown, plus_minus, short_shape
 
 HERE = Path(__file__).parent
@@ -203,12 +201,15 @@ class Study:
         return grid(head, rows)
 
     def ablation(self, name: str) -> Estimate:
-        """Mean difference in loss of the seeds' pairs from the reference, with the 95 % t interval of the mean."""
-        changed = self.read(name).set_index("seed")["val_nats_per_token"]
-        differences = changed - self.seeds("llada").set_index("seed")["val_nats_per_token"]
-        half = stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / np.sqrt(len(differences))
-        mean = differences.mean()
-        return Estimate(mean, mean - half, mean + half)
+        """Mean difference in final loss from the reference over seeds, with Welch's 95 % interval."""
+        changed, reference = (runs["val_nats_per_token"].to_numpy() for runs in (self.read(name), self.seeds("llada")))
+        ends = stats.ttest_ind(changed, reference, equal_var=False).confidence_interval(0.95)
+        return Estimate(float(changed.mean() - reference.mean()), float(ends.low), float(ends.high))
+
+    def scatter_test(self, name: str) -> float:
+        """p of Brown and Forsythe's test that an ablation's losses scatter over seeds as the reference's do."""
+        runs = (self.read(name), self.seeds("llada"))
+        return float(stats.levene(*(one["val_nats_per_token"] for one in runs), center="median").pvalue)
 
     def gaps(self) -> str:
         """By how much ``llada``'s best loss exceeds ``arm``'s at each budget that both have."""
@@ -230,44 +231,50 @@ class Study:
             )
         return grid(["FLOPs (6ND)", "best `arm`", "best `llada`", "difference"], rows)
 
-    def matched(self, convention: Convention = "6nd") -> str:
-        """The multiplier with no law, and its range where any one of ``arm``'s budgets is left out."""
-        arm, llada = self._envelopes(convention)
-        without = [matched.multipliers(arm.without(budget), llada) for budget in range(len(arm.flops))]
-        rows = []
-        for one in self.read_off[convention].rows:
-            found = [by_flops[one.llada_flops] for by_flops in without if one.llada_flops in by_flops]
-            cells = [flops(one.llada_flops), f"{one.loss:.3f}", flops(one.arm_flops), interval(one.multiplier)]
-            none = " or none" if len(found) < len(without) else ""
-            rows.append([*cells, f"{min(found):.3g} to {max(found):.3g}{none}"])
-        name = CONVENTION_NAMES[convention]
-        head = [f"FLOPs of `llada` ({name})", "its best loss", "FLOPs of `arm` for that loss", "multiplier",
-                "with a budget of `arm` left out"]  # fmt: skip
-        return grid(head, rows)
+    @cached_property
+    def read_offs(self) -> ReadOffs:
+        """The multiplier with no law."""
+        spreads = {objective: self.seed_spread(objective) for objective in OBJECTIVES}
+        return ReadOffs(self.table, self.covariance("results"), spreads, self.fits.samples)
 
     @cached_property
-    def read_off(self) -> dict[Convention, matched.ReadOff]:
-        return {convention: matched.read_off(*self._envelopes(convention)) for convention in CONVENTION_NAMES}
+    def short_runs(self) -> pd.DataFrame:
+        """The main grid and ``arm``'s short runs tuned anew, with their budgets by number."""
+        runs = self.read("short")
+        return runs.assign(budget=budget_groups(planned_flops(runs)))
 
-    def _envelopes(self, convention: Convention) -> tuple[matched.Envelope, matched.Envelope]:
-        noise = noise_of_runs(self.table, self.covariance("results"), self.fits.samples, seed=0)
-        found = []
-        for objective in OBJECTIVES:
-            rows = np.flatnonzero(self.table["objective"] == objective)
-            runs, own = self.table.iloc[rows], noise.take(rows)
-            found.append(matched.Envelope.of(runs, own, self.seed_spread(objective), convention))
-        return found[0], found[1]
+    @cached_property
+    def short_read_offs(self) -> ReadOffs:
+        """Of the better of both for each shape and budget."""
+        runs = self.short_runs.sort_values("val_nats_per_token")
+        best = runs.drop_duplicates(["objective", "shape", "budget"]).sort_index(ignore_index=True)
+        spreads = {objective: self.seed_spread(objective) for objective in OBJECTIVES}
+        return ReadOffs(best, self.covariance("short"), spreads, self.fits.samples)
 
-    def near_best(self, convention: Convention = "total") -> str:
-        """At ``llada``'s largest budget the multipliers of the shapes within a seed's deviation of the best."""
-        arm, llada = self._envelopes(convention)
-        runs = _of(self.table, "llada")
-        runs = runs[budget_groups(runs["flops_6nd"]) == budget_groups(runs["flops_6nd"]).max()]
-        losses, spent = (runs[name].to_numpy(float) for name in ("val_nats_per_token", flops_column(convention)))
-        near = losses < losses.min() + self.seed_deviation("llada")
-        luck = llada.losses[-1] / losses.min()
-        found = spent[near] / np.exp(matched.log_flops_for(luck * losses[near][None], arm.flops, arm.losses[None])[0])
-        return f"{found.min():.3g} to {found.max():.3g}"
+    def short_gain(self) -> str:
+        """Range over budgets of what the short runs' best is below the main grid's."""
+        runs = _of(self.short_runs, "arm")
+        planned = runs["run"].isin(self.table["run"])
+        before, after = (part.groupby("budget")["val_nats_per_token"].min() for part in (runs[planned], runs[~planned]))
+        gains = (before - after).dropna()
+        return f"{gains.min():.2f} to {gains.max():.2f}"
+
+    def short(self) -> str:
+        """Best loss over rates by budget, shape and sequences a step."""
+        runs = _of(self.short_runs, "arm")
+        planned = runs["run"].isin(self.table["run"])
+        batch = (runs["global_batch_tokens"] / runs["sequence_length"]).round().astype(int)
+        runs = runs.assign(
+            how=[f"{short_shape(shape)}, {size}" for shape, size in zip(runs["shape"], batch, strict=True)]
+        )
+        losses = runs[~planned].pivot_table(index="budget", columns="how", values="val_nats_per_token", aggfunc="min")
+        spent = runs.groupby("budget")["flops_6nd"].mean()
+        before = runs[planned].groupby("budget")["val_nats_per_token"].min()
+        rows = [
+            [flops(spent[budget]), f"{before[budget]:.3f}", *(f"{loss:.3f}" for loss in own)]
+            for budget, own in losses.iterrows()
+        ]
+        return grid(["FLOPs (6ND)", "main grid", *losses.columns], rows)
 
     def _names_of(self, points: list[EnvelopePoint]) -> list[str]:
         """What the covariance calls the runs of an envelope's points."""
@@ -310,11 +317,9 @@ class Study:
         return _estimate(self.variance["bound"]["over_eq14_stratified"][estimator])
 
     def trend(self, convention: Convention = "6nd") -> Estimate:
-        """Exponent of the multiplier in the FLOPs of ``arm``, by the envelopes: below 0 it falls as budgets grow."""
+        """Exponent of the multiplier in the FLOPs of ``llada``, by the envelopes' laws."""
         arm, llada = (self.fits.envelopes(convention)[name].law for name in OBJECTIVES)
-        falling = llada.draws[:, 1] > 0  # else `llada` never reaches the loss
-        ratios = np.divide(arm.draws[:, 1], llada.draws[:, 1], out=np.full(len(falling), np.inf), where=falling)
-        return Estimate.of(arm.b / llada.b - 1, ratios - 1)
+        return Estimate.of(1 - llada.b / arm.b, 1 - llada.draws[:, 1] / arm.draws[:, 1])
 
     def multiplier(self, arm_flops: float, convention: Convention = "6nd") -> Multiplier:
         return multiplier_at(self.fits, arm_flops, convention)

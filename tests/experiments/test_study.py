@@ -24,6 +24,7 @@ from llada_lightning.cli import main
 from llada_lightning.objectives.bounds import nll_bound
 from llada_lightning.scaling.fits import Noise
 from llada_lightning.scaling.fits.noise import Spread
+from llada_lightning.scaling.flops import CONVENTIONS
 from llada_lightning.scaling.sweep import fit_arguments, read_sweep, render_command
 
 ROOT = Path(__file__).parents[2]
@@ -76,8 +77,8 @@ def test_the_readme_quotes_the_study() -> None:
     readme, study = " ".join((ROOT / "README.md").read_text().split()), report.Study(STUDY / "gpu")
     assert f"{report.interval(study.multiplier(6.25e12))} times as many" in readme
     spans = {}
-    for convention, found in study.read_off.items():
-        values = [one.multiplier.value for one in found.rows]
+    for convention in CONVENTIONS:
+        values = [one.multiplier.value for one in study.read_offs.at(convention).rows]
         spans[convention] = f"{values[0]:.0f} to {values[-1]:.0f} times"
     assert f"{spans['6nd']} over the budgets, and {spans['total']} with attention and head counted" in readme
 
@@ -156,7 +157,7 @@ def test_a_history_keeps_validations_and_means_of_training(tmp_path: Path) -> No
 
 def envelope(flops: np.ndarray, losses: np.ndarray) -> matched.Envelope:
     """One whose losses are known."""
-    return matched.Envelope(flops, losses, np.tile(losses, (5, 1)))
+    return matched.Envelope(flops, losses, np.tile(flops, (5, 1)), np.tile(losses, (5, 1)))
 
 
 @settings(max_examples=50, deadline=None)
@@ -211,10 +212,10 @@ def test_an_envelope_makes_up_for_luck_and_its_intervals_hold_the_truth() -> Non
         found = matched.Envelope.of(runs, noise, Spread(seed, 7, np.nan), "6nd")
         raw.append(np.log(runs["val_nats_per_token"].min() / true[-1]))
         corrected.append(np.log(found.losses[-1] / true[-1]))
-        low, high = np.percentile(found.draws[:, -1], [2.5, 97.5])
+        low, high = np.percentile(found.drawn_losses[:, -1], [2.5, 97.5])
         inside += low <= true[-1] <= high
-        changes = np.log(found.draws[:, -1] / found.draws[:, 0])
-        assert np.ptp(changes) < 1e-6  # branches of one trunk err together
+        assert np.ptp(found.exponent()[1]) < 1e-6  # branches of one trunk err together
+        assert found.exponent()[0] == pytest.approx(0.05)
     assert np.mean(raw) == pytest.approx(-0.846 * seed, abs=4 * np.std(raw) / np.sqrt(studies))
     assert np.mean(raw) < 1.5 * np.mean(corrected) < 0
     assert inside / studies >= 0.93
