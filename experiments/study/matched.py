@@ -19,6 +19,7 @@ import pandas as pd
 from llada_lightning.scaling.fits import Estimate, Noise, flops_column
 from llada_lightning.scaling.fits.envelope import Candidates
 from llada_lightning.scaling.fits.noise import Spread
+from llada_lightning.scaling.fits.runs import budget_members
 from llada_lightning.scaling.flops import Convention
 
 Array = npt.NDArray[np.float64]
@@ -53,13 +54,12 @@ class Envelope:
         if by_trunk:
             noise = replace(noise, normals=noise.normals[:, runs.groupby(["shape", "lr"], sort=False).ngroup()])
         shapes = Candidates.of(runs, "6nd", "nats_per_token", noise)
-        flops = np.array([runs[flops_column(convention)].iloc[rows].mean() for rows in shapes.rows])
+        flops = shapes.means(runs[flops_column(convention)])
         budgets = shapes.envelope(flops)
         best = [shapes.best(budget) for budget in budgets]
         luck = np.array([shapes.luck(budget, seeds) for budget in budgets])
         errors = np.stack([shapes.errors(budget, seeds) for budget in budgets], axis=1)
-        seen = shapes.log_loss - shapes.noise.draws(seeds)  # what might have been seen, as ``errors`` takes it
-        chosen = np.stack([budget[seen[:, budget].argmin(axis=1)] for budget in budgets], axis=1)
+        chosen = np.stack([shapes.chosen(budget, seeds) for budget in budgets], axis=1)
         losses, drawn = np.exp(shapes.log_loss[best] + luck), np.exp(shapes.log_loss[best] + errors)
         return cls(flops[best], losses, flops[chosen], drawn)
 
@@ -113,6 +113,13 @@ def read_off(arm: Envelope, llada: Envelope) -> ReadOff:
     ]
     slopes = slope_weights(np.log(kept.flops))
     return ReadOff(rows, growth, Estimate.of(slopes @ np.log(found), drawn @ slopes))
+
+
+def shared_budgets(arm_flops: npt.ArrayLike, llada_flops: npt.ArrayLike) -> list[tuple[int, int]]:
+    """Positions of the budgets that both have, one of each, cheapest first."""
+    arm, llada = np.asarray(arm_flops, float), np.asarray(llada_flops, float)
+    groups = budget_members(np.concatenate([arm, llada]))
+    return [(int(own[0]), int(own[1]) - len(arm)) for own in groups if len(own) == 2]
 
 
 def slope_weights(x: Array) -> Array:

@@ -33,6 +33,7 @@ class ReadOffs:
             found[objective] = matched.Envelope.of(runs, own, self.seeds[objective], convention, by_trunk=by_trunk)
         return found
 
+    @cache  # noqa: B019
     def at(self, convention: Convention, *, by_trunk: bool = True, last: bool = True) -> matched.ReadOff:
         """``last``: with ``llada``'s largest budget."""
         arm, llada = (self.envelopes(convention, by_trunk)[objective] for objective in OBJECTIVES)
@@ -66,11 +67,11 @@ class ReadOffs:
 
     def at_equal_flops(self) -> dict[str, Estimate]:
         """Exponents of the best losses over the budgets (6ND) that both objectives have, and their difference."""
-        found = self.envelopes("6nd")
-        budgets = {name: np.round(np.log2(own.flops), 1) for name, own in found.items()}
-        both = np.intersect1d(*budgets.values())
-        own = {name: found[name].take(np.flatnonzero(np.isin(budgets[name], both))).exponent() for name in OBJECTIVES}
-        (arm, arm_draws), (llada, llada_draws) = own["arm"], own["llada"]
+        found = [self.envelopes("6nd")[objective] for objective in OBJECTIVES]
+        pairs = zip(*matched.shared_budgets(*(own.flops for own in found)), strict=True)
+        (arm, arm_draws), (llada, llada_draws) = (
+            own.take(budgets).exponent() for own, budgets in zip(found, pairs, strict=True)
+        )
         return {
             "arm": Estimate.of(arm, arm_draws),
             "llada": Estimate.of(llada, llada_draws),

@@ -26,6 +26,7 @@ from llada_lightning.files import written_atomically
 from llada_lightning.scaling import curves_report
 from llada_lightning.scaling.covariance import covariance_path, read_covariance
 from llada_lightning.scaling.fits import (
+    OBJECTIVES,
     EnvelopePoint,
     Estimate,
     Multiplier,
@@ -40,11 +41,11 @@ from llada_lightning.scaling.flops import Convention
 from llada_lightning.scaling.reference import published_isoflop
 from llada_lightning.scaling.results import read_results
 from llada_lightning.scaling.shapes import format_count
+from matched import shared_budgets
 from read_offs import ReadOffs
 from report_text import flops, grid, interval, markdown, plus_minus, short_shape
 
 HERE = Path(__file__).parent
-OBJECTIVES = ("arm", "llada")
 
 
 @dataclass
@@ -151,7 +152,7 @@ class Study:
                     ", ".join(f"{loss:.4f}" for loss in losses),
                     interval(spread, ".4f"),
                     f"{runs['val_stderr'].mean():.4f}",
-                    f"{self.seed_spread(objective).tau:.4f}",
+                    f"{self.seed_spreads[objective].tau:.4f}",
                     f"{taken:.4f}",
                 ]
             )
@@ -213,13 +214,10 @@ class Study:
 
     def gaps(self) -> str:
         """By how much ``llada``'s best loss exceeds ``arm``'s at each budget that both have."""
-        best = {
-            name: {round(np.log2(p.flops), 1): p for p in self.fits.envelopes("6nd")[name].points}
-            for name in OBJECTIVES
-        }
+        best = [self.fits.envelopes("6nd")[name].points for name in OBJECTIVES]
         covariance, rows = self.covariance("results"), []
-        for budget in sorted(set(best["arm"]) & set(best["llada"])):
-            arm, llada = (best[name][budget] for name in OBJECTIVES)
+        for pair in shared_budgets(*([point.flops for point in points] for points in best)):
+            arm, llada = (points[budget] for points, budget in zip(best, pair, strict=True))
             error = difference_error(covariance, *self._names_of([arm, llada]))
             rows.append(
                 [
@@ -234,8 +232,7 @@ class Study:
     @cached_property
     def read_offs(self) -> ReadOffs:
         """The multiplier with no law."""
-        spreads = {objective: self.seed_spread(objective) for objective in OBJECTIVES}
-        return ReadOffs(self.table, self.covariance("results"), spreads, self.fits.samples)
+        return ReadOffs(self.table, self.covariance("results"), self.seed_spreads, self.fits.samples)
 
     @cached_property
     def short_runs(self) -> pd.DataFrame:
@@ -248,33 +245,28 @@ class Study:
         """Of the better of both for each shape and budget."""
         runs = self.short_runs.sort_values("val_nats_per_token")
         best = runs.drop_duplicates(["objective", "shape", "budget"]).sort_index(ignore_index=True)
-        spreads = {objective: self.seed_spread(objective) for objective in OBJECTIVES}
-        return ReadOffs(best, self.covariance("short"), spreads, self.fits.samples)
+        return ReadOffs(best, self.covariance("short"), self.seed_spreads, self.fits.samples)
+
+    @cached_property
+    def short_losses(self) -> pd.DataFrame:
+        """``arm``'s best loss over rates by budget: in the main grid, and of the short runs by shape and sequences."""
+        runs = _of(self.short_runs, "arm")
+        batch = (runs["global_batch_tokens"] / runs["sequence_length"]).round().astype(int)
+        how = runs["shape"].map(short_shape) + ", " + batch.astype(str)
+        runs = runs.assign(how=how.mask(runs["run"].isin(self.table["run"]), "main grid"))
+        found = runs.pivot_table(index="budget", columns="how", values="val_nats_per_token", aggfunc="min").dropna()
+        found.insert(0, "main grid", found.pop("main grid"))
+        return found.set_index(runs.groupby("budget")["flops_6nd"].mean().loc[found.index])
 
     def short_gain(self) -> str:
         """Range over budgets of what the short runs' best is below the main grid's."""
-        runs = _of(self.short_runs, "arm")
-        planned = runs["run"].isin(self.table["run"])
-        before, after = (part.groupby("budget")["val_nats_per_token"].min() for part in (runs[planned], runs[~planned]))
-        gains = (before - after).dropna()
+        losses = self.short_losses
+        gains = losses["main grid"] - losses.drop(columns="main grid").min(axis=1)
         return f"{gains.min():.2f} to {gains.max():.2f}"
 
     def short(self) -> str:
-        """Best loss over rates by budget, shape and sequences a step."""
-        runs = _of(self.short_runs, "arm")
-        planned = runs["run"].isin(self.table["run"])
-        batch = (runs["global_batch_tokens"] / runs["sequence_length"]).round().astype(int)
-        runs = runs.assign(
-            how=[f"{short_shape(shape)}, {size}" for shape, size in zip(runs["shape"], batch, strict=True)]
-        )
-        losses = runs[~planned].pivot_table(index="budget", columns="how", values="val_nats_per_token", aggfunc="min")
-        spent = runs.groupby("budget")["flops_6nd"].mean()
-        before = runs[planned].groupby("budget")["val_nats_per_token"].min()
-        rows = [
-            [flops(spent[budget]), f"{before[budget]:.3f}", *(f"{loss:.3f}" for loss in own)]
-            for budget, own in losses.iterrows()
-        ]
-        return grid(["FLOPs (6ND)", "main grid", *losses.columns], rows)
+        rows = [[flops(spent), *(f"{loss:.3f}" for loss in own)] for spent, own in self.short_losses.iterrows()]
+        return grid(["FLOPs (6ND)", *self.short_losses.columns], rows)
 
     def _names_of(self, points: list[EnvelopePoint]) -> list[str]:
         """What the covariance calls the runs of an envelope's points."""
@@ -303,10 +295,11 @@ class Study:
         law, points = envelope.law, envelope.points[:4]
         return ", ".join(f"{np.log(point.loss / law.loss(point.flops)):+.3f}" for point in points)
 
-    def seed_spread(self, objective: str) -> Spread:
-        """The same of log loss, with its degrees of freedom."""
-        losses = self.seeds(objective)["val_nats_per_token"]
-        return Spread(float(np.log(losses).std(ddof=1)), len(losses) - 1, np.nan)
+    @cached_property
+    def seed_spreads(self) -> dict[str, Spread]:
+        """The same of log loss, with its degrees of freedom, by objective."""
+        losses = {name: self.seeds(name)["val_nats_per_token"] for name in OBJECTIVES}
+        return {name: Spread(float(np.log(own).std(ddof=1)), len(own) - 1, np.nan) for name, own in losses.items()}
 
     def ratio(self, kind: str, state: str, quantity: str) -> Estimate:
         """Variance with independent t over that with stratified t."""

@@ -101,15 +101,26 @@ class Candidates:
         """True less observed log loss of a budget's best, in every draw (samples,), the choice of the best included."""
         return self._missed(budget, self.noise.draws(spread))
 
+    def chosen(self, budget: npt.NDArray[np.intp], spread: Spread) -> npt.NDArray[np.intp]:
+        """The mean that is a budget's best in every draw (samples,), as ``errors`` takes it."""
+        return budget[np.argmin(self._seen(budget, self.noise.draws(spread)), axis=1)]
+
     def luck(self, budget: npt.NDArray[np.intp], spread: Spread) -> float:
         """By how much the best is expected to look better than it is; zero where no other comes near."""
         errors = self.noise.errors + spread.tau * self.noise.normals
         return float(np.mean(self._missed(budget, errors) - errors[:, self.best(budget)]))
 
+    def means(self, column: pd.Series) -> Array:
+        """Of a column of the runs' table."""
+        return _means(column, self.rows)
+
     def _missed(self, budget: npt.NDArray[np.intp], errors: Array) -> Array:
+        return self.log_loss[self.best(budget)] - np.min(self._seen(budget, errors), axis=1)
+
+    def _seen(self, budget: npt.NDArray[np.intp], errors: Array) -> Array:
         # Observed less error is what might have been seen; its minimum over the shapes falls short of the truth as
         # much as the observed minimum did. The sign keeps an error that all runs share the same in all fits.
-        return self.log_loss[self.best(budget)] - np.min(self.log_loss[budget] - errors[:, budget], axis=1)
+        return self.log_loss[budget] - errors[:, budget]
 
 
 def fit_envelope(
@@ -135,7 +146,7 @@ def fit_envelope(
         spread: of the runs beyond their known errors; unknown: as the points scatter about the law.
     """
     shapes = Candidates.of(runs, planned, unit, noise)
-    flops = _means(runs[flops_column(convention)], shapes.rows)
+    flops = shapes.means(runs[flops_column(convention)])
     budgets = shapes.envelope(flops)
     best = [shapes.best(budget) for budget in budgets]
     points = [_point(runs.iloc[shapes.rows[i]], flops[i], shapes, i, unit) for i in best]
