@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.markers import CARETRIGHT
+from matplotlib.markers import CARETLEFT, CARETRIGHT
 
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.fits import Multiplier, StudyFits, fit_table
@@ -86,6 +86,20 @@ def test_an_open_interval_ends_in_a_caret_at_the_grids_edge(full: Study) -> None
     ((_, end),) = [line.get_xdata() for line in figure.axes[0].get_lines() if line.get_marker() == CARETRIGHT]
     assert end == pytest.approx(np.exp(first.log_n.max()))
     assert "open end" in words(figure)
+
+
+def test_an_unknown_interval_is_not_drawn(full: Study) -> None:
+    table, fits = full
+    isoflop = fits.objectives["arm"].isoflop["6nd"]
+    unknown = [replace(one, n_opt=replace(one.n_opt, low=np.nan, high=np.nan)) for one in isoflop.budgets]
+    arm = replace(
+        fits.objectives["arm"], isoflop={**fits.objectives["arm"].isoflop, "6nd": replace(isoflop, budgets=unknown)}
+    )
+    figure = isoflop_curves(table, replace(fits, objectives={**fits.objectives, "arm": arm}))
+    bars = {CARETLEFT, CARETRIGHT, "|"}
+    drawn = [any(line.get_marker() in bars for line in axes.get_lines()) for axes in figure.axes]
+    assert drawn == [False, True]
+    assert len(points(figure.axes[0], "*")) == len(unknown) and "open end" not in words(figure)
 
 
 def test_names_of_budgets_do_not_stand_on_each_other(full: Study) -> None:

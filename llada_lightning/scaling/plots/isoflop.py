@@ -13,6 +13,7 @@ from matplotlib.markers import CARETLEFT, CARETRIGHT, MarkerStyle
 
 from llada_lightning.scaling.fits import (
     UNIT_NAMES,
+    Estimate,
     IsoflopBudget,
     IsoflopFit,
     StudyFits,
@@ -138,12 +139,17 @@ def _draw_parabola(axes: Axes, budget: IsoflopBudget, color: Any) -> None:
         axes.plot(ends[outer], budget.curve(ends[outer]), marker="<>"[outer], color=INK, markersize=8, zorder=5)
         return
     optimum, loss = budget.n_opt, budget.loss_opt.value
-    for end, edge, caret in ((optimum.low, low, CARETLEFT), (optimum.high, high, CARETRIGHT)):
+    if optimum.interval != "unknown":
+        _draw_interval(axes, optimum, loss, (low, high))
+    axes.plot(optimum.value, loss, "*", color=INK, markersize=8, markeredgecolor="white", markeredgewidth=0.6, zorder=5)
+
+
+def _draw_interval(axes: Axes, size: Estimate, loss: float, grid: tuple[float, float]) -> None:
+    for end, edge, caret in zip((size.low, size.high), grid, (CARETLEFT, CARETRIGHT), strict=True):
         known = 0 < end < np.inf
-        reach = [optimum.value, end if known else edge]
+        reach = [size.value, end if known else edge]
         marker: Any = "|" if known else caret
         axes.plot(reach, [loss, loss], color=INK, linewidth=1.2, marker=marker, markevery=[1], markersize=7, zorder=4)
-    axes.plot(optimum.value, loss, "*", color=INK, markersize=8, markeredgecolor="white", markeredgewidth=0.6, zorder=5)
 
 
 def _curves_legend(runs: pd.DataFrame, fits: StudyFits, convention: Convention) -> list[list[Line2D]]:
