@@ -125,7 +125,6 @@ def test_a_damaged_covariance_is_refused(table: str, tmp_path: Path, text: str, 
 
 
 def test_the_published_study_is_fitted_by_6nd(tmp_path: Path, capsys: Captured) -> None:
-    pytest.importorskip("llada_lightning.scaling.reference")
     assert curves_command(["published", "--out", str(tmp_path), "--samples", "200"]) == 0
     out = capsys.readouterr().out
     assert "the best of each budget (133 runs)" in out
