@@ -6,14 +6,31 @@ import json
 import re
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
 from rich.console import Console
 
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json
+from llada_lightning.reading import FormatError, check_yaml
 from llada_lightning.trusted import not_trusted
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\f": "\f", r"\0": "\0"}
+
+
+_load_yaml = get_loader("yaml")
+
+
+def _load_checked_yaml(text: str) -> Any:
+    try:
+        check_yaml(text, "the configuration")
+    except FormatError as error:
+        # The parser takes a value that is no YAML as a string, as it should a prompt that looks like a mapping.
+        raise yaml.YAMLError(str(error)) from error
+    return _load_yaml(text)
+
+
+set_loader("yaml", _load_checked_yaml, (yaml.YAMLError,))
 
 
 class CommandParser(ArgumentParser):

@@ -51,7 +51,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, mark: str) -> 
     ("text", "where"),
     [
         ('{"a": 1, "a": 2}', "the key 'a' is given twice in line 1"),
-        ('{"b": [{"a": {"a": 1},\n "c": "\\"a\\": {"}],\n\n "b": 2}', "the key 'b' is given in line 1 and again in line 4"),
+        ('{"b": [{"a": 1,\n "c": "\\"a\\": {"}],\n\n "b": 2}', "the key 'b' is given in line 1 and again in line 4"),
         ('{"b": {"\\u0061": "a",\n"a": [1, "a"]}}', "the key 'a' is given in line 1 and again in line 2"),
     ],
 )  # fmt: skip
