@@ -99,7 +99,8 @@ def tokenize_pairs(
     prompts, sizes, turns = [], [], []
     dropped = 0
     for where, messages in dialogues:
-        encoded = [template.turn_ids(turn) for turn in answered_turns(messages)]
+        answered = answered_turns(messages)
+        encoded = [template.turn_ids(turn) for turn in answered]
         pairs = [(prompt, answer if answer[-1:] == [eos_id] else [*answer, eos_id]) for prompt, answer in encoded]
         longest = max(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
         if len(longest[0]) + len(longest[1]) > sequence_length:
@@ -113,7 +114,7 @@ def tokenize_pairs(
             continue
         tokens += [np.array(prompt + answer, dtype=np.int32) for prompt, answer in pairs]
         prompts += [len(prompt) for prompt, _ in pairs]
-        sizes += [len(message.content.encode()) for message in messages if message.role == "assistant"]
+        sizes += [len(turn[-1].content.encode()) for turn in answered]
         turns.append(len(pairs))
     if not turns:
         raise UserError(f"data.path: no dialogue is left of {dropped}; give others, or raise --data.context_length")

@@ -36,7 +36,7 @@ class SftDataModule(LanguageDataModule):
 
     Args:
         path: a .jsonl file, a folder of them, or hf:NAME[:CONFIG][@SPLIT]. A row has prompt and response, question and
-            answer, instruction and output, or messages of user and assistant by turns.
+            answer, instruction (with input) and output, or messages of user and assistant by turns; and system.
         tokenizer: tokenizer.json or a folder with one; null: that of `model.weights`.
         chat_template: tokenizer (its own), llada, plain (roles as text), or a file of Jinja; null: the tokenizer's own
             where it has one, else plain.
