@@ -1,26 +1,19 @@
 """Dialogues for supervised fine-tuning: rows of JSONL files or of Hugging Face datasets, checked.
 
-No field of a row changes its meaning in silence. By its name a field, of a row or of one of its messages, is
-
-- read: the pairs and lists of :func:`dialogue`, Alpaca's ``input``, ``system``, ``history``, and whether an answer is
-  learned (``weight``, ``loss``, ``train``, ``training``);
-- refused where other tools give it a meaning that is not known here (``context``, ``tools``, ``reasoning_content``,
-  ``images``, ...), or where it belongs to another form of a row and says something that the messages do not;
-- not read otherwise (``id``, ``source``, ...): a note on stderr names these fields and counts their rows.
-
-A field that holds nothing (null, an empty text, list or object) counts as absent.
+No field of a row changes its meaning in silence. :func:`dialogue` says which fields are read; of the others, by
+``row_fields``, some are refused and some are named in a note. A field that belongs to another form of a row may only
+repeat what the messages say.
 """
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from llada_lightning.data.chat import Message, Role
 from llada_lightning.data.corpora import HUB_PREFIX, DatasetCorpus, list_path
+from llada_lightning.data.row_fields import UnreadFields, present_fields, some
 from llada_lightning.data.text_files import Meter, json_records, mended
 from llada_lightning.errors import UserError
 from llada_lightning.reading import shortened
@@ -31,19 +24,12 @@ _LISTS = ("messages", "conversations")
 _SYSTEM = ("system", "system_prompt")
 _FLAGS = ("weight", "loss", "train", "training")
 """Names that OpenAI's format, ms-swift and Axolotl give to whether an answer is learned."""
-_REFUSED = frozenset({
-    "context", "contexts", "passage", "document", "documents", "tools", "functions", "tool_calls", "function_call",
-    "tool_call_id", "reasoning", "reasoning_content", "thinking", "image", "images", "video", "videos", "audio",
-    "audios", "chosen", "rejected", "loss_mask", "train_detail", "training_detail", "chat_template_kwargs",
-})  # fmt: skip
-"""What other tools make part of the prompt or the answer, or of what is learned, and what cannot be used here."""
 _OF_FORMS = (*_LISTS, *(field for pair in _PAIRS for field in pair), "input", *_SYSTEM, "history")
 _ROLES = {"human": "user", "gpt": "assistant"}
 """Names of roles that some datasets have."""
 _FORMS = "; a row has " + ", or ".join(f"'{first}' and '{second}'" for first, second in _PAIRS) + ", or 'messages'"
 _NO_LIST = "'messages' is no list of messages with 'role' and 'content'"
 _NO_ANSWER = "a last message of the user, which has no answer"
-_MOST_NAMED = 12
 
 
 class Context(Message):
@@ -59,12 +45,10 @@ def read_dialogues(source: str) -> Iterator[tuple[str, list[Message]]]:
     Raises:
         UserError: there is no such source, or a row is not a dialogue; the message names the row.
     """
-    unread: Counter[str] = Counter()
+    unread = UnreadFields()
     for where, row in _rows(source):
         yield where, dialogue(row, where, unread)
-    if unread:
-        counted = [f"{name} ({rows} row{'s' * (rows > 1)})" for name, rows in unread.most_common()]
-        print(f"note: {source}: not read: {_some(counted)}", file=sys.stderr)
+    unread.note(source)
 
 
 def _rows(source: str) -> Iterator[tuple[str, Any]]:
@@ -80,7 +64,7 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
         yield from json_records(file, Meter())
 
 
-def dialogue(row: Any, where: str, unread: Counter[str] | None = None) -> list[Message]:
+def dialogue(row: Any, where: str, unread: UnreadFields | None = None) -> list[Message]:
     """The messages of one row: a system's first where there is one, then user and assistant by turns.
 
     A row has ``messages`` (``role`` and ``content``), ``conversations`` (ShareGPT's ``from`` and ``value``), or a pair
@@ -92,20 +76,21 @@ def dialogue(row: Any, where: str, unread: Counter[str] | None = None) -> list[M
     Args:
         row: the row.
         where: its place, for people.
-        unread: counts the row's fields that are not read.
+        unread: is given the row's fields that are not read.
 
     Raises:
         UserError: fields are missing, empty, unknown or say different things, or the turns are not in this order.
     """
     if not isinstance(row, dict):
         raise UserError(f"{where}: holds {type(row).__name__}, not a JSON object{_FORMS}")
-    fields = {name: value for name, value in row.items() if not _is_empty(value)}
-    not_read: set[str] = set()
+    fields = present_fields(row)
+    unread = UnreadFields() if unread is None else unread
+    of_messages = UnreadFields()
     listed = next((name for name in _LISTS if name in fields), None)
     form: tuple[str, ...]
     if listed is not None:
         form, read = (listed,), {listed}
-        messages = _messages(fields[listed], where, not_read)
+        messages = _messages(fields[listed], where, of_messages)
     else:
         form = _pair_of(row, fields, where)
         read = {*form, "history"} | ({"input"} if form == _ALPACA else set())
@@ -117,20 +102,18 @@ def dialogue(row: Any, where: str, unread: Counter[str] | None = None) -> list[M
     for name in _FLAGS:
         if fields.get(name, 1) != 1:
             raise UserError(
-                f"{where}: '{name}' of the row is {_short(fields[name])}; 1 alone is known, remove the field"
+                f"{where}: '{name}' of the row is {_quoted(fields[name])}; 1 alone is known, remove the field"
             )
-    _refuse_unknown(fields, where)
+    unread.add_row(fields, (*_OF_FORMS, *_FLAGS), where)
     for name in (name for name in _OF_FORMS if name in fields and name not in read):
         if not _repeats(fields[name], messages, where):
             raise UserError(f"{where}: '{name}' says what {' and '.join(form)} do not; remove one of them")
-    not_read |= {_short(name) for name in fields if name not in (*_OF_FORMS, *_FLAGS)}
     turns = messages[1:] if messages[0].role == "system" else messages
     _check_turns(turns, where)
     if messages[-1].role != "assistant":
         messages.pop()
-        not_read.add(_NO_ANSWER)
-    if unread is not None:
-        unread.update(not_read)
+        unread.update([_NO_ANSWER])
+    unread.update(f"{name} of messages" for name in of_messages)
     return messages
 
 
@@ -142,7 +125,7 @@ def _pair_of(row: dict[str, Any], fields: dict[str, Any], where: str) -> tuple[s
                 return pair
     if any(row.get(name) is not None for name in _LISTS):
         raise UserError(f"{where}: {_NO_LIST}")
-    raise UserError(f"{where}: has only {_some(map(shortened, row)) or 'nothing'}{_FORMS}")
+    raise UserError(f"{where}: has only {some(map(shortened, row)) or 'nothing'}{_FORMS}")
 
 
 def _of_pair(row: dict[str, Any], fields: dict[str, Any], pair: tuple[str, ...], where: str) -> list[Message]:
@@ -163,8 +146,8 @@ def _history(given: Any, where: str) -> Iterator[Message]:
         yield from (Message("user", said[0]), Message("assistant", said[1]))
 
 
-def _messages(given: Any, where: str, not_read: set[str]) -> list[Message]:
-    """The messages of a list; names of a message's fields that are not read are added to ``not_read``."""
+def _messages(given: Any, where: str, unread: UnreadFields) -> list[Message]:
+    """The messages of a list."""
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
         raise UserError(f"{where}: {_NO_LIST}")
     messages = []
@@ -174,13 +157,11 @@ def _messages(given: Any, where: str, not_read: set[str]) -> list[Message]:
         role = _one_of(fields, ("role", "from"), place)
         role = _ROLES.get(role, role) if isinstance(role, str) else role
         if role not in get_args(Role):
-            raise UserError(f"{place} has the role {_short(role)}; known are {', '.join(get_args(Role))}")
-        _refuse_unknown({name: value for name, value in fields.items() if not _is_empty(value)}, place)
+            raise UserError(f"{place} has the role {_quoted(role)}; known are {', '.join(get_args(Role))}")
+        unread.add_row(fields, ("role", "from", "content", "value", *_FLAGS), place)
         content = _text(_one_of(fields, ("content", "value"), place), f"{where}: the {role}'s 'content'")
         kind = Message if _is_learned(fields, role, place) else Context
         messages.append(kind(cast(Role, role), content))
-        known = ("role", "from", "content", "value", *_FLAGS)
-        not_read |= {f"{_short(name)} of messages" for name in fields if name not in known}
     return messages
 
 
@@ -189,10 +170,10 @@ def _is_learned(fields: dict[str, Any], role: str, place: str) -> bool:
     flags = {name: fields[name] for name in _FLAGS if name in fields}
     for name, value in flags.items():
         if value not in (0, 1):
-            raise UserError(f"{place}: '{name}' is {_short(value)}; give 1 (learned) or 0 (not learned)")
+            raise UserError(f"{place}: '{name}' is {_quoted(value)}; give 1 (learned) or 0 (not learned)")
         if value and role != "assistant":
             raise UserError(
-                f"{place}: '{name}' of the {role} is {_short(value)}, and only answers are learned; remove it"
+                f"{place}: '{name}' of the {role} is {_quoted(value)}, and only answers are learned; remove it"
             )
     return role != "assistant" or all(flags.values())
 
@@ -211,19 +192,13 @@ def _check_turns(turns: Sequence[Message], where: str) -> None:
         raise UserError(f"{where}: no answer is to be learned, each has the weight 0; remove the row")
 
 
-def _refuse_unknown(fields: Iterable[str], where: str) -> None:
-    name = next((name for name in fields if name in _REFUSED), None)
-    if name is not None:
-        raise UserError(f"{where}: has '{name}', which is not understood; write it into the messages, or remove it")
-
-
 def _repeats(value: Any, messages: Sequence[Message], where: str) -> bool:
     """Whether the messages say already what a field of another form holds."""
     if isinstance(value, str):
         return value.strip() in {message.content.strip() for message in messages} or not value.strip()
     said = [message for message in messages if message.role != "system"]
     try:
-        again = _messages(value, where, set())
+        again = _messages(value, where, UnreadFields())
     except UserError:
         return False
     return again in (messages, said)
@@ -243,18 +218,8 @@ def _text(value: Any, where: str) -> str:
     return mended(value)
 
 
-def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str | list | dict) and not value)
-
-
-def _short(value: Any) -> str:
+def _quoted(value: Any) -> str:
     return f"'{shortened(value, 60)}'"
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
-    return ", ".join(listed[:_MOST_NAMED]) + more
 
 
 def answered_turns(messages: Sequence[Message]) -> list[list[Message]]:

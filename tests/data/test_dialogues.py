@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from llada_lightning.data.chat import Message
 from llada_lightning.data.dialogues import Context, answered_turns, dialogue, read_dialogues
+from llada_lightning.data.row_fields import UnreadFields
 from llada_lightning.errors import UserError
 
 
@@ -98,7 +98,7 @@ def test_what_the_messages_repeat_is_no_other_meaning() -> None:
 
 
 def test_what_is_not_read_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    unread: Counter[str] = Counter()
+    unread = UnreadFields()
     dialogue({"prompt": "q", "response": "a", "id": 3, "source": "web", "tags": [], "weight": 1}, "here", unread)
     dialogue({"messages": [{**m, "name": "Ada"} for m in TWO_TURNS[:3]], "id": 4}, "here", unread)
     no_answer = "a last message of the user, which has no answer"
