@@ -16,7 +16,7 @@ from llada_lightning.data.corpora import HUB_PREFIX, DatasetCorpus, list_path
 from llada_lightning.data.row_fields import UnreadFields, present_fields, some
 from llada_lightning.data.text_files import Meter, json_records, mended
 from llada_lightning.errors import UserError
-from llada_lightning.reading import shortened
+from llada_lightning.printing import shortened
 
 _ALPACA = ("instruction", "output")
 _PAIRS = (("prompt", "response"), ("question", "answer"), _ALPACA)

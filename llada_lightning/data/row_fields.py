@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from llada_lightning.errors import UserError
-from llada_lightning.reading import shortened
+from llada_lightning.printing import shortened
 
 REFUSED = frozenset({
     "context", "contexts", "passage", "document", "documents", "tools", "functions", "tool_calls", "function_call",

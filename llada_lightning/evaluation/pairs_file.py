@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.data.row_fields import REFUSED_BESIDE_PROMPTS, UnreadFields
+from llada_lightning.data.row_fields import REFUSED_BESIDE_PROMPTS, UnreadFields, some
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.requests import Truncation, Written, check_question, encode_pair, moved_space
+from llada_lightning.printing import shortened
 from llada_lightning.reading import parse_json, read_text
 
 _KNOWN = ("prompt", "continuation", "choices", "answer")
@@ -77,7 +78,7 @@ def _record(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{where}: holds {type(record).__name__}, not a JSON object; write one object a line")
     if "prompt" not in record or ("continuation" in record) == ("choices" in record):
-        keys = ", ".join(map(repr, record)) or "nothing"
+        keys = some(f"'{shortened(name, 60)}'" for name in record) or "nothing"
         raise UserError(f"{where}: has {keys}; a line has 'prompt' and either 'continuation' or 'choices'")
     return record
 
@@ -87,13 +88,16 @@ def _pair(record: dict[str, Any], lm: LanguageModel, where: str) -> Pair:
     written = record["choices"] if is_choice else [record["continuation"]]
     if not isinstance(written, list) or not written:
         raise UserError(f"{where}: 'choices' is {str(written)[:40]!r}; give a list of at least one")
-    prompt, values = _written(record["prompt"], f"{where}: 'prompt'"), [_written(value, where) for value in written]
+    prompt = _written(record["prompt"], lm, f"{where}: 'prompt'")
+    values = [_written(value, lm, where) for value in written]
     if not is_choice and record.get("answer") is not None:
         raise UserError(f"{where}: has 'answer' beside 'continuation'; it is of 'choices' alone, remove it")
     answer = record.get("answer")
     right = type(answer) is int and 0 <= answer < len(written)
     if answer is not None and not right:
-        raise UserError(f"{where}: 'answer' is {answer!r}; give the index of a choice, 0 to {len(written) - 1}")
+        raise UserError(
+            f"{where}: 'answer' is {shortened(repr(answer), 40)}; give the index of a choice, 0 to {len(written) - 1}"
+        )
     of_choice = [f"{where}, choice {k}" if is_choice else where for k in range(len(values))]
     encoded = [encode_pair(lm, prompt, value, name) for value, name in zip(values, of_choice, strict=True)]
     if any(ids != encoded[0][0] for ids, _ in encoded):
@@ -117,11 +121,17 @@ def _sizes(lm: LanguageModel, values: list[Written]) -> list[int] | None:
     return [len((value if isinstance(value, str) else lm.decode(value)).encode()) for value in values]
 
 
-def _written(value: Any, where: str) -> Written:
-    """A text or a list of ids."""
+def _written(value: Any, lm: LanguageModel, where: str) -> Written:
+    """A text or a list of ids of the vocabulary."""
     ids = isinstance(value, list) and all(type(token) is int for token in value)
     if not ids and not isinstance(value, str):
         raise UserError(f"{where}: {str(value)[:40]!r} is neither a text nor a list of token ids; give one of them")
+    outside = next((token for token in value if ids and not 0 <= token < lm.model.vocab_size), None)
+    if outside is not None:
+        raise UserError(
+            f"{where}: id {shortened(outside, 40)} is outside of the vocabulary of {lm.model.vocab_size}; is it "
+            "another model's tokenizer?"
+        )
     if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise UserError(
             f"{where}: {value[:40]!r} holds half of a surrogate pair, which is no character; write both halves"

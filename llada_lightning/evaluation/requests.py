@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.errors import UserError
-from llada_lightning.reading import shortened
+from llada_lightning.printing import shortened
 
 Ids = Sequence[int]
 Written = str | list[int]

@@ -107,6 +107,8 @@ def test_ids_need_no_tokenizer(tmp_path: Path) -> None:
         ([{"prompt": "a", "continuation": [39]}], r":1: continuation: token 0 is \[MASK\]"),
         ([{"prompt": "a" * 48, "continuation": "b"}], ":1: a prompt of 48 .* context of 48"),
         ([{"prompt": "a ", "choices": ["b", [1]]}], "choices of both texts and ids"),
+        ([{"prompt": "a", "continuation": [10**30]}], ":1: id 10+ is outside of the vocabulary of 40"),
+        ([{"prompt": [-1], "continuation": "a"}], ":1: 'prompt': id -1 is outside"),
         ([{"prompt": "a", "continuation": ""}], ":1: the continuation is empty"),
         ([{"prompt": "a ", "continuation": []}], ":1: the continuation is empty"),
         ([{"prompt": "a", "choices": ["b", ""]}], ":1, choice 1: the continuation is empty"),

@@ -102,11 +102,22 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(UserError, match="more than the 64"):
         run_reversal(model(), [Pair("a" * 5000, "b")], ReversalSettings("prompt"))
     path = tmp_path / "pairs.json"
-    for content, fault in (("[", "is not JSON"), ("[]", "holds no list"), ('[{"first": "a"}]', "pair 1 lacks")):
+    for content, fault in (
+        ("[", "is not JSON"),
+        ("[]", "holds no list"),
+        ('[{"first": "a"}]', "pair 1 lacks"),
+        ('[{"first": 5, "second": "a"}]', "pair 1: '5' is no text"),
+        ('[{"first": "a", "second": "b", "context": "c"}]', "pair 1: has 'context'"),
+        ('[{"first": "a", "second": "b",\n "first": "c"}]', "the key 'first' is given in line 1 and again in line 2"),
+        ("[" * 100_000 + "]" * 100_000, "is nested too deeply"),
+    ):
         path.write_text(content)
         with pytest.raises(UserError, match=fault):
             read_pairs(path)
     path.write_text(json.dumps([{"first": "a", "second": "b", "source": "c"}]))
+    assert read_pairs(path) == [Pair("a", "b")]
+    assert capsys.readouterr().err == f"note: --pairs '{path}': not read: 'source' (1 row)\n"
+    path.write_text(json.dumps([{"first": "a", "second": "b"}]), encoding="utf-8-sig")
     assert read_pairs(path) == [Pair("a", "b")]
     assert main(["reversal", "nowhere"]) == 2
     assert "give --pairs FILE.json, or --facts" in capsys.readouterr().err

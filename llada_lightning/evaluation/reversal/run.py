@@ -17,7 +17,8 @@ from llada_lightning.evaluation.accuracy import Accuracy
 from llada_lightning.evaluation.requests import encode_pair, moved_space
 from llada_lightning.generation.sampling import generate
 from llada_lightning.generation.terminal.conversation import conversation_ids
-from llada_lightning.reading import read_json, shortened
+from llada_lightning.printing import shortened
+from llada_lightning.reading import read_json
 
 Form = Literal["prompt", "infill", "chat"]
 FORMS: tuple[Form, ...] = get_args(Form)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from llada_lightning.data.row_fields import REFUSED_BESIDE_PROMPTS, UnreadFields
 from llada_lightning.errors import UserError
-from llada_lightning.reading import parse_json, read_text, shortened
+from llada_lightning.printing import shortened
+from llada_lightning.reading import MAX_TEXT_BYTES, parse_json, read_text
 
 STDIN = "-"
 
@@ -51,11 +52,17 @@ def check_text(text: str) -> None:
 
 
 def _from_stdin() -> str:
+    if sys.stdin is None:
+        raise UserError("prompt: stdin is closed; pipe a text in, or give --prompt TEXT")
     try:
-        text = sys.stdin.read()
+        text = sys.stdin.read(MAX_TEXT_BYTES + 1)
     except UnicodeDecodeError as error:
         raise UserError(f"prompt: what comes on stdin is not UTF-8 ({error.reason}); convert it") from error
-    return text.removesuffix("\n")  # of echo
+    except OSError as error:
+        raise UserError(f"prompt: stdin cannot be read ({error.strerror or error}); pipe a text in") from error
+    if len(text) > MAX_TEXT_BYTES:
+        raise UserError(f"prompt: stdin has more than {MAX_TEXT_BYTES:,} characters; pipe a shorter text in")
+    return text.removeprefix("\ufeff").removesuffix("\n")  # the byte order mark, and the line end of echo
 
 
 def _piped() -> bool:
