@@ -8,42 +8,14 @@ from typing import Any
 
 import pytest
 from small_models import random_model
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from small_tokenizers import byte_level, sentence_piece
+from tokenizers import Tokenizer, models
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.requests import encode_pair, encode_text
 from llada_lightning.scaling.flops import Objective
-
-TEXTS = ["the boats came home", "Answer: Oslo", "a house, a use"] * 20
-
-
-@cache
-def byte_level() -> Tokenizer:
-    """Merges within words, as GPT-2's; the merges of `TEXTS` make a token of `Ġhome`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    )
-    return tokenizer
-
-
-@cache
-def sentence_piece() -> Tokenizer:
-    """As Llama 2's: no words, and a space before whatever is encoded."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    strip = decoders.Strip(" ", 1, 0)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
-    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words = [word for text in TEXTS for word in text.split()]
-    trainer = trainers.BpeTrainer(vocab_size=310, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(words, trainer)
-    return tokenizer
 
 
 @cache
