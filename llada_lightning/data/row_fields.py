@@ -7,13 +7,12 @@ not read, and one note on stderr names these fields and counts their rows.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from llada_lightning.errors import UserError
-from llada_lightning.printing import shortened
+from llada_lightning.printing import shortened, warn
 
 REFUSED = frozenset({
     "context", "contexts", "passage", "document", "documents", "tools", "functions", "tool_calls", "function_call",
@@ -57,7 +56,7 @@ class UnreadFields(Counter[str]):
         """
         if self:
             counted = [f"{name} ({rows} row{'s' * (rows > 1)})" for name, rows in self.most_common()]
-            print(f"note: {shortened(source)}: not read: {some(counted)}", file=sys.stderr)
+            warn(f"note: {shortened(source)}: not read: {some(counted)}")
 
 
 def present_fields(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def read_pairs(path: Path, lm: LanguageModel, truncate: Truncation | None = None
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(read_text(path, pipe=True).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         where = f"{path}:{number}"
         if line.strip():
             yield where, _record(parse_json(line, where, number), where)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from small_tokenizers import sentence_piece
+from tokenizers import Tokenizer
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.cli import main
@@ -72,6 +74,23 @@ def test_an_oracle_that_knows_one_pair_backwards_is_counted(monkeypatch: pytest.
         assert set(oracle.asked) == {f"{half} is" for pair in PAIRS for half in (pair.first, pair.second)}
     else:
         assert set(oracle.asked) >= {"Ada is.", " is the judge."}
+
+
+def test_gaps_leave_what_the_tokenizer_puts_first_and_add_no_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_mask = Tokenizer.from_str(sentence_piece().to_str())
+    with_mask.add_special_tokens(["[MASK]"])
+    mask = with_mask.token_to_id("[MASK]")
+    lm = replace(model(), tokenizer=with_mask, text_prefix_ids=(5,), mask_token_id=mask)
+    rows: list[list[int]] = []
+
+    def generate(_: Any, prompts: list[list[int]], **__: Any) -> SimpleNamespace:
+        rows.extend(prompts)
+        return SimpleNamespace(text=None, tokens=prompts)
+
+    monkeypatch.setattr(run, "generate", generate)
+    run_reversal(lm, [Pair("the boats", "home")], ReversalSettings("infill", joiner=" came ", end=""))
+    the, boats, came, home = lm.encode("the boats came home")
+    assert rows == [[5, the, boats, came, mask], [5, mask, mask, came, home]]
 
 
 def test_chat_asks_the_papers_questions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,8 +169,9 @@ def _by_infill(
     for known, wanted in halves:
         first, second = (known, wanted) if direction == "forward" else (wanted, known)
         parts = [first, *moved_space(settings.joiner, second), settings.end]
-        ids = [lm.encode_prompt(parts[0]), *(lm.encode_within(part) for part in parts[1:])]
-        asked = 2 if direction == "forward" else 0
+        # What the tokenizer puts before a text is a part of its own, which is never masked.
+        ids = [list(lm.text_prefix_ids), lm.encode(parts[0]), *(lm.encode_within(part) for part in parts[1:])]
+        asked = 3 if direction == "forward" else 1
         start = sum(map(len, ids[:asked]))
         masked = [[lm.mask_token_id] * len(part) if i == asked else part for i, part in enumerate(ids)]
         rows.append([token for part in masked for token in part])
