@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from llada_lightning.data.rendering import RenderingError, render
 from llada_lightning.data.tokenizers import as_special
@@ -25,6 +25,8 @@ from llada_lightning.reading import shortened
 Role = Literal["system", "user", "assistant"]
 
 KNOWN_START_TOKENS = ("<|startoftext|>", "<|begin_of_text|>", "<s>", "[BOS]")
+_Encoded = tuple[list[int], list[tuple[int, int]]]
+"""Ids, and the characters that each stands for."""
 _PRIVATE = range(0xF0000, 0xFFFFE)
 """Unicode's supplementary private use area A: in no text by agreement; what is taken all the same is left out."""
 
@@ -127,7 +129,7 @@ class ChatTemplate:
         prompt_ids, whole_ids = self._ids_of(prompt, disguise), self._ids_of(whole, disguise)
         if whole_ids[: len(prompt_ids)] == prompt_ids:
             return prompt_ids, whole_ids[len(prompt_ids) :]
-        return prompt_ids, self._ids_of(whole[len(prompt) :], disguise)  # a token would span both
+        return prompt_ids, self._ids_of(whole[len(prompt) :], disguise, first=False)  # a token would span both
 
     def _check_tokens(self, texts: Iterable[str], messages: Sequence[Message]) -> None:
         """Refuses what looks like a token, comes from the template, and is none of the tokenizer's."""
@@ -227,7 +229,7 @@ class ChatTemplate:
             texts = render(self.text, [self._variables(some, False) for some in (said, said[1:], said[1:2])])
         except RenderingError:  # the messages themselves will say so
             return {}
-        written = {i for text in texts if isinstance(text, str) for i in self._encode(text).ids}
+        written = {i for text in texts if isinstance(text, str) for i in self._encode(text)[0]}
         added = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items() if i in written}
         return {i: token for i, token in added.items() if len(token) > 1 and re.search(r"[^\w\s]", token)}
 
@@ -238,20 +240,34 @@ class ChatTemplate:
         missing = tuple(token for i, token in self._known.items() if i not in added)
         return as_special(self.tokenizer, missing) if missing else self.tokenizer
 
-    def _encode(self, text: str) -> Encoding:
-        """As transformers encodes a text: special tokens that it spells are special tokens."""
+    @cached_property
+    def _anchor(self) -> str:
+        """A token to put before a text that is not the first, where the tokenizer begins a first text otherwise.
+
+        Tokenizers in the manner of SentencePiece put a space before a text and before no other part of it.
+        """
+        added = self._reader.get_added_tokens_decoder()
+        plain = (added[i] for i in self._known if i in added)
+        token = next((t.content for t in plain if not (t.lstrip or t.rstrip or t.single_word or t.normalized)), "")
+        return token if self._encode(f"{token}a")[0][1:] != self._encode("a")[0] else ""
+
+    def _encode(self, text: str, before: str = "") -> _Encoded:
+        """As transformers encodes a text behind a token: special tokens that it spells are special tokens."""
         promise, self._reader.encode_special_tokens = self._reader.encode_special_tokens, False
         try:
-            return self._reader.encode(text, add_special_tokens=False)
+            encoding = self._reader.encode(before + text, add_special_tokens=False)
         finally:
             self._reader.encode_special_tokens = promise
+        begun = 1 if before else 0
+        spans = [(begin - len(before), end - len(before)) for begin, end in encoding.offsets[begun:]]
+        return encoding.ids[begun:], spans
 
-    def _control_spans(self, text: str, encoding: Encoding) -> Iterator[tuple[int, int, int]]:
+    def _control_spans(self, text: str, encoded: _Encoded) -> Iterator[tuple[int, int, int]]:
         """Each control token's place among the tokens, and the characters that it stands for, from begin to end.
 
         An unknown character has the id of a special token too, and does not spell it.
         """
-        for place, (token_id, (begin, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+        for place, (token_id, (begin, end)) in enumerate(zip(*encoded, strict=True)):
             token = self._control.get(token_id)
             if token is not None and self._normalized(text[begin:end]) == self._normalized(token):
                 yield place, begin, end
@@ -260,36 +276,47 @@ class ChatTemplate:
         normalizer = self.tokenizer.normalizer
         return token.strip() if normalizer is None else str(normalizer.normalize_str(token.strip()))
 
-    def _ids_of(self, rendered: str, disguise: _Disguise) -> list[int]:
-        """The ids of a rendering, in which control tokens whose characters came from messages are text."""
+    def _ids_of(self, rendered: str, disguise: _Disguise, first: bool = True) -> list[int]:
+        """The ids of a rendering, in which control tokens whose characters came from messages are text.
+
+        Args:
+            rendered: where the messages' characters may be in disguise.
+            disguise: which.
+            first: it does not follow another text.
+        """
         text = disguise.removed(rendered)
-        encoding = self._encode(text)
-        spans = [(*span, disguise.is_on(rendered[span[1] : span[2]])) for span in self._control_spans(text, encoding)]
+        encoded = self._encode(text, "" if first else self._anchor)
+        spans = [(*span, disguise.is_on(rendered[span[1] : span[2]])) for span in self._control_spans(text, encoded)]
         if not any(spelled for *_, spelled in spans):
-            return list(encoding.ids)
+            return encoded[0]
         ids: list[int] = []
         place = char = 0  # up to which all is done
         spoiled = False  # the text from there on spells a control token
-        for at, begin, end, spelled in [*spans, (len(encoding.ids), len(text), len(text), False)]:
+        for at, begin, end, spelled in [*spans, (len(encoded[0]), len(text), len(text), False)]:
             spoiled |= spelled
             if not spelled:
-                ids += self._text_ids(text[char:begin]) if spoiled else encoding.ids[place:at]
-                ids += encoding.ids[at : at + 1]
+                piece = text[char:begin]
+                ids += self._text_ids(piece, first and char == 0) if spoiled else encoded[0][place:at]
+                ids += encoded[0][at : at + 1]
                 place, char, spoiled = at + 1, end, False
         return ids
 
-    def _text_ids(self, text: str) -> list[int]:
+    def _text_ids(self, text: str, first: bool) -> list[int]:
         """The ids of text, cut within each control token that the tokenizer reads in it."""
         ids: list[int] = []
         parts = [text]
         while parts:
             part = parts.pop()
-            encoding = self.tokenizer.encode(part, add_special_tokens=False)
-            cuts = [begin + 1 for _, begin, end in self._control_spans(part, encoding) if begin + 1 < end]
+            if self._anchor and (ids or not first):
+                encoded = self._encode(part, self._anchor)
+            else:
+                encoding = self.tokenizer.encode(part, add_special_tokens=False)
+                encoded = encoding.ids, encoding.offsets
+            cuts = [begin + 1 for _, begin, end in self._control_spans(part, encoded) if begin + 1 < end]
             if cuts:
                 parts += reversed([part[a:b] for a, b in pairwise([0, *cuts, len(part)])])
             else:
-                ids += encoding.ids
+                ids += encoded[0]
         return ids
 
 
