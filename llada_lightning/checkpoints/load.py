@@ -56,6 +56,7 @@ def load_model(
         text_prefix_ids=prefix,
         compat=description.compat,
         chat_template=template,
+        special_tokens={} if files is None else files.special_tokens,
         name=str(path),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from rich.progress import track
 from torch.utils.data import DataLoader
 
-from llada_lightning.checkpoints.tokenizer_files import TEMPLATE_NAME, TokenizerFiles
+from llada_lightning.checkpoints.tokenizer_files import ROLES_NAME, TEMPLATE_NAME, TokenizerFiles
 from llada_lightning.data.chat import LLADA_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate
 from llada_lightning.data.datasets import OrdinalSampler, StridedSampler
 from llada_lightning.data.dialogues import read_dialogues
@@ -24,6 +25,7 @@ from llada_lightning.objectives import noise
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.objectives.noise import Stream
 from llada_lightning.printing import people_console, warn
+from llada_lightning.reading import read_text
 from llada_lightning.scaling.budget import MASK_EPS
 
 
@@ -111,17 +113,23 @@ class SftDataModule(LanguageDataModule):
         return self._loaded[1]
 
     def tokenizer_files(self) -> dict[str, str]:
-        return {TOKENIZER_NAME: self._loaded[0].to_str(), TEMPLATE_NAME: self.template.text}
+        roles = {role: token or None for role, token in self.template.roles.items()}
+        return {
+            TOKENIZER_NAME: self._loaded[0].to_str(),
+            TEMPLATE_NAME: self.template.text,
+            ROLES_NAME: json.dumps(roles, indent=2, ensure_ascii=False) + "\n",
+        }
 
     @cached_property
     def template(self) -> ChatTemplate:
         """How dialogues are written.
 
         Raises:
-            UserError: there is none of that name, or the tokenizer lacks its special tokens.
+            UserError: there is none of that name.
         """
         tokenizer, info = self._loaded
-        own = TokenizerFiles.of_path(self._tokenizer_spec).chat_template
+        files = TokenizerFiles.of_path(self._tokenizer_spec)
+        own = files.chat_template
         spec = self._template_spec or ("plain" if own is None else "tokenizer")
         if spec == "tokenizer" and own is None:
             raise UserError(f"data.chat_template: tokenizer '{self._tokenizer_spec}' has none; choose plain or llada")
@@ -129,19 +137,10 @@ class SftDataModule(LanguageDataModule):
             text = {"tokenizer": own, "llada": LLADA_TEMPLATE, "plain": PLAIN_TEMPLATE}[spec] or ""
         else:
             try:
-                text = Path(spec).expanduser().read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(
-                    f"data.chat_template: '{spec}' cannot be read ({error}); give tokenizer, llada, plain or a file"
-                ) from error
-        template = ChatTemplate.of(text, tokenizer, info.eos_id, (info.mask_id,), spec)
-        lacking = template.lacking()
-        if lacking:
-            raise UserError(
-                f"data.chat_template: '{spec}' writes {', '.join(lacking)}, and tokenizer '{self._tokenizer_spec}' has "
-                "no such special token; choose plain, or another tokenizer"
-            )
-        return template
+                text = read_text(Path(spec).expanduser())
+            except UserError as error:
+                raise UserError(f"data.chat_template: {error}; give tokenizer, llada, plain or a file") from error
+        return ChatTemplate.of(text, tokenizer, info.eos_id, (info.mask_id,), spec, files.special_tokens)
 
     @cached_property
     def pairs(self) -> Pairs:

@@ -148,7 +148,12 @@ def test_a_pair_beyond_the_context_is_refused_or_dropped() -> None:
         pairs_of(long, length=40, drop=True)
 
 
-def test_a_template_whose_tokens_the_tokenizer_lacks_says_which() -> None:
+def test_a_template_whose_tokens_the_tokenizer_lacks_says_which_and_where() -> None:
     template = ChatTemplate.of(LLADA_TEMPLATE, TOKENIZER, EOS, (MASK,), "llada")
-    assert template.lacking() == ["<|end_header_id|>", "<|eot_id|>", "<|start_header_id|>"]
-    assert TEMPLATE.lacking() == []
+    rows = [("row 7", [Message("user", "what is <|im_end|>?"), Message("assistant", "x")])]
+    message = (
+        r"^row 7: chat template of 'llada': it writes <\|end_header_id\|>, <\|eot_id\|>, <\|start_header_id\|>, and"
+    )
+    with pytest.raises(UserError, match=message):
+        tokenize_pairs(rows, template, EOS, 512)
+    assert tokenize_pairs(rows, TEMPLATE, EOS, 512).dialogues == 1  # a message may spell what it likes

@@ -23,6 +23,7 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.checkpoints.load import load_model
@@ -238,6 +239,21 @@ def test_chat_prompts_keep_special_tokens_to_the_template(models: Any) -> None:
     assert model._pair(text, " yes") == (ids, lm.encode(" yes"))
     with pytest.raises(UserError, match="has no chat template"):
         HarnessModel(models["arm"]).apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+def test_chat_prompts_are_those_of_transformers(models: Any, tmp_path: Path) -> None:
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content.split('</b>') | last | upper }}{{ eos_token }}{% endfor %}"
+    )
+    lm = replace(models["arm"], chat_template=template, special_tokens={"bos_token": "<bos>", "eos_token": "[EOS]"})
+    lm.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    reference = PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<bos>", eos_token="[EOS]", chat_template=template
+    )
+    history = [{"role": "user", "content": "<b>hi</b> You"}, {"role": "assistant", "content": "So"}]
+    model = HarnessModel(lm)
+    asked_ids = reference.apply_chat_template(history, add_generation_prompt=True, return_dict=False)
+    assert model._prompt(model.apply_chat_template(history)) == asked_ids
 
 
 @pytest.mark.parametrize(("option", "value"), [("monte_carlo", 0), ("monte_carlo", -3), ("batch_size", 0)])
