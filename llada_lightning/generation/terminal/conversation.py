@@ -23,7 +23,7 @@ def conversation_ids(lm: LanguageModel, messages: Sequence[Message]) -> list[int
     if lm.tokenizer is None:
         lm.encode("")  # which says that there is none
     assert lm.tokenizer is not None
-    acting = (*lm.end_token_ids, lm.mask_token_id)
+    acting = (*lm.end_token_ids, lm.mask_token_id, *lm.text_prefix_ids)
     return ChatTemplate.of(lm.chat_template, lm.tokenizer, lm.eos_token_id, acting, lm.name).ids(messages)
 
 
