@@ -61,6 +61,10 @@ def resolve_data(config: Namespace) -> LanguageDataModule:
     return data
 
 
+_CHECKED_BEFORE = ("shape", "vocab_size", "rope_theta", "norm_eps", "text_prefix_ids")
+"""Settings of a model that its class refuses in one line; the parser would put the whole configuration around it."""
+
+
 def resolve_fit(config: Namespace, data: LanguageDataModule) -> list[WSD]:
     """Fill in, in place, what follows from the budget: steps, schedule, intervals, the run's name.
 
@@ -73,7 +77,8 @@ def resolve_fit(config: Namespace, data: LanguageDataModule) -> list[WSD]:
     """
     _refuse_what_breaks_the_contract(config)
     arguments = config.model.init_args
-    module = module_class(config)(shape=_plain(arguments.shape), vocab_size=arguments.vocab_size)
+    checked = {key: _plain(arguments[key]) for key in _CHECKED_BEFORE if key in arguments}
+    module = module_class(config)(**checked)
     lengths = _lengths(config, module, data)
     if len(lengths) > 1 and config.trainer.enable_checkpointing is False:
         raise UserError("trainer.enable_checkpointing: false given, but several budgets branch from checkpoints")

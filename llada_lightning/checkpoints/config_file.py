@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llada_lightning.errors import UserError
-from llada_lightning.model.transformer import is_positive
+from llada_lightning.model.transformer import POSITIVE, is_positive
 from llada_lightning.reading import read_json, shortened
 
 CONFIG_NAME = "config.json"
@@ -81,7 +81,7 @@ class ConfigFile:
         """
         value = self.get(key, absent)
         if not is_positive(value):
-            raise self.mistake(key, "it must be a finite number above 0")
+            raise self.mistake(key, POSITIVE)
         return float(value)
 
     def several(self, key: str) -> tuple[Any, ...]:

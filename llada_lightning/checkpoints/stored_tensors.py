@@ -69,9 +69,9 @@ def weights_of(
         names["head.weight"] = names["embedding.weight"]
     found = {name for name in stored if not name.endswith(layout.ignored or ("\0",))}
     missing, extra = set(names.values()) - found, found - set(names.values()) - ({head} if tied else set())
-    fix = _prefixed(found, set(names.values())) or (
-        "config.json and weights do not belong together, or the copy is incomplete"
-    )
+    fix = "config.json and weights do not belong together, or the copy is incomplete"
+    if missing and (wrapped := _wrapped(found, set(names.values()))) is not None:
+        raise UserError(f"'{where}' as {layout.title}: {wrapped}")
     if missing or extra:
         both = [f"{len(missing)} missing: {_some(missing)}"] * bool(missing)
         both += [f"{len(extra)} too many: {_some(extra)}"] * bool(extra)
@@ -114,19 +114,20 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _prefixed(found: set[str], wanted: set[str]) -> str | None:
-    """What wrapped a model before it was saved, by the names of its tensors; None: nothing that is known.
+def _wrapped(found: set[str], wanted: set[str]) -> str | None:
+    """What a model was wrapped in when it was saved, by the names of its tensors; None: nothing that is known.
 
     Either all names share a prefix, or ``torch.compile`` left its own within them.
     """
-    if wanted <= found:
-        return None
     if wanted <= {name.replace(_COMPILED, "") for name in found}:
-        return f"torch.compile put '{_COMPILED}' into the names; save the model that was compiled, model._orig_mod"
+        return (
+            f"the names of its tensors hold '{_COMPILED}', which torch.compile puts there; save the model that was "
+            "compiled, model._orig_mod"
+        )
     last = max(wanted)
     for prefix in {name.removesuffix(last) for name in found if name.endswith(last)}:
         if {prefix + name for name in wanted} <= found:
-            return f"the names begin with '{prefix}'; save the model without what it was wrapped in"
+            return f"the names of its tensors begin with '{prefix}'; save the model without what it was wrapped in"
     return None
 
 

@@ -171,7 +171,7 @@ class TokenizerFiles:
         """
         mend = "give the model's own with --tokenizer"
         tokenizer, left_out = self.tokenizer, []
-        if not given or set(description.end_token_ids) & set(self._candidates("eos_token")):  # it is the model's
+        if set(description.end_token_ids) & set(self._candidates("eos_token")):  # it is the model's
             tokenizer, left_out = without_special_beyond(tokenizer, description.vocab_size)
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= description.vocab_size:

@@ -22,6 +22,9 @@ MOST_LAYERS = 10_000
 MOST_WIDTH = 1 << 60
 """Far above any width, and small enough for 64 bits."""
 
+MOST_PARAMETERS = 10**14
+"""Far above any model, and more than any machine's memory holds."""
+
 
 @dataclass(frozen=True)
 class Shape:
