@@ -76,7 +76,7 @@ class LanguageModel:
         """
         if self.chat_template is None:
             return None
-        acting = (*self.end_token_ids, self.mask_token_id)
+        acting = (*self.end_token_ids, self.mask_token_id, *self.text_prefix_ids)
         return ChatTemplate.of(
             self.chat_template, self._tokenizer, self.eos_token_id, acting, self.name, self.special_tokens
         )

@@ -40,10 +40,6 @@ def load_model(
     wanted, place = dtype_named(dtype), _device_named(device)
     stored = open_checkpoint(path, tokenizer)
     description, files = stored.description, stored.tokenizer
-    ends, template = ((), None) if files is None else (files.end_ids, files.chat_template)
-    prefix = description.text_prefix_ids
-    if prefix is None:
-        prefix = () if files is None else files.prefix_ids
     return LanguageModel(
         objective=description.objective,
         model=_transformer(stored, place, wanted or common_dtype(stored.weights.values())),
@@ -51,11 +47,11 @@ def load_model(
         eos_token_id=description.eos_token_id,
         context_length=description.context_length,
         tokenizer=None if files is None else files.tokenizer,
-        end_token_ids=tuple(dict.fromkeys((*description.end_token_ids, *ends))),
+        end_token_ids=stored.end_token_ids,
         start_token_id=description.start_token_id,
-        text_prefix_ids=prefix,
+        text_prefix_ids=stored.text_prefix_ids,
         compat=description.compat,
-        chat_template=template,
+        chat_template=None if files is None else files.chat_template,
         special_tokens={} if files is None else files.special_tokens,
         name=str(path),
     )

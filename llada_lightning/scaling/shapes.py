@@ -14,6 +14,16 @@ from functools import cache
 from typing import Any
 
 from llada_lightning.errors import UserError
+from llada_lightning.reading import shortened
+
+MOST_LAYERS = 10_000
+"""Far above any model: nothing is begun for each of the layers that a slip of the finger or a damaged file asks for."""
+
+MOST_WIDTH = 1 << 60
+"""Far above any width, and small enough for 64 bits."""
+
+MOST_PARAMETERS = 10**14
+"""Far above any model, and more than any machine's memory holds."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,11 @@ class Shape:
 
     def __post_init__(self) -> None:
         for field, value in asdict(self).items():
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"shape: {field} is {value!r}; it must be a whole number of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"shape: {field} is {value!r:.80}; it must be a whole number of at least 1")
+            most = MOST_LAYERS if field == "n_layers" else MOST_WIDTH
+            if value > most:
+                raise UserError(f"shape: {field} is {shortened(value, 40)}; it must be at most {most}")
         if self.d_model % self.n_heads or self.head_dim % 2:
             raise UserError(
                 f"shape: d_model {self.d_model} over n_heads {self.n_heads} must give a whole, even head "
