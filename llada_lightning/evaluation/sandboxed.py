@@ -299,7 +299,7 @@ class Peer:
             return {"range": [self._encoded(part) for part in (value.start, value.stop, value.step)]}
         if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
             return {"class": value.__name__}
-        module, name = type(value).__module__, type(value).__qualname__
+        module, name = value.__class__.__module__, value.__class__.__qualname__
         if (module, name) in _REBUILT:
             return {"new": [module, name, self._encoded(value.__reduce__()[1])]}
         to_list = getattr(value, "tolist", None)  # numpy's arrays and scalars, without importing it
