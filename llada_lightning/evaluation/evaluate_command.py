@@ -235,7 +235,16 @@ def _report(options: Any, model: HarnessModel, outcomes: list[Outcome], chat: bo
 def _settings(options: Any, chat: bool) -> dict[str, Any]:
     """How it was measured, as far as the command says."""
     common = {"monte_carlo": options.monte_carlo, "seed": options.seed, "limit": options.limit, "chat": chat}
-    return common | said(options)
+    return common | sandbox_of(options) | said(options)
+
+
+def sandbox_of(options: Any) -> dict[str, Any]:
+    """The kind of sandbox in which the programs that the model wrote were run, where that was allowed."""
+    if not options.unsafe_code:
+        return {}
+    from llada_lightning.evaluation.sandbox import is_isolated
+
+    return {"sandbox": "namespaces" if is_isolated() else "limits only"}
 
 
 def said(options: Any) -> dict[str, Any]:

@@ -156,11 +156,15 @@ class LanguageModule(LightningModule, ABC):
     ) -> None:
         """Clip by norm, over all shards, and have the guard judge the step; both figures are kept for the log."""
         parameters = [p for p in self.parameters() if p.grad is not None]
-        self.grad_norm = total_norm([p.grad for p in parameters if p.grad is not None])
-        clip = float(gradient_clip_val) if gradient_clip_val else float("inf")
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, self.grad_norm)
+        self.grad_norm = judged = total_norm([p.grad for p in parameters if p.grad is not None])
+        if gradient_clip_val:
+            clip = float(gradient_clip_val)
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, self.grad_norm)
+            # The guard judges what goes into the update: the gradients times at most clip / norm. Both are finite
+            # together with the product, since the factor is 1 at most; so the norm tells, where the clip is a number.
+            judged = self.grad_norm if math.isfinite(clip) else torch.full_like(self.grad_norm, math.nan)
         # What torch's fused optimizers take from a GradScaler: 1 leaves weights, moments and step counts as they are.
-        optimizer.found_inf = self._judge(self.grad_norm)  # type: ignore[attr-defined]
+        optimizer.found_inf = self._judge(judged)  # type: ignore[attr-defined]
 
     def _judge(self, grad_norm: Tensor) -> Tensor:
         """The guard's verdict on the global batch, the same on all ranks."""

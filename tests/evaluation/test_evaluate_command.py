@@ -16,6 +16,7 @@ pytest.importorskip("lm_eval")
 import datasets
 
 from llada_lightning.cli import main
+from llada_lightning.evaluation.evaluate_command import _settings, evaluate_parser
 from llada_lightning.scaling.collect import collect
 from llada_lightning.scaling.evaluations import read_evaluations
 from llada_lightning.scaling.plots import task_accuracy
@@ -135,6 +136,17 @@ def test_code_is_refused_before_any_data_are_looked_for(checkpoint: Path, tasks:
     names = "lost,local_code"
     assert main(["evaluate", str(checkpoint), "--tasks", names, "--include-path", str(tasks), "--quiet"]) == 2
     assert "task 'local_code' executes what the model writes; give --unsafe-code" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("held", "kind"), [(True, "namespaces"), (False, "limits only")])
+def test_a_result_tells_in_which_sandbox_programs_were_run(
+    held: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llada_lightning.evaluation.sandbox.is_isolated", lambda: held)
+    options = evaluate_parser().parse_args(["checkpoint", "--tasks", "humaneval"])
+    assert "sandbox" not in _settings(options, chat=False)
+    options = evaluate_parser().parse_args(["checkpoint", "--tasks", "humaneval", "--unsafe-code"])
+    assert _settings(options, chat=False)["sandbox"] == kind
 
 
 @pytest.mark.slow
