@@ -19,13 +19,17 @@ def collect_command(argv: list[str]) -> int:
     """``llada collect PATH … --out results.csv``: run folders and W&B projects -> one results table.
 
     Beside it comes ``results.covariance.csv``, the joint error of the losses, from the folders' validation files.
+    What is unfinished, damaged or left out is named on stderr, and in the object that ``--json`` prints. It does not
+    change the exit code: that is 0 wherever a table was written.
 
     Raises:
         UserError: a path is no folder, a W&B project cannot be read, no run has left a record, or the table's name is
             neither CSV nor parquet.
     """
     parser = CommandParser(
-        prog="llada collect", description="Collect the results of run folders and of W&B projects into one table."
+        prog="llada collect",
+        description="Collect the results of run folders and of W&B projects into one table. Runs that are unfinished, "
+        "damaged or left out are named on stderr; the exit code is 0 wherever a table was written.",
     )
     parser.add_argument(
         "paths",
