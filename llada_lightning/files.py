@@ -16,7 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 from llada_lightning.errors import UserError
-from llada_lightning.reading import shortened
+from llada_lightning.printing import shortened
 
 _BLOCK_BYTES = 1 << 20
 

@@ -1,5 +1,4 @@
-"""From run folders and W&B projects to one results table; what is unfinished, damaged, diverged, found twice or left out
-is named."""
+"""From run folders and W&B projects to one results table; every run that is not in it, or not sound, is named."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ import pandas as pd
 
 from llada_lightning.errors import UserError
 from llada_lightning.files import is_there, written_atomically
-from llada_lightning.reading import FormatError, read_text, shortened
+from llada_lightning.printing import shortened
+from llada_lightning.reading import FormatError, read_text
 from llada_lightning.scaling.results import LARGEST_NUMBER, VALIDATION_FILE, read_validation
 
 _DEVIATION = "document "

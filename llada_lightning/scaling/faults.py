@@ -11,7 +11,8 @@ from typing import Any
 
 from llada_lightning.errors import UserError
 from llada_lightning.files import is_there, written_atomically
-from llada_lightning.reading import read_text, shortened
+from llada_lightning.printing import shortened
+from llada_lightning.reading import read_text
 
 FAULTS_FILE = "faults.csv"
 FAULT_COLUMNS = ("step", "kind", "loss", "grad_norm", "first_ordinal", "last_ordinal", "action")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llada_lightning.errors import UserError
-from llada_lightning.reading import FormatError, read_json, shortened
+from llada_lightning.printing import shortened
+from llada_lightning.reading import FormatError, read_json
 from llada_lightning.scaling.plan_cost import MeasuredRate
 from llada_lightning.scaling.shapes import format_count
 

@@ -24,7 +24,8 @@ import pandas as pd
 
 from llada_lightning.errors import UserError
 from llada_lightning.files import is_there, write_json, written_atomically
-from llada_lightning.reading import FormatError, read_json, read_text, read_yaml, shortened
+from llada_lightning.printing import shortened
+from llada_lightning.reading import FormatError, read_json, read_text, read_yaml
 
 RESULT_COLUMNS = (
     "run", "objective", "shape", "params_total", "params_nonembedding", "tokens", "unique_tokens", "epochs", "steps",
