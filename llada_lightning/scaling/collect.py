@@ -253,7 +253,7 @@ class _Search:
         strict: set[str] = set()  # folders in which config.yaml alone says nothing
         hidden: set[str] = set()
         for folder, subfolders, files in os.walk(root, onerror=self._refused):
-            is_run = _is_run(files, folder in strict)
+            is_run = _is_run([*files, *subfolders], folder in strict)
             if is_run:
                 self._add(Path(folder), folder in hidden)
             subfolders.sort()
@@ -293,8 +293,9 @@ class _Search:
         self._left_out[str(error.filename)] = f"it cannot be read: {error.strerror}"
 
 
-def _is_run(files: Iterable[str], strict: bool) -> bool:
-    present = {RESULT_FILE, CONFIG_FILE, *_BESIDE_CONFIG}.intersection(files)
+def _is_run(names: Iterable[str], strict: bool) -> bool:
+    """By the names in a folder; what has a file's name and is none is said when it is read."""
+    present = {RESULT_FILE, CONFIG_FILE, *_BESIDE_CONFIG}.intersection(names)
     return RESULT_FILE in present or (CONFIG_FILE in present and (len(present) > 1 or not strict))
 
 

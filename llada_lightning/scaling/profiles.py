@@ -9,7 +9,7 @@ from typing import Any
 
 from llada_lightning.errors import UserError
 from llada_lightning.printing import shortened
-from llada_lightning.reading import FormatError, read_json
+from llada_lightning.reading import read_json
 from llada_lightning.scaling.plan_cost import MeasuredRate
 from llada_lightning.scaling.shapes import format_count
 
@@ -53,7 +53,7 @@ def profiled_rate(path: Path | str) -> MeasuredRate:
             flops_per_second=rate,
             memory_ratio=None if peak is None or estimate is None else float(peak) / float(estimate),
         )
-    except FormatError as error:
+    except UserError as error:
         raise UserError(f"{error}; {_WRITTEN_BY}") from error
     except (ValueError, TypeError, KeyError, ArithmeticError) as error:
         reason = shortened(f"{type(error).__name__}: {error}")

@@ -106,11 +106,10 @@ def is_done(folder: Path | str) -> bool:
     A run that diverged has finished too: the same configuration would diverge again.
     """
     try:
-        records = read_records(folder)
+        records, budgets = read_records(folder), expected_records(folder)
     except UserError:
         return False
-    finished = all(record.get("status") in (DONE, DIVERGED) for record in records)
-    return finished and len(records) >= expected_records(folder)
+    return len(records) >= budgets and all(record.get("status") in (DONE, DIVERGED) for record in records)
 
 
 def expected_records(folder: Path | str) -> int:
@@ -353,6 +352,8 @@ def _number(value: Any, column: str, source: str) -> float:
         raise UserError(f"{source}: column {column} holds {_shown(value)}, which is not a number") from None
     except OverflowError:
         number = LARGEST_NUMBER * 10
+    if math.isinf(number) and isinstance(value, str) and any(digit in value for digit in "0123456789"):
+        number = LARGEST_NUMBER * 10  # of digits, not the word
     if LARGEST_NUMBER < abs(number) < math.inf:
         raise UserError(f"{source}: column {column} holds {_shown(value)}; the largest number is {LARGEST_NUMBER:g}")
     return number
