@@ -54,9 +54,15 @@ def read_evaluations(folder: Path | str) -> pd.DataFrame:
 
 
 def task_columns(folder: Path | str, steps: Any) -> dict[str, float]:
-    """The columns of a results table that the evaluations at a step give."""
-    table = read_evaluations(folder)
+    """The columns of a results table that the evaluations at a step give; none where a run has no evaluations.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     columns: dict[str, float] = {}
+    if not is_there(Path(folder) / EVALUATIONS_FILE):
+        return columns
+    table = read_evaluations(folder)
     for row in table[table["steps"] == steps].to_dict("records"):
         columns[f"task_{row['task']}"] = float(row["score"])
         columns[f"task_{row['task']}_stderr"] = float(row["stderr"])

@@ -258,6 +258,8 @@ UNREADABLE: dict[str, Callable[[Path], object]] = {
     "a folder": lambda path: (path.unlink(missing_ok=True), path.mkdir()),
     "a link to nowhere": lambda path: (path.unlink(missing_ok=True), path.symlink_to("nowhere")),
 }
+VALIDATION = "steps,document,sequences,nats_per_token\n"
+EVALUATIONS = "steps,task,score,stderr,n,metric,settings\n"
 DAMAGES: list[tuple[str, str, Callable[[Path], object]]] = [
     *((file, kind, damage)
       for file in ("result.json", "config.yaml", "validation.csv", "faults.csv", "evaluations.csv")
@@ -268,12 +270,12 @@ DAMAGES: list[tuple[str, str, Callable[[Path], object]]] = [
     ("config.yaml", "20,000 deep", text("a: " + deep(20_000))),
     ("config.yaml", "a bomb", text("a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
         f"{x}: &{x} [{', '.join([f'*{y}'] * 9)}]\n" for y, x in zip("abcdefgh", "bcdefghi", strict=True)))),
-    ("validation.csv", "a number of 30 digits", text("steps,document,sequences,nats_per_token\n762,1,1" + "0" * 30 + ",3\n")),
-    ("validation.csv", "a cell too many", text("steps,document,sequences,nats_per_token\n762,1,1,3.5,9\n")),
+    ("validation.csv", "a number of 30 digits", text(VALIDATION + "762,1,1" + "0" * 30 + ",3\n")),
+    ("validation.csv", "a cell too many", text(VALIDATION + "762,1,1,3.5,9\n")),
     ("faults.csv", "a cell too many", text("step,action\n1,skipped,2\n")),
     ("faults.csv", "a step of 5,000 digits", text(f"step,action\n{'9' * 5000},skipped\n")),
     ("faults.csv", "another table", text("a,b\n1,2\n")),
-    ("evaluations.csv", "a number of 30 digits", text("steps,task,score,stderr,n,metric,settings\n1" + "0" * 30 + ",a,1,1,1,b,c\n")),
+    ("evaluations.csv", "a number of 30 digits", text(EVALUATIONS + "1" + "0" * 30 + ",a,1,1,1,b,c\n")),
 ]  # fmt: skip
 
 

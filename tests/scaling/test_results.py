@@ -303,7 +303,7 @@ def test_what_is_no_file_is_not_read_as_a_table(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / f"pipe{suffix}")
         (tmp_path / f"folder{suffix}").mkdir()
         for name in ("pipe", "folder"):
-            with pytest.raises(UserError, match="regular file|cannot be read"):
+            with pytest.raises(UserError, match=r"regular file|cannot be read"):
                 read_results(tmp_path / f"{name}{suffix}")
 
 
