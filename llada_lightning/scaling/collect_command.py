@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,7 +13,7 @@ from llada_lightning.errors import UserError
 from llada_lightning.printing import people_console
 from llada_lightning.scaling.collect import gather
 from llada_lightning.scaling.covariance import write_covariance
-from llada_lightning.scaling.results import write_results
+from llada_lightning.scaling.results import check_destination, write_results
 
 
 def collect_command(argv: list[str]) -> int:
@@ -41,6 +42,7 @@ def collect_command(argv: list[str]) -> int:
     parser.add_argument("--out", type=str, default="results.csv", help="table to write: .csv or .parquet")
     add_json(parser)
     options = parser.parse_args(argv)
+    check_destination(Path(options.out))
     collection = gather(options.paths)
     table, report = collection.table(), collection.report
     notes = people_console(stderr=True)

@@ -29,6 +29,9 @@ from llada_lightning.printing import shortened
 from llada_lightning.reading import FormatError, read_text
 from llada_lightning.scaling.results import LARGEST_NUMBER, VALIDATION_FILE, read_validation
 
+_MAX_BYTES = 1 << 31
+"""Largest covariance file that is read: the matrix of some 9,000 losses."""
+
 _DEVIATION = "document "
 """What the columns of deviations are called, before the document's number."""
 
@@ -155,8 +158,8 @@ def read_covariance(path: Path | str) -> pd.DataFrame:
     shown, fix = f"'{shortened(path)}'", "write it again with `llada collect`"
     try:
         # As text first: a name of digits must not become a number.
-        table = pd.read_csv(io.StringIO(read_text(path)), dtype={0: str}, float_precision="round_trip", index_col=0)
-        table = table.astype("float64")
+        text = io.StringIO(read_text(path, _MAX_BYTES))
+        table = pd.read_csv(text, dtype={0: str}, float_precision="round_trip", index_col=0).astype("float64")
     except FormatError as error:
         raise UserError(f"{error}; {fix}") from error
     except (ValueError, ArithmeticError) as error:

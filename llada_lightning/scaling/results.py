@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from llada_lightning.errors import UserError
-from llada_lightning.files import is_there, write_json, written_atomically
+from llada_lightning.files import is_there, require_replaceable, write_json, written_atomically
 from llada_lightning.printing import shortened
 from llada_lightning.reading import FormatError, read_json, read_text, read_yaml
 
@@ -217,7 +217,7 @@ def write_results(table: pd.DataFrame, path: Path | str) -> Path:
         UserError: the name ends in neither ``.csv`` nor ``.parquet``, or the file cannot be written.
     """
     path = Path(path)
-    _check_suffix(path)
+    check_destination(path)
     try:
         with written_atomically(path) as temporary:
             if path.suffix == ".csv":
@@ -227,6 +227,16 @@ def write_results(table: pd.DataFrame, path: Path | str) -> Path:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
     return path
+
+
+def check_destination(path: Path) -> None:
+    """Refuses a path that no results table can be written to, before any work is done for it.
+
+    Raises:
+        UserError: the name ends in neither ``.csv`` nor ``.parquet``, or the path is no file's.
+    """
+    _check_suffix(path)
+    require_replaceable(path)
 
 
 def read_results(path: Path | str) -> pd.DataFrame:

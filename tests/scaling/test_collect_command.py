@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llada_lightning.errors import UserError
+from llada_lightning.scaling import collect_command as collect_module
 from llada_lightning.scaling.collect_command import collect_command
 from llada_lightning.scaling.covariance import read_covariance
 from llada_lightning.scaling.results import read_results, write_records, write_validation
@@ -92,3 +93,21 @@ def test_damaged_and_left_out_runs_are_in_both_reports_and_the_exit_code_is_0(tm
     assert list(written["damaged"]) == [f"{tmp_path}/runs/a"]
     assert list(written["left_out"]) == [f"{tmp_path}/runs/.b"]
     assert list(written["unfinished"]) == [f"{tmp_path}/runs/c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("r.txt", r"named \.csv or \.parquet"),
+        ("runs/.csv", "named"),
+        ("d.csv", "no regular file"),
+        ("n" * 300 + ".csv", "name a file"),
+    ],
+)
+def test_a_table_that_cannot_be_written_is_refused_before_anything_is_read(
+    tmp_path: Path, name: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d.csv").mkdir()
+    monkeypatch.setattr(collect_module, "gather", None)
+    with pytest.raises(UserError, match=words):
+        collect_command([str(tmp_path), "--out", str(tmp_path / name)])
