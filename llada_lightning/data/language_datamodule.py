@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -13,6 +14,9 @@ from llada_lightning.data.datasets import take_batch
 from llada_lightning.data.manifest import TokenizerInfo
 from llada_lightning.errors import UserError
 from llada_lightning.objectives.forward_process import TimeSampling
+from llada_lightning.scaling.budget import MAX_BATCH
+from llada_lightning.scaling.shapes import MAX_WIDTH
+from llada_lightning.settings import MAX_PROCESSES
 
 
 class LanguageDataModule(LightningDataModule, ABC):
@@ -37,17 +41,19 @@ class LanguageDataModule(LightningDataModule, ABC):
         val_seed: int,
     ) -> None:
         super().__init__()
-        least = {
-            "sequence_length": (sequence_length, 1),
-            "global_batch": (global_batch, 1),
-            "micro_batch": (micro_batch, 1),
-            "val_sequences": (val_sequences, 1),
-            "val_batch": (val_batch, 1),
-            "workers": (workers, 0),
+        ranges = {
+            "sequence_length": (sequence_length, 1, MAX_WIDTH),
+            "global_batch": (global_batch, 1, MAX_BATCH),
+            "micro_batch": (micro_batch, 1, MAX_BATCH),
+            "val_sequences": (val_sequences, 1, math.inf),
+            "val_batch": (val_batch, 1, MAX_BATCH),
+            "workers": (workers, 0, MAX_PROCESSES),
         }
-        for name, (value, minimum) in least.items():
-            if value is not None and value < minimum:
-                raise UserError(f"data.{name}: {value} must be at least {minimum}")
+        for name, (value, least, most) in ranges.items():
+            if value is not None and value < least:
+                raise UserError(f"data.{name}: {value} must be at least {least}")
+            if value is not None and value > most:
+                raise UserError(f"data.{name}: {value} must be at most {most}")
         if not 0 < mask_eps < 1:
             raise UserError(f"data.mask_eps: {mask_eps} must lie between 0 and 1")
         self.sequence_length, self.global_batch = sequence_length, global_batch
