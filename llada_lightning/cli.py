@@ -12,6 +12,7 @@ from pathlib import Path
 from llada_lightning import __version__
 from llada_lightning.cluster import check_environment, process_rank, says_it
 from llada_lightning.errors import UserError, refusal
+from llada_lightning.printing import print_what_the_encoding_holds, warn
 from llada_lightning.reading import shortened
 from llada_lightning.secrets import redacted
 
@@ -59,12 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: the arguments after `llada`; those of the process by default.
     """
+    print_what_the_encoding_holds()
     code = _outcome(sys.argv[1:] if argv is None else list(argv))
     refused = _refused_by_stdout()
     if isinstance(refused, BrokenPipeError):
         return _BROKEN_PIPE
     if refused is not None and code == 0:
-        print(f"error: stdout: {refused.strerror}; free space, or send the output elsewhere", file=sys.stderr)
+        warn(f"error: stdout: {refused.strerror}; free space, or send the output elsewhere")
         return 2
     return code
 
@@ -83,7 +85,7 @@ def _outcome(args: list[str]) -> int:
             raise
         return _mistake(refused)
     except KeyboardInterrupt:  # before, or after, there is a step to save
-        print("interrupted", file=sys.stderr)
+        warn("interrupted")
         return 130
     except SystemExit as leave:  # --help, a run that is done, a signal
         if isinstance(leave.__context__, BrokenPipeError):  # rich leaves so
@@ -100,7 +102,7 @@ def _mistake(message: str) -> int:
     """Prints what the user can correct as one line, once for all processes of a run; returns the exit code."""
     line = shortened(message, MESSAGE_LENGTH)
     if says_it(line):
-        print(f"error: {line}", file=sys.stderr)
+        warn(f"error: {line}")
     return 2
 
 

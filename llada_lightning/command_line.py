@@ -1,4 +1,4 @@
-"""What the commands beside ``llada fit`` share: the parser, and the console of the people who read."""
+"""What the commands beside ``llada fit`` share: the parser, its reader of YAML, and the options."""
 
 from __future__ import annotations
 
@@ -7,15 +7,30 @@ import math
 import re
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json
-from llada_lightning.reading import shortened
+from llada_lightning.reading import FormatError, check_yaml, shortened
 from llada_lightning.trusted import not_trusted
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\f": "\f", r"\0": "\0"}
+
+
+_load_yaml = get_loader("yaml")
+
+
+def _load_checked_yaml(text: str) -> Any:
+    try:
+        check_yaml(text, "the configuration")
+    except FormatError as error:
+        # The parser takes a value that is no YAML as a string, as it should a prompt that looks like a mapping.
+        raise yaml.YAMLError(str(error)) from error
+    return _load_yaml(text)
+
+
+set_loader("yaml", _load_checked_yaml, (yaml.YAMLError,))
 
 
 class CommandParser(ArgumentParser):
@@ -103,11 +118,6 @@ def one_line(message: str, command: str) -> str:
         types = dict.fromkeys((name or union.removeprefix("typing.")) for name, union in expected)
         return f"{key[1]}: {shortened(value[1])} given; expected {' or '.join(types).replace('NoneType', 'null')}{see}"
     return " ".join(message.split()).rstrip(".") + see
-
-
-def people_console(*, stderr: bool = False) -> Console:
-    """A console for tables and progress: on stdout for results, on stderr for what passes by."""
-    return Console(stderr=stderr)
 
 
 def unescaped(text: str) -> str:

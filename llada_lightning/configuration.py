@@ -16,12 +16,11 @@ from statistics import geometric_mean
 from typing import Any, Literal, TypeVar
 
 import torch
-import yaml
 from jsonargparse import Namespace
 
 from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.errors import UserError
-from llada_lightning.reading import shortened
+from llada_lightning.reading import read_yaml, shortened
 from llada_lightning.scaling.budget import check_budgets, check_steps, steps_for_budget
 from llada_lightning.scaling.flops import flops_6nd
 from llada_lightning.scaling.hyperparameters import default_learning_rate
@@ -317,7 +316,7 @@ def reject_unknown_keys(config: Namespace) -> None:
     configuration given inline, as a planned sweep gives it, leaves no path.
     """
     for path in filter(None, config.get("config") or []):
-        for key in _empty_mappings(yaml.safe_load(Path(str(path)).read_text()) or {}):
+        for key in _empty_mappings(read_yaml(str(path)) or {}):
             if key not in config:
                 raise UserError(f"{path}: '{key}' is not a known key; see llada fit --help")
 

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
-from rich.console import Console
 from rich.progress import Progress
 
 from llada_lightning.checkpoints.integrity import whole_checkpoint
@@ -32,6 +30,8 @@ from llada_lightning.data.tokenizers import tokenizer_from_text
 from llada_lightning.errors import UserError
 from llada_lightning.lightning_cli import LladaCLI
 from llada_lightning.phases import Phase
+from llada_lightning.printing import people_console
+from llada_lightning.reading import read_yaml
 from llada_lightning.scaling.faults import read_faults
 from llada_lightning.signals import say
 from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO
@@ -174,7 +174,7 @@ class StepRecorder(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
         self.sequences: list[SequenceReplay] = []
-        self._progress = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        self._progress = Progress(console=people_console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -253,7 +253,7 @@ def start_before(phase: Phase, step: int) -> Path | None:
 
 def _fit_arguments(run: Path) -> list[str]:
     """`fit` of the run where it lies now, on one device: what several do at once is accumulated."""
-    config = yaml.safe_load((run / CONFIG).read_text())
+    config = read_yaml(run / CONFIG)
     trainer, data = config["trainer"], config["data"]["init_args"]
     devices = (device_count(trainer["devices"]) or 1) * trainer["num_nodes"]
     devices = max(1, devices // tensor_parallel(trainer["strategy"]))  # of one group together do the work of one

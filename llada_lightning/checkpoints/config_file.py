@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llada_lightning.errors import UserError
+from llada_lightning.reading import read_json
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -48,11 +49,7 @@ class ConfigFile:
         Raises:
             UserError: it cannot be read, or is not a JSON object.
         """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"'{path}' cannot be read ({reason}); copy the checkpoint again") from error
+        values = read_json(path)
         if not isinstance(values, dict):
             raise UserError(f"'{path}' holds {type(values).__name__}, not an object; copy the checkpoint again")
         return cls(path, values)

@@ -23,6 +23,7 @@ from llada_lightning.data.tokenizers import (
     tokenizer_from_text,
 )
 from llada_lightning.errors import UserError
+from llada_lightning.reading import read_text
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
@@ -66,7 +67,7 @@ class TokenizerFiles:
         """
         path = tokenizer_file(str(spec))
         try:
-            alone = cls.of_text(path.read_text(encoding="utf-8"), str(path))
+            alone = cls.of_text(read_text(path), str(path))
             beside = {name: path.with_name(name) for name in _COMPANIONS}
             files = {name: file.read_bytes() for name, file in beside.items() if file.is_file()}
             named = named_tokens(path.parent)

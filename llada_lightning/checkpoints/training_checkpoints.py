@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import pickle
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 from zipfile import BadZipFile
 
 import torch
-import yaml
 
 from llada_lightning.checkpoints.description import Description
 from llada_lightning.checkpoints.integrity import require_whole, whole_neighbour
@@ -25,6 +23,8 @@ from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
 from llada_lightning.data.manifest import TOKENIZER_NAME, local_path, read_tokenizer_text
 from llada_lightning.data.tokenizers import tokenizer_info
 from llada_lightning.errors import UserError
+from llada_lightning.printing import warn
+from llada_lightning.reading import read_yaml
 from llada_lightning.scaling.flops import Objective
 
 _WEIGHTS = "state_dict"
@@ -127,10 +127,9 @@ def run_tokenizer(checkpoint: Path, description: Description, fingerprint: str) 
                 return files.with_template_of(folder)
         others.append(name)
     if others:
-        print(
+        warn(
             f"warning: '{others[0]}' is not the tokenizer that '{checkpoint}' was trained with, and is left out; give "
-            "the run's own with --tokenizer",
-            file=sys.stderr,
+            "the run's own with --tokenizer"
         )
     return None
 
@@ -149,8 +148,8 @@ def _data_folders(run: Path) -> list[str]:
     Of this machine only: to read a stranger's run must not open connections to where it says.
     """
     try:
-        path = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))["data"]["init_args"]["path"]
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError):
+        path = read_yaml(run / CONFIG)["data"]["init_args"]["path"]
+    except (UserError, KeyError, TypeError):
         return []
     paths = path if isinstance(path, dict) else [path]
     return [folder for folder in paths if isinstance(folder, str) and local_path(folder) is not None]

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from llada_lightning.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo, tokenizer_fingerprint
 from llada_lightning.errors import UserError
+from llada_lightning.reading import read_json, read_text
 
 EOS_TOKEN = "[EOS]"
 MASK_TOKEN = "[MASK]"
@@ -101,11 +102,7 @@ def tokenizer_from_file(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         UserError: the file is missing or is not a tokenizer.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"tokenizer '{path}' cannot be read ({error}); give a tokenizer.json") from error
-    return tokenizer_from_text(text, str(path))
+    return tokenizer_from_text(read_text(path), str(path))
 
 
 def tokenizer_from_text(text: str, name: str) -> Tokenizer:
@@ -216,13 +213,16 @@ def _hub_file(name: str) -> Path:
 
 
 def named_tokens(folder: Path) -> dict[str, str]:
-    """``eos_token`` and ``mask_token`` as the files beside a ``tokenizer.json`` name them."""
+    """``eos_token`` and ``mask_token`` as the files beside a ``tokenizer.json`` name them.
+
+    Raises:
+        UserError: a file is damaged.
+    """
     found: dict[str, str] = {}
     for name in (*_CONFIG_NAMES, MANIFEST_NAME):
-        try:
-            record = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        if not (folder / name).is_file():
             continue
+        record = read_json(folder / name)
         if name == MANIFEST_NAME and isinstance(record, dict):
             record = record.get("tokenizer")
         for key in ("eos_token", "mask_token"):

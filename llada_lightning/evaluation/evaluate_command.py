@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from llada_lightning.cluster import launched
-from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
+from llada_lightning.command_line import CommandParser, add_json, print_json
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.suites import SUITES, Benchmark, Suite, suite_named
 from llada_lightning.files import require_replaceable, write_json
 from llada_lightning.generation.terminal.options import REMASKINGS, STRATEGIES, add_model_options, load
+from llada_lightning.printing import people_console, warn
 
 if TYPE_CHECKING:
     from llada_lightning.evaluation.benchmarks import Loaded, Outcome
@@ -135,7 +135,7 @@ def prepared(options: Any, suite: Suite) -> tuple[HarnessModel, list[Loaded]]:
         except UserError as error:
             if not options.skip_missing:
                 raise
-            print(f"note: left out: {error}", file=sys.stderr)
+            warn(f"note: left out: {error}")
     if not loaded:
         raise UserError("evaluate: no task is left")
     _join_processes(options)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
+from llada_lightning.command_line import CommandParser, add_json, print_json
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.masks import REPLICATES
 from llada_lightning.evaluation.options import check_sampling
 from llada_lightning.files import require_replaceable, strict_json, written_atomically
 from llada_lightning.generation.terminal.options import add_model_options, load
+from llada_lightning.printing import people_console, warn
 
 if TYPE_CHECKING:
     from llada_lightning.checkpoints.language_model import LanguageModel
@@ -95,7 +95,7 @@ def score_command(argv: list[str]) -> int:
     lm = load(vars(options))
     if lm.objective == "arm" and sampled:
         names = ", ".join(_option(name) for name in sampled)
-        print(f"note: {names}: without effect, an arm's value is exact", file=sys.stderr)
+        warn(f"note: {names}: without effect, an arm's value is exact")
     sampling = {
         "cfg_scale": options.cfg_scale,
         "seed": options.seed,

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from jsonargparse import Namespace
 
-from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
+from llada_lightning.command_line import CommandParser, add_json, print_json
 from llada_lightning.errors import UserError
+from llada_lightning.printing import people_console
+from llada_lightning.reading import read_yaml
 from llada_lightning.scaling.flops import CONVENTIONS, Convention
 from llada_lightning.scaling.hyperparameters import BATCH_RULES, DECAY_FRACTION, LEARNING_RATE_RULES
 from llada_lightning.scaling.plan import OBJECTIVES, Plan, plan_study
@@ -236,11 +237,7 @@ def _read_base(path: str | None) -> dict[str, dict[str, Any]]:
     """
     content: Any = {}
     if path is not None:
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise UserError(f"plan: --base {path} cannot be read ({reason}); give one of llada fit's") from error
+        content = read_yaml(path) or {}
     if not isinstance(content, dict):
         raise UserError(f"plan: --base {path} holds no mapping; give one of llada fit's")
     sections = {name: _section(content, name) for name in ("budget", "run", "trainer", "model", "data")}

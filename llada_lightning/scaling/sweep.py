@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llada_lightning.errors import UserError
+from llada_lightning.reading import FormatError, parse_yaml, read_yaml
 
 Point = dict[str, Any]
 """One run of a sweep: parameter -> value."""
@@ -56,12 +55,7 @@ def read_sweep(path: Path | str) -> Sweep:
         UserError: there is no such file, it is not a sweep, its method is not ``grid``, or a value is null.
     """
     path = Path(path)
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"sweep: cannot read {path}: {error.strerror}; give a W&B sweep file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"sweep: {path} is not YAML: {' '.join(str(error).split())}") from error
+    config = read_yaml(path)
     if not isinstance(config, dict):
         raise UserError(f"sweep: {path} must hold method, parameters and command; it holds {type(config).__name__}")
     if config.get("method") != "grid":
@@ -169,8 +163,8 @@ def settings_of(point: Point) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in point.items():
         if name == "config" and isinstance(value, str):
-            with suppress(yaml.YAMLError):
-                value = yaml.safe_load(value)
+            with suppress(FormatError):
+                value = parse_yaml(value, f"sweep: {name}")
             flat |= settings_of(value) if isinstance(value, dict) else {}
         elif isinstance(value, dict):
             flat |= {f"{name}.{key}": inner for key, inner in settings_of(value).items()}

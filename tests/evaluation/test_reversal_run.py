@@ -102,7 +102,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(UserError, match="more than the 64"):
         run_reversal(model(), [Pair("a" * 5000, "b")], ReversalSettings("prompt"))
     path = tmp_path / "pairs.json"
-    for content, fault in (("[", "cannot be read"), ("[]", "holds no list"), ('[{"first": "a"}]', "pair 1 lacks")):
+    for content, fault in (("[", "is not JSON"), ("[]", "holds no list"), ('[{"first": "a"}]', "pair 1 lacks")):
         path.write_text(content)
         with pytest.raises(UserError, match=fault):
             read_pairs(path)

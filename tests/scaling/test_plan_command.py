@@ -98,7 +98,7 @@ def test_few_unique_tokens_of_a_base_are_read_many_times(
         (["--vocab-size", "512", "--out", "sweep.txt"], "must end in .yaml"),
         (["--vocab-size", "512", "--out", "sweep.yaml"], "needs the data"),
         (["--vocab-size", "512", "--slurm", "x.sbatch"], "give --out too"),
-        (["--vocab-size", "512", "--base", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["--vocab-size", "512", "--base", "nowhere.yaml"], "'nowhere.yaml' cannot be read"),
         (["--vocab-size", "512", "--measured", "nowhere.csv"], "no such file"),
         (["--vocab-size", "512", "--lr-rule", "luck"], "invalid choice: 'luck'"),
         (["--vocab-size", "512", "--sequence-length", "0"], "--sequence-length 0"),

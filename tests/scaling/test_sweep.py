@@ -163,11 +163,19 @@ def test_wrong_sweeps_are_refused(tmp_path: Path, change: dict[str, Any], words:
         read_sweep(write(tmp_path, yaml.safe_dump(config)))
 
 
-@pytest.mark.parametrize(("text", "words"), [("a: [", "not YAML"), ("[1]", "it holds list"), ("", "it holds NoneType")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", "not YAML"),
+        ("[1]", "it holds list"),
+        ("", "it holds NoneType"),
+        ("a: 1\nb: 2\na: 3", "'a' is given in line 1 and again in line 3"),
+    ],
+)
 def test_wrong_files_are_refused(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         read_sweep(write(tmp_path, text))
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match=r"none\.yaml' cannot be read: No such file"):
         read_sweep(tmp_path / "none.yaml")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from llada_lightning.errors import UserError
 from llada_lightning.evaluation.accuracy import Accuracy
 from llada_lightning.generation.sampling import generate
 from llada_lightning.generation.terminal.conversation import conversation_ids
+from llada_lightning.reading import read_json
 
 Form = Literal["prompt", "infill", "chat"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -83,10 +83,7 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     Raises:
         UserError: it cannot be read, is empty, or a pair lacks a half.
     """
-    try:
-        rows = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--pairs '{path}' cannot be read ({error}); give a JSON list of first and second") from error
+    rows = read_json(Path(path).expanduser())
     if not isinstance(rows, list) or not rows:
         raise UserError(f"--pairs '{path}' holds no list of pairs; give objects with 'first' and 'second'")
     pairs = []
