@@ -12,8 +12,7 @@ from pathlib import Path
 from llada_lightning import __version__
 from llada_lightning.cluster import check_environment, process_rank, says_it
 from llada_lightning.errors import UserError, refusal
-from llada_lightning.printing import print_what_the_encoding_holds, warn
-from llada_lightning.reading import shortened
+from llada_lightning.printing import print_what_the_encoding_holds, shortened, warn
 from llada_lightning.secrets import redacted
 
 USAGE = """\
@@ -266,8 +265,11 @@ def _lightning(args: list[str]) -> int:
 
 
 def quiet_libraries() -> None:
-    """Tell Lightning which process this is. Silence what the libraries tell everyone at every start and nobody can act upon, and have torch keep what it
-    compiles in the user's cache folder, where later runs find it, instead of in /tmp."""
+    """Prepare the libraries that a run imports: which process this is, what they print, where they keep files.
+
+    What they tell everyone at every start, and nobody can act upon, is silenced. torch keeps what it compiles in the
+    user's cache folder, where later runs find it, instead of in /tmp.
+    """
     import logging
     import warnings
 

@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 from llada_lightning.errors import UserError
-from llada_lightning.reading import shortened
+from llada_lightning.printing import shortened
 
 INTERACTIVE_JOBS = ("bash", "interactive")
 """Names of SLURM jobs in which a person types commands: they are not launched by srun (Lightning's rule, too)."""

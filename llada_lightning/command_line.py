@@ -12,7 +12,8 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json
-from llada_lightning.reading import FormatError, check_yaml, shortened
+from llada_lightning.printing import shortened
+from llada_lightning.reading import FormatError, check_yaml
 from llada_lightning.trusted import not_trusted
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\f": "\f", r"\0": "\0"}
@@ -73,7 +74,8 @@ def refuse_unusable(value: Any, name: str) -> None:
         if name.startswith("trainer.") and "class_path" in items:
             return
         for key, item in items.items():
-            refuse_unusable(item, f"{name}.{shortened(key)}".removeprefix("."))
+            below = name if key == "init_args" else f"{name}.{shortened(key)}".removeprefix(".")
+            refuse_unusable(item, below)
     elif isinstance(value, (list, tuple)):
         for item in value:
             refuse_unusable(item, name)

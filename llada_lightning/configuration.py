@@ -20,7 +20,8 @@ from jsonargparse import Namespace
 
 from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.errors import UserError
-from llada_lightning.reading import read_yaml, shortened
+from llada_lightning.printing import shortened
+from llada_lightning.reading import read_yaml
 from llada_lightning.scaling.budget import check_budgets, check_steps, steps_for_budget
 from llada_lightning.scaling.flops import flops_6nd
 from llada_lightning.scaling.hyperparameters import default_learning_rate

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from llada_lightning.errors import UserError
-from llada_lightning.reading import shortened
+from llada_lightning.printing import shortened
 from llada_lightning.scaling.flops import Convention
 
 MAX_SEED = 2**32 - 1
@@ -48,7 +48,7 @@ def check_folder_name(name: str, given: str, *, nested: bool = False) -> None:
         if part in NOT_RUNS or part.startswith("."):
             reason = f"`llada collect` passes over folders of the name '{shortened(part)}'"
         elif not part or "/" in part:
-            reason = "it must be the name of a folder" + " within the other" * nested
+            reason = "it must be the name of a folder"
         elif not part.isprintable():
             reason = "it must not contain control characters or line breaks"
         elif len(part.encode()) > _NAME_BYTES:

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from llada_lightning.errors import UserError
-from llada_lightning.reading import shortened
+from llada_lightning.printing import shortened
 from llada_lightning.scaling.budget import check_budgets
 from llada_lightning.scaling.flops import Convention, Objective
 from llada_lightning.scaling.plan_cost import Machine

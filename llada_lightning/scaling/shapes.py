@@ -14,8 +14,7 @@ from functools import cache
 from typing import Any
 
 from llada_lightning.errors import UserError
-from llada_lightning.reading import shortened
-
+from llada_lightning.printing import shortened
 
 MAX_LAYERS = 10_000
 """Most blocks: a hundred times those of the deepest language models."""

@@ -88,6 +88,8 @@ class LanguageModule(LightningModule, ABC):
         self.rope_theta, self.compat, self.weights, self.seed = rope_theta, compat, weights, seed or 0
         if not (all(0 <= beta < 1 for beta in optimizer.betas) and optimizer.eps > 0 <= optimizer.weight_decay):
             raise UserError(f"model.optimizer: {optimizer}; betas must lie in [0, 1), eps above 0, weight_decay from 0")
+        if not 0 < rope_theta < math.inf:
+            raise UserError(f"model.rope_theta: {rope_theta} given; it must be a finite number above 0")
         self.optimizer_settings, self.schedule = optimizer, schedule
         self.identity: dict[str, Any] = {}
         self.guard = UpdateGuard()
