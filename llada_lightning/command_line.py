@@ -28,7 +28,20 @@ def _load_checked_yaml(text: str) -> Any:
     except FormatError as error:
         # The parser takes a value that is no YAML as a string, as it should a prompt that looks like a mapping.
         raise yaml.YAMLError(str(error)) from error
-    return _load_yaml(text)
+    value = _load_yaml(text)
+    if _has_long_list(value):
+        raise yaml.YAMLError(f"the configuration has a list of more than {_MOST_ITEMS:,} values")
+    return value
+
+
+_MOST_ITEMS = 1000
+"""Most values of a list in a configuration: the time of the parser grows with their number squared."""
+
+
+def _has_long_list(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_long_list, value.values()))
+    return isinstance(value, list) and (len(value) > _MOST_ITEMS or any(map(_has_long_list, value)))
 
 
 set_loader("yaml", _load_checked_yaml, (yaml.YAMLError,))

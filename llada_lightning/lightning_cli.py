@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from itertools import zip_longest
 from pathlib import Path
@@ -22,7 +23,7 @@ from llada_lightning.checkpoints.run_folder import CHECKPOINTS, CONFIG, final_ch
 from llada_lightning.cluster import agreed_launch
 from llada_lightning.command_line import refuse_unusable
 from llada_lightning.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
-from llada_lightning.data.language_datamodule import LanguageDataModule
+from llada_lightning.data.language_datamodule import LanguageDataModule, require_open_files
 from llada_lightning.data.sft import SftDataModule  # noqa: F401 (so that the parser knows its name)
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
@@ -30,6 +31,7 @@ from llada_lightning.lock import check_unlocked, run_lock
 from llada_lightning.parser import OneLineParser, class_first
 from llada_lightning.phases import Phase, phases_of
 from llada_lightning.printing import shortened
+from llada_lightning.reading import read_text
 from llada_lightning.scaling.results import read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.secrets import refuse_secrets
@@ -107,7 +109,12 @@ class LladaCLI(LightningCLI):
         parser.set_defaults({"data": {**data, "init_args": {"path": "data/python-stdlib"}}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(class_first(args))
+        try:
+            self.config = parser.parse_args(class_first(args))
+        except UnicodeDecodeError:
+            for path in filter(os.path.isfile, (word.removeprefix("--config=") for word in args)):
+                read_text(path)  # says which file it is, and where
+            raise
         refuse_unusable(self.config[self.config["subcommand"]], "")
 
     def _parse_ckpt_path(self) -> None:
@@ -164,6 +171,7 @@ class LladaCLI(LightningCLI):
         # Of a single process Lightning keeps what RANK and its like say, whoever has set them.
         rank_zero_only.rank = self.trainer.global_rank
         check_monitors(self.trainer, self.model)
+        require_open_files(self.datamodule.loader_workers(self.trainer))
         check_parallel(self.trainer, self.model.shape, self.model.vocab_size, self.datamodule.sequence_length)
         self.model.identity = self.identity
         given, fits = Speed(**vars(self.settings.speed)), self.subcommand == "fit"
@@ -175,7 +183,8 @@ class LladaCLI(LightningCLI):
         kwargs |= launched_settings(self.launch, trainer.devices, [checkpoint_io, *_as_list(trainer.plugins)])
         self.memory = MemoryAdvice()
         if self.subcommand != "fit":
-            return super().instantiate_trainer(callbacks=[EvaluationProgress(), self.memory], **kwargs)
+            progress = [] if trainer.enable_progress_bar is False else [EvaluationProgress()]
+            return super().instantiate_trainer(callbacks=[*progress, self.memory], **kwargs)
         phase = self.phase
         data, model = self.datamodule, self.model
         self.accounting = Accounting(model.flops_per_token(data.attended_length, data.mask_eps, data.response_share))

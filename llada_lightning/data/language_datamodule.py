@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import resource
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from llada_lightning.data.datasets import take_batch
@@ -140,10 +141,16 @@ class LanguageDataModule(LightningDataModule, ABC):
         """As :attr:`micro_batch`, for a trainer to be."""
         return exact_micro_batch(self.global_batch, self._micro_batch, devices, accumulation)
 
+    def loader_workers(self, trainer: Trainer) -> int:
+        """Processes of each loader: as given, else 2 where a GPU trains."""
+        if self.workers is not None:
+            return self.workers
+        return 2 if trainer.strategy.root_device.type == "cuda" else 0
+
     def _loader(self, dataset: Any, sampler: Any) -> DataLoader:
         assert self.trainer is not None
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        workers = (2 if on_gpu else 0) if self.workers is None else self.workers
+        workers = self.loader_workers(self.trainer)
         return DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -154,6 +161,31 @@ class LanguageDataModule(LightningDataModule, ABC):
             # A generator of its own: the loader draws worker seeds, which must not move the global generator.
             generator=torch.Generator().manual_seed(0),
         )
+
+
+_OPEN_FILES, _OPEN_FILES_OF_A_WORKER = 64, 64
+"""Files that a training process has open, libraries included, and those of batches that a worker hands over."""
+
+
+def require_open_files(workers: int) -> None:
+    """Raise this process's limit of open files to what a loader's workers need: without them they hang or die.
+
+    Raises:
+        UserError: the system does not allow it.
+    """
+    if workers == 0:
+        return
+    needed = _OPEN_FILES + _OPEN_FILES_OF_A_WORKER * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"data.workers: {workers} given, which needs {needed} open files, but the limit is {soft}; raise it "
+            f"(ulimit -n {needed}), or give --data.workers 0"
+        ) from error
 
 
 def exact_micro_batch(global_batch: int, micro_batch: int | None, devices: int, accumulation: int) -> int:

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from jsonargparse import Namespace
 
-from llada_lightning.command_line import CommandParser, add_json, print_json
+from llada_lightning.command_line import CommandParser, add_json, print_json, refuse_unusable
 from llada_lightning.errors import UserError
-from llada_lightning.printing import people_console
+from llada_lightning.printing import people_console, shortened
 from llada_lightning.reading import read_yaml
 from llada_lightning.scaling.budget import MAX_BUDGETS
 from llada_lightning.scaling.flops import CONVENTIONS, Convention
@@ -129,6 +129,7 @@ def _parser() -> CommandParser:
 def _plan(options: Namespace, base: Mapping[str, Any], read_data: ReadData) -> tuple[Plan, Destination]:
     data, model, trainer = base["data"], base["model"], base["trainer"]
     path: DataPath | None = data.get("path") if options.data is None else options.data
+    _check_path(path)
     sequence_length = _first(options.sequence_length, _count(data, "data", "sequence_length"), 256)
     if sequence_length < 1:
         raise UserError(f"plan: --sequence-length {sequence_length} must be at least 1")
@@ -184,6 +185,16 @@ def _plan(options: Namespace, base: Mapping[str, Any], read_data: ReadData) -> t
     study = str(_first(options.study, base["run"].get("study"), Path(options.out or "plan").stem))
     check_folder_name("plan: --study", study, nested=True)
     return plan, Destination(study=study, data=path, base=options.base, vocab_size=vocab_size)
+
+
+def _check_path(path: Any) -> None:
+    weights = list(path.values()) if isinstance(path, dict) else []
+    is_mixture = weights and all(isinstance(weight, (int, float)) and weight > 0 for weight in weights)
+    if path is not None and not isinstance(path, str) and not is_mixture:
+        given = shortened(repr(path))
+        raise UserError(
+            f"base: data.init_args.path {given} is neither a folder nor a mapping from folders to weights above 0"
+        )
 
 
 def _sources_read(sources: tuple[Source, ...], sequence_length: int, train_tokens: int | None) -> tuple[Source, ...]:
@@ -245,6 +256,7 @@ def _read_base(path: str | None) -> dict[str, dict[str, Any]]:
     content: Any = {}
     if path is not None:
         content = read_yaml(path) or {}
+    refuse_unusable(content, "base")
     if not isinstance(content, dict):
         raise UserError(f"plan: --base {path} holds no mapping; give one of llada fit's")
     sections = {name: _section(content, name) for name in ("budget", "run", "trainer", "model", "data")}
