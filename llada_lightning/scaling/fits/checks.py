@@ -98,7 +98,7 @@ def hold_out(
     )
     budget = Candidates.of(runs.iloc[held].reset_index(drop=True), planned, unit, noise.take(held))
     generator = np.random.default_rng(seed)
-    normals, uniforms = generator.standard_normal(len(noise.normals)), generator.uniform(size=len(noise.normals))
+    normals, uniforms = generator.standard_normal(noise.samples), generator.uniform(size=noise.samples)
     results = []
     for convention in conventions:
         spread = best_known(fewer.spread, fewer.envelope[convention].spread)

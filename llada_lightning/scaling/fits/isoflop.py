@@ -216,13 +216,14 @@ def fit_isoflop(
         notes.append("no intervals: three shapes a budget leave no scatter to judge by; add shapes")
     # Whether a cubic term moves an optimum is judged by the scatter about cubics: that about parabolas holds the lean.
     cubic = fit_linear(block_diag(*(valley.cubic_design for valley in valleys)), log_loss, pooled, lent=fit.spread)
-    ends = np.cumsum([len(valley.rows) for valley in valleys])[:-1]
-    weights = np.split(pooled.weights(np.nan_to_num(fit.spread.tau)), ends)
-    errors, cubic_errors = (np.split(pooled.draws(kind.spread), ends, axis=1) for kind in (fit, cubic))
+    places = np.split(np.arange(len(log_loss)), np.cumsum([len(valley.rows) for valley in valleys])[:-1])
+    weights = pooled.weights(np.nan_to_num(fit.spread.tau))
     cost = TokenCost.of_runs(runs, convention)
     budgets = [
-        _fit_budget(valley, runs.iloc[valley.rows], unit, cost, *noise_of_budget)
-        for valley, *noise_of_budget in zip(valleys, weights, errors, cubic_errors, strict=True)
+        _fit_budget(
+            valley, runs.iloc[valley.rows], unit, cost, weights[own], *(pooled.draws(f.spread, own) for f in (fit, cubic))
+        )
+        for valley, own in zip(valleys, places, strict=True)
     ]
     return _with_laws(convention, budgets, cost, notes, seed)
 

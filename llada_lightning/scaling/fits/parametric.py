@@ -16,7 +16,7 @@ from scipy.optimize import least_squares, nnls
 
 from llada_lightning.scaling.fits.estimate import Array, Estimate, interval
 from llada_lightning.scaling.fits.huber import PARAMETERS, fit_many, huber, log_loss, log_loss_and_jacobian
-from llada_lightning.scaling.fits.noise import Noise, Spread
+from llada_lightning.scaling.fits.noise import Noise, Spread, blocks
 from llada_lightning.scaling.fits.runs import TokenCost, Unit, flops_column, losses
 from llada_lightning.scaling.flops import Convention
 
@@ -117,7 +117,9 @@ class ParametricFit:
 
     def drawn_frontier(self, convention: Convention, flops: npt.ArrayLike) -> Array:
         """The optimal loss at given training FLOPs in every draw: (samples, k)."""
-        return np.exp(self._optimum(self.draws, convention, np.log(np.atleast_1d(np.asarray(flops, float))))[2])
+        log_c = np.log(np.atleast_1d(np.asarray(flops, float)))
+        parts = blocks(len(self.draws), len(log_c))
+        return np.exp(np.concatenate([self._optimum(self.draws[part], convention, log_c)[2] for part in parts]))
 
     def n_exponent(self, convention: Convention) -> Estimate:
         """a of N_opt ~ C^a; by the total the mean slope over the runs' own range of FLOPs."""
@@ -236,8 +238,11 @@ def fit_parametric(
     fitted, jacobian = log_loss_and_jacobian(least, x, z)
     spread = noise.spread(y - fitted[0], jacobian[0])
     residuals = y - log_loss(theta, x, z)
-    goals = y - residuals + noise.draws(spread)
-    draws, converged = fit_many(np.repeat(theta[None], len(goals), axis=0), goals, x, z, huber_delta)
+    drawn_fits = [
+        fit_many(np.repeat(theta[None], len(errors), axis=0), y - residuals + errors, x, z, huber_delta)
+        for errors in noise.blocks_of_draws(spread)
+    ]
+    draws, converged = (np.concatenate(parts) for parts in zip(*drawn_fits, strict=True))
     note = _unidentified(draws, converged, float(y.min()), gradient)
     values, drawn = (np.exp(t) for t in (theta, draws))
     scales = ((1, 2, log_n0), (3, 4, log_d0))
