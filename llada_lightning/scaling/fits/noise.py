@@ -151,9 +151,7 @@ class Noise:
             return cls.of(np.zeros((count, count)), "scatter", samples, seed)
         generator = np.random.default_rng(seed)
         normals = generator.standard_normal((samples, count))
-        return cls._whole(
-            "covariance", covariance, Draws(errors, normals, generator.uniform(size=(samples, count)))
-        )
+        return cls._whole("covariance", covariance, Draws(errors, normals, generator.uniform(size=(samples, count))))
 
     def take(self, rows: npt.ArrayLike) -> Noise:
         """Of some of the runs, draws and all."""
