@@ -169,7 +169,7 @@ class LladaCLI(LightningCLI):
         except (MisconfigurationException, ValueError, ImportError) as error:  # Lightning, of the trainer's settings
             raise _own_cause(error) or UserError(" ".join(str(error).split())) from error
         # Of a single process Lightning keeps what RANK and its like say, whoever has set them.
-        rank_zero_only.rank = self.trainer.global_rank
+        rank_zero_only.rank = self.trainer.global_rank  # type: ignore[attr-defined]
         check_monitors(self.trainer, self.model)
         require_open_files(self.datamodule.loader_workers(self.trainer))
         check_parallel(self.trainer, self.model.shape, self.model.vocab_size, self.datamodule.sequence_length)

@@ -190,7 +190,7 @@ class TokenizerFiles:
             UserError: the tokenizer has other special ids than the model, or ids that the model lacks.
         """
         mend = "give the model's own with --tokenizer"
-        tokenizer, left_out = self.tokenizer, []
+        tokenizer, left_out = self.tokenizer, list[str]()
         if set(description.end_token_ids) & set(self._candidates("eos_token")):  # it is the model's
             tokenizer, left_out = without_special_beyond(tokenizer, description.vocab_size)
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
