@@ -16,6 +16,9 @@ from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
 from llada_lightning.scaling.flops import Objective
 
+_ANCHORS = ("\n", "a")
+"""Characters that a text is encoded behind; a tokenizer merges both with its first one hardly ever."""
+
 
 @dataclass(frozen=True)
 class LanguageModel:
@@ -73,7 +76,7 @@ class LanguageModel:
         """
         if self.chat_template is None:
             return None
-        acting = (*self.end_token_ids, self.mask_token_id)
+        acting = (*self.end_token_ids, self.mask_token_id, *self.text_prefix_ids)
         return ChatTemplate.of(
             self.chat_template, self._tokenizer, self.eos_token_id, acting, self.name, self.special_tokens
         )
@@ -118,6 +121,32 @@ class LanguageModel:
             UserError: there is no tokenizer.
         """
         return [*self.text_prefix_ids, *self.encode(text)]
+
+    def encode_within(self, text: str) -> list[int]:
+        """The ids of a text that other tokens stand before, encoded by itself.
+
+        Some tokenizers put a space before whatever they encode (SentencePiece's): so it is encoded behind a character.
+
+        Raises:
+            UserError: there is no tokenizer.
+        """
+        for anchor in _ANCHORS:
+            head, whole = self.encode(anchor), self.encode(anchor + text)
+            if whole[: len(head)] == head:
+                return whole[len(head) :]
+        return self.encode(text)
+
+    def encode_after(self, before: str, text: str) -> list[int]:
+        """The ids of a text that follows another one, to stand behind the ids of that one.
+
+        They are the rest of the encoding of both, where that begins with the ids of ``before``. Where a token spans the
+        join, or the encoding differs otherwise, no place parts it rightly: then the text is encoded by itself.
+
+        Raises:
+            UserError: there is no tokenizer.
+        """
+        head, whole = self.encode(before), self.encode(before + text)
+        return whole[len(head) :] if whole[: len(head)] == head else self.encode_within(text)
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens left out.

@@ -21,8 +21,10 @@ from llada_lightning.data.tokenizers import (
     named_tokens,
     tokenizer_file,
     tokenizer_from_text,
+    without_special_beyond,
 )
 from llada_lightning.errors import UserError
+from llada_lightning.printing import warn
 from llada_lightning.reading import parse_json, read_text
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -188,7 +190,10 @@ class TokenizerFiles:
             UserError: the tokenizer has other special ids than the model, or ids that the model lacks.
         """
         mend = "give the model's own with --tokenizer"
-        largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        tokenizer, left_out = self.tokenizer, []
+        if set(description.end_token_ids) & set(self._candidates("eos_token")):  # it is the model's
+            tokenizer, left_out = without_special_beyond(tokenizer, description.vocab_size)
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= description.vocab_size:
             raise UserError(
                 f"tokenizer '{self.name}' has ids up to {largest}, the model only {description.vocab_size}; {mend}"
@@ -198,7 +203,7 @@ class TokenizerFiles:
             if token_id is None:
                 continue
             title = {"eos_token": "EOS", "mask_token": "[MASK]"}[key]
-            if self.tokenizer.id_to_token(token_id) is None:
+            if tokenizer.id_to_token(token_id) is None:
                 raise UserError(
                     f"tokenizer '{self.name}' has {largest + 1} ids and no {token_id}, the model's {title}; {mend}"
                 )
@@ -206,8 +211,13 @@ class TokenizerFiles:
             others = self._candidates(key)
             if (given or key == "mask_token") and others and not alike & set(others):
                 raise UserError(f"tokenizer '{self.name}' has {title} as {others[0]}, the model as {token_id}; {mend}")
+        if left_out:
+            warn(
+                f"note: tokenizer '{self.name}': {', '.join(left_out)} is left out, because the model has no embedding "
+                f"for ids from {description.vocab_size} on; text is encoded as before"
+            )
         special = [i for i in (*description.end_token_ids, description.mask_token_id) if i is not None]
-        return replace(self, tokenizer=_with_special(self.tokenizer, special))
+        return replace(self, tokenizer=_with_special(tokenizer, special))
 
     def files_for(self, description: Description) -> dict[str, bytes]:
         """The files to write beside a model; with a configuration for transformers where there is none."""

@@ -100,7 +100,8 @@ def tokenize_pairs(
     dropped = 0
     for where, messages in dialogues:
         try:
-            encoded = [template.turn_ids(turn) for turn in answered_turns(messages)]
+            answered = answered_turns(messages)
+            encoded = [template.turn_ids(turn) for turn in answered]
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         pairs = [(prompt, answer if answer[-1:] == [eos_id] else [*answer, eos_id]) for prompt, answer in encoded]
@@ -116,7 +117,7 @@ def tokenize_pairs(
             continue
         tokens += [np.array(prompt + answer, dtype=np.int32) for prompt, answer in pairs]
         prompts += [len(prompt) for prompt, _ in pairs]
-        sizes += [len(message.content.encode()) for message in messages if message.role == "assistant"]
+        sizes += [len(turn[-1].content.encode()) for turn in answered]
         turns.append(len(pairs))
     if not turns:
         raise UserError(f"data.path: no dialogue is left of {dropped}; give others, or raise --data.context_length")

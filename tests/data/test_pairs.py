@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_lightning.data.chat import LLADA_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate, Message
+from llada_lightning.data.dialogues import Context
 from llada_lightning.data.pairs import PairDataset, Pairs, PairStream, PairValidationDataset, tokenize_pairs
 from llada_lightning.data.tokenizers import train_tokenizer
 from llada_lightning.errors import UserError
@@ -44,6 +45,15 @@ def test_the_tokens_are_prompt_response_and_one_eos() -> None:
         "user:\nx\n\nassistant:\nyy\n\nuser:\nz\n\nassistant:\nw",
     ]
     assert (pairs.lengths - pairs.prompts_P).tolist() == [2, 3, 2]
+
+
+def test_an_answer_that_is_not_learned_is_part_of_the_prompt_alone() -> None:
+    said = [Message("user", "x"), Context("assistant", "yy"), Message("user", "z"), Message("assistant", "w")]
+    pairs = tokenize_pairs([("row 1", said)], TEMPLATE, EOS, 512)
+    learned = pairs_of([("x", "yy"), ("z", "w")])
+    assert (pairs.dialogues, len(pairs.lengths), pairs.bytes_P.tolist()) == (1, 1, [1])
+    assert pairs.tokens_T.tolist() == learned.tokens_T[learned.starts_P[1] :].tolist()
+    assert pairs.prompts_P.tolist() == learned.prompts_P[1:].tolist()
 
 
 def test_text_that_spells_a_special_token_stays_text() -> None:

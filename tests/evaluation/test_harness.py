@@ -18,7 +18,11 @@ pytest.importorskip("lm_eval")
 import datasets
 import lm_eval
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from llada_lightning.checkpoints.language_model import LanguageModel
@@ -116,6 +120,50 @@ def test_an_arm_agrees_with_the_harness_own_model(tmp_path: Path) -> None:
     assert all(mine > value for (mine, _), (value, _) in zip(without_mask, expected, strict=True))
     mine, their = (outcome(model, tmp_path / "tasks", "local_choice").metrics for model in (ours, theirs))  # type: ignore[arg-type]
     assert mine == their
+
+
+def merging_tokenizer() -> Tokenizer:
+    """Byte-level with merges, fewer ids than the models' vocabulary of 272."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = ["came home", "Answer: a dog", "came home, a dog"]
+    tokenizer.train_from_iterator(texts * 9, BpeTrainer(vocab_size=38, show_progress=False))
+    return tokenizer
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_pairs_are_parted_as_in_the_harness_own_models_where_no_token_spans_the_join(
+    models: Any, objective: str
+) -> None:
+    lm = replace(models[objective], tokenizer=merging_tokenizer())
+    assert len(lm.encode(" home")) == 1
+    own = SimpleNamespace(backend="causal", tok_encode=lm.encode)
+    ordinary = [("came", " home"), ("came ", "home"), ("Answer:", " a dog"), ("came home", ", a dog"), ("Answer", ":")]
+    for context, continuation in ordinary:
+        assert HarnessModel(lm)._pair(context, continuation) == TemplateLM._encode_pair(own, context, continuation)
+    # Where one does, theirs has nothing to score, and stops.
+    assert TemplateLM._encode_pair(own, "came ho", "me") == (lm.encode("came ho"), [])
+    assert HarnessModel(lm)._pair("came ho", "me") == (lm.encode("came ho"), lm.encode("me"))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_choice_whose_token_spans_the_join_is_not_certain(models: Any, tmp_path: Path, objective: str) -> None:
+    lm = replace(models[objective], tokenizer=merging_tokenizer())
+    choices = ["a dog", "me", "an answer"]
+    pairs = [(lm.encode("came ho"), lm.encode(choice)) for choice in choices]
+    values = [score.mean for score in log_likelihood(lm, pairs, 8)]
+    assert max(values) < 0
+    requests = [asked("came ho", choice) for choice in choices]
+    assert [value for value, _ in HarnessModel(lm, monte_carlo=8).loglikelihood(requests)] == values
+
+
+def test_an_empty_choice_or_text_without_tokens_is_refused_by_name(models: Any) -> None:
+    model = HarnessModel(replace(models["llada"], tokenizer=merging_tokenizer()))
+    with pytest.raises(UserError, match=r"^task 'task', document 0, request 0: the continuation is empty"):
+        model.loglikelihood([asked("came ", "")])
+    with pytest.raises(UserError, match=r"^task 'task', document 0, request 0: the tokenizer has no token for 'XYZ'"):
+        model.loglikelihood_rolling([asked("XYZ")])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
