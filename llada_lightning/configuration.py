@@ -21,11 +21,13 @@ from jsonargparse import Namespace
 from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.errors import UserError
 from llada_lightning.model.transformer import NORM_EPS
+from llada_lightning.printing import shortened
 from llada_lightning.reading import read_yaml
-from llada_lightning.scaling.budget import steps_for_budget
+from llada_lightning.scaling.budget import check_budgets, check_steps, steps_for_budget
 from llada_lightning.scaling.flops import flops_6nd
 from llada_lightning.scaling.hyperparameters import default_learning_rate
-from llada_lightning.scaling.shapes import get_shape, shape_name
+from llada_lightning.scaling.shapes import check_vocabulary, get_shape, shape_name
+from llada_lightning.settings import check_folder_name, check_seed
 from llada_lightning.training.first_weights import take_over, weights_hash
 from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.schedules import WSD, schedule_from
@@ -49,6 +51,10 @@ def resolve_data(config: Namespace) -> LanguageDataModule:
         raise UserError(f"seed_everything: {config.seed_everything} given; a run that can be repeated needs a number")
     _fill(config.model.init_args, "seed", config.seed_everything)
     _fill(config.data.init_args, "seed", config.seed_everything)
+    check_seed("seed_everything", config.seed_everything)
+    for name, arguments in {"model": config.model.init_args, "data": config.data.init_args}.items():
+        for key in ("seed", "val_seed"):
+            check_seed(f"{name}.{key}", arguments.get(key))
     if config.model.init_args.get("weights") is not None:
         take_over(config, module_class(config).objective)
     data = located(config.data.class_path, LanguageDataModule)(**config.data.init_args.as_dict())  # type: ignore[type-abstract]
@@ -110,6 +116,9 @@ _OURS = {
 
 def _refuse_what_breaks_the_contract(config: Namespace) -> None:
     trainer, run = config.trainer, config.run
+    if run.name is not None:
+        check_folder_name("run.name", run.name)
+    check_folder_name("run.study", run.study, nested=True)
     for key, value in _OURS.items():
         if trainer[key] != value:
             raise UserError(
@@ -124,12 +133,13 @@ def _refuse_what_breaks_the_contract(config: Namespace) -> None:
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.log_every_n_steps": trainer.log_every_n_steps,
         "run.checkpoint_every_steps": run.checkpoint_every_steps,
+        "trainer.val_check_interval": trainer.val_check_interval,
         "run.keep_checkpoints": run.keep_checkpoints,
         "guard.patience": config.guard.patience,
     }
     for key, count in counts.items():
-        if count is not None and count < 1:
-            raise UserError(f"{key}: {count} must be at least 1")
+        if count is not None and not (isinstance(count, int) and count >= 1):
+            raise UserError(f"{key}: {count} given; it must be a whole number of at least 1")
     if run.checkpoint_every_minutes is not None and not run.checkpoint_every_minutes > 0:
         raise UserError(f"run.checkpoint_every_minutes: {run.checkpoint_every_minutes} must lie above 0")
     if not config.guard.spike_zscore > 0:
@@ -155,6 +165,7 @@ def _fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
     mask_id = None if without else tokenizer.mask_id
     words = tokenizer.vocab_size - (without and tokenizer.mask_id == tokenizer.vocab_size - 1)
     _fill(arguments, "vocab_size", words)
+    check_vocabulary("model.vocab_size", arguments.vocab_size)
     if arguments.vocab_size < words:
         raise UserError(
             f"model.vocab_size: {arguments.vocab_size} is below the {words} tokens of the data's tokenizer; leave it "
@@ -179,16 +190,20 @@ def _lengths(config: Namespace, module: LanguageModule, data: LanguageDataModule
             return [data.wanted_steps]
         if given < 1:
             raise UserError("budget.flops: nothing says how long to train; give --budget.flops, such as 1e12")
+        check_steps("trainer.max_steps", given, given)
         return [given]
     flops_per_token = module.flops_per_token(data.attended_length, data.mask_eps, data.response_share)
     per_step = data.expected_tokens_per_step
     if budget.flops is not None:
         budgets = budget.flops if isinstance(budget.flops, list) else [budget.flops]
+        check_budgets("budget.flops", budgets)
         lengths = [steps_for_budget(flops, flops_per_token, per_step, budget.convention) for flops in budgets]
         if not lengths or any(later <= earlier for earlier, later in pairwise(lengths)):
-            raise UserError(f"budget.flops: {budgets} make {lengths} steps; several budgets must ascend by a step each")
+            made = f"{shortened(budgets)} make {shortened(lengths)} steps"
+            raise UserError(f"budget.flops: {made}; several budgets must ascend by a step each")
     else:
         lengths = [round(budget.tokens / per_step)]
+        check_steps("budget.tokens", budget.tokens, lengths[0])
         if budget.tokens < per_step:
             raise UserError(
                 f"budget.tokens: {budget.tokens:g} is below one step of {per_step:.0f} tokens; raise it, or lower "

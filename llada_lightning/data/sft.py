@@ -9,11 +9,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader
 
-from llada_lightning.checkpoints.tokenizer_files import TEMPLATE_NAME, TokenizerFiles
+from llada_lightning.checkpoints.tokenizer_files import ROLES_NAME, TEMPLATE_NAME, TokenizerFiles
 from llada_lightning.data.chat import LLADA_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate
 from llada_lightning.data.datasets import OrdinalSampler, StridedSampler
 from llada_lightning.data.dialogues import read_dialogues
@@ -25,6 +24,8 @@ from llada_lightning.errors import UserError
 from llada_lightning.objectives import noise
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.objectives.noise import Stream
+from llada_lightning.printing import people_console, warn
+from llada_lightning.reading import read_text
 from llada_lightning.scaling.budget import MASK_EPS
 
 
@@ -37,7 +38,7 @@ class SftDataModule(LanguageDataModule):
 
     Args:
         path: a .jsonl file, a folder of them, or hf:NAME[:CONFIG][@SPLIT]. A row has prompt and response, question and
-            answer, instruction and output, or messages of user and assistant by turns.
+            answer, instruction (with input) and output, or messages of user and assistant by turns; and system.
         tokenizer: tokenizer.json or a folder with one; null: that of `model.weights`.
         mask_token: [MASK] by its name in the tokenizer; null: that of `model.weights`, else the one that the
             tokenizer's files name, else a usual name; '': none, which `arm` can do without.
@@ -131,17 +132,23 @@ class SftDataModule(LanguageDataModule):
         return self._loaded[1]
 
     def tokenizer_files(self) -> dict[str, str]:
-        return {TOKENIZER_NAME: self._loaded[0].to_str(), TEMPLATE_NAME: self.template.text}
+        roles = {role: token or None for role, token in self.template.roles.items()}
+        return {
+            TOKENIZER_NAME: self._loaded[0].to_str(),
+            TEMPLATE_NAME: self.template.text,
+            ROLES_NAME: json.dumps(roles, indent=2, ensure_ascii=False) + "\n",
+        }
 
     @cached_property
     def template(self) -> ChatTemplate:
         """How dialogues are written.
 
         Raises:
-            UserError: there is none of that name, or the tokenizer lacks its special tokens.
+            UserError: there is none of that name.
         """
         tokenizer, info = self._loaded
-        own = TokenizerFiles.of_path(self._tokenizer_spec).chat_template
+        files = TokenizerFiles.of_path(self._tokenizer_spec)
+        own = files.chat_template
         spec = self._template_spec or ("plain" if own is None else "tokenizer")
         if spec == "tokenizer" and own is None:
             raise UserError(f"data.chat_template: tokenizer '{self._tokenizer_spec}' has none; choose plain or llada")
@@ -150,20 +157,11 @@ class SftDataModule(LanguageDataModule):
             text = {"tokenizer": own, "llada": LLADA_TEMPLATE, "plain": plain}[spec] or ""
         else:
             try:
-                text = Path(spec).expanduser().read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(
-                    f"data.chat_template: '{spec}' cannot be read ({error}); give tokenizer, llada, plain or a file"
-                ) from error
+                text = read_text(Path(spec).expanduser())
+            except UserError as error:
+                raise UserError(f"data.chat_template: {error}; give tokenizer, llada, plain or a file") from error
         acting = (info.mask_id, *(self.text_prefix_ids or ()))
-        template = ChatTemplate.of(text, tokenizer, info.eos_id, acting, spec)
-        lacking = template.lacking()
-        if lacking:
-            raise UserError(
-                f"data.chat_template: '{spec}' writes {', '.join(lacking)}, and tokenizer '{self._tokenizer_spec}' has "
-                "no such special token; choose plain, or another tokenizer"
-            )
-        return template
+        return ChatTemplate.of(text, tokenizer, info.eos_id, acting, spec, files.special_tokens)
 
     def _written_prefix(self) -> str:
         """What stands before a text, as a template writes it: the run's template holds it, for inference too."""
@@ -181,7 +179,7 @@ class SftDataModule(LanguageDataModule):
         rows = track(
             read_dialogues(self.path),
             description="reading pairs",
-            console=Console(stderr=True),
+            console=people_console(stderr=True),
             transient=True,
             disable=not sys.stderr.isatty(),
         )
@@ -192,10 +190,9 @@ class SftDataModule(LanguageDataModule):
                 "with what it is given; write at least one token there"
             )
         if pairs.dropped:
-            print(
+            warn(
                 f"note: {pairs.dropped} of {pairs.dropped + pairs.dialogues} dialogues are longer than the context of "
-                f"{self.sequence_length} and are left out",
-                file=sys.stderr,
+                f"{self.sequence_length} and are left out"
             )
         return pairs
 

@@ -27,7 +27,7 @@ from llada_lightning.objectives.bounds import nll_bound
 from llada_lightning.objectives.losses import masked_diffusion_weights, shift_right, token_nll
 from llada_lightning.scaling.budget import expected_mask_probability
 from llada_lightning.scaling.flops import Objective, TrainingFlops, flops_per_token
-from llada_lightning.scaling.shapes import MOST_PARAMETERS, Shape, get_shape
+from llada_lightning.scaling.shapes import MAX_PARAMETERS, Shape, get_shape
 from llada_lightning.training.first_weights import fill_weights, inherited
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.metrics import ValidationLoss
@@ -94,7 +94,7 @@ class LanguageModule(LightningModule, ABC):
         self.vocab_size, self.mask_token_id, self.eos_token_id = vocab_size, mask_token_id, eos_token_id
         if vocab_size is not None and not 1 <= vocab_size < 2**31:
             raise UserError(f"model.vocab_size: {vocab_size} given; it must be a whole number from 1 to {2**31 - 1}")
-        if (count := self.shape.params_total(vocab_size or 1)) > MOST_PARAMETERS:
+        if (count := self.shape.params_total(vocab_size or 1)) > MAX_PARAMETERS:
             raise UserError(f"model.shape: {count:.2g} parameters; no memory could hold such a model, correct it")
         outside = [i for i in text_prefix_ids or () if not 0 <= i < (vocab_size or 2**31)]
         if outside:
@@ -106,6 +106,8 @@ class LanguageModule(LightningModule, ABC):
         self.compat, self.weights, self.seed = compat, weights, seed or 0
         if not (all(0 <= beta < 1 for beta in optimizer.betas) and optimizer.eps > 0 <= optimizer.weight_decay):
             raise UserError(f"model.optimizer: {optimizer}; betas must lie in [0, 1), eps above 0, weight_decay from 0")
+        if not 0 < rope_theta < math.inf:
+            raise UserError(f"model.rope_theta: {rope_theta} given; it must be a finite number above 0")
         self.optimizer_settings, self.schedule = optimizer, schedule
         self.identity: dict[str, Any] = {}
         self.guard = UpdateGuard()
@@ -156,11 +158,15 @@ class LanguageModule(LightningModule, ABC):
     ) -> None:
         """Clip by norm, over all shards, and have the guard judge the step; both figures are kept for the log."""
         parameters = [p for p in self.parameters() if p.grad is not None]
-        self.grad_norm = total_norm([p.grad for p in parameters if p.grad is not None])
-        clip = float(gradient_clip_val) if gradient_clip_val else float("inf")
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, self.grad_norm)
+        self.grad_norm = judged = total_norm([p.grad for p in parameters if p.grad is not None])
+        if gradient_clip_val:
+            clip = float(gradient_clip_val)
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, self.grad_norm)
+            # The guard judges what goes into the update: the gradients times at most clip / norm. Both are finite
+            # together with the product, since the factor is 1 at most; so the norm tells, where the clip is a number.
+            judged = self.grad_norm if math.isfinite(clip) else torch.full_like(self.grad_norm, math.nan)
         # What torch's fused optimizers take from a GradScaler: 1 leaves weights, moments and step counts as they are.
-        optimizer.found_inf = self._judge(self.grad_norm)  # type: ignore[attr-defined]
+        optimizer.found_inf = self._judge(judged)  # type: ignore[attr-defined]
 
     def _judge(self, grad_norm: Tensor) -> Tensor:
         """The guard's verdict on the global batch, the same on all ranks."""
