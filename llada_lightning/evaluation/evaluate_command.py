@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,8 +178,6 @@ def check(options: Any) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {options[name]}; it must be at least 1")
     if options.shots is not None and options.shots < 0:
         raise UserError(f"--shots is {options.shots}; it must be at least 0")
-    if options.limit is not None and options.limit > sys.maxsize:
-        raise UserError(f"--limit is {options.limit}; it must be at most {sys.maxsize}")
     if options.out:
         require_replaceable(Path(options.out))
         folder = Path(os.path.realpath(options.out)).parent

@@ -293,6 +293,15 @@ def test_mistakes_of_the_text_and_of_no_file(run: Run, tmp_path: Path) -> None:
         assert code == 2 and message in stderr and stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", ["--pairs", "--text", "--out"])
+def test_a_path_that_no_file_can_have_is_one_line(run: Run, tmp_path: Path, option: str) -> None:
+    path = written(tmp_path, PAIR)
+    for name in ("a" * 300, "a\0b"):
+        arguments = [option, name] if option != "--out" else ["--pairs", path, "--out", name]
+        code, stdout, stderr = run("llada", *arguments)
+        assert (code, stdout, stderr.count("\n")) == (2, "", 1) and stderr.startswith("error: ")
+
+
 def test_where_results_cannot_go_is_told_before_anything_is_scored(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
