@@ -54,22 +54,18 @@ def refused(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["nan", "inf"])
-def test_every_number_that_is_not_finite_is_refused_where_it_is(refused, value: str) -> None:
-    keys = [
-        "trainer.gradient_clip_val",
-        "trainer.val_check_interval",
-        "model.rope_theta",
-        "model.optimizer.weight_decay",
-        "model.optimizer.eps",
-        "model.schedule.lr",
-        "data.mask_eps",
-        "budget.tokens",
-        "guard.spike_zscore",
-        "run.checkpoint_every_minutes",
-    ]
-    for key in keys:
-        assert refused(f"--{key}=.{value}") == f"{key}: {value} given; it must be a finite number"
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("trainer.gradient_clip_val", "nan"),
+        ("model.rope_theta", "inf"),
+        ("model.optimizer.weight_decay", "inf"),
+        ("budget.tokens", "nan"),
+        ("run.checkpoint_every_minutes", "inf"),
+    ],
+)
+def test_every_number_that_is_not_finite_is_refused_where_it_is(refused, key: str, value: str) -> None:
+    assert refused(f"--{key}=.{value}") == f"{key}: {value} given; it must be a finite number"
 
 
 @given(
@@ -139,7 +135,7 @@ def test_budgets_that_nobody_has(refused) -> None:
     assert refused("--budget.flops=1e300", steps=-1) == "budget.flops: 1e+300 FLOPs given; 1e+30 are the most"
     assert "makes a run of" in refused("--budget.flops=1e29", steps=-1)
     assert refused("--budget.tokens=1e300", steps=-1).startswith("budget.tokens: 1e+300 makes a run of")
-    many = refused(f"--budget.flops={[1e9 + i for i in range(20_000)]}", steps=-1)
+    many = refused(f"--budget.flops={[1e9 + i for i in range(3000)]}", steps=-1)
     assert many.startswith("budget.flops: [1000000000.0") and len(many) < 400
 
 
