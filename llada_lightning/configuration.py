@@ -20,6 +20,7 @@ from jsonargparse import Namespace
 
 from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.errors import UserError
+from llada_lightning.model.transformer import NORM_EPS
 from llada_lightning.printing import shortened
 from llada_lightning.reading import read_yaml
 from llada_lightning.scaling.budget import check_budgets, check_steps, steps_for_budget
@@ -66,6 +67,10 @@ def resolve_data(config: Namespace) -> LanguageDataModule:
     return data
 
 
+_CHECKED_BEFORE = ("shape", "vocab_size", "rope_theta", "norm_eps", "text_prefix_ids")
+"""Settings of a model that its class refuses in one line; the parser would put the whole configuration around it."""
+
+
 def resolve_fit(config: Namespace, data: LanguageDataModule) -> list[WSD]:
     """Fill in, in place, what follows from the budget: steps, schedule, intervals, the run's name.
 
@@ -78,7 +83,8 @@ def resolve_fit(config: Namespace, data: LanguageDataModule) -> list[WSD]:
     """
     _refuse_what_breaks_the_contract(config)
     arguments = config.model.init_args
-    module = module_class(config)(shape=_plain(arguments.shape), vocab_size=arguments.vocab_size)
+    checked = {key: _plain(arguments[key]) for key in _CHECKED_BEFORE if key in arguments}
+    module = module_class(config)(**checked)
     lengths = _lengths(config, module, data)
     if len(lengths) > 1 and config.trainer.enable_checkpointing is False:
         raise UserError("trainer.enable_checkpointing: false given, but several budgets branch from checkpoints")
@@ -147,14 +153,25 @@ def _fill(config: Namespace, key: str, value: Any) -> None:
 
 def _fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
     tokenizer, arguments = data.tokenizer, config.model.init_args
-    _fill(arguments, "vocab_size", tokenizer.vocab_size)
-    check_vocabulary("model.vocab_size", arguments.vocab_size)
-    if arguments.vocab_size < tokenizer.vocab_size:
+    masks = module_class(config).objective != "arm"
+    if masks and tokenizer.mask_id is None:
         raise UserError(
-            f"model.vocab_size: {arguments.vocab_size} is below the {tokenizer.vocab_size} words of the data's "
-            "tokenizer; leave it out (a larger one pads)"
+            f"data.tokenizer: '{config.data.init_args.tokenizer}' has no [MASK], which llada needs; name one of its "
+            "tokens with --data.mask_token, or as mask_token in its tokenizer_config.json"
         )
-    for key, value in {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id}.items():
+    # An `arm` that starts from weights without [MASK] has none, also where the data's tokenizer has one: no text holds
+    # it, and the weights need not have a row for it.
+    without = not masks and arguments.get("weights") is not None and arguments.mask_token_id is None
+    mask_id = None if without else tokenizer.mask_id
+    words = tokenizer.vocab_size - (without and tokenizer.mask_id == tokenizer.vocab_size - 1)
+    _fill(arguments, "vocab_size", words)
+    check_vocabulary("model.vocab_size", arguments.vocab_size)
+    if arguments.vocab_size < words:
+        raise UserError(
+            f"model.vocab_size: {arguments.vocab_size} is below the {words} tokens of the data's tokenizer; leave it "
+            "out (a larger one pads)"
+        )
+    for key, value in {"mask_token_id": mask_id, "eos_token_id": tokenizer.eos_id}.items():
         _fill(arguments, key, value)
         if arguments[key] != value:
             raise UserError(f"model.{key}: {arguments[key]} given, but the data's tokenizer has {value}; leave it out")
@@ -244,7 +261,10 @@ def cpu_flags() -> set[str]:
 
 _TRAINER_IDENTITY = ("max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
 _DATA_MACHINE = ("path", "tokenizer", "chat_template", "workers", "micro_batch", "val_batch")
+_DATA_TOKENS = ("mask_token", "eos_token", "vocab_size", "text_prefix_ids")
+"""What is read of the data's tokenizer: it is in the fingerprints of the tokenizer and of the data."""
 _DATA_OPTIONS = {"document_mask": False, "train_tokens": None}
+_MODEL_OPTIONS = {"norm_eps": NORM_EPS, "text_prefix_ids": None}
 """Options that came later: at its default none stands in an identity, so that older runs keep theirs."""
 
 
@@ -264,11 +284,13 @@ def identity(config: Namespace, data: LanguageDataModule, schedule: WSD | None =
     guard = plain.get("guard", {})
     skipping = {"guard": {"spike_zscore": guard["spike_zscore"]}} if guard.get("spikes") == "skip" else {}
     eight_bits = {"fp8": True} if plain.get("speed", {}).get("fp8") else {}
-    data_arguments = {k: v for k, v in plain["data"]["init_args"].items() if k not in _DATA_MACHINE}
-    for option, default in _DATA_OPTIONS.items():
-        if option in data_arguments and data_arguments[option] == default:
-            del data_arguments[option]
-    weights = plain["model"]["init_args"].pop("weights", None)
+    data_arguments = {k: v for k, v in plain["data"]["init_args"].items() if k not in (*_DATA_MACHINE, *_DATA_TOKENS)}
+    model_arguments = plain["model"]["init_args"]
+    for arguments, options in ((data_arguments, _DATA_OPTIONS), (model_arguments, _MODEL_OPTIONS)):
+        for option, default in options.items():
+            if option in arguments and arguments[option] == default:
+                del arguments[option]
+    weights = model_arguments.pop("weights", None)
     start = {} if weights is None else {"weights": weights_hash(weights)}
     return {
         "model": {**plain["model"], "class_path": f"{model.__module__}.{model.__qualname__}"},

@@ -20,7 +20,7 @@ from llada_lightning.scaling.plan import OBJECTIVES, Plan, plan_study
 from llada_lightning.scaling.plan_cost import Machine, MeasuredRate, measured_rates
 from llada_lightning.scaling.plan_files import Destination, write_sweep
 from llada_lightning.scaling.plan_grid import CENTRES, Grid
-from llada_lightning.scaling.plan_table import print_plan
+from llada_lightning.scaling.plan_table import lessons, print_plan
 from llada_lightning.scaling.plan_trunk import Recipe
 from llada_lightning.scaling.profiles import profiled_rate
 from llada_lightning.scaling.results import read_results
@@ -55,7 +55,8 @@ def plan_command(argv: list[str], read_data: ReadData) -> int:
     if options.json:
         runs = plan.table().astype(object).to_dict("records")
         files_written = {key: str(path) for key, path in files.items()}
-        print_json({**files_written, "totals": plan.totals(), "warnings": plan.warnings(), "runs": runs})
+        warnings = [*plan.warnings(), *lessons(plan)]
+        print_json({**files_written, "totals": plan.totals(), "warnings": warnings, "runs": runs})
     else:
         print_plan(plan, people_console())
         for key, path in files.items():

@@ -22,6 +22,8 @@ MAX_WIDTH = 2**20
 """Largest width, so that 64 bits count the bytes of every matrix."""
 MAX_VOCABULARY = 2**24
 """Largest vocabulary: sixty times the largest in use."""
+MAX_PARAMETERS = 10**14
+"""Far above any model, and more than any machine's memory holds."""
 
 
 def check_vocabulary(name: str, vocab_size: int) -> None:
@@ -58,8 +60,8 @@ class Shape:
 
     def __post_init__(self) -> None:
         for field, value in asdict(self).items():
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"shape: {field} is {value!r}; it must be a whole number of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"shape: {field} is {value!r:.80}; it must be a whole number of at least 1")
             most = MAX_LAYERS if field == "n_layers" else MAX_WIDTH
             if value > most:
                 raise UserError(f"shape: {field} is {shortened(value, 40)}; it must be at most {most}")

@@ -41,7 +41,7 @@ def result_record(
     Args:
         run: the run's name, which holds the hash of its configuration.
         module: validated after its last step.
-        parent_checkpoint: sha256 of the checkpoint of another run, or of the trunk, that it started from.
+        parent_checkpoint: ``content_hash`` of the checkpoint of another run, or of the trunk, that it started from.
     """
     steps, flops, schedule, validation = trainer.global_step, accounting.flops, module.schedule, module.validation
     assert module.vocab_size is not None
