@@ -142,7 +142,7 @@ def test_few_unique_tokens_of_a_base_are_read_many_times(
         (["--data", "nowhere"], "data folder 'nowhere' does not exist"),
         (["--vocab-size", "512", "--out", "s.yaml", "--slurm", "./s.yaml"], "is the sweep's own file or its table's"),
         (["--vocab-size", "512", "--out", "s.yaml", "--slurm", "s.csv"], "is the sweep's own file or its table's"),
-        (["--vocab-size", "0"], "--vocab-size 0"),
+        (["--vocab-size", "0"], "--vocab-size: 0 given"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_lightning.errors import UserError
-from llada_lightning.scaling.budget import steps_for_budget
+from llada_lightning.scaling.budget import MAX_STEPS, steps_for_budget
 from llada_lightning.scaling.flops import TrainingFlops, flops_6nd, flops_per_token
 from llada_lightning.scaling.shapes import (
     PAPER_SHAPES,
@@ -144,6 +144,10 @@ def test_steps_come_nearest_to_the_budget(flops: float, cost: float, batch: int)
     per_step = cost * batch
     if flops < per_step:
         with pytest.raises(UserError, match="below one step"):
+            steps_for_budget(flops, per_token, batch)
+        return
+    if round(flops / per_step) > MAX_STEPS:
+        with pytest.raises(UserError, match="are the most"):
             steps_for_budget(flops, per_token, batch)
         return
     steps = steps_for_budget(flops, per_token, batch)
