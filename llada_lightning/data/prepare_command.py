@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
-from llada_lightning.command_line import CommandParser, people_console, unescaped
+from llada_lightning.command_line import CommandParser, unescaped
 from llada_lightning.data.manifest import Manifest
+from llada_lightning.printing import people_console
 
 
 def prepare_parser() -> CommandParser:

@@ -14,11 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from llada_lightning.cluster import launched
-from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
+from llada_lightning.command_line import CommandParser, add_json, print_json
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.suites import SUITES, Benchmark, Suite, suite_named
 from llada_lightning.files import require_replaceable, write_json
 from llada_lightning.generation.terminal.options import REMASKINGS, STRATEGIES, add_model_options, load
+from llada_lightning.printing import people_console, warn
 
 if TYPE_CHECKING:
     from llada_lightning.evaluation.benchmarks import Loaded, Outcome
@@ -135,7 +136,7 @@ def prepared(options: Any, suite: Suite) -> tuple[HarnessModel, list[Loaded]]:
         except UserError as error:
             if not options.skip_missing:
                 raise
-            print(f"note: left out: {error}", file=sys.stderr)
+            warn(f"note: left out: {error}")
     if not loaded:
         raise UserError("evaluate: no task is left")
     _join_processes(options)
@@ -178,11 +179,13 @@ def check(options: Any) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {options[name]}; it must be at least 1")
     if options.shots is not None and options.shots < 0:
         raise UserError(f"--shots is {options.shots}; it must be at least 0")
+    if options.limit is not None and options.limit > sys.maxsize:
+        raise UserError(f"--limit is {options.limit}; it must be at most {sys.maxsize}")
     if options.out:
+        require_replaceable(Path(options.out))
         folder = Path(os.path.realpath(options.out)).parent
         if not folder.is_dir():
             raise UserError(f"evaluate: --out {options.out}: there is no folder {folder}; make it, or choose another")
-        require_replaceable(Path(options.out))
 
 
 def _quiet_libraries() -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
+from llada_lightning.command_line import CommandParser, add_json, print_json
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.masks import REPLICATES
 from llada_lightning.evaluation.options import check_sampling
 from llada_lightning.files import require_replaceable, strict_json, written_atomically
 from llada_lightning.generation.terminal.options import add_model_options, load
+from llada_lightning.printing import people_console, warn
 
 if TYPE_CHECKING:
     from llada_lightning.checkpoints.language_model import LanguageModel
@@ -95,7 +95,7 @@ def score_command(argv: list[str]) -> int:
     lm = load(vars(options))
     if lm.objective == "arm" and sampled:
         names = ", ".join(_option(name) for name in sampled)
-        print(f"note: {names}: without effect, an arm's value is exact", file=sys.stderr)
+        warn(f"note: {names}: without effect, an arm's value is exact")
     sampling = {
         "cfg_scale": options.cfg_scale,
         "seed": options.seed,
@@ -158,6 +158,7 @@ def _check(options: Any) -> None:
 
 def _check_out(out: Path, source: Path) -> None:
     """Before hours of scoring: whether the results can be written."""
+    require_replaceable(out)
     folder = Path(os.path.realpath(out)).parent  # a link's own folder does not matter
     if not folder.is_dir():
         raise UserError(f"score: --out {out}: there is no folder {folder}; make it, or choose another file")
@@ -165,7 +166,6 @@ def _check_out(out: Path, source: Path) -> None:
         raise UserError(f"score: --out {out} cannot be written into {folder}; choose another file")
     if out.exists() and out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"score: --out {out} is a file that is scored; choose another file")
-    require_replaceable(out)
 
 
 def _pairs(lm: LanguageModel, options: Any, sampling: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

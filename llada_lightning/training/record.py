@@ -22,6 +22,9 @@ from llada_lightning.training.modules import LanguageModule
 FEW_DOCUMENTS = 20
 """Below this many clusters a standard error has itself an error of a sixth and more."""
 
+VALIDATION_METRICS = ("val_nats_per_token", "val_stderr", "val_bits_per_byte")
+"""What a run's module logs for callbacks: at each validation, and nothing else."""
+
 _VERSIONED = ("torch", "lightning", "litdata", "tokenizers", "numpy")
 
 
@@ -85,7 +88,7 @@ def result_record(
 
 def without_validation(module: LanguageModule) -> None:
     """Of a run that broke off: it has no loss at its budget."""
-    module.validation = dict.fromkeys(("val_nats_per_token", "val_stderr", "val_bits_per_byte"), math.nan)
+    module.validation = dict.fromkeys(VALIDATION_METRICS, math.nan)
     module.val_by_document = []
 
 
@@ -129,10 +132,7 @@ def describe_result(record: Mapping[str, Any]) -> str:
 
 def describe_loss(values: Mapping[str, float | None], kind: str) -> str:
     """A validation loss with its standard error, its kind and both units."""
-    loss, stderr, bits = (
-        math.nan if values[key] is None else values[key]
-        for key in ("val_nats_per_token", "val_stderr", "val_bits_per_byte")
-    )
+    loss, stderr, bits = (math.nan if values[key] is None else values[key] for key in VALIDATION_METRICS)
     return f"{loss:.4f} ± {stderr:.4f} nats/token ({kind}), {bits:.4f} bits/byte"
 
 
