@@ -30,6 +30,7 @@ from llada_lightning.scaling.fits import (
     losses,
     usable_runs,
 )
+from llada_lightning.scaling.fits.checks import NO_COMMON_LOSS
 from llada_lightning.scaling.fits.runs import planned_flops
 from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
 from llada_lightning.scaling.shapes import format_count
@@ -63,6 +64,7 @@ def print_report(table: pd.DataFrame, fits: StudyFits, convention: Convention, f
         if unseen.isdisjoint((entry.convention, entry.flops, method) for method in entry.methods)
     ]
     flags = [*doubt_lines(fits, convention), *apart, *fits.notes]
+    flags.sort(key=lambda flag: not flag.startswith(NO_COMMON_LOSS))
     if flags:
         console.print("To note:")
     for flag in flags:
