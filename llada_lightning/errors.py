@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -27,3 +29,25 @@ def refusal(error: OSError) -> str | None:
         f"{where}{error.strerror}; free space or mend the rights, and give the same command again (finished files are "
         "whole)"
     )
+
+
+class LibraryPanicError(Exception):
+    """A library written in Rust gave up on its input (a panic)."""
+
+
+@contextmanager
+def panics_as_exceptions() -> Iterator[None]:
+    """Turns a panic of a library written in Rust into an Exception, for the handlers around the call.
+
+    PyO3 raises a panic as a ``PanicException``, which derives from BaseException, and of which each library has a class
+    of its own that cannot be imported.
+
+    Raises:
+        LibraryPanicError: the library panicked.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise LibraryPanicError(" ".join(str(error).split())) from error

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from llada_lightning.data.encoding import decode, encode
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
 from llada_lightning.scaling.flops import Objective
@@ -90,7 +91,7 @@ class LanguageModel:
         Raises:
             UserError: there is no tokenizer.
         """
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return encode(self._tokenizer, text)
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a prompt that is given as text: what the tokenizer puts before a text, then the text's own.
@@ -106,10 +107,10 @@ class LanguageModel:
         Raises:
             UserError: there is no tokenizer.
         """
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return decode(self._tokenizer, ids)
 
     @property
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise UserError(f"'{self.name}' has no tokenizer, so text cannot be read; give --tokenizer, or token ids")
         return self.tokenizer

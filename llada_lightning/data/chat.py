@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from llada_lightning.data.encoding import encode
 from llada_lightning.errors import UserError
 
 Role = Literal["system", "user", "assistant"]
@@ -153,7 +154,7 @@ class ChatTemplate:
         return [token_id for part in re.split("|".join(between), text) for token_id in self._encode(part)]
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return encode(self.tokenizer, text)
 
 
 def _any_of(tokens: Iterable[str]) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from llada_lightning.data.corpora import Corpus, open_corpus
+from llada_lightning.data.encoding import decode_batch, encode_batch
 from llada_lightning.data.integrity import check_shards
 from llada_lightning.data.manifest import (
     MANIFEST_NAME,
@@ -324,11 +325,9 @@ class _SplitEncoder:
             self._running = None
 
     def _encode(self, batch: list[str], last: list[bool]) -> np.ndarray:
-        encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        ids_of_pieces = encode_batch(self._tokenizer, batch)
         end: tuple[list[int], list[int]] = ([], [self._info.eos_id])
-        ids = chain.from_iterable(
-            chain(encoding.ids, end[is_last]) for encoding, is_last in zip(encodings, last, strict=True)
-        )
+        ids = chain.from_iterable(chain(ids, end[is_last]) for ids, is_last in zip(ids_of_pieces, last, strict=True))
         tokens = np.fromiter(ids, dtype=token_dtype(self._info.vocab_size))
         if (tokens == self._info.mask_id).any():
             raise UserError(

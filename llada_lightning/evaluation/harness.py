@@ -15,6 +15,7 @@ from torch import Tensor, stack
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.data.chat import Message
+from llada_lightning.data.encoding import decode
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.progress import ScoringProgress
@@ -239,8 +240,8 @@ class HarnessModel(LM):
         said, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
         messages = [Message(message["role"], message["content"]) for message in said]  # type: ignore[arg-type]
         ids = conversation_ids(self.lm, messages) + self.lm.encode(begun)
-        tokenizer: Any = self.lm.tokenizer
-        text = str(tokenizer.decode(ids, skip_special_tokens=False))
+        assert self.lm.tokenizer is not None  # or there were no ids
+        text = decode(self.lm.tokenizer, ids, skip_special_tokens=False)
         self._chats[text] = ids
         return text
 
