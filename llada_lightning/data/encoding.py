@@ -94,17 +94,14 @@ def load(text: str, name: str) -> Tokenizer:
     if not _is_linear(record):
         child = _Child()
         try:
-            child.load(text, f"tokenizer '{shortened(name)}'")
+            child.load(text, name)
         finally:
             child.close()
     try:
         with panics_as_exceptions():
             return Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exceptions
-        message = (
-            f"'{shortened(name)}' is not a tokenizer.json ({shortened(error)}); give a file of the tokenizers library"
-        )
-        raise UserError(message) from error
+        raise _no_tokenizer(name, error) from error
 
 
 def encode(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
@@ -126,9 +123,8 @@ def encode_batch(tokenizer: Tokenizer, texts: Sequence[str], *, special: bool = 
     size = sum(map(len, texts))
     child = _child_of(tokenizer)
     if child is not None:
-        return cast(
-            "list[list[int]]", child.ask("encode", [list(texts), special, tokenizer.encode_special_tokens], size)
-        )
+        arguments = [list(texts), special, tokenizer.encode_special_tokens]
+        return cast("list[list[int]]", child.ask("encode", arguments, size))
     try:
         with panics_as_exceptions():
             if len(texts) == 1:  # without the threads of a batch
@@ -182,6 +178,12 @@ def _is_linear(record: Any) -> bool:
     )
 
 
+def _no_tokenizer(name: str, reason: object) -> UserError:
+    return UserError(
+        f"'{shortened(name)}' is not a tokenizer.json ({shortened(reason)}); give a file of the tokenizers library"
+    )
+
+
 def _failure(call: str, size: int, reason: str) -> UserError:
     what = f"a text of {size:,} characters" if call == "encode" else f"{size:,} tokens"
     return UserError(f"the tokenizer cannot {call} {what}: {reason}; use another tokenizer")
@@ -225,12 +227,9 @@ class _Child:
         self._begin()
         answer = self._exchange("load", [text], len(text))
         if "error" in answer:
-            message = (
-                f"{name} is not a tokenizer.json ({shortened(answer['error'])}); give a file of the tokenizers library"
-            )
-            raise UserError(message)
+            raise _no_tokenizer(name, answer["error"])
         if "end" in answer:
-            raise UserError(f"{name} cannot be loaded: {answer['end']}; use another tokenizer")
+            raise UserError(f"'{shortened(name)}' cannot be loaded: {answer['end']}; use another tokenizer")
 
     def ask(self, call: str, arguments: list[Any], size: int) -> Any:
         """The result of a function of the child.
@@ -245,7 +244,7 @@ class _Child:
         """
         with self._lock:
             if self._process is None or self._process.poll() is not None:
-                self.load(self._text, "the tokenizer")
+                self.load(self._text, "tokenizer.json")
             answer = self._exchange(call, arguments, size)
         if "value" in answer:
             return answer["value"]

@@ -116,7 +116,7 @@ def prepare(
         max_documents, max_bytes: reads no further than so many documents, bytes of text.
         mask_token, eos_token: the given tokenizer's special tokens, where they are not found by themselves.
         add_mask_token: adds [MASK] to a given tokenizer that has none.
-        document_separator: splits text files into documents.
+        document_separator: splits each text (a text file, a line of JSONL, a row of a dataset) into documents.
         tokenizer_bytes: bytes of text from the beginning of the training documents that a tokenizer is trained on.
         progress: report on stderr.
 

@@ -31,7 +31,8 @@ def prepare_parser() -> CommandParser:
         "--document-separator",
         type=str,
         default=None,
-        help=r"splits text files into documents, e.g. '\n\n'; without it a file is one document",
+        help=r"splits each text (a text file, a line of JSONL, a row of a dataset) into documents, e.g. '\n\n'; without "
+        "it a text is one document",
     )
     corpus.add_argument("--max-documents", type=int, default=None, help="read no more documents than these")
     corpus.add_argument("--max-bytes", type=int, default=None, help="read no more bytes of text than these")
