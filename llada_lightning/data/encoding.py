@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -160,6 +161,27 @@ def decode_batch(tokenizer: Tokenizer, ids: Sequence[Sequence[int]], *, skip_spe
             return tokenizer.decode_batch(list(map(list, ids)), skip_special_tokens=skip_special_tokens)
     except Exception as error:
         raise _failure("decode", size, shortened(error)) from error
+
+
+def lost_bytes(text: str, decoded: str) -> int:
+    """Returns how many bytes of a text its tokens do not give back.
+
+    Counted are the characters that the one text has more often than the other, in UTF-8, of what is missing and of what
+    was added the larger: the capitals of a tokenizer that lowers them, the white space that it joins or puts in, and
+    all that it takes for unknown.
+
+    Args:
+        text: The text.
+        decoded: The text of its ids, without special tokens.
+    """
+    if text == decoded:
+        return 0
+    had, has = Counter(text), Counter(decoded)
+    missing, added = (
+        sum(len(character.encode()) * count for character, count in difference.items())
+        for difference in (had - has, has - had)
+    )
+    return min(max(missing, added, 1), len(text.encode()))
 
 
 def _is_linear(record: Any) -> bool:

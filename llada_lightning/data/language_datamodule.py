@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from llada_lightning.data.datasets import take_batch
-from llada_lightning.data.manifest import TokenizerInfo
+from llada_lightning.data.manifest import TOLERATED_LOSS, TokenizerInfo
 from llada_lightning.errors import UserError
 from llada_lightning.objectives.forward_process import TimeSampling
 
@@ -79,6 +80,17 @@ class LanguageDataModule(LightningDataModule, ABC):
     @abstractmethod
     def bytes_per_token(self) -> float:
         """Of the validation text."""
+
+    @property
+    @abstractmethod
+    def lost_share(self) -> float:
+        """Share of the validation text's bytes that decoding its tokens does not give back."""
+
+    def bits_per_byte(self, nats_per_token: float) -> float | None:
+        """A loss in bits per byte of the validation text; None where its tokens do not give it back."""
+        if self.lost_share > TOLERATED_LOSS:
+            return None
+        return nats_per_token / self.bytes_per_token / math.log(2)
 
     @property
     def attended_length(self) -> int:

@@ -35,6 +35,7 @@ class Pairs:
         prompts_P: (P,) int64: tokens of its prompt.
         first_N: (N + 1,) int64: each dialogue's first pair.
         bytes_P: (P,) int64: UTF-8 bytes of its response.
+        lost_P: (P,) int64: those of them that decoding the response's tokens does not give back.
         dropped: dialogues that were left out because they do not fit.
     """
 
@@ -43,6 +44,7 @@ class Pairs:
     prompts_P: Ints
     first_N: Ints
     bytes_P: Ints
+    lost_P: Ints
     dropped: int = 0
 
     @property

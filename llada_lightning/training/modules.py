@@ -174,7 +174,9 @@ class LanguageModule(LightningModule, ABC):
         assert self.trainer is not None
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
-            self.validation["val_bits_per_byte"] = bits_per_byte(mean, data.bytes_per_token)
+            bits = data.bits_per_byte(mean)
+            if bits is not None:
+                self.validation["val_bits_per_byte"] = bits
         # For callbacks; the accounting logs them, by step. Every rank has the same values: they are gathered.
         self.log_dict(self.validation, logger=False, rank_zero_only=True)
 
