@@ -11,6 +11,7 @@ from pathlib import Path
 from llada_lightning import __version__
 from llada_lightning.cluster import says_it
 from llada_lightning.errors import UserError, refusal
+from llada_lightning.printing import print_what_the_encoding_holds, warn
 from llada_lightning.secrets import redacted
 
 USAGE = """\
@@ -54,12 +55,13 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: the arguments after `llada`; those of the process by default.
     """
+    print_what_the_encoding_holds()
     code = _outcome(sys.argv[1:] if argv is None else list(argv))
     refused = _refused_by_stdout()
     if isinstance(refused, BrokenPipeError):
         return _BROKEN_PIPE
     if refused is not None and code == 0:
-        print(f"error: stdout: {refused.strerror}; free space, or send the output elsewhere", file=sys.stderr)
+        warn(f"error: stdout: {refused.strerror}; free space, or send the output elsewhere")
         return 2
     return code
 
@@ -79,7 +81,7 @@ def _outcome(args: list[str]) -> int:
             raise
         return _mistake(refused)
     except KeyboardInterrupt:  # before, or after, there is a step to save
-        print("interrupted", file=sys.stderr)
+        warn("interrupted")
         return 130
     except SystemExit as leave:  # --help, a run that is done, a signal
         if isinstance(leave.__context__, BrokenPipeError):  # rich leaves so
@@ -90,7 +92,7 @@ def _outcome(args: list[str]) -> int:
 def _mistake(line: str) -> int:
     """Says what the user can mend, once for all processes of a run; the exit code."""
     if says_it(line):
-        print(f"error: {line}", file=sys.stderr)
+        warn(f"error: {line}")
     return 2
 
 

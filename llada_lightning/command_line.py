@@ -1,4 +1,4 @@
-"""What the commands beside ``llada fit`` share: the parser, and the console of the people who read."""
+"""What the commands beside ``llada fit`` share: the parser, its reader of YAML, and the options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
-from rich.console import Console
 
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json
@@ -74,11 +73,6 @@ def one_line(message: str, command: str) -> str:
         types = dict.fromkeys((name or union.removeprefix("typing.")) for name, union in expected)
         return f"{key[1]}: {value[1].strip()} given; expected {' or '.join(types).replace('NoneType', 'null')}{see}"
     return " ".join(message.split()).rstrip(".") + see
-
-
-def people_console(*, stderr: bool = False) -> Console:
-    """A console for tables and progress: on stdout for results, on stderr for what passes by."""
-    return Console(stderr=stderr)
 
 
 def unescaped(text: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from llada_lightning.errors import UserError
+from llada_lightning.printing import shortened
 
 MAX_TEXT_BYTES = 1 << 28
 """Largest text file that is read as a whole; a tokenizer.json of a large vocabulary has some 2**25 bytes."""
@@ -85,17 +86,6 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         UserError: see :func:`read_text` and :func:`parse_yaml`.
     """
     return parse_yaml(read_text(path, MAX_YAML_BYTES), f"'{shortened(path)}'")
-
-
-def shortened(value: object, length: int = 200) -> str:
-    """Returns a value as one printable line for a message, with its middle left out where it is long.
-
-    Control characters are shown as escapes, so that a file's text cannot command the terminal.
-    """
-    text = " ".join(str(value).split())
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    half = length // 2
-    return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
-from rich.console import Console
 from rich.progress import Progress
 
 from llada_lightning.checkpoints.integrity import whole_checkpoint
@@ -32,6 +31,7 @@ from llada_lightning.data.tokenizers import tokenizer_from_text
 from llada_lightning.errors import UserError
 from llada_lightning.lightning_cli import LladaCLI
 from llada_lightning.phases import Phase
+from llada_lightning.printing import people_console
 from llada_lightning.reading import read_yaml
 from llada_lightning.scaling.faults import read_faults
 from llada_lightning.signals import say
@@ -175,7 +175,7 @@ class StepRecorder(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
         self.sequences: list[SequenceReplay] = []
-        self._progress = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        self._progress = Progress(console=people_console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]

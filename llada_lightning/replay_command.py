@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
+from llada_lightning.command_line import CommandParser, add_json, print_json
+from llada_lightning.printing import people_console
 
 if TYPE_CHECKING:
     from llada_lightning.replay import StepReplay

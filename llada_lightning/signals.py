@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from llada_lightning.cluster import requeue_together
+from llada_lightning.printing import warn
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """A closed terminal, Ctrl-C, the usual request, and SLURM's warning before it takes the nodes away. Of several that
@@ -64,7 +65,7 @@ def leaving_at_a_steps_end(request: LeaveRequest) -> Iterator[None]:
 @rank_zero_only
 def say(message: str) -> None:
     """One line to whoever watches, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    warn(message)
 
 
 def _finish_wandb() -> None:

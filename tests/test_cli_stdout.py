@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from llada_lightning import cli
-from llada_lightning.command_line import people_console, print_json
+from llada_lightning.command_line import print_json
+from llada_lightning.printing import people_console
 
 Captured = pytest.CaptureFixture[str]
 PRINTERS: list[Callable[[], object]] = [

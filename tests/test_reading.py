@@ -21,7 +21,6 @@ from llada_lightning.reading import (
     read_json,
     read_text,
     read_yaml,
-    shortened,
 )
 
 VALUES = st.recursive(
@@ -149,9 +148,3 @@ def test_a_pipe_is_read_where_it_may_be_one() -> None:
     os.close(write_end)
     assert read_text(f"/dev/fd/{read_end}", pipe=True) == "text"
     os.close(read_end)
-
-
-def test_a_long_value_is_shortened_to_one_line() -> None:
-    assert shortened("a\nb") == "a b"
-    assert shortened("\x1b[2J é") == "\\x1b[2J é"
-    assert len(shortened("x" * 10_000)) == 201

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,8 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
+from llada_lightning.command_line import CommandParser, add_json, print_json
+from llada_lightning.printing import people_console, warn
 
 if TYPE_CHECKING:
     from llada_lightning.checkpoints.convert import Written
@@ -83,7 +83,7 @@ def convert_command(args: list[str]) -> int:
     else:
         people_console().print(_table(model, options.to, written, options.output))
     for note in _notes(model, options.to):
-        print(f"note: {note}", file=sys.stderr)
+        warn(f"note: {note}")
     return 0
 
 

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from llada_lightning.data.encoding import decode, encode
+from llada_lightning.data.encoding import decode, encode, lost_bytes
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
 from llada_lightning.scaling.flops import Objective
@@ -108,6 +108,14 @@ class LanguageModel:
             UserError: there is no tokenizer.
         """
         return decode(self._tokenizer, ids)
+
+    def lost_bytes(self, text: str) -> int:
+        """How many bytes of a text its ids do not give back.
+
+        Raises:
+            UserError: there is no tokenizer.
+        """
+        return lost_bytes(text, self.decode(self.encode(text)))
 
     @property
     def _tokenizer(self) -> Tokenizer:

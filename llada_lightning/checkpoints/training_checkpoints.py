@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import pickle
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
 from llada_lightning.data.manifest import TOKENIZER_NAME, local_path, read_tokenizer_text
 from llada_lightning.data.tokenizers import tokenizer_info
 from llada_lightning.errors import UserError
+from llada_lightning.printing import warn
 from llada_lightning.reading import read_yaml
 from llada_lightning.scaling.flops import Objective
 
@@ -127,10 +127,9 @@ def run_tokenizer(checkpoint: Path, description: Description, fingerprint: str) 
                 return files.with_template_of(folder)
         others.append(name)
     if others:
-        print(
+        warn(
             f"warning: '{others[0]}' is not the tokenizer that '{checkpoint}' was trained with, and is left out; give "
-            "the run's own with --tokenizer",
-            file=sys.stderr,
+            "the run's own with --tokenizer"
         )
     return None
 

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from llada_lightning.data.encoding import encode
+from llada_lightning.data.encoding import decode_batch, encode, encode_batch, lost_bytes
 from llada_lightning.errors import UserError
 
 Role = Literal["system", "user", "assistant"]
@@ -98,6 +98,11 @@ class ChatTemplate:
                 "choose --data.chat_template plain, or another template"
             )
         return self._ids_of(prompt, guard), self._ids_of(whole[len(prompt) :], guard)
+
+    def lost_bytes(self, texts: Sequence[str]) -> list[int]:
+        """How many bytes of each text its tokens do not give back."""
+        decoded = decode_batch(self.tokenizer, encode_batch(self.tokenizer, texts))
+        return list(map(lost_bytes, texts, decoded))
 
     def lacking(self) -> list[str]:
         """Special tokens that the template writes, by their look, and that the tokenizer does not have."""

@@ -82,9 +82,9 @@ class LanguageDataModule(LightningDataModule, ABC):
         """Of the validation text."""
 
     @property
-    @abstractmethod
     def lost_share(self) -> float:
-        """Share of the validation text's bytes that decoding its tokens does not give back."""
+        """Share of the validation text's bytes that decoding its tokens does not give back, as far as it is known."""
+        return 0.0
 
     def bits_per_byte(self, nats_per_token: float) -> float | None:
         """A loss in bits per byte of the validation text; None where its tokens do not give it back."""

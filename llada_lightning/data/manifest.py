@@ -151,19 +151,16 @@ class Manifest:
         return cls(**{**fields, "splits": splits, "tokenizer": TokenizerInfo(**record["tokenizer"])})
 
 
-def loss_note(share: float) -> str | None:
-    """A note for the user where a text's tokens do not give it back, so that it has no bits per byte; None where they
-    do.
+def loss_note(share: float, consequence: str = "bits per byte are left out, as they would be too low") -> str | None:
+    """A note for the user where a text's tokens do not give it back; None where they do.
 
     Args:
         share: Share of the text's bytes that decoding its tokens does not give back.
+        consequence: What follows for the figures that are shown.
     """
     if share <= TOLERATED_LOSS:
         return None
-    return (
-        f"note: {100 * share:.2g} % of the text's bytes do not come back from its tokens, so bits per byte are left "
-        "out: they would be too low"
-    )
+    return f"note: {100 * share:.2g} % of the text's bytes do not come back from its tokens; {consequence}"
 
 
 def canonical_json(content: Any) -> str:

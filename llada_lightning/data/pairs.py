@@ -98,7 +98,7 @@ def tokenize_pairs(
         UserError: a pair is too long, or no dialogue is left.
     """
     tokens: list[npt.NDArray[np.int32]] = []
-    prompts, sizes, turns = [], [], []
+    prompts, sizes, losses, turns = [], [], [], []
     dropped = 0
     for where, messages in dialogues:
         encoded = [template.turn_ids(turn) for turn in answered_turns(messages)]
@@ -115,6 +115,7 @@ def tokenize_pairs(
             continue
         tokens += [np.array(prompt + answer, dtype=np.int32) for prompt, answer in pairs]
         prompts += [len(prompt) for prompt, _ in pairs]
+        losses += template.lost_bytes([message.content for message in messages if message.role == "assistant"])
         sizes += [len(message.content.encode()) for message in messages if message.role == "assistant"]
         turns.append(len(pairs))
     if not turns:
@@ -126,6 +127,7 @@ def tokenize_pairs(
         np.array(prompts, dtype=np.int64),
         np.cumsum([0, *turns]),
         np.array(sizes, dtype=np.int64),
+        np.array(losses, dtype=np.int64),
         dropped,
     )
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 from rich.table import Table
 
-from llada_lightning.command_line import CommandParser, people_console, unescaped
+from llada_lightning.command_line import CommandParser, unescaped
 from llada_lightning.data.manifest import Manifest, loss_note
+from llada_lightning.printing import people_console, warn
 
 
 def prepare_parser() -> CommandParser:
@@ -95,7 +95,7 @@ def prepare_command(args: list[str]) -> int:
         people_console().print(_table(manifest, options["out"]))
     note = loss_note(manifest.splits["val"].lost_share)
     if note is not None:
-        print(note, file=sys.stderr)
+        warn(note)
     return 0
 
 

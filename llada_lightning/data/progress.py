@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from llada_lightning.printing import people_console
+
 _SECONDS_BETWEEN_UPDATES = 0.2
 
 
@@ -33,7 +35,7 @@ class PrepareProgress:
     """
 
     def __init__(self, *, enabled: bool = True, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or people_console(stderr=True)
         self._enabled = enabled
         self._bar = Progress(
             TextColumn("{task.description}"),

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader
 
@@ -24,6 +23,7 @@ from llada_lightning.errors import UserError
 from llada_lightning.objectives import noise
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.objectives.noise import Stream
+from llada_lightning.printing import people_console, warn
 from llada_lightning.scaling.budget import MASK_EPS
 
 
@@ -149,16 +149,15 @@ class SftDataModule(LanguageDataModule):
         rows = track(
             read_dialogues(self.path),
             description="reading pairs",
-            console=Console(stderr=True),
+            console=people_console(stderr=True),
             transient=True,
             disable=not sys.stderr.isatty(),
         )
         pairs = tokenize_pairs(rows, self.template, self.tokenizer.eos_id, self.sequence_length, self.drop_long)
         if pairs.dropped:
-            print(
+            warn(
                 f"note: {pairs.dropped} of {pairs.dropped + pairs.dialogues} dialogues are longer than the context of "
-                f"{self.sequence_length} and are left out",
-                file=sys.stderr,
+                f"{self.sequence_length} and are left out"
             )
         return pairs
 

@@ -7,10 +7,11 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from llada_lightning.command_line import people_console, print_json
+from llada_lightning.command_line import print_json
 from llada_lightning.data.integrity import Damage, Verification, verify
 from llada_lightning.data.manifest import COPY_AGAIN, read_manifest
 from llada_lightning.errors import UserError
+from llada_lightning.printing import people_console
 
 
 def verify_command(folder: str, *, as_json: bool, quiet: bool) -> int:

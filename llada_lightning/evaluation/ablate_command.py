@@ -10,11 +10,12 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from llada_lightning.command_line import CommandParser, people_console, print_json
+from llada_lightning.command_line import CommandParser, print_json
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.ablations import ABLATIONS, Ablation, Cell, Measured, ablation, run_ablation
 from llada_lightning.evaluation.evaluate_command import add_evaluation_options, check, prepared, said, suite_of
 from llada_lightning.files import write_json
+from llada_lightning.printing import people_console
 
 if TYPE_CHECKING:
     from llada_lightning.evaluation.benchmarks import Loaded

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from llada_lightning.cluster import launched
-from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
+from llada_lightning.command_line import CommandParser, add_json, print_json
+from llada_lightning.data.manifest import loss_note
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.suites import SUITES, Benchmark, Suite, suite_named
 from llada_lightning.files import require_replaceable, write_json
 from llada_lightning.generation.terminal.options import REMASKINGS, STRATEGIES, add_model_options, load
+from llada_lightning.printing import people_console, warn
 
 if TYPE_CHECKING:
     from llada_lightning.evaluation.benchmarks import Loaded, Outcome
@@ -106,6 +107,9 @@ def evaluate_command(argv: list[str]) -> int:
     ]
     if model.rank == 0:
         _report(options, model, outcomes, chat)
+        note = loss_note(model.lost_share, "byte_perplexity, bits_per_byte and word_perplexity are too low")
+        if note is not None:
+            warn(note)
     return 0
 
 
@@ -135,7 +139,7 @@ def prepared(options: Any, suite: Suite) -> tuple[HarnessModel, list[Loaded]]:
         except UserError as error:
             if not options.skip_missing:
                 raise
-            print(f"note: left out: {error}", file=sys.stderr)
+            warn(f"note: left out: {error}")
     if not loaded:
         raise UserError("evaluate: no task is left")
     _join_processes(options)

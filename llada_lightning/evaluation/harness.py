@@ -86,6 +86,7 @@ class HarnessModel(LM):
         }  # fmt: skip
         self._device = lm.device
         self._chats: dict[str, list[int]] = {}
+        self.lost_share = 0.0
         if dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
@@ -108,8 +109,14 @@ class HarnessModel(LM):
         return [(score.mean, flag) for score, flag in zip(scores, greedy, strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Nats of each text, in disjoint windows of the context length."""
-        texts = [self.lm.encode(request.args[0]) for request in requests]
+        """Nats of each text, in disjoint windows of the context length.
+
+        The harness divides them by the bytes and words of the text as it is, which :attr:`lost_share` puts in doubt.
+        """
+        written = [request.args[0] for request in requests]
+        texts = [self.lm.encode(text) for text in written]
+        lost = sum(map(self.lm.lost_bytes, written)) / max(1, sum(len(text.encode()) for text in written))
+        self.lost_share = max(self.lost_share, lost)
         return document_log_likelihoods(self.lm, texts, **self._scoring)
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:

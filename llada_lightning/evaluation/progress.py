@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from llada_lightning.printing import people_console
 
 
 class _Rate(ProgressColumn):
@@ -22,7 +23,7 @@ class ScoringProgress:
     """
 
     def __init__(self, enabled: bool | None = False, what: str = "scoring") -> None:
-        console = Console(stderr=True)
+        console = people_console(stderr=True)
         shown = console.is_terminal if enabled is None else enabled
         columns = (
             TextColumn("{task.description}"),

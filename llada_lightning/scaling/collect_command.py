@@ -7,8 +7,9 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.markup import escape
 
-from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
+from llada_lightning.command_line import CommandParser, add_json, print_json
 from llada_lightning.errors import UserError
+from llada_lightning.printing import people_console
 from llada_lightning.scaling.collect import gather
 from llada_lightning.scaling.covariance import write_covariance
 from llada_lightning.scaling.results import write_results

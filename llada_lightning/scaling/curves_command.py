@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
+from llada_lightning.command_line import CommandParser, add_json, print_json
 from llada_lightning.errors import UserError
 from llada_lightning.files import write_json
+from llada_lightning.printing import people_console
 from llada_lightning.scaling.covariance import covariance_path, read_covariance
 from llada_lightning.scaling.curves_report import print_report
 from llada_lightning.scaling.fits import UNITS, StudyFits, fit_table, usable_runs

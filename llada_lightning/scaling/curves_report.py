@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from llada_lightning.command_line import people_console
+from llada_lightning.printing import people_console
 from llada_lightning.scaling.fits import (
     METHODS,
     NOISE_MODELS,

@@ -9,8 +9,9 @@ from typing import Any, cast
 
 from jsonargparse import Namespace
 
-from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
+from llada_lightning.command_line import CommandParser, add_json, print_json
 from llada_lightning.errors import UserError
+from llada_lightning.printing import people_console
 from llada_lightning.reading import read_yaml
 from llada_lightning.scaling.flops import CONVENTIONS, Convention
 from llada_lightning.scaling.hyperparameters import BATCH_RULES, DECAY_FRACTION, LEARNING_RATE_RULES

@@ -9,8 +9,9 @@ from dataclasses import asdict
 
 from rich.markup import escape
 
-from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
+from llada_lightning.command_line import CommandParser, add_json, print_json
 from llada_lightning.errors import UserError
+from llada_lightning.printing import people_console
 from llada_lightning.scaling.sweep import Sweep, fit_arguments, read_sweep, render_command
 from llada_lightning.scaling.sweep_run import RunFolder, SweepOutcome, planned_run, run_sweep
 from llada_lightning.scaling.sweep_study import check_unchanged, state_of

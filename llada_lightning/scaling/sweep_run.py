@@ -27,6 +27,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from llada_lightning.errors import UserError
+from llada_lightning.printing import people_console
 from llada_lightning.scaling.budget import cost_of_budgets
 from llada_lightning.scaling.flops import CONVENTIONS, Convention
 from llada_lightning.scaling.hyperparameters import DECAY_FRACTION
@@ -146,7 +147,7 @@ def run_sweep(
     """
     if jobs < 1:
         raise UserError(f"sweep: --jobs is {jobs}; it must be at least 1")
-    console = console or Console(stderr=True)
+    console = console or people_console(stderr=True)
     runs = plan_runs(sweep, run_folder, extra)
     if len(runs) < len(sweep.points):
         console.print(f"{len(sweep.points)} points describe {len(runs)} different runs; each is run once")

@@ -7,7 +7,6 @@ and which loss comes out.
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -372,8 +371,3 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif left != right:
             found.append(f"{prefix}{key} was {left!r}, is {right!r}")
     return found
-
-
-def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """Nats per token in bits per byte of text."""
-    return nats_per_token / bytes_per_token / math.log(2)

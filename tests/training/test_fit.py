@@ -16,7 +16,7 @@ from llada_lightning.cli import main
 from llada_lightning.data.manifest import read_manifest
 from llada_lightning.scaling.results import RESULT_COLUMNS
 from llada_lightning.scaling.shapes import Shape
-from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule, bits_per_byte
+from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule
 from llada_lightning.training.schedules import WSD
 from tiny_runs import MODELS, fit, fit_arguments, fit_process, losses, metrics, record, weights
 
@@ -189,11 +189,6 @@ def test_weight_decay_is_on_matrices_only(module_class: type[LanguageModule]) ->
     assert all(p.ndim == 2 for p in groups[0]["params"])
     assert all(p.ndim == 1 for p in groups[1]["params"])
     assert sum(len(g["params"]) for g in groups) == len(list(module.parameters()))
-
-
-def test_bits_per_byte() -> None:
-    assert bits_per_byte(math.log(2), 1) == pytest.approx(1)
-    assert bits_per_byte(4 * math.log(2), 4) == pytest.approx(1)
 
 
 def test_wandb_offline_logs_beside_the_csv(prepared: Path, tmp_path: Path) -> None:

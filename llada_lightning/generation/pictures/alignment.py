@@ -96,18 +96,3 @@ class Aligner:
             before = decode(self._tokenizer, self._anchor)
             self._texts[ids] = decode(self._tokenizer, [*self._anchor, *ids])[len(before) :]
         return self._texts[ids]
-
-
-def visible(text: str) -> str:
-    """The text with the characters that would act instead of being seen as their pictures; newline and tab stay.
-
-    Control characters move a terminal's cursor or are forbidden in HTML; those of direction turn the text behind them.
-    """
-    return text.translate(_PICTURES)
-
-
-_PICTURES = {
-    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
-    0x7F: 0x2421,
-    **dict.fromkeys((*range(0x80, 0xA0), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)), 0xB7),
-}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llada_lightning.generation.pictures.alignment import Aligner, visible
+from llada_lightning.generation.pictures.alignment import Aligner
 from llada_lightning.generation.result import Generation
+from llada_lightning.printing import visible
 from llada_lightning.scaling.flops import Objective
 
 SPEAKERS: dict[Objective, str] = {"arm": "ARM", "llada": "LLaDA"}

@@ -7,14 +7,15 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
-from llada_lightning.command_line import CommandParser, people_console
+from llada_lightning.command_line import CommandParser
 from llada_lightning.errors import UserError
 from llada_lightning.generation.terminal import options as shared
+from llada_lightning.printing import people_console
 
 if TYPE_CHECKING:
     from llada_lightning.checkpoints import LanguageModel
+
+_LONGEST_LINE = 1_000_000
 
 HELP = """\
 /help           this
@@ -49,6 +50,8 @@ def chat_command(argv: list[str]) -> int:
         UserError: an option or the checkpoint is not right; where lines are piped in, also one of these.
     """
     options = vars(chat_parser().parse_args(argv))
+    if sys.stdin is None:
+        raise UserError("chat: stdin is closed; start it in a terminal, or pipe lines in")
     chat = Chat(shared.load(options), options, options["system"])
     interactive = sys.stdin.isatty()
     if interactive:
@@ -56,7 +59,7 @@ def chat_command(argv: list[str]) -> int:
             import readline  # noqa: F401
     while True:
         try:
-            if not chat.take(input("you> " if interactive else "")):
+            if not chat.take(_line("you> " if interactive else "")):
                 return 0
         except EOFError:
             return 0
@@ -64,6 +67,22 @@ def chat_command(argv: list[str]) -> int:
             if not interactive:
                 raise
             chat.note(f"error: {error}" if isinstance(error, UserError) else "\ninterrupted: not kept; Ctrl-D leaves")
+
+
+def _line(prompt: str) -> str:
+    """Returns the next line of stdin.
+
+    Raises:
+        EOFError: there is none.
+        UserError: it is not UTF-8, or so long that tokenizing it would take minutes.
+    """
+    try:
+        line = input(prompt)
+    except UnicodeDecodeError as error:
+        raise UserError(f"chat: a line of stdin is not UTF-8 ({error.reason}); convert it to UTF-8") from error
+    if len(line) > _LONGEST_LINE:
+        raise UserError(f"chat: a line has {len(line):,} characters; give at most {_LONGEST_LINE:,}")
+    return line
 
 
 class Chat:
@@ -122,7 +141,7 @@ class Chat:
 
     def note(self, text: str) -> None:
         """Says something that is no part of the conversation."""
-        self._aside.print(Text(text, "dim"), soft_wrap=True)
+        self._aside.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     def _ask(self, text: str) -> None:
         from llada_lightning.data.chat import Message

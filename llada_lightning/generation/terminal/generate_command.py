@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from llada_lightning.command_line import CommandParser, add_json, people_console, print_json
+from llada_lightning.command_line import CommandParser, add_json, print_json
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
-from llada_lightning.generation.pictures.alignment import visible
 from llada_lightning.generation.terminal import options as shared
 from llada_lightning.generation.terminal.prompt_sources import Prompt, given_prompts, holds_gap, with_gaps
+from llada_lightning.printing import people_console, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +89,7 @@ def generate_command(argv: list[str]) -> int:
         print_json(record(lm, options["checkpoint"], prompts, generation))
     else:
         _print_answers(lm, prompts, generation, console)
-        people_console(stderr=True).print(Text(facts, "dim"), soft_wrap=True)
+        _note(facts, style="dim")
     if out is not None:
         _write_answers(out, record(lm, options["checkpoint"], prompts, generation))
     if picture is not None:
@@ -97,9 +97,9 @@ def generate_command(argv: list[str]) -> int:
     return 0
 
 
-def _note(text: str) -> None:
+def _note(text: str, style: str | None = None) -> None:
     """Says something beside the answers."""
-    people_console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    people_console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _note_length(lm: LanguageModel, generation: Generation) -> None:

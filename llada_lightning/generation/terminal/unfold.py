@@ -12,9 +12,10 @@ from rich.live import Live
 from rich.style import Style
 from rich.text import Text
 
-from llada_lightning.generation.pictures.alignment import MASKED, Aligner, visible
+from llada_lightning.generation.pictures.alignment import MASKED, Aligner
 from llada_lightning.generation.pictures.ink import shade
 from llada_lightning.generation.result import Snapshot
+from llada_lightning.printing import visible
 
 BLOCK = "▒"
 _SECONDS_BETWEEN_FRAMES = 1 / 15

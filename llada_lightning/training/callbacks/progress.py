@@ -9,9 +9,9 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from llada_lightning.printing import people_console
 from llada_lightning.training.callbacks.accounting import Accounting
 
 _LOSSES = 10
@@ -53,7 +53,7 @@ class BudgetProgress(ProgressBar):
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
             TextColumn("left"),
-            console=Console(stderr=True),
+            console=people_console(stderr=True),
         )
         self._task = self._progress.add_task(
             "fit", total=trainer.max_steps, completed=trainer.global_step, figures="starting"
@@ -124,7 +124,7 @@ class EvaluationProgress(ProgressBar):
 
     def __init__(self) -> None:
         super().__init__()
-        self._progress = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        self._progress = Progress(console=people_console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
     def disable(self) -> None:
         self._progress.disable = True

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from llada_lightning.generation.pictures.alignment import MASKED, Aligner, visible
+from llada_lightning.generation.pictures.alignment import MASKED, Aligner
+from llada_lightning.printing import visible
 from speaking_models import tokenizer
 
 

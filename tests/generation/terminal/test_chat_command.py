@@ -183,3 +183,20 @@ def test_help_lists_every_command(chat, capsys: Captured) -> None:
     err = capsys.readouterr().err
     for name in ("/reset", "/settings", "/set ", "/picture", "/exit", "Ctrl-C", "Ctrl-D"):
         assert name in err
+
+
+@pytest.mark.parametrize(
+    ("stdin", "message"),
+    [
+        (None, "chat: stdin is closed; start it in a terminal, or pipe lines in"),
+        (io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"), "chat: a line of stdin is not UTF-8 ("),
+        (io.StringIO("a" * 1_000_001 + "\n"), "chat: a line has 1,000,001 characters; give at most 1,000,000"),
+    ],
+)
+def test_an_input_that_cannot_be_read_is_one_line(
+    stdin: io.TextIOBase | None, message: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(options, "load", lambda _: speaking_model())
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert main(["chat", "small", f"--length={LENGTH}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")

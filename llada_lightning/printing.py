@@ -1,0 +1,64 @@
+"""What people read on a terminal: consoles, and text that cannot command the terminal or exceed a line."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+_PICTURES = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: 0x2421,
+    **dict.fromkeys((*range(0x80, 0xA0), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)), 0xB7),
+}
+
+
+def visible(text: str) -> str:
+    """Returns the text with a visible sign for each character that would act instead of being seen.
+
+    Control characters move a terminal's cursor or are forbidden in HTML; those of direction turn the text behind them.
+    Newlines and tabs stay.
+    """
+    return text.translate(_PICTURES)
+
+
+def shortened(value: object, length: int = 200) -> str:
+    """Returns a value as one visible line for a message, with its middle left out where it is long.
+
+    Args:
+        value: The value; its ``str`` is shown.
+        length: Number of characters above which the middle is left out.
+    """
+    text = visible(" ".join(str(value).split()))
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
+
+
+class _VisibleConsole(Console):
+    """A console on which text from files and arguments is seen and does not act; only styles of Rich act."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
+def people_console(*, stderr: bool = False) -> Console:
+    """Returns a console for tables and progress: on stdout for results, on stderr for what passes by."""
+    return _VisibleConsole(stderr=stderr)
+
+
+def warn(line: str) -> None:
+    """Prints a line on stderr, where notes, warnings and errors go; control characters in it do not act."""
+    print(visible(line), file=sys.stderr, flush=True)
+
+
+def print_what_the_encoding_holds() -> None:
+    """Lets stdout and stderr replace the characters that their encoding lacks.
+
+    Otherwise the first ``±`` or block character on an ASCII stream would end a command after all of its work.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
