@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from llada_lightning.cluster import launched
@@ -230,7 +229,7 @@ def _report(options: Any, model: HarnessModel, outcomes: list[Outcome], chat: bo
     console = people_console()
     console.print(_table(outcomes))
     for path in filter(None, (options.out, joined)):
-        console.print(f"-> {escape(str(path))}", soft_wrap=True)
+        console.print(f"-> {path!s}", soft_wrap=True)
 
 
 def _settings(options: Any, chat: bool) -> dict[str, Any]:
@@ -256,7 +255,7 @@ def _table(outcomes: list[Outcome]) -> Table:
         if math.isfinite(outcome.stderr):
             value += f" ± {scale * outcome.stderr:.2f}"
         shots = "" if outcome.shots is None else str(outcome.shots)
-        table.add_row(escape(outcome.name), escape(outcome.metric), shots, str(outcome.n), value + unit)
+        table.add_row(outcome.name, outcome.metric, shots, str(outcome.n), value + unit)
     return table
 
 

@@ -47,7 +47,7 @@ class BudgetProgress(ProgressBar):
         if not self._enabled or not sys.stderr.isatty():
             return
         self._progress = Progress(
-            TextColumn(f"[bold]{self._title}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             TaskProgressColumn("{task.percentage:>5.1f}%"),
             TextColumn("{task.fields[figures]}"),
@@ -56,7 +56,7 @@ class BudgetProgress(ProgressBar):
             console=people_console(stderr=True),
         )
         self._task = self._progress.add_task(
-            "fit", total=trainer.max_steps, completed=trainer.global_step, figures="starting"
+            self._title, total=trainer.max_steps, completed=trainer.global_step, figures="starting"
         )
         self._progress.start()
 
