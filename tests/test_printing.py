@@ -80,6 +80,20 @@ def test_control_characters_of_files_do_not_act(monkeypatch: pytest.MonkeyPatch,
     assert captured.err == "error: 'file␛[2J' is damaged\n"
 
 
+MARKUP = "data/[bold]books[en] :smile: [/b]"
+
+
+def test_markup_in_names_does_not_act(capsys: Captured) -> None:
+    table = Table(f"header {MARKUP}", title=f"title {MARKUP}", caption=f"caption {MARKUP}", width=100)
+    table.add_row(f"cell {MARKUP}")
+    console = people_console()
+    console.print(table)
+    console.print(f"line {MARKUP}", soft_wrap=True)
+    shown = capsys.readouterr().out
+    for place in ("header", "title", "caption", "cell", "line"):
+        assert f"{place} {MARKUP}" in shown
+
+
 def test_styles_of_our_own_do_act(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm")):
         monkeypatch.setenv(name, value)

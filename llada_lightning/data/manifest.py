@@ -160,7 +160,7 @@ def loss_note(share: float, consequence: str = "bits per byte are left out, as t
     """
     if share <= TOLERATED_LOSS:
         return None
-    return f"note: {100 * share:.2g} % of the text's bytes do not come back from its tokens; {consequence}"
+    return f"note: {100 * share:.3g} % of the text's bytes do not come back from its tokens; {consequence}"
 
 
 def canonical_json(content: Any) -> str:
