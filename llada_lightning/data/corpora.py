@@ -38,7 +38,7 @@ from llada_lightning.data.text_files import (
     suffixes_of,
     text_documents,
 )
-from llada_lightning.errors import UserError
+from llada_lightning.errors import UserError, panics_as_exceptions
 
 PYTHON_STDLIB = "python-stdlib"
 HUB_PREFIX = "hf:"
@@ -187,7 +187,8 @@ class DatasetCorpus(Corpus):
         """
         dataset = self._load()
         try:
-            yield from dataset
+            with panics_as_exceptions():
+                yield from dataset
         except Exception as error:  # what a reader of remote Parquet raises has no common type
             raise self._failure(error) from error
 
@@ -198,7 +199,8 @@ class DatasetCorpus(Corpus):
             message = f"source '{HUB_PREFIX}{self._spec}' needs the package 'datasets'; {_HUB_EXTRA}"
             raise UserError(message) from error
         try:
-            return datasets.load_dataset(**self._load_args, split=self._split, streaming=True)
+            with panics_as_exceptions():
+                return datasets.load_dataset(**self._load_args, split=self._split, streaming=True)
         except Exception as error:  # the library's own mistakes, the hub's, the network's
             raise self._failure(error) from error
 

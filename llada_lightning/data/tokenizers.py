@@ -202,7 +202,8 @@ def _hub_file(name: str) -> Path:
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry has two lines; the last reason is below
     try:
-        path = hf_hub_download(name, TOKENIZER_NAME)
+        with panics_as_exceptions():
+            path = hf_hub_download(name, TOKENIZER_NAME)
     except Exception as error:  # no such name, no tokenizer.json, no network, no access
         reason = " ".join(str(error).split())[:200]
         raise UserError(
