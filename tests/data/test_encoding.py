@@ -83,6 +83,14 @@ def test_a_normalizer_that_grows_is_ended_by_the_limit_of_memory(monkeypatch: py
     assert encode(tokenizer, "b") == encode(other(), "b")  # by another process
 
 
+def test_a_decoder_that_grows_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "MEMORY_BYTES", 1 << 28)
+    tokenizer = other(decoder={"type": "Sequence", "decoders": GROWING})
+    ids = encode(tokenizer, "a b")
+    monkeypatch.setattr(encoding, "BYTES_PER_CHARACTER", 0)
+    assert "the tokenizer cannot decode" in refusal(lambda: decode(tokenizer, ids * 400))
+
+
 def test_a_model_that_needs_the_square_of_a_word_is_ended_by_the_limit_of_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
