@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from llada_lightning.checkpoints.run_folder import BRANCHES, CHECKPOINTS, checkpoints_by_step, last_checkpoint
+from llada_lightning.checkpoints.run_folder import (
+    BRANCHES,
+    CHECKPOINTS,
+    checkpoints_by_step,
+    content_hash,
+    digest,
+    last_checkpoint,
+)
 from llada_lightning.checkpoints.sharded_checkpoints import is_sharded, read_sharded
-from llada_lightning.phases import checkpoint_hash
 from llada_lightning.scaling.results import RESULT_COLUMNS, VALIDATION_FILE, read_records
 
 CLOCK_COLUMNS = frozenset({"seconds", "tokens_per_second", "mfu"})
 """Of metrics.csv: they depend on how fast the machine was."""
-INEXACT_KEYS = frozenset({"tokens_per_second", "mfu", "wall_seconds", "git_commit", "parent_checkpoint"})
-"""Of result.json: the clock's, and those that depend on files which hold the clock's."""
+INEXACT_KEYS = frozenset({"tokens_per_second", "mfu", "wall_seconds", "git_commit"})
+"""Of result.json: the clock's, and the state of the checkout."""
 
 Row = dict[str, str]
 
@@ -61,7 +65,7 @@ def read_state(folder: Path) -> RunState:
     for record in records:
         if record["parent_checkpoint"] is not None:
             fork = checkpoints_by_step(folder / CHECKPOINTS)[record["steps"] - record["decay_steps"]]
-            assert record["parent_checkpoint"] == checkpoint_hash(fork), f"{folder} names another parent than {fork}"
+            assert record["parent_checkpoint"] == content_hash(fork), f"{folder} names another parent than {fork}"
     exact = [key for key in RESULT_COLUMNS if key not in INEXACT_KEYS]
     return RunState(
         curves, weights, optimizer, [{k: r[k] for k in exact} for r in records], (folder / VALIDATION_FILE).read_text()
@@ -78,29 +82,6 @@ def curve(phase: Path) -> list[Row]:
     """The rows of a phase's metrics.csv as they stand, without the clock's columns."""
     with (phase / "metrics.csv").open(newline="") as file:
         return [{key: value for key, value in row.items() if key not in CLOCK_COLUMNS} for row in csv.DictReader(file)]
-
-
-def digest(value: Any) -> str:
-    """sha256 over nested dicts and lists of tensors and plain values: names, types, shapes and every bit."""
-    found = hashlib.sha256()
-    _feed(found, value)
-    return found.hexdigest()
-
-
-def _feed(found: Any, value: Any) -> None:
-    if isinstance(value, dict):
-        for key in sorted(value, key=str):
-            found.update(f"{key!r}:".encode())
-            _feed(found, value[key])
-    elif isinstance(value, (list, tuple)):
-        found.update(f"[{len(value)}]".encode())
-        for item in value:
-            _feed(found, item)
-    elif isinstance(value, Tensor):
-        found.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    else:
-        found.update(repr(value).encode())
 
 
 def differences(state: RunState, reference: RunState) -> dict[str, str]:

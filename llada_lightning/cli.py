@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from llada_lightning import __version__
-from llada_lightning.cluster import says_it
+from llada_lightning.cluster import check_environment, process_rank, says_it
 from llada_lightning.errors import UserError, refusal
-from llada_lightning.printing import print_what_the_encoding_holds, warn
+from llada_lightning.printing import print_what_the_encoding_holds, shortened, warn
 from llada_lightning.secrets import redacted
 
 USAGE = """\
@@ -45,6 +46,9 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
 _BROKEN_PIPE = 128 + 13
 """As a shell says it of a command that SIGPIPE ended."""
 
+MESSAGE_LENGTH = 2000
+"""Characters of a message; the middle of a longer one is left out."""
+
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -71,8 +75,7 @@ def _outcome(args: list[str]) -> int:
     try:
         return _dispatch(args)
     except UserError as error:
-        # A loader's worker hands its error over with a traceback before it.
-        return _mistake(redacted(str(error).splitlines()[-1].split("UserError: ")[-1]))
+        return _mistake(redacted(_without_traceback(str(error))))
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return _BROKEN_PIPE
@@ -93,8 +96,14 @@ def _outcome(args: list[str]) -> int:
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
 
 
-def _mistake(line: str) -> int:
-    """Says what the user can mend, once for all processes of a run; the exit code."""
+def _without_traceback(message: str) -> str:
+    """The message of an error; a loader's worker hands its errors over with a traceback before them."""
+    return re.split(r"\n(?:\w+\.)+\w+: ", message)[-1] if message.startswith("Caught ") else message
+
+
+def _mistake(message: str) -> int:
+    """Prints what the user can correct as one line, once for all processes of a run; returns the exit code."""
+    line = shortened(message, MESSAGE_LENGTH)
     if says_it(line):
         warn(f"error: {line}")
     return 2
@@ -134,6 +143,7 @@ def _dispatch(args: list[str]) -> int:
         print(f"llada-lightning {__version__}")
         return 0
     command, *rest = args
+    check_environment()
     if command in LIGHTNING_COMMANDS:
         return _lightning(args)
     verbs = _verbs()
@@ -259,8 +269,11 @@ def _lightning(args: list[str]) -> int:
 
 
 def quiet_libraries() -> None:
-    """Silence what the libraries tell everyone at every start and nobody can act upon, and have torch keep what it
-    compiles in the user's cache folder, where later runs find it, instead of in /tmp."""
+    """Prepare the libraries that a run imports: which process this is, what they print, where they keep files.
+
+    What they tell everyone at every start, and nobody can act upon, is silenced. torch keeps what it compiles in the
+    user's cache folder, where later runs find it, instead of in /tmp.
+    """
     import logging
     import warnings
 
@@ -268,7 +281,9 @@ def quiet_libraries() -> None:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache, "llada-lightning", "compiled"))
     import lightning  # noqa: F401  (sets the levels that follow)
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+    rank_zero_only.rank = process_rank()  # Lightning believes RANK and its like, whoever has set them
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (

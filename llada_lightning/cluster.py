@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 from llada_lightning.errors import UserError
+from llada_lightning.printing import shortened
 
 INTERACTIVE_JOBS = ("bash", "interactive")
 """Names of SLURM jobs in which a person types commands: they are not launched by srun (Lightning's rule, too)."""
@@ -65,20 +66,70 @@ def launched() -> Launch | None:
     """
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
-        processes, per_node = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
-        return Launch("torchrun", processes, processes // per_node, int(env["RANK"]), int(env["LOCAL_RANK"]))
+        processes, per_node = _number("WORLD_SIZE"), _number("LOCAL_WORLD_SIZE")
+        nodes = max(1, processes // per_node)
+        return Launch("torchrun", processes, nodes, _number("RANK"), _number("LOCAL_RANK"))
     if "SLURM_NTASKS" not in env or env.get("SLURM_JOB_NAME") in INTERACTIVE_JOBS:
         return None
-    processes = int(env["SLURM_NTASKS"])
+    processes = _number("SLURM_NTASKS")
     if processes > 1 and "SLURM_STEP_ID" not in env:
         raise UserError(
             f"SLURM_NTASKS: {processes} tasks allocated, but srun started none of them; put srun before llada"
         )
-    nodes, rank, local_rank = (
-        int(env.get(name, default))
-        for name, default in {"SLURM_NNODES": 1, "SLURM_PROCID": 0, "SLURM_LOCALID": 0}.items()
-    )
+    nodes, rank, local_rank = _number("SLURM_NNODES", 1), _number("SLURM_PROCID", 0), _number("SLURM_LOCALID", 0)
     return Launch("srun", processes, nodes, rank, local_rank)
+
+
+_SIZES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES", "MASTER_PORT")
+"""Environment variables that are whole numbers from 1 on."""
+_RANKS = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID", "SLURM_LOCALID", "JSM_NAMESPACE_RANK",
+)  # fmt: skip
+"""Environment variables that are whole numbers from 0 on."""
+_SET_BY_LIGHTNING = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"}
+"""What Lightning sets for the processes that it starts itself."""
+
+
+def _number(name: str, default: int | None = None) -> int:
+    """The whole number that an environment variable holds.
+
+    Raises:
+        UserError: it holds something else, or is missing and has no default.
+    """
+    text, least = os.environ.get(name), 1 if name in _SIZES else 0
+    if text is None and default is not None:
+        return default
+    if text is None or not re.fullmatch(r"\s*\d{1,9}\s*", text, re.ASCII) or int(text) < least:
+        given = "not set" if text is None else f"{shortened(text, 40)!r} given"
+        raise UserError(
+            f"{name}: {given}; this environment variable must be a whole number of at least {least}: start the "
+            "processes with torchrun or srun, which set it, or unset what is left of them"
+        )
+    return int(text)
+
+
+def check_environment() -> None:
+    """Refuse variables of launchers that are not numbers. Lightning reads some of them when it is imported.
+
+    Raises:
+        UserError: names the variable.
+    """
+    for name in (*_SIZES, *_RANKS):
+        _number(name, 1)
+
+
+def process_rank() -> int:
+    """The rank of this process in its run, as far as this run's launcher says it; 0 where none launched it.
+
+    Variables such as RANK also exist in pods, in job scripts and under MPI, whose processes may each be a run.
+    """
+    try:
+        launch = launched()
+    except UserError:  # raised again where a run is about to start
+        return 0
+    if launch is not None:
+        return launch.rank
+    return _number("LOCAL_RANK") if os.environ.keys() >= _SET_BY_LIGHTNING else 0
 
 
 def agreed_launch(devices: Any, num_nodes: int) -> Launch | None:
@@ -91,6 +142,7 @@ def agreed_launch(devices: Any, num_nodes: int) -> Launch | None:
     Raises:
         UserError: configuration and launch disagree.
     """
+    check_environment()
     launch = launched()
     if launch is None:
         if num_nodes != 1 and "MASTER_ADDR" not in os.environ:
@@ -161,7 +213,11 @@ def says_it(message: str) -> bool:
             return store.add(f"llada/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
         except RuntimeError:  # its host has left
             return True
-    return int(os.environ.get("SLURM_LOCALID", 0)) == 0
+    try:
+        launch = launched()
+    except UserError:
+        return True
+    return launch is None or launch.local_rank == 0
 
 
 def shared_answer(launch: Launch | None, question: str, answer: str) -> str:

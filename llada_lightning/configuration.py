@@ -20,11 +20,14 @@ from jsonargparse import Namespace
 
 from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.errors import UserError
+from llada_lightning.model.transformer import NORM_EPS
+from llada_lightning.printing import shortened
 from llada_lightning.reading import read_yaml
-from llada_lightning.scaling.budget import steps_for_budget
+from llada_lightning.scaling.budget import check_budgets, check_steps, steps_for_budget
 from llada_lightning.scaling.flops import flops_6nd
 from llada_lightning.scaling.hyperparameters import default_learning_rate
-from llada_lightning.scaling.shapes import get_shape, shape_name
+from llada_lightning.scaling.shapes import check_vocabulary, get_shape, shape_name
+from llada_lightning.settings import check_folder_name, check_seed
 from llada_lightning.training.first_weights import take_over, weights_hash
 from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.schedules import WSD, schedule_from
@@ -48,6 +51,10 @@ def resolve_data(config: Namespace) -> LanguageDataModule:
         raise UserError(f"seed_everything: {config.seed_everything} given; a run that can be repeated needs a number")
     _fill(config.model.init_args, "seed", config.seed_everything)
     _fill(config.data.init_args, "seed", config.seed_everything)
+    check_seed("seed_everything", config.seed_everything)
+    for name, arguments in {"model": config.model.init_args, "data": config.data.init_args}.items():
+        for key in ("seed", "val_seed"):
+            check_seed(f"{name}.{key}", arguments.get(key))
     if config.model.init_args.get("weights") is not None:
         take_over(config, module_class(config).objective)
     data = located(config.data.class_path, LanguageDataModule)(**config.data.init_args.as_dict())  # type: ignore[type-abstract]
@@ -58,6 +65,10 @@ def resolve_data(config: Namespace) -> LanguageDataModule:
         raise UserError(f"trainer.precision: {config.trainer.precision} needs loss scaling; use bf16-mixed or 32-true")
     _fill_vocabulary(config, data)
     return data
+
+
+_CHECKED_BEFORE = ("shape", "vocab_size", "rope_theta", "norm_eps", "text_prefix_ids")
+"""Settings of a model that its class refuses in one line; the parser would put the whole configuration around it."""
 
 
 def resolve_fit(config: Namespace, data: LanguageDataModule) -> list[WSD]:
@@ -72,7 +83,8 @@ def resolve_fit(config: Namespace, data: LanguageDataModule) -> list[WSD]:
     """
     _refuse_what_breaks_the_contract(config)
     arguments = config.model.init_args
-    module = module_class(config)(shape=_plain(arguments.shape), vocab_size=arguments.vocab_size)
+    checked = {key: _plain(arguments[key]) for key in _CHECKED_BEFORE if key in arguments}
+    module = module_class(config)(**checked)
     lengths = _lengths(config, module, data)
     if len(lengths) > 1 and config.trainer.enable_checkpointing is False:
         raise UserError("trainer.enable_checkpointing: false given, but several budgets branch from checkpoints")
@@ -104,6 +116,9 @@ _OURS = {
 
 def _refuse_what_breaks_the_contract(config: Namespace) -> None:
     trainer, run = config.trainer, config.run
+    if run.name is not None:
+        check_folder_name("run.name", run.name)
+    check_folder_name("run.study", run.study, nested=True)
     for key, value in _OURS.items():
         if trainer[key] != value:
             raise UserError(
@@ -118,12 +133,13 @@ def _refuse_what_breaks_the_contract(config: Namespace) -> None:
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.log_every_n_steps": trainer.log_every_n_steps,
         "run.checkpoint_every_steps": run.checkpoint_every_steps,
+        "trainer.val_check_interval": trainer.val_check_interval,
         "run.keep_checkpoints": run.keep_checkpoints,
         "guard.patience": config.guard.patience,
     }
     for key, count in counts.items():
-        if count is not None and count < 1:
-            raise UserError(f"{key}: {count} must be at least 1")
+        if count is not None and not (isinstance(count, int) and count >= 1):
+            raise UserError(f"{key}: {count} given; it must be a whole number of at least 1")
     if run.checkpoint_every_minutes is not None and not run.checkpoint_every_minutes > 0:
         raise UserError(f"run.checkpoint_every_minutes: {run.checkpoint_every_minutes} must lie above 0")
     if not config.guard.spike_zscore > 0:
@@ -137,13 +153,25 @@ def _fill(config: Namespace, key: str, value: Any) -> None:
 
 def _fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
     tokenizer, arguments = data.tokenizer, config.model.init_args
-    _fill(arguments, "vocab_size", tokenizer.vocab_size)
-    if arguments.vocab_size < tokenizer.vocab_size:
+    masks = module_class(config).objective != "arm"
+    if masks and tokenizer.mask_id is None:
         raise UserError(
-            f"model.vocab_size: {arguments.vocab_size} is below the {tokenizer.vocab_size} words of the data's "
-            "tokenizer; leave it out (a larger one pads)"
+            f"data.tokenizer: '{config.data.init_args.tokenizer}' has no [MASK], which llada needs; name one of its "
+            "tokens with --data.mask_token, or as mask_token in its tokenizer_config.json"
         )
-    for key, value in {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id}.items():
+    # An `arm` that starts from weights without [MASK] has none, also where the data's tokenizer has one: no text holds
+    # it, and the weights need not have a row for it.
+    without = not masks and arguments.get("weights") is not None and arguments.mask_token_id is None
+    mask_id = None if without else tokenizer.mask_id
+    words = tokenizer.vocab_size - (without and tokenizer.mask_id == tokenizer.vocab_size - 1)
+    _fill(arguments, "vocab_size", words)
+    check_vocabulary("model.vocab_size", arguments.vocab_size)
+    if arguments.vocab_size < words:
+        raise UserError(
+            f"model.vocab_size: {arguments.vocab_size} is below the {words} tokens of the data's tokenizer; leave it "
+            "out (a larger one pads)"
+        )
+    for key, value in {"mask_token_id": mask_id, "eos_token_id": tokenizer.eos_id}.items():
         _fill(arguments, key, value)
         if arguments[key] != value:
             raise UserError(f"model.{key}: {arguments[key]} given, but the data's tokenizer has {value}; leave it out")
@@ -162,16 +190,20 @@ def _lengths(config: Namespace, module: LanguageModule, data: LanguageDataModule
             return [data.wanted_steps]
         if given < 1:
             raise UserError("budget.flops: nothing says how long to train; give --budget.flops, such as 1e12")
+        check_steps("trainer.max_steps", given, given)
         return [given]
     flops_per_token = module.flops_per_token(data.attended_length, data.mask_eps, data.response_share)
     per_step = data.expected_tokens_per_step
     if budget.flops is not None:
         budgets = budget.flops if isinstance(budget.flops, list) else [budget.flops]
+        check_budgets("budget.flops", budgets)
         lengths = [steps_for_budget(flops, flops_per_token, per_step, budget.convention) for flops in budgets]
         if not lengths or any(later <= earlier for earlier, later in pairwise(lengths)):
-            raise UserError(f"budget.flops: {budgets} make {lengths} steps; several budgets must ascend by a step each")
+            made = f"{shortened(budgets)} make {shortened(lengths)} steps"
+            raise UserError(f"budget.flops: {made}; several budgets must ascend by a step each")
     else:
         lengths = [round(budget.tokens / per_step)]
+        check_steps("budget.tokens", budget.tokens, lengths[0])
         if budget.tokens < per_step:
             raise UserError(
                 f"budget.tokens: {budget.tokens:g} is below one step of {per_step:.0f} tokens; raise it, or lower "
@@ -229,7 +261,10 @@ def cpu_flags() -> set[str]:
 
 _TRAINER_IDENTITY = ("max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
 _DATA_MACHINE = ("path", "tokenizer", "chat_template", "workers", "micro_batch", "val_batch")
+_DATA_TOKENS = ("mask_token", "eos_token", "vocab_size", "text_prefix_ids")
+"""What is read of the data's tokenizer: it is in the fingerprints of the tokenizer and of the data."""
 _DATA_OPTIONS = {"document_mask": False, "train_tokens": None}
+_MODEL_OPTIONS = {"norm_eps": NORM_EPS, "text_prefix_ids": None}
 """Options that came later: at its default none stands in an identity, so that older runs keep theirs."""
 
 
@@ -249,11 +284,13 @@ def identity(config: Namespace, data: LanguageDataModule, schedule: WSD | None =
     guard = plain.get("guard", {})
     skipping = {"guard": {"spike_zscore": guard["spike_zscore"]}} if guard.get("spikes") == "skip" else {}
     eight_bits = {"fp8": True} if plain.get("speed", {}).get("fp8") else {}
-    data_arguments = {k: v for k, v in plain["data"]["init_args"].items() if k not in _DATA_MACHINE}
-    for option, default in _DATA_OPTIONS.items():
-        if option in data_arguments and data_arguments[option] == default:
-            del data_arguments[option]
-    weights = plain["model"]["init_args"].pop("weights", None)
+    data_arguments = {k: v for k, v in plain["data"]["init_args"].items() if k not in (*_DATA_MACHINE, *_DATA_TOKENS)}
+    model_arguments = plain["model"]["init_args"]
+    for arguments, options in ((data_arguments, _DATA_OPTIONS), (model_arguments, _MODEL_OPTIONS)):
+        for option, default in options.items():
+            if option in arguments and arguments[option] == default:
+                del arguments[option]
+    weights = model_arguments.pop("weights", None)
     start = {} if weights is None else {"weights": weights_hash(weights)}
     return {
         "model": {**plain["model"], "class_path": f"{model.__module__}.{model.__qualname__}"},

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from llada_lightning.errors import UserError
+from llada_lightning.printing import shortened
 
 _BLOCK_BYTES = 1 << 20
+
+_STEM_BYTES, _SUFFIX_BYTES = 200, 20
+"""Most bytes of a file's stem and suffix in its temporary name: with 32 digits between them it stays below 255."""
 
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside ``path`` to write to, and renames it once the block has ended well.
 
-    A link stays a link: the file that it leads to is replaced.
+    A link stays a link: the file that it leads to is replaced. The temporary file is locked while it is written, and
+    the system drops the lock with its process. So the next call that writes the same file removes what a killed
+    process left, and leaves alone what another process is writing.
 
     Raises:
         UserError: as :func:`require_replaceable`.
@@ -29,23 +38,79 @@ def written_atomically(path: Path) -> Iterator[Path]:
     require_replaceable(path)
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{path.stem}.{uuid4().hex}{path.suffix}")  # writers go by the given suffix
+    stem = os.fsencode(path.stem)[:_STEM_BYTES].decode(errors="ignore")
+    suffix = path.suffix if len(os.fsencode(path.suffix)) <= _SUFFIX_BYTES else ""  # writers go by the given suffix
+    _remove_leftovers(target.parent, stem, suffix)
+    temporary, lock = _locked_file(target.parent, stem, suffix)
     try:
         yield temporary
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _locked_file(folder: Path, stem: str, suffix: str) -> tuple[Path, int]:
+    """A new, empty, hidden file and the open descriptor that holds its lock."""
+    while True:
+        path = folder / f".{stem}.{uuid4().hex}{suffix}"
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):  # a file system without locks: then nobody can lock it to remove it, either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), path.lstat()):
+                return path, lock
+        os.close(lock)  # another process removed it before it was locked
+
+
+def _remove_leftovers(folder: Path, stem: str, suffix: str) -> None:
+    name = re.compile(rf"\.{re.escape(stem)}\.[0-9a-f]{{32}}{re.escape(suffix)}")
+    with suppress(OSError):  # a folder whose names may not be read
+        for path in [Path(entry) for entry in os.scandir(folder) if name.fullmatch(entry.name)]:
+            with suppress(OSError):  # locked by its living writer, renamed meanwhile, or of another user
+                lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+                finally:
+                    os.close(lock)
 
 
 def require_replaceable(path: Path) -> None:
     """Refuses what a rename would destroy: a device, a pipe, a folder, a link that leads back to itself.
 
     Raises:
-        UserError: the path is there and is no regular file.
+        UserError: the path is there and is no regular file, or no file can have this name.
     """
-    is_loop = Path(os.path.realpath(path)).is_symlink()
-    if is_loop or (path.exists() and not path.is_file()):
+    try:
+        is_loop = Path(os.path.realpath(path)).is_symlink()
+        replaceable = not is_loop and (path.is_file() or not path.exists())
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            raise
+        raise UserError(f"'{shortened(path)}' cannot name a file ({_reason(error)}); choose another name") from error
+    if not replaceable:
         raise UserError(f"'{path}' is no regular file, so it cannot be replaced; choose another file")
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has this name, a link that leads nowhere included.
+
+    Raises:
+        UserError: the system does not say, or nothing can have this name.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{shortened(path)}' cannot be read: {_reason(error)}; check the path") from error
+    return True
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """Why a path was refused; a ValueError is that of a NUL byte in it."""
+    return str(getattr(error, "strerror", None) or error)
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from itertools import zip_longest
 from pathlib import Path
@@ -20,8 +21,9 @@ from torch import Tensor
 from llada_lightning.checkpoints.integrity import require_whole
 from llada_lightning.checkpoints.run_folder import CHECKPOINTS, CONFIG, final_checkpoint, saved_identity
 from llada_lightning.cluster import agreed_launch
+from llada_lightning.command_line import refuse_unusable
 from llada_lightning.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
-from llada_lightning.data.language_datamodule import LanguageDataModule
+from llada_lightning.data.language_datamodule import LanguageDataModule, require_open_files
 from llada_lightning.data.manifest import loss_note
 from llada_lightning.data.sft import SftDataModule  # noqa: F401 (so that the parser knows its name)
 from llada_lightning.errors import UserError
@@ -29,19 +31,22 @@ from llada_lightning.files import strict_json, written_atomically
 from llada_lightning.lock import check_unlocked, run_lock
 from llada_lightning.parser import OneLineParser, class_first
 from llada_lightning.phases import Phase, phases_of
+from llada_lightning.printing import shortened
+from llada_lightning.reading import read_text
 from llada_lightning.scaling.results import read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.secrets import refuse_secrets
-from llada_lightning.settings import Budget, Guard, Profile, Run, Wandb
+from llada_lightning.settings import Budget, Guard, Profile, Run, Wandb, check_seed
 from llada_lightning.signals import LeaveRequest, leaving_at_a_steps_end, say
 from llada_lightning.training.callbacks.accounting import Accounting
 from llada_lightning.training.callbacks.bad_numbers import BadNumbers, DivergedError
 from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, CheckpointPlan, StepCheckpoints
 from llada_lightning.training.callbacks.leaving import LeaveTogether
 from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
+from llada_lightning.training.callbacks.others import check_monitors, fault_of_a_callback
 from llada_lightning.training.callbacks.profile import profiling
 from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
-from llada_lightning.training.callbacks.wandb_log import wandb_logger
+from llada_lightning.training.callbacks.wandb_log import check_wandb, wandb_logger
 from llada_lightning.training.devices import check_devices
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.memory import MemoryAdvice
@@ -106,13 +111,20 @@ class LladaCLI(LightningCLI):
         parser.set_defaults({"data": {**data, "init_args": {"path": "data/python-stdlib"}}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(class_first(args))
+        try:
+            self.config = parser.parse_args(class_first(args))
+        except UnicodeDecodeError:
+            for path in filter(os.path.isfile, (word.removeprefix("--config=") for word in args)):
+                read_text(path)  # says which file it is, and where
+            raise
+        refuse_unusable(self.config[self.config["subcommand"]], "")
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint's hyperparameters never replace what the user wrote: they are compared with it on loading."""
 
     def _set_seed(self) -> None:
         if self._execute:
+            check_seed("seed_everything", self.settings.seed_everything)
             seed_everything(self.settings.seed_everything, workers=True, verbose=False)
 
     @property
@@ -129,6 +141,9 @@ class LladaCLI(LightningCLI):
         trainer = self.settings.trainer
         self.launch = agreed_launch(trainer.devices, trainer.num_nodes) if self._execute else None
         reject_unknown_keys(self.settings)
+        if self.subcommand == "fit" and self._execute:
+            w = self.settings.wandb
+            check_wandb(w.project, w.entity, w.group)
         refuse_secrets(self.settings.as_dict())
         data = resolve_data(self.settings)
         if self.subcommand == "fit":
@@ -154,7 +169,11 @@ class LladaCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (MisconfigurationException, ValueError, ImportError) as error:  # Lightning, of the trainer's settings
-            raise UserError(" ".join(str(error).split())) from error
+            raise _own_cause(error) or UserError(" ".join(str(error).split())) from error
+        # Of a single process Lightning keeps what RANK and its like say, whoever has set them.
+        rank_zero_only.rank = self.trainer.global_rank
+        check_monitors(self.trainer, self.model)
+        require_open_files(self.datamodule.loader_workers(self.trainer))
         check_parallel(self.trainer, self.model.shape, self.model.vocab_size, self.datamodule.sequence_length)
         self.model.identity = self.identity
         given, fits = Speed(**vars(self.settings.speed)), self.subcommand == "fit"
@@ -166,7 +185,8 @@ class LladaCLI(LightningCLI):
         kwargs |= launched_settings(self.launch, trainer.devices, [checkpoint_io, *_as_list(trainer.plugins)])
         self.memory = MemoryAdvice()
         if self.subcommand != "fit":
-            return super().instantiate_trainer(callbacks=[EvaluationProgress(), self.memory], **kwargs)
+            progress = [] if trainer.enable_progress_bar is False else [EvaluationProgress()]
+            return super().instantiate_trainer(callbacks=[*progress, self.memory], **kwargs)
         phase = self.phase
         data, model = self.datamodule, self.model
         self.accounting = Accounting(model.flops_per_token(data.attended_length, data.mask_eps, data.response_share))
@@ -231,10 +251,11 @@ class LladaCLI(LightningCLI):
             return
         try:
             self._run_resolved(subcommand)
-        except (RuntimeError, MemoryError) as error:
-            if self.memory.advice is None:
+        except Exception as error:
+            refused = self.memory.advice or fault_of_a_callback(error)
+            if refused is None:
                 raise
-            raise UserError(self.memory.advice) from error
+            raise UserError(refused) from error
 
     def _run_resolved(self, subcommand: str) -> None:
         if subcommand != "fit":
@@ -296,6 +317,8 @@ class LladaCLI(LightningCLI):
     @rank_zero_only
     def after_validate(self) -> None:
         """The figure, with its error bar, on stdout."""
+        if not self.model.validation:
+            raise UserError(f"trainer: its limits leave no sequence to {self.subcommand}; leave them out")
         print(describe_loss(self.model.validation, self.model.val_kind))
         self._warn_of_few_documents()
         self._warn_of_lost_text()
@@ -304,7 +327,10 @@ class LladaCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """The nats of each validation sequence, one line each, on stdout."""
-        for nats_B in self.trainer.predict(**kwargs) or []:
+        found = self.trainer.predict(**kwargs)
+        if not found:
+            raise UserError("trainer: its limits leave no sequence to predict; leave them out")
+        for nats_B in found:
             assert isinstance(nats_B, Tensor)
             if leads_its_group(self.trainer):
                 print("\n".join(f"{nats:.6f}" for nats in nats_B.tolist()))
@@ -367,7 +393,10 @@ class LladaCLI(LightningCLI):
         """The resolved configuration as YAML."""
         settings = self.settings.clone()
         settings.pop("config", None)
-        return self._parser(self.subcommand).dump(settings, skip_none=False, skip_validation=True)
+        try:
+            return self._parser(self.subcommand).dump(settings, skip_none=False, skip_validation=True)
+        except yaml.YAMLError as error:
+            raise UserError(f"trainer: a setting cannot be written to config.yaml ({shortened(error)})") from error
 
     @rank_zero_only
     def _write_config(self) -> None:
@@ -394,6 +423,13 @@ def resolved_run(args: list[str]) -> tuple[Path, str]:
     cli.check_folder()
     check_unlocked(cli.folder)
     return cli.folder, cli.resolved
+
+
+def _own_cause(error: BaseException | None) -> UserError | None:
+    """The UserError that the parser has wrapped in an error of its own, if there is one."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -17,8 +17,8 @@ from llada_lightning.checkpoints.integrity import require_whole, whole_checkpoin
 from llada_lightning.checkpoints.run_folder import (
     BRANCHES,
     CHECKPOINTS,
-    checkpoint_hash,
     checkpoint_of_step,
+    content_hash,
     saved_identity,
     saved_step,
 )
@@ -114,8 +114,8 @@ class Phase:
                 )
 
     def parent_hash(self) -> str | None:
-        """sha256 of the checkpoint of another run, or of the trunk, that it started from; None where there is none."""
-        return None if self.foreign_parent is None else checkpoint_hash(self.foreign_parent)
+        """``content_hash`` of the checkpoint of another run, or of the trunk, that it started from; None: of none."""
+        return None if self.foreign_parent is None else content_hash(self.foreign_parent)
 
     def apply(self, config: Namespace) -> None:
         """Set, in place, what of a run's configuration is this phase's."""

@@ -6,7 +6,56 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llada_lightning.errors import UserError
+from llada_lightning.printing import shortened
 from llada_lightning.scaling.flops import Convention
+
+MAX_SEED = 2**32 - 1
+"""Largest seed that NumPy, and so Lightning, takes."""
+
+MAX_PROCESSES = 256
+"""Most processes that one command starts of a kind on a machine: workers of a loader, or ranks on its CPU."""
+
+NOT_RUNS = frozenset({"checkpoints", "logs", "wandb", "__pycache__"})
+"""Names of folders beside and within runs, which are never runs."""
+
+_NAME_BYTES = 240
+"""Longest name of a folder: file systems take 255 bytes, and a sweep's log of a run has its name with an ending."""
+
+
+def check_seed(name: str, seed: int | None) -> None:
+    """Refuse a seed that the random generators do not take.
+
+    Raises:
+        UserError: names the setting and the seed.
+    """
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise UserError(f"{name}: {seed} given; it must lie between 0 and {MAX_SEED}")
+
+
+def check_folder_name(name: str, given: str, *, nested: bool = False) -> None:
+    """Refuse a name of a run or study whose results would not be found, or would hide others'.
+
+    Args:
+        name: The name of the setting, for messages.
+        given: The name of the folder.
+        nested: Whether it may be several folders, one within the other, with `/` between them.
+
+    Raises:
+        UserError: names the setting and the name.
+    """
+    for part in given.split("/") if nested else [given]:
+        if part in NOT_RUNS or part.startswith("."):
+            reason = f"`llada collect` passes over folders of the name '{shortened(part)}'"
+        elif not part or "/" in part:
+            reason = "it must be the name of a folder"
+        elif not part.isprintable():
+            reason = "it must not contain control characters or line breaks"
+        elif len(part.encode()) > _NAME_BYTES:
+            reason = f"it is longer than {_NAME_BYTES} bytes"
+        else:
+            continue
+        raise UserError(f"{name}: '{shortened(given)}' given; {reason}; choose another name")
 
 
 @dataclass

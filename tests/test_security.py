@@ -313,7 +313,9 @@ def test_no_call_of_the_package_runs_what_it_reads() -> None:
             unsafe = name in forbidden
             unsafe |= name == "torch.load" and keywords.get("weights_only") != "True"
             unsafe |= bool({"trust_remote_code", "allow_pickle", "shell"} & keywords.keys())
-            if unsafe:
+            # The one place that runs what a model wrote: within the sandbox, in a process that never is this one.
+            sandboxed = name == "exec" and path == PACKAGE / "evaluation" / "sandboxed.py"
+            if unsafe and not sandboxed:
                 found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}")
     assert not found
 

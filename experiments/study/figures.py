@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from llada_lightning.scaling.fits import Multiplier, StudyFits
 from llada_lightning.scaling.plots import write_figure
 from llada_lightning.scaling.plots.style import (
     GREY,
@@ -36,8 +34,8 @@ SMDM_RANGE = (1e18, 1e20)
 """Its FLOPs, as the LLaDA paper tells them."""
 
 
-def multipliers(studies: dict[str, Sequence[Matched]], published: StudyFits) -> StudyFigure:
-    """The compute multiplier by 6ND over the FLOPs of ``arm``: read off in our studies, and others', at 95 %."""
+def multipliers(studies: dict[str, Sequence[Matched]], published: Sequence[Matched]) -> StudyFigure:
+    """The compute multiplier by 6ND over the FLOPs of ``arm``, read off: ours at 95 %, the published without errors."""
     figure = new_figure(8.2, 3.8)
     axes = figure.subplots()
     for (name, found), color, marker in zip(studies.items(), ("#0072B2", "#D55E00"), "os", strict=True):
@@ -45,8 +43,8 @@ def multipliers(studies: dict[str, Sequence[Matched]], published: StudyFits) -> 
         bars = interval_bars(values, [one.multiplier.low for one in found], [one.multiplier.high for one in found])
         flops = [one.arm_flops for one in found]
         axes.errorbar(flops, values, yerr=bars, fmt=f"{marker}-", color=color, markersize=5, capsize=3, label=name)
-    curve = [m for m in published.multiplier_curve if (m.method, m.convention) == ("envelope", "6nd")]
-    _band(axes, sorted(curve, key=lambda entry: entry.arm_flops), "published, C4 (law)", "#009E73")
+    values = [one.multiplier.value for one in published]
+    axes.plot([one.arm_flops for one in published], values, "^-", color="#009E73", markersize=5, label="published, C4")
     axes.plot(SMDM_RANGE, (SMDM, SMDM), ":", color=GREY, linewidth=1.5, label="16, SMDM")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=20))
@@ -58,15 +56,6 @@ def multipliers(studies: dict[str, Sequence[Matched]], published: StudyFits) -> 
     dress(axes)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
     return figure
-
-
-def _band(axes: Axes, entries: Sequence[Multiplier], name: str, color: str) -> None:
-    inside = [entry for entry in entries if not entry.extrapolated]
-    flops, values, lows, highs = (
-        [getattr(entry, field) for entry in inside] for field in ("arm_flops", "multiplier", "low", "high")
-    )
-    axes.plot(flops, values, color=color, linewidth=2, label=name)
-    axes.fill_between(flops, lows, highs, color=color, alpha=0.16, linewidth=0)
 
 
 def repeats(found: pd.DataFrame) -> StudyFigure:
@@ -118,7 +107,7 @@ def plateaus(histories: dict[str, pd.DataFrame]) -> StudyFigure:
     return figure
 
 
-def draw(cpu: Any, gpu: Any, published: StudyFits, folder: Path) -> None:
+def draw(cpu: Any, gpu: Any, published: Sequence[Matched], folder: Path) -> None:
     """All of them into a folder, as PNG and SVG."""
     ours = {"two cores, 512 words": cpu.read_offs.at("6nd").rows, "one H100, 4,096 words": gpu.read_offs.at("6nd").rows}
     write_figure(multipliers(ours, published), folder, "multipliers")

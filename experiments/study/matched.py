@@ -10,7 +10,7 @@ training, or one for each run; and the choice of the best of several shapes, ane
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +52,7 @@ class Envelope:
             by_trunk: whether all branches of a trunk have the same error of seeds; else each has its own.
         """
         if by_trunk:
-            noise = replace(noise, normals=noise.normals[:, runs.groupby(["shape", "lr"], sort=False).ngroup()])
+            noise = noise.shared_within(runs.groupby(["shape", "lr"], sort=False).ngroup().to_numpy())
         shapes = Candidates.of(runs, "6nd", "nats_per_token", noise)
         flops = shapes.means(runs[flops_column(convention)])
         budgets = shapes.envelope(flops)

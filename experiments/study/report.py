@@ -41,7 +41,7 @@ from llada_lightning.scaling.flops import Convention
 from llada_lightning.scaling.reference import published_isoflop
 from llada_lightning.scaling.results import read_results
 from llada_lightning.scaling.shapes import format_count
-from matched import shared_budgets
+from matched import Envelope, Matched, multipliers, shared_budgets, slope_weights
 from read_offs import ReadOffs
 from report_text import flops, grid, interval, markdown, plus_minus, short_shape
 
@@ -87,7 +87,8 @@ class Study:
         return markdown(curves_report.held_out_table(self.fits, convention))
 
     def notes(self) -> str:
-        return "\n".join(f"- {note}" for note in self.fits.notes)
+        doubts = [line for name in self.fits.conventions for line in curves_report.doubt_lines(self.fits, name)]
+        return "\n".join(f"- {note}" for note in [*doubts, *self.fits.notes])
 
     # --- tables of its own ---
 
@@ -288,6 +289,43 @@ class Study:
         """What seeds add to the error of a difference between the objectives, nats."""
         return float(np.hypot(*(self.seed_deviation(objective) for objective in OBJECTIVES)))
 
+    def best(self, objective: str, budget: float) -> EnvelopePoint:
+        """The best measured run at the budget (6ND) nearest to some FLOPs."""
+        points = self.fits.envelopes("6nd")[objective].points
+        return min(points, key=lambda point: abs(np.log(point.flops / budget)))
+
+    def not_reached_at(self, arm_flops: float) -> float:
+        """Most FLOPs of ``llada`` over those of an ``arm`` whose measured loss it does not reach with them (6ND)."""
+        arm, llada = self.best("arm", arm_flops), self.fits.envelopes("6nd")["llada"].points[-1]
+        assert llada.loss > arm.loss
+        return llada.flops / arm.flops
+
+    def on_lladas_law(self, arm_flops: float) -> float:
+        """The multiplier (6ND) where ``llada``'s law has the loss that was measured of ``arm``, not that of its law."""
+        arm, law = self.best("arm", arm_flops), self.fits.envelopes("6nd")["llada"].law
+        assert law is not None
+        return float(law.c0 * (arm.loss / law.a) ** (-1 / law.b) / arm.flops)
+
+    def above_the_law(self, arm_flops: float) -> float:
+        """By how much ``arm``'s law (6ND) lies above the loss that was measured, nats."""
+        arm, law = self.best("arm", arm_flops), self.fits.envelopes("6nd")["arm"].law
+        assert law is not None
+        return float(law.loss(arm.flops) - arm.loss)
+
+    def rejected(self, objective: str) -> str:
+        """p-value of the lack of fit of an envelope's law (6ND)."""
+        return f"{self.fits.objectives[objective].misfit('envelope', '6nd'):.1g}"
+
+    def n_exponents(self, objective: str) -> dict[str, Estimate]:
+        """Exponent of N_opt (6ND) with the optima weighted by their errors, and with all of one weight."""
+        fit = self.fits.objectives[objective].isoflop["6nd"]
+        assert fit.n_law is not None
+        inside = [budget for budget in fit.budgets if budget.interior]
+        slope = slope_weights(np.log([budget.flops for budget in inside]))
+        drawn = np.stack([budget.drawn_log_n_opt for budget in inside], axis=1) @ slope
+        value = slope @ np.log([budget.n_opt.value for budget in inside])
+        return {"weighted": fit.n_law.exponent, "unweighted": Estimate.of(value, drawn)}
+
     def misfit(self) -> str:
         """log loss of ``arm``'s four least budgets less the law of its envelope."""
         envelope = self.fits.envelopes("6nd")["arm"]
@@ -322,6 +360,25 @@ def multiplier_at(fits: StudyFits, arm_flops: float, convention: Convention = "6
     """By the envelopes, at the budget of ``arm`` nearest to some FLOPs."""
     entries = [m for m in fits.compute_multiplier if (m.convention, m.method) == (convention, "envelope")]
     return min(entries, key=lambda entry: abs(np.log(entry.arm_flops / arm_flops)))
+
+
+def read_off_points(fits: StudyFits) -> list[Matched]:
+    """The multiplier (6ND) at ``arm``'s measured best losses, between two of ``llada``'s; of a study without errors."""
+    points = [fits.envelopes("6nd")[name].points for name in OBJECTIVES]
+    found = [[np.array([getattr(point, name) for point in own]) for name in ("flops", "loss")] for own in points]
+    arm, llada = (Envelope(flops, losses, flops[None], losses[None]) for flops, losses in found)
+    shares = multipliers(llada, arm)  # FLOPs of arm over those of llada
+    return [
+        Matched(flops / shares[flops], loss, flops, Estimate(1 / shares[flops], np.nan, np.nan))
+        for flops, loss in zip(arm.flops.tolist(), arm.losses.tolist(), strict=True)
+        if flops in shares
+    ]
+
+
+def range_by_method(fits: StudyFits) -> str:
+    """Of the multipliers by all methods (6ND) where both objectives reach the loss within their budgets."""
+    values = [m.multiplier for m in fits.compute_multiplier if m.convention == "6nd" and not m.extrapolated]
+    return f"{min(values):.3g} to {max(values):.3g}"
 
 
 def _estimate(entry: dict[str, float]) -> Estimate:
@@ -368,17 +425,19 @@ def write(report: Path, cpu: Path, gpu: Path) -> None:
     """Draws the figures into the folders of tables, and writes the report, which shows them."""
     studies = {"cpu": Study(cpu), "gpu": Study(gpu)}
     published = fit_table(published_isoflop())
-    figures.draw(studies["cpu"], studies["gpu"], published, report.with_suffix(""))
+    figures.draw(studies["cpu"], studies["gpu"], read_off_points(published), report.with_suffix(""))
     environment = Environment(
         loader=FileSystemLoader(HERE), undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True
     )
-    environment.filters |= {"interval": interval, "flops": flops, "count": format_count}
+    environment.filters |= {"interval": interval, "flops": flops, "count": format_count, "num": "{:.3g}".format}
     places = {f"{name}_folder": os.path.relpath(study.folder, report.parent) for name, study in studies.items()}
     text = environment.get_template("study.md.jinja").render(
         **studies,
         **places,
         own_folder=report.stem,
         published_at=partial(multiplier_at, published),
+        published_read=read_off_points(published)[0],
+        published_range=range_by_method(published),
     )
     with written_atomically(report) as temporary:
         temporary.write_text(text, encoding="utf-8")

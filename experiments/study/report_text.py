@@ -19,7 +19,8 @@ def markdown(table: Table) -> str:
     columns = [[Text.from_markup(str(cell)).plain.strip() for cell in column.cells] for column in table.columns]
     head = [str(column.header).strip() for column in table.columns]
     body = grid(head, [list(row) for row in zip(*columns, strict=True)])
-    return "\n\n".join(str(part) for part in (f"{table.title}:", body, table.caption) if part)
+    marks = [line.replace("*", "\\*", 1) for line in str(table.caption or "").splitlines()]  # "* " begins a list
+    return "\n\n".join([f"{table.title}:", body, *marks])
 
 
 def short_shape(name: str) -> str:

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from llada_lightning.errors import UserError
-from llada_lightning.reading import read_json
+from llada_lightning.model.transformer import POSITIVE, is_positive
+from llada_lightning.reading import read_json, shortened
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
+
+NO_TOKEN = -1
+"""What some configurations give as the id of a token that the model does not have."""
 
 
 def is_whole(value: Any, least: int) -> bool:
@@ -20,14 +24,9 @@ def is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
 
 
-def is_positive(value: Any) -> bool:
-    """Whether a value is a number above 0 that a float holds, so neither infinite nor NaN."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
-
-
-def mistake(key: str, value: Any, mend: str) -> UserError:
+def mistake(key: str, value: Any, fix: str) -> UserError:
     """The error of a value that does not serve."""
-    return UserError(f"{key} is {json.dumps(value)}; {mend}")
+    return UserError(f"{key} is {shortened(json.dumps(value))}; {fix}")
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,38 @@ class ConfigFile:
         """
         value = self.get(key, absent)
         if not is_positive(value):
-            raise self.mistake(key, "it must be a finite number above 0")
+            raise self.mistake(key, POSITIVE)
         return float(value)
 
     def several(self, key: str) -> tuple[Any, ...]:
         """The values of a key that holds one, a list or null."""
         value = self.get(key, [])
         return tuple(value) if isinstance(value, list) else (value,)
+
+    def token_ids(self, key: str) -> tuple[Any, ...]:
+        """The token ids of a key that holds one, a list or null; -1 means that there is none, as in LLaMA-1's files."""
+        return tuple(value for value in self.several(key) if is_whole(value, 0) or value != NO_TOKEN)
+
+    def told_id(self, key: str, vocab_size: int) -> int | None:
+        """A token id that only other programs use; None where it is null or -1.
+
+        An id outside of the vocabulary is left out, too, with a note on stderr: the weights are whole without it.
+
+        Raises:
+            UserError: it is not a whole number.
+        """
+        value = self.get(key, NO_TOKEN)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.mistake(key, f"it must be an id of the vocabulary, 0 to {vocab_size - 1}, or null")
+        if 0 <= value < vocab_size:
+            return value
+        if value != NO_TOKEN:
+            print(
+                f"note: '{self.path}': {key} {shortened(value, 40)} is outside of the vocabulary of {vocab_size} and "
+                "is left out; nothing uses it here",
+                file=sys.stderr,
+            )
+        return None
 
     def refuse(self, required: dict[str, tuple[Any, ...]], absent: dict[str, Any]) -> None:
         """Refuse a model whose mathematics is another one than our Transformer's.
@@ -125,7 +149,7 @@ def read_generation_ends(folder: Path, vocab_size: int) -> tuple[int, ...]:
     if not path.is_file():
         return ()
     config = ConfigFile.read(path)
-    ends = config.several("eos_token_id")
+    ends = config.token_ids("eos_token_id")
     if not all(is_whole(end, 0) and end < vocab_size for end in ends):
         raise config.mistake("eos_token_id", f"it must hold ids of the vocabulary, 0 to {vocab_size - 1}")
     return ends

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llada_lightning.checkpoints.config_file import ConfigFile, is_positive, is_whole, mistake
+from llada_lightning.checkpoints.config_file import ConfigFile, is_whole, mistake
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
-from llada_lightning.model.transformer import NORM_EPS
+from llada_lightning.model.transformer import NORM_EPS, POSITIVE, is_positive
 from llada_lightning.scaling.flops import Objective
 from llada_lightning.scaling.shapes import Shape, get_shape
 
@@ -18,9 +18,6 @@ MODEL_TYPE = "llada_lightning"
 
 FORMAT = 1
 """Version of our own ``config.json``."""
-
-MOST_LAYERS = 10_000
-"""Far above any model: a damaged or hostile file is refused before names are made for all of its layers."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +67,12 @@ class Description:
             raise mistake("compat", self.compat, "it must be null or llada")
         if not isinstance(self.source, dict):
             raise mistake("source", self.source, "it must be a mapping")
-        if self.shape.n_layers > MOST_LAYERS:
-            raise mistake("n_layers", self.shape.n_layers, f"it must be at most {MOST_LAYERS}")
         for key in ("vocab_size", "context_length"):
             if not is_whole(value := getattr(self, key), 1):
                 raise mistake(key, value, "it must be a whole number of at least 1")
         for key in ("rope_theta", "norm_eps"):
             if not is_positive(value := getattr(self, key)):
-                raise mistake(key, value, "it must be a finite number above 0")
+                raise mistake(key, value, POSITIVE)
             object.__setattr__(self, key, float(value))
         self._check_ids()
         object.__setattr__(self, "end_token_ids", tuple(dict.fromkeys((self.eos_token_id, *self.end_token_ids))))
@@ -138,7 +133,8 @@ def read_config(config: ConfigFile) -> Description:
     return Description.of(
         config.path,
         shape,
-        **{key: config.get(key) for key in (*plain, "bos_token_id", "pad_token_id")},
+        **{key: config.get(key) for key in plain},
+        **{key: config.told_id(key, config.whole("vocab_size")) for key in ("bos_token_id", "pad_token_id")},
         end_token_ids=config.several("end_token_ids"),
         **ours_alone(config),
     )

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llada_lightning.checkpoints.config_file import ConfigFile, is_positive, read_generation_ends
+from llada_lightning.checkpoints.config_file import NO_TOKEN, ConfigFile, read_generation_ends
 from llada_lightning.checkpoints.description import Description, extra_key, read_extra_key
+from llada_lightning.model.transformer import is_positive
 
 _LLADA_REQUIRED: dict[str, tuple[Any, ...]] = {
     "architectures": (None, ["LLaDAModelLM"]),
@@ -79,6 +80,7 @@ def read_llada(config: ConfigFile, named: Mapping[str, int]) -> Description:
     _refuse_head_dim(config, d_model, n_heads)
     vocab_size = config.whole("embedding_size", absent=config.whole("vocab_size"))
     extra = read_extra_key(config) or {"compat": "llada"}
+    mask_token_id = config.get("mask_token_id", NO_TOKEN)
     return Description.of(
         config.path,
         {
@@ -94,13 +96,13 @@ def read_llada(config: ConfigFile, named: Mapping[str, int]) -> Description:
         rope_theta=config.get("rope_theta", 10_000.0),
         norm_eps=config.number("rms_norm_eps", absent=1e-5),
         **_ids(config, named, vocab_size),
-        **{**extra, "mask_token_id": config.get("mask_token_id", named.get("mask_token"))},
+        **{**extra, "mask_token_id": named.get("mask_token") if mask_token_id == NO_TOKEN else mask_token_id},
     )
 
 
 def _llada_d_ff(config: ConfigFile, d_model: int) -> int:
-    width = config.number("mlp_ratio", absent=4) * d_model
-    if not is_positive(width):
+    ratio = config.get("mlp_ratio", 4)
+    if not is_positive(ratio) or not is_positive(width := ratio * d_model):
         raise config.mistake("mlp_ratio", "it must be a number such as 4")
     return round(width)
 
@@ -235,9 +237,14 @@ def write_llama(description: Description, dtype: str) -> dict[str, Any]:
 
 
 def is_tied(config: ConfigFile, has_head: bool) -> bool:
-    """Whether the output head is the embedding: as ``config.json`` says, else as the weights show."""
-    tied = config.get("weight_tying" if config.get("model_type") == "llada" else "tie_word_embeddings")
-    return not has_head if tied is None else bool(tied)
+    """Whether the output head is the embedding: as ``config.json`` says, else as the weights show.
+
+    transformers does not tie a Llama's head that is stored and differs from the embedding, whatever ``config.json``
+    says. The released code of LLaDA has no head of its own where ``weight_tying`` is set, and leaves a stored one out.
+    """
+    if config.get("model_type") == "llama":
+        return not has_head and bool(config.get("tie_word_embeddings", True))
+    return bool(config.get("weight_tying", not has_head))
 
 
 def _refuse_head_dim(config: ConfigFile, d_model: int, n_heads: int) -> None:
@@ -247,14 +254,13 @@ def _refuse_head_dim(config: ConfigFile, d_model: int, n_heads: int) -> None:
 
 def _ids(config: ConfigFile, named: Mapping[str, int], vocab_size: int) -> dict[str, Any]:
     """EOS, every token that ends an answer, and what other programs are told."""
-    ends = (*config.several("eos_token_id"), *read_generation_ends(config.path.parent, vocab_size))
+    ends = (*config.token_ids("eos_token_id"), *read_generation_ends(config.path.parent, vocab_size))
     if not ends and "eos_token" not in named:
         raise config.mistake("eos_token_id", "write the id of the token that ends a text")
     return {
         "eos_token_id": ends[0] if ends else named["eos_token"],
         "end_token_ids": ends,
-        "bos_token_id": config.get("bos_token_id"),
-        "pad_token_id": config.get("pad_token_id"),
+        **{key: config.told_id(key, vocab_size) for key in ("bos_token_id", "pad_token_id")},
     }
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from llada_lightning.data.chat import ChatTemplate
 from llada_lightning.data.encoding import decode, encode, lost_bytes
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
 from llada_lightning.scaling.flops import Objective
+
+_ANCHORS = ("\n", "a")
+"""Characters that a text is encoded behind; a tokenizer merges both with its first one hardly ever."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class LanguageModel:
         text_prefix_ids: stand before a prompt that is given as text, as a Llama's tokenizer puts its BOS there.
         compat: `llada` where [MASK] had a logit in training, as in the authors' released code.
         chat_template: Jinja, None where there is none.
+        special_tokens: by their names in a chat template, such as ``bos_token``, as the tokenizer's files name them.
         name: for people: the path it was read from.
     """
 
@@ -46,6 +53,7 @@ class LanguageModel:
     text_prefix_ids: tuple[int, ...] = ()
     compat: Literal["llada"] | None = None
     chat_template: str | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -59,6 +67,20 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return self.model.head.weight.device
+
+    @cached_property
+    def dialogue(self) -> ChatTemplate | None:
+        """How messages become tokens; None where there is no chat template.
+
+        Raises:
+            UserError: there is no tokenizer.
+        """
+        if self.chat_template is None:
+            return None
+        acting = (*self.end_token_ids, self.mask_token_id, *self.text_prefix_ids)
+        return ChatTemplate.of(
+            self.chat_template, self._tokenizer, self.eos_token_id, acting, self.name, self.special_tokens
+        )
 
     @property
     def excluded_token_id(self) -> int | None:
@@ -100,6 +122,32 @@ class LanguageModel:
             UserError: there is no tokenizer.
         """
         return [*self.text_prefix_ids, *self.encode(text)]
+
+    def encode_within(self, text: str) -> list[int]:
+        """The ids of a text that other tokens stand before, encoded by itself.
+
+        Some tokenizers put a space before whatever they encode (SentencePiece's): so it is encoded behind a character.
+
+        Raises:
+            UserError: there is no tokenizer.
+        """
+        for anchor in _ANCHORS:
+            head, whole = self.encode(anchor), self.encode(anchor + text)
+            if whole[: len(head)] == head:
+                return whole[len(head) :]
+        return self.encode(text)
+
+    def encode_after(self, before: str, text: str) -> list[int]:
+        """The ids of a text that follows another one, to stand behind the ids of that one.
+
+        They are the rest of the encoding of both, where that begins with the ids of ``before``. Where a token spans the
+        join, or the encoding differs otherwise, no place parts it rightly: then the text is encoded by itself.
+
+        Raises:
+            UserError: there is no tokenizer.
+        """
+        head, whole = self.encode(before), self.encode(before + text)
+        return whole[len(head) :] if whole[: len(head)] == head else self.encode_within(text)
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens left out.

@@ -12,6 +12,7 @@ from llada_lightning.checkpoints.stored_model import StoredModel, open_checkpoin
 from llada_lightning.checkpoints.stored_tensors import common_dtype, dtype_named
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
+from llada_lightning.printing import shortened
 
 
 def load_model(
@@ -39,10 +40,6 @@ def load_model(
     wanted, place = dtype_named(dtype), _device_named(device)
     stored = open_checkpoint(path, tokenizer)
     description, files = stored.description, stored.tokenizer
-    ends, template = ((), None) if files is None else (files.end_ids, files.chat_template)
-    prefix = description.text_prefix_ids
-    if prefix is None:
-        prefix = () if files is None else files.prefix_ids
     return LanguageModel(
         objective=description.objective,
         model=_transformer(stored, place, wanted or common_dtype(stored.weights.values())),
@@ -50,11 +47,12 @@ def load_model(
         eos_token_id=description.eos_token_id,
         context_length=description.context_length,
         tokenizer=None if files is None else files.tokenizer,
-        end_token_ids=tuple(dict.fromkeys((*description.end_token_ids, *ends))),
+        end_token_ids=stored.end_token_ids,
         start_token_id=description.start_token_id,
-        text_prefix_ids=prefix,
+        text_prefix_ids=stored.text_prefix_ids,
         compat=description.compat,
-        chat_template=template,
+        chat_template=None if files is None else files.chat_template,
+        special_tokens={} if files is None else files.special_tokens,
         name=str(path),
     )
 
@@ -63,10 +61,14 @@ def _device_named(device: str | torch.device | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # no such name, none of that number, a build without it
-        reason = str(error).splitlines()[0].rstrip(".")
+        found = torch.empty(0, device=device).device
+    # No such name, none of that number, a build without it, a plug-in that is missing.
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = shortened(str(error).splitlines()[0].rstrip("."))
         raise UserError(f"--device '{device}' cannot be used ({reason}); give cpu, or leave it out") from error
+    if found.type == "meta":
+        raise UserError(f"--device '{device}' cannot be used (it holds no numbers); give cpu, or leave it out")
+    return found
 
 
 def _transformer(stored: StoredModel, device: torch.device, dtype: torch.dtype) -> Transformer:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llada_lightning.checkpoints.sharded_checkpoints import META
+from llada_lightning.checkpoints.sharded_checkpoints import META, is_sharded, read_lazily
 from llada_lightning.errors import UserError
 
 CONFIG = "config.yaml"
@@ -79,8 +80,54 @@ def _saved(checkpoint: Path, key: str) -> Any:
         raise UserError(f"checkpoint: '{checkpoint}' is damaged or of another program; take another one") from error
 
 
+_CONTENT = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "guard")
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of what a checkpoint holds of a run, the same for a file and for shards: weights, moments and counters.
+
+    What differs between two undisturbed runs of one configuration is left out: clocks, versions, and how the bytes are
+    packed.
+    """
+    if is_sharded(path):
+        content = read_lazily(path)
+    else:
+        content = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+    return digest({key: content.get(key) for key in _CONTENT})
+
+
+def digest(value: Any) -> str:
+    """sha256 over nested dicts and sequences of tensors and plain values: names, types, shapes and every bit.
+
+    Args:
+        value: in which a function stands for the value that it returns.
+    """
+    found = hashlib.sha256()
+    _feed(found.update, value)
+    return found.hexdigest()
+
+
+def _feed(update: Callable[[Any], None], value: Any) -> None:
+    if callable(value):
+        value = value()
+    if isinstance(value, dict):
+        update(f"{{{len(value)}".encode())
+        for key in sorted(value, key=repr):
+            update(f"{key!r}:".encode())
+            _feed(update, value[key])
+    elif isinstance(value, (list, tuple)):
+        update(f"[{len(value)}".encode())
+        for item in value:
+            _feed(update, item)
+    elif isinstance(value, torch.Tensor):
+        update(f"{value.dtype}{tuple(value.shape)}".encode())
+        update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    else:
+        update(f"{value!r},".encode())
+
+
 def checkpoint_hash(path: Path) -> str:
-    """sha256 of a checkpoint: of its file, or of all files of a sharded one, in order of name."""
+    """sha256 of a checkpoint's bytes: of its file, or of all files of a sharded one, in order of name."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():

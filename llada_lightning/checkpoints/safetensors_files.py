@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,9 @@ from llada_lightning.errors import LibraryPanicError, UserError, panics_as_excep
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_USUAL = re.compile(r"(model(-\d+-of-\d+)?\.safetensors)|(pytorch_model(-\d+-of-\d+)?\.bin)")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "consolidated*.pth")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -31,12 +34,53 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
         return _read_file(folder / WEIGHTS_NAME)
     if (folder / INDEX_NAME).is_file():
         return _read_shards(folder)
-    if any((folder / name).is_file() for name in _PICKLES):
+    raise UserError(f"'{folder}' {_instead_of_weights(folder)}")
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuses a folder with an adapter, such as LoRA's: it is no model, and a model beside it is another one with it.
+
+    Raises:
+        UserError: names the adapter's files and how to get a model.
+    """
+    names = [name for name in _ADAPTER if (folder / name).is_file()]
+    if names:
         raise UserError(
-            f"'{folder}' holds its weights as pickles only, and to read one may run its code; save it as safetensors: "
+            f"'{folder}' holds an adapter ({', '.join(names)}), which changes a model and is none by itself; merge it "
+            "into its base model first (peft: merge_and_unload, then save_pretrained), or remove its files"
+        )
+
+
+def weights_in(folder: Path) -> list[str]:
+    """The names of the files in a folder that hold weights by their names, of whatever layout."""
+    return sorted({path.name for pattern in ("*.safetensors", *_PICKLES) for path in folder.glob(pattern)})
+
+
+def is_usual(name: str) -> bool:
+    """Whether a file of weights is named as transformers names a whole model's, in one file or in shards."""
+    return _USUAL.fullmatch(name) is not None
+
+
+def _instead_of_weights(folder: Path) -> str:
+    """What a folder without weights that can be read holds, and what to do about it."""
+    names = weights_in(folder)
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    others = [name for name in names if name.endswith(".safetensors")]
+    if any(is_usual(name) for name in others):
+        return f"holds {shown} and no {INDEX_NAME}: it is half-written; copy it again"
+    if others and all(name.startswith("consolidated") for name in others):
+        return f"holds no {WEIGHTS_NAME}, but {shown}, which is its authors' layout; take the model in transformers'"
+    if others:
+        return (
+            f"holds no {WEIGHTS_NAME}, but {shown}; if that is the whole model, such as in another precision, rename "
+            f"it to {WEIGHTS_NAME}, or save it again without a variant"
+        )
+    if names:
+        return (
+            "holds its weights as pickles only, and to read one may run its code; save it as safetensors: "
             "save_pretrained(..., safe_serialization=True) where it comes from"
         )
-    raise UserError(f"'{folder}' holds no {WEIGHTS_NAME}: it is half-written; copy it again")
+    return f"holds no {WEIGHTS_NAME}: it is half-written; copy it again"
 
 
 def _read_shards(folder: Path) -> dict[str, StoredTensor]:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,17 +161,31 @@ def read_sharded(folder: Path) -> dict[str, Any]:
     Returns:
         What Lightning's checkpoint files hold, on the CPU. Nothing is exchanged with other processes.
     """
-    checkpoint: dict[str, Any] = torch.load(folder / META, weights_only=True, map_location="cpu")
     reader = ShardReader(folder)
-    metadata = reader.read_metadata()
     flat: dict[str, Any] = {
         key: torch.empty(stored.size, dtype=stored.properties.dtype)
         if isinstance(stored, TensorStorageMetadata)
         else None
-        for key, stored in metadata.state_dict_metadata.items()
+        for key, stored in reader.read_metadata().state_dict_metadata.items()
     }
     reader.fill(flat)
-    weights: dict[str, torch.Tensor] = {}
+    return _as_file(folder, reader, flat)
+
+
+def read_lazily(folder: Path) -> dict[str, Any]:
+    """As :func:`read_sharded`, but a function that reads it in place of each tensor: one at a time fits in memory."""
+    reader = ShardReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    plain: dict[str, Any] = {key: None for key, entry in stored.items() if not isinstance(entry, TensorStorageMetadata)}
+    reader.fill(plain)
+    tensors = {key: partial(reader.read_tensor, *key.split(".", 1)) for key in stored.keys() - plain.keys()}
+    return _as_file(folder, reader, plain | tensors)
+
+
+def _as_file(folder: Path, reader: ShardReader, flat: dict[str, Any]) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(folder / META, weights_only=True, map_location="cpu")
+    metadata = reader.read_metadata()
+    weights: dict[str, Any] = {}
     optimizers: dict[str, tuple[dict[str, Any], dict[int, Any]]] = {}
     for key, (part, *path) in metadata.planner_data.items():
         if part == "state_dict":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,12 @@ from llada_lightning.checkpoints.config_file import CONFIG_NAME, ConfigFile
 from llada_lightning.checkpoints.description import Description
 from llada_lightning.checkpoints.layouts import HF_LLADA, HF_LLAMA, OURS, TRAINING, Layout
 from llada_lightning.checkpoints.run_folder import final_checkpoint, last_checkpoint
-from llada_lightning.checkpoints.safetensors_files import read_folder
+from llada_lightning.checkpoints.safetensors_files import (
+    is_usual,
+    read_folder,
+    refuse_adapter,
+    weights_in,
+)
 from llada_lightning.checkpoints.sharded_checkpoints import is_sharded
 from llada_lightning.checkpoints.stored_tensors import StoredTensor, weights_of
 from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
@@ -53,6 +59,29 @@ class StoredModel:
     tokenizer: TokenizerFiles | None
     auto_map: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def text_prefix_ids(self) -> tuple[int, ...]:
+        """What stands before a text: as the model says, else as its tokenizer does.
+
+        Raises:
+            UserError: the tokenizer puts an id there that the model does not have.
+        """
+        if self.description.text_prefix_ids is not None or self.tokenizer is None:
+            return self.description.text_prefix_ids or ()
+        prefix, vocab_size = self.tokenizer.prefix_ids, self.description.vocab_size
+        if any(token_id >= vocab_size for token_id in prefix):
+            raise UserError(
+                f"tokenizer '{self.tokenizer.name}' puts the ids {list(prefix)} before a text, and the model has only "
+                f"{vocab_size}; give the model's own with --tokenizer"
+            )
+        return prefix
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends an answer: those of the model, then those that only its tokenizer's files name."""
+        named = () if self.tokenizer is None else self.tokenizer.end_ids
+        return tuple(dict.fromkeys((*self.description.end_token_ids, *named)))
+
 
 def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> StoredModel:
     """Finds out what a path holds, and checks that it is whole.
@@ -81,8 +110,11 @@ def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> St
     checkpoint = last_checkpoint(path) or final_checkpoint(path)
     if checkpoint is not None:
         return _training(checkpoint, given)
-    if any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")):
+    refuse_adapter(path)
+    if any(is_usual(name) for name in weights_in(path)):
         raise UserError(f"'{path}' holds weights and no {CONFIG_NAME}: it is half-written; copy it again")
+    if names := weights_in(path):
+        raise UserError(f"'{path}' holds {names[0]} and no {CONFIG_NAME}; give a folder in transformers' layout")
     raise UserError(
         f"'{path}' is no checkpoint: it has no {CONFIG_NAME} and no checkpoints/step=….ckpt; give a run's folder, a "
         "checkpoint, or a converted folder"
@@ -97,6 +129,7 @@ def _training(path: Path, given: TokenizerFiles | None) -> StoredModel:
 
 
 def _folder(folder: Path, given: TokenizerFiles | None) -> StoredModel:
+    refuse_adapter(folder)
     config = ConfigFile.read(folder / CONFIG_NAME)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _LAYOUTS:
@@ -112,9 +145,23 @@ def _folder(folder: Path, given: TokenizerFiles | None) -> StoredModel:
     head = layout.names(description.shape.n_layers)["head.weight"]
     tied = kind != "llada" and hugging_face.is_tied(config, has_head=head in stored)
     weights = weights_of(stored, layout, _on_meta(description, config.path), str(folder), tied)
+    if head in stored and kind != "llada" and hugging_face.is_tied(config, has_head=False):
+        _note_two_heads(stored[head], weights, folder, tied)
     auto_map = config.get("auto_map")
     code = auto_map if isinstance(auto_map, dict) else {}
     return StoredModel(folder, kind, description, weights, _fitted(files, description, given), code)
+
+
+def _note_two_heads(head: StoredTensor, weights: dict[str, StoredTensor], folder: Path, tied: bool) -> None:
+    """Says which output head counts where ``config.json`` ties it, and another one than the embedding is stored."""
+    if head.shape == weights["embedding.weight"].shape and torch.equal(head.read(), weights["embedding.weight"].read()):
+        return
+    counts = "the embedding is the head, as in the released code" if tied else "the stored head counts"
+    print(
+        f"note: '{folder}': {CONFIG_NAME} ties the output head to the embedding, and the weights hold another head; "
+        f"{counts}",
+        file=sys.stderr,
+    )
 
 
 def _on_meta(description: Description, where: Path) -> Transformer:

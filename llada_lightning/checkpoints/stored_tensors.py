@@ -18,6 +18,10 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 """The types that weights are stored in, by torch's names."""
 
 
+_COMPILED = "_orig_mod."
+"""What ``torch.compile`` puts into the names of a model's weights."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file.
@@ -52,7 +56,7 @@ def weights_of(
         layout: of the names.
         model: whose weights they are, on the meta device.
         where: they lie, for people.
-        tied: the output head is the embedding; a head that is stored as well is not looked at.
+        tied: the output head is the embedding; a head that is stored as well is left out.
 
     Raises:
         UserError: tensors are missing, are too many, have another shape, or hold other than floating-point numbers.
@@ -65,17 +69,17 @@ def weights_of(
         names["head.weight"] = names["embedding.weight"]
     found = {name for name in stored if not name.endswith(layout.ignored or ("\0",))}
     missing, extra = set(names.values()) - found, found - set(names.values()) - ({head} if tied else set())
-    mend = "config.json and weights do not belong together, or the copy is incomplete"
+    fix = "config.json and weights do not belong together, or the copy is incomplete"
+    if missing and (wrapped := _wrapped(found, set(names.values()))) is not None:
+        raise UserError(f"'{where}' as {layout.title}: {wrapped}")
     if missing or extra:
         both = [f"{len(missing)} missing: {_some(missing)}"] * bool(missing)
         both += [f"{len(extra)} too many: {_some(extra)}"] * bool(extra)
-        raise UserError(f"'{where}' as {layout.title}: tensors {'; '.join(both)}; {mend}")
+        raise UserError(f"'{where}' as {layout.title}: tensors {'; '.join(both)}; {fix}")
     for ours, theirs in names.items():
         tensor = stored[theirs]
         if tensor.shape != wanted[ours]:
-            raise UserError(
-                f"'{where}': {theirs} has shape {list(tensor.shape)}, expected {list(wanted[ours])}; {mend}"
-            )
+            raise UserError(f"'{where}': {theirs} has shape {list(tensor.shape)}, expected {list(wanted[ours])}; {fix}")
         if tensor.dtype not in DTYPES.values():
             raise UserError(
                 f"'{where}': {theirs} is stored as {name_of(tensor.dtype)}; save it as {' or '.join(DTYPES)}"
@@ -108,6 +112,23 @@ def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
 def name_of(dtype: torch.dtype) -> str:
     """torch's name of a type: `bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def _wrapped(found: set[str], wanted: set[str]) -> str | None:
+    """What a model was wrapped in when it was saved, by the names of its tensors; None: nothing that is known.
+
+    Either all names share a prefix, or ``torch.compile`` left its own within them.
+    """
+    if wanted <= {name.replace(_COMPILED, "") for name in found}:
+        return (
+            f"the names of its tensors hold '{_COMPILED}', which torch.compile puts there; save the model that was "
+            "compiled, model._orig_mod"
+        )
+    last = max(wanted)
+    for prefix in {name.removesuffix(last) for name in found if name.endswith(last)}:
+        if {prefix + name for name in wanted} <= found:
+            return f"the names of its tensors begin with '{prefix}'; save the model without what it was wrapped in"
+    return None
 
 
 def _some(names: set[str], most: int = 4) -> str:

@@ -22,13 +22,16 @@ from llada_lightning.data.tokenizers import (
     named_tokens,
     tokenizer_file,
     tokenizer_from_text,
+    without_special_beyond,
 )
 from llada_lightning.errors import UserError
-from llada_lightning.reading import read_text
+from llada_lightning.printing import warn
+from llada_lightning.reading import parse_json, read_text
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
-_COMPANIONS = (TOKENIZER_CONFIG_NAME, "special_tokens_map.json", TEMPLATE_NAME, GENERATION_CONFIG_NAME)
+ROLES_NAME = "special_tokens_map.json"
+_COMPANIONS = (TOKENIZER_CONFIG_NAME, ROLES_NAME, TEMPLATE_NAME, GENERATION_CONFIG_NAME)
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 """Tokens that end a turn where a chat template has them, whatever the configuration calls EOS."""
 _KNOWN = {"eos_token": KNOWN_EOS_TOKENS, "mask_token": KNOWN_MASK_TOKENS}
@@ -77,12 +80,11 @@ class TokenizerFiles:
         return replace(alone, files={**alone.files, **files}, named=named)
 
     def with_template_of(self, folder: str) -> TokenizerFiles:
-        """The same with the chat template that a local folder keeps beside it, if any."""
+        """The same with the chat template that a local folder keeps beside it, if any, and the roles of its tokens."""
         place = local_path(folder)
-        template = None if place is None else Path(place) / TEMPLATE_NAME
-        if template is None or not template.is_file():
-            return self
-        return replace(self, files={**self.files, TEMPLATE_NAME: template.read_bytes()})
+        paths = [] if place is None else [Path(place) / name for name in (TEMPLATE_NAME, ROLES_NAME)]
+        found = {path.name: path.read_bytes() for path in paths if path.is_file()}
+        return replace(self, files={**self.files, **found})
 
     @cached_property
     def named_ids(self) -> dict[str, int]:
@@ -101,13 +103,33 @@ class TokenizerFiles:
         Raises:
             UserError: it is not a JSON object.
         """
+        return self._object(TOKENIZER_CONFIG_NAME)
+
+    def _object(self, companion: str) -> Mapping[str, Any]:
         try:
-            values = json.loads(self.files.get(TOKENIZER_CONFIG_NAME, b"{}"))
-        except (ValueError, RecursionError) as error:
-            raise self._damaged(TOKENIZER_CONFIG_NAME) from error
+            values = parse_json(self.files.get(companion, b"{}"), companion)
+        except UserError as error:
+            raise self._damaged(companion) from error
         if not isinstance(values, dict):
-            raise self._damaged(TOKENIZER_CONFIG_NAME)
+            raise self._damaged(companion)
         return values
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """Special tokens by role (``bos_token``, ``eos_token``, ...), as the files name them; "": they say it is none.
+
+        Raises:
+            UserError: a file is not a JSON object.
+        """
+        files = [self.config, self._object(ROLES_NAME)]
+        if "added_tokens_decoder" not in self.config:  # then transformers, too, believes special_tokens_map.json first
+            files.reverse()
+        found: dict[str, str] = {}
+        for key, value in (item for file in files for item in file.items() if item[0].endswith("_token")):
+            token = value.get("content") if isinstance(value, dict) else value
+            if isinstance(token, str) or token is None:
+                found[key] = found.get(key) or token or ""
+        return {**self.named, **found}
 
     def _damaged(self, companion: str, what: str = "is damaged; copy it again") -> UserError:
         return UserError(f"'{self.name}': {companion} beside it {what}")
@@ -121,7 +143,7 @@ class TokenizerFiles:
         """
         if TEMPLATE_NAME in self.files:
             try:
-                return self.files[TEMPLATE_NAME].decode()
+                return self.files[TEMPLATE_NAME].decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise self._damaged(TEMPLATE_NAME, "is not UTF-8; copy it again") from error
         template = self.config.get("chat_template")
@@ -169,7 +191,10 @@ class TokenizerFiles:
             UserError: the tokenizer has other special ids than the model, or ids that the model lacks.
         """
         mend = "give the model's own with --tokenizer"
-        largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        tokenizer, left_out = self.tokenizer, []
+        if set(description.end_token_ids) & set(self._candidates("eos_token")):  # it is the model's
+            tokenizer, left_out = without_special_beyond(tokenizer, description.vocab_size)
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= description.vocab_size:
             raise UserError(
                 f"tokenizer '{self.name}' has ids up to {largest}, the model only {description.vocab_size}; {mend}"
@@ -179,7 +204,7 @@ class TokenizerFiles:
             if token_id is None:
                 continue
             title = {"eos_token": "EOS", "mask_token": "[MASK]"}[key]
-            if self.tokenizer.id_to_token(token_id) is None:
+            if tokenizer.id_to_token(token_id) is None:
                 raise UserError(
                     f"tokenizer '{self.name}' has {largest + 1} ids and no {token_id}, the model's {title}; {mend}"
                 )
@@ -187,8 +212,13 @@ class TokenizerFiles:
             others = self._candidates(key)
             if (given or key == "mask_token") and others and not alike & set(others):
                 raise UserError(f"tokenizer '{self.name}' has {title} as {others[0]}, the model as {token_id}; {mend}")
+        if left_out:
+            warn(
+                f"note: tokenizer '{self.name}': {', '.join(left_out)} is left out, because the model has no embedding "
+                f"for ids from {description.vocab_size} on; text is encoded as before"
+            )
         special = [i for i in (*description.end_token_ids, description.mask_token_id) if i is not None]
-        return replace(self, tokenizer=_with_special(self.tokenizer, special))
+        return replace(self, tokenizer=_with_special(tokenizer, special))
 
     def files_for(self, description: Description) -> dict[str, bytes]:
         """The files to write beside a model; with a configuration for transformers where there is none."""

@@ -20,9 +20,9 @@ from llada_lightning.checkpoints.run_folder import CONFIG, run_folder_of
 from llada_lightning.checkpoints.sharded_checkpoints import META, ShardReader, is_sharded
 from llada_lightning.checkpoints.stored_tensors import StoredTensor, of_tensor
 from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
-from llada_lightning.data.manifest import TOKENIZER_NAME, local_path, read_tokenizer_text
-from llada_lightning.data.tokenizers import tokenizer_info
+from llada_lightning.data.manifest import TOKENIZER_NAME, local_path, read_tokenizer_text, tokenizer_fingerprint
 from llada_lightning.errors import UserError
+from llada_lightning.model.transformer import NORM_EPS
 from llada_lightning.printing import warn
 from llada_lightning.reading import read_yaml
 from llada_lightning.scaling.flops import Objective
@@ -79,7 +79,9 @@ def _description(content: Mapping[str, Any], path: Path) -> Description:
     if objective is None:
         raise UserError(f"'{path}' is of {model['class_path']}, whose objective it does not say; train it again")
     run = run_folder_of(path)
-    start = arguments["eos_token_id"] if objective == "arm" else None  # as objectives.losses.shift_right
+    inherited = content.get("inherited", {})  # of the weights that it started from
+    prefix = arguments.get("text_prefix_ids")  # None: prepared data holds nothing but text and EOS
+    start = arguments["eos_token_id"] if objective == "arm" and prefix is None else None  # as ArmModule has it
     return Description.of(
         path,
         arguments["shape"],
@@ -87,17 +89,28 @@ def _description(content: Mapping[str, Any], path: Path) -> Description:
         vocab_size=arguments["vocab_size"],
         eos_token_id=arguments["eos_token_id"],
         mask_token_id=arguments["mask_token_id"],
-        context_length=data.get("sequence_length") or data["context_length"],
+        context_length=_longest(data.get("sequence_length") or data["context_length"], inherited),
         rope_theta=arguments["rope_theta"],
+        norm_eps=arguments.get("norm_eps", NORM_EPS),
+        end_token_ids=tuple(inherited.get("end_token_ids", ())),
         start_token_id=start,
-        text_prefix_ids=(),  # prepared data holds nothing but text and EOS
+        text_prefix_ids=tuple(prefix or ()),
         compat=arguments["compat"],
-        bos_token_id=start,
+        bos_token_id=inherited.get("bos_token_id", start),
+        pad_token_id=inherited.get("pad_token_id"),
         source={
             "run": None if run is None else run.name,
             "step": content["global_step"],
             "identity": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         },
+    )
+
+
+def _longest(context_length: Any, inherited: Mapping[str, Any]) -> Any:
+    """The most tokens that a model was trained on, in the run or before it."""
+    before = inherited.get("context_length")
+    return (
+        max(context_length, before) if isinstance(context_length, int) and isinstance(before, int) else context_length
     )
 
 
@@ -123,7 +136,7 @@ def run_tokenizer(checkpoint: Path, description: Description, fingerprint: str) 
             continue
         with contextlib.suppress(UserError):  # damaged: it is none
             files = TokenizerFiles.of_text(text, name)
-            if _fingerprint(files, description) == fingerprint:
+            if _is_tokenizer(files, description, fingerprint):
                 return files.with_template_of(folder)
         others.append(name)
     if others:
@@ -134,12 +147,15 @@ def run_tokenizer(checkpoint: Path, description: Description, fingerprint: str) 
     return None
 
 
-def _fingerprint(files: TokenizerFiles, description: Description) -> str | None:
-    ids = (description.eos_token_id, description.mask_token_id)
-    eos, mask = (None if i is None else files.tokenizer.id_to_token(i) for i in ids)
-    if eos is None or mask is None:
-        return None
-    return tokenizer_info(files.tokenizer, eos_token=eos, mask_token=mask).fingerprint
+def _is_tokenizer(files: TokenizerFiles, description: Description, fingerprint: str) -> bool:
+    """Whether a fingerprint is of this tokenizer with the model's special tokens.
+
+    An `arm` without [MASK] may have been trained on data whose tokenizer has one.
+    """
+    eos, mask = description.eos_token_id, description.mask_token_id
+    masks = [mask] if mask is not None else [None, files.named_ids.get("mask_token")]
+    text = files.tokenizer.to_str()
+    return fingerprint in {tokenizer_fingerprint(text, eos, each) for each in masks}
 
 
 def _data_folders(run: Path) -> list[str]:

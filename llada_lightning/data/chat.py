@@ -1,27 +1,33 @@
-"""Messages as token ids by a chat template (Jinja).
+"""Messages as token ids by a chat template (Jinja): the ids of transformers' ``apply_chat_template``.
 
-Special tokens come from the template alone. Text that people or a model wrote never becomes one, whatever it spells.
+One thing differs. A token that steers the model comes from the template alone: text that people or a model wrote never
+becomes one, whatever it spells. Such tokens are those flagged special, those with a role (BOS, EOS, ...), and those
+with which the template begins and ends messages, also where the tokenizer does not flag them. Other added tokens, such
+as ``</think>`` in many tokenizers, are tokens in a message too, as they are for transformers.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime
-from typing import Literal, NoReturn
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Literal
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from llada_lightning.data.encoding import decode_batch, encode, encode_batch, lost_bytes
+from llada_lightning.data.encoding import decode_batch, encode_batch, encode_with_offsets, lost_bytes
+from llada_lightning.data.rendering import RenderingError, render
+from llada_lightning.data.tokenizers import as_special
 from llada_lightning.errors import UserError
+from llada_lightning.reading import shortened
 
 Role = Literal["system", "user", "assistant"]
 
 KNOWN_START_TOKENS = ("<|startoftext|>", "<|begin_of_text|>", "<s>", "[BOS]")
+_Encoded = tuple[list[int], list[tuple[int, int]]]
+"""Ids, and the characters that each stands for."""
 _PRIVATE = range(0xF0000, 0xFFFFE)
 """Unicode's supplementary private use area A: in no text by agreement; what is taken all the same is left out."""
 
@@ -53,120 +59,290 @@ class ChatTemplate:
 
     Args:
         text: Jinja.
-        tokenizer: which takes special tokens that a text spells out for text.
-        special: what no text may become: id -> token.
-        eos_token: what the template gets as ``eos_token``.
+        tokenizer: takes special tokens that a text spells out for text.
+        roles: special tokens by their names in the template: ``bos_token``, ``eos_token``, ...
+        acting: ids that mean something to the sampler or the objective.
         name: for people.
     """
 
     text: str
     tokenizer: Tokenizer
-    special: Mapping[int, str]
-    eos_token: str
+    roles: Mapping[str, str]
+    acting: frozenset[int]
     name: str
 
     @classmethod
     def of(
-        cls, text: str, tokenizer: Tokenizer, eos_id: int, acting_ids: Iterable[int | None], name: str
+        cls,
+        text: str,
+        tokenizer: Tokenizer,
+        eos_id: int,
+        acting_ids: Iterable[int | None],
+        name: str,
+        roles: Mapping[str, str] | None = None,
     ) -> ChatTemplate:
-        """With the tokenizer's special tokens, and those that mean something to the sampler or the objective."""
-        special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        acting = {i: tokenizer.id_to_token(i) for i in (eos_id, *acting_ids) if i is not None}
-        special |= {i: token for i, token in acting.items() if token}
-        return cls(text, tokenizer, special, special.get(eos_id, ""), name)
+        """A template with the roles that the tokenizer's files name.
+
+        Args:
+            text: see the class.
+            tokenizer: see the class.
+            eos_id: ``eos_token`` where no file names one.
+            acting_ids: as ``acting``, besides EOS; None is left out.
+            name: see the class.
+            roles: what the files name; "" where they say that there is none. Tokens that the tokenizer lacks are left
+                out. Where no file names ``bos_token``, it is the first of ``KNOWN_START_TOKENS`` that is there.
+        """
+        has = tokenizer.token_to_id
+        named = {key: token for key, token in (roles or {}).items() if not token or has(token) is not None}
+        guessed = {
+            "bos_token": next((token for token in KNOWN_START_TOKENS if has(token) is not None), ""),
+            "eos_token": tokenizer.id_to_token(eos_id) or "",
+        }
+        acting = frozenset(i for i in (eos_id, *acting_ids) if i is not None)
+        return cls(text, tokenizer, {**guessed, **named}, acting, name)
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
         """The prompt that asks for the next answer.
 
         Raises:
-            UserError: the template is broken or refuses the messages.
+            UserError: the template is broken, exceeds its limits, or refuses the messages.
         """
-        guard = self._guard(messages)
-        return self._ids_of(self._rendered(messages, guard, ask=True), guard)
+        disguise = self._disguise(messages)
+        (prompt,) = self._rendered([(messages, True)], disguise)
+        return self._ids_of(prompt, disguise)
 
     def turn_ids(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """The prompt that asks for the last message, which is the assistant's, and that message with what ends it.
 
         Raises:
-            UserError: as :meth:`ids`, or the template writes a prompt otherwise where its answer follows.
+            UserError: as :meth:`ids`, the template writes a prompt otherwise where its answer follows, or it writes
+                tokens that the tokenizer lacks.
         """
-        guard = self._guard(messages)
-        prompt, whole = self._rendered(messages[:-1], guard, ask=True), self._rendered(messages, guard, ask=False)
-        if not whole.startswith(prompt):
-            raise UserError(
-                f"chat template of '{self.name}': an answer does not follow its prompt as the template writes it; "
-                "choose --data.chat_template plain, or another template"
+        disguise = self._disguise(messages)
+        prompt, whole = self._rendered([(messages[:-1], True), (messages, False)], disguise)
+        shown = [disguise.removed(text) for text in (prompt, whole)]
+        self._check_tokens(shown, messages)
+        if not shown[1].startswith(shown[0]):
+            raise self._mistake(
+                "an answer does not follow its prompt as the template writes it; choose --data.chat_template plain, or "
+                "another template"
             )
-        return self._ids_of(prompt, guard), self._ids_of(whole[len(prompt) :], guard)
+        prompt_ids, whole_ids = self._ids_of(prompt, disguise), self._ids_of(whole, disguise)
+        if whole_ids[: len(prompt_ids)] == prompt_ids:
+            return prompt_ids, whole_ids[len(prompt_ids) :]
+        return prompt_ids, self._ids_of(whole[len(prompt) :], disguise, first=False)  # a token would span both
 
     def lost_bytes(self, texts: Sequence[str]) -> list[int]:
         """How many bytes of each text its tokens do not give back."""
         decoded = decode_batch(self.tokenizer, encode_batch(self.tokenizer, texts))
         return list(map(lost_bytes, texts, decoded))
 
-    def lacking(self) -> list[str]:
-        """Special tokens that the template writes, by their look, and that the tokenizer does not have."""
-        known = set(self.special.values())
-        return sorted(set(re.findall(r"<\|[a-z_]+\|>", self.text)) - known)
+    def _check_tokens(self, texts: Iterable[str], messages: Sequence[Message]) -> None:
+        """Refuses what looks like a token, comes from the template, and is none of the tokenizer's."""
+        looks = {look for text in texts for look in re.findall(r"<\|[a-z_]+\|>", text)}
+        lacking = [look for look in looks if self.tokenizer.token_to_id(look) is None]
+        lacking = [look for look in lacking if not any(look in message.content for message in messages)]
+        if lacking:
+            raise self._mistake(
+                f"it writes {', '.join(sorted(lacking))}, and the tokenizer has no such token; choose "
+                "--data.chat_template plain, or another tokenizer"
+            )
 
-    def _guard(self, messages: Sequence[Message]) -> dict[int, str]:
-        """Each character of a special token to one that no message holds.
+    def _mistake(self, what: str) -> UserError:
+        return UserError(f"chat template of '{shortened(self.name)}': {what}")
 
-        Messages written with these share no character with a special token, so that none can begin, end or stand in
-        them, not even together with the template's text around. White space stays: templates trim it.
-        """
-        characters = sorted({char for token in self.special.values() for char in token if not char.isspace()})
+    # --- the text -----------------------------------------------------------------------------------------------------
+
+    def _disguise(self, messages: Sequence[Message]) -> _Disguise:
+        characters = sorted({char for token in self._control.values() for char in token if not char.isspace()})
         taken = {char for message in messages for char in message.content}
         free = (chr(code) for code in _PRIVATE if chr(code) not in taken)
-        return {ord(char): private for char, private in zip(characters, free, strict=False)}
+        return _Disguise({ord(char): private for char, private in zip(characters, free, strict=False)})
 
-    def _rendered(self, messages: Sequence[Message], guard: Mapping[int, str], ask: bool) -> str:
-        guarded = [replace(message, content=message.content.translate(guard)) for message in messages]
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        has = self.tokenizer.token_to_id
+    def _rendered(self, asked: Sequence[tuple[Sequence[Message], bool]], disguise: _Disguise) -> list[str]:
+        """Renderings in which the characters that came from messages can be told from those of the template.
+
+        Written in disguise, messages share no character with a control token, so that none can begin, end or stand in
+        them, not even together with the template's text around. But a template may read a message, and must see the
+        text itself. So both are rendered. Where they agree, which they do unless the template does read or change the
+        text, the disguised one holds the same text and tells more. Elsewhere only the control tokens that a message
+        spells are in disguise: nothing is, in most messages.
+        """
+        plain = [self._variables(messages, ask) for messages, ask in asked]
+        covered = [
+            self._variables([Message(m.role, disguise.put_on(m.content)) for m in messages], ask)
+            for messages, ask in asked
+        ]
+        texts = self._render([*plain, *covered])
+        seen = [self._text(text) for text in texts[: len(asked)]]
+        hidden = texts[len(asked) :]
+        if all(isinstance(h, str) and disguise.removed(h) == s for h, s in zip(hidden, seen, strict=True)):
+            return [str(text) for text in hidden]
+        spelled = [
+            self._variables([Message(m.role, self._without_spelled(m.content, disguise)) for m in messages], ask)
+            for messages, ask in asked
+        ]
+        return seen if spelled == plain else [self._text(text) for text in self._render(spelled)]
+
+    def _without_spelled(self, content: str, disguise: _Disguise) -> str:
+        """The text with the control tokens that it spells in disguise."""
+        for _, begin, end in self._control_spans(content, self._encode(content)):
+            content = content[:begin] + disguise.put_on(content[begin:end]) + content[end:]  # as long as before
+        return content
+
+    def _variables(self, messages: Sequence[Message], ask: bool) -> dict[str, Any]:
+        said = [{"role": message.role, "content": message.content} for message in messages]
+        return {**self.roles, "messages": said, "add_generation_prompt": ask, "tools": None, "documents": None}
+
+    def _render(self, variables: list[dict[str, Any]]) -> list[str | RenderingError]:
         try:
-            return environment.from_string(self.text).render(
-                messages=[vars(message) for message in guarded],
-                add_generation_prompt=ask,
-                bos_token=next((token for token in KNOWN_START_TOKENS if has(token) is not None), ""),
-                eos_token=self.eos_token,
-            )
-        except TemplateError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"chat template of '{self.name}': {reason}; mend the template, or leave out what it refuses"
-            ) from error
+            return render(self.text, variables)
+        except RenderingError as error:
+            raise self._refused(error) from error
 
-    def _ids_of(self, rendered: str, guard: Mapping[int, str]) -> list[int]:
-        meant = {ord(private): chr(code) for code, private in guard.items()}
-        ids_of = {token: token_id for token_id, token in self.special.items()}
+    def _text(self, rendered: str | RenderingError) -> str:
+        if isinstance(rendered, RenderingError):
+            raise self._refused(rendered) from rendered
+        return rendered
+
+    def _refused(self, error: RenderingError) -> UserError:
+        return self._mistake(f"{shortened(error)}; correct the template, or leave out what it refuses")
+
+    # --- its tokens ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _control(self) -> dict[int, str]:
+        """The tokens that no text may become: id -> token."""
+        return {**self._known, **self._marks}
+
+    @cached_property
+    def _known(self) -> dict[int, str]:
+        """Of these, those that the tokenizer, its files or the model call special."""
+        special = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        roles = (self.tokenizer.token_to_id(token) for token in self.roles.values())
+        acting = {i: self.tokenizer.id_to_token(i) for i in (*self.acting, *roles) if i is not None}
+        return special | {i: token for i, token in acting.items() if token}
+
+    @cached_property
+    def _marks(self) -> dict[int, str]:
+        """Of these, those with which the template begins and ends messages, flagged or not.
+
+        They are in what it writes for a dialogue that no answer is asked for: where one is, a template may begin it
+        with ``<think>``, which is part of the answer. Words and white space that were added to the tokenizer are none.
+        """
+        said = [Message("system", "0"), Message("user", "0"), Message("assistant", "0"), Message("user", "0")]
+        try:
+            texts = render(self.text, [self._variables(some, False) for some in (said, said[1:], said[1:2])])
+        except RenderingError:  # the messages themselves will say so
+            return {}
+        written = {i for text in texts if isinstance(text, str) for i in self._encode(text)[0]}
+        added = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items() if i in written}
+        return {i: token for i, token in added.items() if len(token) > 1 and re.search(r"[^\w\s]", token)}
+
+    @cached_property
+    def _reader(self) -> Tokenizer:
+        """The tokenizer, in which all special tokens are added ones."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        missing = tuple(token for i, token in self._known.items() if i not in added)
+        return as_special(self.tokenizer, missing) if missing else self.tokenizer
+
+    @cached_property
+    def _anchor(self) -> str:
+        """A token to put before a text that is not the first, where the tokenizer begins a first text otherwise.
+
+        Tokenizers in the manner of SentencePiece put a space before a text and before no other part of it.
+        """
+        added = self._reader.get_added_tokens_decoder()
+        plain = (added[i] for i in self._known if i in added)
+        token = next((t.content for t in plain if not (t.lstrip or t.rstrip or t.single_word or t.normalized)), "")
+        return token if self._encode(f"{token}a")[0][1:] != self._encode("a")[0] else ""
+
+    def _encode(self, text: str, before: str = "") -> _Encoded:
+        """As transformers encodes a text behind a token: special tokens that it spells are special tokens."""
+        promise, self._reader.encode_special_tokens = self._reader.encode_special_tokens, False
+        try:
+            ids, offsets = encode_with_offsets(self._reader, before + text)
+        finally:
+            self._reader.encode_special_tokens = promise
+        begun = 1 if before else 0
+        spans = [(begin - len(before), end - len(before)) for begin, end in offsets[begun:]]
+        return ids[begun:], spans
+
+    def _control_spans(self, text: str, encoded: _Encoded) -> Iterator[tuple[int, int, int]]:
+        """Each control token's place among the tokens, and the characters that it stands for, from begin to end.
+
+        An unknown character has the id of a special token too, and does not spell it.
+        """
+        for place, (token_id, (begin, end)) in enumerate(zip(*encoded, strict=True)):
+            token = self._control.get(token_id)
+            if token is not None and self._normalized(text[begin:end]) == self._normalized(token):
+                yield place, begin, end
+
+    def _normalized(self, token: str) -> str:
+        normalizer = self.tokenizer.normalizer
+        return token.strip() if normalizer is None else str(normalizer.normalize_str(token.strip()))
+
+    def _ids_of(self, rendered: str, disguise: _Disguise, first: bool = True) -> list[int]:
+        """The ids of a rendering, in which control tokens whose characters came from messages are text.
+
+        Args:
+            rendered: where the messages' characters may be in disguise.
+            disguise: which.
+            first: it does not follow another text.
+        """
+        text = disguise.removed(rendered)
+        encoded = self._encode(text, "" if first else self._anchor)
+        spans = [(*span, disguise.is_on(rendered[span[1] : span[2]])) for span in self._control_spans(text, encoded)]
+        if not any(spelled for *_, spelled in spans):
+            return encoded[0]
         ids: list[int] = []
-        for piece in re.split(f"({_any_of(self.special.values())})", rendered):
-            ids += [ids_of[piece]] if piece in ids_of else self._text_ids(piece.translate(meant))
+        place = char = 0  # up to which all is done
+        spoiled = False  # the text from there on spells a control token
+        for at, begin, end, spelled in [*spans, (len(encoded[0]), len(text), len(text), False)]:
+            spoiled |= spelled
+            if not spelled:
+                piece = text[char:begin]
+                ids += self._text_ids(piece, first and char == 0) if spoiled else encoded[0][place:at]
+                ids += encoded[0][at : at + 1]
+                place, char, spoiled = at + 1, end, False
         return ids
 
-    def _text_ids(self, text: str) -> list[int]:
-        """The ids of text, cut within what the tokenizer takes for a special token against its promise."""
-        ids = self._encode(text)
-        if self.special.keys().isdisjoint(ids):
-            return ids
-        between = (f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in self.special.values())
-        return [token_id for part in re.split("|".join(between), text) for token_id in self._encode(part)]
+    def _text_ids(self, text: str, first: bool) -> list[int]:
+        """The ids of text, cut within each control token that the tokenizer reads in it."""
+        ids: list[int] = []
+        parts = [text]
+        while parts:
+            part = parts.pop()
+            if self._anchor and (ids or not first):
+                encoded = self._encode(part, self._anchor)
+            else:
+                encoded = encode_with_offsets(self.tokenizer, part)
+            cuts = [begin + 1 for _, begin, end in self._control_spans(part, encoded) if begin + 1 < end]
+            if cuts:
+                parts += reversed([part[a:b] for a, b in pairwise([0, *cuts, len(part)])])
+            else:
+                ids += encoded[0]
+        return ids
 
-    def _encode(self, text: str) -> list[int]:
-        return encode(self.tokenizer, text)
 
+@dataclass(frozen=True)
+class _Disguise:
+    """Each character of the control tokens as one that no message holds.
 
-def _any_of(tokens: Iterable[str]) -> str:
-    """A pattern for the longest of the tokens at a place."""
-    return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+    White space is not disguised, because templates trim it.
+    """
 
+    private: Mapping[int, str]
 
-def _refuse(message: str) -> NoReturn:
-    """What templates call where they refuse messages."""
-    raise TemplateError(message)
+    @cached_property
+    def _meant(self) -> dict[int, str]:
+        return {ord(private): chr(code) for code, private in self.private.items()}
+
+    def put_on(self, text: str) -> str:
+        return text.translate(self.private)
+
+    def removed(self, text: str) -> str:
+        return text.translate(self._meant)
+
+    def is_on(self, text: str) -> bool:
+        return any(ord(char) in self._meant for char in text)

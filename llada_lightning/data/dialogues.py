@@ -1,4 +1,9 @@
-"""Dialogues for supervised fine-tuning: rows of JSONL files or of Hugging Face datasets, checked."""
+"""Dialogues for supervised fine-tuning: rows of JSONL files or of Hugging Face datasets, checked.
+
+No field of a row changes its meaning in silence. :func:`dialogue` says which fields are read; of the others, by
+``row_fields``, some are refused and some are named in a note. A field that belongs to another form of a row may only
+repeat what the messages say.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +13,31 @@ from typing import Any, cast, get_args
 
 from llada_lightning.data.chat import Message, Role
 from llada_lightning.data.corpora import HUB_PREFIX, DatasetCorpus, list_path
+from llada_lightning.data.row_fields import UnreadFields, present_fields, some
 from llada_lightning.data.text_files import Meter, json_records, mended
 from llada_lightning.errors import UserError
+from llada_lightning.printing import shortened
 
-_PAIRS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
+_ALPACA = ("instruction", "output")
+_PAIRS = (("prompt", "response"), ("question", "answer"), _ALPACA)
+_LISTS = ("messages", "conversations")
+_SYSTEM = ("system", "system_prompt")
+_FLAGS = ("weight", "loss", "train", "training")
+"""Names that OpenAI's format, ms-swift and Axolotl give to whether an answer is learned."""
+_OF_FORMS = (*_LISTS, *(field for pair in _PAIRS for field in pair), "input", *_SYSTEM, "history")
 _ROLES = {"human": "user", "gpt": "assistant"}
 """Names of roles that some datasets have."""
 _FORMS = "; a row has " + ", or ".join(f"'{first}' and '{second}'" for first, second in _PAIRS) + ", or 'messages'"
+_NO_LIST = "'messages' is no list of messages with 'role' and 'content'"
+_NO_ANSWER = "a last message of the user, which has no answer"
+
+
+class Context(Message):
+    """An answer that is not learned: later answers are given after it."""
 
 
 def read_dialogues(source: str) -> Iterator[tuple[str, list[Message]]]:
-    """Each row's place, for people, and its messages, which end with an answer.
+    """Each row's place, for people, and its messages, which end with an answer. A note names what is not read.
 
     Args:
         source: a JSONL file (compressed or not), a folder of them, or ``hf:NAME[:CONFIG][@SPLIT]``.
@@ -26,8 +45,10 @@ def read_dialogues(source: str) -> Iterator[tuple[str, list[Message]]]:
     Raises:
         UserError: there is no such source, or a row is not a dialogue; the message names the row.
     """
+    unread = UnreadFields()
     for where, row in _rows(source):
-        yield where, dialogue(row, where)
+        yield where, dialogue(row, where, unread)
+    unread.note(source)
 
 
 def _rows(source: str) -> Iterator[tuple[str, Any]]:
@@ -43,24 +64,121 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
         yield from json_records(file, Meter())
 
 
-def dialogue(row: Any, where: str) -> list[Message]:
+def dialogue(row: Any, where: str, unread: UnreadFields | None = None) -> list[Message]:
     """The messages of one row: a system's first where there is one, then user and assistant by turns.
 
+    A row has ``messages`` (``role`` and ``content``), ``conversations`` (ShareGPT's ``from`` and ``value``), or a pair
+    of texts: ``prompt`` and ``response``, ``question`` and ``answer``, ``instruction`` and ``output``. Alpaca's
+    ``input`` follows its instruction behind an empty line. ``system`` or ``system_prompt``, beside any of them, is the
+    system's message. ``history``, beside a pair, is a list of earlier [prompt, response] pairs, which are turns of the
+    dialogue like the last one. An answer whose ``weight`` is 0 is a :class:`Context`.
+
+    Args:
+        row: the row.
+        where: its place, for people.
+        unread: is given the row's fields that are not read.
+
     Raises:
-        UserError: fields are missing or empty, or the turns are not in this order.
+        UserError: fields are missing, empty, unknown or say different things, or the turns are not in this order.
     """
     if not isinstance(row, dict):
         raise UserError(f"{where}: holds {type(row).__name__}, not a JSON object{_FORMS}")
-    given = row.get("messages", row.get("conversations"))
-    if given is not None:
-        messages = _messages(given, where)
+    fields = present_fields(row)
+    unread = UnreadFields() if unread is None else unread
+    of_messages = UnreadFields()
+    listed = next((name for name in _LISTS if name in fields), None)
+    form: tuple[str, ...]
+    if listed is not None:
+        form, read = (listed,), {listed}
+        messages = _messages(fields[listed], where, of_messages)
     else:
-        pair = next((pair for pair in _PAIRS if set(pair) <= set(row)), None)
-        if pair is None:
-            raise UserError(f"{where}: has only {', '.join(row) or 'nothing'}{_FORMS}")
-        said = [_text(row[field], f"{where}: '{field}'") for field in pair]
-        messages = [Message("user", said[0]), Message("assistant", said[1])]
+        form = _pair_of(row, fields, where)
+        read = {*form, "history"} | ({"input"} if form == _ALPACA else set())
+        messages = _of_pair(row, fields, form, where)
+    if messages[0].role != "system":
+        name = next((name for name in _SYSTEM if name in fields), "")
+        system = _text(fields[name], f"{where}: '{name}'") if name else ""
+        messages = [Message("system", system), *messages] if system.strip() else messages
+    for name in _FLAGS:
+        if fields.get(name, 1) != 1:
+            raise UserError(
+                f"{where}: '{name}' of the row is {_quoted(fields[name])}; 1 alone is known, remove the field"
+            )
+    unread.add_row(fields, (*_OF_FORMS, *_FLAGS), where)
+    for name in (name for name in _OF_FORMS if name in fields and name not in read):
+        if not _repeats(fields[name], messages, where):
+            raise UserError(f"{where}: '{name}' says what {' and '.join(form)} do not; remove one of them")
     turns = messages[1:] if messages[0].role == "system" else messages
+    _check_turns(turns, where)
+    if messages[-1].role != "assistant":
+        messages.pop()
+        unread.update([_NO_ANSWER])
+    unread.update(f"{name} of messages" for name in of_messages)
+    return messages
+
+
+def _pair_of(row: dict[str, Any], fields: dict[str, Any], where: str) -> tuple[str, str]:
+    """The names of the row's pair of texts."""
+    for present in (fields, row):
+        for pair in _PAIRS:
+            if set(pair) <= set(present):
+                return pair
+    if any(row.get(name) is not None for name in _LISTS):
+        raise UserError(f"{where}: {_NO_LIST}")
+    raise UserError(f"{where}: has only {some(map(shortened, row)) or 'nothing'}{_FORMS}")
+
+
+def _of_pair(row: dict[str, Any], fields: dict[str, Any], pair: tuple[str, ...], where: str) -> list[Message]:
+    prompt, response = (_text(row[field], f"{where}: '{field}'") for field in pair)
+    if pair == _ALPACA:
+        given = _text(fields.get("input", ""), f"{where}: 'input'")
+        prompt = "\n\n".join(text for text in (prompt, given) if text.strip()) or prompt
+    earlier = _history(fields.get("history", []), where)
+    return [*earlier, Message("user", prompt), Message("assistant", response)]
+
+
+def _history(given: Any, where: str) -> Iterator[Message]:
+    pairs = given if isinstance(given, list) else [None]
+    for number, pair in enumerate(pairs, 1):
+        if not (isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2):
+            raise UserError(f"{where}: 'history' is no list of [prompt, response] pairs; write it so, or remove it")
+        said = [_text(text, f"{where}: pair {number} of 'history'") for text in pair]
+        yield from (Message("user", said[0]), Message("assistant", said[1]))
+
+
+def _messages(given: Any, where: str, unread: UnreadFields) -> list[Message]:
+    """The messages of a list."""
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+        raise UserError(f"{where}: {_NO_LIST}")
+    messages = []
+    for number, entry in enumerate(given, 1):
+        place = f"{where}: message {number}"
+        fields = {} if not isinstance(entry, dict) else {k: v for k, v in entry.items() if v is not None}
+        role = _one_of(fields, ("role", "from"), place)
+        role = _ROLES.get(role, role) if isinstance(role, str) else role
+        if role not in get_args(Role):
+            raise UserError(f"{place} has the role {_quoted(role)}; known are {', '.join(get_args(Role))}")
+        unread.add_row(fields, ("role", "from", "content", "value", *_FLAGS), place)
+        content = _text(_one_of(fields, ("content", "value"), place), f"{where}: the {role}'s 'content'")
+        kind = Message if _is_learned(fields, role, place) else Context
+        messages.append(kind(cast(Role, role), content))
+    return messages
+
+
+def _is_learned(fields: dict[str, Any], role: str, place: str) -> bool:
+    """Whether a message's flags say so; an answer is learned where it has none."""
+    flags = {name: fields[name] for name in _FLAGS if name in fields}
+    for name, value in flags.items():
+        if value not in (0, 1):
+            raise UserError(f"{place}: '{name}' is {_quoted(value)}; give 1 (learned) or 0 (not learned)")
+        if value and role != "assistant":
+            raise UserError(
+                f"{place}: '{name}' of the {role} is {_quoted(value)}, and only answers are learned; remove it"
+            )
+    return role != "assistant" or all(flags.values())
+
+
+def _check_turns(turns: Sequence[Message], where: str) -> None:
     for i, message in enumerate(turns):
         expected = ("user", "assistant")[i % 2]
         if message.role != expected:
@@ -70,24 +188,28 @@ def dialogue(row: Any, where: str) -> list[Message]:
             raise UserError(f"{where}: response {i // 2 + 1} is empty; fill it in, or remove the row")
     if len(turns) < 2:
         raise UserError(f"{where}: holds no answer; a dialogue needs a user's message and the assistant's")
-    return messages if messages[-1].role == "assistant" else messages[:-1]
+    if not answered_turns(turns):
+        raise UserError(f"{where}: no answer is to be learned, each has the weight 0; remove the row")
 
 
-def _messages(given: Any, where: str) -> list[Message]:
-    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-        raise UserError(f"{where}: 'messages' is no list of messages with 'role' and 'content'")
-    messages = []
-    for entry in given:
-        role, content = (
-            (entry.get("role", entry.get("from")), entry.get("content", entry.get("value")))
-            if isinstance(entry, dict)
-            else (None, None)
-        )
-        role = _ROLES.get(role, role) if isinstance(role, str) else role
-        if role not in get_args(Role):
-            raise UserError(f"{where}: a message has the role {role!r}; known are {', '.join(get_args(Role))}")
-        messages.append(Message(cast(Role, role), _text(content, f"{where}: the {role}'s 'content'")))
-    return messages
+def _repeats(value: Any, messages: Sequence[Message], where: str) -> bool:
+    """Whether the messages say already what a field of another form holds."""
+    if isinstance(value, str):
+        return value.strip() in {message.content.strip() for message in messages} or not value.strip()
+    said = [message for message in messages if message.role != "system"]
+    try:
+        again = _messages(value, where, UnreadFields())
+    except UserError:
+        return False
+    return again in (messages, said)
+
+
+def _one_of(fields: dict[str, Any], names: tuple[str, str], place: str) -> Any:
+    """The value of a field that has two names."""
+    values = [fields[name] for name in names if name in fields]
+    if len(values) == 2 and values[0] != values[1]:
+        raise UserError(f"{place}: '{names[0]}' and '{names[1]}' say different things; remove one of them")
+    return values[0] if values else None
 
 
 def _text(value: Any, where: str) -> str:
@@ -96,6 +218,14 @@ def _text(value: Any, where: str) -> str:
     return mended(value)
 
 
+def _quoted(value: Any) -> str:
+    return f"'{shortened(value, 60)}'"
+
+
 def answered_turns(messages: Sequence[Message]) -> list[list[Message]]:
-    """An n-turn dialogue as n single-turn ones: each answer with all that was said before it (paper, App. B.1)."""
-    return [list(messages[: i + 1]) for i, message in enumerate(messages) if message.role == "assistant"]
+    """An n-turn dialogue as n single-turn ones: each answer with all that was said before it (paper, App. B.1).
+
+    An answer that is not learned is part of what was said before, and no turn of its own.
+    """
+    learned = (i for i, message in enumerate(messages) if message.role == "assistant" and type(message) is not Context)
+    return [list(messages[: i + 1]) for i in learned]

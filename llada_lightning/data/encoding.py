@@ -26,7 +26,8 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 
 from llada_lightning.errors import UserError, panics_as_exceptions
-from llada_lightning.reading import parse_json, shortened
+from llada_lightning.printing import shortened
+from llada_lightning.reading import parse_json
 
 CPU_SECONDS = 20
 """CPU time of one request to the child process, on all cores together; loading a vocabulary of 250,000 takes 2."""
@@ -64,6 +65,11 @@ def encode(texts, special, spelled):
         return [tokenizer.encode(texts[0], add_special_tokens=special).ids]
     return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
 
+def offsets(text, spelled):
+    tokenizer.encode_special_tokens = spelled
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    return [encoding.ids, encoding.offsets]
+
 def decode(ids, skip):
     return tokenizer.decode_batch(ids, skip_special_tokens=skip)
 
@@ -73,7 +79,7 @@ for line in sys.stdin.buffer:
     limit("RLIMIT_CPU", math.ceil(used.ru_utime + used.ru_stime) + seconds)
     limit("RLIMIT_DATA", memory)
     try:
-        answer = {"value": {"load": load, "encode": encode, "decode": decode}[call](*arguments)}
+        answer = {"value": {"load": load, "encode": encode, "offsets": offsets, "decode": decode}[call](*arguments)}
     except BaseException as error:
         answer = {"error": " ".join(str(error).split())}
     sys.stdout.write(json.dumps(answer) + "\\n")
@@ -134,6 +140,20 @@ def encode_batch(tokenizer: Tokenizer, texts: Sequence[str], *, special: bool = 
             return [encoding.ids for encoding in encodings]
     except Exception as error:  # the library raises bare Exceptions
         raise _failure("encode", size, shortened(error)) from error
+
+
+def encode_with_offsets(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Returns the ids of a text, and where the characters of each begin and end; see :func:`encode`."""
+    child = _child_of(tokenizer)
+    if child is not None:
+        ids, offsets = child.ask("offsets", [text, tokenizer.encode_special_tokens], len(text))
+        return ids, [(begin, end) for begin, end in offsets]
+    try:
+        with panics_as_exceptions():
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # the library raises bare Exceptions
+        raise _failure("encode", len(text), shortened(error)) from error
+    return list(encoding.ids), list(encoding.offsets)
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -207,8 +227,10 @@ def _no_tokenizer(name: str, reason: object) -> UserError:
 
 
 def _failure(call: str, size: int, reason: str) -> UserError:
-    what = f"a text of {size:,} characters" if call == "encode" else f"{size:,} tokens"
-    return UserError(f"the tokenizer cannot {call} {what}: {reason}; use another tokenizer")
+    what = f"a text of {size:,} characters" if call != "decode" else f"{size:,} tokens"
+    return UserError(
+        f"the tokenizer cannot {'decode' if call == 'decode' else 'encode'} {what}: {reason}; use another tokenizer"
+    )
 
 
 # --- the child process -----------------------------------------------------------------------------------------------

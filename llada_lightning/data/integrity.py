@@ -237,7 +237,7 @@ def _contents(file: BinaryIO, manifest: Manifest, read: Callable[[int], Any]) ->
         tokens = np.frombuffer(whole, dtype, count=len(whole) // dtype.itemsize)
         rest = whole[tokens.nbytes :]
         foreign += int(((tokens < 0) | (tokens >= ids.vocab_size)).sum())
-        masks += int((tokens == ids.mask_id).sum())
+        masks += 0 if ids.mask_id is None else int((tokens == ids.mask_id).sum())
         ends += int((tokens == ids.eos_id).sum())
         read(len(block))
     return _Contents(size, digest.hexdigest(), foreign, masks, ends)

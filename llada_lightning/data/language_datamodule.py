@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import resource
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from llada_lightning.data.datasets import take_batch
 from llada_lightning.data.manifest import TOLERATED_LOSS, TokenizerInfo
 from llada_lightning.errors import UserError
 from llada_lightning.objectives.forward_process import TimeSampling
+from llada_lightning.scaling.budget import MAX_BATCH
+from llada_lightning.scaling.shapes import MAX_WIDTH
+from llada_lightning.settings import MAX_PROCESSES
 
 
 class LanguageDataModule(LightningDataModule, ABC):
@@ -38,17 +42,19 @@ class LanguageDataModule(LightningDataModule, ABC):
         val_seed: int,
     ) -> None:
         super().__init__()
-        least = {
-            "sequence_length": (sequence_length, 1),
-            "global_batch": (global_batch, 1),
-            "micro_batch": (micro_batch, 1),
-            "val_sequences": (val_sequences, 1),
-            "val_batch": (val_batch, 1),
-            "workers": (workers, 0),
+        ranges = {
+            "sequence_length": (sequence_length, 1, MAX_WIDTH),
+            "global_batch": (global_batch, 1, MAX_BATCH),
+            "micro_batch": (micro_batch, 1, MAX_BATCH),
+            "val_sequences": (val_sequences, 1, math.inf),
+            "val_batch": (val_batch, 1, MAX_BATCH),
+            "workers": (workers, 0, MAX_PROCESSES),
         }
-        for name, (value, minimum) in least.items():
-            if value is not None and value < minimum:
-                raise UserError(f"data.{name}: {value} must be at least {minimum}")
+        for name, (value, least, most) in ranges.items():
+            if value is not None and value < least:
+                raise UserError(f"data.{name}: {value} must be at least {least}")
+            if value is not None and value > most:
+                raise UserError(f"data.{name}: {value} must be at most {most}")
         if not 0 < mask_eps < 1:
             raise UserError(f"data.mask_eps: {mask_eps} must lie between 0 and 1")
         self.sequence_length, self.global_batch = sequence_length, global_batch
@@ -146,10 +152,16 @@ class LanguageDataModule(LightningDataModule, ABC):
         """As :attr:`micro_batch`, for a trainer to be."""
         return exact_micro_batch(self.global_batch, self._micro_batch, devices, accumulation)
 
+    def loader_workers(self, trainer: Trainer) -> int:
+        """Processes of each loader: as given, else 2 where a GPU trains."""
+        if self.workers is not None:
+            return self.workers
+        return 2 if trainer.strategy.root_device.type == "cuda" else 0
+
     def _loader(self, dataset: Any, sampler: Any) -> DataLoader:
         assert self.trainer is not None
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        workers = (2 if on_gpu else 0) if self.workers is None else self.workers
+        workers = self.loader_workers(self.trainer)
         return DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -160,6 +172,31 @@ class LanguageDataModule(LightningDataModule, ABC):
             # A generator of its own: the loader draws worker seeds, which must not move the global generator.
             generator=torch.Generator().manual_seed(0),
         )
+
+
+_OPEN_FILES, _OPEN_FILES_OF_A_WORKER = 64, 64
+"""Files that a training process has open, libraries included, and those of batches that a worker hands over."""
+
+
+def require_open_files(workers: int) -> None:
+    """Raise this process's limit of open files to what a loader's workers need: without them they hang or die.
+
+    Raises:
+        UserError: the system does not allow it.
+    """
+    if workers == 0:
+        return
+    needed = _OPEN_FILES + _OPEN_FILES_OF_A_WORKER * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"data.workers: {workers} given, which needs {needed} open files, but the limit is {soft}; raise it "
+            f"(ulimit -n {needed}), or give --data.workers 0"
+        ) from error
 
 
 def exact_micro_batch(global_batch: int, micro_batch: int | None, devices: int, accumulation: int) -> int:

@@ -98,15 +98,15 @@ class TokenizerInfo:
     Args:
         vocab_size: the largest id plus one, special tokens included.
         eos_token, eos_id: ends every document.
-        mask_token, mask_id: [MASK], which no text is ever encoded to.
+        mask_token, mask_id: [MASK], which no text is ever encoded to; None where `arm` is trained without one.
         fingerprint: SHA-256 of the tokenizer's content and special ids.
     """
 
     vocab_size: int
     eos_token: str
     eos_id: int
-    mask_token: str
-    mask_id: int
+    mask_token: str | None
+    mask_id: int | None
     fingerprint: str
 
 
@@ -173,7 +173,7 @@ def _checksum(record: Mapping[str, Any]) -> str:
 
 
 @lru_cache(maxsize=2)  # a large vocabulary takes a second, and a run asks at each of its phases
-def tokenizer_fingerprint(text: str, eos_id: int, mask_id: int) -> str:
+def tokenizer_fingerprint(text: str, eos_id: int, mask_id: int | None) -> str:
     """SHA-256 of a tokenizer's content and special ids, whatever the layout of its file.
 
     Args:
@@ -304,7 +304,7 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
     if not (_is_whole(ids.vocab_size, 1) and ids.vocab_size <= words):
         yield f"vocab_size {ids.vocab_size!r} as {manifest.dtype}"
     for name, token_id in (("eos_id", ids.eos_id), ("mask_id", ids.mask_id)):
-        if not (_is_whole(token_id, 0) and token_id < ids.vocab_size):
+        if token_id is None or not (_is_whole(token_id, 0) and token_id < ids.vocab_size):
             yield f"{name} {token_id!r} of {ids.vocab_size} words"
     if ids.eos_id == ids.mask_id:
         yield f"eos_id and mask_id are both {ids.eos_id}"

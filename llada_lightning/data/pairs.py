@@ -95,13 +95,17 @@ def tokenize_pairs(
         drop_long: leave out dialogues with a pair that is longer, instead of refusing them.
 
     Raises:
-        UserError: a pair is too long, or no dialogue is left.
+        UserError: the template refuses a dialogue, a pair is too long, or no dialogue is left.
     """
     tokens: list[npt.NDArray[np.int32]] = []
     prompts, sizes, losses, turns = [], [], [], []
     dropped = 0
     for where, messages in dialogues:
-        encoded = [template.turn_ids(turn) for turn in answered_turns(messages)]
+        try:
+            answered = answered_turns(messages)
+            encoded = [template.turn_ids(turn) for turn in answered]
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         pairs = [(prompt, answer if answer[-1:] == [eos_id] else [*answer, eos_id]) for prompt, answer in encoded]
         longest = max(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
         if len(longest[0]) + len(longest[1]) > sequence_length:
@@ -115,8 +119,9 @@ def tokenize_pairs(
             continue
         tokens += [np.array(prompt + answer, dtype=np.int32) for prompt, answer in pairs]
         prompts += [len(prompt) for prompt, _ in pairs]
-        losses += template.lost_bytes([message.content for message in messages if message.role == "assistant"])
-        sizes += [len(message.content.encode()) for message in messages if message.role == "assistant"]
+        responses = [turn[-1].content for turn in answered]
+        losses += template.lost_bytes(responses)
+        sizes += [len(response.encode()) for response in responses]
         turns.append(len(pairs))
     if not turns:
         raise UserError(f"data.path: no dialogue is left of {dropped}; give others, or raise --data.context_length")

@@ -339,7 +339,7 @@ class _SplitEncoder:
         end: tuple[list[int], list[int]] = ([], [self._info.eos_id])
         ids = chain.from_iterable(chain(ids, end[is_last]) for ids, is_last in zip(ids_of_pieces, last, strict=True))
         tokens = np.fromiter(ids, dtype=token_dtype(self._info.vocab_size))
-        if (tokens == self._info.mask_id).any():
+        if self._info.mask_id is not None and (tokens == self._info.mask_id).any():
             raise UserError(
                 f"the tokenizer encodes some text to its special token '{self._info.mask_token}', which only masking "
                 "may write; use a tokenizer that has it as an added token, or another --mask-token"

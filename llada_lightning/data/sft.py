@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from rich.progress import track
 from torch.utils.data import DataLoader
 
-from llada_lightning.checkpoints.tokenizer_files import TEMPLATE_NAME, TokenizerFiles
+from llada_lightning.checkpoints.tokenizer_files import ROLES_NAME, TEMPLATE_NAME, TokenizerFiles
 from llada_lightning.data.chat import LLADA_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate
 from llada_lightning.data.datasets import OrdinalSampler, StridedSampler
 from llada_lightning.data.dialogues import read_dialogues
@@ -24,6 +25,7 @@ from llada_lightning.objectives import noise
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.objectives.noise import Stream
 from llada_lightning.printing import people_console, warn
+from llada_lightning.reading import read_text
 from llada_lightning.scaling.budget import MASK_EPS
 
 
@@ -36,8 +38,15 @@ class SftDataModule(LanguageDataModule):
 
     Args:
         path: a .jsonl file, a folder of them, or hf:NAME[:CONFIG][@SPLIT]. A row has prompt and response, question and
-            answer, instruction and output, or messages of user and assistant by turns.
+            answer, instruction (with input) and output, or messages of user and assistant by turns; and system.
         tokenizer: tokenizer.json or a folder with one; null: that of `model.weights`.
+        mask_token: [MASK] by its name in the tokenizer; null: that of `model.weights`, else the one that the
+            tokenizer's files name, else a usual name; '': none, which `arm` can do without.
+        eos_token: the token that ends a response, found in the same way.
+        vocab_size: special tokens of the tokenizer with higher ids are left out; null: that of `model.weights`, else no
+            limit.
+        text_prefix_ids: token ids before a dialogue in the plain template, such as a Llama's BOS; null: those of
+            `model.weights`, else none.
         chat_template: tokenizer (its own), llada, plain (roles as text), or a file of Jinja; null: the tokenizer's own
             where it has one, else plain.
         context_length: tokens that no pair may exceed; null: that of `model.weights`.
@@ -75,6 +84,10 @@ class SftDataModule(LanguageDataModule):
         workers: int | None = None,
         seed: int | None = None,
         val_seed: int = 0,
+        mask_token: str | None = None,
+        eos_token: str | None = None,
+        vocab_size: int | None = None,
+        text_prefix_ids: list[int] | None = None,
     ) -> None:
         if tokenizer is None or context_length is None:
             missing = "tokenizer" if tokenizer is None else "context_length"
@@ -104,44 +117,61 @@ class SftDataModule(LanguageDataModule):
             pad_together,
             val_fraction,
         )
-        self._loaded = load_tokenizer(tokenizer)
+        self.text_prefix_ids = text_prefix_ids
+        self._loaded = load_tokenizer(
+            tokenizer,
+            mask_token=mask_token,
+            eos_token=eos_token,
+            need_mask=False,
+            vocab_size=vocab_size,
+            option="--data.{}_token",
+        )
 
     @property
     def tokenizer(self) -> TokenizerInfo:
         return self._loaded[1]
 
     def tokenizer_files(self) -> dict[str, str]:
-        return {TOKENIZER_NAME: self._loaded[0].to_str(), TEMPLATE_NAME: self.template.text}
+        roles = {role: token or None for role, token in self.template.roles.items()}
+        return {
+            TOKENIZER_NAME: self._loaded[0].to_str(),
+            TEMPLATE_NAME: self.template.text,
+            ROLES_NAME: json.dumps(roles, indent=2, ensure_ascii=False) + "\n",
+        }
 
     @cached_property
     def template(self) -> ChatTemplate:
         """How dialogues are written.
 
         Raises:
-            UserError: there is none of that name, or the tokenizer lacks its special tokens.
+            UserError: there is none of that name.
         """
         tokenizer, info = self._loaded
-        own = TokenizerFiles.of_path(self._tokenizer_spec).chat_template
+        files = TokenizerFiles.of_path(self._tokenizer_spec)
+        own = files.chat_template
         spec = self._template_spec or ("plain" if own is None else "tokenizer")
         if spec == "tokenizer" and own is None:
             raise UserError(f"data.chat_template: tokenizer '{self._tokenizer_spec}' has none; choose plain or llada")
         if spec in ("tokenizer", "llada", "plain"):
-            text = {"tokenizer": own, "llada": LLADA_TEMPLATE, "plain": PLAIN_TEMPLATE}[spec] or ""
+            plain = self._written_prefix() + PLAIN_TEMPLATE
+            text = {"tokenizer": own, "llada": LLADA_TEMPLATE, "plain": plain}[spec] or ""
         else:
             try:
-                text = Path(spec).expanduser().read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(
-                    f"data.chat_template: '{spec}' cannot be read ({error}); give tokenizer, llada, plain or a file"
-                ) from error
-        template = ChatTemplate.of(text, tokenizer, info.eos_id, (info.mask_id,), spec)
-        lacking = template.lacking()
-        if lacking:
+                text = read_text(Path(spec).expanduser())
+            except UserError as error:
+                raise UserError(f"data.chat_template: {error}; give tokenizer, llada, plain or a file") from error
+        acting = (info.mask_id, *(self.text_prefix_ids or ()))
+        return ChatTemplate.of(text, tokenizer, info.eos_id, acting, spec, files.special_tokens)
+
+    def _written_prefix(self) -> str:
+        """What stands before a text, as a template writes it: the run's template holds it, for inference too."""
+        tokens = [self._loaded[0].id_to_token(token_id) for token_id in self.text_prefix_ids or ()]
+        if None in tokens:
             raise UserError(
-                f"data.chat_template: '{spec}' writes {', '.join(lacking)}, and tokenizer '{self._tokenizer_spec}' has "
-                "no such special token; choose plain, or another tokenizer"
+                f"data.text_prefix_ids: {self.text_prefix_ids} are not all in tokenizer '{self._tokenizer_spec}'; give "
+                "ids of its tokens"
             )
-        return template
+        return "".join(f"{{{{ {json.dumps(token, ensure_ascii=False)} }}}}" for token in tokens)
 
     @cached_property
     def pairs(self) -> Pairs:
@@ -154,6 +184,11 @@ class SftDataModule(LanguageDataModule):
             disable=not sys.stderr.isatty(),
         )
         pairs = tokenize_pairs(rows, self.template, self.tokenizer.eos_id, self.sequence_length, self.drop_long)
+        if self.text_prefix_ids is not None and not pairs.prompts_P.all():
+            raise UserError(
+                f"data.chat_template: '{self.template.name}' writes nothing before an answer, and such a model begins "
+                "with what it is given; write at least one token there"
+            )
         if pairs.dropped:
             warn(
                 f"note: {pairs.dropped} of {pairs.dropped + pairs.dialogues} dialogues are longer than the context of "

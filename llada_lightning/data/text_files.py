@@ -7,7 +7,6 @@ import codecs
 import contextlib
 import gzip
 import io
-import json
 import lzma
 import zlib
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from llada_lightning.errors import UserError
+from llada_lightning.reading import parse_json
 
 MAX_TEXT_DOCUMENT = 1 << 28
 """Characters of the longest document that a text file without a separator may be: it is held in memory whole."""
@@ -195,7 +195,7 @@ def json_records(path: Path, meter: Meter) -> Iterator[tuple[str, Any]]:
     """Each line's value with its place, `FILE:LINE`; empty lines are passed over.
 
     Raises:
-        UserError: a line is not JSON, or has more than ``MAX_JSON_LINE`` bytes.
+        UserError: a line is not JSON, gives a key twice, or has more than ``MAX_JSON_LINE`` bytes.
     """
     with _opened(path, meter) as stream:
         for number, line in enumerate(iter(lambda: stream.readline(MAX_JSON_LINE + 1), b""), 1):
@@ -203,12 +203,8 @@ def json_records(path: Path, meter: Meter) -> Iterator[tuple[str, Any]]:
                 raise UserError(f"{path}:{number}: has more than {MAX_JSON_LINE} bytes; write one object a line")
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line.removeprefix(codecs.BOM_UTF8))
-            except (ValueError, RecursionError) as error:
-                message = f"{path}:{number}: is not a line of JSON ({error}); write one object a line"
-                raise UserError(message) from error
-            yield f"{path}:{number}", record
+            where = f"{path}:{number}"
+            yield where, parse_json(line, where, number)
 
 
 def _field(record: Any, text_field: str, where: str) -> str:

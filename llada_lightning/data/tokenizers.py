@@ -134,6 +134,9 @@ def load_tokenizer(
     mask_token: str | None = None,
     eos_token: str | None = None,
     add_mask_token: bool = False,
+    need_mask: bool = True,
+    vocab_size: int | None = None,
+    option: str = "--{}-token",
 ) -> tuple[Tokenizer, TokenizerInfo]:
     """A tokenizer that exists, with its special tokens found and made safe.
 
@@ -141,9 +144,12 @@ def load_tokenizer(
         spec: a ``tokenizer.json``; a folder with one (a Hugging Face tokenizer's, or a prepared data folder); or a
             name on the Hugging Face hub.
         mask_token: the token to mask with; by default the one its configuration names, else one of
-            ``KNOWN_MASK_TOKENS``.
+            ``KNOWN_MASK_TOKENS``; '' for none at all.
         eos_token: likewise, of ``KNOWN_EOS_TOKENS``.
         add_mask_token: where there is no mask token, add one as the last id.
+        need_mask: whether a tokenizer without a mask token is refused.
+        vocab_size: of a model; special tokens that it has no embedding for are left out.
+        option: what names a token, `mask` or `eos`, in the command at hand, for messages.
 
     Raises:
         UserError: no such tokenizer, no [MASK] or EOS in it, or text can be encoded to one of them.
@@ -151,23 +157,27 @@ def load_tokenizer(
     path = tokenizer_file(spec)
     tokenizer = tokenizer_from_file(path)
     named = named_tokens(path.parent)
+    if vocab_size is not None:
+        tokenizer, _ = without_special_beyond(tokenizer, vocab_size)
     eos = _find(tokenizer, eos_token, named.get("eos_token"), KNOWN_EOS_TOKENS)
     if eos is None:
         wanted = repr(eos_token) if eos_token else f"none of {', '.join(KNOWN_EOS_TOKENS)}"
-        raise UserError(f"tokenizer '{spec}' has no end-of-text token ({wanted} is in it); name one with --eos-token")
-    mask = _find(tokenizer, mask_token, named.get("mask_token"), KNOWN_MASK_TOKENS)
+        raise UserError(
+            f"tokenizer '{spec}' has no end-of-text token ({wanted} is in it); name one with {option.format('eos')}"
+        )
+    mask = None if mask_token == "" else _find(tokenizer, mask_token, named.get("mask_token"), KNOWN_MASK_TOKENS)
     if mask is None and add_mask_token:
         mask = mask_token or MASK_TOKEN
         tokenizer.add_special_tokens([AddedToken(mask, special=True, normalized=False)])
-    if mask is None:
+    if mask is None and (need_mask or mask_token):
         wanted = repr(mask_token) if mask_token else f"none of {', '.join(KNOWN_MASK_TOKENS)}"
+        add = ", or add one with --add-mask-token" if need_mask else ""
         raise UserError(
-            f"tokenizer '{spec}' has no [MASK] ({wanted} is in it); name one with --mask-token, or add one with "
-            "--add-mask-token"
+            f"tokenizer '{spec}' has no [MASK] ({wanted} is in it); name one with {option.format('mask')}{add}"
         )
-    tokenizer = as_special(tokenizer, (eos, mask))
+    tokenizer = as_special(tokenizer, (eos,) if mask is None else (eos, mask))
     info = tokenizer_info(tokenizer, eos_token=eos, mask_token=mask)
-    _check_apart(tokenizer, info, spec)
+    _check_apart(tokenizer, info, spec, option)
     return tokenizer, info
 
 
@@ -254,26 +264,52 @@ def as_special(tokenizer: Tokenizer, tokens: tuple[str, ...]) -> Tokenizer:
     return _plain(Tokenizer.from_str(json.dumps(record, ensure_ascii=False)))
 
 
-def _check_apart(tokenizer: Tokenizer, info: TokenizerInfo, spec: str) -> None:
-    for token, token_id in ((info.mask_token, info.mask_id), (info.eos_token, info.eos_id)):
+def without_special_beyond(tokenizer: Tokenizer, vocab_size: int) -> tuple[Tokenizer, list[str]]:
+    """A tokenizer without the special tokens that a model has no embedding for, and these tokens.
+
+    Text never becomes one of them, so it is encoded as before. A `<pad>` that was added to a tokenizer, but not to its
+    model, is the usual one.
+    """
+    added = tokenizer.get_added_tokens_decoder().items()
+    beyond = {token.content for token_id, token in added if token_id >= vocab_size and token.special}
+    if not beyond:
+        return tokenizer, []
+    record = json.loads(tokenizer.to_str())
+    record["added_tokens"] = [entry for entry in record["added_tokens"] if entry["content"] not in beyond]
+    return _plain(Tokenizer.from_str(json.dumps(record, ensure_ascii=False))), sorted(beyond)
+
+
+def _check_apart(tokenizer: Tokenizer, info: TokenizerInfo, spec: str, option: str) -> None:
+    tokens = {info.eos_token: info.eos_id}
+    if info.mask_token is not None and info.mask_id is not None:
+        tokens = {info.mask_token: info.mask_id, **tokens}
+    mask_option, eos_option = option.format("mask"), option.format("eos")
+    for token, token_id in tokens.items():
         for text in (token, f" {token} ", f"a{token}b", f"\n{token}\n"):
             if token_id in encode(tokenizer, text):
                 raise UserError(
                     f"tokenizer '{spec}' encodes the text {text!r} to its special token '{token}'; use a tokenizer "
-                    "that has it as an added token, or another --mask-token / --eos-token"
+                    f"that has it as an added token, or another {mask_option} / {eos_option}"
                 )
     if info.mask_id == info.eos_id:
-        raise UserError(f"tokenizer '{spec}': [MASK] and EOS are both '{info.mask_token}'; name two with --mask-token")
+        raise UserError(f"tokenizer '{spec}': [MASK] and EOS are both '{info.mask_token}'; name two with {mask_option}")
 
 
-def tokenizer_info(tokenizer: Tokenizer, *, eos_token: str = EOS_TOKEN, mask_token: str = MASK_TOKEN) -> TokenizerInfo:
+def tokenizer_info(
+    tokenizer: Tokenizer, *, eos_token: str = EOS_TOKEN, mask_token: str | None = MASK_TOKEN
+) -> TokenizerInfo:
     """Vocabulary, special ids and fingerprint of a tokenizer that has both tokens.
+
+    Args:
+        tokenizer: of the text.
+        eos_token: ends a text.
+        mask_token: [MASK]; None where it has none.
 
     Raises:
         UserError: it lacks one of them.
     """
-    eos_id, mask_id = tokenizer.token_to_id(eos_token), tokenizer.token_to_id(mask_token)
-    if eos_id is None or mask_id is None:
+    eos_id, mask_id = (None if token is None else tokenizer.token_to_id(token) for token in (eos_token, mask_token))
+    if eos_id is None or (mask_id is None and mask_token is not None):
         raise UserError(f"the tokenizer lacks '{eos_token if eos_id is None else mask_token}'; use one that has it")
     # Ids may have holes, and a model needs a row for each up to the largest.
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1

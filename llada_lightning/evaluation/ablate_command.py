@@ -12,7 +12,14 @@ from rich.table import Table
 from llada_lightning.command_line import CommandParser, print_json
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.ablations import ABLATIONS, Ablation, Cell, Measured, ablation, run_ablation
-from llada_lightning.evaluation.evaluate_command import add_evaluation_options, check, prepared, said, suite_of
+from llada_lightning.evaluation.evaluate_command import (
+    add_evaluation_options,
+    check,
+    prepared,
+    said,
+    sandbox_of,
+    suite_of,
+)
 from llada_lightning.files import write_json
 from llada_lightning.printing import people_console
 
@@ -99,7 +106,13 @@ def _report(options: Any, what: Ablation, cells: dict[str, dict[str, Cell]]) -> 
         "checkpoint": options.checkpoint,
         "table": what.table,
         "question": what.question,
-        "settings": {"monte_carlo": options.monte_carlo, "seed": options.seed, "limit": options.limit, **said(options)},
+        "settings": {
+            "monte_carlo": options.monte_carlo,
+            "seed": options.seed,
+            "limit": options.limit,
+            **sandbox_of(options),
+            **said(options),
+        },
         "rows": {row: {task: vars(cell) for task, cell in tasks.items()} for row, tasks in cells.items()},
     }
     if options.out:

@@ -143,7 +143,8 @@ def load_benchmark(manager: TaskManager, benchmark: Benchmark, unsafe_code: bool
     """The benchmark with its data, as its shots say.
 
     Raises:
-        UserError: it executes code and that is not asked for, its data cannot be reached, or a package is missing.
+        UserError: it executes code and that is not asked for, its data cannot be reached, a package is missing, or it
+            has fewer documents than shots.
     """
     require_code_allowed(manager, benchmark, unsafe_code)
     executes = runs_code(manager, benchmark.task)
@@ -163,7 +164,23 @@ def load_benchmark(manager: TaskManager, benchmark: Benchmark, unsafe_code: bool
     inner = {child for children in found["group_map"].values() for child in children}
     top = [group for name, group in groups.items() if name not in inner]
     parts = list(found["tasks"].values())
+    for task in parts:
+        _check_shots(task, benchmark)
     return Loaded(benchmark, top or parts, parts)
+
+
+def _check_shots(task: Any, benchmark: Benchmark) -> None:
+    """Refuses more examples in a prompt than there are documents to draw them from."""
+    own = task.get_config("num_fewshot")
+    shots = own if benchmark.shots is None or own == 0 else benchmark.shots  # a task may allow none
+    if not shots:
+        return
+    # Where examples come from the documents that are asked, the one that is asked is left out.
+    most = len(task.fewshot_docs()) - (task.get_config("fewshot_split") == task.get_config("test_split"))
+    if shots > most:
+        raise UserError(
+            f"task '{task.config.task}': {shots} shots wanted, and it has {most} documents for them; give fewer shots"
+        )
 
 
 def measure(

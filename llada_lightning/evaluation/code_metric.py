@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from llada_lightning.evaluation.sandbox import Limits, Verdict, run_program
+from llada_lightning.evaluation.sandbox import Limits, Verdict, run_program, say_what_is_not_held
 
 
 class SandboxedCodeEval:
@@ -34,7 +34,7 @@ class SandboxedCodeEval:
             ``pass@k`` for each k, and the verdicts of each problem.
         """
         verdicts = [
-            [run_program(f"{candidate}\n{tests}", self.limits).verdict for candidate in candidates]
+            [run_program(candidate, self.limits, tests).verdict for candidate in candidates]
             for tests, candidates in zip(references, predictions, strict=True)
         ]
         passed = [verdict.count("passed") for verdict in verdicts]
@@ -54,9 +54,10 @@ def pass_at(k: int, samples: int, passed: int) -> float:
 
 @contextmanager
 def sandboxed_code_eval() -> Iterator[None]:
-    """Tasks that load the metric `code_eval` within the block get the sandboxed one."""
+    """Tasks that load the metric `code_eval` within the block get the sandboxed one; says what that does not hold."""
     import evaluate
 
+    say_what_is_not_held()
     original = evaluate.load
 
     def load(path: str, *arguments: Any, **options: Any) -> Any:

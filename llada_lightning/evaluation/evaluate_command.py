@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,11 +182,13 @@ def check(options: Any) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {options[name]}; it must be at least 1")
     if options.shots is not None and options.shots < 0:
         raise UserError(f"--shots is {options.shots}; it must be at least 0")
+    if options.limit is not None and options.limit > sys.maxsize:
+        raise UserError(f"--limit is {options.limit}; it must be at most {sys.maxsize}")
     if options.out:
+        require_replaceable(Path(options.out))
         folder = Path(os.path.realpath(options.out)).parent
         if not folder.is_dir():
             raise UserError(f"evaluate: --out {options.out}: there is no folder {folder}; make it, or choose another")
-        require_replaceable(Path(options.out))
 
 
 def _quiet_libraries() -> None:
@@ -235,7 +238,16 @@ def _report(options: Any, model: HarnessModel, outcomes: list[Outcome], chat: bo
 def _settings(options: Any, chat: bool) -> dict[str, Any]:
     """How it was measured, as far as the command says."""
     common = {"monte_carlo": options.monte_carlo, "seed": options.seed, "limit": options.limit, "chat": chat}
-    return common | said(options)
+    return common | sandbox_of(options) | said(options)
+
+
+def sandbox_of(options: Any) -> dict[str, Any]:
+    """The kind of sandbox in which the programs that the model wrote were run, where that was allowed."""
+    if not options.unsafe_code:
+        return {}
+    from llada_lightning.evaluation.sandbox import is_isolated
+
+    return {"sandbox": "namespaces" if is_isolated() else "limits only"}
 
 
 def said(options: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from llada_lightning.data.encoding import decode
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.progress import ScoringProgress
+from llada_lightning.evaluation.requests import encode_pair, encode_text
 from llada_lightning.evaluation.rolling import document_log_likelihoods
 from llada_lightning.generation.sampling import generate
 from llada_lightning.generation.terminal.conversation import conversation_ids
@@ -103,7 +104,7 @@ class HarnessModel(LM):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(nats, greedy) of each (context, continuation); contexts that do not fit are cut at their left."""
-        pairs = [self._pair(*request.args) for request in requests]
+        pairs = [self._pair(request.args[0], request.args[1], _named(request)) for request in requests]
         scores = log_likelihood(self.lm, pairs, truncate="left", **self._scoring)
         greedy = self._greedy(pairs) if self.greedy else [False] * len(pairs)
         return [(score.mean, flag) for score, flag in zip(scores, greedy, strict=True)]
@@ -114,22 +115,14 @@ class HarnessModel(LM):
         The harness divides them by the bytes and words of the text as it is, which :attr:`lost_share` puts in doubt.
         """
         written = [request.args[0] for request in requests]
-        texts = [self.lm.encode(text) for text in written]
+        texts = [encode_text(self.lm, request.args[0], _named(request)) for request in requests]
         lost = sum(map(self.lm.lost_bytes, written)) / max(1, sum(len(text.encode()) for text in written))
         self.lost_share = max(self.lost_share, lost)
         return document_log_likelihoods(self.lm, texts, **self._scoring)
 
-    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both: encoded together and parted where the context alone would end, as in the harness's own models.
-
-        White space at the context's end belongs to the continuation: tokenizers bind it to the word behind it.
-        """
-        if context in self._chats:
-            return self._chats[context], self.lm.encode(continuation)
-        kept = context.rstrip()
-        whole, head = self.lm.encode(context + continuation), self.lm.encode(kept)
-        prefix = list(self.lm.text_prefix_ids) if kept else []
-        return [*prefix, *head], whole[len(head) :]
+    def _pair(self, context: str, continuation: str, name: str = "request") -> tuple[list[int], list[int]]:
+        """Ids of both."""
+        return encode_pair(self.lm, self._chats.get(context, context), continuation, name)
 
     def _greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
         flags = [not continuation for _, continuation in pairs]
@@ -202,8 +195,8 @@ class HarnessModel(LM):
         texts, spans = [], []
         for request in requests:
             before = self.lm.encode_prompt(request.doc["prompt"])
-            behind = self.lm.encode(request.doc["suffix"])
-            gap = max(1, len(self.lm.encode(request.doc["canonical_solution"])))
+            behind = self.lm.encode_within(request.doc["suffix"])
+            gap = max(1, len(self.lm.encode_within(request.doc["canonical_solution"])))
             texts.append([*before, *[self.lm.mask_token_id] * gap, *behind])
             spans.append((len(before), len(before) + gap))
         settings = {k: v for k, v in self.sampling.items() if k not in _INFILL_LACKS}
@@ -246,7 +239,7 @@ class HarnessModel(LM):
             raise UserError(f"'{self.lm.name}' has no chat template; leave --chat out, or take a chat model")
         said, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
         messages = [Message(message["role"], message["content"]) for message in said]  # type: ignore[arg-type]
-        ids = conversation_ids(self.lm, messages) + self.lm.encode(begun)
+        ids = conversation_ids(self.lm, messages) + self.lm.encode_within(begun)
         assert self.lm.tokenizer is not None  # or there were no ids
         text = decode(self.lm.tokenizer, ids, skip_special_tokens=False)
         self._chats[text] = ids
@@ -283,3 +276,8 @@ class HarnessModel(LM):
         """Waits for all processes."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def _named(request: Instance) -> str:
+    """A request, for messages."""
+    return f"task '{request.task_name}', document {request.doc_id}, request {request.idx}"

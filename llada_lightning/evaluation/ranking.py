@@ -112,7 +112,7 @@ def rank_candidates(
         cfg_scale, seed, batch_tokens, progress: as for :func:`likelihood.log_likelihood`.
 
     Raises:
-        UserError: as there; no candidates; an empty one under a normalisation.
+        UserError: as there; no candidates; an empty one; one without text under a normalisation.
     """
     check_sampling(samples, max_samples, None, confidence, cfg_scale, batch_tokens)
     check_guidance(lm, cfg_scale)
@@ -185,7 +185,7 @@ def candidate_sizes(
     """What the log-likelihood of each candidate of each question is divided by; arguments as :func:`rank_candidates`.
 
     Raises:
-        UserError: no candidates; an empty one under a normalisation.
+        UserError: no candidates; an empty one; one without text under a normalisation.
     """
     if normalisation not in NORMALISATIONS:
         raise UserError(f"normalisation is {normalisation!r}; choose from {', '.join(NORMALISATIONS)}")
@@ -193,6 +193,9 @@ def candidate_sizes(
     for n, (_, candidates) in enumerate(questions):
         if not len(candidates):
             raise UserError(f"question {n} has no candidates; give at least one")
+        empty = next((k for k, candidate in enumerate(candidates) if not len(candidate)), None)
+        if empty is not None:
+            raise UserError(f"question {n}, candidate {empty} is empty and would be the best always; give it a token")
         sizes = [1] * len(candidates)
         if normalisation == "token":
             sizes = [len(candidate) for candidate in candidates]
@@ -202,9 +205,8 @@ def candidate_sizes(
             sizes = [len(lm.decode(list(candidate)).encode()) for candidate in candidates]
         if 0 in sizes:
             k = sizes.index(0)
-            lack = "has no text" if len(candidates[k]) else "is empty"
             raise UserError(
-                f"question {n}, candidate {k} {lack}, so nothing can be told per {normalisation}; "
+                f"question {n}, candidate {k} has no text, so nothing can be told per {normalisation}; "
                 "use normalisation 'none'"
             )
         every.append(np.array(sizes, dtype=np.float64))

@@ -13,8 +13,11 @@ import numpy.typing as npt
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.errors import UserError
+from llada_lightning.printing import shortened
 
 Ids = Sequence[int]
+Written = str | list[int]
+"""A text, or the ids of one."""
 Method = Literal["autoregressive", "one pass", "enumerated", "monte carlo", "empty"]
 Truncation = Literal["left"]
 
@@ -72,6 +75,56 @@ class Request:
         """
         ids = np.array(self.prompt or self.continuation, dtype="<i8")
         return int.from_bytes(blake2b(ids.tobytes(), digest_size=8).digest(), "little")
+
+
+def encode_text(lm: LanguageModel, text: str, name: str) -> list[int]:
+    """The ids of a text that is scored as a whole.
+
+    Raises:
+        UserError: there is no tokenizer, or it leaves nothing of the text, which would then count as certain.
+    """
+    ids = lm.encode(text)
+    if text.strip() and not ids:
+        raise UserError(f"{name}: the tokenizer has no token for '{shortened(text, 60)}'; take another tokenizer")
+    return ids
+
+
+def encode_pair(lm: LanguageModel, prompt: Written, continuation: Written, name: str) -> tuple[list[int], list[int]]:
+    """The ids of a prompt and of its continuation, each of them texts or ids.
+
+    Tokenizers bind a space to the word behind it, so white space at the end of a text prompt moves to a text
+    continuation. Both are encoded together and parted where the prompt's own ids end, as in lm-evaluation-harness's own
+    models; where the encoding of both does not begin with these ids, because a token spans the join, the continuation
+    is encoded by itself. So the prompt's ids are the same for every continuation.
+
+    Args:
+        lm: the model.
+        prompt: may be empty.
+        continuation: may not.
+        name: of the pair, for the message.
+
+    Raises:
+        UserError: there is no tokenizer, or the continuation is empty or has no token: its probability would be one.
+    """
+    if not continuation:
+        raise UserError(f"{name}: the continuation is empty, which every prompt has; give at least one character")
+    if isinstance(prompt, str) and isinstance(continuation, str):
+        prompt, continuation = moved_space(prompt, continuation)
+    prompt_ids = lm.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+    if not isinstance(continuation, str):
+        return prompt_ids, continuation
+    ids = lm.encode_after(prompt, continuation) if isinstance(prompt, str) else lm.encode_within(continuation)
+    if not ids:
+        raise UserError(
+            f"{name}: the tokenizer has no token for '{shortened(continuation, 60)}' there; take another continuation"
+        )
+    return prompt_ids, ids
+
+
+def moved_space(prompt: str, continuation: str) -> tuple[str, str]:
+    """Prompt and continuation, the white space between them at the continuation's beginning."""
+    kept = prompt.rstrip()
+    return kept, prompt[len(kept) :] + continuation
 
 
 def check_request(

@@ -1,69 +1,70 @@
-"""Programs that a model wrote, run in a process of their own with limits.
+"""Programs that a model wrote, judged by tests, each of the two in a process of its own with limits.
 
-The process has no more than: so many seconds of CPU and of the clock, so much memory, files of so many bytes, an empty
-temporary folder to work in, and an environment without what the parent's holds. Where the system lets users make
-namespaces (`unshare`), it has no network and its own process numbers, so that all it started ends with it. Elsewhere
-its process group is ended, which a program that means harm can leave. The number of processes is limited, but Linux
-does not hold root to that. Files that the user can read, it can read: run code of a model that you do not trust in a
-container.
+The verdict comes from the process of the tests, which sees of the program nothing but plain values (see
+``evaluation.sandboxed``). Each process has no more than: so many seconds of CPU and of the clock, so much memory, files
+of so many bytes, and an environment without what the parent's holds. Nothing that a program leaves behind is read:
+whatever it prints goes nowhere, and its files vanish with it.
+
+Where Linux lets the user make namespaces, a process has no network, process numbers of its own, so that all it started
+ends with it, and a file system that holds Python and the system's libraries, read only, and a small folder in memory to
+work in. It can neither read nor write the user's files. Elsewhere (see :func:`is_isolated`) it has no folder and can
+write no byte to a file, but it can read, empty and remove what the user can, reach the network, and leave processes
+behind, which could attach to the tests' process and forge a verdict. :func:`say_what_is_not_held` tells the user.
+
+Not held anywhere: the sum of the memory of all processes that a program starts (each is limited); their number where
+they are root's in a user namespace; and what the tests themselves take the program's word for, such as a helper that
+HumanEval's prompt defines and its test calls (`poly` of HumanEval/32): a program that defines it anew decides what it
+returns.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
+import selectors
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Literal
+from tempfile import TemporaryFile
+from typing import Any, Literal
+
+from llada_lightning.signals import say
 
 Verdict = Literal["passed", "failed", "timed out"]
 
-_ERRORS_KEPT = 2000
-_ISOLATION = ("--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child=SIGKILL")
-
-# Runs in the child. The word that says "passed" is read before the program starts and written after it has ended, so
-# that one which leaves early, with whatever exit code, has not passed.
-_CHILD = """\
-import json, os, resource, sys
-order = json.loads(sys.stdin.readline())
-said = os.dup(1)
-errors = os.open("errors", os.O_WRONLY | os.O_CREAT)
-for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, os.open(os.devnull, os.O_WRONLY)), (2, errors)):
-    os.dup2(source, target)
-for name, value in order["limits"].items():
-    limit = getattr(resource, name)
-    most = resource.getrlimit(limit)[1]
-    value = value if most == resource.RLIM_INFINITY else min(value, most)
-    resource.setrlimit(limit, (value, value))
-exec(compile(order["program"], "program", "exec"), {"__name__": "__main__"})
-os.write(said, order["word"].encode())
-"""
+_NAMESPACES = ("--mount", "--net", "--ipc", "--pid", "--fork", "--kill-child=SIGKILL")
+_SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc", "/nix/store")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+_VERDICT_BYTES = 2**16
+_FILES = 4096
+"""Files and folders that a program may make."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """What a program may use, and what its tests may.
 
     Args:
-        seconds: of the clock.
-        cpu_seconds: of CPU, of each process.
-        memory_bytes: of address space, of each process.
-        file_bytes: of each file that it writes.
-        processes: of the user, its own included; not held against root.
+        seconds: time on the clock, of program and tests together.
+        cpu_seconds: CPU time of each process.
+        memory_bytes: address space of each process.
+        file_bytes: size of each file that it writes.
+        folder_bytes: size of all files together.
+        processes: processes of the user, the program's own included.
     """
 
     seconds: float = 10.0
     cpu_seconds: int = 10
     memory_bytes: int = 2**30
     file_bytes: int = 2**20
+    folder_bytes: int = 2**26
     processes: int = 64
 
 
@@ -72,84 +73,133 @@ class ProgramResult:
     """How a program ended.
 
     Args:
-        verdict: `passed`: it ran to its last line.
-        errors: the end of what it wrote to stderr.
+        verdict: `passed`: its tests ran to their last line.
+        errors: the end of the traceback of its tests.
     """
 
     verdict: Verdict
     errors: str = ""
 
 
-def run_program(program: str, limits: Limits = Limits()) -> ProgramResult:
-    """Runs Python source to its end, or to a limit.
+def run_program(program: str, limits: Limits = Limits(), tests: str = "") -> ProgramResult:
+    """Runs Python source, and then tests that call what it defines.
 
-    A program passes where its last line is reached: an exception, a failed assertion, an exit, of whatever code, and a
-    limit are failures.
+    Args:
+        program: source; nothing in it can tell that the tests passed.
+        limits: of both.
+        tests: source that uses names of the program, such as HumanEval's `check(candidate)` or MBPP's
+            `assert f(1) == 2`. Arguments and results are copies: numbers, text, containers, and a few values of the
+            standard library. Any other object is asked by its name and equals nothing but itself. Without tests the
+            program's own word decides: that it ran to its last line.
     """
-    with TemporaryDirectory(prefix="llada-program-", ignore_cleanup_errors=True) as folder:
-        word = secrets.token_hex(16)
-        order = {"program": program, "word": word, "limits": _rlimits(limits)}
-        process = subprocess.Popen(
-            [*_isolation(), sys.executable, "-I", "-B", "-c", _CHILD],
-            cwd=folder,
-            env={"PATH": os.defpath, "LANG": "C.UTF-8", "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            said, _ = process.communicate(json.dumps(order) + "\n", timeout=limits.seconds)
-        except subprocess.TimeoutExpired:
-            return ProgramResult("timed out", _errors(Path(folder)))
-        finally:
-            _end(process)
-        passed = process.returncode == 0 and said == word
-        return ProgramResult("passed" if passed else "failed", _errors(Path(folder)))
+    command, until = _isolation(), time.monotonic() + limits.seconds
+    with ExitStack() as processes, TemporaryFile("w+") as order:
+        json.dump({"program": program, "tests": tests}, order)
+        order.seek(0)
+        with ExitStack() as descriptors:  # the processes have theirs; ours would keep the pipes open
+            (answers, answer), (questions, question) = os.pipe(), os.pipe()
+            for descriptor in (answers, answer, questions, question):
+                descriptors.callback(os.close, descriptor)
+            for_program = _start(command, limits, {"role": "program"}, stdin=questions, stdout=answer)
+            processes.callback(_end, for_program)
+            pipes = (answers, question)
+            judge = _start(
+                command, limits, {"role": "tests", "pipes": pipes}, stdin=order, stdout=subprocess.PIPE, pass_fds=pipes
+            )
+            processes.callback(_end, judge)
+        assert judge.stdout is not None
+        with judge.stdout:
+            said = _read(judge.stdout.fileno(), until)
+    if said is None:
+        return ProgramResult("timed out")
+    try:
+        verdict = json.loads(said)
+    except ValueError:  # a limit has ended the tests
+        return ProgramResult("failed", "the tests ended without a verdict")
+    return ProgramResult("passed" if verdict["passed"] else "failed", verdict["errors"])
 
 
-def _rlimits(limits: Limits) -> dict[str, int]:
+def _start(command: Sequence[str], limits: Limits, order: dict[str, Any], **streams: Any) -> subprocess.Popen[bytes]:
+    isolated = bool(command)
+    order |= {"limits": _rlimits(limits, isolated), "shown": None, "folder": ""}
+    if isolated:
+        order |= {"shown": _shown(), "folder": f"size={limits.folder_bytes},nr_inodes={_FILES},mode=1777"}
+    return subprocess.Popen(
+        [*command, sys.executable, "-I", "-B", "-c", _source(), json.dumps(order)],
+        cwd="/",
+        env={"PATH": os.defpath, "LANG": "C.UTF-8", "HOME": "/tmp", "TMPDIR": "/tmp", "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        **streams,
+    )
+
+
+@cache
+def _source() -> str:
+    return Path(__file__).with_name("sandboxed.py").read_text(encoding="utf-8")
+
+
+def _rlimits(limits: Limits, isolated: bool) -> dict[str, int]:
     return {
         "RLIMIT_CPU": limits.cpu_seconds,
         "RLIMIT_AS": limits.memory_bytes,
-        "RLIMIT_FSIZE": limits.file_bytes,
+        "RLIMIT_FSIZE": limits.file_bytes if isolated else 0,  # no folder of its own, so no files
         "RLIMIT_NPROC": limits.processes,
         "RLIMIT_CORE": 0,
     }
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _shown() -> list[str]:
+    """What a program sees of the file system: the system's programs and libraries, this Python's, and four devices."""
+    paths = [*_SYSTEM, sys.base_prefix, sys.prefix]
+    return [*(path for path in dict.fromkeys(paths) if not path.startswith("/usr/")), *_DEVICES]
+
+
+def _read(descriptor: int, until: float) -> bytes | None:
+    """All that comes out of a pipe, or the first bytes that are too many; None: its other end stays open too long."""
+    said = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        while selector.select(max(0.0, until - time.monotonic())):
+            block = os.read(descriptor, _VERDICT_BYTES)
+            said += block
+            if not block or len(said) > _VERDICT_BYTES:
+                return said
+    return None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends the process and all of its group; with its own process numbers, all that it started."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            with suppress(OSError):
-                stream.close()
-
-
-def _errors(folder: Path) -> str:
-    try:
-        with (folder / "errors").open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _ERRORS_KEPT))
-            return file.read().decode(errors="replace")
-    except OSError:
-        return ""
 
 
 @cache
 def _isolation() -> tuple[str, ...]:
-    """The command that takes network and process numbers away, where the system allows it."""
+    """The command that makes the namespaces, empty where the system allows none; root tries without one of users."""
     unshare = shutil.which("unshare")
-    if unshare is None:
-        return ()
-    command = (unshare, *_ISOLATION)
-    tried = subprocess.run([*command, "true"], capture_output=True, check=False)
-    return command if tried.returncode == 0 else ()
+    users = ("--user", "--map-root-user")
+    for kinds in ((), users) if sys.platform == "linux" and os.geteuid() == 0 else (users,):
+        command = (unshare or "unshare", *kinds, *_NAMESPACES)
+        with suppress(OSError):
+            tried = _start(command, Limits(), {"role": "none"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            if tried.wait() == 0:
+                return command
+    return ()
 
 
 def is_isolated() -> bool:
-    """Whether programs run without network and with process numbers of their own."""
+    """Whether programs run in namespaces of their own: of files, network and processes."""
     return bool(_isolation())
+
+
+@cache
+def say_what_is_not_held() -> None:
+    """One line on stderr, once a process, where the system makes no namespaces."""
+    if not is_isolated():
+        say(
+            "warning: this system lets this user make no namespaces, so the sandbox limits time, memory and the "
+            "writing of files only: what the model wrote can read, empty and remove this user's files, reach the "
+            "network, leave processes behind and, with intent, forge a verdict; use a container or a virtual machine"
+        )

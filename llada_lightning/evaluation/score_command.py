@@ -162,6 +162,7 @@ def _check(options: Any) -> None:
 
 def _check_out(out: Path, source: Path) -> None:
     """Before hours of scoring: whether the results can be written."""
+    require_replaceable(out)
     folder = Path(os.path.realpath(out)).parent  # a link's own folder does not matter
     if not folder.is_dir():
         raise UserError(f"score: --out {out}: there is no folder {folder}; make it, or choose another file")
@@ -169,7 +170,6 @@ def _check_out(out: Path, source: Path) -> None:
         raise UserError(f"score: --out {out} cannot be written into {folder}; choose another file")
     if out.exists() and out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"score: --out {out} is a file that is scored; choose another file")
-    require_replaceable(out)
 
 
 def _pairs(lm: LanguageModel, options: Any, sampling: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

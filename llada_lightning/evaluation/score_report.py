@@ -61,7 +61,7 @@ def likelihood_summary(pairs: Sequence[Pair], scores: Sequence[Score]) -> dict[s
         "kind": _kind(scores),
         "nats_per_token": per_token,
         "stderr": stderr,
-        "monte_carlo_stderr": spread / sum(tokens) if sum(tokens) else 0.0,
+        "monte_carlo_stderr": spread / sum(tokens),
         "bits_per_byte": bits,
         "bits_per_byte_stderr": bits_stderr,
         "lost_share": lost_share,
@@ -110,7 +110,7 @@ def _print_scores(console: Console, summary: dict[str, Any], results: Sequence[d
         table.add_row(*map(str, cells), f"{row['samples']:,}")
     console.print(table)
     counts = f"over {_count(summary['requests'], 'request')}, {_count(summary['tokens'], 'token')}{_cut(summary)}"
-    if summary["requests"] == 1 and summary["tokens"]:
+    if summary["requests"] == 1:
         shown = _of_one(summary)
         console.print(f"{_per_token(shown)}{_masks_only(shown)} {counts}; one request has no standard error")
     else:
@@ -175,8 +175,6 @@ def _scale(value: float, of: float) -> float:
 
 
 def _per_token(summary: dict[str, Any]) -> str:
-    if not summary["tokens"]:
-        return "no tokens"
     said = f"{_with_error(summary['nats_per_token'], summary['stderr'])} nats/token ({summary['kind']})"
     if summary["bits_per_byte"] is None:
         return said

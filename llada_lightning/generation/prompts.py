@@ -93,7 +93,7 @@ def _encode(lm: LanguageModel, text: str, infill: bool) -> list[int]:
     first, *others = text.split(mask_token)
     ids = lm.encode_prompt(first)
     for piece in others:
-        ids += [lm.mask_token_id, *lm.encode(piece)]
+        ids += [lm.mask_token_id, *lm.encode_within(piece)]
     return ids
 
 

@@ -25,6 +25,18 @@ from llada_lightning.model.shards import fill
 from llada_lightning.scaling.shapes import Shape
 
 NORM_EPS = 1e-5
+ROPE_THETA = 10_000.0
+
+POSITIVE = "it must be a finite number above 0, also in 32 bits"
+"""What ``is_positive`` asks for, for people."""
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value is a number above 0 that float32 holds, so neither infinite nor NaN."""
+    limits = torch.finfo(torch.float32)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and limits.tiny <= value <= limits.max
+
+
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -107,7 +119,9 @@ class Transformer(nn.Module):
         norm_eps: within the root of every RMSNorm (1e-5; some of Llama's checkpoints: 1e-6).
     """
 
-    def __init__(self, shape: Shape, vocab_size: int, rope_theta: float = 10_000.0, norm_eps: float = NORM_EPS) -> None:
+    def __init__(
+        self, shape: Shape, vocab_size: int, rope_theta: float = ROPE_THETA, norm_eps: float = NORM_EPS
+    ) -> None:
         super().__init__()
         self.shape, self.vocab_size, self.rope_theta, self.norm_eps = shape, vocab_size, rope_theta, norm_eps
         self.embedding = nn.Embedding(vocab_size, shape.d_model)

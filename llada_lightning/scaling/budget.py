@@ -8,6 +8,15 @@ from collections.abc import Sequence
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.flops import Convention, TrainingFlops
 
+MAX_FLOPS = 1e30
+"""Largest budget: 100,000 times the largest trainings so far."""
+MAX_BATCH = 2**24
+"""Most sequences of a global batch."""
+MAX_STEPS = 10**11
+"""Longest run in steps, so that 64 bits count its sequences."""
+MAX_BUDGETS = 1000
+"""Most budgets of one run or plan."""
+
 MASK_EPS = 1e-3
 """Smallest mask probability, as in the authors' training code: it bounds the weight 1/p of Eq. 3 by 1000."""
 
@@ -36,16 +45,50 @@ def steps_for_budget(
     Raises:
         UserError: the budget does not pay for one step.
     """
+    check_budgets("budget.flops", [flops])
     per_step = per_token.by(convention) * tokens_per_step
-    if not math.isfinite(flops):
-        raise UserError(f"budget.flops: {flops} is not a number of FLOPs; give one, such as 1e18")
     steps = round(flops / per_step)
     if flops < per_step:
         raise UserError(
             f"budget.flops: {flops:.4g} is below one step, which costs {per_step:.4g} FLOPs ({convention}, "
             f"{tokens_per_step:.0f} tokens); raise the budget, or lower the global batch"
         )
+    check_steps("budget.flops", flops, steps)
     return steps
+
+
+def check_budgets(name: str, budgets: Sequence[float]) -> None:
+    """Refuse budgets that no run has.
+
+    Args:
+        name: The name of the setting, for messages.
+        budgets: Training FLOPs.
+
+    Raises:
+        UserError: there are too many of them, or one is not a number of FLOPs or is too large.
+    """
+    if len(budgets) > MAX_BUDGETS:
+        raise UserError(f"{name}: {len(budgets)} budgets given; {MAX_BUDGETS} are the most")
+    for flops in budgets:
+        if not math.isfinite(flops):
+            raise UserError(f"{name}: {flops} is not a number of FLOPs; give one, such as 1e18")
+        if flops > MAX_FLOPS:
+            raise UserError(f"{name}: {flops:.4g} FLOPs given; {MAX_FLOPS:g} are the most")
+
+
+def check_steps(name: str, given: float, steps: int) -> None:
+    """Refuse a run of more than :data:`MAX_STEPS` steps.
+
+    Args:
+        name: The name of the setting that makes so many, for messages.
+        given: Its value.
+        steps: What follows from it.
+
+    Raises:
+        UserError: there are too many.
+    """
+    if steps > MAX_STEPS:
+        raise UserError(f"{name}: {given:.4g} makes a run of {steps:.4g} steps; {MAX_STEPS:.0e} are the most: lower it")
 
 
 def cost_of_budgets(budgets: Sequence[float], decay_fraction: float) -> float:

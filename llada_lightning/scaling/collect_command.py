@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 
@@ -11,20 +12,24 @@ from llada_lightning.errors import UserError
 from llada_lightning.printing import people_console
 from llada_lightning.scaling.collect import gather
 from llada_lightning.scaling.covariance import write_covariance
-from llada_lightning.scaling.results import write_results
+from llada_lightning.scaling.results import check_destination, write_results
 
 
 def collect_command(argv: list[str]) -> int:
     """``llada collect PATH … --out results.csv``: run folders and W&B projects -> one results table.
 
     Beside it comes ``results.covariance.csv``, the joint error of the losses, from the folders' validation files.
+    What is unfinished, damaged or left out is named on stderr, and in the object that ``--json`` prints. It does not
+    change the exit code: that is 0 wherever a table was written.
 
     Raises:
         UserError: a path is no folder, a W&B project cannot be read, no run has left a record, or the table's name is
             neither CSV nor parquet.
     """
     parser = CommandParser(
-        prog="llada collect", description="Collect the results of run folders and of W&B projects into one table."
+        prog="llada collect",
+        description="Collect the results of run folders and of W&B projects into one table. Runs that are unfinished, "
+        "damaged or left out are named on stderr; the exit code is 0 wherever a table was written.",
     )
     parser.add_argument(
         "paths",
@@ -36,6 +41,7 @@ def collect_command(argv: list[str]) -> int:
     parser.add_argument("--out", type=str, default="results.csv", help="table to write: .csv or .parquet")
     add_json(parser)
     options = parser.parse_args(argv)
+    check_destination(Path(options.out))
     collection = gather(options.paths)
     table, report = collection.table(), collection.report
     notes = people_console(stderr=True)

@@ -33,6 +33,9 @@ from llada_lightning.scaling.fits.runs import planned_flops
 from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
 from llada_lightning.scaling.shapes import format_count
 
+DOUBT = "†"
+DOUBT_MEANS = f"{DOUBT} do not rely on it: a fit is rejected, or fails its held-out test"
+
 MOST_RUNS = 40
 """A table of more runs shows the best of each budget only."""
 
@@ -52,7 +55,13 @@ def print_report(table: pd.DataFrame, fits: StudyFits, convention: Convention, f
             console.print(picture)
             console.print()
     console.print(f"Intervals are at 95 %; errors: {NOISE_MODELS[fits.noise_model]}.\n", highlight=False)
-    flags = [*map(_disagreement, fits.disagreements), *fits.notes]
+    unseen = {(entry.convention, entry.arm_flops, entry.method) for entry in fits.compute_multiplier if not entry.shown}
+    apart = [
+        _disagreement(entry)
+        for entry in fits.disagreements
+        if unseen.isdisjoint((entry.convention, entry.flops, method) for method in entry.methods)
+    ]
+    flags = [*doubt_lines(fits, convention), *apart, *fits.notes]
     if flags:
         console.print("To note:")
     for flag in flags:
@@ -204,18 +213,29 @@ def multiplier_table(fits: StudyFits, convention: Convention) -> Table:
         f"Compute multiplier at equal loss, llada over arm ({CONVENTION_NAMES[convention]})",
         *("arm's budget", *METHODS),
     )
-    entries = [entry for entry in fits.compute_multiplier if entry.convention == convention]
+    entries = [entry for entry in fits.compute_multiplier if entry.convention == convention and entry.shown]
     for flops in sorted({entry.arm_flops for entry in entries}):
         cells = dict.fromkeys(METHODS, "")
         for entry in entries:
             if entry.arm_flops == flops:
-                star = "*" if entry.extrapolated else " "
-                cells[entry.method] = f"{entry.multiplier:.3g}{star} ({_short(entry.estimate)})"
+                marks = DOUBT * (not entry.trusted) + "*" * entry.extrapolated
+                cells[entry.method] = f"{entry.multiplier:.3g}{marks:1} ({_short(entry.estimate)})"
         picture.add_row(_flops(flops), *cells.values())
-    if any(entry.extrapolated for entry in entries):
-        picture.caption = "* beyond the budgets of one of the fits, by at most a decade"
-        picture.caption_justify = "left"
+    legend = [DOUBT_MEANS] * any(not entry.trusted for entry in entries)
+    legend += ["* beyond the budgets of one of the fits, by at most a decade"] * any(e.extrapolated for e in entries)
+    if legend:
+        picture.caption, picture.caption_justify = "\n".join(legend), "left"
     return picture
+
+
+def doubt_lines(fits: StudyFits, convention: Convention) -> list[str]:
+    """Why the multipliers of a method are marked, a line for each method."""
+    doubts = {
+        entry.method: entry.doubt
+        for entry in fits.compute_multiplier
+        if entry.convention == convention and entry.shown and not entry.trusted
+    }
+    return [f"{DOUBT} compute multiplier, {method}, {convention}: {doubt}" for method, doubt in doubts.items()]
 
 
 def held_out_table(fits: StudyFits, convention: Convention) -> Table:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from llada_lightning.errors import UserError
-from llada_lightning.files import written_atomically
+from llada_lightning.files import is_there, written_atomically
+from llada_lightning.scaling.results import read_typed_csv
 
 EVALUATIONS_FILE = "evaluations.csv"
 EVALUATION_COLUMNS = ("steps", "task", "score", "stderr", "n", "metric", "settings")
@@ -32,7 +32,7 @@ def write_evaluations(folder: Path | str, rows: Sequence[dict[str, Any]]) -> Pat
     """
     path = Path(folder) / EVALUATIONS_FILE
     table = pd.DataFrame(rows, columns=list(EVALUATION_COLUMNS))
-    if path.exists():
+    if is_there(path):
         table = pd.concat([read_evaluations(folder), table])
     table = table.drop_duplicates(["steps", "task"], keep="last").sort_values(["steps", "task"])
     with written_atomically(path) as temporary:
@@ -47,29 +47,22 @@ def read_evaluations(folder: Path | str) -> pd.DataFrame:
         UserError: the file is damaged.
     """
     path = Path(folder) / EVALUATIONS_FILE
-    types: dict[str, Any] = {
-        "steps": "int64",
-        "task": str,
-        "score": "float64",
-        "stderr": "float64",
-        "n": "int64",
-        "metric": str,
-    }
-    if not path.is_file():
+    if not is_there(path):
         return pd.DataFrame(columns=list(EVALUATION_COLUMNS))
-    try:
-        table = pd.read_csv(path, dtype=types)
-    except (OSError, ValueError) as error:  # pandas' errors of parsing are ValueErrors
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}); delete it and evaluate again") from error
-    if list(table.columns) != list(EVALUATION_COLUMNS):
-        raise UserError(f"{path}: its columns must be {', '.join(EVALUATION_COLUMNS)}; delete it and evaluate again")
-    return table
+    types = dict(zip(EVALUATION_COLUMNS, ("int64", str, "float64", "float64", "int64", str, str), strict=True))
+    return read_typed_csv(path, types, "delete it and evaluate again")
 
 
 def task_columns(folder: Path | str, steps: Any) -> dict[str, float]:
-    """The columns of a results table that the evaluations at a step give."""
-    table = read_evaluations(folder)
+    """The columns of a results table that the evaluations at a step give; none where a run has no evaluations.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     columns: dict[str, float] = {}
+    if not is_there(Path(folder) / EVALUATIONS_FILE):
+        return columns
+    table = read_evaluations(folder)
     for row in table[table["steps"] == steps].to_dict("records"):
         columns[f"task_{row['task']}"] = float(row["score"])
         columns[f"task_{row['task']}_stderr"] = float(row["stderr"])

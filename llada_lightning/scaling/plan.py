@@ -12,12 +12,15 @@ from typing import Any
 import pandas as pd
 
 from llada_lightning.errors import UserError
+from llada_lightning.printing import shortened
+from llada_lightning.scaling.budget import check_budgets
 from llada_lightning.scaling.flops import Convention, Objective
 from llada_lightning.scaling.plan_cost import Machine
 from llada_lightning.scaling.plan_grid import Grid, shapes_at
 from llada_lightning.scaling.plan_trunk import MIN_STEPS, Branch, Recipe, Trunk, plan_trunk
-from llada_lightning.scaling.shapes import Shape, shape_name
+from llada_lightning.scaling.shapes import MAX_WIDTH, Shape, check_vocabulary, shape_name
 from llada_lightning.scaling.stream import Stream
+from llada_lightning.settings import check_seed
 
 __all__ = ["Grid", "Machine", "Plan", "Recipe", "Stream", "plan_study"]
 
@@ -230,14 +233,15 @@ def plan_study(
     ordered = _checked_budgets(budgets)
     for what, values in {"objectives": objectives, "seeds": seeds}.items():
         if not values or len(set(values)) < len(values):
-            raise UserError(f"plan: --{what} {' '.join(map(str, values))}: give each once, and at least one")
+            raise UserError(f"plan: --{what} {shortened(' '.join(map(str, values)))}: give each once, and at least one")
     grid.check()
     recipe.check()
     machine.check(objectives)
-    if stream.vocab_size < 1 or stream.sequence_length < 1:
-        raise UserError(
-            f"plan: --vocab-size {stream.vocab_size} and --sequence-length {stream.sequence_length} must be at least 1"
-        )
+    check_vocabulary("plan: --vocab-size", stream.vocab_size)
+    if not 1 <= stream.sequence_length <= MAX_WIDTH:
+        raise UserError(f"plan: --sequence-length {stream.sequence_length} must lie between 1 and {MAX_WIDTH}")
+    for seed in seeds:
+        check_seed("plan: --seeds", seed)
     stream.check()
     trunks = []
     for objective in objectives:
@@ -257,6 +261,7 @@ def _checked_budgets(budgets: Iterable[float]) -> tuple[float, ...]:
     ordered = sorted(budgets)
     if not ordered:
         raise UserError("plan: --flops holds no budget; give one, such as 1e18")
+    check_budgets("plan: --flops", ordered)
     for budget in ordered:
         if not (math.isfinite(budget) and budget > 0):
             raise UserError(f"plan: --flops {budget:g} must be a number above 0")

@@ -9,21 +9,25 @@ from typing import Any, cast
 
 from jsonargparse import Namespace
 
-from llada_lightning.command_line import CommandParser, add_json, print_json
+from llada_lightning.command_line import CommandParser, add_json, print_json, refuse_unusable
 from llada_lightning.errors import UserError
-from llada_lightning.printing import people_console
+from llada_lightning.printing import people_console, shortened
 from llada_lightning.reading import read_yaml
+from llada_lightning.scaling.budget import MAX_BUDGETS
 from llada_lightning.scaling.flops import CONVENTIONS, Convention
 from llada_lightning.scaling.hyperparameters import BATCH_RULES, DECAY_FRACTION, LEARNING_RATE_RULES
 from llada_lightning.scaling.plan import OBJECTIVES, Plan, plan_study
 from llada_lightning.scaling.plan_cost import Machine, MeasuredRate, measured_rates
-from llada_lightning.scaling.plan_files import Destination, write_slurm, write_sweep
+from llada_lightning.scaling.plan_files import Destination, write_sweep
 from llada_lightning.scaling.plan_grid import CENTRES, Grid
-from llada_lightning.scaling.plan_table import print_plan
+from llada_lightning.scaling.plan_table import lessons, print_plan
 from llada_lightning.scaling.plan_trunk import Recipe
 from llada_lightning.scaling.profiles import profiled_rate
 from llada_lightning.scaling.results import read_results
 from llada_lightning.scaling.stream import DataFacts, Source, Stream, sequences_read
+from llada_lightning.settings import check_folder_name
+
+_MOST_WORDS = 5 * MAX_BUDGETS
 
 DataPath = str | dict[str, float]
 """A prepared folder, or a mixture's folders with weights."""
@@ -42,6 +46,8 @@ def plan_command(argv: list[str], read_data: ReadData) -> int:
     Raises:
         UserError: a setting makes no plan, the data cannot be read, or a file cannot be written.
     """
+    if len(argv) > _MOST_WORDS:  # the parser would take minutes
+        raise UserError(f"plan: {len(argv):,} words given; a plan has at most {MAX_BUDGETS} budgets and as many seeds")
     options = _parser().parse_args(argv)
     base = _read_base(options.base)
     plan, destination = _plan(options, base, read_data)
@@ -49,7 +55,8 @@ def plan_command(argv: list[str], read_data: ReadData) -> int:
     if options.json:
         runs = plan.table().astype(object).to_dict("records")
         files_written = {key: str(path) for key, path in files.items()}
-        print_json({**files_written, "totals": plan.totals(), "warnings": plan.warnings(), "runs": runs})
+        warnings = [*plan.warnings(), *lessons(plan)]
+        print_json({**files_written, "totals": plan.totals(), "warnings": warnings, "runs": runs})
     else:
         print_plan(plan, people_console())
         for key, path in files.items():
@@ -123,6 +130,7 @@ def _parser() -> CommandParser:
 def _plan(options: Namespace, base: Mapping[str, Any], read_data: ReadData) -> tuple[Plan, Destination]:
     data, model, trainer = base["data"], base["model"], base["trainer"]
     path: DataPath | None = data.get("path") if options.data is None else options.data
+    _check_path(path)
     sequence_length = _first(options.sequence_length, _count(data, "data", "sequence_length"), 256)
     if sequence_length < 1:
         raise UserError(f"plan: --sequence-length {sequence_length} must be at least 1")
@@ -175,8 +183,19 @@ def _plan(options: Namespace, base: Mapping[str, Any], read_data: ReadData) -> t
         seeds=options.seeds,
         separate=options.separate,
     )
-    study = _first(options.study, base["run"].get("study"), Path(options.out or "plan").stem)
+    study = str(_first(options.study, base["run"].get("study"), Path(options.out or "plan").stem))
+    check_folder_name("plan: --study", study, nested=True)
     return plan, Destination(study=study, data=path, base=options.base, vocab_size=vocab_size)
+
+
+def _check_path(path: Any) -> None:
+    weights = list(path.values()) if isinstance(path, dict) else []
+    is_mixture = weights and all(isinstance(weight, (int, float)) and weight > 0 for weight in weights)
+    if path is not None and not isinstance(path, str) and not is_mixture:
+        given = shortened(repr(path))
+        raise UserError(
+            f"base: data.init_args.path {given} is neither a folder nor a mapping from folders to weights above 0"
+        )
 
 
 def _sources_read(sources: tuple[Source, ...], sequence_length: int, train_tokens: int | None) -> tuple[Source, ...]:
@@ -238,6 +257,7 @@ def _read_base(path: str | None) -> dict[str, dict[str, Any]]:
     content: Any = {}
     if path is not None:
         content = read_yaml(path) or {}
+    refuse_unusable(content, "base")
     if not isinstance(content, dict):
         raise UserError(f"plan: --base {path} holds no mapping; give one of llada fit's")
     sections = {name: _section(content, name) for name in ("budget", "run", "trainer", "model", "data")}
@@ -273,11 +293,6 @@ def _write_files(options: Namespace, plan: Plan, destination: Destination, comma
         raise UserError(f"plan: --slurm {options.slurm} is the sweep's own file or its table's; choose another name")
     if destination.data is None:
         raise UserError("plan: --out needs the data that the runs read; give --data DIR, or --base with data.path")
-    try:
-        files = {"sweep": out, "table": write_sweep(out, plan, destination, command)}
-        if options.slurm is not None:
-            files["slurm"] = Path(options.slurm)
-            write_slurm(files["slurm"], plan, out, command)
-    except OSError as error:
-        raise UserError(f"plan: {error.filename} cannot be written ({error.strerror}); choose another place") from error
-    return files
+    slurm = None if options.slurm is None else Path(options.slurm)
+    table = write_sweep(out, plan, destination, command, slurm)
+    return {"sweep": out, "table": table, **({} if slurm is None else {"slurm": slurm})}

@@ -11,6 +11,7 @@ from typing import Literal
 import pandas as pd
 
 from llada_lightning.errors import UserError
+from llada_lightning.scaling.budget import MAX_BATCH
 from llada_lightning.scaling.flops import Objective
 from llada_lightning.scaling.hardware import PEAK_FLOPS_BF16, memory_bytes, peak_flops
 from llada_lightning.scaling.shapes import Shape
@@ -141,8 +142,8 @@ class Machine:
             UserError: names the setting.
         """
         for option, count in {"devices": self.devices, "micro-batch": self.micro_batch}.items():
-            if count is not None and count < 1:
-                raise UserError(f"plan: --{option} {count} must be at least 1")
+            if count is not None and not 1 <= count <= MAX_BATCH:
+                raise UserError(f"plan: --{option} {count} must lie between 1 and {MAX_BATCH}")
         if self.mfu is not None and self.measured is not None:
             raise UserError("plan: --mfu and --measured are both given; give one of them")
         if self.mfu is not None and not 0 < self.mfu <= 1:

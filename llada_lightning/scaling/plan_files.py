@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from llada_lightning.errors import UserError
 from llada_lightning.files import written_atomically
+from llada_lightning.printing import shortened
 from llada_lightning.scaling.flops import CONVENTION_NAMES, Objective
 from llada_lightning.scaling.plan import Plan
 from llada_lightning.scaling.plan_trunk import Branch, Trunk
@@ -147,13 +150,27 @@ def describe_totals(plan: Plan) -> list[str]:
     return lines
 
 
-def write_sweep(path: Path, plan: Plan, destination: Destination, command: Sequence[str]) -> Path:
-    """Writes the sweep, and the plan's table as CSV beside it, which is returned."""
-    with written_atomically(path) as temporary:
-        temporary.write_text(sweep_text(plan, destination, path.stem, command), encoding="utf-8")
+def write_sweep(
+    path: Path, plan: Plan, destination: Destination, command: Sequence[str], slurm: Path | None = None
+) -> Path:
+    """Writes the sweep, the plan's table as CSV beside it, which is returned, and a SLURM job array: all or none.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
     table = path.with_suffix(".csv")
-    with written_atomically(table) as temporary:
-        plan.table().to_csv(temporary, index=False)
+    texts = {
+        path: sweep_text(plan, destination, path.stem, command),
+        table: plan.table().to_csv(index=False),
+        **({} if slurm is None else {slurm: slurm_text(plan, path, slurm, command)}),
+    }
+    with ExitStack() as files:
+        for file, text in texts.items():
+            try:
+                files.enter_context(written_atomically(file)).write_text(text, encoding="utf-8")
+            except OSError as error:
+                where = f"'{shortened(file)}' cannot be written ({error.strerror})"
+                raise UserError(f"plan: {where}; free space or choose another place") from error
     return table
 
 
@@ -198,9 +215,3 @@ def slurm_text(plan: Plan, sweep: Path, script: Path, command: Sequence[str]) ->
         last=len(plan.runs()) - 1,
         resources=resources,
     )
-
-
-def write_slurm(path: Path, plan: Plan, sweep: Path, command: Sequence[str]) -> None:
-    """Writes :func:`slurm_text`."""
-    with written_atomically(path) as temporary:
-        temporary.write_text(slurm_text(plan, sweep, path, command), encoding="utf-8")

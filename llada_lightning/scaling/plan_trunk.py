@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from llada_lightning.errors import UserError
-from llada_lightning.scaling.budget import steps_for_budget
+from llada_lightning.scaling.budget import MAX_BATCH, MAX_STEPS, steps_for_budget
 from llada_lightning.scaling.flops import Convention, Objective, TrainingFlops
 from llada_lightning.scaling.hyperparameters import (
     DECAY_FRACTION,
@@ -62,9 +62,10 @@ class Recipe:
         for option, rate in rates.items():
             if rate is not None and not (math.isfinite(rate) and rate > 0):
                 raise UserError(f"plan: --{option} {rate:g} must be a number above 0")
-        for option, count, least in (("batch", self.batch, 1), ("warmup-steps", self.warmup_steps, 0)):
-            if count is not None and count < least:
-                raise UserError(f"plan: --{option} {count} must be at least {least}")
+        ranges = {"batch": (self.batch, 1, MAX_BATCH), "warmup-steps": (self.warmup_steps, 0, MAX_STEPS)}
+        for option, (count, least, most) in ranges.items():
+            if count is not None and not least <= count <= most:
+                raise UserError(f"plan: --{option} {count} must lie between {least} and {most}")
         if not 0 <= self.decay_fraction < 1:
             raise UserError(f"plan: --decay-fraction {self.decay_fraction:g} must be at least 0 and below 1")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llada_lightning.errors import UserError
+from llada_lightning.printing import shortened
+from llada_lightning.reading import read_json
 from llada_lightning.scaling.plan_cost import MeasuredRate
 from llada_lightning.scaling.shapes import format_count
 
@@ -42,7 +43,7 @@ def profiled_rate(path: Path | str) -> MeasuredRate:
         UserError: the file cannot be read, or is no profile's summary.
     """
     try:
-        summary = json.loads(Path(path).read_text(encoding="utf-8"))
+        summary = read_json(path)
         speed = summary["unprofiled"] or summary["profiled"]
         rate = float(speed["flops_total_per_second"]) / int(summary["devices"])
         peak, estimate = summary["peak_memory_bytes"], summary["estimated_memory_bytes"]
@@ -52,10 +53,10 @@ def profiled_rate(path: Path | str) -> MeasuredRate:
             flops_per_second=rate,
             memory_ratio=None if peak is None or estimate is None else float(peak) / float(estimate),
         )
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {_WRITTEN_BY}") from error
+    except UserError as error:
+        raise UserError(f"{error}; {_WRITTEN_BY}") from error
     except (ValueError, TypeError, KeyError, ArithmeticError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = shortened(f"{type(error).__name__}: {error}")
         raise UserError(f"{path}: no profile's {SUMMARY_FILE} ({reason}); {_WRITTEN_BY}") from error
     if not (0 < found.flops_per_second < math.inf and 0 < found.params_nonembedding < math.inf):
         raise UserError(f"{path}: holds no throughput above 0; {_WRITTEN_BY}")
@@ -96,7 +97,7 @@ def page(summary: Mapping[str, Any]) -> str:
             [(label, f"{phases[name]:.2f}", f"{phases[name] / step:.1%}") for name, label in PHASES.items()],
         ),
         _communication(summary, step),
-        "## Dearest operations",
+        "## Most expensive operations",
         _operations_table(summary, step),
         "`trace*.json.gz` opens in https://ui.perfetto.dev; the phases stand there as `llada.<phase>`.",
     ]

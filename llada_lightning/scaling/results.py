@@ -7,19 +7,25 @@ and W&B's summary uses the same names.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
-import yaml
 
 from llada_lightning.errors import UserError
-from llada_lightning.files import write_json, written_atomically
+from llada_lightning.files import is_there, require_replaceable, write_json, written_atomically
+from llada_lightning.printing import shortened
+from llada_lightning.reading import FormatError, read_json, read_text, read_yaml
 
 RESULT_COLUMNS = (
     "run", "objective", "shape", "params_total", "params_nonembedding", "tokens", "unique_tokens", "epochs", "steps",
@@ -46,6 +52,10 @@ VALIDATION_FILE = "validation.csv"
 VALIDATION_COLUMNS = ("steps", "document", "sequences", "nats_per_token")
 DONE = "done"
 DIVERGED = "diverged"
+
+LARGEST_NUMBER = 1e100
+"""Largest finite number of a record: far above any loss, rate or count of FLOPs, and its square is finite."""
+_WHOLE_NUMBER = re.compile(r"[+-]?\d+")
 
 
 def write_records(folder: Path | str, records: Sequence[dict[str, Any]]) -> Path:
@@ -74,15 +84,20 @@ def read_records(folder: Path | str) -> list[dict[str, Any]]:
         UserError: the file is not a JSON list of records.
     """
     path = Path(folder) / RESULT_FILE
-    if not path.is_file():
+    if not is_there(path):
         return []
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); delete it and run again") from error
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise UserError(f"{path}: must hold a list of records; delete it and run again")
+        records = read_json(path)
+    except FormatError as error:
+        raise UserError(f"{error}; delete it and run again") from error
+    if not isinstance(records, list) or not all(map(_is_record, records)):
+        raise UserError(f"'{shortened(path)}' must hold a list of records; delete it and run again")
     return records
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a run can go on from it: it says of which run it is, and after how many steps."""
+    return isinstance(value, dict) and isinstance(value.get("steps"), int) and "run" in value
 
 
 def is_done(folder: Path | str) -> bool:
@@ -91,20 +106,20 @@ def is_done(folder: Path | str) -> bool:
     A run that diverged has finished too: the same configuration would diverge again.
     """
     try:
-        records = read_records(folder)
+        records, budgets = read_records(folder), expected_records(folder)
     except UserError:
         return False
-    finished = all(record.get("status") in (DONE, DIVERGED) for record in records)
-    return finished and len(records) >= expected_records(folder)
+    return len(records) >= budgets and all(record.get("status") in (DONE, DIVERGED) for record in records)
 
 
 def expected_records(folder: Path | str) -> int:
-    """The number of budgets that the run of this folder is to reach: at least 1, also where no config.yaml says it."""
-    try:
-        config = yaml.safe_load((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return 1
-    return expected_budgets(config)
+    """The number of budgets that the run of this folder is to reach: at least 1, also where no config.yaml says it.
+
+    Raises:
+        UserError: its config.yaml cannot be read.
+    """
+    path = Path(folder) / CONFIG_FILE
+    return expected_budgets(read_yaml(path)) if is_there(path) else 1
 
 
 def expected_budgets(config: Any) -> int:
@@ -144,16 +159,32 @@ def read_validation(folder: Path | str) -> pd.DataFrame:
     Raises:
         UserError: there is no such file, or it is damaged.
     """
-    path = Path(folder) / VALIDATION_FILE
     types = dict(zip(VALIDATION_COLUMNS, ("int64", "int64", "int64", "float64"), strict=True))
+    return read_typed_csv(Path(folder) / VALIDATION_FILE, types, "delete it and run again")
+
+
+def read_typed_csv(path: Path, types: Mapping[str, Any], fix: str) -> pd.DataFrame:
+    """A CSV file of a run's folder, with exactly the given columns; numbers to the last digit.
+
+    Args:
+        path: the file.
+        types: column -> its type, in the file's order.
+        fix: what to do about a damaged file, for the error.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
     try:
-        table = pd.read_csv(path, dtype=types, float_precision="round_trip")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); validate the run again") from error
-    except ValueError as error:  # pandas' errors of parsing are ValueErrors
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}); delete it and run again") from error
-    if list(table.columns) != list(VALIDATION_COLUMNS):
-        raise UserError(f"{path}: its columns must be {', '.join(VALIDATION_COLUMNS)}; delete it and run again")
+        text = read_text(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # of cells that would be dropped
+            table = pd.read_csv(io.StringIO(text), dtype=dict(types), float_precision="round_trip", index_col=False)
+    except FormatError as error:
+        raise UserError(f"{error}; {fix}") from error
+    except (ValueError, ArithmeticError, pd.errors.ParserWarning) as error:  # errors of parsing are ValueErrors
+        raise UserError(f"'{shortened(path)}' is damaged ({shortened(error)}); {fix}") from error
+    if list(table.columns) != list(types):
+        raise UserError(f"'{shortened(path)}': its columns must be {', '.join(types)}; {fix}")
     return table
 
 
@@ -164,7 +195,7 @@ def table_of_records(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """A table with the columns ``RESULT_COLUMNS``; a key that a record lacks is missing there."""
     columns = {column: [record.get(column) for record in records] for column in RESULT_COLUMNS}
     columns["versions"] = [_compact_json(versions) for versions in columns["versions"]]
-    return _typed(pd.DataFrame(columns, dtype=object), source="results")
+    return _typed(pd.DataFrame(columns, dtype=object), [f"record {n}" for n in range(1, len(records) + 1)])
 
 
 def typed_record(record: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -186,7 +217,7 @@ def write_results(table: pd.DataFrame, path: Path | str) -> Path:
         UserError: the name ends in neither ``.csv`` nor ``.parquet``, or the file cannot be written.
     """
     path = Path(path)
-    _check_suffix(path)
+    check_destination(path)
     try:
         with written_atomically(path) as temporary:
             if path.suffix == ".csv":
@@ -196,6 +227,16 @@ def write_results(table: pd.DataFrame, path: Path | str) -> Path:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
     return path
+
+
+def check_destination(path: Path) -> None:
+    """Refuses a path that no results table can be written to, before any work is done for it.
+
+    Raises:
+        UserError: the name ends in neither ``.csv`` nor ``.parquet``, or the path is no file's.
+    """
+    _check_suffix(path)
+    require_replaceable(path)
 
 
 def read_results(path: Path | str) -> pd.DataFrame:
@@ -209,24 +250,59 @@ def read_results(path: Path | str) -> pd.DataFrame:
     """
     path = Path(path)
     _check_suffix(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; `llada collect` writes one from run folders")
-    table = _read_csv(path) if path.suffix == ".csv" else _with_pyarrow(path, lambda: pd.read_parquet(path))
+    if not is_there(path):
+        raise UserError(f"'{shortened(path)}': no such file; `llada collect` writes one from run folders")
+    table, places = _read_csv(path) if path.suffix == ".csv" else _read_parquet(path)
     missing = [column for column in RESULT_COLUMNS if column not in table.columns]
     if missing:
         raise UserError(f"{path}: columns missing: {', '.join(missing)}; `llada collect` writes all of them")
     if table.empty:
         raise UserError(f"{path}: a table without rows; `llada collect` writes one from run folders that hold results")
     others = [column for column in table.columns if column not in RESULT_COLUMNS]
-    return _typed(table[[*RESULT_COLUMNS, *others]], source=str(path))
+    return _typed(table[[*RESULT_COLUMNS, *others]], places)
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def _read_csv(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """The table and, for each row, where it stands.
+
+    All cells are text: a run's identity of digits, or a shape called 1e5, must not become a number. pandas takes the
+    first column for names of rows where a row has one cell too many, and fills rows that are too short; here both are
+    errors, with their line.
+    """
+    text, shown = read_text(path), f"'{shortened(path)}'"
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[list[str]] = []
+    places: list[str] = []
     try:
-        # Everything as text first: a run's identity of digits, or a shape called 1e5, must not become a number.
-        return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a CSV table ({error}); write it again with `llada collect`") from error
+        header = next(lines, [])
+        for row in lines:
+            place = f"{shown}, line {lines.line_num}"
+            if row and len(row) != len(header):
+                raise UserError(f"{place}: {len(row)} cells under {len(header)} columns; correct the line")
+            if row:
+                rows.append(row)
+                places.append(place)
+    except csv.Error as error:
+        raise UserError(f"{shown}, line {lines.line_num}: not CSV ({error}); correct the line") from error
+    if not header:
+        raise UserError(f"{shown}: not a CSV table, it is empty; write it again with `llada collect`")
+    if twice := sorted({column for column in header if header.count(column) > 1}):
+        raise UserError(f"{shown}: columns that are there twice: {shortened(', '.join(twice))}; remove one of each")
+    cells = np.array(rows, dtype=object).reshape(len(rows), len(header))
+    cells[cells == ""] = None
+    return pd.DataFrame(cells, columns=header), places
+
+
+def _read_parquet(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    if not path.is_file():
+        raise UserError(f"'{shortened(path)}' is not a regular file; give a table that `llada collect` wrote")
+    try:
+        table = _with_pyarrow(path, lambda: pd.read_parquet(path))
+    except (ArithmeticError, LookupError, NotImplementedError, OSError, TypeError, ValueError) as error:
+        # pyarrow says of a damaged file what it stumbled over
+        reason = shortened(error)
+        raise UserError(f"{path}: not a parquet table ({reason}); write it again with `llada collect`") from error
+    return table, [f"'{shortened(path)}', row {n}" for n in range(1, len(table) + 1)]
 
 
 def _with_pyarrow(path: Path, action: Any) -> Any:
@@ -234,55 +310,88 @@ def _with_pyarrow(path: Path, action: Any) -> Any:
         return action()
     except ImportError as error:
         raise UserError(f"{path}: parquet needs pyarrow; pip install pyarrow, or use a .csv name") from error
-    except ValueError as error:  # pyarrow's errors on damaged files are ValueErrors
-        raise UserError(f"{path}: not a parquet table ({error}); write it again with `llada collect`") from error
 
 
 def _check_suffix(path: Path) -> None:
     if path.suffix not in (".csv", ".parquet"):
-        raise UserError(f"{path}: a results table must be named .csv or .parquet")
+        raise UserError(f"'{shortened(path)}': a results table must be named .csv or .parquet")
 
 
-def _typed(table: pd.DataFrame, source: str) -> pd.DataFrame:
-    return table.assign(**{column: _typed_column(table[column], source) for column in RESULT_COLUMNS})
+def _typed(table: pd.DataFrame, places: Sequence[str]) -> pd.DataFrame:
+    """The table with the types of ``RESULT_COLUMNS``.
+
+    Args:
+        table: of any types.
+        places: where each row stands, for errors.
+    """
+    return table.assign(**{column: _typed_column(table[column], places) for column in RESULT_COLUMNS})
 
 
-def _typed_column(values: pd.Series, source: str) -> pd.Series:
+def _typed_column(values: pd.Series, places: Sequence[str]) -> pd.Series:
     column = str(values.name)
-    if column in TEXT_COLUMNS:
-        return values.astype("string")
-    if column in INTEGER_COLUMNS:
-        return pd.Series([_whole_number(value, column, source) for value in values], values.index, "Int64", column)
-    return pd.Series([_number(value, column, source) for value in values], values.index, "float64", column)
+    kind = "string" if column in TEXT_COLUMNS else "Int64" if column in INTEGER_COLUMNS else "float64"
+    convert = {"string": _text, "Int64": _whole_number, "float64": _number}[kind]
+    typed = [convert(value, column, place) for value, place in zip(values, places, strict=True)]
+    return pd.Series(typed, values.index, kind, column)
 
 
 def _typed_value(value: Any, column: str, source: str) -> Any:
     if value is None or column == "versions":
         return value
     if column in TEXT_COLUMNS:
-        return str(value)
+        return _text(value, column, source)
     number = _whole_number(value, column, source) if column in INTEGER_COLUMNS else _number(value, column, source)
     return None if number is pd.NA else number
+
+
+def _text(value: Any, column: str, source: str) -> Any:
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return pd.NA
+    text = str(value)
+    if isinstance(value, (dict, list)) or "\0" in text or re.search("[\ud800-\udfff]", text):
+        raise UserError(f"{source}: column {column} holds {shortened(text, 60)!r}, which is not text")
+    return text
 
 
 def _number(value: Any, column: str, source: str) -> float:
     if value is None or value is pd.NA:
         return math.nan
     try:
-        return float(value)  # unlike pandas' own parser, exact to the last digit
+        number = float(value)  # unlike pandas' own parser, exact to the last digit
     except (TypeError, ValueError):
-        raise UserError(f"{source}: column {column} holds {value!r}, which is not a number") from None
+        raise UserError(f"{source}: column {column} holds {_shown(value)}, which is not a number") from None
+    except OverflowError:
+        number = LARGEST_NUMBER * 10
+    if math.isinf(number) and isinstance(value, str) and any(digit in value for digit in "0123456789"):
+        number = LARGEST_NUMBER * 10  # of digits, not the word
+    if LARGEST_NUMBER < abs(number) < math.inf:
+        raise UserError(f"{source}: column {column} holds {_shown(value)}; the largest number is {LARGEST_NUMBER:g}")
+    return number
 
 
 def _whole_number(value: Any, column: str, source: str) -> Any:
-    if isinstance(value, Integral) or (isinstance(value, str) and value.strip().lstrip("-").isdecimal()):
-        return int(value)  # exact beyond 2^53, which a float is not
-    number = _number(value, column, source)
-    if math.isnan(number):
-        return pd.NA
-    if not number.is_integer():
-        raise UserError(f"{source}: column {column} holds {value!r}, which is not a whole number")
-    return int(number)
+    try:
+        if isinstance(value, Integral) or (isinstance(value, str) and _WHOLE_NUMBER.fullmatch(value.strip())):
+            number = int(value)  # exact beyond 2^53, which a float is not
+        else:
+            real = _number(value, column, source)
+            if math.isnan(real):
+                return pd.NA
+            if not real.is_integer():
+                raise UserError(f"{source}: column {column} holds {_shown(value)}, which is not a whole number")
+            number = int(real)
+    except ValueError:  # more digits than Python reads
+        number = 2**63
+    if not -(2**63) <= number < 2**63:
+        raise UserError(f"{source}: column {column} holds {_shown(value)}, which takes more than 64 bits")
+    return number
+
+
+def _shown(value: Any) -> str:
+    """A value for an error: in quotes where it is text, never long."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return f"a whole number of {value.bit_length()} bits"
+    return repr(shortened(value, 60)) if isinstance(value, str) else shortened(value, 60)
 
 
 def _compact_json(value: Any) -> str | None:

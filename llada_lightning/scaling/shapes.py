@@ -14,6 +14,30 @@ from functools import cache
 from typing import Any
 
 from llada_lightning.errors import UserError
+from llada_lightning.printing import shortened
+
+MAX_LAYERS = 10_000
+"""Most blocks: a hundred times those of the deepest language models."""
+MAX_WIDTH = 2**20
+"""Largest width, so that 64 bits count the bytes of every matrix."""
+MAX_VOCABULARY = 2**24
+"""Largest vocabulary: sixty times the largest in use."""
+MAX_PARAMETERS = 10**14
+"""Far above any model, and more than any machine's memory holds."""
+
+
+def check_vocabulary(name: str, vocab_size: int) -> None:
+    """Refuse a vocabulary that no model has.
+
+    Args:
+        name: The name of the setting, for messages.
+        vocab_size: Number of entries of the embedding and the head.
+
+    Raises:
+        UserError: there are fewer than one, or too many.
+    """
+    if not 1 <= vocab_size <= MAX_VOCABULARY:
+        raise UserError(f"{name}: {vocab_size} given; it must lie between 1 and {MAX_VOCABULARY}")
 
 
 @dataclass(frozen=True)
@@ -36,8 +60,11 @@ class Shape:
 
     def __post_init__(self) -> None:
         for field, value in asdict(self).items():
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"shape: {field} is {value!r}; it must be a whole number of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"shape: {field} is {value!r:.80}; it must be a whole number of at least 1")
+            most = MAX_LAYERS if field == "n_layers" else MAX_WIDTH
+            if value > most:
+                raise UserError(f"shape: {field} is {shortened(value, 40)}; it must be at most {most}")
         if self.d_model % self.n_heads or self.head_dim % 2:
             raise UserError(
                 f"shape: d_model {self.d_model} over n_heads {self.n_heads} must give a whole, even head "

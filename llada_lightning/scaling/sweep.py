@@ -7,6 +7,7 @@ The same file serves ``wandb sweep`` with ``wandb agent`` and ``llada sweep run`
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llada_lightning.errors import UserError
+from llada_lightning.printing import shortened
 from llada_lightning.reading import FormatError, parse_yaml, read_yaml
 
 Point = dict[str, Any]
@@ -23,6 +25,9 @@ Point = dict[str, Any]
 
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 """What W&B runs where the file names no command."""
+
+MAX_RUNS = 100_000
+"""Most runs of a sweep."""
 
 _ENVIRONMENT_VARIABLE = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
 _MACRO = re.compile(r"\$\{.*\}")
@@ -65,7 +70,7 @@ def read_sweep(path: Path | str) -> Sweep:
         )
     return Sweep(
         name=str(config.get("name") or path.stem),
-        program=config.get("program"),
+        program=None if config.get("program") is None else str(config["program"]),
         command=_checked_command(config.get("command") or DEFAULT_COMMAND),
         points=tuple(expand_grid(config.get("parameters"))),
         path=path,
@@ -73,8 +78,9 @@ def read_sweep(path: Path | str) -> Sweep:
 
 
 def _checked_command(command: Any) -> tuple[str, ...]:
-    if isinstance(command, str) or not all(isinstance(chunk, (str, int, float)) for chunk in command):
-        raise UserError(f"sweep: command must be a list of words, not {command!r}")
+    is_list = isinstance(command, (list, tuple))
+    if not is_list or not all(isinstance(chunk, (str, int, float)) for chunk in command):
+        raise UserError(f"sweep: command must be a list of words, not {shortened(repr(command))}")
     words = tuple(str(chunk) for chunk in command)
     if "${args}" not in words:
         raise UserError("sweep: command lacks ${args}, so every run would be the same; put it last")
@@ -101,19 +107,27 @@ def expand_grid(parameters: Any) -> list[Point]:
         raise UserError("sweep: parameters is empty; give each parameter a value or values")
     names = [str(name) for name in parameters]
     choices = [_choices(name, spec) for name, spec in zip(names, parameters.values(), strict=True)]
+    size = math.prod(map(len, choices))
+    if size > MAX_RUNS:
+        raise UserError(f"sweep: the grid has {size:,} runs; {MAX_RUNS:,} are the most: leave values out")
     return [dict(zip(names, values, strict=True)) for values in itertools.product(*choices)]
 
 
 def _choices(name: str, spec: Any) -> list[Any]:
     if not isinstance(spec, dict) or len({"value", "values", "parameters"} & set(spec)) != 1:
-        raise UserError(f"sweep: parameter {name} must have one of value, values and parameters; it is {spec!r}")
-    if spec.get("distribution", "categorical") not in _SINGLE_VALUE_DISTRIBUTIONS:
-        raise UserError(f"sweep: parameter {name}: distribution {spec['distribution']!r} is no grid; list its values")
+        raise UserError(
+            f"sweep: parameter {name} must have one of value, values and parameters; it is {shortened(repr(spec))}"
+        )
+    if str(spec.get("distribution", "categorical")) not in _SINGLE_VALUE_DISTRIBUTIONS:
+        given = shortened(repr(spec["distribution"]))
+        raise UserError(f"sweep: parameter {name}: distribution {given} is no grid; list its values")
     if "parameters" in spec:
         return expand_grid(spec["parameters"])
     values = [spec["value"]] if "value" in spec else spec["values"]
     if not isinstance(values, list) or not values:
-        raise UserError(f"sweep: parameter {name}: values must be a list of at least one, not {values!r}")
+        raise UserError(
+            f"sweep: parameter {name}: values must be a list of at least one, not {shortened(repr(values))}"
+        )
     if any(_has_null(value) for value in values):
         raise UserError(f"sweep: parameter {name} holds null, which W&B hands over as the word None; leave it out")
     return values

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +14,13 @@ if TYPE_CHECKING:
     from llada_lightning.scaling.sweep_run import PlannedRun
 
 METRICS_FILE = "metrics.csv"
+_BLOCK_BYTES = 4096
 _CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def last_line(path: Path) -> str:
     """The last line of a log that says anything, without colours."""
-    lines = _CONTROL_SEQUENCE.sub("", _tail(path)).replace("\r", "\n").splitlines()
+    lines = _CONTROL_SEQUENCE.sub("", _block(path, at_end=True)).replace("\r", "\n").splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
@@ -32,10 +35,17 @@ def _metrics_files(folder: Path) -> list[Path]:
 
 
 def _last_row(path: Path) -> dict[str, str]:
-    rows, header = _tail(path).splitlines(), _head(path)
-    if len(rows) < 2 or rows[-1].count(",") != len(header) - 1:  # no row yet, or one that is being written
+    header, rows = _rows(_block(path))[:1], _rows(_block(path, at_end=True))
+    if not header or len(rows) < 2:  # no row yet
         return {}
-    return {name: value for name, value in zip(header, rows[-1].split(","), strict=True) if value}
+    return _row(header[0], rows[-1])
+
+
+def _row(header: list[str], cells: list[str]) -> dict[str, str]:
+    """The cells that hold something; none of a row that is being written."""
+    if len(cells) != len(header):
+        return {}
+    return {name: value for name, value in zip(header, cells, strict=True) if value}
 
 
 def budget_share(run: PlannedRun) -> float:
@@ -50,8 +60,8 @@ def budget_share(run: PlannedRun) -> float:
 
 
 def _first_row(path: Path) -> dict[str, str]:
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        return next(csv.DictReader(file), {})
+    rows = _rows(_block(path))
+    return _row(rows[0], rows[1]) if len(rows) > 1 else {}
 
 
 def describe_state(share: float, metrics: dict[str, str]) -> str:
@@ -67,21 +77,23 @@ def describe_state(share: float, metrics: dict[str, str]) -> str:
     return "  ".join(words)
 
 
-def _tail(path: Path, size: int = 4096) -> str:
+def _rows(text: str) -> list[list[str]]:
+    with suppress(csv.Error):
+        return [row for row in csv.reader(text.splitlines()) if row]
+    return []
+
+
+def _block(path: Path, *, at_end: bool = False) -> str:
+    """The first or the last 4096 bytes of a file; nothing of what is no regular file or cannot be read."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - size))
-            return file.read().decode("utf-8", errors="replace")
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # a pipe must not hang
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return ""
+            file.seek(max(0, status.st_size - _BLOCK_BYTES) if at_end else 0)
+            return file.read(_BLOCK_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def _head(path: Path) -> list[str]:
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return next(csv.reader(file), [])
-    except OSError:
-        return []
 
 
 def format_seconds(seconds: float) -> str:

@@ -6,7 +6,6 @@ budgets, else the record's own keys.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,12 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from llada_lightning.errors import UserError
+from llada_lightning.reading import parse_json
 from llada_lightning.scaling.results import RESULT_COLUMNS, expected_budgets
 
 PREFIX = "wandb:"
 """How an argument says that it is a W&B project: ``wandb:ENTITY/PROJECT``."""
 
 FINISHED = "finished"
+
+_RECORDS_KEY = "summary key records"
 
 _RUNS_A_PAGE = 200
 _CONFIG_OF_OURS = frozenset({"model", "data", "trainer", "budget", "run"})
@@ -80,17 +82,17 @@ def project_run(where: str, run: Any) -> ProjectRun:
         return found
     try:
         records = _listed_records(summary["records"]) if "records" in summary else [summary] if has_record else []
-    except ValueError as error:
-        return ProjectRun(found.where, found.state, ours, [], found.budgets, f"summary key records: {error}")
+    except UserError as error:
+        return ProjectRun(found.where, found.state, ours, [], found.budgets, str(error))
     kept = [{column: record.get(column) for column in RESULT_COLUMNS} for record in records]
     return ProjectRun(found.where, found.state, ours, kept, found.budgets)
 
 
 def _listed_records(value: Any) -> list[Mapping[str, Any]]:
-    """Raises: ValueError: not a list of records, nor JSON of one."""
-    records = json.loads(value) if isinstance(value, str) else value
+    """Raises: UserError: not a list of records, nor JSON of one."""
+    records = parse_json(value, _RECORDS_KEY) if isinstance(value, str) else value
     if not isinstance(records, list) or not all(isinstance(record, Mapping) for record in records):
-        raise ValueError("not a list of records")
+        raise UserError(f"{_RECORDS_KEY}: not a list of records")
     return records
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from llada_lightning.cluster import device_count
 from llada_lightning.errors import UserError
+from llada_lightning.settings import MAX_PROCESSES
 from llada_lightning.signals import say
 from llada_lightning.trusted import not_trusted
 
@@ -44,6 +45,8 @@ def check_devices(trainer: Namespace) -> None:
         raise UserError(f"trainer.accelerator: mps given, but {_no_gpu('MPS')}; leave it out, or give cpu")
     elif accelerator == "cpu" and not re.fullmatch(r"auto|[1-9]\d*", str(devices).strip()):
         raise UserError(f"trainer.devices: {devices} given; on the CPU it is a number of processes, such as 1")
+    elif accelerator in ("cpu", "auto") and (device_count(devices) or 1) > MAX_PROCESSES:
+        raise UserError(f"trainer.devices: {devices} given; {MAX_PROCESSES} processes of one machine are the most")
     if _emulates_bf16(trainer):
         say(f"note: {torch.cuda.get_device_name()} computes {trainer.precision} by way of fp32; 32-true is faster")
 

@@ -15,6 +15,7 @@ from llada_lightning.checkpoints.stored_model import StoredModel, open_checkpoin
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
 from llada_lightning.model.shards import fill
+from llada_lightning.model.transformer import NORM_EPS, ROPE_THETA
 from llada_lightning.scaling.flops import Objective
 from llada_lightning.scaling.shapes import get_shape
 
@@ -35,7 +36,10 @@ def weights_hash(path: str) -> str:
 def take_over(config: Namespace, objective: Objective) -> None:
     """Fill in, in place, what a run takes from the checkpoint it starts from: the model, the context, the tokenizer.
 
+    Every field of ``Description`` that inference reads is taken here, or by :func:`inherited`, or refused.
+
     Args:
+        config: of the run, whose model names weights.
         objective: of the model that is configured.
 
     Raises:
@@ -57,18 +61,72 @@ def take_over(config: Namespace, objective: Objective) -> None:
         "vocab_size": description.vocab_size,
         "mask_token_id": description.mask_token_id,
         "eos_token_id": description.eos_token_id,
+        "compat": description.compat,
+        "rope_theta": description.rope_theta,
+        "norm_eps": description.norm_eps,
+        "text_prefix_ids": _text_prefix(stored),
     }
+    not_given = {"rope_theta": ROPE_THETA, "norm_eps": NORM_EPS}
     for key, value in taken.items():
-        if arguments[key] not in (None, value):
-            raise UserError(f"model.{key}: {arguments[key]} given, but model.weights has {value}; leave it out")
+        given = arguments[key]
+        if key == "mask_token_id" and value is None and given is not None:
+            continue  # an `arm` without [MASK] may be told to give a token no probability
+        if given not in (not_given.get(key), value):
+            raise UserError(f"model.{key}: {given} given, but model.weights has {value}; leave it out")
         arguments[key] = value
-    arguments.rope_theta, arguments.compat = description.rope_theta, description.compat
-    if "tokenizer" in data and data.tokenizer is None:
+    if "tokenizer" in data:
+        _take_over_tokenizer(config, stored)
+    if data.get("context_length", 0) is None:
+        data.context_length = description.context_length
+
+
+def _take_over_tokenizer(config: Namespace, stored: StoredModel) -> None:
+    """Fill in what a data module that reads text takes from the weights, where the user does not say it."""
+    arguments, data = config.model.init_args, config.data.init_args
+    if data.tokenizer is None:
         if stored.tokenizer is None:
             raise UserError(f"data.tokenizer: '{arguments.weights}' has no tokenizer; give one")
         data.tokenizer = stored.tokenizer.name
-    if data.get("context_length", 0) is None:
-        data.context_length = description.context_length
+        ids = {"eos_token": arguments.eos_token_id, "mask_token": arguments.mask_token_id}
+        for key, token_id in ids.items():
+            if data[key] is None:  # '': there is none
+                data[key] = "" if token_id is None else stored.tokenizer.tokenizer.id_to_token(token_id)
+    for key in ("vocab_size", "text_prefix_ids"):
+        if data[key] is None:
+            data[key] = arguments[key]
+
+
+def _text_prefix(stored: StoredModel) -> list[int] | None:
+    """What stands before a text of these weights; None: as our own runs have it, EOS for an `arm` and else nothing.
+
+    Raises:
+        UserError: another token than these stands before every sequence.
+    """
+    start, prefix, eos = stored.description.start_token_id, stored.text_prefix_ids, stored.description.eos_token_id
+    ours = eos if stored.description.objective == "arm" else None
+    if (start, prefix) == (ours, ()):
+        return None
+    if start is not None:
+        raise UserError(
+            f"model.weights: '{stored.path}' has start_token_id {start} and text_prefix_ids {list(prefix)}, and a run "
+            f"puts either {ours} or the prefix before a text; correct them in its config.json"
+        )
+    return list(prefix)
+
+
+def inherited(path: str) -> dict[str, Any]:
+    """What inference reads, or other programs are told, of the weights that a run started from, whatever it trains on.
+
+    A run's checkpoints hold it. It makes no other run: nothing of it is in an identity.
+    """
+    stored = _opened(path)
+    description = stored.description
+    return {
+        "end_token_ids": list(stored.end_token_ids),
+        "context_length": description.context_length,
+        "bos_token_id": description.bos_token_id,
+        "pad_token_id": description.pad_token_id,
+    }
 
 
 def fill_weights(model: Transformer, path: str) -> None:

@@ -32,6 +32,15 @@ class MemoryAdvice(Callback):
     def __init__(self) -> None:
         self.advice: str | None = None
         self._batch: Batch | None = None
+        self._reads_data = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reads_data = True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reads_data = True
+
+    on_test_start = on_predict_start = on_validation_start
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, *rest: Any) -> None:
         self._batch = batch
@@ -52,7 +61,13 @@ class MemoryAdvice(Callback):
         reason = " ".join(str(exception).split())[:200] or type(exception).__name__
         _release(exception, pl_module)
         batch, self._batch = self._batch, None
-        if batch is None:
+        if batch is None and self._reads_data:
+            self.advice = (
+                f"data.global_batch: a micro-batch of {trainer.datamodule.micro_batch:,} sequences does not fit in "  # type: ignore[attr-defined]
+                f"memory ({reason}); give a smaller --data.micro_batch with a larger "
+                "--trainer.accumulate_grad_batches, or a smaller global batch"
+            )
+        elif batch is None:
             self.advice = (
                 f"model.shape: weights and moments of {pl_module.shape.params_total(pl_module.vocab_size or 0):,} "
                 f"parameters have no room in memory ({reason}); use --trainer.strategy=fsdp2 on more devices, or a "

@@ -7,6 +7,7 @@ and which loss comes out.
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from llada_lightning.data.batches import TrainingBatch, ValidationBatch
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
+from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
 from llada_lightning.objectives.bounds import nll_bound
 from llada_lightning.objectives.losses import masked_diffusion_weights, shift_right, token_nll
 from llada_lightning.scaling.budget import expected_mask_probability
 from llada_lightning.scaling.flops import Objective, TrainingFlops, flops_per_token
-from llada_lightning.scaling.shapes import Shape, get_shape
-from llada_lightning.training.first_weights import fill_weights
+from llada_lightning.scaling.shapes import MAX_PARAMETERS, Shape, get_shape
+from llada_lightning.training.first_weights import fill_weights, inherited
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.metrics import ValidationLoss
 from llada_lightning.training.parallel import shard, sharding_mesh, total_norm
@@ -58,6 +60,10 @@ class LanguageModule(LightningModule, ABC):
         mask_token_id: [MASK]; null: of the data's tokenizer.
         eos_token_id: EOS; null: of the data's tokenizer.
         rope_theta: base of the rotary frequencies.
+        norm_eps: number that is added within the root of every RMSNorm.
+        text_prefix_ids: token ids that stand before a text, such as the BOS of a Llama, in place of the EOS that an
+            `arm` of ours has before every sequence; a dialogue begins as its template writes it. null: those of
+            `weights`, else as ours.
         optimizer: AdamW's settings.
         schedule: the learning rate.
         compat: `llada` lets [MASK] have a logit, as the authors' released code does.
@@ -74,7 +80,9 @@ class LanguageModule(LightningModule, ABC):
         vocab_size: int | None = None,
         mask_token_id: int | None = None,
         eos_token_id: int | None = None,
-        rope_theta: float = 10_000.0,
+        rope_theta: float = ROPE_THETA,
+        norm_eps: float = NORM_EPS,
+        text_prefix_ids: list[int] | None = None,
         optimizer: AdamW = AdamW(),  # noqa: B008 (read only; the parser shows its defaults)
         schedule: WSD = WSD(),  # noqa: B008
         compat: Literal["llada"] | None = None,
@@ -84,9 +92,22 @@ class LanguageModule(LightningModule, ABC):
         super().__init__()
         self.shape: Shape = get_shape(shape)
         self.vocab_size, self.mask_token_id, self.eos_token_id = vocab_size, mask_token_id, eos_token_id
-        self.rope_theta, self.compat, self.weights, self.seed = rope_theta, compat, weights, seed or 0
+        if vocab_size is not None and not 1 <= vocab_size < 2**31:
+            raise UserError(f"model.vocab_size: {vocab_size} given; it must be a whole number from 1 to {2**31 - 1}")
+        if (count := self.shape.params_total(vocab_size or 1)) > MAX_PARAMETERS:
+            raise UserError(f"model.shape: {count:.2g} parameters; no memory could hold such a model, correct it")
+        outside = [i for i in text_prefix_ids or () if not 0 <= i < (vocab_size or 2**31)]
+        if outside:
+            raise UserError(f"model.text_prefix_ids: {outside[0]} is no id of the vocabulary of {vocab_size}")
+        for name, number in {"rope_theta": rope_theta, "norm_eps": norm_eps}.items():
+            if not is_positive(number):
+                raise UserError(f"model.{name}: {number} given; {POSITIVE}")
+        self.rope_theta, self.norm_eps, self.text_prefix_ids = rope_theta, norm_eps, text_prefix_ids
+        self.compat, self.weights, self.seed = compat, weights, seed or 0
         if not (all(0 <= beta < 1 for beta in optimizer.betas) and optimizer.eps > 0 <= optimizer.weight_decay):
             raise UserError(f"model.optimizer: {optimizer}; betas must lie in [0, 1), eps above 0, weight_decay from 0")
+        if not 0 < rope_theta < math.inf:
+            raise UserError(f"model.rope_theta: {rope_theta} given; it must be a finite number above 0")
         self.optimizer_settings, self.schedule = optimizer, schedule
         self.identity: dict[str, Any] = {}
         self.guard = UpdateGuard()
@@ -106,7 +127,7 @@ class LanguageModule(LightningModule, ABC):
         assert self.vocab_size is not None, "the command fills in the vocabulary from the data"
         sharded = self.device_mesh is not None
         with torch.device("meta") if sharded else nullcontext():
-            self.model = Transformer(self.shape, self.vocab_size, self.rope_theta)
+            self.model = Transformer(self.shape, self.vocab_size, self.rope_theta, self.norm_eps)
         mesh = sharding_mesh(self.trainer.strategy) if sharded and self.trainer is not None else None
         apply_speed(self.model, self.speed, whole_blocks=mesh is None or mesh["tensor_parallel"].size() == 1)
         if mesh is not None:
@@ -137,11 +158,15 @@ class LanguageModule(LightningModule, ABC):
     ) -> None:
         """Clip by norm, over all shards, and have the guard judge the step; both figures are kept for the log."""
         parameters = [p for p in self.parameters() if p.grad is not None]
-        self.grad_norm = total_norm([p.grad for p in parameters if p.grad is not None])
-        clip = float(gradient_clip_val) if gradient_clip_val else float("inf")
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, self.grad_norm)
+        self.grad_norm = judged = total_norm([p.grad for p in parameters if p.grad is not None])
+        if gradient_clip_val:
+            clip = float(gradient_clip_val)
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, self.grad_norm)
+            # The guard judges what goes into the update: the gradients times at most clip / norm. Both are finite
+            # together with the product, since the factor is 1 at most; so the norm tells, where the clip is a number.
+            judged = self.grad_norm if math.isfinite(clip) else torch.full_like(self.grad_norm, math.nan)
         # What torch's fused optimizers take from a GradScaler: 1 leaves weights, moments and step counts as they are.
-        optimizer.found_inf = self._judge(self.grad_norm)  # type: ignore[attr-defined]
+        optimizer.found_inf = self._judge(judged)  # type: ignore[attr-defined]
 
     def _judge(self, grad_norm: Tensor) -> Tensor:
         """The guard's verdict on the global batch, the same on all ranks."""
@@ -190,6 +215,8 @@ class LanguageModule(LightningModule, ABC):
         """A checkpoint knows its run: every setting that makes it this run, and the fingerprints of its data."""
         checkpoint["identity"], checkpoint["objective"] = self.identity, self.objective
         checkpoint["guard"] = self.guard.state_dict()
+        if self.weights is not None:
+            checkpoint["inherited"] = inherited(self.weights)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another run's checkpoint; to validate, another model's or tokenizer's.
@@ -235,6 +262,42 @@ class LanguageModule(LightningModule, ABC):
         nll_M = token_nll(self.model.head(hidden_MD), targets_M, self.excluded_token_id)
         return (nll_M * weights_M).sum(), nll_M
 
+    def _start_ids(self, batch: TrainingBatch | ValidationBatch) -> tuple[int, ...]:
+        """The token ids that stand before the sequences of a batch, none of which is predicted."""
+        if self.text_prefix_ids is None:
+            return self._own_start_ids
+        if batch.response_BL is not None:  # a dialogue, which begins as its template writes it
+            return ()
+        return tuple(self.text_prefix_ids) or self._own_start_ids
+
+    @property
+    def _own_start_ids(self) -> tuple[int, ...]:
+        """The token ids before a sequence of models that were trained here from the beginning."""
+        return ()
+
+    def _hidden_behind(
+        self,
+        before_ids: tuple[int, ...],
+        inputs_BL: Tensor,
+        documents_BL: Tensor | None,
+        attention_mask_BL: Tensor | None = None,
+        *,
+        causal: bool,
+    ) -> Tensor:
+        """(B, L, D): the normalised residual stream of inputs that see some token ids before them."""
+        count = len(before_ids)
+        if count:
+            before_BK = inputs_BL.new_tensor(before_ids).expand(len(inputs_BL), -1)
+            inputs_BL = torch.cat([before_BK, inputs_BL], dim=1)
+            documents_BL, attention_mask_BL = (  # they belong to the first token, which is never padding
+                None if own is None else torch.cat([own[:, :1].expand(-1, count), own], dim=1)
+                for own in (documents_BL, attention_mask_BL)
+            )
+        hidden_BLD = self.model.hidden(
+            inputs_BL, causal=causal, attention_mask_BL=attention_mask_BL, documents_BL=documents_BL
+        )
+        return hidden_BLD[:, count:]
+
     @property
     def val_documents(self) -> int:
         """Documents that the last validation's sequences begin in."""
@@ -251,6 +314,11 @@ class ArmModule(LanguageModule):
     objective = "arm"
     val_kind = "exact"
 
+    @property
+    def _own_start_ids(self) -> tuple[int, ...]:
+        assert self.eos_token_id is not None
+        return (self.eos_token_id,)
+
     def training_loss(self, batch: TrainingBatch) -> Tensor:
         if batch.response_BL is not None:
             weights_BL = batch.response_BL / batch.response_BL.sum(dim=1, keepdim=True)
@@ -258,23 +326,26 @@ class ArmModule(LanguageModule):
             weights_BL = batch.attention_mask_BL.float()
         else:
             weights_BL = torch.ones_like(batch.tokens_BL, dtype=torch.float32)
-        return self._nll(batch.tokens_BL, weights_BL, batch.documents_BL)[0] / batch.denominator
+        return self._nll(batch, weights_BL)[0] / batch.denominator
 
     def sequence_nll(self, batch: ValidationBatch) -> Tensor:
         ones_BL = torch.ones_like(batch.tokens_BL, dtype=torch.float32)
-        nll_BL = self._nll(batch.tokens_BL, ones_BL, batch.documents_BL)[1].view_as(ones_BL).double()
+        nll_BL = self._nll(batch, ones_BL)[1].view_as(ones_BL).double()
         return nll_BL.sum(dim=1) if batch.response_BL is None else (nll_BL * batch.response_BL).sum(dim=1)
 
     def flops_per_token(self, sequence_length: int, mask_eps: float, response_share: float = 1.0) -> TrainingFlops:
         assert self.vocab_size is not None
         return flops_per_token(self.shape, self.vocab_size, sequence_length, self.objective)
 
-    def _nll(self, tokens_BL: Tensor, weights_BL: Tensor, documents_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _nll(self, batch: TrainingBatch | ValidationBatch, weights_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sum of the negative log-likelihoods, and (B L,) of every token."""
-        assert self.eos_token_id is not None
-        inputs_BL = shift_right(tokens_BL, self.eos_token_id)
+        tokens_BL, start_ids = batch.tokens_BL, self._start_ids(batch)
         # Right padding lies in the future of every token that counts: causal attention needs no mask for it.
-        hidden_BLD = self.model.hidden(inputs_BL, causal=True, documents_BL=documents_BL)
+        if start_ids:
+            inputs_BL = shift_right(tokens_BL, start_ids[-1])
+            hidden_BLD = self._hidden_behind(start_ids[:-1], inputs_BL, batch.documents_BL, causal=True)
+        else:  # the first token is given and has no weight: what is put at its place does not matter
+            hidden_BLD = self.model.hidden(tokens_BL, causal=True, documents_BL=batch.documents_BL).roll(1, dims=1)
         return self.head_nll(hidden_BLD.flatten(0, 1), tokens_BL.flatten(), weights_BL.flatten())
 
 
@@ -310,13 +381,13 @@ class LladaModule(LanguageModule):
         """(B L, D): what the head makes logits of."""
         assert self.mask_token_id is not None
         inputs_BL = batch.tokens_BL.masked_fill(batch.masked_BL, self.mask_token_id)
-        hidden_BLD = self.model.hidden(
-            inputs_BL, causal=False, attention_mask_BL=attention_mask_BL, documents_BL=batch.documents_BL
-        )
-        return hidden_BLD.flatten(0, 1)
+        start_ids, documents_BL = self._start_ids(batch), batch.documents_BL
+        return self._hidden_behind(start_ids, inputs_BL, documents_BL, attention_mask_BL, causal=False).flatten(0, 1)
 
 
-_MODEL_IDENTITY = ("shape", "vocab_size", "rope_theta", "mask_token_id", "eos_token_id", "compat")
+_MODEL_IDENTITY = (
+    "shape", "vocab_size", "rope_theta", "norm_eps", "text_prefix_ids", "mask_token_id", "eos_token_id", "compat",
+)  # fmt: skip
 
 
 def model_identity(identity: dict[str, Any]) -> dict[str, Any]:

@@ -219,6 +219,16 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     return total.sqrt()
 
 
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether every number of every tensor is finite, in whole tensors or shards, the same in all processes."""
+    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    largest = torch.nn.utils.get_total_norm([part for part in parts if part.numel()], norm_type=math.inf)
+    bad = (~largest.isfinite()).int()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(bad)
+    return not bad
+
+
 def check_parallel(trainer: Trainer, shape: Shape, vocab_size: int, sequence_length: int) -> None:
     """:func:`check_strategy`, and whether its degree of tensor parallelism divides the processes and the model.
 

@@ -22,6 +22,9 @@ from llada_lightning.training.modules import LanguageModule
 FEW_DOCUMENTS = 20
 """Below this many clusters a standard error has itself an error of a sixth and more."""
 
+VALIDATION_METRICS = ("val_nats_per_token", "val_stderr", "val_bits_per_byte")
+"""What a run's module logs for callbacks: at each validation, and nothing else."""
+
 _VERSIONED = ("torch", "lightning", "litdata", "tokenizers", "numpy")
 
 
@@ -38,7 +41,7 @@ def result_record(
     Args:
         run: the run's name, which holds the hash of its configuration.
         module: validated after its last step.
-        parent_checkpoint: sha256 of the checkpoint of another run, or of the trunk, that it started from.
+        parent_checkpoint: ``content_hash`` of the checkpoint of another run, or of the trunk, that it started from.
     """
     steps, flops, schedule, validation = trainer.global_step, accounting.flops, module.schedule, module.validation
     assert module.vocab_size is not None
@@ -85,7 +88,7 @@ def result_record(
 
 def without_validation(module: LanguageModule) -> None:
     """Of a run that broke off: it has no loss at its budget."""
-    module.validation = dict.fromkeys(("val_nats_per_token", "val_stderr", "val_bits_per_byte"), math.nan)
+    module.validation = dict.fromkeys(VALIDATION_METRICS, math.nan)
     module.val_by_document = []
 
 

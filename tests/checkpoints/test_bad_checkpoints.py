@@ -163,7 +163,7 @@ def test_an_unknown_architecture(refused, tmp_path: Path, model_type: str | None
         ({"n_layers": 10**7}, "n_layers is 10000000; it must be at most 10000"),
         ({"rope_theta": -1}, "rope_theta is -1; it must be a finite number above 0"),
         ({"mask_token_id": 320}, "mask_token_id is 320; it must be an id of the vocabulary, 0 to 319"),
-        ({"pad_token_id": 99999}, "pad_token_id is 99999; it must be an id"),
+        ({"pad_token_id": "<pad>"}, 'pad_token_id is "<pad>"; it must be an id'),
         ({"rope_theta": float("inf")}, "rope_theta is Infinity; it must be a finite number"),
         ({"mlp_hidden_size": None, "mlp_ratio": 1e307}, "mlp_ratio is 1e+307; it must be a number such as 4"),
         ({"mlp_hidden_size": 10**18}, "no memory could hold a model of these dimensions"),

@@ -65,7 +65,7 @@ def test_weights_come_in_the_type_that_is_asked_for() -> None:
         load_model(GOLDEN, dtype="int8")
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "abacus", ""])
+@pytest.mark.parametrize("device", ["cuda:99", "abacus", "", "meta", "meta:0", "hpu"])
 def test_a_device_that_cannot_be_used(device: str) -> None:
     with pytest.raises(
         UserError, match=rf"^--device '{device}' cannot be used \(.+\); give cpu, or leave it out"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from llada_lightning.data.chat import LLADA_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate, Message
+from llada_lightning.data.dialogues import Context
 from llada_lightning.data.pairs import PairDataset, Pairs, PairStream, PairValidationDataset, tokenize_pairs
 from llada_lightning.data.tokenizers import train_tokenizer
 from llada_lightning.errors import UserError
@@ -54,6 +55,15 @@ def test_the_bytes_of_responses_that_do_not_come_back_are_counted() -> None:
     turns = [Message("user", "Q"), Message("assistant", "A B"), Message("user", "Q"), Message("assistant", "é")]
     assert tokenize_pairs([("row", turns)], template, EOS, 512).lost_P.tolist() == [2, 0]
     assert pairs_of([("Q", "A B"), ("Q", "é")]).lost_P.tolist() == [0, 0]
+
+
+def test_an_answer_that_is_not_learned_is_part_of_the_prompt_alone() -> None:
+    said = [Message("user", "x"), Context("assistant", "yy"), Message("user", "z"), Message("assistant", "w")]
+    pairs = tokenize_pairs([("row 1", said)], TEMPLATE, EOS, 512)
+    learned = pairs_of([("x", "yy"), ("z", "w")])
+    assert (pairs.dialogues, len(pairs.lengths), pairs.bytes_P.tolist()) == (1, 1, [1])
+    assert pairs.tokens_T.tolist() == learned.tokens_T[learned.starts_P[1] :].tolist()
+    assert pairs.prompts_P.tolist() == learned.prompts_P[1:].tolist()
 
 
 def test_text_that_spells_a_special_token_stays_text() -> None:
@@ -148,7 +158,12 @@ def test_a_pair_beyond_the_context_is_refused_or_dropped() -> None:
         pairs_of(long, length=40, drop=True)
 
 
-def test_a_template_whose_tokens_the_tokenizer_lacks_says_which() -> None:
+def test_a_template_whose_tokens_the_tokenizer_lacks_says_which_and_where() -> None:
     template = ChatTemplate.of(LLADA_TEMPLATE, TOKENIZER, EOS, (MASK,), "llada")
-    assert template.lacking() == ["<|end_header_id|>", "<|eot_id|>", "<|start_header_id|>"]
-    assert TEMPLATE.lacking() == []
+    rows = [("row 7", [Message("user", "what is <|im_end|>?"), Message("assistant", "x")])]
+    message = (
+        r"^row 7: chat template of 'llada': it writes <\|end_header_id\|>, <\|eot_id\|>, <\|start_header_id\|>, and"
+    )
+    with pytest.raises(UserError, match=message):
+        tokenize_pairs(rows, template, EOS, 512)
+    assert tokenize_pairs(rows, TEMPLATE, EOS, 512).dialogues == 1  # a message may spell what it likes

@@ -16,9 +16,11 @@ from llada_lightning.scaling.shapes import Shape
 VOCAB_SIZE, MASK, EOS = 40, 39, 38
 
 
-def random_model(objective: Objective = "llada", scale: float = 4.0, seed: int = 0, **fields: object) -> LanguageModel:
+def random_model(
+    objective: Objective = "llada", scale: float = 4.0, seed: int = 0, vocab_size: int = VOCAB_SIZE, **fields: object
+) -> LanguageModel:
     """A model of 40 words, [MASK] 39 and EOS 38, with an output head ``scale`` times as large as at initialisation."""
-    model = Transformer(Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=2, d_ff=64), VOCAB_SIZE)
+    model = Transformer(Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=2, d_ff=64), vocab_size)
     model.initialise(torch.Generator().manual_seed(seed))
     with torch.no_grad():
         model.head.weight *= scale

@@ -16,6 +16,7 @@ pytest.importorskip("lm_eval")
 import datasets
 
 from llada_lightning.cli import main
+from llada_lightning.evaluation.evaluate_command import _settings, evaluate_parser
 from llada_lightning.scaling.collect import collect
 from llada_lightning.scaling.evaluations import read_evaluations
 from llada_lightning.scaling.plots import task_accuracy
@@ -85,6 +86,7 @@ def test_scores_of_a_run_join_its_results(prepared: Path, tasks: Path, tmp_path:
         (["--tasks", "a", "--monte-carlo", "0"], "--monte-carlo is 0; it must be at least 1"),
         (["--tasks", "a", "--limit", "-1"], "--limit is -1; it must be at least 1"),
         (["--tasks", "a", "--shots", "-1"], "--shots is -1; it must be at least 0"),
+        (["--tasks", "a", "--limit", str(2**70)], "it must be at most 9223372036854775807"),
         (["--tasks", "a", "--out", "/nowhere/x.json"], "there is no folder /nowhere"),
         (["--tasks", "a", "--include-path", "/nowhere"], "--include-path '/nowhere': no such folder"),
     ],
@@ -93,6 +95,28 @@ def test_mistakes_are_one_line(checkpoint: Path, arguments: list[str], line: str
     assert main(["evaluate", str(checkpoint), *arguments]) == 2
     error = capsys.readouterr().err
     assert line in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "shots", "most"),
+    [({}, 8, 8), ({"fewshot_split": "test"}, 7, 7), ({"num_fewshot": 9}, None, 8)],
+    ids=["other documents", "the one asked is left out", "of the task"],
+)
+def test_more_shots_than_documents_are_refused_before_the_model_is_read(
+    tmp_path: Path, checkpoint: Path, changes: dict[str, Any], shots: int | None, most: int, capsys: Any
+) -> None:
+    choice_task(tmp_path, **changes)
+
+    def evaluated(shots: int | None, model: Path) -> int:
+        arguments = ["evaluate", str(model), "--tasks", "local_choice", "--include-path", str(tmp_path), "--quiet"]
+        return main(arguments if shots is None else [*arguments, "--shots", str(shots)])
+
+    for wanted in (1_000_000, most + 1) if shots else (None,):
+        assert evaluated(wanted, tmp_path / "no model") == 2
+        error = capsys.readouterr().err.splitlines()[-1]  # behind a bar of the library that reads the data
+        assert error.startswith(f"error: task 'local_choice': {wanted or 9} shots wanted, and it has {most} documents")
+    if shots:
+        assert evaluated(shots, checkpoint) == 0
 
 
 def test_a_task_without_data_can_be_left_out(checkpoint: Path, tasks: Path, capsys: Any) -> None:
@@ -112,6 +136,17 @@ def test_code_is_refused_before_any_data_are_looked_for(checkpoint: Path, tasks:
     names = "lost,local_code"
     assert main(["evaluate", str(checkpoint), "--tasks", names, "--include-path", str(tasks), "--quiet"]) == 2
     assert "task 'local_code' executes what the model writes; give --unsafe-code" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("held", "kind"), [(True, "namespaces"), (False, "limits only")])
+def test_a_result_tells_in_which_sandbox_programs_were_run(
+    held: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llada_lightning.evaluation.sandbox.is_isolated", lambda: held)
+    options = evaluate_parser().parse_args(["checkpoint", "--tasks", "humaneval"])
+    assert "sandbox" not in _settings(options, chat=False)
+    options = evaluate_parser().parse_args(["checkpoint", "--tasks", "humaneval", "--unsafe-code"])
+    assert _settings(options, chat=False)["sandbox"] == kind
 
 
 @pytest.mark.slow

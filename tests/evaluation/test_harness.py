@@ -18,7 +18,12 @@ pytest.importorskip("lm_eval")
 import datasets
 import lm_eval
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.checkpoints.load import load_model
@@ -117,6 +122,50 @@ def test_an_arm_agrees_with_the_harness_own_model(tmp_path: Path) -> None:
     assert mine == their
 
 
+def merging_tokenizer() -> Tokenizer:
+    """Byte-level with merges, fewer ids than the models' vocabulary of 272."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = ["came home", "Answer: a dog", "came home, a dog"]
+    tokenizer.train_from_iterator(texts * 9, BpeTrainer(vocab_size=38, show_progress=False))
+    return tokenizer
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_pairs_are_parted_as_in_the_harness_own_models_where_no_token_spans_the_join(
+    models: Any, objective: str
+) -> None:
+    lm = replace(models[objective], tokenizer=merging_tokenizer())
+    assert len(lm.encode(" home")) == 1
+    own = SimpleNamespace(backend="causal", tok_encode=lm.encode)
+    ordinary = [("came", " home"), ("came ", "home"), ("Answer:", " a dog"), ("came home", ", a dog"), ("Answer", ":")]
+    for context, continuation in ordinary:
+        assert HarnessModel(lm)._pair(context, continuation) == TemplateLM._encode_pair(own, context, continuation)
+    # Where one does, theirs has nothing to score, and stops.
+    assert TemplateLM._encode_pair(own, "came ho", "me") == (lm.encode("came ho"), [])
+    assert HarnessModel(lm)._pair("came ho", "me") == (lm.encode("came ho"), lm.encode("me"))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_choice_whose_token_spans_the_join_is_not_certain(models: Any, tmp_path: Path, objective: str) -> None:
+    lm = replace(models[objective], tokenizer=merging_tokenizer())
+    choices = ["a dog", "me", "an answer"]
+    pairs = [(lm.encode("came ho"), lm.encode(choice)) for choice in choices]
+    values = [score.mean for score in log_likelihood(lm, pairs, 8)]
+    assert max(values) < 0
+    requests = [asked("came ho", choice) for choice in choices]
+    assert [value for value, _ in HarnessModel(lm, monte_carlo=8).loglikelihood(requests)] == values
+
+
+def test_an_empty_choice_or_text_without_tokens_is_refused_by_name(models: Any) -> None:
+    model = HarnessModel(replace(models["llada"], tokenizer=merging_tokenizer()))
+    with pytest.raises(UserError, match=r"^task 'task', document 0, request 0: the continuation is empty"):
+        model.loglikelihood([asked("came ", "")])
+    with pytest.raises(UserError, match=r"^task 'task', document 0, request 0: the tokenizer has no token for 'XYZ'"):
+        model.loglikelihood_rolling([asked("XYZ")])
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_greedy_is_what_greedy_sampling_writes(models: Any, objective: str) -> None:
     lm = models[objective]
@@ -190,6 +239,21 @@ def test_chat_prompts_keep_special_tokens_to_the_template(models: Any) -> None:
     assert model._pair(text, " yes") == (ids, lm.encode(" yes"))
     with pytest.raises(UserError, match="has no chat template"):
         HarnessModel(models["arm"]).apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+def test_chat_prompts_are_those_of_transformers(models: Any, tmp_path: Path) -> None:
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content.split('</b>') | last | upper }}{{ eos_token }}{% endfor %}"
+    )
+    lm = replace(models["arm"], chat_template=template, special_tokens={"bos_token": "<bos>", "eos_token": "[EOS]"})
+    lm.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    reference = PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<bos>", eos_token="[EOS]", chat_template=template
+    )
+    history = [{"role": "user", "content": "<b>hi</b> You"}, {"role": "assistant", "content": "So"}]
+    model = HarnessModel(lm)
+    asked_ids = reference.apply_chat_template(history, add_generation_prompt=True, return_dict=False)
+    assert model._prompt(model.apply_chat_template(history)) == asked_ids
 
 
 @pytest.mark.parametrize(("option", "value"), [("monte_carlo", 0), ("monte_carlo", -3), ("batch_size", 0)])

@@ -12,7 +12,8 @@ from small_models import random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llada_lightning.errors import UserError
-from llada_lightning.evaluation.pairs_file import encode_pair, read_pairs
+from llada_lightning.evaluation.pairs_file import read_pairs
+from llada_lightning.evaluation.requests import encode_pair
 
 
 def letters() -> Tokenizer:
@@ -33,11 +34,12 @@ def written(folder: Path, *lines: Any) -> Path:
     return path
 
 
-def test_texts_and_ids_say_the_same(tmp_path: Path) -> None:
+def test_texts_and_ids_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(
         tmp_path, {"prompt": "ab", "continuation": "cd"}, "", {"prompt": [0, 1], "continuation": [2, 3], "more": 1}
     )
     first, second = read_pairs(path, LM)
+    assert capsys.readouterr().err == f"note: {path}: not read: 'more' (1 row)\n"
     assert first == second
     assert (first.prompt, first.continuations, first.is_choice) == ([0, 1], [[2, 3]], False)
     assert first.written_bytes == first.scored_bytes == [2]
@@ -64,8 +66,11 @@ def test_choices_with_and_without_an_answer(tmp_path: Path) -> None:
 def test_white_space_moves_to_the_continuation(prompt: str, continuation: str, moved: str) -> None:
     spoken = replace(LM, tokenizer=_Spelling())
     kept = prompt.removesuffix(moved)
-    assert encode_pair(spoken, prompt, continuation) == (list(map(ord, kept)), list(map(ord, moved + continuation)))
-    assert encode_pair(spoken, [1, 2], "b") == ([1, 2], [98])
+    assert encode_pair(spoken, prompt, continuation, "it") == (
+        list(map(ord, kept)),
+        list(map(ord, moved + continuation)),
+    )
+    assert encode_pair(spoken, [1, 2], "b", "it") == ([1, 2], [98])
 
 
 class _Spelling:
@@ -89,7 +94,7 @@ def test_ids_need_no_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([{"prompt": "a", "continuation": "b"}, "{'prompt'"], r"pairs.jsonl:2: is not a line of JSON"),
+        ([{"prompt": "a", "continuation": "b"}, "{'prompt'"], r"pairs.jsonl:2 is not JSON"),
         (["[1]"], ":1: holds list, not a JSON object"),
         ([{"prompt": "a"}], ":1: has 'prompt'; a line has 'prompt' and either"),
         ([{"continuation": "a"}], ":1: has 'continuation'"),
@@ -105,6 +110,17 @@ def test_ids_need_no_tokenizer(tmp_path: Path) -> None:
         ([{"prompt": "a", "continuation": [39]}], r":1: continuation: token 0 is \[MASK\]"),
         ([{"prompt": "a" * 48, "continuation": "b"}], ":1: a prompt of 48 .* context of 48"),
         ([{"prompt": "a ", "choices": ["b", [1]]}], "choices of both texts and ids"),
+        ([{"prompt": "a", "continuation": [10**30]}], ":1: id 10+ is outside of the vocabulary of 40"),
+        ([{"prompt": [-1], "continuation": "a"}], ":1: 'prompt': id -1 is outside"),
+        ([{"prompt": "a", "continuation": ""}], ":1: the continuation is empty"),
+        ([{"prompt": "a ", "continuation": []}], ":1: the continuation is empty"),
+        ([{"prompt": "a", "choices": ["b", ""]}], ":1, choice 1: the continuation is empty"),
+        ([{"prompt": "a", "continuation": "!"}], ":1: the tokenizer has no token for '!' there"),
+        ([{"prompt": "a", "continuation": "b", "answer": 0}], ":1: has 'answer' beside 'continuation'"),
+        ([{"prompt": "a", "continuation": "b", "system": "c"}], ":1: has 'system', which is not understood"),
+        ([{"prompt": "a", "choices": ["b"], "context": "c"}], ":1: has 'context'"),
+        (['{"prompt": "a", "prompt": "b", "continuation": "c"}'], ":1: the key 'prompt' is given twice in line 1"),
+        (["", "[" * 100_000 + "]" * 100_000], ":2 is nested too deeply"),
         (["", ""], "holds no line"),
         (["", r'{"prompt": "a", "continuation": "b\ud800"}'], r":2: 'b\\ud800' holds half of a surrogate pair"),
         ([r'{"prompt": "\udc01", "continuation": "b"}'], ":1: 'prompt': .* surrogate"),

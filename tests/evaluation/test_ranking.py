@@ -180,6 +180,7 @@ def test_a_winner_of_a_model_is_wrong_no_more_often_than_said() -> None:
     [
         ([([1], [])], {}, "question 0 has no candidates"),
         ([([1], [[2], []])], {"normalisation": "token"}, "question 0, candidate 1 is empty"),
+        ([([1], [[2], []])], {}, "question 0, candidate 1 is empty and would be the best always"),
         ([([1], [[2], [3]])], {"normalisation": "word"}, "normalisation is 'word'"),
         ([([1], [[2], [3]])], {"confidence": 1.0}, "confidence is 1.0"),
         ([([1], [[2], [3]])], {"samples": 15}, "samples is 15; a ranking needs at least 16"),

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from small_tokenizers import sentence_piece
+from tokenizers import Tokenizer
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.cli import main
@@ -74,6 +76,23 @@ def test_an_oracle_that_knows_one_pair_backwards_is_counted(monkeypatch: pytest.
         assert set(oracle.asked) >= {"Ada is.", " is the judge."}
 
 
+def test_gaps_leave_what_the_tokenizer_puts_first_and_add_no_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_mask = Tokenizer.from_str(sentence_piece().to_str())
+    with_mask.add_special_tokens(["[MASK]"])
+    mask = with_mask.token_to_id("[MASK]")
+    lm = replace(model(), tokenizer=with_mask, text_prefix_ids=(5,), mask_token_id=mask)
+    rows: list[list[int]] = []
+
+    def generate(_: Any, prompts: list[list[int]], **__: Any) -> SimpleNamespace:
+        rows.extend(prompts)
+        return SimpleNamespace(text=None, tokens=prompts)
+
+    monkeypatch.setattr(run, "generate", generate)
+    run_reversal(lm, [Pair("the boats", "home")], ReversalSettings("infill", joiner=" came ", end=""))
+    the, boats, came, home = lm.encode("the boats came home")
+    assert rows == [[5, the, boats, came, mask], [5, mask, mask, came, home]]
+
+
 def test_chat_asks_the_papers_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = replace(model(), chat_template=PLAIN_TEMPLATE)
     oracle = Oracle(lm)
@@ -102,11 +121,22 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(UserError, match="more than the 64"):
         run_reversal(model(), [Pair("a" * 5000, "b")], ReversalSettings("prompt"))
     path = tmp_path / "pairs.json"
-    for content, fault in (("[", "is not JSON"), ("[]", "holds no list"), ('[{"first": "a"}]', "pair 1 lacks")):
+    for content, fault in (
+        ("[", "is not JSON"),
+        ("[]", "holds no list"),
+        ('[{"first": "a"}]', "pair 1 lacks"),
+        ('[{"first": 5, "second": "a"}]', "pair 1: '5' is no text"),
+        ('[{"first": "a", "second": "b", "context": "c"}]', "pair 1: has 'context'"),
+        ('[{"first": "a", "second": "b",\n "first": "c"}]', "the key 'first' is given in line 1 and again in line 2"),
+        ("[" * 100_000 + "]" * 100_000, "is nested too deeply"),
+    ):
         path.write_text(content)
         with pytest.raises(UserError, match=fault):
             read_pairs(path)
     path.write_text(json.dumps([{"first": "a", "second": "b", "source": "c"}]))
+    assert read_pairs(path) == [Pair("a", "b")]
+    assert capsys.readouterr().err == f"note: --pairs '{path}': not read: 'source' (1 row)\n"
+    path.write_text(json.dumps([{"first": "a", "second": "b"}]), encoding="utf-8-sig")
     assert read_pairs(path) == [Pair("a", "b")]
     assert main(["reversal", "nowhere"]) == 2
     assert "give --pairs FILE.json, or --facts" in capsys.readouterr().err

@@ -92,11 +92,12 @@ def test_a_checkpoint_from_disk(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert result["objective"] == objective and result["results"][1]["mean"] < 0
 
 
-def test_nothing_to_score_has_no_mean(run: Run, tmp_path: Path) -> None:
-    path = written(tmp_path, {"prompt": "a", "continuation": ""})
-    code, stdout, _ = run("llada", "--pairs", path)
-    assert code == 0 and "no tokens over 1 request," in stdout and "nan" not in stdout
-    assert json.loads(run("llada", "--pairs", path, "--json")[1])["nats_per_token"] is None
+@pytest.mark.parametrize("objective", ["llada", "arm"])
+def test_an_empty_choice_does_not_win(run: Run, tmp_path: Path, objective: str) -> None:
+    path = written(tmp_path, {"prompt": "a", "choices": ["b", ""], "answer": 0})
+    code, stdout, stderr = run(objective, "--pairs", path)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert "pairs.jsonl:1, choice 1: the continuation is empty" in stderr
 
 
 def test_pairs_as_a_table(run: Run, tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ CHOICE = {"prompt": [1], "choices": [[2], [3]]}
         ([{"prompt": "a", "continuation": "b"}], ["bare"], "has no tokenizer"),
         ([CHOICE], ["bare", "--normalisation", "byte"], "needs texts or a tokenizer"),
         ([{"prompt": [1] * 48, "continuation": [2]}], ["llada"], "pairs.jsonl:1: a prompt of 48"),
-        (["nonsense"], ["llada"], "pairs.jsonl:1: is not a line of JSON"),
+        (["nonsense"], ["llada"], "pairs.jsonl:1 is not JSON"),
         ([], ["llada"], "holds no line"),
         ([PAIR], ["llada", "--out", "/dev/null/out.jsonl"], "no folder /dev/null"),
         ([PAIR], ["llada", "--out", "/dev/null"], "'/dev/null' is no regular file"),

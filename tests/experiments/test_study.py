@@ -25,6 +25,8 @@ from llada_lightning.objectives.bounds import nll_bound
 from llada_lightning.scaling.fits import Noise
 from llada_lightning.scaling.fits.noise import Spread
 from llada_lightning.scaling.flops import CONVENTIONS
+from llada_lightning.scaling.hyperparameters import learning_rate
+from llada_lightning.scaling.plan_table import MULTIPLIERS
 from llada_lightning.scaling.sweep import fit_arguments, read_sweep, render_command
 
 ROOT = Path(__file__).parents[2]
@@ -75,12 +77,46 @@ def test_the_committed_fits_are_those_of_the_table(study: report.Study) -> None:
 
 def test_the_readme_quotes_the_study() -> None:
     readme, study = " ".join((ROOT / "README.md").read_text().split()), report.Study(STUDY / "gpu")
-    assert f"{report.interval(study.multiplier(6.25e12))} times as many" in readme
-    spans = {}
-    for convention in CONVENTIONS:
-        values = [one.multiplier.value for one in study.read_offs.at(convention).rows]
-        spans[convention] = f"{values[0]:.0f} to {values[-1]:.0f} times"
-    assert f"{spans['6nd']} over the budgets, and {spans['total']} with attention and head counted" in readme
+    first, last = ({name: study.read_offs.at(name).rows[row].multiplier for name in CONVENTIONS} for row in (0, -1))
+    assert (
+        f"{report.interval(first['6nd'])} times at `llada`'s smallest budget and {report.interval(last['6nd'])}"
+        in readme
+    )
+    assert f"{report.interval(first['total'])} and {report.interval(last['total'])} times with attention" in readme
+    assert f"at least {study.not_reached_at(6.25e12):.0f} times as many" in readme
+    assert f"{study.best('llada', 8e14).loss:.3f} nats, `arm`'s {study.best('arm', 6.25e12).loss:.3f}" in readme
+    law = f"say {report.interval(study.multiplier(6.25e12))} there, but `arm`'s law misses its points"
+    assert law in readme and not study.multiplier(6.25e12).trusted
+    assert f"measured loss is at {study.on_lladas_law(6.25e12):.0f} times" in readme
+    published = report.fit_table(report.published_isoflop())
+    read = report.read_off_points(published)[0]
+    assert f"{report.range_by_method(published)}, by method" in readme
+    assert f"{read.multiplier.value:.1f} times where it is read off at 3e18" in readme
+    assert read.arm_flops == pytest.approx(3e18, rel=0.02)
+
+
+def test_the_rates_that_a_plan_advises_are_the_tuning_tables() -> None:
+    """The best of `llada`'s rates over the rule's, by study."""
+    best = {}
+    for name, budget in (("gpu", 1e14), ("cpu", 1e12)):
+        runs = report.Study(STUDY / name).read("tune")
+        runs = runs[runs["objective"] == "llada"]
+        rates = runs.loc[runs.groupby("shape")["val_nats_per_token"].idxmin(), "lr"]
+        best[name] = sorted(rates / learning_rate("deepseek", 1e5, 1e7, budget))
+    assert best["gpu"] == pytest.approx([0.31], abs=0.01)
+    assert best["cpu"] == pytest.approx([0.25, 0.25, 0.5], abs=0.01)
+    least = {name: report.Study(STUDY / "gpu").read_offs.at(name).rows[0].multiplier.value for name in CONVENTIONS}
+    assert least == {name: pytest.approx(MULTIPLIERS[name][0][1], rel=0.05) for name in CONVENTIONS}
+    published = report.read_off_points(report.fit_table(report.published_isoflop()))
+    assert min(one.multiplier.value for one in published) == pytest.approx(MULTIPLIERS["6nd"][1][1], rel=0.05)
+
+
+def test_a_half_is_not_excluded_as_the_exponent_of_n() -> None:
+    """By weights `llada`'s exponent goes from 0.64 to 0.78, and the interval of equal weights holds a half."""
+    found = report.Study(STUDY / "gpu").n_exponents("llada")
+    assert found["weighted"].value == pytest.approx(0.776, abs=0.002)
+    assert found["unweighted"].value == pytest.approx(0.638, abs=0.002)
+    assert found["unweighted"].low < 0.5 < found["weighted"].low
 
 
 def test_every_result_is_one_of_the_sweeps(study: report.Study) -> None:

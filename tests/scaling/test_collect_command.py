@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llada_lightning.errors import UserError
+from llada_lightning.scaling import collect_command as collect_module
 from llada_lightning.scaling.collect_command import collect_command
 from llada_lightning.scaling.covariance import read_covariance
 from llada_lightning.scaling.results import read_results, write_records, write_validation
@@ -63,3 +64,50 @@ def test_collect_without_results_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no results under"):
         collect_command([str(tmp_path / "runs"), "--out", str(tmp_path / "r.csv")])
     assert not (tmp_path / "r.csv").exists()
+
+
+def test_what_a_killed_collect_left_is_removed(tmp_path: Path) -> None:
+    for name in "ab":
+        write_validation(tmp_path / "runs" / name, 762, [(0, 2, 3.0), (7, 1, 6.0)])
+        write_records(tmp_path / "runs" / name, [record("arm", "107k", 1e12, 4.0, run=name)])
+    half = "0123456789abcdef" * 2
+    for stem in ("results", "results.covariance"):
+        (tmp_path / f".{stem}.{half}.csv").write_text("run,objec")
+    assert collect_command([str(tmp_path / "runs"), "--out", str(tmp_path / "results.csv")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.covariance.csv", "results.csv", "runs"]
+
+
+def test_damaged_and_left_out_runs_are_in_both_reports_and_the_exit_code_is_0(tmp_path: Path, capsys: Captured) -> None:
+    write_records(tmp_path / "runs/a", [record("arm", "107k", 1e12, 4.0)])
+    (tmp_path / "runs/a/faults.csv").write_bytes(b"\xff")
+    write_records(tmp_path / "runs/.b", [record("arm", "107k", 1e12, 4.0, run="b")])
+    (tmp_path / "runs/c").mkdir()
+    (tmp_path / "runs/c/result.json").write_text("[" * 100_000)
+    assert collect_command([str(tmp_path / "runs"), "--out", str(tmp_path / "r.csv"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert [line.split(" (")[0] for line in captured.err.splitlines()] == [
+        f"unfinished: {tmp_path}/runs/c", f"damaged: {tmp_path}/runs/a", f"left out: {tmp_path}/runs/.b",
+        "covariance: 1 results left out",
+    ]  # fmt: skip
+    written = json.loads(captured.out)
+    assert list(written["damaged"]) == [f"{tmp_path}/runs/a"]
+    assert list(written["left_out"]) == [f"{tmp_path}/runs/.b"]
+    assert list(written["unfinished"]) == [f"{tmp_path}/runs/c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("r.txt", r"named \.csv or \.parquet"),
+        ("runs/.csv", "named"),
+        ("d.csv", "no regular file"),
+        ("n" * 300 + ".csv", "name a file"),
+    ],
+)
+def test_a_table_that_cannot_be_written_is_refused_before_anything_is_read(
+    tmp_path: Path, name: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d.csv").mkdir()
+    monkeypatch.setattr(collect_module, "gather", None)
+    with pytest.raises(UserError, match=words):
+        collect_command([str(tmp_path), "--out", str(tmp_path / name)])

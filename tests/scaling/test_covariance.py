@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llada_lightning.errors import UserError
+from llada_lightning.scaling import covariance
 from llada_lightning.scaling.covariance import Row, covariance_of_means, read_covariance, write_covariance
-from llada_lightning.scaling.results import write_validation
+from llada_lightning.scaling.results import read_validation, write_validation
 from studies import record
 
 
@@ -98,16 +99,60 @@ def test_another_tables_covariance_does_not_stay(tmp_path: Path) -> None:
     assert not (tmp_path / "results.covariance.csv").exists()
 
 
+def test_more_runs_than_documents_are_written_as_their_deviations(tmp_path: Path) -> None:
+    """The file grows with the runs, not with their square, and the matrix is the same to the last bit."""
+    generator = np.random.default_rng(3)
+    values_GR = generator.normal(3, 1, (5, 40))
+    sequences_G = [1, 2, 3, 1, 4]
+    names = [f"r{n:02d}" for n in range(40)]
+    rows = [row(tmp_path, name, list(values), sequences_G) for name, values in zip(names, values_GR.T, strict=True)]
+    report = write_covariance(rows, tmp_path / "results.csv")
+    assert report.path == str(tmp_path / "results.covariance.csv") and report.rows == 40
+    header, *lines = Path(report.path).read_text().splitlines()
+    assert header == "run@steps,document 0,document 50,document 100,document 150,document 200"
+    assert len(lines) == 40 and all(line.count(",") == 5 for line in lines)
+    matrix = read_covariance(report.path)
+    assert list(matrix.index) == list(matrix.columns) == [f"{name}@10" for name in names]
+    assert (matrix.to_numpy() == covariance_of_means(values_GR, np.asarray(sequences_G))).all()
+    few = read_covariance(write_covariance(rows[:5], tmp_path / "few.csv").path or "")
+    assert (tmp_path / "few.covariance.csv").read_text().startswith("run@steps,r00@10,")
+    assert few.to_numpy() == pytest.approx(matrix.to_numpy()[:5, :5])
+
+
+def test_a_document_without_a_loss_costs_its_run_alone(tmp_path: Path) -> None:
+    rows = [
+        row(tmp_path, "a", [1.0, 2.0]), row(tmp_path, "b", [1.0, 3.0]), row(tmp_path, "blank", [1.0, math.nan]),
+        row(tmp_path, "large", [1.0, 1e300]), row(tmp_path, "none", [1.0, 2.0], [1, 0]),
+    ]  # fmt: skip
+    report = write_covariance(rows, tmp_path / "results.csv")
+    reason = "a document without sequences, or without a finite loss, in validation.csv"
+    assert report.left_out == {reason: ["blank@10", "large@10", "none@10"]}
+    assert np.isfinite(read_covariance(report.path or "").to_numpy()).all()
+
+
+def test_a_runs_budgets_are_read_from_its_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for steps in range(1, 6):
+        write_validation(tmp_path / "trunk", steps, [(0, 1, 2.0), (9, 2, 3.0 + steps)])
+    rows = [Row(record("arm", "107k", 1e12, 4.0, run="trunk", steps=n), tmp_path / "trunk") for n in range(1, 6)]
+    reads: list[Path] = []
+    monkeypatch.setattr(covariance, "read_validation", lambda folder: reads.append(folder) or read_validation(folder))
+    assert write_covariance(rows, tmp_path / "results.csv").rows == 5
+    assert reads == [tmp_path / "trunk"]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("run@steps,document 0,document 1\na@1,2,\xff\n", "not UTF-8"),
+        ("run@steps,document 0,document 1\na@1,2,x\n", "not a table of numbers"),
+        ("run@steps,document 0\na@1,2\n", "not of the same runs"),
         ("run@steps,a@1\nb@1,2\n", "not of the same runs"),
         ("run@steps,a@1\na@1,x\n", "not a table of numbers"),
         ("", "not a table"),
     ],
 )
 def test_wrong_covariance_files_are_named(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / "c.csv").write_text(text)
+    (tmp_path / "c.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=words):
         read_covariance(tmp_path / "c.csv")
     with pytest.raises(UserError, match="cannot be read"):

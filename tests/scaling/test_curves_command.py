@@ -12,7 +12,7 @@ from llada_lightning.scaling.collect_command import collect_command
 from llada_lightning.scaling.curves_command import curves_command
 from llada_lightning.scaling.results import write_results
 from llada_lightning.scaling.sweep_command import sweep_command
-from studies import CHINCHILLA, VALLEYS, simulated_study, study
+from studies import CHINCHILLA, VALLEYS, Chinchilla, simulated_study, study, true_multiplier
 
 Captured = pytest.CaptureFixture[str]
 
@@ -64,6 +64,57 @@ def test_a_study_is_told_in_80_columns(tmp_path: Path, capsys: Captured, monkeyp
     (row,) = (line for line in tables.splitlines() if line.startswith("1.0e17") and "(" in line)
     assert f"{first['multiplier']:.3g}  ({first['low']:.3g}–{first['high']:.3g})" in row
     assert "were not planned to be equal by it" in notes
+
+
+def test_a_method_whose_fit_is_rejected_is_marked_and_says_why(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses with an irreducible part are no power law: the envelope is off, and its intervals do not know it."""
+    monkeypatch.setenv("COLUMNS", "80")
+    path = write_results(simulated_study(CHINCHILLA, noise=0.0005)[0], tmp_path / "r.csv")
+    assert curves_command([str(path), "--out", str(tmp_path), "--samples", "300"]) == 0
+    out = capsys.readouterr().out
+    table = out.partition("Compute multiplier")[2].partition("The largest budget")[0]
+    fits = json.loads((tmp_path / "fits.json").read_text())
+    entries = [entry for entry in fits["compute_multiplier"] if entry["convention"] == "6nd"]
+    for entry in entries:
+        envelope = entry["method"] == "envelope"
+        assert entry["trusted"] is not envelope
+        assert ("arm's fit is rejected (p < 0.001)" in entry["doubt"]) if envelope else entry["doubt"] is None
+        printed = f"{entry['multiplier']:.3g}{'†' * envelope}{'*' * entry['extrapolated']}"
+        assert (printed in table.split()) is not (envelope and entry["extrapolated"])
+    assert any(entry["extrapolated"] and entry["method"] == "envelope" for entry in entries)
+    assert "† do not rely on it: a fit is rejected, or fails its held-out test" in table
+    assert "†*" not in table
+    assert "- † compute multiplier, envelope, 6nd: arm's fit is rejected (p < 0.001)" in out
+    for entry in entries:  # not among the disagreements either
+        if entry["method"] == "envelope" and entry["extrapolated"]:
+            assert f"envelope {entry['multiplier']:.3g} (" not in out
+
+
+def test_a_held_out_budget_outside_of_its_interval_marks_its_method(tmp_path: Path, capsys: Captured) -> None:
+    assert curves_command(["published", "--out", str(tmp_path), "--samples", "300"]) == 0
+    fits = json.loads((tmp_path / "fits.json").read_text())
+    missed = {(entry["method"], entry["objective"]) for entry in fits["held_out"] if entry["inside"] is False}
+    assert missed == {("parametric", "arm"), ("parametric", "llada")}
+    for entry in fits["compute_multiplier"] + fits["multiplier_curve"]:
+        held_out = "arm's largest budget, held out, is outside of its interval"
+        assert (held_out in (entry["doubt"] or "")) is (entry["method"] == "parametric")
+
+
+def test_budgets_without_a_common_loss_are_told_first(tmp_path: Path, capsys: Captured) -> None:
+    """Both objectives at the same budgets, over a smaller factor than `llada` needs: nothing is measured."""
+    laws = {"arm": Chinchilla(1.7, 400.0, 0.34, 1200.0, 0.28), "llada": Chinchilla(1.7, 900.0, 0.34, 3200.0, 0.28)}
+    path = write_results(simulated_study(laws, budgets=(1e17, 2e17, 4e17))[0], tmp_path / "r.csv")
+    assert curves_command([str(path), "--out", str(tmp_path), "--samples", "300"]) == 0
+    first = capsys.readouterr().out.partition("To note:\n")[2].splitlines()
+    (note,) = (line for line in first[:2] if "no common loss by 6ND:" in line)
+    assert "so no multiplier is measured" in note
+    assert "add smaller budgets for arm or larger ones for llada, by a factor of about" in note
+    needed = true_multiplier(laws, 1e17) / 4
+    assert float(note.partition("about ")[2].split()[0]) == pytest.approx(needed, rel=0.3)
+    entries = json.loads((tmp_path / "fits.json").read_text())["compute_multiplier"]
+    assert entries and all(entry["extrapolated"] for entry in entries)
 
 
 def test_a_flagged_optimum_is_told_in_80_columns(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pandas as pd
 import pytest
 
+import llada_lightning.scaling.fits.noise as noise_module
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.fits import fit_table, noise_of_runs, usable_runs
-from llada_lightning.scaling.fits.noise import Noise, Spread, drawn_tau, fit_linear
-from studies import VALLEYS, simulated_study
+from llada_lightning.scaling.fits.noise import UNKNOWN, Noise, Spread, drawn_tau, fit_linear
+from studies import CHINCHILLA, VALLEYS, simulated_study
 
 LINE = np.stack([np.ones(400), np.linspace(-1, 1, 400)], axis=1)
 
@@ -41,6 +44,43 @@ def test_an_error_that_all_share_is_no_spread() -> None:
     assert fit.spread.reduced_chi_square == pytest.approx(1.0, abs=0.2)
     assert fit.draws[:, 0].std() == pytest.approx(0.01, rel=0.1)
     assert fit.draws[:, 1].std() == pytest.approx(1e-3 / np.sqrt(np.sum(LINE[:, 1] ** 2)), rel=0.1)
+
+
+def test_a_lack_of_fit_is_rare_where_the_line_holds_and_found_where_it_bends() -> None:
+    """The p-value is uniform where the model holds, correlated errors and a drawn spread included."""
+    generator, design = np.random.default_rng(3), LINE[::50]
+    covariance, spread = 1e-4 * (0.5 + 0.5 * np.eye(8)), Spread(0.01, 200, np.nan)
+    noise = Noise.of(covariance, "covariance", 1000, 0)
+    truth = generator.multivariate_normal(np.zeros(8), covariance, 200) + 0.01 * generator.standard_normal((200, 8))
+    found = np.array([noise.misfit(design @ (1.0, -0.3) + errors, design, spread) for errors in truth])
+    assert np.mean(found) == pytest.approx(0.5, abs=0.05)
+    assert np.mean(found < 0.1) == pytest.approx(0.1, abs=0.06)
+    assert noise.misfit(design @ (1.0, -0.3) + 0.1 * design[:, 1] ** 2, design, spread) < 0.001
+    assert np.isnan(noise.misfit(truth[0], design, UNKNOWN))
+    assert np.isnan(noise.take([0, 1]).misfit(truth[0, :2], design[:2], spread))
+
+
+def test_draws_in_blocks_are_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Noise.of(np.diag(np.linspace(1e-4, 2e-4, 9)), "standard errors", 101, 0).take([7, 2, 5])
+    whole = noise.draws(Spread(0.02, 5, np.nan))
+    monkeypatch.setattr(noise_module, "MOST_NUMBERS", 30)
+    parts = list(noise.blocks_of_draws(Spread(0.02, 5, np.nan)))
+    assert {part.shape for part in parts} == {(10, 3), (1, 3)}
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    np.testing.assert_array_equal(noise.draws(Spread(0.02, 5, np.nan), np.array([2, 0])), whole[:, [2, 0]])
+
+
+def test_a_table_is_fitted_in_the_memory_of_a_few_arrays_of_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs x draws is what grows: fits hold eight arrays of that size at most, where they held twenty."""
+    table, _ = simulated_study(CHINCHILLA, budgets=tuple(np.geomspace(1e17, 1e19, 4)), shapes=40)
+    monkeypatch.setattr(noise_module, "MOST_NUMBERS", 2**13)
+    tracemalloc.start()
+    try:
+        fit_table(table, samples=1000, conventions=("6nd",))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * 8 * len(table) * 1000
 
 
 def test_few_degrees_of_freedom_draw_the_spread_widely() -> None:

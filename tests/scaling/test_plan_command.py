@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from llada_lightning.cli import main
+from llada_lightning.scaling.plan import Grid, Stream, plan_study
+from llada_lightning.scaling.plan_table import lessons
 
 QUICK = ["--sequence-length", "64", "--shapes", "107k", "214k", "443k"]
 
@@ -39,11 +41,45 @@ def test_the_table_fits_100_columns_and_cuts_nothing(capsys: pytest.CaptureFixtu
         assert word in out
 
 
+def notes_of(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    assert main(["plan", "--vocab-size", "4096", *QUICK, *words]) == 0
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+
+
+def test_a_plan_says_what_rate_llada_wants(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*words: str) -> bool:
+        return any("--lr-scale-llada 0.3" in line for line in notes_of(capsys, "--flops", "1e11", *words))
+
+    assert told()
+    assert not told("--lr-scale-llada", "0.3")
+    assert not told("--lr", "1e-3")
+    assert not told("--lr-rule", "kaplan")
+    assert not told("--objectives", "arm")
+
+
+def test_a_plan_says_by_what_factor_its_budgets_miss_a_common_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    (note,) = (line for line in notes_of(capsys, "--flops", "1e11", "4e11") if "share no loss" in line)
+    assert "they span a factor of 4, and llada needs about 38 times arm's FLOPs" in note
+    assert "docs/study.md" in note
+    assert "A factor of 9.5 is missing: plan arm from 1.1e+10 or llada up to 3.8e+12 FLOPs" in note
+    assert not any("share no loss" in line for line in notes_of(capsys, "--flops", "1e11", "4e12"))
+    assert not any("share no loss" in line for line in notes_of(capsys, "--flops", "1e11", "--objectives", "llada"))
+
+
+def test_a_large_plan_is_judged_by_the_published_study() -> None:
+    shapes = Grid(shapes=["107k", "214k", "443k"])
+    (note,) = (line for line in lessons(plan_study([1e19, 4e19], Stream(512, 64), grid=shapes)) if "no loss" in line)
+    assert "about 20 times arm's FLOPs for arm's loss (the published table" in note and "factor of 5 is" in note
+    by_total = plan_study([1e11, 4e11], Stream(512, 64), grid=shapes, convention="total")
+    assert any("about 20 times" in line and "6ND + attention + head" in line for line in lessons(by_total))
+
+
 def test_json_is_one_object_with_the_runs(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(plan("--data", str(prepared), *QUICK, "--json")) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["runs"]) == 12 == found["totals"]["results"]
     assert found["runs"][0]["objective"] == "arm" and found["runs"][0]["wall_hours"] is None
+    assert any("--lr-scale-llada 0.3" in line for line in found["warnings"])
     assert found["totals"]["tokens_present"] > 0 and found["totals"]["epochs"] > 0
 
 

@@ -22,6 +22,7 @@ from llada_lightning.scaling.plots import (
     parametric_residuals,
     study_figures,
 )
+from llada_lightning.scaling.plots.style import GREY, METHODS
 from studies import CHINCHILLA, SIMULATED_BUDGETS, simulated_study, study
 
 SAMPLES = 200
@@ -144,17 +145,35 @@ def sorted_by_flops(entries: list[Multiplier]) -> list[Multiplier]:
 
 
 def test_an_extrapolated_multiplier_is_dashed_and_hollow(full: Study) -> None:
-    inside = [Multiplier("6nd", "envelope", flops, 2.0, 1.5, 3.0, False) for flops in (1e17, 1e18)]
-    beyond = Multiplier("6nd", "envelope", 1e19, 2.5, 1.0, np.inf, True)
+    inside = [Multiplier("6nd", "isoflop", flops, 2.0, 1.5, 3.0, False) for flops in (1e17, 1e18)]
+    beyond = Multiplier("6nd", "isoflop", 1e19, 2.5, 1.0, np.inf, True)
     fits = replace(full[1], compute_multiplier=[*inside, beyond], multiplier_curve=[*inside, beyond])
     figure = compute_multiplier(fits)
     axes = figure.axes[0]
     solid = next(line for line in axes.get_lines() if line.get_linestyle() == "-" and len(line.get_xdata()) == 3)
     assert np.isnan(solid.get_ydata()).tolist() == [False, False, True]
-    hollow = [line for line in axes.get_lines() if line.get_marker() == "o" and line.get_markerfacecolor() == "white"]
-    assert [line.get_xdata()[0] for line in hollow] == [pytest.approx(1e19 / 1.05)]
-    assert "beyond" in words(figure) and "IsoFLOP" not in words(figure)
+    hollow = [line for line in axes.get_lines() if line.get_marker() == "s" and line.get_markerfacecolor() == "white"]
+    assert [line.get_xdata()[0] for line in hollow] == [pytest.approx(1e19)]
+    assert "beyond" in words(figure) and "envelope" not in words(figure) and "rejected" not in words(figure)
     assert all(np.isfinite(axes.get_ylim()))
+
+
+def test_a_doubted_method_is_grey_and_hollow_and_no_power_law_is_drawn_beyond_its_budgets(full: Study) -> None:
+    good = [Multiplier("6nd", "isoflop", flops, 2.0, 1.5, 3.0, False) for flops in (1e17, 1e18)]
+    bad = [replace(entry, method="envelope", doubt="arm's fit is rejected (p < 0.001)") for entry in good]
+    beyond = replace(bad[0], arm_flops=1e19, extrapolated=True)
+    entries = [*good, *bad, beyond]
+    figure = compute_multiplier(replace(full[1], compute_multiplier=entries, multiplier_curve=entries))
+    axes = figure.axes[0]
+    assert [x for x, _ in points(axes, "o")] == pytest.approx([1e17 / 1.05, 1e18 / 1.05])
+    looks = {
+        line.get_marker(): (line.get_color(), line.get_markerfacecolor())
+        for line in axes.get_lines()
+        if line.get_marker() in ("o", "s")
+    }
+    assert looks["o"] == (GREY, "white")
+    assert looks["s"] == (METHODS["isoflop"].color, METHODS["isoflop"].color)
+    assert "fit rejected" in words(figure)
 
 
 def test_residuals_are_observed_over_predicted(full: Study) -> None:

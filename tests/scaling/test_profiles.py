@@ -104,7 +104,8 @@ def test_a_plan_takes_several_profiles(tmp_path: Path, capsys: pytest.CaptureFix
     ("content", "message"),
     [
         (None, "cannot be read"),
-        ("{", "no profile's summary.json"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "nested too deeply"),
         ("[]", "no profile's summary.json"),
         ("{}", "no profile's summary.json"),
         (json.dumps(summary(devices=0)), "no profile's summary.json"),

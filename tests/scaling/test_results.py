@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +18,7 @@ from llada_lightning import files
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.collect import collect
 from llada_lightning.scaling.results import (
+    LARGEST_NUMBER,
     RESULT_COLUMNS,
     expected_records,
     has_diverged,
@@ -73,7 +76,7 @@ def test_foreign_and_missing_keys_are_our_fault(tmp_path: Path, change: dict[str
         write_records(tmp_path, [wrong])
 
 
-@pytest.mark.parametrize("text", ["{", '{"run": 1}', "[1]"])
+@pytest.mark.parametrize("text", ["{", '{"run": 1}', "[1]", "[{}]", '[{"run": "a", "steps": "1"}]', "[" * 100_000])
 def test_a_damaged_result_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(UserError, match=r"result\.json"):
@@ -102,11 +105,20 @@ def test_done_means_every_budget(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["budget: {flops: 1.0e+12}", "budget: {flops: [1.0e+12]}", "budget: {flops: []}",
-    "budget: {flops: null, tokens: 1e6}", "budget: null", "", "[1]", "a: [", None])  # fmt: skip
+    "budget: {flops: null, tokens: 1e6}", "budget: null", "", "[1]", None])  # fmt: skip
 def test_a_config_that_lists_no_budgets_means_one(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
     assert expected_records(tmp_path) == 1
+
+
+def test_a_damaged_config_is_named_and_its_run_not_done(tmp_path: Path) -> None:
+    write_records(tmp_path, [sound()])
+    assert is_done(tmp_path)
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        expected_records(tmp_path)
+    assert not is_done(tmp_path)
 
 
 # --- the validation by document ---
@@ -168,7 +180,7 @@ def test_names_that_look_like_numbers_stay_names(tmp_path: Path) -> None:
 
 
 @settings(deadline=None)
-@given(loss=st.floats(allow_nan=False, allow_infinity=False), seed=st.integers(0, 2**62))
+@given(loss=st.floats(-LARGEST_NUMBER, LARGEST_NUMBER), seed=st.integers(0, 2**62))
 def test_csv_keeps_every_digit(tmp_path_factory: pytest.TempPathFactory, loss: float, seed: int) -> None:
     path = tmp_path_factory.getbasetemp() / "digits.csv"
     write_results(table_of_records([sound(val_nats_per_token=loss, seed=seed)]), path)
@@ -218,14 +230,81 @@ def test_missing_columns_are_named(tmp_path: Path) -> None:
         read_results(path)
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 @pytest.mark.parametrize(
     ("column", "value", "words"),
-    [("lr", "fast", "'fast', which is not a number"), ("steps", "1.5", "not a whole number")],
+    [
+        ("lr", "fast", "'fast', which is not a number"),
+        ("steps", "1.5", "'1.5', which is not a whole number"),
+        ("steps", "--5", "'--5', which is not a number"),
+        ("seed", "9" * 400, "which takes more than 64 bits"),
+        ("seed", "9" * 5_000, "which takes more than 64 bits"),
+        ("seed", "1e30", "'1e30', which takes more than 64 bits"),
+        ("flops_6nd", "9" * 400, "the largest number is 1e+100"),
+        ("flops_6nd", "-" + "9" * 5_000, "the largest number is 1e+100"),
+        ("val_stderr", "1e300", "'1e300'; the largest number is 1e+100"),
+        ("val_nats_per_token", "-1e101", "'-1e101'; the largest number is 1e+100"),
+        ("run", "a\0b", "which is not text"),
+    ],
 )
-def test_wrong_values_are_named(tmp_path: Path, column: str, value: str, words: str) -> None:
-    path = write_results(study().astype(object).assign(**{column: value}), tmp_path / "r.csv")
-    with pytest.raises(UserError, match=words):
+def test_wrong_values_are_named_with_their_line(
+    tmp_path: Path, column: str, value: str, words: str, suffix: str
+) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    table = study().astype("string").astype(object)
+    table.loc[2, column] = value
+    path = write_results(table, tmp_path / f"r{suffix}")
+    with pytest.raises(UserError) as raised:
         read_results(path)
+    place = "line 4" if suffix == ".csv" else "row 3"
+    assert f"r{suffix}', {place}: column {column} holds " in str(raised.value) and words in str(raised.value)
+    assert len(str(raised.value)) < 400 and len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda lines: [lines[0], "x," + lines[1], *lines[2:]], r"line 2: 37 cells under 36 columns"),
+        (lambda lines: [*lines[:3], lines[3] + ",", *lines[4:]], r"line 4: 37 cells under 36 columns"),
+        (lambda lines: [*lines[:-1], lines[-1][:40]], r"line 13: \d+ cells under 36 columns"),
+        (lambda lines: [lines[0], '"' + lines[1]], r"line \d+: not CSV"),
+        (lambda lines: [f"{lines[0]},run", *(f"{line},x" for line in lines[1:])], "there twice: run"),
+        (lambda lines: [*lines, "x" * 200_000], "line 14: not CSV"),
+    ],
+)
+def test_rows_that_are_cut_short_or_too_long_are_named_with_their_line(
+    tmp_path: Path, change: Callable[[list[str]], list[str]], words: str
+) -> None:
+    path = write_results(study(), tmp_path / "r.csv")
+    path.write_text("\n".join(change(path.read_text().splitlines())))
+    with pytest.raises(UserError, match=words) as raised:
+        read_results(path)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_table_that_an_office_program_saved_is_read(tmp_path: Path) -> None:
+    path = write_results(study(), tmp_path / "r.csv")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
+    pd.testing.assert_frame_equal(read_results(path), study())
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("stem", ["n" * 260, "a\0b"])
+def test_names_that_no_file_can_have_are_one_line(tmp_path: Path, stem: str, suffix: str) -> None:
+    for action in (lambda path: write_results(study(), path), read_results):
+        with pytest.raises(UserError) as raised:
+            action(tmp_path / f"{stem}{suffix}")
+        assert "\0" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+def test_what_is_no_file_is_not_read_as_a_table(tmp_path: Path) -> None:
+    for suffix in (".csv", ".parquet"):
+        os.mkfifo(tmp_path / f"pipe{suffix}")
+        (tmp_path / f"folder{suffix}").mkdir()
+        for name in ("pipe", "folder"):
+            with pytest.raises(UserError, match=r"regular file|cannot be read"):
+                read_results(tmp_path / f"{name}{suffix}")
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:

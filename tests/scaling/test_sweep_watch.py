@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,15 @@ def test_the_last_line_of_a_log(tmp_path: Path, text: str, line: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.6, "1m 00s"), (200, "3m 20s"), (18_420, "5h 07m")])
 def test_format_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_a_pipe_or_a_huge_file_in_the_place_of_a_log_neither_hangs_nor_fills_memory(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.csv")
+    os.mkfifo(tmp_path / "log")
+    assert latest_metrics(tmp_path) == {} and last_line(tmp_path / "log") == ""
+    assert budget_share(PlannedRun([], tmp_path, cost=1e12)) == 0.0
+    (tmp_path / "branches/5").mkdir(parents=True)
+    with (tmp_path / "branches/5/metrics.csv").open("wb") as file:
+        file.truncate(1 << 40)  # one line of zeros
+    assert latest_metrics(tmp_path) == {}
+    assert budget_share(PlannedRun([], tmp_path, cost=1e12)) == 0.0

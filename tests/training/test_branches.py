@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from llada_lightning.checkpoints.run_folder import content_hash
 from llada_lightning.cli import main
 from llada_lightning.scaling.collect import collect
 from llada_lightning.scaling.shapes import Shape
-from tiny_runs import fit, fit_arguments, fit_process, kill_at, losses, metrics
+from tiny_runs import fit, fit_arguments, fit_process, kill_at, losses, metrics, timeless
 
 SHAPE = Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=64)
 TOKENS_PER_STEP = 8 * 32
@@ -59,8 +60,7 @@ def test_branches_equal_separate_runs_bit_for_bit(prepared: Path, tmp_path: Path
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
         fork = steps - record["decay_steps"]
         assert losses(branch(family, steps)) == losses(alone)[fork:]
-        parent = (family / "checkpoints" / f"step={fork:08d}.ckpt").read_bytes()
-        assert record["parent_checkpoint"] == hashlib.sha256(parent).hexdigest()
+        assert record["parent_checkpoint"] == content_hash(family / "checkpoints" / f"step={fork:08d}.ckpt")
         assert separate["parent_checkpoint"] is None
     table, report = collect([tmp_path])
     assert (len(table), len(report.duplicates), report.unfinished) == (3, 3, {})
@@ -76,7 +76,7 @@ def test_a_killed_family_ends_bit_for_bit_as_an_uninterrupted_one(prepared: Path
     killed = fit_process("llada", prepared, tmp_path / "killed", *budgets(*STEPS), kill_at(step))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder = fit("llada", prepared, tmp_path / "killed", *budgets(*STEPS))
-    assert [[r[key] for key in EXACT] for r in records(folder)] == [[r[key] for key in EXACT] for r in records(whole)]
+    assert timeless(folder) == timeless(whole) and timeless(whole)[0]["parent_checkpoint"]
     assert losses(folder) == losses(whole)
     for steps in STEPS:
         assert losses(branch(folder, steps)) == losses(branch(whole, steps))
@@ -116,7 +116,11 @@ def test_a_larger_budget_goes_on_from_the_trunk_of_another_run(
     alone = fit("arm", prepared, tmp_path / "alone", *budgets(48))
     more = fit("arm", prepared, tmp_path / "more", *budgets(48), f"--ckpt_path={fork}")
     assert [records(more)[0][key] for key in EXACT] == [records(alone)[0][key] for key in EXACT]
-    assert records(more)[0]["parent_checkpoint"] == hashlib.sha256(fork.read_bytes()).hexdigest()
+    assert records(more)[0]["parent_checkpoint"] == content_hash(fork)
+    again = fit("arm", prepared, tmp_path / "again", *budgets(12, 24))
+    assert (again / "checkpoints" / fork.name).read_bytes() != fork.read_bytes()  # clocks
+    assert content_hash(again / "checkpoints" / fork.name) == content_hash(fork)
+    assert timeless(again) == timeless(first)
     for steps, extra, said in [
         (22, (), "is at step 19, and a budget"),
         (48, ("--model.schedule.lr=0.02",), "model.init_args.schedule.lr was 0.01, is 0.02"),
@@ -126,6 +130,31 @@ def test_a_larger_budget_goes_on_from_the_trunk_of_another_run(
         assert main(fit_arguments("arm", prepared, root, *words, f"--ckpt_path={fork}", *extra)) == 2
         assert said in capsys.readouterr().err
         assert not root.exists()
+
+
+def test_the_hash_of_a_parent_is_of_weights_moments_and_counters(prepared: Path, tmp_path: Path) -> None:
+    run = fit("arm", prepared, tmp_path, "--trainer.max_steps=3")
+    path, other = run / "checkpoints" / "step=00000003.ckpt", tmp_path / "other.ckpt"
+
+    def changed(change: Callable[[dict[str, Any]], Any]) -> str:
+        content = torch.load(path)
+        change(content)
+        torch.save(content, other)
+        return content_hash(other)
+
+    def flip(tensor: torch.Tensor) -> None:
+        tensor.view(-1).view(torch.int32)[0] ^= 1
+
+    assert changed(lambda content: content["callbacks"]["Accounting"].update(wall_seconds=1e9)) == content_hash(path)
+    assert changed(lambda content: content.update({"pytorch-lightning_version": "0"})) == content_hash(path)
+    others = [
+        changed(lambda content: flip(next(iter(content["state_dict"].values())))),
+        changed(lambda content: flip(content["optimizer_states"][0]["state"][1]["exp_avg_sq"])),
+        changed(lambda content: content.update(global_step=4)),
+        changed(lambda content: content["lr_schedulers"][0].update(last_epoch=4)),
+        changed(lambda content: content["guard"].update(skipped=1)),
+    ]
+    assert len({content_hash(path), *others}) == 6
 
 
 @pytest.mark.parametrize(

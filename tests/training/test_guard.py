@@ -83,6 +83,40 @@ def test_a_skipped_step_leaves_the_weights_and_moves_everything_else(
     assert "update made" in replayed and "the run saw: loss nan" in replayed
 
 
+def test_a_clip_that_is_no_number_reaches_no_weight(prepared: Path, tmp_path: Path) -> None:
+    """The gradient is sound, and what the clip makes of it is not."""
+    short = ("--trainer.max_steps=6", *EVERY_STEP)
+    folder = fit("llada", prepared, tmp_path, *short, callbacks(poison(clips=(4,))))
+    before, after = checkpoint(folder, 3), checkpoint(folder, 4)
+    assert same(before["state_dict"], after["state_dict"])
+    assert same(before["optimizer_states"][0]["state"], after["optimizer_states"][0]["state"])
+    [fault] = read_faults(folder)
+    assert (fault["step"], fault["kind"], fault["action"]) == ("4", "gradient", "skipped")
+    assert record(folder)["status"] == "done"
+    assert math.isfinite(float(metrics(folder)[3]["grad_norm"]))
+
+
+def test_weights_that_are_no_numbers_are_never_saved(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An update may be sound in its gradient and still make them so; the run ends at the next checkpoint."""
+    folder = fit("llada", prepared, tmp_path, callbacks(poison(weights=(10,))))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step=00000005.ckpt"]
+    found = record(folder)
+    assert (found["status"], found["steps"], found["val_nats_per_token"]) == ("diverged", 10, None)
+    said = "diverged: weights are not finite after step 10; last good checkpoint: "
+    assert f"{said}{folder / 'checkpoints' / 'step=00000005.ckpt'}; lower" in capsys.readouterr().err
+
+
+def test_a_short_run_without_any_update_has_diverged(prepared: Path, tmp_path: Path) -> None:
+    """Its weights are the first ones, whose loss is finite, and no result."""
+    short = "--trainer.max_steps=6"
+    folder = fit("llada", prepared, tmp_path / "none", short, callbacks(poison(losses=(1, 2, 3, 4, 5, 6))))
+    assert (record(folder)["status"], record(folder)["val_nats_per_token"]) == ("diverged", None)
+    folder = fit("llada", prepared, tmp_path / "one", short, callbacks(poison(losses=(1, 3, 4, 5, 6))))
+    assert record(folder)["status"] == "done"
+
+
 def test_a_healthy_run_is_the_same_bit_for_bit_without_a_guard(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from llada_lightning.checkpoints.run_folder import last_checkpoint, saved_identity
+from llada_lightning.checkpoints.run_folder import content_hash, last_checkpoint, saved_identity
 from llada_lightning.checkpoints.sharded_checkpoints import META, discard, is_sharded, put_in_place, read_sharded
 from llada_lightning.cli import main
 from llada_lightning.errors import UserError
@@ -53,6 +53,8 @@ def test_its_checkpoints_are_folders_pruned_and_named_like_files(runs: tuple[Pat
 def test_shards_read_whole_are_what_one_process_would_have_saved(runs: tuple[Path, Path]) -> None:
     one, two = (folder / "checkpoints" / "step=00000024.ckpt" for folder in runs)
     shards, whole = read_sharded(two), torch.load(one)
+    torch.save(shards, two.with_name("whole.pt"))
+    assert content_hash(two.with_name("whole.pt")) == content_hash(two) != content_hash(one)
     assert shards.keys() == whole.keys()
     assert list(shards["state_dict"]) == list(whole["state_dict"])
     for key, value in whole["state_dict"].items():

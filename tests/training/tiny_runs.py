@@ -148,6 +148,16 @@ def weights(folder: Path, step: int = 24) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / f"step={step:08d}.ckpt")["state_dict"]
 
 
+CLOCKS = {"tokens_per_second", "mfu", "wall_seconds"}
+"""The keys of result.json that a clock decides; all others are the same for every run of one configuration."""
+
+
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    """The records of result.json without what a clock decides."""
+    records = json.loads((folder / "result.json").read_text())
+    return [{key: value for key, value in each.items() if key not in CLOCKS} for each in records]
+
+
 def record(folder: Path) -> dict[str, Any]:
     [found] = json.loads((folder / "result.json").read_text())
     return found

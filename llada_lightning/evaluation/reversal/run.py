@@ -11,10 +11,13 @@ from typing import Any, Literal, get_args
 from llada_lightning.checkpoints import LanguageModel
 from llada_lightning.data.chat import Message
 from llada_lightning.data.facts_corpus import END, JOINER, Pair
+from llada_lightning.data.row_fields import REFUSED_BESIDE_PROMPTS, UnreadFields
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.accuracy import Accuracy
+from llada_lightning.evaluation.requests import encode_pair, moved_space
 from llada_lightning.generation.sampling import generate
 from llada_lightning.generation.terminal.conversation import conversation_ids
+from llada_lightning.printing import shortened
 from llada_lightning.reading import read_json
 
 Form = Literal["prompt", "infill", "chat"]
@@ -78,20 +81,28 @@ class ReversalResult:
 
 
 def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
-    """Pairs of a JSON list of objects with ``first`` and ``second``; what else they hold is left unread.
+    """Pairs of a JSON list of objects with ``first`` and ``second``; a note names what else they hold.
 
     Raises:
-        UserError: it cannot be read, is empty, or a pair lacks a half.
+        UserError: it cannot be read, is empty, or a pair lacks a half or has a field that would change its meaning.
     """
     rows = read_json(Path(path).expanduser())
     if not isinstance(rows, list) or not rows:
         raise UserError(f"--pairs '{path}' holds no list of pairs; give objects with 'first' and 'second'")
     pairs = []
+    unread = UnreadFields()
     for number, row in enumerate(rows, 1):
-        halves = [str(row.get(key) or "") if isinstance(row, dict) else "" for key in ("first", "second")]
-        if not all(half.strip() for half in halves):
-            raise UserError(f"--pairs '{path}': pair {number} lacks 'first' or 'second'; fill it in, or remove it")
-        pairs.append(Pair(halves[0], halves[1]))
+        where = f"--pairs '{path}': pair {number}"
+        fields = row if isinstance(row, dict) else {}
+        first, second = (fields.get(half) or "" for half in ("first", "second"))
+        for half in (first, second):
+            if not isinstance(half, str):
+                raise UserError(f"{where}: '{shortened(half, 60)}' is no text; write it in quotation marks")
+            if not half.strip():
+                raise UserError(f"{where} lacks 'first' or 'second'; fill it in, or remove it")
+        unread.add_row(fields, ("first", "second"), where, REFUSED_BESIDE_PROMPTS)
+        pairs.append(Pair(first, second))
+    unread.note(f"--pairs '{path}'")
     return pairs
 
 
@@ -126,15 +137,12 @@ def _asked(
 def _by_prompt(
     lm: LanguageModel, halves: Sequence[tuple[str, str]], settings: ReversalSettings, _: Direction
 ) -> list[str]:
-    prompts = [lm.encode_prompt(known + settings.joiner.rstrip()) for known, _ in halves]
-    answers = [_with_space(wanted, settings.joiner) + settings.end for _, wanted in halves]
-    texts = _fixed_length(lm, prompts, [len(lm.encode(answer)) for answer in answers], settings)
+    asked = [
+        encode_pair(lm, known + settings.joiner, wanted + settings.end, f"pair {number}")
+        for number, (known, wanted) in enumerate(halves, 1)
+    ]
+    texts = _fixed_length(lm, [prompt for prompt, _ in asked], [len(answer) for _, answer in asked], settings)
     return [text.partition(settings.end)[0].strip() if settings.end else text.strip() for text in texts]
-
-
-def _with_space(text: str, joiner: str) -> str:
-    """What follows a prompt that ends with the joiner's last letter: words are tokenized with the space before them."""
-    return joiner[len(joiner.rstrip()) :] + text
 
 
 def _fixed_length(
@@ -160,9 +168,10 @@ def _by_infill(
     gaps: list[slice] = []
     for known, wanted in halves:
         first, second = (known, wanted) if direction == "forward" else (wanted, known)
-        parts = [first, settings.joiner.rstrip(), _with_space(second, settings.joiner), settings.end]
-        ids = [lm.encode_prompt(parts[0]), *(lm.encode(part) for part in parts[1:])]
-        asked = 2 if direction == "forward" else 0
+        parts = [first, *moved_space(settings.joiner, second), settings.end]
+        # What the tokenizer puts before a text is a part of its own, which is never masked.
+        ids = [list(lm.text_prefix_ids), lm.encode(parts[0]), *(lm.encode_within(part) for part in parts[1:])]
+        asked = 3 if direction == "forward" else 1
         start = sum(map(len, ids[:asked]))
         masked = [[lm.mask_token_id] * len(part) if i == asked else part for i, part in enumerate(ids)]
         rows.append([token for part in masked for token in part])

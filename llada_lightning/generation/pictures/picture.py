@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llada_lightning.errors import UserError
-from llada_lightning.files import written_atomically
+from llada_lightning.files import require_replaceable, written_atomically
 from llada_lightning.generation.pictures.dialogue import Dialogue
 from llada_lightning.generation.pictures.picture_html import html_page
 
@@ -25,6 +25,7 @@ def check_picture_path(path: str) -> Path:
     if target.is_dir() or not target.parent.is_dir():
         what = "it is a folder" if target.is_dir() else f"there is no folder '{target.parent}'"
         raise UserError(f"picture '{path}': {what}; give a file in a folder that exists")
+    require_replaceable(target)
     return target
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llada_lightning.checkpoints import LanguageModel
-from llada_lightning.data.chat import ChatTemplate, Message
+from llada_lightning.data.chat import Message
 
 
 def conversation_ids(lm: LanguageModel, messages: Sequence[Message]) -> list[int]:
@@ -18,13 +18,9 @@ def conversation_ids(lm: LanguageModel, messages: Sequence[Message]) -> list[int
     Raises:
         UserError: there is no tokenizer, or the template is broken or refuses the messages.
     """
-    if lm.chat_template is None:
+    if lm.dialogue is None:
         return lm.encode_prompt("".join(f"{message.content}\n" for message in messages))
-    if lm.tokenizer is None:
-        lm.encode("")  # which says that there is none
-    assert lm.tokenizer is not None
-    acting = (*lm.end_token_ids, lm.mask_token_id)
-    return ChatTemplate.of(lm.chat_template, lm.tokenizer, lm.eos_token_id, acting, lm.name).ids(messages)
+    return lm.dialogue.ids(messages)
 
 
 def fitting_ids(lm: LanguageModel, messages: Sequence[Message], length: int) -> tuple[list[int], int]:

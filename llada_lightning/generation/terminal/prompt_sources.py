@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -10,7 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llada_lightning.data.row_fields import REFUSED_BESIDE_PROMPTS, UnreadFields
 from llada_lightning.errors import UserError
+from llada_lightning.printing import shortened
+from llada_lightning.reading import MAX_TEXT_BYTES, parse_json, read_text
 
 STDIN = "-"
 
@@ -50,11 +52,17 @@ def check_text(text: str) -> None:
 
 
 def _from_stdin() -> str:
+    if sys.stdin is None:
+        raise UserError("prompt: stdin is closed; pipe a text in, or give --prompt TEXT")
     try:
-        text = sys.stdin.read()
+        text = sys.stdin.read(MAX_TEXT_BYTES + 1)
     except UnicodeDecodeError as error:
         raise UserError(f"prompt: what comes on stdin is not UTF-8 ({error.reason}); convert it") from error
-    return text.removesuffix("\n")  # of echo
+    except OSError as error:
+        raise UserError(f"prompt: stdin cannot be read ({error.strerror or error}); pipe a text in") from error
+    if len(text) > MAX_TEXT_BYTES:
+        raise UserError(f"prompt: stdin has more than {MAX_TEXT_BYTES:,} characters; pipe a shorter text in")
+    return text.removeprefix("\ufeff").removesuffix("\n")  # the byte order mark, and the line end of echo
 
 
 def _piped() -> bool:
@@ -75,29 +83,25 @@ def read_prompts(file: str) -> list[Prompt]:
     path = Path(file).expanduser()
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"prompts file '{file}': its ending is neither .txt nor .jsonl; give one of them")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # a prompt may hold the other ends of lines of Unicode
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UserError(f"prompts file '{file}' cannot be read ({reason}); give a text file") from error
-    lines = [line.removesuffix("\r") for line in lines]
-    read = _text_prompt if path.suffix == ".txt" else _json_prompt
-    prompts = [read(line, f"prompts file '{file}', line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not prompts:
-        raise UserError(f"prompts file '{file}' holds no prompt; write one a line")
+    # A prompt may hold the other ends of lines of Unicode.
+    lines = [line.removesuffix("\r") for line in read_text(path, pipe=True).split("\n")]
+    shown = f"prompts file '{shortened(file)}'"
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UserError(f"{shown} holds no prompt; write one a line")
+    if path.suffix == ".txt":
+        return [line for _, line in numbered]
+    unread = UnreadFields()
+    prompts = [_json_prompt(line, number, f"{shown}, line {number}", unread) for number, line in numbered]
+    unread.note(shown)
     return prompts
 
 
-def _text_prompt(line: str, _: str) -> Prompt:
-    return line
-
-
-def _json_prompt(line: str, where: str) -> Prompt:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f'{where} is not JSON ({error}); write {{"prompt": "…"}}') from error
-    prompt = record.get("prompt") if isinstance(record, dict) else None
+def _json_prompt(line: str, number: int, where: str, unread: UnreadFields) -> Prompt:
+    record = parse_json(line, where, number)
+    fields = record if isinstance(record, dict) else {}
+    unread.add_row(fields, ("prompt",), where, REFUSED_BESIDE_PROMPTS)
+    prompt = fields.get("prompt")
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):

@@ -1,4 +1,4 @@
-"""What a fit is worth: its prediction of the largest budget, and whether the methods agree."""
+"""What a fit is worth: its prediction of the largest budget, its lack of fit, and whether the methods agree."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from llada_lightning.scaling.fits.multiplier import METHODS, LossLine, Method, M
 from llada_lightning.scaling.fits.noise import UNKNOWN, Noise, Spread, best_known, drawn_tau
 from llada_lightning.scaling.fits.objective import ObjectiveFits, fit_objective
 from llada_lightning.scaling.fits.runs import Unit, budget_members, flops_column, planned_convention
-from llada_lightning.scaling.flops import Convention
+from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
+
+REJECTED = 0.025
+"""A fit whose lack of fit has a smaller p-value is rejected: 5 % over the two objectives of a multiplier."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def hold_out(
     )
     budget = Candidates.of(runs.iloc[held].reset_index(drop=True), planned, unit, noise.take(held))
     generator = np.random.default_rng(seed)
-    normals, uniforms = generator.standard_normal(len(noise.normals)), generator.uniform(size=len(noise.normals))
+    normals, uniforms = generator.standard_normal(noise.samples), generator.uniform(size=noise.samples)
     results = []
     for convention in conventions:
         spread = best_known(fewer.spread, fewer.envelope[convention].spread)
@@ -170,6 +173,63 @@ def _held_out(
         high,
         relative_error=float(np.expm1(predicted - observation.log_loss)),
         inside=low <= observed <= high if np.isfinite(low + high) else None,
+    )
+
+
+# --- doubt -----------------------------------------------------------------------------------------------------------
+
+
+def with_doubts(
+    multipliers: list[Multiplier], objectives: Iterable[ObjectiveFits], held_out: list[HeldOut]
+) -> list[Multiplier]:
+    """The same multipliers, each with what speaks against its method, by its convention.
+
+    That is: a largest budget that was held out and lies outside of its predicted interval, a fit that is rejected
+    (``REJECTED``), of either objective; and, of a single multiplier, a power law beyond its budgets.
+    """
+    objectives, found = list(objectives), []
+    for entry in multipliers:
+        reasons = [
+            f"{own.objective}'s largest budget, held out, is outside of its interval"
+            for own in held_out
+            if (own.method, own.convention) == (entry.method, entry.convention) and own.inside is False
+        ]
+        misfits = [(fits.objective, fits.misfit(entry.method, entry.convention)) for fits in objectives]
+        reasons += [f"{name}'s fit is rejected (p {_p_value(p)})" for name, p in misfits if p < REJECTED]
+        if not entry.shown:
+            reasons.append("a power law beyond its budgets")
+        found.append(replace(entry, doubt="; ".join(reasons) or None))
+    return found
+
+
+def _p_value(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def no_common_loss(objectives: dict[str, ObjectiveFits], convention: Convention, found: list[Multiplier]) -> str | None:
+    """That the best losses of the two objectives share no value within their budgets, and what is missing.
+
+    Args:
+        objectives: both of them.
+        convention: by which FLOPs are counted.
+        found: the multipliers, from which the missing factor of FLOPs is taken.
+    """
+    arm, llada = (objectives[name].envelope[convention].points for name in ("arm", "llada"))
+    behind = llada[-1].loss > arm[0].loss
+    if not behind and llada[0].loss >= arm[-1].loss:
+        return None
+    least = min(
+        (entry for entry in found if behind and entry.convention == convention and entry.shown),
+        key=lambda entry: entry.arm_flops,
+        default=None,
+    )
+    factor = least.multiplier * least.arm_flops / llada[-1].flops if least else None
+    by = f", by a factor of about {factor:.2g} ({least.method})" if least and factor else ""
+    smaller, larger = ("arm", "llada") if behind else ("llada", "arm")
+    return (
+        f"no common loss by {CONVENTION_NAMES[convention]}: arm's best losses go from {arm[0].loss:.3f} to "
+        f"{arm[-1].loss:.3f}, llada's from {llada[0].loss:.3f} to {llada[-1].loss:.3f}, so no multiplier is measured, "
+        f"and what is printed is extrapolated; add smaller budgets for {smaller} or larger ones for {larger}{by}"
     )
 
 

@@ -99,16 +99,18 @@ class Candidates:
 
     def errors(self, budget: npt.NDArray[np.intp], spread: Spread) -> Array:
         """True less observed log loss of a budget's best, in every draw (samples,), the choice of the best included."""
-        return self._missed(budget, self.noise.draws(spread))
+        return self._missed(budget, self.noise.draws(spread, budget))
 
     def chosen(self, budget: npt.NDArray[np.intp], spread: Spread) -> npt.NDArray[np.intp]:
         """The mean that is a budget's best in every draw (samples,), as ``errors`` takes it."""
-        return budget[np.argmin(self._seen(budget, self.noise.draws(spread)), axis=1)]
+        return budget[np.argmin(self._seen(budget, self.noise.draws(spread, budget)), axis=1)]
 
     def luck(self, budget: npt.NDArray[np.intp], spread: Spread) -> float:
         """By how much the best is expected to look better than it is; zero where no other comes near."""
-        errors = self.noise.errors + spread.tau * self.noise.normals
-        return float(np.mean(self._missed(budget, errors) - errors[:, self.best(budget)]))
+        own = self.noise.take(budget)
+        errors = own.errors + spread.tau * own.normals
+        of_best = errors[:, int(np.argmin(self.log_loss[budget]))]
+        return float(np.mean(self._missed(budget, errors) - of_best))
 
     def means(self, column: pd.Series) -> Array:
         """Of a column of the runs' table."""
@@ -120,7 +122,7 @@ class Candidates:
     def _seen(self, budget: npt.NDArray[np.intp], errors: Array) -> Array:
         # Observed less error is what might have been seen; its minimum over the shapes falls short of the truth as
         # much as the observed minimum did. The sign keeps an error that all runs share the same in all fits.
-        return self.log_loss[budget] - errors[:, budget]
+        return self.log_loss[budget] - errors
 
 
 def fit_envelope(

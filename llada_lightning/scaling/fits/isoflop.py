@@ -96,6 +96,8 @@ class LossCurve:
     coefficients: Array
     scatter: Spread
     """Of the optima's log loss about the curve, beyond their own errors."""
+    misfit: float
+    """p-value of the test of lack of fit (``Noise.misfit``); NaN where it cannot be made."""
     draws: Array = field(repr=False, compare=False)
 
     def loss(self, flops: npt.ArrayLike) -> Array:
@@ -112,7 +114,8 @@ class LossCurve:
         return interval(self.drawn(flops))
 
     def as_dict(self) -> dict[str, Any]:
-        return {"c0": self.c0, "coefficients": self.coefficients.tolist(), "spread": self.scatter.tau}
+        coefficients = self.coefficients.tolist()
+        return {"c0": self.c0, "coefficients": coefficients, "spread": self.scatter.tau, "misfit": self.misfit}
 
 
 @dataclass(frozen=True)
@@ -216,13 +219,19 @@ def fit_isoflop(
         notes.append("no intervals: three shapes a budget leave no scatter to judge by; add shapes")
     # Whether a cubic term moves an optimum is judged by the scatter about cubics: that about parabolas holds the lean.
     cubic = fit_linear(block_diag(*(valley.cubic_design for valley in valleys)), log_loss, pooled, lent=fit.spread)
-    ends = np.cumsum([len(valley.rows) for valley in valleys])[:-1]
-    weights = np.split(pooled.weights(np.nan_to_num(fit.spread.tau)), ends)
-    errors, cubic_errors = (np.split(pooled.draws(kind.spread), ends, axis=1) for kind in (fit, cubic))
+    places = np.split(np.arange(len(log_loss)), np.cumsum([len(valley.rows) for valley in valleys])[:-1])
+    weights = pooled.weights(np.nan_to_num(fit.spread.tau))
     cost = TokenCost.of_runs(runs, convention)
     budgets = [
-        _fit_budget(valley, runs.iloc[valley.rows], unit, cost, *noise_of_budget)
-        for valley, *noise_of_budget in zip(valleys, weights, errors, cubic_errors, strict=True)
+        _fit_budget(
+            valley,
+            runs.iloc[valley.rows],
+            unit,
+            cost,
+            weights[own],
+            *(pooled.draws(f.spread, own) for f in (fit, cubic)),
+        )
+        for valley, own in zip(valleys, places, strict=True)
     ]
     return _with_laws(convention, budgets, cost, notes, seed)
 
@@ -388,6 +397,8 @@ def _with_laws(
         n_law=power_law(log_c, log_n, noise_n, sign=1),
         d_law=power_law(log_c, log_c - cost(log_n), noise_d, sign=1),
         loss_law=loss_law,
-        loss_curve=LossCurve(float(np.exp(log_c.mean())), curve.theta, curve.spread, curve.draws),
+        loss_curve=LossCurve(
+            float(np.exp(log_c.mean())), curve.theta, curve.spread, noise_loss.misfit(log_loss, bent), curve.draws
+        ),
         note="; ".join(notes) or None,
     )

@@ -39,13 +39,27 @@ class Multiplier:
     high: float
     extrapolated: bool
     """Whether one of them reaches that loss only outside of the budgets that its fit goes through (within a decade)."""
+    doubt: str | None = None
+    """Why the number is not to be relied on, as ``checks.doubts`` found it; None where nothing was found."""
+
+    @property
+    def trusted(self) -> bool:
+        return self.doubt is None
+
+    @property
+    def shown(self) -> bool:
+        """Whether tables and figures show it: not where a power law would have to hold beyond its budgets.
+
+        Over synthetic studies with irreducible losses such 95 % intervals held the truth in four of ten.
+        """
+        return not (self.extrapolated and self.method == "envelope")
 
     @property
     def estimate(self) -> Estimate:
         return Estimate(self.multiplier, self.low, self.high)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "interval": self.estimate.interval}
+        return {**vars(self), "trusted": self.trusted, "interval": self.estimate.interval}
 
 
 # --- fitting ---------------------------------------------------------------------------------------------------------

@@ -12,12 +12,15 @@ over runs and over each run's own error, and counts no noise twice. A fit that g
 spread: it borrows that of another fit (``best_known``), and has no intervals where nothing can be borrowed. Cases are
 not resampled: of five runs of a budget a resample often keeps fewer than the three that a parabola needs, or all on
 one side of its valley.
+
+Draws are many: 2,000 runs in 4,000 draws are 64 MB for each kind of number. So they are made once, fits take columns of
+them without a copy, and what is computed from them is computed in blocks of draws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -52,6 +55,8 @@ class Spread:
 
 
 UNKNOWN = Spread(np.nan, 0, np.nan)
+NOTHING = Spread(0.0, 0, np.nan)
+"""No spread beyond the known errors."""
 
 ENOUGH_DOF = 3
 """With fewer, tau is hardly known: of one degree of freedom a 95 % interval is six times as wide as of many."""
@@ -64,19 +69,38 @@ def best_known(*spreads: Spread) -> Spread:
     return enough[0] if enough else max(known, key=lambda spread: spread.dof, default=UNKNOWN)
 
 
+MOST_NUMBERS = 2**18
+"""Numbers of a block: 2 MB, of which a fit holds some thirty at once."""
+
+
+def blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Rows in slices of at most ``MOST_NUMBERS`` numbers of so many columns, and of at least one row."""
+    length = max(1, MOST_NUMBERS // max(1, columns))
+    return (slice(start, min(start + length, rows)) for start in range(0, rows, length))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What was drawn for m log losses: three arrays (samples, m), which every fit of them shares."""
+
+    errors: Array
+    """From N(0, V). Runs that err together do so in every draw, over both objectives."""
+    normals: Array
+    """Standard normals for the spread."""
+    uniforms: Array
+    """For the spread's own uncertainty."""
+
+
 @dataclass(frozen=True)
 class Noise:
-    """Errors of n log losses and the draws that every fit of them shares."""
+    """Errors of n log losses: their covariance, and their columns of the draws."""
 
     model: NoiseModel
     covariance: Array = field(repr=False)
     """V (n, n), of log loss; zero where errors are not known."""
-    errors: Array = field(repr=False)
-    """Draws from N(0, V): (samples, n). Runs that err together do so in every draw, over both objectives."""
-    normals: Array = field(repr=False)
-    """Standard normals for the spread: (samples, n)."""
-    uniforms: Array = field(repr=False)
-    """For the spread's own uncertainty: (samples, n)."""
+    drawn: Draws = field(repr=False)
+    columns: npt.NDArray[np.intp] = field(repr=False)
+    """Where the n losses are among the m that were drawn."""
     shares: Array = field(repr=False)
     """Of tau^2 in each loss (n,): 1, and 1/k for the mean of k runs."""
 
@@ -84,14 +108,34 @@ class Noise:
     def of(cls, covariance: Array, model: NoiseModel, samples: int, seed: int) -> Noise:
         runs = len(covariance)
         generator = np.random.default_rng(seed)
-        draws, normals = generator.standard_normal((2, samples, runs))
+        draws, normals = (generator.standard_normal((samples, runs)) for _ in range(2))
         values, vectors = np.linalg.eigh(covariance)
         root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T  # the one root that is symmetric
-        return cls(model, covariance, draws @ root, normals, generator.uniform(size=(samples, runs)), np.ones(runs))
+        return cls._whole(model, covariance, Draws(draws @ root, normals, generator.uniform(size=(samples, runs))))
+
+    @classmethod
+    def _whole(cls, model: NoiseModel, covariance: Array, drawn: Draws) -> Noise:
+        count = len(covariance)
+        return cls(model, covariance, drawn, np.arange(count), np.ones(count))
 
     @property
     def known(self) -> bool:
         return self.model != "scatter"
+
+    @property
+    def samples(self) -> int:
+        """Number of draws."""
+        return len(self.drawn.errors)
+
+    @property
+    def errors(self) -> Array:
+        """Draws from N(0, V): (samples, n), a copy."""
+        return self.drawn.errors[:, self.columns]
+
+    @property
+    def normals(self) -> Array:
+        """Standard normals for the spread: (samples, n), a copy."""
+        return self.drawn.normals[:, self.columns]
 
     @property
     def variances(self) -> Array:
@@ -107,23 +151,33 @@ class Noise:
             return cls.of(np.zeros((count, count)), "scatter", samples, seed)
         generator = np.random.default_rng(seed)
         normals = generator.standard_normal((samples, count))
-        return cls("covariance", covariance, errors, normals, generator.uniform(size=(samples, count)), np.ones(count))
+        return cls._whole("covariance", covariance, Draws(errors, normals, generator.uniform(size=(samples, count))))
 
     def take(self, rows: npt.ArrayLike) -> Noise:
         """Of some of the runs, draws and all."""
         rows = np.asarray(rows, np.intp)
-        errors, normals, uniforms = (values[:, rows] for values in (self.errors, self.normals, self.uniforms))
-        covariance = self.covariance[np.ix_(rows, rows)]
-        return Noise(self.model, covariance, errors, normals, uniforms, self.shares[rows])
+        return replace(
+            self, covariance=self.covariance[np.ix_(rows, rows)], columns=self.columns[rows], shares=self.shares[rows]
+        )
 
     def averaged(self, groups: Sequence[npt.NDArray[np.intp]]) -> Noise:
         """Of the means of log losses over groups of runs."""
         means = np.zeros((len(groups), len(self.covariance)))
         for row, members in zip(means, groups, strict=True):
             row[members] = 1 / len(members)
-        errors, normals = self.errors @ means.T, self.normals @ means.T
-        covariance, shares = means @ self.covariance @ means.T, means**2 @ self.shares
-        return Noise(self.model, covariance, errors, normals, self.uniforms[:, [g[0] for g in groups]], shares)
+        uniforms = self.drawn.uniforms[:, self.columns[[members[0] for members in groups]]]
+        drawn = Draws(self.errors @ means.T, self.normals @ means.T, uniforms)
+        whole = Noise._whole(self.model, means @ self.covariance @ means.T, drawn)
+        return replace(whole, shares=means**2 @ self.shares)
+
+    def shared_within(self, groups: npt.NDArray[np.intp]) -> Noise:
+        """The same with one error of the spread for all losses of a group, as branches of one trunk share theirs.
+
+        Args:
+            groups: number of each loss's group (n,), from 0 on.
+        """
+        drawn = Draws(self.errors, self.normals[:, groups], self.drawn.uniforms[:, self.columns])
+        return replace(self, drawn=drawn, columns=np.arange(len(groups)))
 
     def weights(self, tau: float = 0.0) -> Array:
         """Inverse variances of the log losses; where errors are not known, one for each run of a mean.
@@ -156,9 +210,46 @@ class Noise:
         tau = np.sqrt(max(0.0, squares - expected) / np.sum(np.diagonal(maker) * weights * self.shares))
         return Spread(float(tau), dof, float(squares / expected) if self.known else np.nan)
 
-    def draws(self, spread: Spread) -> Array:
-        """Errors of the log losses in every draw, N(0, V + tau*^2 I): (samples, n). NaN where nothing is known."""
-        return self.errors + drawn_tau(spread, self.uniforms[:, 0])[:, None] * self.normals
+    def draws(self, spread: Spread, rows: npt.NDArray[np.intp] | None = None) -> Array:
+        """Errors of the log losses, or of some rows of them, in every draw: (samples, n). NaN where nothing is known.
+
+        They are N(0, V + tau*^2 I); a draw's tau* is the same for all rows.
+        """
+        columns = self.columns if rows is None else self.columns[rows]
+        return self._errors(slice(None), columns, self._tau(spread))
+
+    def blocks_of_draws(self, spread: Spread) -> Iterator[Array]:
+        """``draws`` of all rows in blocks (samples of the block, n), so that not all are in memory at once."""
+        tau = self._tau(spread)
+        return (self._errors(block, self.columns, tau) for block in blocks(self.samples, len(self.columns)))
+
+    def _tau(self, spread: Spread) -> Array:
+        return drawn_tau(spread, self.drawn.uniforms[:, self.columns[0]])
+
+    def _errors(self, block: slice, columns: npt.NDArray[np.intp], tau: Array) -> Array:
+        errors = self.drawn.normals[block, columns]
+        errors *= tau[block, None]
+        errors += self.drawn.errors[block, columns]
+        return errors
+
+    def misfit(self, log_losses: Array, design: Array, spread: Spread = NOTHING) -> float:
+        """How often errors alone would scatter about a linear fit as much as log losses (n,) do: a p-value.
+
+        The test of lack of fit: the weighted sum of squares that least squares on the design (n, p) leaves, against
+        those that it leaves of each draw of the errors. Correlations and the spread's own uncertainty are in the
+        draws. NaN where no error is known, or nothing is left to judge by.
+        """
+        if len(log_losses) <= design.shape[1] or not (spread.known and (self.known or spread.tau > 0)):
+            return np.nan
+        root = np.sqrt(self.weights(spread.tau))
+        basis, _ = np.linalg.qr(root[:, None] * design)
+
+        def left(errors: Array) -> Array:
+            weighted = root * errors
+            return np.asarray(np.sum((weighted - (weighted @ basis) @ basis.T) ** 2, axis=-1))
+
+        drawn = np.concatenate([left(block) for block in self.blocks_of_draws(spread)])
+        return float(np.mean(drawn >= left(log_losses)))
 
 
 def drawn_tau(spread: Spread, uniforms: Array) -> Array:
@@ -198,7 +289,8 @@ def fit_linear(design: Array, y: Array, noise: Noise, *, lent: Spread = UNKNOWN)
     solve = solver(design, noise.weights(np.nan_to_num(spread.tau)))
     theta = solve @ y
     residual = float(np.sqrt(np.mean((y - design @ theta) ** 2)))
-    return LinearFit(theta, theta + noise.draws(spread) @ solve.T, spread, residual, solve)
+    draws = np.concatenate([block @ solve.T for block in noise.blocks_of_draws(spread)])
+    return LinearFit(theta, theta + draws, spread, residual, solve)
 
 
 def solver(design: Array, weights: Array) -> Array:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from llada_lightning.scaling.fits.envelope import EnvelopeFit, fit_envelope
-from llada_lightning.scaling.fits.isoflop import IsoflopFit, fit_isoflop, parabola_spread
+from llada_lightning.scaling.fits.isoflop import IsoflopFit, LossCurve, fit_isoflop, parabola_spread
 from llada_lightning.scaling.fits.multiplier import FrontierLine, Line, LossLine, Method
 from llada_lightning.scaling.fits.noise import UNKNOWN, Noise, Spread, best_known
 from llada_lightning.scaling.fits.parametric import ParametricFit, fit_parametric, what_lacks
+from llada_lightning.scaling.fits.power_law import PowerLaw
 from llada_lightning.scaling.fits.runs import Unit, planned_convention
 from llada_lightning.scaling.flops import Convention
 
@@ -38,6 +40,16 @@ class ObjectiveFits:
             return Line(isoflop.loss_curve, isoflop.flops_range) if isoflop.loss_curve else None
         identified = self.parametric is not None and self.parametric.identified
         return FrontierLine(self.parametric, convention) if self.parametric and identified else None
+
+    def misfit(self, method: Method, convention: Convention) -> float:
+        """p-value of the lack of fit of what ``line`` gives; NaN where there is none, or no test of it."""
+        if method == "envelope":
+            fit: PowerLaw | LossCurve | ParametricFit | None = self.envelope[convention].law
+        elif method == "isoflop":
+            fit = self.isoflop[convention].loss_curve
+        else:
+            fit = self.parametric
+        return fit.misfit if fit else np.nan
 
     def notes(self) -> list[str]:
         """What is to be said of the fits, each with the fit's name."""
@@ -87,10 +99,12 @@ def fit_objective(
         lent: the other objective's scatter about its parabolas, for where this one's go through all their points.
     """
     lacking = what_lacks(runs)
-    parametric = None if lacking else fit_parametric(runs, conventions, unit, noise)
     planned = planned_convention(runs, conventions)
+    own = parabola_spread(runs, planned, unit, noise)
+    by_parabolas = best_known(own, lent)
+    parametric = None if lacking else fit_parametric(runs, conventions, unit, noise, parabolas=by_parabolas)
     lent = best_known(lent, parametric.scatter if parametric else UNKNOWN)
-    spread = best_known(parabola_spread(runs, planned, unit, noise), lent)
+    spread = best_known(own, lent)
     return ObjectiveFits(
         objective,
         {name: fit_envelope(runs, name, planned, unit, noise, seed, spread=spread) for name in conventions},

@@ -16,7 +16,7 @@ from scipy.optimize import least_squares, nnls
 
 from llada_lightning.scaling.fits.estimate import Array, Estimate, interval
 from llada_lightning.scaling.fits.huber import PARAMETERS, fit_many, huber, log_loss, log_loss_and_jacobian
-from llada_lightning.scaling.fits.noise import Noise, Spread
+from llada_lightning.scaling.fits.noise import UNKNOWN, Noise, Spread, blocks
 from llada_lightning.scaling.fits.runs import TokenCost, Unit, flops_column, losses
 from llada_lightning.scaling.flops import Convention
 
@@ -75,6 +75,8 @@ class ParametricFit:
     """Of log loss with the runs' own errors; None where they are not known."""
     scatter: Spread
     """Of log loss beyond the errors that are known."""
+    misfit: float
+    """p-value of the test of lack of fit (``Noise.misfit``); NaN where it cannot be made."""
     huber_delta: float
     gradient: float
     """Largest component of the objective's gradient at the point estimate over the sum of its terms' sizes."""
@@ -117,7 +119,9 @@ class ParametricFit:
 
     def drawn_frontier(self, convention: Convention, flops: npt.ArrayLike) -> Array:
         """The optimal loss at given training FLOPs in every draw: (samples, k)."""
-        return np.exp(self._optimum(self.draws, convention, np.log(np.atleast_1d(np.asarray(flops, float))))[2])
+        log_c = np.log(np.atleast_1d(np.asarray(flops, float)))
+        parts = blocks(len(self.draws), len(log_c))
+        return np.exp(np.concatenate([self._optimum(self.draws[part], convention, log_c)[2] for part in parts]))
 
     def n_exponent(self, convention: Convention) -> Estimate:
         """a of N_opt ~ C^a; by the total the mean slope over the runs' own range of FLOPs."""
@@ -179,7 +183,10 @@ class ParametricFit:
 
     def as_dict(self) -> dict[str, Any]:
         estimates = ("E", "A", "alpha", "B", "beta")
-        names = ("rms_residual", "r_squared", "reduced_chi_square", "spread", "huber_delta", "gradient", "identified")
+        names = (
+            *("rms_residual", "r_squared", "reduced_chi_square", "spread", "misfit"),
+            *("huber_delta", "gradient", "identified"),
+        )
         return {
             **{name: getattr(self, name).as_dict() for name in estimates},
             **{name: getattr(self, name) for name in names},
@@ -214,6 +221,7 @@ def fit_parametric(
     unit: Unit,
     noise: Noise,
     *,
+    parabolas: Spread = UNKNOWN,
     huber_delta: float = HUBER_DELTA,
 ) -> ParametricFit:
     """The parametric law of one objective's runs.
@@ -223,6 +231,7 @@ def fit_parametric(
         conventions: of FLOPs by which the frontier may be asked for.
         unit: of the losses.
         noise: of these runs, in their order.
+        parabolas: the spread of runs about the parabolas of their budgets, which assume less: the law is tested by it.
         huber_delta: where residuals of log loss begin to count linearly.
     """
     assert what_lacks(runs) is None
@@ -236,8 +245,11 @@ def fit_parametric(
     fitted, jacobian = log_loss_and_jacobian(least, x, z)
     spread = noise.spread(y - fitted[0], jacobian[0])
     residuals = y - log_loss(theta, x, z)
-    goals = y - residuals + noise.draws(spread)
-    draws, converged = fit_many(np.repeat(theta[None], len(goals), axis=0), goals, x, z, huber_delta)
+    drawn_fits = [
+        fit_many(np.repeat(theta[None], len(errors), axis=0), y - residuals + errors, x, z, huber_delta)
+        for errors in noise.blocks_of_draws(spread)
+    ]
+    draws, converged = (np.concatenate(parts) for parts in zip(*drawn_fits, strict=True))
     note = _unidentified(draws, converged, float(y.min()), gradient)
     values, drawn = (np.exp(t) for t in (theta, draws))
     scales = ((1, 2, log_n0), (3, 4, log_d0))
@@ -256,6 +268,7 @@ def fit_parametric(
         r_squared=float(1 - np.sum(residuals**2) / np.sum((y - y.mean()) ** 2)),
         reduced_chi_square=spread.reduced_chi_square if noise.known else None,
         scatter=spread,
+        misfit=noise.misfit(y - fitted[0], jacobian[0], parabolas),
         huber_delta=huber_delta,
         gradient=gradient,
         identified=note is None,

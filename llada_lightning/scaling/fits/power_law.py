@@ -29,6 +29,8 @@ class PowerLaw:
     """Root mean square of the residuals of log y."""
     scatter: Spread
     """Of log y beyond the errors that are known."""
+    misfit: float
+    """p-value of the test of lack of fit (``Noise.misfit``); NaN where it cannot be made."""
     draws: Array = field(repr=False, compare=False)
     """Bootstrapped (log a, b), one row a draw."""
     sign: Literal[-1, 1] = -1
@@ -59,7 +61,7 @@ class PowerLaw:
         return interval(self.drawn(flops))
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("a", "b", "c0", "interval_a", "interval_b", "residual", "spread")
+        names = ("a", "b", "c0", "interval_a", "interval_b", "residual", "spread", "misfit")
         return {"sign": self.sign, **{name: getattr(self, name) for name in names}, "interval": self.exponent.interval}
 
 
@@ -81,7 +83,8 @@ def power_law(log_c: Array, log_y: Array, noise: Noise, *, sign: Literal[-1, 1] 
     """
     check_budgets(len(log_c))
     log_c0 = float(log_c.mean())  # where a and b are nearly uncorrelated
-    fit = fit_linear(np.stack([np.ones_like(log_c), sign * (log_c - log_c0)], axis=1), log_y, noise)
+    design = np.stack([np.ones_like(log_c), sign * (log_c - log_c0)], axis=1)
+    fit = fit_linear(design, log_y, noise)
     low, high = interval(fit.draws)
     return PowerLaw(
         a=float(np.exp(fit.theta[0])),
@@ -91,6 +94,7 @@ def power_law(log_c: Array, log_y: Array, noise: Noise, *, sign: Literal[-1, 1] 
         interval_b=(float(low[1]), float(high[1])),
         residual=fit.residual,
         scatter=fit.spread,
+        misfit=noise.misfit(log_y, design),
         draws=fit.draws,
         sign=sign,
     )

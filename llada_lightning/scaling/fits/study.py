@@ -9,7 +9,14 @@ import numpy as np
 import pandas as pd
 
 from llada_lightning.errors import UserError
-from llada_lightning.scaling.fits.checks import Disagreement, HeldOut, disagreements, hold_out
+from llada_lightning.scaling.fits.checks import (
+    Disagreement,
+    HeldOut,
+    disagreements,
+    hold_out,
+    no_common_loss,
+    with_doubts,
+)
 from llada_lightning.scaling.fits.envelope import EnvelopeFit
 from llada_lightning.scaling.fits.estimate import INTERVAL
 from llada_lightning.scaling.fits.isoflop import parabola_spread
@@ -133,7 +140,9 @@ def fit_table(
             fits = fit_objective(objective, own, counted, unit, errors, own_seed, lent=lent)
             objectives[objective] = fits
             held_out += hold_out(own, fits, unit, errors, own_seed, lent=lent)
-    at_budgets, curve = _multipliers(objectives, counted)
+    at_budgets, curve = (
+        with_doubts(found, objectives.values(), held_out) for found in _multipliers(objectives, counted)
+    )
     missing = [CONVENTION_NAMES[name] for name in conventions if name not in counted]
     notes = [f"not counted by {name}: the table lacks the FLOPs of some runs" for name in missing]
     if twice:
@@ -142,8 +151,11 @@ def fit_table(
         notes.append(f"covariance not used: it lacks {len(lacking)} of {len(runs)} runs ({lacking[0]} …)")
     notes += [note for fits in objectives.values() for note in fits.notes()]
     if len(objectives) == len(OBJECTIVES):
-        without = [CONVENTION_NAMES[name] for name in counted if name not in {m.convention for m in at_budgets}]
-        notes += [f"compute multiplier: none by {name}, fits are missing or reach no common loss" for name in without]
+        for name in counted:
+            if apart := no_common_loss(objectives, name, at_budgets):
+                notes.insert(0, apart)
+            elif name not in {entry.convention for entry in at_budgets}:
+                notes.append(f"compute multiplier: none by {CONVENTION_NAMES[name]}, fits are missing")
     return StudyFits(
         unit,
         samples,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -35,7 +36,8 @@ def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None
     """FLOPs that ``llada`` needs over FLOPs that ``arm`` needs for equal loss, against ``arm``'s, by method.
 
     Points are at ``arm``'s budgets, with 95 % intervals; lines and bands go between, dashed and without a band's fill
-    where one of them reaches the loss only outside of the budgets of its fit. One panel a convention.
+    where one of them reaches the loss only outside of the budgets of its fit. What is not to be relied on (a fit that
+    is rejected, or fails its held-out test) is grey and hollow. One panel a convention.
 
     Args:
         fits: of a study with both objectives.
@@ -44,7 +46,7 @@ def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None
     Raises:
         UserError: no method gives a multiplier.
     """
-    entries = fits.compute_multiplier + fits.multiplier_curve
+    entries = [entry for entry in fits.compute_multiplier + fits.multiplier_curve if entry.shown]
     present = [name for name in fits.conventions if any(entry.convention == name for entry in entries)]
     drawn = [name for name in conventions or present if name in present]
     if not drawn:
@@ -53,8 +55,11 @@ def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None
     panels = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
     for panel, convention in zip(panels, drawn, strict=True):
         for method, style in METHODS.items():
-            _draw_curve(panel, _of(fits.multiplier_curve, convention, method), style)
-            _draw_points(panel, _of(fits.compute_multiplier, convention, method), style, _DODGE[method])
+            curve, points = (_of(own, convention, method) for own in (fits.multiplier_curve, fits.compute_multiplier))
+            if not all(entry.trusted for entry in curve + points):
+                style = replace(style, color=GREY, filled=False)
+            _draw_curve(panel, curve, style)
+            _draw_points(panel, points, style, _DODGE[method])
         panel.set_xlabel(flops_label(convention, "training FLOPs of arm"), color=INK)
         flops_axis(panel)
         dress(panel)
@@ -73,7 +78,7 @@ def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None
 
 
 def _of(entries: Sequence[Multiplier], convention: Convention, method: str) -> list[Multiplier]:
-    chosen = [entry for entry in entries if (entry.convention, entry.method) == (convention, method)]
+    chosen = [entry for entry in entries if (entry.convention, entry.method) == (convention, method) and entry.shown]
     return sorted(chosen, key=lambda entry: entry.arm_flops)
 
 
@@ -90,7 +95,7 @@ def _draw_points(axes: Axes, entries: list[Multiplier], style: Style, dodge: flo
             yerr=interval_bars(values, lows, np.where(np.isfinite(highs), highs, 1e12)),
             fmt=style.marker,
             color=style.color,
-            markerfacecolor="white" if extrapolated else style.color,
+            markerfacecolor="white" if extrapolated else style.face,
             markersize=5,
             elinewidth=1.1,
             capsize=3,
@@ -128,5 +133,7 @@ def _legend(entries: Sequence[Multiplier]) -> list[list[Line2D]]:
     ]
     beyond = [Line2D([], [], color=GREY, linewidth=1, linestyle="--", marker="o", markerfacecolor="white",
                      markersize=5, label="beyond a fit's\nbudgets")]  # fmt: skip
-    extrapolated = any(entry.extrapolated for entry in entries)
-    return [methods, beyond if extrapolated else [], [note("bars, bands: 95 %")]]
+    doubted = [Line2D([], [], color=GREY, linewidth=1.8, marker="o", markerfacecolor="white", markersize=5,
+                      label="grey: fit rejected, or\nheld-out test failed")]  # fmt: skip
+    extrapolated, doubt = any(entry.extrapolated for entry in entries), any(not entry.trusted for entry in entries)
+    return [methods, (beyond if extrapolated else []) + (doubted if doubt else []), [note("bars, bands: 95 %")]]

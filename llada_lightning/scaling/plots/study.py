@@ -34,7 +34,7 @@ def study_figures(table: pd.DataFrame, fits: StudyFits, convention: Convention =
         figures["isoflop"] = isoflop_curves(table, fits, convention)
     if has_optimum(fits, convention):
         figures["optimum"] = optimum(fits, convention)
-    if fits.compute_multiplier or fits.multiplier_curve:
+    if any(entry.shown for entry in fits.compute_multiplier + fits.multiplier_curve):
         figures["multiplier"] = compute_multiplier(fits)
     if laws:
         figures["parametric"] = parametric_residuals(table, fits)

@@ -11,10 +11,11 @@ from llada_lightning.checkpoints.run_folder import CHECKPOINTS, checkpoints_by_s
 from llada_lightning.scaling.faults import FAULT_COLUMNS, REPORTED, SKIPPED, read_faults, write_faults
 from llada_lightning.signals import say
 from llada_lightning.training.guard import WINDOW, Fault, UpdateGuard
+from llada_lightning.training.parallel import all_finite
 
 
 class DivergedError(Exception):
-    """Too many updates in a row were skipped; the message is one line for people."""
+    """Too many updates in a row were skipped, or weights are no numbers; the message is one line for people."""
 
 
 class BadNumbers(Callback):
@@ -48,12 +49,19 @@ class BadNumbers(Callback):
         logged = self._step % trainer.log_every_n_steps == 0 or self._step == trainer.max_steps  # type: ignore[attr-defined]
         if logged or self._step % self._patience == 0:
             guard = self._record(trainer, pl_module)
-            # At these steps only, so that a run which goes on from a checkpoint ends at the same one.
-            if guard.streak >= self._patience:
-                raise DivergedError(self._diverged(guard))
+            # At these steps only, so that a run which goes on from a checkpoint ends at the same one. At its end a run
+            # shorter than that has diverged where it has made no update at all.
+            patience = min(self._patience, self._step) if self._step == trainer.max_steps else self._patience
+            if guard.streak >= patience:
+                raise DivergedError(
+                    self._diverged(guard, f"no update since step {guard.last_update}, {guard.streak} skipped in a row")
+                )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._record(trainer, pl_module)
+        """No checkpoint holds weights that are not numbers: an update of finite gradients, too, can make them so."""
+        guard = self._record(trainer, pl_module)
+        if not all_finite([parameter.detach() for parameter in pl_module.parameters()]):
+            raise DivergedError(self._diverged(guard, f"weights are not finite after step {trainer.global_step}"))
 
     def _record(self, trainer: Trainer, pl_module: LightningModule) -> UpdateGuard:
         guard = pl_module.guard
@@ -85,10 +93,10 @@ class BadNumbers(Callback):
             f"llada replay {self._folder} --step {fault.step} shows them"
         )
 
-    def _diverged(self, guard: UpdateGuard) -> str:
+    def _diverged(self, guard: UpdateGuard, reason: str) -> str:
         saved = checkpoints_by_step(self._folder / CHECKPOINTS)
         good = [str(saved[step]) for step in sorted(saved) if step <= guard.last_update]
         return (
-            f"diverged: no update since step {guard.last_update}, {guard.streak} skipped in a row; last good "
-            f"checkpoint: {good[-1] if good else 'none'}; lower --model.schedule.lr, or look at the sequences"
+            f"diverged: {reason}; last good checkpoint: {good[-1] if good else 'none'}; lower --model.schedule.lr, or "
+            "look at the sequences"
         )

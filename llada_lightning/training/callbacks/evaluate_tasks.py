@@ -18,6 +18,7 @@ from llada_lightning.errors import UserError
 from llada_lightning.scaling.evaluations import write_evaluations
 from llada_lightning.training.callbacks.accounting import Accounting
 from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
+from llada_lightning.training.first_weights import inherited
 from llada_lightning.training.modules import LanguageModule
 
 
@@ -113,7 +114,9 @@ def _language_model(trainer: Trainer, module: LanguageModule) -> LanguageModel:
         eos_token_id=module.eos_token_id,
         context_length=data.sequence_length,
         tokenizer=tokenizer_from_text(read_tokenizer_text(folder), TOKENIZER_NAME),
-        start_token_id=module.eos_token_id if module.objective == "arm" else None,
+        start_token_id=module.eos_token_id if module.objective == "arm" and module.text_prefix_ids is None else None,
+        text_prefix_ids=tuple(module.text_prefix_ids or ()),
+        end_token_ids=() if module.weights is None else tuple(inherited(module.weights)["end_token_ids"]),
         compat=module.compat,
         name="the model in training",
     )

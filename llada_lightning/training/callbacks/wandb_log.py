@@ -3,21 +3,80 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Concatenate, ParamSpec
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from llada_lightning.errors import UserError
+from llada_lightning.printing import shortened
 from llada_lightning.signals import say
 
-INIT_TIMEOUT_SECONDS = float(os.environ.get("WANDB_INIT_TIMEOUT", "30"))
-FINISH_TIMEOUT_SECONDS = float(os.environ.get("WANDB_FINISH_TIMEOUT", "60"))
-"""How long the end of a run may take where W&B does not answer; what is not sent by then stays on disk."""
+INIT_TIMEOUT_SECONDS = 30.0
+"""How long the start of a run may take where W&B does not answer, unless WANDB_INIT_TIMEOUT says otherwise."""
+FINISH_TIMEOUT_SECONDS = 60.0
+"""How long its end may take, unless WANDB_FINISH_TIMEOUT says otherwise; what is not sent by then stays on disk."""
+
+
+def init_timeout() -> float:
+    """Returns the seconds that the start of a run may take."""
+    return _seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT_SECONDS)
+
+
+def finish_timeout() -> float:
+    """Returns the seconds that the end of a run may take."""
+    return _seconds("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT_SECONDS)
+
+
+def _seconds(variable: str, default: float) -> float:
+    text = os.environ.get(variable, str(default))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"{variable}: '{shortened(text)}' given; it must be a number of seconds, such as {default:g}")
+    return seconds
+
+
+def check_wandb(project: str | None, entity: str | None, group: str | None) -> None:
+    """Refuse what W&B's client would refuse when the run starts: names, and environment variables.
+
+    Raises:
+        UserError: W&B is asked for, and is not installed or refuses its settings.
+    """
+    if not _is_wanted(project):
+        return
+    init_timeout()
+    finish_timeout()
+    wandb = _wandb()
+    try:
+        settings = wandb.Settings(project=project, entity=entity, run_group=group)
+        settings.update_from_env_vars(os.environ)
+    except (wandb.errors.UsageError, ValueError) as error:  # a ValidationError of pydantic is a ValueError
+        raise UserError(
+            f"wandb: W&B refuses its settings ({shortened(error, 300)}); correct --wandb.project, --wandb.entity, or "
+            "the environment variables WANDB_..."
+        ) from error
+
+
+def _is_wanted(project: str | None) -> bool:
+    return project is not None or "WANDB_SWEEP_ID" in os.environ
+
+
+def _wandb() -> ModuleType:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("wandb.project: the package wandb is not installed; pip install wandb") from error
+    return wandb
+
 
 P = ParamSpec("P")
 
@@ -80,11 +139,11 @@ class SafeWandbLogger(WandbLogger):
     @rank_zero_only
     @_never_in_the_way
     def finish(self) -> None:
-        """Send what is left, for :data:`FINISH_TIMEOUT_SECONDS` at most, and say so if that was too short."""
+        """Send what is left, for :func:`finish_timeout` seconds at most, and say so if that was too short."""
         run = self.experiment
         run.finish()
         if getattr(run, "_finish_timed_out", False):
-            raise TimeoutError(f"no answer within {FINISH_TIMEOUT_SECONDS:g} s")
+            raise TimeoutError(f"no answer within {finish_timeout():g} s")
 
 
 def wandb_logger(
@@ -98,19 +157,15 @@ def wandb_logger(
     Raises:
         UserError: wandb is not installed.
     """
-    in_sweep = "WANDB_SWEEP_ID" in os.environ
-    if project is None and not in_sweep:
+    if not _is_wanted(project):
         return None
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("wandb.project: the package wandb is not installed; pip install wandb") from error
+    wandb, in_sweep = _wandb(), "WANDB_SWEEP_ID" in os.environ
     # An agent has chosen the id already: of a new run, or of one that was preempted.
     identity: dict[str, Any] = {"resume": "allow"} if in_sweep else {"id": run_id, "resume": "allow"}
 
     bounded: dict[str, Any] = {}
     if "finish_timeout" in wandb.Settings.model_fields:  # older ones wait for as long as it takes
-        bounded["finish_timeout"] = FINISH_TIMEOUT_SECONDS
+        bounded["finish_timeout"] = finish_timeout()
 
     def start(offline: bool) -> SafeWandbLogger:
         logger = SafeWandbLogger(
@@ -120,7 +175,7 @@ def wandb_logger(
             group=group,
             save_dir=str(folder),
             offline=offline,
-            settings=wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, silent=True, **bounded),
+            settings=wandb.Settings(init_timeout=init_timeout(), silent=True, **bounded),
             **identity,
         )
         start_run(logger)

@@ -96,7 +96,15 @@ def test_the_oldest_turns_are_left_out_where_the_context_is_full(template: str |
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ raise_exception('no system') }}", "{% for %}", "{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}"],
+    [
+        "{{ raise_exception('no system') }}",
+        "{% for %}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ 'n: ' + (messages|length) }}",
+        "{{ range(10**9) }}",
+        "{{ 'a' * 10**10 }}",
+    ],
 )
 def test_a_template_that_is_broken_refuses_or_is_after_more(template: str) -> None:
     with pytest.raises(UserError, match="chat template of 'a small model'") as mistake:

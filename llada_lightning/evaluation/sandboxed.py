@@ -1,0 +1,451 @@
+"""What runs in the two processes of the sandbox: one holds the program, the other one holds the tests and judges.
+
+``evaluation.sandbox`` gives this file's source to `python -c`, so it needs nothing but the standard library. The tests
+ask the program over a pair of pipes, by value: a function of the program is a :class:`Remote` on the tests' side, its
+arguments and results are plain values that the tests' process builds anew. So nothing of the program's process takes
+part in a comparison, and the verdict is never within its reach: a program that leaves early, patches what is built in,
+or returns objects that equal everything has not passed.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import ctypes
+import importlib
+import json
+import operator
+import os
+import resource
+import struct
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from types import ModuleType
+from typing import Any, BinaryIO
+
+ERRORS_KEPT = 2000
+"""Characters of a traceback."""
+_MESSAGE_BYTES = 2**24
+_NOBODY = 65534
+_SMALL = 2**53
+
+# Linux: sys/mount.h, linux/mount.h, linux/prctl.h, linux/capability.h; the call's number is that of all machines.
+_MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC = 2, 4, 4096, 16384
+_SYS_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
+_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
+_CAPABILITY_VERSION_3 = 0x20080522
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+def confine(shown: list[str], folder: str) -> None:
+    """Give up, for good, all files but a few and all rights; in namespaces of its own.
+
+    Args:
+        shown: paths that stay visible, read only.
+        folder: mount options of the working folder, a tmpfs.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    _private_root(libc, shown, folder)
+    _drop_rights(libc)
+
+
+def limit(limits: dict[str, int]) -> None:
+    """Set limits, by their names in the module ``resource``, or keep those that are lower."""
+    for name, value in limits.items():
+        number = getattr(resource, name)
+        most = resource.getrlimit(number)[1]
+        value = value if most == resource.RLIM_INFINITY else min(value, most)
+        resource.setrlimit(number, (value, value))
+
+
+def _private_root(libc: Any, shown: list[str], folder: str) -> None:
+    """A root with ``shown`` and nothing else, read only, and in it a small `/tmp`, which vanishes with the process."""
+    new = "/proc"  # a folder that every Linux has; the new root needs no processes to look at
+    _mount(libc, "tmpfs", new, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=755")
+    for path in shown:
+        target = new + path
+        if os.path.isdir(path):
+            os.makedirs(target, exist_ok=True)
+        elif os.path.exists(path):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
+        else:
+            continue
+        _mount(libc, path, target, None, _MS_BIND | _MS_REC, None)
+    os.makedirs(f"{new}/tmp", exist_ok=True)
+    os.chroot(new)
+    os.chdir("/")
+    read_only = struct.pack("=4Q", _MOUNT_ATTR_RDONLY, 0, 0, 0)
+    _check(libc.syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, b"/", _AT_RECURSIVE, read_only, len(read_only)))
+    _mount(libc, "tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, folder)
+    os.chdir("/tmp")
+
+
+def _mount(libc: Any, source: str, target: str, kind: str | None, flags: int, options: str | None) -> None:
+    texts = [None if text is None else os.fsencode(text) for text in (source, target, kind, options)]
+    _check(libc.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]))
+
+
+def _drop_rights(libc: Any) -> None:
+    """Root becomes nobody where it can; a user namespace's root keeps its number and loses all capabilities."""
+    with suppress(OSError):
+        os.setgroups([])
+        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    none = struct.pack("=6I", *[0] * 6)
+    _check(libc.capset(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), none))
+    _check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    _check(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))  # the program cannot attach to the process that ends it
+
+
+def _check(result: int) -> None:
+    if result:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def in_child(work: Callable[[], None]) -> None:
+    """Do the work in a child, and leave when it has ended.
+
+    With process numbers of its own this process is the first of them, whose end is the end of all others; the program
+    cannot make it live on, as it could its own process.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os._exit(0)
+
+
+# --- values over pipes ------------------------------------------------------------------------------------------------
+
+
+class Remote:
+    """An object of the other process; it equals nothing but itself."""
+
+    def __init__(self, peer: Peer, number: int) -> None:
+        object.__setattr__(self, "_peer", peer)
+        object.__setattr__(self, "_number", number)
+
+    def _ask(self, operation: str, /, *arguments: Any, **named: Any) -> Any:
+        peer: Peer = object.__getattribute__(self, "_peer")
+        return peer.ask(operation, self, *arguments, **named)
+
+    def __call__(self, /, *arguments: Any, **named: Any) -> Any:
+        return self._ask("call", *arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._ask("getattr", name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._ask("setattr", name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._ask("getitem", key)
+
+    def __iter__(self) -> Any:
+        return self._ask("iter")
+
+    def __next__(self) -> Any:
+        return self._ask("next")
+
+    def __len__(self) -> int:
+        return int(self._ask("len"))
+
+    def __bool__(self) -> bool:
+        return bool(self._ask("bool"))
+
+    def __int__(self) -> int:
+        return int(self._ask("int"))
+
+    def __float__(self) -> float:
+        return float(self._ask("float"))
+
+    def __str__(self) -> str:
+        return str(self._ask("str"))
+
+    __repr__ = __str__
+
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "call": lambda function, /, *arguments, **named: function(*arguments, **named),
+    "iter": iter,
+    "next": next,
+}
+"""What either side may ask of the other's objects: of the tests', functions and iterators that they passed."""
+_OF_THE_PROGRAM = _OPERATIONS | {
+    "getattr": getattr,
+    "setattr": setattr,
+    "getitem": operator.getitem,
+    "len": len,
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+}
+_CONTAINERS = (list, tuple, set, frozenset)
+_REBUILT = {
+    ("decimal", "Decimal"),
+    ("fractions", "Fraction"),
+    ("datetime", "date"),
+    ("datetime", "time"),
+    ("datetime", "datetime"),
+    ("datetime", "timedelta"),
+}
+"""Immutable values of the standard library, by module and name."""
+
+
+class ProgramError(Exception):
+    """The program raised an exception of its own."""
+
+
+class ProgramLeft(BaseException):
+    """The program has ended, or asked to: no `except Exception` of a test takes this for an answer."""
+
+
+class Peer:
+    """One end of the pipes: asks for operations on the other's objects, and meanwhile answers what the other asks.
+
+    Args:
+        incoming: messages from the other process: JSON after its length of 4 bytes.
+        outgoing: messages to it.
+        operations: what the other process may ask for, by name.
+    """
+
+    def __init__(self, incoming: BinaryIO, outgoing: BinaryIO, operations: dict[str, Callable[..., Any]]) -> None:
+        self._incoming, self._outgoing, self._operations = incoming, outgoing, operations
+        self._mine: list[Any] = []
+        self._numbers: dict[int, int] = {}
+        self._theirs: dict[int, Remote] = {}
+
+    def ask(self, operation: str, /, *arguments: Any, **named: Any) -> Any:
+        """The result of an operation in the other process.
+
+        Raises:
+            ProgramLeft: the other process has ended, or the operation raised SystemExit or its like.
+            Exception: what the operation raised, where that is a built-in exception; else :class:`ProgramError`.
+        """
+        self._send([operation, self._encoded(arguments), self._encoded(named)])
+        while True:
+            kind, *content = self._receive()
+            if kind == "result":
+                return self._decoded(content[0])
+            if kind == "error":
+                raise _exception(*content)
+            self._answer(kind, *content)
+
+    def serve(self) -> None:
+        """Answer until the other process ends."""
+        with suppress(ProgramLeft):
+            while True:
+                self._answer(*self._receive())
+
+    def _answer(self, operation: str, arguments: Any, named: Any) -> None:
+        try:
+            function = self._operations[operation]
+            answer = ["result", self._encoded(function(*self._decoded(arguments), **self._decoded(named)))]
+        except BaseException as error:  # sys.exit, too, is no answer
+            answer = ["error", type(error).__name__, _text(error)]
+        self._send(answer)
+
+    def _send(self, message: Any) -> None:
+        content = json.dumps(message).encode()
+        if len(content) > _MESSAGE_BYTES:
+            content = json.dumps(["error", "MemoryError", "the result is too large"]).encode()
+        try:
+            self._outgoing.write(struct.pack(">I", len(content)) + content)
+            self._outgoing.flush()
+        except BrokenPipeError:
+            raise ProgramLeft("the program left before it was asked") from None
+
+    def _receive(self) -> Any:
+        head = self._incoming.read(4)
+        if len(head) < 4:
+            raise ProgramLeft("the program left before it had answered")
+        [size] = struct.unpack(">I", head)
+        if size > _MESSAGE_BYTES:
+            raise ProgramLeft("the program answered with too much")
+        return json.loads(self._incoming.read(size))
+
+    def _encoded(self, value: Any) -> Any:
+        """As JSON: small plain values as they are, all others as an object of one key that names the kind."""
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, int):
+            return int(value) if -_SMALL < value < _SMALL else {"int": hex(value)}
+        if isinstance(value, float):
+            return float(value)
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(value, Remote):
+            return {"yours": object.__getattribute__(value, "_number")}
+        for container in _CONTAINERS:
+            if isinstance(value, container):
+                return {container.__name__: [self._encoded(item) for item in value]}
+        if isinstance(value, dict):
+            return {"dict": [[self._encoded(key), self._encoded(item)] for key, item in value.items()]}
+        if isinstance(value, (bytes, bytearray)):
+            return {"bytes" if isinstance(value, bytes) else "bytearray": value.decode("latin-1")}
+        if isinstance(value, complex):
+            return {"complex": [value.real, value.imag]}
+        if isinstance(value, range):
+            return {"range": [self._encoded(part) for part in (value.start, value.stop, value.step)]}
+        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+            return {"class": value.__name__}
+        module, name = value.__class__.__module__, value.__class__.__qualname__
+        if (module, name) in _REBUILT:
+            return {"new": [module, name, self._encoded(value.__reduce__()[1])]}
+        to_list = getattr(value, "tolist", None)  # numpy's arrays and scalars, without importing it
+        if module.partition(".")[0] == "numpy" and to_list is not None:
+            return self._encoded(to_list())
+        number = self._numbers.setdefault(id(value), len(self._mine))
+        if number == len(self._mine):
+            self._mine.append(value)  # from now on nothing else has its id
+        return {"mine": number}
+
+    def _decoded(self, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        [(kind, content)] = value.items()
+        if kind == "int":
+            return int(content, 16)
+        for container in _CONTAINERS:
+            if kind == container.__name__:
+                return container(map(self._decoded, content))
+        if kind == "dict":
+            return {self._decoded(key): self._decoded(item) for key, item in content}
+        if kind in ("bytes", "bytearray"):
+            return bytes(content, "latin-1") if kind == "bytes" else bytearray(content, "latin-1")
+        if kind == "complex":
+            return complex(*map(float, content))
+        if kind == "range":
+            return range(*map(self._decoded, content))
+        if kind == "class":
+            found = getattr(builtins, content)
+            assert isinstance(found, type)
+            return found
+        if kind == "new":
+            module, name, arguments = content
+            assert (module, name) in _REBUILT
+            return getattr(importlib.import_module(module), name)(*self._decoded(arguments))
+        if kind == "yours":
+            return self._mine[content]
+        assert kind == "mine"
+        return self._theirs.setdefault(content, Remote(self, content))
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)[:ERRORS_KEPT]
+    except BaseException:
+        return ""
+
+
+def _exception(name: str, text: str) -> BaseException:
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        with suppress(TypeError):  # a few need more than a text
+            return kind(text)
+    left = isinstance(kind, type) and issubclass(kind, BaseException) and not issubclass(kind, Exception)
+    return (ProgramLeft if left else ProgramError)(f"{name}: {text}")
+
+
+# --- the two sides ----------------------------------------------------------------------------------------------------
+
+
+def run_the_program() -> None:
+    """Answer for the program over stdin and stdout, which it does not get itself."""
+    incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    _silence(0, 1, 2)
+    scope: dict[str, Any] = {"__name__": "__main__"}
+
+    def load(program: str) -> dict[str, str]:
+        """Runs it; the names that it defines, with the modules' names of those that are modules."""
+        exec(compile(program, "program", "exec"), scope)
+        return {
+            name: value.__name__ if isinstance(value, ModuleType) else ""
+            for name, value in scope.items()
+            if isinstance(name, str) and not name.startswith("__")
+        }
+
+    Peer(incoming, outgoing, _OF_THE_PROGRAM | {"load": load, "name": scope.__getitem__}).serve()
+
+
+def run_the_tests(incoming: int, outgoing: int) -> None:
+    """Judge the program at the other end, and write the verdict to stdout: "passed", or a traceback's end.
+
+    Args:
+        incoming: descriptor of what the program answers.
+        outgoing: descriptor of what it is asked.
+    """
+    order, said = json.load(sys.stdin), os.dup(1)
+    _silence(0, 1, 2)
+    program = Peer(os.fdopen(incoming, "rb"), os.fdopen(outgoing, "wb"), _OPERATIONS)
+    try:
+        tests = ast.parse(order["tests"])
+        offered = program.ask("load", order["program"])
+        scope = {"__name__": "__main__"} | names_for(tests, offered, lambda name: program.ask("name", name))
+        exec(compile(tests, "tests", "exec"), scope)
+        verdict = {"passed": True, "errors": ""}
+    except BaseException:
+        verdict = {"passed": False, "errors": traceback.format_exc()[-ERRORS_KEPT:]}
+    os.write(said, json.dumps(verdict).encode())
+
+
+def names_for(tests: ast.Module, offered: dict[str, str], get: Callable[[str], Any]) -> dict[str, Any]:
+    """What the tests use of what the program offers.
+
+    Functions that are built in stay the tests' own, unless the tests ask the program for nothing else: MBPP has a task
+    whose function is called `sum`; but no program decides what `abs` or `all` says of its results. Modules are
+    imported anew, and one of the standard library is what its name says.
+
+    Args:
+        offered: names that the program defines, with the names of those that are modules.
+        get: the program's value of a name.
+    """
+    names = {node.id for node in ast.walk(tests) if isinstance(node, ast.Name)} & offered.keys()
+    bases = {
+        node.value.id
+        for node in ast.walk(tests)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    standard = {name for name in names & sys.stdlib_module_names if offered[name] or name in bases}
+    modules = {name: name if name in standard else offered[name] for name in names if name in standard or offered[name]}
+    names -= modules.keys()
+    built_in = {name for name in names if hasattr(builtins, name)}
+    if names - built_in:
+        names -= built_in
+    return {name: importlib.import_module(module) for name, module in modules.items()} | {n: get(n) for n in names}
+
+
+def _silence(*descriptors: int) -> None:
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in descriptors:
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
+
+
+def main() -> None:
+    order = json.loads(sys.argv[1])
+    if order["shown"] is not None:
+        confine(order["shown"], order["folder"])
+
+    def work() -> None:
+        limit(order["limits"])
+        if order["role"] == "program":
+            run_the_program()
+        elif order["role"] == "tests":
+            run_the_tests(*order["pipes"])
+
+    in_child(work)
+
+
+if __name__ == "__main__":
+    main()
