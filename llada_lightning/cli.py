@@ -83,6 +83,10 @@ def _outcome(args: list[str]) -> int:
         if refused is None:
             raise
         return _mistake(refused)
+    except ValueError as error:
+        if str(error) != "embedded null byte":
+            raise
+        return _mistake("a path holds a NUL byte, which no file system allows; correct the path")
     except KeyboardInterrupt:  # before, or after, there is a step to save
         warn("interrupted")
         return 130

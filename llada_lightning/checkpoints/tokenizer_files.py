@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from llada_lightning.checkpoints.config_file import GENERATION_CONFIG_NAME
 from llada_lightning.checkpoints.description import Description
+from llada_lightning.data.encoding import encode
 from llada_lightning.data.manifest import TOKENIZER_NAME, local_path
 from llada_lightning.data.tokenizers import (
     KNOWN_EOS_TOKENS,
@@ -167,7 +168,7 @@ class TokenizerFiles:
             return ()
         if adds is True and bos_id is not None:
             return (bos_id,)
-        plain, full = (self.tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
+        plain, full = (encode(self.tokenizer, "a", special=add) for add in (False, True))
         starts = [i for i in range(len(full)) if full[i : i + len(plain)] == plain]
         return tuple(full[: starts[0]]) if plain and starts else ()
 

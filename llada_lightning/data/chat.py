@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
+from llada_lightning.data.encoding import decode_batch, encode_batch, encode_with_offsets, lost_bytes
 from llada_lightning.data.rendering import RenderingError, render
 from llada_lightning.data.tokenizers import as_special
 from llada_lightning.errors import UserError
@@ -130,6 +131,11 @@ class ChatTemplate:
         if whole_ids[: len(prompt_ids)] == prompt_ids:
             return prompt_ids, whole_ids[len(prompt_ids) :]
         return prompt_ids, self._ids_of(whole[len(prompt) :], disguise, first=False)  # a token would span both
+
+    def lost_bytes(self, texts: Sequence[str]) -> list[int]:
+        """How many bytes of each text its tokens do not give back."""
+        decoded = decode_batch(self.tokenizer, encode_batch(self.tokenizer, texts))
+        return list(map(lost_bytes, texts, decoded))
 
     def _check_tokens(self, texts: Iterable[str], messages: Sequence[Message]) -> None:
         """Refuses what looks like a token, comes from the template, and is none of the tokenizer's."""
@@ -255,12 +261,12 @@ class ChatTemplate:
         """As transformers encodes a text behind a token: special tokens that it spells are special tokens."""
         promise, self._reader.encode_special_tokens = self._reader.encode_special_tokens, False
         try:
-            encoding = self._reader.encode(before + text, add_special_tokens=False)
+            ids, offsets = encode_with_offsets(self._reader, before + text)
         finally:
             self._reader.encode_special_tokens = promise
         begun = 1 if before else 0
-        spans = [(begin - len(before), end - len(before)) for begin, end in encoding.offsets[begun:]]
-        return encoding.ids[begun:], spans
+        spans = [(begin - len(before), end - len(before)) for begin, end in offsets[begun:]]
+        return ids[begun:], spans
 
     def _control_spans(self, text: str, encoded: _Encoded) -> Iterator[tuple[int, int, int]]:
         """Each control token's place among the tokens, and the characters that it stands for, from begin to end.
@@ -310,8 +316,7 @@ class ChatTemplate:
             if self._anchor and (ids or not first):
                 encoded = self._encode(part, self._anchor)
             else:
-                encoding = self.tokenizer.encode(part, add_special_tokens=False)
-                encoded = encoding.ids, encoding.offsets
+                encoded = encode_with_offsets(self.tokenizer, part)
             cuts = [begin + 1 for _, begin, end in self._control_spans(part, encoded) if begin + 1 < end]
             if cuts:
                 parts += reversed([part[a:b] for a, b in pairwise([0, *cuts, len(part)])])
