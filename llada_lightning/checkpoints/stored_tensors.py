@@ -51,7 +51,7 @@ def weights_of(
 ) -> dict[str, StoredTensor]:
     """The weights of a Transformer by our names, after all of them are found to be there and to fit.
 
-    Reading one that holds NaN or infinite numbers raises UserError: a model with such weights would still sample tokens.
+    Reading one that holds NaN or infinite numbers raises UserError: a model with such weights would still sample.
 
     Args:
         stored: by the layout's names.
