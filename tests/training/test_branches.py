@@ -165,7 +165,10 @@ def test_the_hash_of_a_parent_is_of_weights_moments_and_counters(prepared: Path,
         ([*budgets(12, 24), "--model.schedule.decay_fraction=0"], "several budgets need a decay"),
         ([*budgets(12, 24), "--model.schedule.decay_steps=11"], "they must follow one another"),
         ([*budgets(12, 24), "--trainer.enable_checkpointing=false"], "several budgets branch from checkpoints"),
-        (["--budget.flops=[1e9, .nan]", "--trainer.max_steps=-1"], "nan is not a number of FLOPs"),
+        (
+            ["--budget.flops=[1e9, .nan]", "--trainer.max_steps=-1"],
+            "budget.flops: nan given; it must be a finite number",
+        ),
     ],
 )
 def test_budgets_that_make_no_family_are_refused(
