@@ -76,6 +76,15 @@ def _remove_leftovers(folder: Path, stem: str, suffix: str) -> None:
                     os.close(lock)
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Returns the path with a leading ``~`` or ``~user`` replaced by that home folder.
+
+    The ``~`` stays where there is no such user, so that the path is reported as missing; ``Path.expanduser`` raises a
+    RuntimeError there.
+    """
+    return Path(os.path.expanduser(path))
+
+
 def require_replaceable(path: Path) -> None:
     """Refuses what a rename would destroy: a device, a pipe, a folder, a link that leads back to itself.
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from llada_lightning.cli import main
 from llada_lightning.errors import UserError
-from llada_lightning.files import is_there, written_atomically
+from llada_lightning.files import expanded, is_there, written_atomically
 
 WRITER = """
 import sys
@@ -134,3 +135,25 @@ def test_a_link_that_leads_nowhere_is_there(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("nowhere")
     assert is_there(tmp_path / "link")
     assert not is_there(tmp_path / "nowhere") and not is_there(tmp_path / "nowhere/below")
+
+
+def test_the_home_of_a_user_who_does_not_exist_is_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expanded("~/runs") == Path("/home/me/runs")
+    assert expanded("runs/~") == Path("runs/~")
+    monkeypatch.setattr("pwd.getpwnam", lambda name: {}[name])
+    assert expanded("~nobody-here/runs") == Path("~nobody-here/runs")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "~nobody-here/run", "--prompt", "a"),
+        ("convert", "~nobody-here/run", "out"),
+        ("prepare", "--source", "~nobody-here/text.txt", "--out", "out"),
+    ],
+)
+def test_a_path_below_it_is_missing(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(list(words)) == 2
+    line = capsys.readouterr().err
+    assert "~nobody-here" in line and line.count("\n") == 1

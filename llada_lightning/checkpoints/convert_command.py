@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
@@ -10,6 +9,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from llada_lightning.command_line import CommandParser, add_json, print_json
+from llada_lightning.files import expanded
 from llada_lightning.printing import people_console, warn
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def convert_command(args: list[str]) -> int:
     total = sum(weight.elements * (dtype or weight.dtype).itemsize for weight in model.weights.values())
     with _progress() as bar:
         task = bar.add_task("writing", total=total)
-        out = Path(options.output).expanduser()
+        out = expanded(options.output)
         written = convert(model, out, options.to, dtype, largest, lambda size: bar.advance(task, size))
     if options.json:
         print_json(summary(model, options.to, written, options.output))

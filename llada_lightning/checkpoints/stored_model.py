@@ -27,6 +27,7 @@ from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
 from llada_lightning.checkpoints.training_checkpoints import read_training, run_tokenizer
 from llada_lightning.data.manifest import TOKENIZER_NAME
 from llada_lightning.errors import UserError
+from llada_lightning.files import expanded
 from llada_lightning.model import Transformer
 
 Kind = Literal["training", "llada", "hf-llada", "hf-llama"]
@@ -94,7 +95,7 @@ def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> St
     Raises:
         UserError: it is none of these, is not whole, or its parts do not fit together.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     given = None if tokenizer is None else TokenizerFiles.of_path(tokenizer)
     if not path.exists():
         mend = "give a run's folder, a checkpoint, or a converted folder"

@@ -39,6 +39,7 @@ from llada_lightning.data.text_files import (
     text_documents,
 )
 from llada_lightning.errors import UserError, panics_as_exceptions
+from llada_lightning.files import expanded
 
 PYTHON_STDLIB = "python-stdlib"
 HUB_PREFIX = "hf:"
@@ -154,7 +155,7 @@ class DatasetCorpus(Corpus):
         self._separator = separator
         where, _, split = spec.rpartition("@") if "@" in spec else (spec, "", "")
         self._split = split or "train"
-        self._path = Path(where).expanduser()
+        self._path = expanded(where)
         name, _, config = where.partition(":")
         if self._path.exists():
             self.identity = self._identity_of_files()
@@ -380,7 +381,7 @@ def open_corpus(source: str, *, text_field: str = "text", document_separator: st
         return GeneratedCorpus(IGSM, igsm_source(source), IGSM_VERSION)
     if source.partition(":")[0] == FACTS:
         return GeneratedCorpus(FACTS, facts_source(source), FACTS_VERSION)
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.suffix in _TABLE_SUFFIXES:
         raise UserError(f"source '{source}': tables are read as datasets; write '{HUB_PREFIX}{source}'")
     reader = _FileReader(text_field, document_separator)

@@ -8,7 +8,6 @@ repeat what the messages say.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast, get_args
 
 from llada_lightning.data.chat import Message, Role
@@ -16,6 +15,7 @@ from llada_lightning.data.corpora import HUB_PREFIX, DatasetCorpus, list_path
 from llada_lightning.data.row_fields import UnreadFields, present_fields, some
 from llada_lightning.data.text_files import Meter, json_records, mended
 from llada_lightning.errors import UserError
+from llada_lightning.files import expanded
 from llada_lightning.printing import shortened
 
 _ALPACA = ("instruction", "output")
@@ -56,7 +56,7 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
         rows = DatasetCorpus(source[len(HUB_PREFIX) :], text_field="messages").rows()
         yield from ((f"{source} row {number}", row) for number, row in enumerate(rows, 1))
         return
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.exists():
         raise UserError(f"data.path: '{source}' does not exist; give a .jsonl file, a folder of them, or hf:NAME")
     files = [file for _, file in list_path(path)]

@@ -6,7 +6,6 @@ import hashlib
 import json
 import sys
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from rich.progress import track
@@ -21,6 +20,7 @@ from llada_lightning.data.manifest import TOKENIZER_NAME, TokenizerInfo
 from llada_lightning.data.pairs import PairDataset, Pairs, PairStream, PairValidationDataset, tokenize_pairs
 from llada_lightning.data.tokenizers import load_tokenizer
 from llada_lightning.errors import UserError
+from llada_lightning.files import expanded
 from llada_lightning.objectives import noise
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.objectives.noise import Stream
@@ -157,7 +157,7 @@ class SftDataModule(LanguageDataModule):
             text = {"tokenizer": own, "llada": LLADA_TEMPLATE, "plain": plain}[spec] or ""
         else:
             try:
-                text = read_text(Path(spec).expanduser())
+                text = read_text(expanded(spec))
             except UserError as error:
                 raise UserError(f"data.chat_template: {error}; give tokenizer, llada, plain or a file") from error
         acting = (info.mask_id, *(self.text_prefix_ids or ()))

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from llada_lightning.data.encoding import encode, load
 from llada_lightning.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo, tokenizer_fingerprint
 from llada_lightning.errors import LibraryPanicError, UserError, panics_as_exceptions
+from llada_lightning.files import expanded
 from llada_lightning.reading import read_json, read_text
 
 EOS_TOKEN = "[EOS]"
@@ -192,7 +193,7 @@ def tokenizer_file(spec: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if path.is_dir():
         if not (path / TOKENIZER_NAME).is_file():
             raise UserError(f"tokenizer folder '{spec}' holds no {TOKENIZER_NAME}; save a fast tokenizer there")

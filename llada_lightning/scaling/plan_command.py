@@ -49,7 +49,7 @@ def plan_command(argv: list[str], read_data: ReadData) -> int:
     if len(argv) > _MOST_WORDS:  # the parser would take minutes
         raise UserError(f"plan: {len(argv):,} words given; a plan has at most {MAX_BUDGETS} budgets and as many seeds")
     options = _parser().parse_args(argv)
-    base = _read_base(options.base)
+    base = _read_base(options)
     plan, destination = _plan(options, base, read_data)
     files = _write_files(options, plan, destination, ["llada", "plan", *argv])
     if options.json:
@@ -246,15 +246,28 @@ _DECIDED = {
     "schedule": ("decay_steps", "decay_tokens", "plateaus", "total_steps"),
 }
 """Settings of a base that would change what the plan has counted."""
+_CHOSEN = {
+    "schedule": {"lr": "lr", "warmup_steps": "warmup_steps", "decay_fraction": "decay_fraction"},
+    "data": {"global_batch": "batch"},
+    "model": {"shape": "shapes"},
+}
+"""Settings that the plan writes for every run, each with the option that chooses it: a base's would be overruled."""
 
 
-def _read_base(path: str | None) -> dict[str, dict[str, Any]]:
+_FULL_NAMES = {
+    "schedule": "model.init_args.schedule",
+    "data": "data.init_args",
+    "model": "model.init_args",
+}
+
+
+def _read_base(options: Namespace) -> dict[str, dict[str, Any]]:
     """The sections of a base configuration that a plan reads.
 
     Raises:
         UserError: it cannot be read, or sets what the plan decides.
     """
-    content: Any = {}
+    path, content = options.base, dict[str, Any]()
     if path is not None:
         content = read_yaml(path) or {}
     refuse_unusable(content, "base")
@@ -267,9 +280,24 @@ def _read_base(path: str | None) -> dict[str, dict[str, Any]]:
     for section, keys in _DECIDED.items():
         for key in keys:
             if sections[section].get(key) not in (None, [], -1):
-                where = "model.init_args.schedule" if section == "schedule" else section
+                where = _FULL_NAMES.get(section, section)
                 raise UserError(f"plan: --base {path} sets {where}.{key}, which the plan decides; leave it out")
+    for section, chosen in _CHOSEN.items():
+        for key, option in chosen.items():
+            value = sections[section].get(key)
+            if value is not None and not _is_same(value, options[option]):
+                raise UserError(
+                    f"plan: --base {path} sets {_FULL_NAMES[section]}.{key} to {shortened(value, 80)}, which the plan "
+                    f"would overrule; leave it out, or give the plan the same by --{option.replace('_', '-')}"
+                )
     return sections
+
+
+def _is_same(value: Any, chosen: Any) -> bool:
+    try:
+        return float(value) == float(chosen)  # YAML 1.1 reads 1e-3 as a word
+    except (TypeError, ValueError):
+        return [value] == chosen  # of shapes
 
 
 def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -170,6 +170,15 @@ def test_a_mistake_is_one_line(
         ({"data": {"init_args": {"random_length_share": 5}}}, "random_length_share 5 must lie between 0 and 1"),
         ({"data": {"init_args": {"mask_eps": 7}}}, "mask_eps 7 must lie between 0 and 1"),
         ({"budget": {"convention": "8nd"}}, "budget.convention '8nd' is not known"),
+        (
+            {"model": {"init_args": {"schedule": {"lr": "3e-4"}}}},
+            "sets model.init_args.schedule.lr to 3e-4, which the plan would overrule; leave it out, or give the plan "
+            "the same by --lr",
+        ),
+        ({"model": {"init_args": {"schedule": {"warmup_steps": 5}}}}, "the same by --warmup-steps"),
+        ({"model": {"init_args": {"schedule": {"decay_fraction": 0.5}}}}, "the same by --decay-fraction"),
+        ({"data": {"init_args": {"global_batch": 8}}}, "sets data.init_args.global_batch to 8, which the plan would"),
+        ({"model": {"init_args": {"shape": "107k"}}}, "the same by --shapes"),
     ],
 )
 def test_a_base_that_sets_what_the_plan_decides_is_refused(
@@ -180,6 +189,17 @@ def test_a_base_that_sets_what_the_plan_decides_is_refused(
     assert main(plan("--vocab-size", "512", "--base", str(base))) == 2
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1
+
+
+def test_a_base_may_repeat_what_the_plan_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tmp_path / "base.yaml"
+    schedule = {"lr": "3e-4", "warmup_steps": 5, "decay_fraction": 0.2}
+    base.write_text(
+        yaml.safe_dump({"model": {"init_args": {"schedule": schedule}}, "data": {"init_args": {"global_batch": 8}}})
+    )
+    same = ("--lr", "0.0003", "--warmup-steps", "5", "--batch", "8")
+    assert main(plan("--vocab-size", "512", "--base", str(base), *same, "--json")) == 0
+    assert {run["lr"] for run in json.loads(capsys.readouterr().out)["runs"]} == {3e-4}
 
 
 def test_a_vocabulary_below_the_datas_is_refused(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:

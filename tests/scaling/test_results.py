@@ -316,3 +316,11 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     ]:  # fmt: skip
         with pytest.raises(UserError, match=words):
             read_results(tmp_path / name)
+
+
+@pytest.mark.parametrize(("separator", "shown"), [(";", "';'"), ("\t", r"'\\t'")])
+def test_another_separator_is_named(tmp_path: Path, separator: str, shown: str) -> None:
+    path = tmp_path / "results.csv"
+    path.write_text(separator.join(RESULT_COLUMNS) + "\n")
+    with pytest.raises(UserError, match=f"its columns are separated by {shown}, as some spreadsheets write them"):
+        read_results(path)

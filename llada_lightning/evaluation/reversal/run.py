@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from llada_lightning.checkpoints import LanguageModel
@@ -15,6 +14,7 @@ from llada_lightning.data.row_fields import REFUSED_BESIDE_PROMPTS, UnreadFields
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.accuracy import Accuracy
 from llada_lightning.evaluation.requests import encode_pair, moved_space
+from llada_lightning.files import expanded
 from llada_lightning.generation.sampling import generate
 from llada_lightning.generation.terminal.conversation import conversation_ids
 from llada_lightning.printing import shortened
@@ -86,7 +86,7 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     Raises:
         UserError: it cannot be read, is empty, or a pair lacks a half or has a field that would change its meaning.
     """
-    rows = read_json(Path(path).expanduser())
+    rows = read_json(expanded(path))
     if not isinstance(rows, list) or not rows:
         raise UserError(f"--pairs '{path}' holds no list of pairs; give objects with 'first' and 'second'")
     pairs = []

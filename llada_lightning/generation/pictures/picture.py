@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llada_lightning.errors import UserError
-from llada_lightning.files import require_replaceable, written_atomically
+from llada_lightning.files import expanded, require_replaceable, written_atomically
 from llada_lightning.generation.pictures.dialogue import Dialogue
 from llada_lightning.generation.pictures.picture_html import html_page
 
@@ -19,7 +19,7 @@ def check_picture_path(path: str) -> Path:
     Raises:
         UserError: its ending is none of a picture's, or its folder does not exist.
     """
-    target = Path(path).expanduser()
+    target = expanded(path)
     if target.suffix.lower() not in PICTURE_ENDINGS:
         raise UserError(f"picture '{path}': its ending is none of {', '.join(PICTURE_ENDINGS)}; give one of them")
     if target.is_dir() or not target.parent.is_dir():

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from llada_lightning.command_line import CommandParser, add_json, print_json
 from llada_lightning.errors import UserError
-from llada_lightning.files import require_replaceable, strict_json, written_atomically
+from llada_lightning.files import expanded, require_replaceable, strict_json, written_atomically
 from llada_lightning.generation.terminal import options as shared
 from llada_lightning.generation.terminal.prompt_sources import Prompt, given_prompts, holds_gap, with_gaps
 from llada_lightning.printing import people_console, visible
@@ -118,11 +118,11 @@ def _targets(options: dict[str, Any]) -> tuple[Path | None, Path | None]:
 
         picture = check_picture_path(options["picture"])
     if options["out"] is not None:
-        out = Path(options["out"]).expanduser()
+        out = expanded(options["out"])
         if out.suffix != ".jsonl" or out.is_dir() or not out.parent.is_dir():
             raise UserError(f"--out '{options['out']}': give a .jsonl file in a folder that exists")
         require_replaceable(out)
-        if options["prompts_file"] and out.exists() and out.samefile(Path(options["prompts_file"]).expanduser()):
+        if options["prompts_file"] and out.exists() and out.samefile(expanded(options["prompts_file"])):
             raise UserError(f"--out '{options['out']}' is the file of the prompts; choose another file")
     return picture, out
 

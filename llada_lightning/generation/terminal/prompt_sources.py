@@ -7,10 +7,10 @@ import re
 import stat
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from llada_lightning.data.row_fields import REFUSED_BESIDE_PROMPTS, UnreadFields
 from llada_lightning.errors import UserError
+from llada_lightning.files import expanded
 from llada_lightning.printing import shortened
 from llada_lightning.reading import MAX_TEXT_BYTES, parse_json, read_text
 
@@ -80,7 +80,7 @@ def read_prompts(file: str) -> list[Prompt]:
     Raises:
         UserError: the file is missing, empty, or not of its kind; says which line.
     """
-    path = Path(file).expanduser()
+    path = expanded(file)
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"prompts file '{file}': its ending is neither .txt nor .jsonl; give one of them")
     # A prompt may hold the other ends of lines of Unicode.
