@@ -78,14 +78,12 @@ def test_the_committed_fits_are_those_of_the_table(study: report.Study) -> None:
 def test_the_readme_quotes_the_study() -> None:
     readme, study = " ".join((ROOT / "README.md").read_text().split()), report.Study(STUDY / "gpu")
     first, last = ({name: study.read_offs.at(name).rows[row].multiplier for name in CONVENTIONS} for row in (0, -1))
-    assert (
-        f"{report.interval(first['6nd'])} times at `llada`'s smallest budget and {report.interval(last['6nd'])}"
-        in readme
-    )
-    assert f"{report.interval(first['total'])} and {report.interval(last['total'])} times with attention" in readme
+    for name, title in (("6nd", "training tokens"), ("total", "attention and output head")):
+        assert f"{title} | {report.interval(first[name])} | {report.interval(last[name])} |" in readme
+    assert f"at 6.25e12 FLOPs (6ND, {study.best('arm', 6.25e12).loss:.3f} nats per token)" in readme
     assert f"at least {study.not_reached_at(6.25e12):.0f} times as many" in readme
-    assert f"{study.best('llada', 8e14).loss:.3f} nats, `arm`'s {study.best('arm', 6.25e12).loss:.3f}" in readme
-    law = f"say {report.interval(study.multiplier(6.25e12))} there, but `arm`'s law misses its points"
+    assert f"it reaches {study.best('llada', 8e14).loss:.3f}" in readme
+    law = f"say {report.interval(study.multiplier(6.25e12))} there, because `arm`'s law misses its points"
     assert law in readme and not study.multiplier(6.25e12).trusted
     assert f"measured loss is at {study.on_lladas_law(6.25e12):.0f} times" in readme
     published = report.fit_table(report.published_isoflop())
