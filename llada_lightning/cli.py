@@ -279,7 +279,7 @@ def quiet_libraries() -> None:
     import lightning  # noqa: F401  (sets the levels that follow)
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    rank_zero_only.rank = process_rank()  # Lightning believes RANK and its like, whoever has set them
+    rank_zero_only.rank = process_rank()  # type: ignore[attr-defined]  # Lightning believes RANK and its like, whoever has set them
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (

@@ -58,7 +58,7 @@ class CommandParser(ArgumentParser):
         """Raises UserError: the command, what is wrong, and where to read the options."""
         raise UserError(one_line(message, self.prog)) from ex
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """As inherited; raises UserError for values that no option can take (:func:`refuse_unusable`)."""
         options = super().parse_args(*args, **kwargs)
         for name, value in vars(options).items():
