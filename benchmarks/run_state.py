@@ -20,8 +20,8 @@ from llada_lightning.checkpoints.run_folder import (
 from llada_lightning.checkpoints.sharded_checkpoints import is_sharded, read_sharded
 from llada_lightning.scaling.results import RESULT_COLUMNS, VALIDATION_FILE, read_records
 
-CLOCK_COLUMNS = frozenset({"seconds", "tokens_per_second", "mfu"})
-"""Of metrics.csv: they depend on how fast the machine was."""
+CLOCK_COLUMNS = frozenset({"seconds", "mfu", "peak_memory_bytes"})
+"""Of metrics.csv: they depend on the machine, as do all that end with `_per_second`."""
 INEXACT_KEYS = frozenset({"tokens_per_second", "mfu", "wall_seconds", "git_commit"})
 """Of result.json: the clock's, and the state of the checkout."""
 
@@ -79,9 +79,12 @@ def phases(folder: Path) -> dict[str, Path]:
 
 
 def curve(phase: Path) -> list[Row]:
-    """The rows of a phase's metrics.csv as they stand, without the clock's columns."""
+    """The rows of a phase's metrics.csv as they stand, without the columns that depend on the machine."""
     with (phase / "metrics.csv").open(newline="") as file:
-        return [{key: value for key, value in row.items() if key not in CLOCK_COLUMNS} for row in csv.DictReader(file)]
+        return [
+            {key: value for key, value in row.items() if not (key in CLOCK_COLUMNS or key.endswith("_per_second"))}
+            for row in csv.DictReader(file)
+        ]
 
 
 def differences(state: RunState, reference: RunState) -> dict[str, str]:

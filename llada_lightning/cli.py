@@ -83,6 +83,10 @@ def _outcome(args: list[str]) -> int:
         if refused is None:
             raise
         return _mistake(refused)
+    except ValueError as error:
+        if str(error) != "embedded null byte":
+            raise
+        return _mistake("a path holds a NUL byte, which no file system allows; correct the path")
     except KeyboardInterrupt:  # before, or after, there is a step to save
         warn("interrupted")
         return 130
@@ -279,7 +283,8 @@ def quiet_libraries() -> None:
     import lightning  # noqa: F401  (sets the levels that follow)
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    rank_zero_only.rank = process_rank()  # type: ignore[attr-defined]  # Lightning believes RANK and its like, whoever has set them
+    # Lightning believes RANK and its like, whoever has set them.
+    rank_zero_only.rank = process_rank()  # type: ignore[attr-defined]
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from llada_lightning.printing import shortened
 
@@ -36,3 +38,25 @@ def refusal(error: OSError) -> str | None:
         return None
     where = f"'{shortened(error.filename)}': " if error.filename else ""
     return f"{where}{error.strerror}; {remedy}"
+
+
+class LibraryPanicError(Exception):
+    """A library written in Rust gave up on its input (a panic)."""
+
+
+@contextmanager
+def panics_as_exceptions() -> Iterator[None]:
+    """Turns a panic of a library written in Rust into an Exception, for the handlers around the call.
+
+    PyO3 raises a panic as a ``PanicException``, which derives from BaseException, and of which each library has a class
+    of its own that cannot be imported.
+
+    Raises:
+        LibraryPanicError: the library panicked.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise LibraryPanicError(" ".join(str(error).split())) from error

@@ -24,6 +24,7 @@ from llada_lightning.cluster import agreed_launch
 from llada_lightning.command_line import refuse_unusable
 from llada_lightning.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.data.language_datamodule import LanguageDataModule, require_open_files
+from llada_lightning.data.manifest import loss_note
 from llada_lightning.data.sft import SftDataModule  # noqa: F401 (so that the parser knows its name)
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
@@ -83,6 +84,7 @@ class LladaCLI(LightningCLI):
     def __init__(self, args: list[str], execute: bool = True) -> None:
         self._execute = execute
         self.leave = LeaveRequest()
+        self._warned_of_lost_text = False
         trust_known_modules()
         super().__init__(
             model_class=LanguageModule,
@@ -294,6 +296,7 @@ class LladaCLI(LightningCLI):
             say(f"{'branching off' if start == phase.parent else 'going on'} from {start}")
         for line in self.speed_lines if self.trainer.is_global_zero else []:
             say(line)
+        self._warn_of_lost_text()
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=start)
         if self.trainer.global_step < phase.last_step:
             raise UserError(f"stopped at step {self.trainer.global_step}; the same command goes on from there")
@@ -319,6 +322,7 @@ class LladaCLI(LightningCLI):
             raise UserError(f"trainer: its limits leave no sequence to {self.subcommand}; leave them out")
         print(describe_loss(self.model.validation, self.model.val_kind))
         self._warn_of_few_documents()
+        self._warn_of_lost_text()
 
     after_test = after_validate
 
@@ -334,6 +338,13 @@ class LladaCLI(LightningCLI):
 
     def _warn_of_few_documents(self) -> None:
         note = few_documents(self.model.val_documents)
+        if note is not None:
+            say(note)
+
+    @rank_zero_only
+    def _warn_of_lost_text(self) -> None:
+        note = None if self._warned_of_lost_text else loss_note(self.datamodule.lost_share)
+        self._warned_of_lost_text = True
         if note is not None:
             say(note)
 

@@ -38,7 +38,11 @@ def shortened(value: object, length: int = 200) -> str:
 
 
 class _VisibleConsole(Console):
-    """A console on which text from files and arguments is seen and does not act; only styles of Rich act."""
+    """A console on which text is seen as it is: neither control characters nor Rich's markup in it act.
+
+    That holds for what is printed and for the titles, captions, headers and cells of tables, which hold names and paths
+    of people. Styles are given as arguments, or as ``rich.text.Text``.
+    """
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)
@@ -46,7 +50,7 @@ class _VisibleConsole(Console):
 
 def people_console(*, stderr: bool = False) -> Console:
     """Returns a console for tables and progress: on stdout for results, on stderr for what passes by."""
-    return _VisibleConsole(stderr=stderr)
+    return _VisibleConsole(stderr=stderr, markup=False, emoji=False)
 
 
 def warn(line: str) -> None:

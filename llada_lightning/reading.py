@@ -187,7 +187,11 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     check_yaml(text, source)
     try:
-        return yaml.load(text, Loader=_SafeLoader)
+        loader = _SafeLoader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
         raise _not_yaml(source, error) from error
 

@@ -25,6 +25,7 @@ from llada_lightning.checkpoints.run_folder import (
 from llada_lightning.cluster import device_count
 from llada_lightning.data.batches import TrainingBatch
 from llada_lightning.data.datamodule import TokenDataModule
+from llada_lightning.data.encoding import decode
 from llada_lightning.data.manifest import read_tokenizer_text
 from llada_lightning.data.tokenizers import tokenizer_from_text
 from llada_lightning.errors import UserError
@@ -217,7 +218,7 @@ class StepRecorder(Callback):
             masked=int(alone.masked_BL.sum()) if masks else None,
             loss=loss,
             finite=math.isfinite(loss),
-            text=self._tokenizer.decode(tokens, skip_special_tokens=False),
+            text=decode(self._tokenizer, tokens, skip_special_tokens=False),
         )
 
 

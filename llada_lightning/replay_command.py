@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 
 from llada_lightning.command_line import CommandParser, add_json, print_json
@@ -57,7 +56,7 @@ def _print(replay: StepReplay) -> None:
     if replay.seen_loss is not None and replay.seen_grad_norm is not None:
         console.print(f"the run saw: loss {replay.seen_loss:.6f}, gradient norm {replay.seen_grad_norm:.6g}")
     sources = list(dict.fromkeys(one.source for one in replay.sequences))
-    console.print(f"from {escape(', '.join(sources))}", soft_wrap=True)
+    console.print(f"from {', '.join(sources)}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for name in ("sequence", *["source"] * (len(sources) > 1), "item", "length", "t", "masked", "nats/token", "share"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -66,13 +65,13 @@ def _print(replay: StepReplay) -> None:
     for one in replay.sequences:
         table.add_row(
             str(one.ordinal),
-            *[escape(Path(one.source).name)] * (len(sources) > 1),
+            *[Path(one.source).name] * (len(sources) > 1),
             str(one.item),
             str(one.length),
             "" if one.t is None else f"{one.t:.4f}",
             "" if one.masked is None else str(one.masked),
             f"{one.loss:.4f}",
             f"{one.loss / replay.loss:.1%}" if one.finite else "not finite",
-            escape(" ".join(one.text.split())[:characters]),
+            " ".join(one.text.split())[:characters],
         )
     console.print(table)

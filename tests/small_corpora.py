@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
 from llada_lightning.data.manifest import data_fingerprint, read_manifest
 from llada_lightning.files import file_sha256
 
@@ -29,3 +31,18 @@ def seal(folder: Path) -> None:
     }
     fingerprint = data_fingerprint(splits, manifest.tokenizer.fingerprint)
     (folder / "manifest.json").write_text(replace(manifest, splits=splits, fingerprint=fingerprint).to_json())
+
+
+def forgetful_tokenizer(folder: Path) -> str:
+    """A tokenizer.json like BERT's: it lowers capitals, joins white space, and knows the Latin letters only."""
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(0x21, 0x7F))]
+    pieces = [*tokens, *(f"##{chr(code)}" for code in range(0x61, 0x7B))]
+    model = models.WordPiece({token: n for n, token in enumerate(pieces)}, unk_token="[UNK]")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(tokens[:5])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return str(folder / "tokenizer.json")

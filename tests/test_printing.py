@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
 
-from llada_lightning import cli
+from llada_lightning import cli, printing
 from llada_lightning.errors import UserError
 from llada_lightning.printing import people_console, print_what_the_encoding_holds, shortened, visible
 
@@ -78,6 +80,27 @@ def test_control_characters_of_files_do_not_act(monkeypatch: pytest.MonkeyPatch,
     for part in ("line␛[2J", "title␛[2J", "cell␛[2J"):
         assert part in captured.out
     assert captured.err == "error: 'file␛[2J' is damaged\n"
+
+
+MARKUP = "data/[bold]books[en] :smile: [/b]"
+
+
+def test_markup_in_names_does_not_act(capsys: Captured) -> None:
+    table = Table(f"header {MARKUP}", title=f"title {MARKUP}", caption=f"caption {MARKUP}", width=100)
+    table.add_row(f"cell {MARKUP}")
+    console = people_console()
+    console.print(table)
+    console.print(f"line {MARKUP}", soft_wrap=True)
+    shown = capsys.readouterr().out
+    for place in ("header", "title", "caption", "cell", "line"):
+        assert f"{place} {MARKUP}" in shown
+
+
+def test_no_module_has_a_console_or_markup_of_its_own() -> None:
+    package = Path(printing.__file__).parent
+    sources = {path: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    assert not [path for path, text in sources.items() if re.search(r"= (rich\.\w+\.)?Console\(", text)]
+    assert not [path for path, text in sources.items() if "rich.markup" in text or "markup=True" in text]
 
 
 def test_styles_of_our_own_do_act(monkeypatch: pytest.MonkeyPatch) -> None:

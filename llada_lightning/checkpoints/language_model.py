@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from llada_lightning.data.chat import ChatTemplate
+from llada_lightning.data.encoding import decode, encode, lost_bytes
 from llada_lightning.errors import UserError
 from llada_lightning.model import Transformer
 from llada_lightning.scaling.flops import Objective
@@ -112,7 +113,7 @@ class LanguageModel:
         Raises:
             UserError: there is no tokenizer.
         """
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return encode(self._tokenizer, text)
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a prompt that is given as text: what the tokenizer puts before a text, then the text's own.
@@ -154,10 +155,18 @@ class LanguageModel:
         Raises:
             UserError: there is no tokenizer.
         """
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return decode(self._tokenizer, ids)
+
+    def lost_bytes(self, text: str) -> int:
+        """How many bytes of a text its ids do not give back.
+
+        Raises:
+            UserError: there is no tokenizer.
+        """
+        return lost_bytes(text, self.decode(self.encode(text)))
 
     @property
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise UserError(f"'{self.name}' has no tokenizer, so text cannot be read; give --tokenizer, or token ids")
         return self.tokenizer

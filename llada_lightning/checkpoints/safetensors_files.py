@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from llada_lightning.checkpoints.config_file import ConfigFile
 from llada_lightning.checkpoints.stored_tensors import StoredTensor
-from llada_lightning.errors import UserError
+from llada_lightning.errors import LibraryPanicError, UserError, panics_as_exceptions
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -99,9 +99,10 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
 
 def _read_file(path: Path) -> dict[str, StoredTensor]:
     try:
-        file = safe_open(str(path), framework="pt")
-        return {name: _stored(file, name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
+        with panics_as_exceptions():
+            file = safe_open(str(path), framework="pt")
+            return {name: _stored(file, name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, LibraryPanicError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"'{path}' is damaged or half-written ({reason}); copy it again") from error
 

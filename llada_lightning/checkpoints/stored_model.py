@@ -125,7 +125,8 @@ def _training(path: Path, given: TokenizerFiles | None) -> StoredModel:
     description, stored, fingerprint = read_training(path)
     weights = weights_of(stored, TRAINING, _on_meta(description, path), str(path))
     found = given or run_tokenizer(path, description, fingerprint)
-    return StoredModel(path, "training", description, weights, _fitted(found, description, given))
+    files = None if found is None else found.fitted(description, given=given is not None, known=given is None)
+    return StoredModel(path, "training", description, weights, files)
 
 
 def _folder(folder: Path, given: TokenizerFiles | None) -> StoredModel:
@@ -149,7 +150,8 @@ def _folder(folder: Path, given: TokenizerFiles | None) -> StoredModel:
         _note_two_heads(stored[head], weights, folder, tied)
     auto_map = config.get("auto_map")
     code = auto_map if isinstance(auto_map, dict) else {}
-    return StoredModel(folder, kind, description, weights, _fitted(files, description, given), code)
+    files = None if files is None else files.fitted(description, given=given is not None)
+    return StoredModel(folder, kind, description, weights, files, code)
 
 
 def _note_two_heads(head: StoredTensor, weights: dict[str, StoredTensor], folder: Path, tied: bool) -> None:
@@ -170,9 +172,3 @@ def _on_meta(description: Description, where: Path) -> Transformer:
             return description.transformer()
     except (RuntimeError, TypeError) as error:
         raise UserError(f"'{where}': no memory could hold a model of these dimensions; correct them") from error
-
-
-def _fitted(
-    files: TokenizerFiles | None, description: Description, given: TokenizerFiles | None
-) -> TokenizerFiles | None:
-    return None if files is None else files.fitted(description, given=given is not None)

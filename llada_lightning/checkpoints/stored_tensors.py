@@ -51,6 +51,8 @@ def weights_of(
 ) -> dict[str, StoredTensor]:
     """The weights of a Transformer by our names, after all of them are found to be there and to fit.
 
+    Reading one that holds NaN or infinite numbers raises UserError: a model with such weights would still sample.
+
     Args:
         stored: by the layout's names.
         layout: of the names.
@@ -84,11 +86,22 @@ def weights_of(
             raise UserError(
                 f"'{where}': {theirs} is stored as {name_of(tensor.dtype)}; save it as {' or '.join(DTYPES)}"
             )
-    weights = {ours: stored[theirs] for ours, theirs in names.items()}
+    weights = {ours: _finite(stored[theirs], f"'{where}': {theirs}") for ours, theirs in names.items()}
     if tied:
         embedding = weights["embedding.weight"]
         weights["head.weight"] = replace(embedding, read=lambda: embedding.read().clone())
     return weights
+
+
+def _finite(tensor: StoredTensor, name: str) -> StoredTensor:
+    def read() -> Tensor:
+        values = tensor.read()
+        least, most = values.aminmax()  # NaN where one is; without a copy of the tensor
+        if not (least.isfinite() and most.isfinite()):
+            raise UserError(f"{name} holds NaN or infinite numbers; take another checkpoint")
+        return values
+
+    return replace(tensor, read=read)
 
 
 def common_dtype(weights: Iterable[StoredTensor]) -> torch.dtype:

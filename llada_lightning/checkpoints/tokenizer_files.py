@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from llada_lightning.checkpoints.config_file import GENERATION_CONFIG_NAME
 from llada_lightning.checkpoints.description import Description
+from llada_lightning.data.encoding import encode
 from llada_lightning.data.manifest import TOKENIZER_NAME, local_path
 from llada_lightning.data.tokenizers import (
     KNOWN_EOS_TOKENS,
@@ -167,7 +168,7 @@ class TokenizerFiles:
             return ()
         if adds is True and bos_id is not None:
             return (bos_id,)
-        plain, full = (self.tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
+        plain, full = (encode(self.tokenizer, "a", special=add) for add in (False, True))
         starts = [i for i in range(len(full)) if full[i : i + len(plain)] == plain]
         return tuple(full[: starts[0]]) if plain and starts else ()
 
@@ -179,20 +180,21 @@ class TokenizerFiles:
         ids = (self.tokenizer.token_to_id(token) for token in tokens)
         return tuple(token_id for token_id in ids if token_id is not None)
 
-    def fitted(self, description: Description, given: bool) -> TokenizerFiles:
+    def fitted(self, description: Description, given: bool, known: bool = False) -> TokenizerFiles:
         """The same for a model: its special tokens are found, and are such that no text becomes them.
 
         Args:
             description: of the model.
             given: by the user, and not by the model's own folder, whose configuration may name another EOS (a turn's).
+            known: to be the model's, by its fingerprint.
 
         Raises:
             UserError: the tokenizer has other special ids than the model, or ids that the model lacks.
         """
         mend = "give the model's own with --tokenizer"
-        tokenizer, left_out = self.tokenizer, []
-        if set(description.end_token_ids) & set(self._candidates("eos_token")):  # it is the model's
-            tokenizer, left_out = without_special_beyond(tokenizer, description.vocab_size)
+        tokenizer, left_out = without_special_beyond(self.tokenizer, description.vocab_size)
+        if not known and not set(description.end_token_ids) & set(self._candidates("eos_token")):
+            tokenizer, left_out = self.tokenizer, []  # nothing says that it is the model's
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= description.vocab_size:
             raise UserError(

@@ -9,14 +9,15 @@ as ``</think>`` in many tokenizers, are tokens in a message too, as they are for
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from functools import cached_property, partial
+from itertools import pairwise, product
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
+from llada_lightning.data.encoding import decode_batch, encode_batch, encode_with_offsets, lost_bytes
 from llada_lightning.data.rendering import RenderingError, render
 from llada_lightning.data.tokenizers import as_special
 from llada_lightning.errors import UserError
@@ -131,6 +132,11 @@ class ChatTemplate:
             return prompt_ids, whole_ids[len(prompt_ids) :]
         return prompt_ids, self._ids_of(whole[len(prompt) :], disguise, first=False)  # a token would span both
 
+    def lost_bytes(self, texts: Sequence[str]) -> list[int]:
+        """How many bytes of each text its tokens do not give back."""
+        decoded = decode_batch(self.tokenizer, encode_batch(self.tokenizer, texts))
+        return list(map(lost_bytes, texts, decoded))
+
     def _check_tokens(self, texts: Iterable[str], messages: Sequence[Message]) -> None:
         """Refuses what looks like a token, comes from the template, and is none of the tokenizer's."""
         looks = {look for text in texts for look in re.findall(r"<\|[a-z_]+\|>", text)}
@@ -159,26 +165,26 @@ class ChatTemplate:
         Written in disguise, messages share no character with a control token, so that none can begin, end or stand in
         them, not even together with the template's text around. But a template may read a message, and must see the
         text itself. So both are rendered. Where they agree, which they do unless the template does read or change the
-        text, the disguised one holds the same text and tells more. Elsewhere only the control tokens that a message
-        spells are in disguise: nothing is, in most messages.
+        text, the disguised one holds the same text and tells more. A template that changes letters agrees where only
+        signs are in disguise. Elsewhere only the control tokens that a message spells are, which most messages do not.
         """
-        plain = [self._variables(messages, ask) for messages, ask in asked]
-        covered = [
-            self._variables([Message(m.role, disguise.put_on(m.content)) for m in messages], ask)
-            for messages, ask in asked
-        ]
-        texts = self._render([*plain, *covered])
-        seen = [self._text(text) for text in texts[: len(asked)]]
-        hidden = texts[len(asked) :]
-        if all(isinstance(h, str) and disguise.removed(h) == s for h, s in zip(hidden, seen, strict=True)):
-            return [str(text) for text in hidden]
-        spelled = [
-            self._variables([Message(m.role, self._without_spelled(m.content, disguise)) for m in messages], ask)
-            for messages, ask in asked
-        ]
-        return seen if spelled == plain else [self._text(text) for text in self._render(spelled)]
 
-    def _without_spelled(self, content: str, disguise: _Disguise) -> str:
+        def rendered(*ways: Callable[[str], str]) -> list[str | RenderingError]:
+            variables = []
+            for way, (messages, ask) in product(ways, asked):
+                variables.append(self._variables([Message(m.role, way(m.content)) for m in messages], ask))
+            return self._render(variables)
+
+        texts = rendered(str, disguise.put_on)
+        seen, hidden = [self._text(text) for text in texts[: len(asked)]], texts[len(asked) :]
+        for way in (disguise.put_on_signs, partial(self._without_spelled, disguise)):
+            found = [text for text in hidden if isinstance(text, str)]
+            if list(map(disguise.removed, found)) == seen:
+                return found
+            hidden = rendered(way)
+        return [self._text(text) for text in hidden]
+
+    def _without_spelled(self, disguise: _Disguise, content: str) -> str:
         """The text with the control tokens that it spells in disguise."""
         for _, begin, end in self._control_spans(content, self._encode(content)):
             content = content[:begin] + disguise.put_on(content[begin:end]) + content[end:]  # as long as before
@@ -255,12 +261,12 @@ class ChatTemplate:
         """As transformers encodes a text behind a token: special tokens that it spells are special tokens."""
         promise, self._reader.encode_special_tokens = self._reader.encode_special_tokens, False
         try:
-            encoding = self._reader.encode(before + text, add_special_tokens=False)
+            ids, offsets = encode_with_offsets(self._reader, before + text)
         finally:
             self._reader.encode_special_tokens = promise
         begun = 1 if before else 0
-        spans = [(begin - len(before), end - len(before)) for begin, end in encoding.offsets[begun:]]
-        return encoding.ids[begun:], spans
+        spans = [(begin - len(before), end - len(before)) for begin, end in offsets[begun:]]
+        return ids[begun:], spans
 
     def _control_spans(self, text: str, encoded: _Encoded) -> Iterator[tuple[int, int, int]]:
         """Each control token's place among the tokens, and the characters that it stands for, from begin to end.
@@ -310,8 +316,7 @@ class ChatTemplate:
             if self._anchor and (ids or not first):
                 encoded = self._encode(part, self._anchor)
             else:
-                encoding = self.tokenizer.encode(part, add_special_tokens=False)
-                encoded = encoding.ids, encoding.offsets
+                encoded = encode_with_offsets(self.tokenizer, part)
             cuts = [begin + 1 for _, begin, end in self._control_spans(part, encoded) if begin + 1 < end]
             if cuts:
                 parts += reversed([part[a:b] for a, b in pairwise([0, *cuts, len(part)])])
@@ -333,8 +338,16 @@ class _Disguise:
     def _meant(self) -> dict[int, str]:
         return {ord(private): chr(code) for code, private in self.private.items()}
 
+    @cached_property
+    def _signs(self) -> dict[int, str]:
+        return {code: private for code, private in self.private.items() if not chr(code).isalnum()}
+
     def put_on(self, text: str) -> str:
         return text.translate(self.private)
+
+    def put_on_signs(self, text: str) -> str:
+        """On all characters but letters and digits."""
+        return text.translate(self._signs)
 
     def removed(self, text: str) -> str:
         return text.translate(self._meant)

@@ -29,8 +29,16 @@ from llada_lightning.data.facts_corpus import FACTS, FactsSource, facts_source
 from llada_lightning.data.facts_corpus import VERSION as FACTS_VERSION
 from llada_lightning.data.igsm.corpus import VERSION as IGSM_VERSION
 from llada_lightning.data.igsm.corpus import IgsmSource, igsm_source
-from llada_lightning.data.text_files import READ_ERRORS, Meter, is_text, json_documents, suffixes_of, text_documents
-from llada_lightning.errors import UserError
+from llada_lightning.data.text_files import (
+    READ_ERRORS,
+    Meter,
+    is_text,
+    json_documents,
+    split_text,
+    suffixes_of,
+    text_documents,
+)
+from llada_lightning.errors import UserError, panics_as_exceptions
 
 PYTHON_STDLIB = "python-stdlib"
 HUB_PREFIX = "hf:"
@@ -137,11 +145,13 @@ class DatasetCorpus(Corpus):
     Args:
         spec: ``NAME[:CONFIG][@SPLIT]`` or ``FOLDER[@SPLIT]``; the split is ``train`` where none is given.
         text_field: the column that holds the text.
+        separator: splits each text into documents.
     """
 
-    def __init__(self, spec: str, text_field: str) -> None:
+    def __init__(self, spec: str, text_field: str, separator: str | None = None) -> None:
         self._spec = spec
         self._text_field = text_field
+        self._separator = separator
         where, _, split = spec.rpartition("@") if "@" in spec else (spec, "", "")
         self._split = split or "train"
         self._path = Path(where).expanduser()
@@ -165,9 +175,9 @@ class DatasetCorpus(Corpus):
 
     def documents(self) -> Iterator[str]:
         for row in self.rows():
-            text = self._text_of(row)
-            if text and not text.isspace():
-                yield text
+            for text in split_text(self._text_of(row) or "", self._separator):
+                if text and not text.isspace():
+                    yield text
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The dataset's rows.
@@ -177,7 +187,8 @@ class DatasetCorpus(Corpus):
         """
         dataset = self._load()
         try:
-            yield from dataset
+            with panics_as_exceptions():
+                yield from dataset
         except Exception as error:  # what a reader of remote Parquet raises has no common type
             raise self._failure(error) from error
 
@@ -188,7 +199,8 @@ class DatasetCorpus(Corpus):
             message = f"source '{HUB_PREFIX}{self._spec}' needs the package 'datasets'; {_HUB_EXTRA}"
             raise UserError(message) from error
         try:
-            return datasets.load_dataset(**self._load_args, split=self._split, streaming=True)
+            with panics_as_exceptions():
+                return datasets.load_dataset(**self._load_args, split=self._split, streaming=True)
         except Exception as error:  # the library's own mistakes, the hub's, the network's
             raise self._failure(error) from error
 
@@ -293,9 +305,16 @@ def list_folder(
 
 
 def list_path(path: Path) -> Iterator[tuple[str, Path]]:
-    """A folder's files, or the file itself."""
+    """A folder's files, or the file itself.
+
+    Raises:
+        UserError: the path is a pipe, a device or a socket, or a folder cannot be read.
+    """
     if path.is_dir():
         yield from list_folder(path)
+    elif path.exists() and not path.is_file():
+        # A corpus is read several times, to its end: a pipe gives it once, and a device may have no end.
+        raise UserError(f"'{path}' is a pipe or a device, not a file; write its text to a file, and give that one")
     else:
         yield path.name, path
 
@@ -332,7 +351,8 @@ class _FileReader:
     def __call__(self, path: Path, meter: Meter) -> Iterator[str]:
         kind, _ = suffixes_of(path)
         if kind in (".jsonl", ".ndjson", ".json"):
-            return json_documents(path, meter, self.text_field)
+            texts = json_documents(path, meter, self.text_field)
+            return (document for text in texts for document in split_text(text, self.separator))
         return text_documents(path, meter, self.separator)
 
 
@@ -342,17 +362,20 @@ def open_corpus(source: str, *, text_field: str = "text", document_separator: st
     Args:
         source: see this module's beginning.
         text_field: the field (JSONL) or column (dataset) that holds the text.
-        document_separator: splits each text file into documents; without it a text file is one document.
+        document_separator: splits each text file, and each text of JSONL or of a dataset, into documents; without it a
+            text is one document.
 
     Raises:
-        UserError: the source is unknown or cannot be listed.
+        UserError: the source is unknown or cannot be listed, or has documents that no separator splits.
     """
     if document_separator == "":
         raise UserError("document separator '' is empty; give at least one character, or leave it out")
+    if document_separator is not None and source.partition(":")[0] in (PYTHON_STDLIB, IGSM, FACTS):
+        raise UserError(f"--document-separator does nothing with the source '{source}'; leave it out")
     if source == PYTHON_STDLIB:
         return _stdlib_corpus()
     if source.startswith(HUB_PREFIX):
-        return DatasetCorpus(source[len(HUB_PREFIX) :], text_field)
+        return DatasetCorpus(source[len(HUB_PREFIX) :], text_field, document_separator)
     if source.partition(":")[0] == IGSM:
         return GeneratedCorpus(IGSM, igsm_source(source), IGSM_VERSION)
     if source.partition(":")[0] == FACTS:

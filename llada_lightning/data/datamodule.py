@@ -147,6 +147,11 @@ class TokenDataModule(LanguageDataModule):
         by_source = [m.splits["val"].bytes_per_token for m in self.manifests]
         return sum(w * b for w, b in zip(weights, by_source, strict=True)) / sum(weights)
 
+    @property
+    def lost_share(self) -> float:
+        """Of the source that loses most."""
+        return max(manifest.splits["val"].lost_share for manifest in self.manifests)
+
     def unique_tokens(self, steps: int) -> int:
         """Distinct tokens that a run of ``steps`` steps reads (of full sequences)."""
         return sum(min(read, items) for read, items in self._read_of(steps)) * self.sequence_length

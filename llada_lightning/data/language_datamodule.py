@@ -12,7 +12,7 @@ from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from llada_lightning.data.datasets import take_batch
-from llada_lightning.data.manifest import TokenizerInfo
+from llada_lightning.data.manifest import TOLERATED_LOSS, TokenizerInfo
 from llada_lightning.errors import UserError
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.scaling.budget import MAX_BATCH
@@ -86,6 +86,17 @@ class LanguageDataModule(LightningDataModule, ABC):
     @abstractmethod
     def bytes_per_token(self) -> float:
         """Of the validation text."""
+
+    @property
+    def lost_share(self) -> float:
+        """Share of the validation text's bytes that decoding its tokens does not give back, as far as it is known."""
+        return 0.0
+
+    def bits_per_byte(self, nats_per_token: float) -> float | None:
+        """A loss in bits per byte of the validation text; None where its tokens do not give it back."""
+        if self.lost_share > TOLERATED_LOSS:
+            return None
+        return nats_per_token / self.bytes_per_token / math.log(2)
 
     @property
     def attended_length(self) -> int:

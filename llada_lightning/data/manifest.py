@@ -29,6 +29,10 @@ TOKEN_BYTES = {"uint16": 2, "int32": 4}
 SHARD_HEADER = 12
 """Bytes before a shard's tokens: litdata's number of items, which is 1, and two offsets, each uint32."""
 
+TOLERATED_LOSS = 0.001
+"""Largest share of a text's bytes that may be lost in its tokens before bits per byte are left out: they are too low by
+about this share, which their third digit does not show."""
+
 COPY_AGAIN = "copy the folder again, or delete it and prepare it again"
 """The mend of damaged data."""
 
@@ -62,12 +66,15 @@ class Split:
         tokens: tokens, with one EOS for each document.
         bytes: UTF-8 bytes of the documents' text.
         shards: in the stream's order.
+        lost_bytes: those of ``bytes`` that decoding the tokens does not give back (`encoding.lost_bytes`); None where
+            that was not counted: of the training split, and in folders of older versions.
     """
 
     documents: int
     tokens: int
     bytes: int
     shards: tuple[Shard, ...]
+    lost_bytes: int | None = None
 
     def items(self, sequence_length: int) -> int:
         """Blocks of ``sequence_length`` tokens; a shard's last tokens that fill no block are not counted."""
@@ -77,6 +84,11 @@ class Split:
     def bytes_per_token(self) -> float:
         """Bytes of text for each token; nats/token over (bytes/token · ln 2) is bits/byte."""
         return self.bytes / self.tokens
+
+    @property
+    def lost_share(self) -> float:
+        """Share of the bytes that decoding the tokens does not give back, as far as it was counted."""
+        return (self.lost_bytes or 0) / self.bytes
 
 
 @dataclass(frozen=True)
@@ -137,6 +149,18 @@ class Manifest:
         }
         fields = {key: value for key, value in record.items() if key not in ("kind", "checksum")}
         return cls(**{**fields, "splits": splits, "tokenizer": TokenizerInfo(**record["tokenizer"])})
+
+
+def loss_note(share: float, consequence: str = "bits per byte are left out, as they would be too low") -> str | None:
+    """A note for the user where a text's tokens do not give it back; None where they do.
+
+    Args:
+        share: Share of the text's bytes that decoding its tokens does not give back.
+        consequence: What follows for the figures that are shown.
+    """
+    if share <= TOLERATED_LOSS:
+        return None
+    return f"note: {100 * share:.3g} % of the text's bytes do not come back from its tokens; {consequence}"
 
 
 def canonical_json(content: Any) -> str:
@@ -295,6 +319,8 @@ def _split_contradictions(name: str, split: Split, token_bytes: int) -> Iterator
     for key in ("documents", "tokens", "bytes"):
         if not _is_whole(getattr(split, key), 1):
             yield f"{name}: {key} {getattr(split, key)!r}"
+    if split.lost_bytes is not None and not (_is_whole(split.lost_bytes, 0) and split.lost_bytes <= split.bytes):
+        yield f"{name}: lost_bytes {split.lost_bytes!r} of {split.bytes} bytes"
     for shard in split.shards:
         if not shard.file.startswith(f"{name}/") or "/" in shard.file.removeprefix(f"{name}/"):
             yield f"shard {shard.file!r} lies outside of '{name}'"

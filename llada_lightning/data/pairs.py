@@ -35,6 +35,7 @@ class Pairs:
         prompts_P: (P,) int64: tokens of its prompt.
         first_N: (N + 1,) int64: each dialogue's first pair.
         bytes_P: (P,) int64: UTF-8 bytes of its response.
+        lost_P: (P,) int64: those of them that decoding the response's tokens does not give back.
         dropped: dialogues that were left out because they do not fit.
     """
 
@@ -43,6 +44,7 @@ class Pairs:
     prompts_P: Ints
     first_N: Ints
     bytes_P: Ints
+    lost_P: Ints
     dropped: int = 0
 
     @property
@@ -96,7 +98,7 @@ def tokenize_pairs(
         UserError: the template refuses a dialogue, a pair is too long, or no dialogue is left.
     """
     tokens: list[npt.NDArray[np.int32]] = []
-    prompts, sizes, turns = [], [], []
+    prompts, sizes, losses, turns = [], [], [], []
     dropped = 0
     for where, messages in dialogues:
         try:
@@ -117,7 +119,9 @@ def tokenize_pairs(
             continue
         tokens += [np.array(prompt + answer, dtype=np.int32) for prompt, answer in pairs]
         prompts += [len(prompt) for prompt, _ in pairs]
-        sizes += [len(turn[-1].content.encode()) for turn in answered]
+        responses = [turn[-1].content for turn in answered]
+        losses += template.lost_bytes(responses)
+        sizes += [len(response.encode()) for response in responses]
         turns.append(len(pairs))
     if not turns:
         raise UserError(f"data.path: no dialogue is left of {dropped}; give others, or raise --data.context_length")
@@ -128,6 +132,7 @@ def tokenize_pairs(
         np.array(prompts, dtype=np.int64),
         np.cumsum([0, *turns]),
         np.array(sizes, dtype=np.int64),
+        np.array(losses, dtype=np.int64),
         dropped,
     )
 

@@ -22,6 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from llada_lightning.data.corpora import Corpus, open_corpus
+from llada_lightning.data.encoding import decode_batch, encode_batch, lost_bytes
 from llada_lightning.data.integrity import check_shards
 from llada_lightning.data.manifest import (
     MANIFEST_NAME,
@@ -115,7 +116,7 @@ def prepare(
         max_documents, max_bytes: reads no further than so many documents, bytes of text.
         mask_token, eos_token: the given tokenizer's special tokens, where they are not found by themselves.
         add_mask_token: adds [MASK] to a given tokenizer that has none.
-        document_separator: splits text files into documents.
+        document_separator: splits each text (a text file, a line of JSONL, a row of a dataset) into documents.
         tokenizer_bytes: bytes of text from the beginning of the training documents that a tokenizer is trained on.
         progress: report on stderr.
 
@@ -276,13 +277,21 @@ class _SplitEncoder:
     """Encodes one split's documents in batches and appends them to its shards.
 
     A batch is encoded on a thread of its own, outside Python's lock, while the next one is read.
+
+    Args:
+        writer: of the split's shards.
+        tokenizer: encodes.
+        info: of the tokenizer.
+        pool: of the one thread.
+        decodes: whether to decode all that was encoded, and count the bytes that do not come back.
     """
 
     def __init__(
-        self, writer: ShardWriter, tokenizer: Tokenizer, info: TokenizerInfo, pool: ThreadPoolExecutor
+        self, writer: ShardWriter, tokenizer: Tokenizer, info: TokenizerInfo, pool: ThreadPoolExecutor, decodes: bool
     ) -> None:
         self.documents = 0
         self.bytes = 0
+        self._lost_bytes = 0 if decodes else None
         self._writer, self._tokenizer, self._info, self._pool = writer, tokenizer, info, pool
         self._pieces: list[str] = []
         self._last: list[bool] = []
@@ -310,7 +319,7 @@ class _SplitEncoder:
         self._flush()
         self._collect()
         shards = self._writer.close()
-        return Split(documents=self.documents, tokens=self._writer.tokens, bytes=self.bytes, shards=shards)
+        return Split(self.documents, self._writer.tokens, self.bytes, shards, self._lost_bytes)
 
     def _flush(self) -> None:
         self._collect()
@@ -324,11 +333,11 @@ class _SplitEncoder:
             self._running = None
 
     def _encode(self, batch: list[str], last: list[bool]) -> np.ndarray:
-        encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        ids_of_pieces = encode_batch(self._tokenizer, batch)
+        if self._lost_bytes is not None:
+            self._lost_bytes += sum(map(lost_bytes, batch, decode_batch(self._tokenizer, ids_of_pieces)))
         end: tuple[list[int], list[int]] = ([], [self._info.eos_id])
-        ids = chain.from_iterable(
-            chain(encoding.ids, end[is_last]) for encoding, is_last in zip(encodings, last, strict=True)
-        )
+        ids = chain.from_iterable(chain(ids, end[is_last]) for ids, is_last in zip(ids_of_pieces, last, strict=True))
         tokens = np.fromiter(ids, dtype=token_dtype(self._info.vocab_size))
         if self._info.mask_id is not None and (tokens == self._info.mask_id).any():
             raise UserError(
@@ -354,7 +363,11 @@ def _write(
     with ThreadPoolExecutor(max_workers=1) as pool:
         encoders = {
             name: _SplitEncoder(
-                ShardWriter(folder, name, shard_tokens=settings.shard_tokens, dtype=dtype), tokenizer, info, pool
+                ShardWriter(folder, name, shard_tokens=settings.shard_tokens, dtype=dtype),
+                tokenizer,
+                info,
+                pool,
+                decodes=name == "val",  # whose loss is given in bits per byte
             )
             for name in SPLITS
         }

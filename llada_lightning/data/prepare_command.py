@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from llada_lightning.command_line import CommandParser, unescaped
-from llada_lightning.data.manifest import Manifest
-from llada_lightning.printing import people_console
+from llada_lightning.data.manifest import Manifest, loss_note
+from llada_lightning.printing import people_console, warn
 
 
 def prepare_parser() -> CommandParser:
@@ -32,7 +32,8 @@ def prepare_parser() -> CommandParser:
         "--document-separator",
         type=str,
         default=None,
-        help=r"splits text files into documents, e.g. '\n\n'; without it a file is one document",
+        help=r"splits each text (a text file, a line of JSONL, a row of a dataset) into documents, e.g. '\n\n'; "
+        "without it a text is one document",
     )
     corpus.add_argument("--max-documents", type=int, default=None, help="read no more documents than these")
     corpus.add_argument("--max-bytes", type=int, default=None, help="read no more bytes of text than these")
@@ -92,6 +93,9 @@ def prepare_command(args: list[str]) -> int:
         print(json.dumps(summary(manifest, options["out"])))
     else:
         people_console().print(_table(manifest, options["out"]))
+    note = loss_note(manifest.splits["val"].lost_share)
+    if note is not None:
+        warn(note)
     return 0
 
 
@@ -110,6 +114,7 @@ def summary(manifest: Manifest, out: str) -> dict[str, Any]:
                 "tokens": split.tokens,
                 "bytes": split.bytes,
                 "bytes_per_token": split.bytes_per_token,
+                "lost_bytes": split.lost_bytes,
                 "shards": len(split.shards),
             }
             for name, split in manifest.splits.items()
@@ -126,9 +131,10 @@ def _table(manifest: Manifest, out: str) -> Table:
         caption_justify="left",
     )
     table.add_column("split")
-    for name in ("documents", "tokens", "bytes", "bytes/token", "shards"):
+    for name in ("documents", "tokens", "bytes", "bytes lost", "bytes/token", "shards"):
         table.add_column(name, justify="right")
     for name, split in manifest.splits.items():
-        counts = (f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}")
+        lost = "" if split.lost_bytes is None else f"{split.lost_bytes:,}"
+        counts = (f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", lost)
         table.add_row(name, *counts, f"{split.bytes_per_token:.3f}", f"{len(split.shards):,}")
     return table

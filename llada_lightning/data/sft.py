@@ -254,6 +254,11 @@ class SftDataModule(LanguageDataModule):
         tokens = (self.pairs.lengths - self.pairs.prompts_P)[val]
         return float(self.pairs.bytes_P[val].sum() / tokens.sum())
 
+    @property
+    def lost_share(self) -> float:
+        """Of all responses."""
+        return float(self.pairs.lost_P.sum() / max(1, self.pairs.bytes_P.sum()))
+
     def unique_tokens(self, steps: int) -> int:
         """Of the dialogues that a run of ``steps`` steps reads, without padding; of their turns the mean."""
         read = min(1.0, self.epochs(steps))

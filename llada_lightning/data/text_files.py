@@ -20,6 +20,9 @@ from llada_lightning.reading import parse_json
 MAX_TEXT_DOCUMENT = 1 << 28
 """Characters of the longest document that a text file without a separator may be: it is held in memory whole."""
 
+MAX_JSON_LINE = 1 << 30
+"""Bytes of the longest line of a JSONL file: it is held in memory whole."""
+
 _READ_CHARS = 1 << 20
 _SNIFFED_BYTES = 1 << 13
 _COMPRESSED = frozenset({".gz", ".xz", ".bz2", ".zst"})
@@ -131,12 +134,12 @@ def text_documents(path: Path, meter: Meter, separator: str | None) -> Iterator[
     """A UTF-8 text file's documents; line ends become ``\\n``.
 
     Raises:
-        UserError: the file is not UTF-8, or without a separator longer than ``MAX_TEXT_DOCUMENT``.
+        UserError: the file is not UTF-8, or a document is longer than ``MAX_TEXT_DOCUMENT``.
     """
     with _opened(path, meter) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig")
         try:
-            yield from _split(text, separator) if separator else _whole(text, path)
+            yield from _split(text, separator, path) if separator else _whole(text, path)
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: is not UTF-8 text ({error.reason}); convert it, or leave it out") from error
         finally:
@@ -154,7 +157,7 @@ def _whole(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
     yield document
 
 
-def _split(text: io.TextIOWrapper, separator: str) -> Iterator[str]:
+def _split(text: io.TextIOWrapper, separator: str, path: Path) -> Iterator[str]:
     rest = ""
     while block := text.read(_READ_CHARS):
         # Only the new part is searched, plus as much of the old as can hold the separator's beginning.
@@ -165,7 +168,17 @@ def _split(text: io.TextIOWrapper, separator: str) -> Iterator[str]:
             yield rest[begin:end]
             begin = end + len(separator)
         rest = rest[begin:]
+        if len(rest) > MAX_TEXT_DOCUMENT:
+            raise UserError(
+                f"{path}: has more than {MAX_TEXT_DOCUMENT} characters without the separator {separator!r}; give "
+                "another --document-separator"
+            )
     yield rest
+
+
+def split_text(text: str, separator: str | None) -> list[str]:
+    """The documents of a text; without a separator the text is one document."""
+    return text.split(separator) if separator else [text]
 
 
 def json_documents(path: Path, meter: Meter, text_field: str) -> Iterator[str]:
@@ -182,10 +195,12 @@ def json_records(path: Path, meter: Meter) -> Iterator[tuple[str, Any]]:
     """Each line's value with its place, `FILE:LINE`; empty lines are passed over.
 
     Raises:
-        UserError: a line is not JSON, or gives a key twice.
+        UserError: a line is not JSON, gives a key twice, or has more than ``MAX_JSON_LINE`` bytes.
     """
     with _opened(path, meter) as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_JSON_LINE + 1), b""), 1):
+            if len(line) > MAX_JSON_LINE:
+                raise UserError(f"{path}:{number}: has more than {MAX_JSON_LINE} bytes; write one object a line")
             if not line.strip():
                 continue
             where = f"{path}:{number}"

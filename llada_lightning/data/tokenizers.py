@@ -15,8 +15,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from llada_lightning.data.encoding import encode, load
 from llada_lightning.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo, tokenizer_fingerprint
-from llada_lightning.errors import UserError
+from llada_lightning.errors import LibraryPanicError, UserError, panics_as_exceptions
 from llada_lightning.reading import read_json, read_text
 
 EOS_TOKEN = "[EOS]"
@@ -25,6 +26,9 @@ KNOWN_MASK_TOKENS = (MASK_TOKEN, "<|mdm_mask|>", "<mask>", "<|mask|>")
 KNOWN_EOS_TOKENS = (EOS_TOKEN, "<|endoftext|>", "</s>")
 SMALLEST_VOCABULARY = 256 + 2
 """All bytes, EOS and [MASK]."""
+
+LARGEST_VOCABULARY = 1 << 24
+"""Most tokens that are trained; the trainer reserves memory for all of them before it begins."""
 
 PIECE_CHARS = 1 << 16
 """Text is encoded in pieces of at most so many characters."""
@@ -68,13 +72,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size: total size with both special tokens; a small sample may give fewer.
 
     Raises:
-        UserError: ``vocab_size`` has no room for the bytes and the special tokens.
+        UserError: ``vocab_size`` has no room for the bytes and the special tokens, or is too large.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
             f"vocabulary size {vocab_size} is below {SMALLEST_VOCABULARY} (256 bytes and two special tokens); raise "
             "--vocab-size"
         )
+    if vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"vocabulary size {vocab_size} is above {LARGEST_VOCABULARY:,}; lower --vocab-size")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,7 +90,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+    try:
+        with panics_as_exceptions():
+            tokenizer.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+    except LibraryPanicError as error:
+        raise UserError(f"no tokenizer can be trained ({error}); lower --vocab-size or --tokenizer-bytes") from error
     return _plain(tokenizer)
 
 
@@ -113,14 +123,9 @@ def tokenizer_from_text(text: str, name: str) -> Tokenizer:
         name: of the file, for people.
 
     Raises:
-        UserError: it is not a tokenizer.
+        UserError: it is not a tokenizer, or loading it takes time or memory without bound.
     """
-    try:
-        return _plain(Tokenizer.from_str(text))
-    except Exception as error:  # the library raises bare Exceptions
-        reason = " ".join(str(error).split())
-        message = f"'{name}' is not a tokenizer.json ({reason}); give a file of the tokenizers library"
-        raise UserError(message) from error
+    return _plain(load(text, name))
 
 
 def load_tokenizer(
@@ -207,7 +212,8 @@ def _hub_file(name: str) -> Path:
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry has two lines; the last reason is below
     try:
-        path = hf_hub_download(name, TOKENIZER_NAME)
+        with panics_as_exceptions():
+            path = hf_hub_download(name, TOKENIZER_NAME)
     except Exception as error:  # no such name, no tokenizer.json, no network, no access
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -280,7 +286,7 @@ def _check_apart(tokenizer: Tokenizer, info: TokenizerInfo, spec: str, option: s
     mask_option, eos_option = option.format("mask"), option.format("eos")
     for token, token_id in tokens.items():
         for text in (token, f" {token} ", f"a{token}b", f"\n{token}\n"):
-            if token_id in tokenizer.encode(text, add_special_tokens=False).ids:
+            if token_id in encode(tokenizer, text):
                 raise UserError(
                     f"tokenizer '{spec}' encodes the text {text!r} to its special token '{token}'; use a tokenizer "
                     f"that has it as an added token, or another {mask_option} / {eos_option}"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from llada_lightning.command_line import CommandParser, print_json
@@ -126,7 +125,7 @@ def _report(options: Any, what: Ablation, cells: dict[str, dict[str, Cell]]) -> 
     if any(cell.of for tasks in cells.values() for cell in tasks.values()):
         console.print("The best of several settings, picked by these very scores, flatters itself.", soft_wrap=True)
     if options.out:
-        console.print(f"-> {escape(options.out)}", soft_wrap=True)
+        console.print(f"-> {options.out}", soft_wrap=True)
 
 
 def _table(what: Ablation, cells: dict[str, dict[str, Cell]]) -> Table:
@@ -135,9 +134,9 @@ def _table(what: Ablation, cells: dict[str, dict[str, Cell]]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False, title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     for task in dict.fromkeys(task for tasks in cells.values() for task in tasks):
-        table.add_column(escape(task), justify="right")
+        table.add_column(task, justify="right")
     for row, tasks in cells.items():
-        table.add_row(escape(row), *(_percent(cell) for cell in tasks.values()))
+        table.add_row(row, *(_percent(cell) for cell in tasks.values()))
     return table
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from llada_lightning.cluster import launched
 from llada_lightning.command_line import CommandParser, add_json, print_json
+from llada_lightning.data.manifest import loss_note
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.suites import SUITES, Benchmark, Suite, suite_named
 from llada_lightning.files import require_replaceable, write_json
@@ -107,6 +106,9 @@ def evaluate_command(argv: list[str]) -> int:
     ]
     if model.rank == 0:
         _report(options, model, outcomes, chat)
+        note = loss_note(model.lost_share, "byte_perplexity, bits_per_byte and word_perplexity are too low")
+        if note is not None:
+            warn(note)
     return 0
 
 
@@ -179,8 +181,6 @@ def check(options: Any) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {options[name]}; it must be at least 1")
     if options.shots is not None and options.shots < 0:
         raise UserError(f"--shots is {options.shots}; it must be at least 0")
-    if options.limit is not None and options.limit > sys.maxsize:
-        raise UserError(f"--limit is {options.limit}; it must be at most {sys.maxsize}")
     if options.out:
         require_replaceable(Path(options.out))
         folder = Path(os.path.realpath(options.out)).parent
@@ -229,7 +229,7 @@ def _report(options: Any, model: HarnessModel, outcomes: list[Outcome], chat: bo
     console = people_console()
     console.print(_table(outcomes))
     for path in filter(None, (options.out, joined)):
-        console.print(f"-> {escape(str(path))}", soft_wrap=True)
+        console.print(f"-> {path!s}", soft_wrap=True)
 
 
 def _settings(options: Any, chat: bool) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def _table(outcomes: list[Outcome]) -> Table:
         if math.isfinite(outcome.stderr):
             value += f" ± {scale * outcome.stderr:.2f}"
         shots = "" if outcome.shots is None else str(outcome.shots)
-        table.add_row(escape(outcome.name), escape(outcome.metric), shots, str(outcome.n), value + unit)
+        table.add_row(outcome.name, outcome.metric, shots, str(outcome.n), value + unit)
     return table
 
 

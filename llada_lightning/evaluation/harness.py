@@ -15,6 +15,7 @@ from torch import Tensor, stack
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.data.chat import Message
+from llada_lightning.data.encoding import decode
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.progress import ScoringProgress
@@ -86,6 +87,7 @@ class HarnessModel(LM):
         }  # fmt: skip
         self._device = lm.device
         self._chats: dict[str, list[int]] = {}
+        self.lost_share = 0.0
         if dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
@@ -108,8 +110,14 @@ class HarnessModel(LM):
         return [(score.mean, flag) for score, flag in zip(scores, greedy, strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Nats of each text, in disjoint windows of the context length."""
+        """Nats of each text, in disjoint windows of the context length.
+
+        The harness divides them by the bytes and words of the text as it is, which :attr:`lost_share` puts in doubt.
+        """
+        written = [request.args[0] for request in requests]
         texts = [encode_text(self.lm, request.args[0], _named(request)) for request in requests]
+        lost = sum(map(self.lm.lost_bytes, written)) / max(1, sum(len(text.encode()) for text in written))
+        self.lost_share = max(self.lost_share, lost)
         return document_log_likelihoods(self.lm, texts, **self._scoring)
 
     def _pair(self, context: str, continuation: str, name: str = "request") -> tuple[list[int], list[int]]:
@@ -232,8 +240,8 @@ class HarnessModel(LM):
         said, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
         messages = [Message(message["role"], message["content"]) for message in said]  # type: ignore[arg-type]
         ids = conversation_ids(self.lm, messages) + self.lm.encode_within(begun)
-        tokenizer: Any = self.lm.tokenizer
-        text = str(tokenizer.decode(ids, skip_special_tokens=False))
+        assert self.lm.tokenizer is not None  # or there were no ids
+        text = decode(self.lm.tokenizer, ids, skip_special_tokens=False)
         self._chats[text] = ids
         return text
 

@@ -30,6 +30,7 @@ class Pair:
         is_choice: whether the line had choices.
         answer: index of the right choice, where the line has it.
         truncated: tokens cut from the prompt's left.
+        lost_bytes: those of ``scored_bytes``, of all continuations together, that the ids do not give back.
     """
 
     prompt: list[int]
@@ -39,6 +40,7 @@ class Pair:
     is_choice: bool
     answer: int | None
     truncated: int = 0
+    lost_bytes: int = 0
 
 
 def read_pairs(path: Path, lm: LanguageModel, truncate: Truncation | None = None) -> list[Pair]:
@@ -105,8 +107,10 @@ def _pair(record: dict[str, Any], lm: LanguageModel, where: str) -> Pair:
             f"{where}: choices of both texts and ids behind a prompt that ends in white space; write all alike"
         )
     written_bytes = _sizes(lm, values)
-    scored_bytes = _sizes(lm, [_scored(prompt, value) for value in values])
-    return Pair(encoded[0][0], [ids for _, ids in encoded], written_bytes, scored_bytes, is_choice, answer)
+    scored = [_scored(prompt, value) for value in values]
+    lost_bytes = sum(lm.lost_bytes(value) for value in scored if isinstance(value, str))
+    ids = [ids for _, ids in encoded]
+    return Pair(encoded[0][0], ids, written_bytes, _sizes(lm, scored), is_choice, answer, lost_bytes=lost_bytes)
 
 
 def _scored(prompt: Written, value: Written) -> Written:

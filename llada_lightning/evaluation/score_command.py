@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_lightning.command_line import CommandParser, add_json, print_json
+from llada_lightning.data.manifest import TOLERATED_LOSS, loss_note
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.masks import REPLICATES
 from llada_lightning.evaluation.options import check_sampling
@@ -104,6 +105,9 @@ def score_command(argv: list[str]) -> int:
     }
     summary, results = _texts(lm, options, sampling) if options.text else _pairs(lm, options, sampling)
     summary = {"checkpoint": options.checkpoint, "objective": lm.objective, **summary}
+    note = loss_note(summary.get("lost_share", 0.0))
+    if note is not None:
+        warn(note)
     if options.out:
         _write(Path(options.out), results)
     if options.json:
@@ -240,18 +244,21 @@ def _texts(lm: LanguageModel, options: Any, sampling: dict[str, Any]) -> tuple[d
     texts = list(documents(options.text, text_field=options.text_field or "text"))
     if not texts:
         raise UserError(f"score: --text '{options.text}' holds no text")
+    text_bytes = [len(text.encode()) for text in texts]
+    lost_share = sum(map(lm.lost_bytes, texts)) / sum(text_bytes)
     score = rolling_log_likelihood(
         lm,
         [lm.encode(text) for text in texts],
         options.window,
         options.stride,
-        text_bytes=[len(text.encode()) for text in texts],
+        text_bytes=text_bytes if lost_share <= TOLERATED_LOSS else None,
         samples=options.samples,
         target_stderr=options.target_stderr,
         max_samples=options.max_samples,
         **sampling,
     )
-    return vars(score), [vars(score)]
+    values = {**vars(score), "lost_share": lost_share}
+    return values, [values]
 
 
 def _write(path: Path, results: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from llada_lightning.data.manifest import TOLERATED_LOSS
 from llada_lightning.evaluation.pairs_file import Pair
 from llada_lightning.evaluation.ranking import Ranking
 from llada_lightning.evaluation.requests import Score, monte_carlo_stderr
@@ -40,14 +41,18 @@ def choice_record(index: int, pair: Pair, ranking: Ranking, with_confidence: boo
 
 
 def likelihood_summary(pairs: Sequence[Pair], scores: Sequence[Score]) -> dict[str, Any]:
-    """Nats per token over all continuations; ``stderr`` is over requests, ``monte_carlo_stderr`` is the masks'."""
+    """Nats per token over all continuations; ``stderr`` is over requests, ``monte_carlo_stderr`` is the masks'.
+
+    ``lost_share`` is the share of the continuations' bytes that their ids do not give back.
+    """
     byte_lengths = [pair.scored_bytes[0] for pair in pairs if pair.scored_bytes]
     spread = monte_carlo_stderr([(pair.prompt, pair.continuations[0]) for pair in pairs], scores)
     nats = [-score.mean for score in scores]
     tokens = [score.tokens for score in scores]
     per_token, stderr = ratio_and_stderr(nats, tokens)
     bits = bits_stderr = None
-    if len(byte_lengths) == len(pairs):
+    lost_share = sum(pair.lost_bytes for pair in pairs) / max(1, sum(byte_lengths))
+    if len(byte_lengths) == len(pairs) and lost_share <= TOLERATED_LOSS:
         bits, bits_stderr = ratio_and_stderr([v / math.log(2) for v in nats], byte_lengths)
     return {
         "requests": len(scores),
@@ -59,6 +64,7 @@ def likelihood_summary(pairs: Sequence[Pair], scores: Sequence[Score]) -> dict[s
         "monte_carlo_stderr": spread / sum(tokens),
         "bits_per_byte": bits,
         "bits_per_byte_stderr": bits_stderr,
+        "lost_share": lost_share,
         "samples": sum(score.samples for score in scores),
     }
 

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from llada_lightning.command_line import CommandParser, add_json, print_json
 from llada_lightning.errors import UserError
@@ -59,16 +58,16 @@ def collect_command(argv: list[str]) -> int:
         return 0
     console = people_console()
     found = _count(report.folders, report.wandb_runs)
-    console.print(f"{report.records} results of {found} -> {escape(str(path))}", soft_wrap=True)
+    console.print(f"{report.records} results of {found} -> {path!s}", soft_wrap=True)
     if report.covariance.path:
         joint = f"joint errors of {report.covariance.rows} results -> {report.covariance.path}"
-        console.print(escape(joint), soft_wrap=True)
+        console.print(joint, soft_wrap=True)
     return 0
 
 
 def _say(console: Console, lines: list[str]) -> None:
     for line in lines:
-        console.print(escape(line), soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _count(folders: int, wandb_runs: int) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from llada_lightning.printing import people_console
@@ -30,6 +29,7 @@ from llada_lightning.scaling.fits import (
     losses,
     usable_runs,
 )
+from llada_lightning.scaling.fits.checks import NO_COMMON_LOSS
 from llada_lightning.scaling.fits.runs import planned_flops
 from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
 from llada_lightning.scaling.shapes import format_count
@@ -63,11 +63,12 @@ def print_report(table: pd.DataFrame, fits: StudyFits, convention: Convention, f
         if unseen.isdisjoint((entry.convention, entry.flops, method) for method in entry.methods)
     ]
     flags = [*doubt_lines(fits, convention), *apart, *fits.notes]
+    flags.sort(key=lambda flag: not flag.startswith(NO_COMMON_LOSS))
     if flags:
         console.print("To note:")
     for flag in flags:
-        console.print(f"- {escape(flag)}", highlight=False, soft_wrap=True)
-    console.print(f"-> {escape(', '.join(files))}", soft_wrap=True)
+        console.print(f"- {flag}", highlight=False, soft_wrap=True)
+    console.print(f"-> {', '.join(files)}", soft_wrap=True)
 
 
 def _titled(title: str, *columns: str, left: int = 1) -> Table:
@@ -115,7 +116,7 @@ def _run_row(run: Any, convention: Convention) -> list[str]:
     loss, stderr = (values[0] for values in losses(run.to_frame().T, "nats_per_token"))
     return [
         run["objective"],
-        escape(_short_shape(str(run["shape"]))),
+        _short_shape(str(run["shape"])),
         f"{run[flops_column(convention)]:.1e}".replace("e+", "e"),
         format_count(run["params_nonembedding"]),
         format_count(run["tokens"]),

@@ -87,7 +87,7 @@ def plan_table(plan: Plan) -> Table:
     numbers = {name: number for number, name in enumerate(dict.fromkeys(rows.trunk), start=1)}
     for (objective, budget), group in rows.groupby(["objective", "budget"], sort=False):
         table.add_section()
-        table.add_row(f"[bold]{objective}[/]", f"[bold]{budget:.3g} FLOPs[/]")
+        table.add_row(str(objective), f"{budget:.3g} FLOPs", style="bold")
         for row in group.to_dict("records"):
             table.add_row(*_cells(row), str(numbers[row["trunk"]]))
     return table

@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 
-from rich.markup import escape
-
 from llada_lightning.command_line import CommandParser, add_json, print_json
 from llada_lightning.errors import UserError
 from llada_lightning.printing import people_console
@@ -91,7 +89,7 @@ def _show(sweep: Sweep, run_folder: RunFolder, extra: list[str], as_json: bool) 
     console = people_console()
     for index, (run, state) in enumerate(zip(runs, states, strict=True)):
         what = f"{state} {budget_share(run):.0%}" if state == "begun" else state
-        console.print(f"{index:>5}  {what:<10}  {escape(str(run.folder))}", soft_wrap=True, highlight=False)
+        console.print(f"{index:>5}  {what:<10}  {run.folder!s}", soft_wrap=True, highlight=False)
     counts = Counter(states)
     console.print(f"{len(runs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
     return 0
@@ -109,7 +107,7 @@ def _print_outcome(outcome: SweepOutcome) -> None:
     console.print("runs: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
     for failed in outcome.failed:
         line = f"failed: {failed.name}: {failed.reason}; log: {failed.log}"
-        console.print(escape(line), soft_wrap=True)
+        console.print(line, soft_wrap=True)
     if outcome.interrupted:
         console.print("interrupted; the same command goes on where it stopped")
     elif outcome.failed:

@@ -22,12 +22,12 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from llada_lightning.errors import UserError
-from llada_lightning.printing import people_console
+from llada_lightning.printing import people_console, visible
 from llada_lightning.scaling.budget import cost_of_budgets
 from llada_lightning.scaling.flops import CONVENTIONS, Convention
 from llada_lightning.scaling.hyperparameters import DECAY_FRACTION
@@ -230,7 +230,7 @@ class _Runner:
                 start_new_session=True,
             )
         self.running.append(_Job(run, process, time.monotonic()))
-        self.console.print(f"[dim]started  {escape(run.name)}, log: {escape(str(run.log))}[/]", soft_wrap=True)
+        self.console.print(f"started  {run.name}, log: {run.log}", style="dim", highlight=False, soft_wrap=True)
 
     def _ended(self) -> list[_Job]:
         if self.running:
@@ -244,18 +244,21 @@ class _Runner:
         if code == 0 and is_done(job.run.folder):
             self.outcome.done.append(job.run.name)
             elapsed = format_seconds(time.monotonic() - job.started)
-            word = "[green]done[/]    "
+            word, style = "done     ", "green"
             if has_diverged(job.run.folder):
                 self.outcome.diverged.append(job.run.name)
-                word = "[yellow]diverged[/]"
-            self.console.print(f"{word} {escape(job.run.name)}  [dim]{elapsed}[/]")
+                word, style = "diverged ", "yellow"
+            self._say(word, style, f"{job.run.name}  {elapsed}")
             return
         job.kill_group()
         self._fail(job.run, _reason(job.run.folder, code, last_line(job.run.log)))
 
     def _fail(self, run: PlannedRun, reason: str) -> None:
         self.outcome.failed.append(FailedRun(run.name, reason, str(run.log)))
-        self.console.print(f"[red]failed[/]  {escape(run.name)}: {escape(reason)}")
+        self._say("failed  ", "red", f"{run.name}: {reason}")
+
+    def _say(self, word: str, style: str, rest: str) -> None:
+        self.console.print(Text.assemble((word, style), visible(rest)))
 
     def stop(self, grace_seconds: float) -> None:
         """Asks the running fits to leave, and ends them if they do not in time or at a second signal."""
@@ -287,24 +290,26 @@ class _Runner:
             yield
 
     def _picture(self) -> Group:
-        jobs = Table.grid(padding=(0, 2))
+        jobs = Table.grid("", "", Column(style="dim"), "", padding=(0, 2))
         spent = self.cost_done
         for job in list(self.running):
             metrics = latest_metrics(job.run.folder)
             share = budget_share(job.run)
             spent += share * job.run.cost
             elapsed = format_seconds(time.monotonic() - job.started)
-            jobs.add_row("running", escape(job.run.name), f"[dim]{describe_state(share, metrics)}[/]", elapsed)
+            jobs.add_row("running", job.run.name, describe_state(share, metrics), elapsed)
         return Group(jobs, self._study_line(spent))
 
     def _study_line(self, spent: float) -> Table:
         elapsed = time.monotonic() - self.started
         settled = len(self.outcome.done) + len(self.outcome.skipped)
-        failed = f", [red]{len(self.outcome.failed)} failed[/]" if self.outcome.failed else ""
+        failed: list[str | tuple[str, str]] = (
+            [", ", (f"{len(self.outcome.failed)} failed", "red")] if self.outcome.failed else []
+        )
         left = f"about {format_seconds(elapsed * (self.cost / spent - 1))} left" if spent else ""
         line = Table.grid(padding=(0, 2))
         line.add_row(
-            f"[bold]{settled}/{self.total} runs[/]{failed}",
+            Text.assemble((f"{settled}/{self.total} runs", "bold"), *failed),
             ProgressBar(total=self.cost, completed=spent, width=30),
             f"{format_seconds(elapsed)} elapsed",
             left,

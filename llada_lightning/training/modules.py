@@ -198,7 +198,9 @@ class LanguageModule(LightningModule, ABC):
         assert self.trainer is not None
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
-            self.validation["val_bits_per_byte"] = bits_per_byte(mean, data.bytes_per_token)
+            bits = data.bits_per_byte(mean)
+            if bits is not None:
+                self.validation["val_bits_per_byte"] = bits
         # For callbacks; the accounting logs them, by step. Every rank has the same values: they are gathered.
         self.log_dict(self.validation, logger=False, rank_zero_only=True)
 
@@ -440,8 +442,3 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif left != right:
             found.append(f"{prefix}{key} was {left!r}, is {right!r}")
     return found
-
-
-def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """Nats per token in bits per byte of text."""
-    return nats_per_token / bytes_per_token / math.log(2)

@@ -74,7 +74,7 @@ def result_record(
         "val_nats_per_token": validation["val_nats_per_token"],
         "val_stderr": validation["val_stderr"],
         "val_kind": module.val_kind,
-        "val_bits_per_byte": validation["val_bits_per_byte"],
+        "val_bits_per_byte": validation.get("val_bits_per_byte"),
         "tokens_per_second": accounting.mean_tokens_per_second(),
         "mfu": accounting.mean_mfu(trainer),
         "device": describe_devices(trainer),
@@ -131,9 +131,11 @@ def describe_result(record: Mapping[str, Any]) -> str:
 
 
 def describe_loss(values: Mapping[str, float | None], kind: str) -> str:
-    """A validation loss with its standard error, its kind and both units."""
-    loss, stderr, bits = (math.nan if values[key] is None else values[key] for key in VALIDATION_METRICS)
-    return f"{loss:.4f} ± {stderr:.4f} nats/token ({kind}), {bits:.4f} bits/byte"
+    """A validation loss with its standard error, its kind and both units, as far as it has bits per byte."""
+    loss, stderr = (math.nan if values[key] is None else values[key] for key in ("val_nats_per_token", "val_stderr"))
+    bits = values.get("val_bits_per_byte")
+    in_bits = "" if bits is None else f", {bits:.4f} bits/byte"
+    return f"{loss:.4f} ± {stderr:.4f} nats/token ({kind}){in_bits}"
 
 
 def few_documents(documents: int) -> str | None:

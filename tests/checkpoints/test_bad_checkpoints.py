@@ -67,6 +67,20 @@ def test_numbers_that_are_no_weights(refused, tmp_path: Path) -> None:
     assert f"{name} is stored as int8; save it as float64 or float32 or bfloat16 or float16" in line
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers(refused, tmp_path: Path, number: float) -> None:
+    folder = written(tmp_path / "in", "hf-llama", "arm")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name][0, 0] = number
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    message = f"'{folder}': {name} holds NaN or infinite numbers; take another checkpoint"
+    assert refused(folder, "--to", "llada") == f"error: {message}"
+    with pytest.raises(UserError) as error:
+        load_model(folder, device="cpu")
+    assert str(error.value) == message
+
+
 LLADA_REFUSED = {
     "include_qkv_bias": True,
     "include_bias": True,
@@ -166,7 +180,7 @@ def test_an_unknown_architecture(refused, tmp_path: Path, model_type: str | None
         ({"pad_token_id": "<pad>"}, 'pad_token_id is "<pad>"; it must be an id'),
         ({"rope_theta": float("inf")}, "rope_theta is Infinity; it must be a finite number"),
         ({"mlp_hidden_size": None, "mlp_ratio": 1e307}, "mlp_ratio is 1e+307; it must be a number such as 4"),
-        ({"mlp_hidden_size": 10**18}, "no memory could hold a model of these dimensions"),
+        ({"mlp_hidden_size": 10**18}, "shape: d_ff is 1000000000000000000; it must be at most 1048576"),
         ({"model_type": ["llada"]}, 'model_type is ["llada"]; an unknown architecture'),
         ({"eos_token_id": [318, 400]}, "eos_token_id is 400; it must be an id of the vocabulary"),
         ({"eos_token_id": "318"}, 'eos_token_id is "318"; it must be an id of the vocabulary'),

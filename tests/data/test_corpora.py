@@ -81,6 +81,25 @@ def test_splitting_in_blocks_equals_splitting_at_once(
     assert found == [part for part in text.split(separator) if part.strip()]
 
 
+def test_lines_of_json_split_by_a_separator(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "books.jsonl", ["one\n\ntwo\n\n\n\nthree", "four"])
+    found = list(documents(f"{tmp_path}/books.jsonl", document_separator="\n\n"))
+    assert found == ["one", "two", "three", "four"]
+
+
+def test_a_text_without_its_separator_and_a_line_that_is_too_long_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_files, "MAX_TEXT_DOCUMENT", 100)
+    monkeypatch.setattr(text_files, "MAX_JSON_LINE", 100)
+    (tmp_path / "long.txt").write_text("x" * 101)
+    with pytest.raises(UserError, match="more than 100 characters without the separator '---'"):
+        list(documents(f"{tmp_path}/long.txt", document_separator="---"))
+    write_jsonl(tmp_path / "long.jsonl", ["short", "x" * 100])
+    with pytest.raises(UserError, match=r"long\.jsonl:2: has more than 100 bytes"):
+        list(documents(f"{tmp_path}/long.jsonl"))
+
+
 def test_a_folder_is_read_in_sorted_order_without_what_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / ".hidden").mkdir()
@@ -197,6 +216,7 @@ def test_a_dataset_on_this_machine_is_streamed(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "test.jsonl", ["c"])
     assert list(documents(f"hf:{tmp_path}")) == ["a", "b"]
     assert list(documents(f"hf:{tmp_path}@test")) == ["c"]
+    assert list(documents(f"hf:{tmp_path}", document_separator="a")) == ["b"]
     assert list(documents(f"hf:{tmp_path}/test.jsonl")) == ["c"]
     assert open_corpus(f"hf:{tmp_path}").identity["files"] == 2
     with pytest.raises(UserError, match=r"no column 'body'; it has: id, text"):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llada_lightning.data.manifest import (
     TokenizerInfo,
     check_sequence_length,
     data_fingerprint,
+    loss_note,
     read_manifest,
     read_tokenizer_text,
 )
@@ -55,6 +57,32 @@ def test_written_and_read_again(tmp_path: Path) -> None:
     for folder in (f"{tmp_path}/data", f"{tmp_path}/data/", f"local:{tmp_path}/data", f"file://{tmp_path}/data"):
         assert read_manifest(folder) == manifest
     assert read_manifest(tmp_path / "data") == manifest
+
+
+def test_a_folder_of_an_older_version_has_no_count_of_lost_bytes(tmp_path: Path) -> None:
+    manifest = write_folder(tmp_path / "data")
+    record = json.loads(manifest.to_json())
+    for split in record["splits"].values():
+        assert split.pop("lost_bytes") is None
+    del record["checksum"]
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(record))
+    assert read_manifest(tmp_path / "data") == manifest
+    assert manifest.splits["val"].lost_share == 0
+
+
+@pytest.mark.parametrize("lost", [-1, 1.5, "1", 10**9])
+def test_an_impossible_count_of_lost_bytes_is_a_damage(tmp_path: Path, lost: object) -> None:
+    manifest = write_folder(tmp_path / "data")
+    splits = {**manifest.splits, "val": replace(manifest.splits["val"], lost_bytes=lost)}  # type: ignore[arg-type]
+    (tmp_path / "data" / "manifest.json").write_text(replace(manifest, splits=splits).to_json())
+    with pytest.raises(UserError, match="val: lost_bytes"):
+        read_manifest(tmp_path / "data")
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.0, None), (0.001, None), (0.0123, "1.23 %"), (1.0, "100 %")])
+def test_a_note_of_lost_text(share: float, said: str | None) -> None:
+    note = loss_note(share)
+    assert (note is None) if said is None else (note is not None and said in note)
 
 
 def test_read_from_a_remote_store() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from llada_lightning.data.chat import LLADA_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate, Message
 from llada_lightning.data.dialogues import Context
@@ -45,6 +46,15 @@ def test_the_tokens_are_prompt_response_and_one_eos() -> None:
         "user:\nx\n\nassistant:\nyy\n\nuser:\nz\n\nassistant:\nw",
     ]
     assert (pairs.lengths - pairs.prompts_P).tolist() == [2, 3, 2]
+
+
+def test_the_bytes_of_responses_that_do_not_come_back_are_counted() -> None:
+    lowering = train_tokenizer(["a few words"], 258)
+    lowering.normalizer = normalizers.Lowercase()
+    template = ChatTemplate.of(PLAIN_TEMPLATE, lowering, EOS, (MASK,), "plain")
+    turns = [Message("user", "Q"), Message("assistant", "A B"), Message("user", "Q"), Message("assistant", "é")]
+    assert tokenize_pairs([("row", turns)], template, EOS, 512).lost_P.tolist() == [2, 0]
+    assert pairs_of([("Q", "A B"), ("Q", "é")]).lost_P.tolist() == [0, 0]
 
 
 def test_an_answer_that_is_not_learned_is_part_of_the_prompt_alone() -> None:

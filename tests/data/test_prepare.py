@@ -15,6 +15,7 @@ from litdata import StreamingDataset
 from litdata.streaming.item_loader import TokensLoader
 from rich.console import Console
 
+from llada_lightning.cli import main
 from llada_lightning.data import output_folder, prepare_command
 from llada_lightning.data import prepare as prepare_module
 from llada_lightning.data.manifest import Manifest, Split, read_manifest
@@ -22,6 +23,7 @@ from llada_lightning.data.prepare import in_validation, prepare
 from llada_lightning.data.progress import PrepareProgress
 from llada_lightning.data.tokenizers import tokenizer_from_file, train_tokenizer
 from llada_lightning.errors import UserError
+from small_corpora import forgetful_tokenizer
 
 # litdata maps shards read-only and clones what it reads; torch warns all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
@@ -350,6 +352,73 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.Captu
     assert answer.err == ""
     assert f"{manifest.splits['train'].tokens:,}" in answer.out
     assert manifest.fingerprint[:16] in answer.out
+
+
+@pytest.mark.parametrize("name", ["books[en]", "[bold]books", "[/b]ooks"])
+def test_names_like_markup_are_shown_as_they_are(
+    tmp_path: Path, tokenizer_path: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_corpus(Path("text.jsonl"))
+    arguments = ["--source", "text.jsonl", "--out", name, "--tokenizer", tokenizer_path, "--val-fraction", "0.3"]
+    assert main(["prepare", *arguments, "--quiet"]) == 0
+    assert name in capsys.readouterr().out.splitlines()[0]
+    assert main(["prepare", "--verify", name]) == 0
+    assert f"{name}: whole" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_bytes_that_do_not_come_back_are_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = forgetful_tokenizer(tmp_path / "tokenizer")
+    source = write_corpus(tmp_path / "text.jsonl", ["The sea" + " x" * n for n in range(60)])
+    arguments = ["--source", source, "--val-fraction", "0.3", "--tokenizer", tokenizer, "--eos-token", "[SEP]"]
+    assert main(["prepare", *arguments, "--out", f"{tmp_path}/lossy", "--json", "--quiet"]) == 0
+    answer = capsys.readouterr()
+    splits = json.loads(answer.out)["splits"]
+    assert splits["train"]["lost_bytes"] is None
+    assert splits["val"]["lost_bytes"] == splits["val"]["documents"]  # one capital each
+    assert read_manifest(tmp_path / "lossy").splits["val"].lost_bytes == splits["val"]["documents"]
+    share = 100 * splits["val"]["documents"] / splits["val"]["bytes"]
+    assert answer.err.startswith(f"note: {share:.3g} % of the text's bytes do not come back from its tokens; ")
+    assert answer.err.count("\n") == 1
+
+
+def test_a_tokenizer_of_our_own_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_corpus(tmp_path / "text.jsonl", [f"Die See\n\n\t{n} 海 é e\u0301 \0 [MASK]" for n in range(60)])
+    assert run(source, tmp_path / "out").splits["val"].lost_bytes == 0
+    assert "note" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--source", "pipe"], "'pipe' is a pipe or a device, not a file"),
+        (["--source", "/dev/zero"], "'/dev/zero' is a pipe or a device, not a file"),
+        (["--source", "hf:pipe"], "'pipe' is a pipe or a device, not a file"),
+        (["--source", "python-stdlib", "--document-separator", "x"], "--document-separator does nothing"),
+        (["--source", "igsm:9", "--document-separator", "x"], "--document-separator does nothing"),
+        (["--source", "text.jsonl", "--vocab-size", str(10**18)], f"vocabulary size {10**18} is above 16,777,216"),
+        (["--source", "a\0b"], "NUL byte"),
+        (["--source", "text.jsonl", "--out", "a\0b"], "NUL byte"),
+        (["--source", "text.jsonl", "--tokenizer", "endless.json"], "the tokenizer cannot encode a text of"),
+    ],
+)
+def test_hostile_inputs_are_one_line_and_leave_nothing(
+    tmp_path: Path, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    write_corpus(Path("text.jsonl"), [*("x" * n for n in range(1, 40)), "a" * 200 + "b"])
+    hostile = json.loads(train_tokenizer(TEXTS, 300).to_str())
+    hostile["pre_tokenizer"] = {
+        "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False,
+    }  # fmt: skip
+    Path("endless.json").write_text(json.dumps(hostile))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert main(["prepare", "--out", "out", "--vocab-size", "300", "--quiet", *arguments]) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(

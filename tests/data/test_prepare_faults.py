@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -224,9 +224,10 @@ class FailingStream:
         self._raw = raw
         self.read = raw.read
 
-    def __iter__(self) -> Iterator[bytes]:
-        yield self._raw.readline()
-        raise OSError(5, "Input/output error")
+    def readline(self, size: int = -1) -> bytes:
+        if self._raw.tell():
+            raise OSError(5, "Input/output error")
+        return self._raw.readline(size)
 
 
 def test_a_disk_error_in_the_middle_of_a_source(

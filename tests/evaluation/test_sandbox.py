@@ -177,6 +177,14 @@ FORGERIES = {
     "one = json.dumps(['result', True]).encode()\n"
     "for n in range(20):\n    try: os.write(n, (struct.pack('>I', len(one)) + one) * 99)\n    except OSError: pass\n"
     "os._exit(0)",
+    "makes a class there": """
+import gc
+def f(x):
+    peer = next(each for each in gc.get_objects() if type(each).__name__ == "Peer")
+    kind = peer.ask("call", type, "A", (object,), {"__eq__": lambda other: True})
+    return peer.ask("call", kind)
+""",
+    "raises what ends an iteration": "def f(x): raise StopIteration",
     "looks for the tests": "import gc, sys\nfound = [o for o in gc.get_objects() if type(o) is dict and 'tests' in o]\n"
     "frame = sys._getframe()\nwhile frame.f_back: frame = frame.f_back; frame.f_globals['__name__']\n"
     "assert not found\ndef f(x): return 7",
@@ -185,10 +193,18 @@ FORGERIES = {
 
 @pytest.mark.parametrize("program", FORGERIES.values(), ids=FORGERIES.keys())
 def test_no_program_says_that_it_has_passed(program: str) -> None:
-    tests = "import math\ndef check(g):\n    try:\n        y = g(1)\n    except Exception:\n        return\n"
+    tests = "import math\ndef check(g):\n    y = g(1)\n"
     tests += "    assert abs(y - 2.5) < 1e-6 and all([y == 2.5]) and math.isclose(y, 2.5)\ncheck(f)"
     assert verdict(program, "assert f(1) == 2.5") == "failed"
     assert verdict(program, tests) == "failed"
+    assert verdict(program, "assert all(map(f, [1])) and f(1) == 2.5 or list(map(f, [1])) == []") == "failed"
+
+
+@pytest.mark.parametrize("leave", ["import os; os._exit(0)", "raise SystemExit", "raise KeyboardInterrupt"])
+def test_no_test_of_an_exception_takes_leaving_for_one(leave: str) -> None:
+    tests = "try:\n    f()\n    assert False\nexcept Exception:\n    pass"
+    assert verdict(f"def f(): {leave}", tests) == "failed"
+    assert verdict("def f(): raise ValueError", tests) == "passed"
 
 
 def test_only_the_tests_of_a_module_that_is_theirs_decide() -> None:

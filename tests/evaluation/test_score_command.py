@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from small_models import ids, random_model
 from test_pairs_file import letters, written
+from tokenizers import Tokenizer, normalizers
 
 from llada_lightning.checkpoints.load import load_model
 from llada_lightning.cli import main
@@ -136,6 +137,34 @@ def test_choices_until_they_are_settled(run: Run, tmp_path: Path) -> None:
     assert "settled at 0.95" in table and "accuracy" in table
     _, stdout, _ = run("arm", "--pairs", path, "--json", "--confidence", "0.95")
     assert json.loads(stdout)["settled"] == 6
+
+
+def lowering() -> Tokenizer:
+    tokenizer = letters()
+    tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_bits_per_byte_are_left_out_where_the_ids_do_not_give_the_text_back(
+    run: Run, tmp_path: Path, text: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "ARM", replace(ARM, tokenizer=lowering()))
+    path = written(tmp_path, {"prompt": "ab", "continuation": "Defg", "text": "Abcd"})
+    arguments = ("--text" if text else "--pairs", path)
+    code, stdout, stderr = run("arm", *arguments, "--json")
+    assert code == 0
+    result = json.loads(stdout)
+    assert result["bits_per_byte"] is None
+    assert result["lost_share"] == 0.25
+    assert result["nats_per_token"] > 0
+    assert stderr == (
+        "note: 25 % of the text's bytes do not come back from its tokens; bits per byte are left out, as they would be "
+        "too low\n"
+    )
+    code, stdout, _ = run("arm", *arguments)
+    assert "nats/token" in stdout
+    assert "bits/byte" not in stdout
 
 
 def test_text_gives_bits_per_byte(run: Run, tmp_path: Path) -> None:
@@ -291,6 +320,15 @@ def test_mistakes_of_the_text_and_of_no_file(run: Run, tmp_path: Path) -> None:
     ):
         code, _, stderr = run("llada", *arguments)
         assert code == 2 and message in stderr and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--pairs", "--text", "--out"])
+def test_a_path_that_no_file_can_have_is_one_line(run: Run, tmp_path: Path, option: str) -> None:
+    path = written(tmp_path, PAIR)
+    for name in ("a" * 300, "a\0b"):
+        arguments = [option, name] if option != "--out" else ["--pairs", path, "--out", name]
+        code, stdout, stderr = run("llada", *arguments)
+        assert (code, stdout, stderr.count("\n")) == (2, "", 1) and stderr.startswith("error: ")
 
 
 def test_where_results_cannot_go_is_told_before_anything_is_scored(

@@ -104,7 +104,7 @@ def test_a_held_out_budget_outside_of_its_interval_marks_its_method(tmp_path: Pa
 
 def test_budgets_without_a_common_loss_are_told_first(tmp_path: Path, capsys: Captured) -> None:
     """Both objectives at the same budgets, over a smaller factor than `llada` needs: nothing is measured."""
-    laws = {"arm": Chinchilla(1.7, 400.0, 0.34, 1200.0, 0.28), "llada": Chinchilla(1.7, 900.0, 0.34, 3200.0, 0.28)}
+    laws = {"arm": Chinchilla(1.7, 400.0, 0.34, 1200.0, 0.28), "llada": Chinchilla(1.7, 641.0, 0.34, 1769.0, 0.28)}
     path = write_results(simulated_study(laws, budgets=(1e17, 2e17, 4e17))[0], tmp_path / "r.csv")
     assert curves_command([str(path), "--out", str(tmp_path), "--samples", "300"]) == 0
     first = capsys.readouterr().out.partition("To note:\n")[2].splitlines()
@@ -190,7 +190,7 @@ def test_two_budgets_are_drawn_without_a_fit(tmp_path: Path, capsys: Captured) -
     out = capsys.readouterr().out
     assert "arm, envelope, 6nd: no fit, budgets on the envelope: 2; at least 3 are needed" in out
     assert "arm, parametric: no fit: 4 runs of 2 N and 4 D; at least 6 runs of 3 N and 3 D are needed" in out
-    assert "compute multiplier: none by 6ND, fits are missing" in out
+    assert "no common loss by 6ND: arm's best losses go from" in out
     assert (tmp_path / "scaling.png").exists()
 
 

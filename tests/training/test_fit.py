@@ -14,10 +14,12 @@ import yaml
 from llada_lightning.checkpoints.run_folder import saved_identity
 from llada_lightning.cli import main
 from llada_lightning.data.manifest import read_manifest
+from llada_lightning.data.prepare import prepare
 from llada_lightning.scaling.results import RESULT_COLUMNS
 from llada_lightning.scaling.shapes import Shape
-from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule, bits_per_byte
+from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule
 from llada_lightning.training.schedules import WSD
+from small_corpora import forgetful_tokenizer, write_corpus
 from tiny_runs import MODELS, fit, fit_arguments, fit_process, losses, metrics, record, weights
 
 SHAPE = Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=64)
@@ -191,9 +193,21 @@ def test_weight_decay_is_on_matrices_only(module_class: type[LanguageModule]) ->
     assert sum(len(g["params"]) for g in groups) == len(list(module.parameters()))
 
 
-def test_bits_per_byte() -> None:
-    assert bits_per_byte(math.log(2), 1) == pytest.approx(1)
-    assert bits_per_byte(4 * math.log(2), 4) == pytest.approx(1)
+def test_bits_per_byte_are_left_out_where_tokens_do_not_give_the_text_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, tokenizer = write_corpus(tmp_path / "text"), forgetful_tokenizer(tmp_path / "tokenizer")
+    prepare(
+        str(source), tmp_path / "data", tokenizer=tokenizer, eos_token="[SEP]", val_fraction=0.15, progress=False
+    )  # arithmetic in lines, which the tokenizer joins
+    folder = fit("llada", tmp_path / "data", tmp_path, "--trainer.max_steps=4")
+    said = capsys.readouterr().err
+    assert said.count("of the text's bytes do not come back from its tokens; bits per byte are left out") == 1
+    assert "bits/byte" not in said
+    found = record(folder)
+    assert found["val_bits_per_byte"] is None
+    assert found["val_nats_per_token"] > 0
+    assert {row["val_bits_per_byte"] for row in metrics(folder)} == {""}
 
 
 def test_wandb_offline_logs_beside_the_csv(prepared: Path, tmp_path: Path) -> None:

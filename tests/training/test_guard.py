@@ -235,7 +235,7 @@ def test_a_stop_comes_at_the_same_step_where_the_host_looks_rarely(prepared: Pat
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("--guard.patience=0", "guard.patience: 0 must be at least 1"),
+        ("--guard.patience=0", "guard.patience: 0 given; it must be a whole number of at least 1"),
         ("--guard.spike_zscore=0", "guard.spike_zscore: 0.0 must be above 0"),
         ("--guard.spikes=maybe", "guard.spikes"),
     ],

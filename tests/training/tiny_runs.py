@@ -148,14 +148,15 @@ def weights(folder: Path, step: int = 24) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / f"step={step:08d}.ckpt")["state_dict"]
 
 
-CLOCKS = {"tokens_per_second", "mfu", "wall_seconds"}
-"""The keys of result.json that a clock decides; all others are the same for every run of one configuration."""
+OF_THE_MOMENT = {"tokens_per_second", "mfu", "wall_seconds", "git_commit"}
+"""The keys of result.json that a clock decides, and the state of the checkout, which may change while tests run; all
+others are the same for every run of one configuration."""
 
 
 def timeless(folder: Path) -> list[dict[str, Any]]:
-    """The records of result.json without what a clock decides."""
+    """The records of result.json without what the moment decides."""
     records = json.loads((folder / "result.json").read_text())
-    return [{key: value for key, value in each.items() if key not in CLOCKS} for each in records]
+    return [{key: value for key, value in each.items() if key not in OF_THE_MOMENT} for each in records]
 
 
 def record(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
+from llada_lightning.data.encoding import decode, encode
+
 MASKED = -1
 """Among ids: a token that is not known yet."""
 
@@ -53,7 +55,7 @@ class Aligner:
             added = tokenizer.get_added_tokens_decoder()
             self._special = {token_id: token.content for token_id, token in added.items() if token.special}
             # Some tokenizers drop a space at a text's beginning, which within a text is a space: decode behind a word.
-            self._anchor = list(tokenizer.encode("a", add_special_tokens=False).ids)
+            self._anchor = encode(tokenizer, "a")
 
     def pieces(self, ids: Sequence[int]) -> list[Piece]:
         """The pieces of a text, in order; together they hold each token once.
@@ -91,6 +93,6 @@ class Aligner:
         """What tokens add to the text before them."""
         if ids not in self._texts:
             assert self._tokenizer is not None
-            before = self._tokenizer.decode(self._anchor)
-            self._texts[ids] = self._tokenizer.decode([*self._anchor, *ids])[len(before) :]
+            before = decode(self._tokenizer, self._anchor)
+            self._texts[ids] = decode(self._tokenizer, [*self._anchor, *ids])[len(before) :]
         return self._texts[ids]

@@ -20,6 +20,9 @@ from llada_lightning.scaling.fits.objective import ObjectiveFits, fit_objective
 from llada_lightning.scaling.fits.runs import Unit, budget_members, flops_column, planned_convention
 from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
 
+NO_COMMON_LOSS = "no common loss"
+"""How the note begins that outweighs all others."""
+
 REJECTED = 0.025
 """A fit whose lack of fit has a smaller p-value is rejected: 5 % over the two objectives of a multiplier."""
 
@@ -225,11 +228,12 @@ def no_common_loss(objectives: dict[str, ObjectiveFits], convention: Convention,
     )
     factor = least.multiplier * least.arm_flops / llada[-1].flops if least else None
     by = f", by a factor of about {factor:.2g} ({least.method})" if least and factor else ""
+    printed = "; what is printed is extrapolated" if any(own.convention == convention for own in found) else ""
     smaller, larger = ("arm", "llada") if behind else ("llada", "arm")
     return (
-        f"no common loss by {CONVENTION_NAMES[convention]}: arm's best losses go from {arm[0].loss:.3f} to "
-        f"{arm[-1].loss:.3f}, llada's from {llada[0].loss:.3f} to {llada[-1].loss:.3f}, so no multiplier is measured, "
-        f"and what is printed is extrapolated; add smaller budgets for {smaller} or larger ones for {larger}{by}"
+        f"{NO_COMMON_LOSS} by {CONVENTION_NAMES[convention]}: arm's best losses go from {arm[0].loss:.3f} to "
+        f"{arm[-1].loss:.3f}, llada's from {llada[0].loss:.3f} to {llada[-1].loss:.3f}, so no multiplier is measured"
+        f"{printed}; add smaller budgets for {smaller} or larger ones for {larger}{by}"
     )
 
 

@@ -75,9 +75,10 @@ def check_complete(runs: pd.DataFrame, unit: Unit) -> None:
         wrong = ~_positive(runs[column])
         if wrong.any():
             name = runs.loc[wrong, "run"].iloc[0]
-            raise UserError(
-                f"results: {column} of {wrong.sum()} runs is missing or not positive ({name}); mend the table"
-            )
+            remedy = "correct the table"
+            if column == "val_bits_per_byte":
+                remedy = "runs whose tokenizer does not give the text back have none; use --unit nats_per_token"
+            raise UserError(f"results: {column} of {wrong.sum()} runs is missing or not positive ({name}); {remedy}")
     if (runs["val_stderr"] < 0).any():
         name = runs.loc[runs["val_stderr"] < 0, "run"].iloc[0]
         raise UserError(f"results: val_stderr of {name} is negative; leave it empty where it is not known")

@@ -151,10 +151,10 @@ def fit_table(
         notes.append(f"covariance not used: it lacks {len(lacking)} of {len(runs)} runs ({lacking[0]} …)")
     notes += [note for fits in objectives.values() for note in fits.notes()]
     if len(objectives) == len(OBJECTIVES):
+        apart = {name: no_common_loss(objectives, name, at_budgets) for name in counted}
+        notes = [*filter(None, apart.values()), *notes]
         for name in counted:
-            if apart := no_common_loss(objectives, name, at_budgets):
-                notes.insert(0, apart)
-            elif name not in {entry.convention for entry in at_budgets}:
+            if not apart[name] and name not in {entry.convention for entry in at_budgets}:
                 notes.append(f"compute multiplier: none by {CONVENTION_NAMES[name]}, fits are missing")
     return StudyFits(
         unit,

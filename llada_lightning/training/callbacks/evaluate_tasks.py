@@ -9,11 +9,11 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
-from tokenizers import Tokenizer
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.checkpoints.run_folder import BRANCHES
-from llada_lightning.data.manifest import read_tokenizer_text
+from llada_lightning.data.manifest import TOKENIZER_NAME, read_tokenizer_text
+from llada_lightning.data.tokenizers import tokenizer_from_text
 from llada_lightning.errors import UserError
 from llada_lightning.scaling.evaluations import write_evaluations
 from llada_lightning.training.callbacks.accounting import Accounting
@@ -105,6 +105,7 @@ class EvaluateTasks(Callback):
 def _language_model(trainer: Trainer, module: LanguageModule) -> LanguageModel:
     """The model as it is being trained, with the tokenizer of its data."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    folder = next(iter(data.weights))
     assert module.eos_token_id is not None
     return LanguageModel(
         objective=module.objective,
@@ -112,7 +113,7 @@ def _language_model(trainer: Trainer, module: LanguageModule) -> LanguageModel:
         mask_token_id=module.mask_token_id,
         eos_token_id=module.eos_token_id,
         context_length=data.sequence_length,
-        tokenizer=Tokenizer.from_str(read_tokenizer_text(next(iter(data.weights)))),
+        tokenizer=tokenizer_from_text(read_tokenizer_text(folder), TOKENIZER_NAME),
         start_token_id=module.eos_token_id if module.objective == "arm" and module.text_prefix_ids is None else None,
         text_prefix_ids=tuple(module.text_prefix_ids or ()),
         end_token_ids=() if module.weights is None else tuple(inherited(module.weights)["end_token_ids"]),

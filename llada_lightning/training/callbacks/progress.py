@@ -13,7 +13,6 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from llada_lightning.printing import people_console
 from llada_lightning.training.callbacks.accounting import Accounting
-from llada_lightning.training.modules import bits_per_byte
 
 _LOSSES = 10
 """Logged steps whose mean loss is shown."""
@@ -48,7 +47,7 @@ class BudgetProgress(ProgressBar):
         if not self._enabled or not sys.stderr.isatty():
             return
         self._progress = Progress(
-            TextColumn(f"[bold]{self._title}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             TaskProgressColumn("{task.percentage:>5.1f}%"),
             TextColumn("{task.fields[figures]}"),
@@ -57,7 +56,7 @@ class BudgetProgress(ProgressBar):
             console=people_console(stderr=True),
         )
         self._task = self._progress.add_task(
-            "fit", total=trainer.max_steps, completed=trainer.global_step, figures="starting"
+            self._title, total=trainer.max_steps, completed=trainer.global_step, figures="starting"
         )
         self._progress.start()
 
@@ -99,8 +98,9 @@ class BudgetProgress(ProgressBar):
             loss = sum(self._losses) / len(self._losses)
             parts.append(f"training loss {loss:.3f} nats/token")
             data = getattr(trainer, "datamodule", None)
-            if data is not None:
-                parts.append(f"{bits_per_byte(loss, data.bytes_per_token):.3f} bits/byte")
+            bits = None if data is None else data.bits_per_byte(loss)
+            if bits is not None:
+                parts.append(f"{bits:.3f} bits/byte")
         if "tokens_per_second" in self._accounting.last:
             parts.append(f"{self._accounting.last['tokens_per_second']:,.0f} tokens/s")
         mfu = self._accounting.last.get("mfu")
