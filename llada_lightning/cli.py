@@ -283,6 +283,7 @@ def quiet_libraries() -> None:
     import lightning  # noqa: F401  (sets the levels that follow)
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+    # Lightning believes RANK and its like, whoever has set them.
     rank_zero_only.rank = process_rank()  # type: ignore[attr-defined]
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -94,8 +94,8 @@ def refuse_unusable(value: Any, name: str) -> None:
             refuse_unusable(item, name)
     elif isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name}: {value} given; it must be a finite number")
-    elif isinstance(value, int) and abs(value) > _LARGEST:
-        raise UserError(f"{name}: {shortened(value, 40)} given; it must be a smaller number, {_LARGEST} at most")
+    elif isinstance(value, int) and not -_LARGEST - 1 <= value <= _LARGEST:
+        raise UserError(f"{name}: {shortened(value, 40)} given; it must lie within 64 bits, at most {_LARGEST}")
     elif isinstance(value, str) and "\0" in value:
         raise UserError(f"{name}: '{shortened(value)}' given; text must not contain the NUL character")
 

@@ -29,7 +29,7 @@ from llada_lightning.data.sft import SftDataModule  # noqa: F401 (so that the pa
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
 from llada_lightning.lock import check_unlocked, run_lock
-from llada_lightning.parser import OneLineParser, class_first
+from llada_lightning.parser import OneLineParser, class_first, whole_numbers_first
 from llada_lightning.phases import Phase, phases_of
 from llada_lightning.printing import shortened
 from llada_lightning.reading import read_text
@@ -107,6 +107,7 @@ class LladaCLI(LightningCLI):
         parser.add_argument("--guard", type=Guard, default=Guard(), help="What to do about bad numbers.")
         parser.add_argument("--profile", type=Profile, default=Profile(), help="Where a step's time goes.")
         parser.add_argument("--wandb", type=Wandb, default=Wandb(), help="Weights & Biases.")
+        whole_numbers_first(parser)
         data = {"class_path": "llada_lightning.data.datamodule.TokenDataModule"}
         parser.set_defaults({"data": {**data, "init_args": {"path": "data/python-stdlib"}}})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Union, get_args
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -18,6 +18,20 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(one_line(message, "llada fit")) from ex
+
+
+def whole_numbers_first(parser: LightningArgumentParser) -> None:
+    """Read `1` as a whole number wherever an option takes whole numbers and floats, as its declaration says.
+
+    Python gives `Optional[Union[int, float]]` the order of the first such type that was made, by whatever library was
+    imported first. The parser takes the first type that fits, so `1` would become 1.0, and a run's name another.
+    """
+    for action in parser._actions:
+        kinds = list(get_args(getattr(action, "_typehint", None)))
+        if int in kinds and float in kinds and kinds.index(float) < kinds.index(int):
+            first, second = kinds.index(float), kinds.index(int)
+            kinds[first], kinds[second] = int, float
+            action._typehint = Union[tuple(kinds)]  # type: ignore[attr-defined]  # noqa: UP007 (keeps the order)
 
 
 def class_first(args: list[str]) -> list[str]:

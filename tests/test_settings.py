@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,7 @@ from llada_lightning.cli import main
 from llada_lightning.command_line import refuse_unusable
 from llada_lightning.data.language_datamodule import require_open_files
 from llada_lightning.errors import UserError, refusal
-from llada_lightning.scaling import collect, plan_files
+from llada_lightning.scaling import plan_files
 from llada_lightning.scaling.sweep import MAX_RUNS, expand_grid
 from llada_lightning.settings import MAX_SEED, NOT_RUNS, check_folder_name
 from llada_lightning.training.callbacks.others import fault_of_a_callback
@@ -146,6 +148,20 @@ def test_plans_that_nobody_makes(capsys: pytest.CaptureFixture[str]) -> None:
         assert len(line) < 200
 
 
+def test_whole_numbers_stay_whole_whatever_was_imported_first(prepared: Path, tmp_path: Path) -> None:
+    """The name of a run holds them: `1` must not become 1.0."""
+    python = (
+        "from typing import Optional, Union; Optional[Union[float, int]]\n"
+        "import sys; from llada_lightning.lightning_cli import LladaCLI\n"
+        "trainer = LladaCLI(sys.argv[1:], execute=False).settings.trainer\n"
+        "print(repr([trainer.gradient_clip_val, trainer.val_check_interval, trainer.limit_predict_batches]))"
+    )
+    given = ["--trainer.gradient_clip_val=1", "--trainer.val_check_interval=3", "--trainer.limit_predict_batches=0.5"]
+    arguments = ["fit", *RUN, f"--data.path={prepared}", "--trainer.max_steps=3", *given]
+    done = subprocess.run([sys.executable, "-c", python, *arguments], capture_output=True, text=True, timeout=240)
+    assert done.stdout == "[1, 3, 0.5]\n", done.stderr
+
+
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
@@ -166,10 +182,6 @@ def test_names_are_checked_by_fit_and_by_plan(refused, capsys: pytest.CaptureFix
     assert refused("--run.study=a/.b").startswith("run.study: 'a/.b' given; ")
     assert main(["plan", "--vocab-size", "500", "--flops", "1e18", "--study", "wandb"]) == 2
     assert "plan: --study: 'wandb' given" in capsys.readouterr().err
-
-
-def test_collect_passes_over_no_other_names() -> None:
-    assert collect._NOT_RUNS == NOT_RUNS
 
 
 def test_paths_too_long_for_the_file_system(refused, tmp_path: Path) -> None:

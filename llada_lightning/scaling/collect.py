@@ -29,9 +29,7 @@ from llada_lightning.scaling.results import (
     typed_record,
 )
 from llada_lightning.scaling.wandb_projects import FINISHED, PREFIX, ProjectRun, read_project
-
-_OF_OTHERS = frozenset({"checkpoints", "logs", "wandb", "__pycache__"})
-"""Folders that seldom hold runs, but other files named config.yaml, as W&B's do."""
+from llada_lightning.settings import NOT_RUNS
 
 _BESIDE_CONFIG = ("metrics.csv", "tokenizer.json")
 """What `fit` writes beside ``config.yaml`` at its start, and W&B does not."""
@@ -261,7 +259,7 @@ class _Search:
                 below = os.path.join(folder, name)
                 if folder in hidden or name.startswith("."):
                     hidden.add(below)
-                if folder in strict or is_run or name in _OF_OTHERS or name.startswith("."):
+                if folder in strict or is_run or name in NOT_RUNS or name.startswith("."):
                     strict.add(below)
                 if os.path.islink(below):  # which os.walk does not enter
                     self._look_at_link(Path(below), below in strict, below in hidden)
