@@ -208,9 +208,10 @@ def check_yaml(text: str, source: str) -> None:
         source: The name of the text, with quotes where it has some, for messages.
 
     Raises:
-        FormatError: the text is not YAML; a key appears twice in one mapping (both lines are named); it is nested more
-            than MAX_DEPTH deep; an anchor refers to itself; or it is larger than MAX_YAML_BYTES or, with its aliases
-            written out, has more than MAX_YAML_NODES values.
+        FormatError: the text is not YAML; a key appears twice in one mapping (both lines are named); a number is one
+            that YAML 1.1 reads by base 8 or 60, such as 010 and 12:30; it is nested more than MAX_DEPTH deep; an
+            anchor refers to itself; or it is larger than MAX_YAML_BYTES or, with its aliases written out, has more
+            than MAX_YAML_NODES values.
     """
     if len(text) > MAX_YAML_BYTES:
         raise FormatError(f"{source} has more than {MAX_YAML_BYTES:,} characters, the most that is read as YAML")
@@ -249,6 +250,7 @@ def _check_events(text: str, source: str) -> None:
             anchor, nodes = closed.anchor, closed.nodes
         elif isinstance(event, yaml.ScalarEvent):
             _note_key(stack[-1], event, source)
+            _refuse_other_bases(event, source)
             anchor, nodes = event.anchor, 1
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor in {collection.anchor for collection in stack}:
@@ -274,6 +276,19 @@ def _note_key(parent: _Open, event: yaml.ScalarEvent, source: str) -> None:
     if key in parent.keys:
         raise FormatError(f"{source}: {_repetition(event.value, parent.keys[key], line)}; keep one of them")
     parent.keys[key] = line
+
+
+_OTHER_BASES = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+"""Whole numbers with a leading zero, and numbers with colons: YAML 1.1 reads them by base 8 and by base 60."""
+
+
+def _refuse_other_bases(event: yaml.ScalarEvent, source: str) -> None:
+    if event.tag is None and event.implicit[0] and _OTHER_BASES.fullmatch(event.value):
+        base = 60 if ":" in event.value else 8
+        raise FormatError(
+            f"{source}: {event.value} in line {_line(event)} is {_SafeLoader(event.value).get_single_data()} to YAML, "
+            f"which reads it by base {base}; write the number that is meant, or the text in quotes"
+        )
 
 
 def _line(event: yaml.Event) -> int:

@@ -108,6 +108,25 @@ def test_anchors_that_refer_to_themselves_or_multiply_are_refused() -> None:
     assert parse_yaml("a: &a [1, 2]\nb: [*a, *a]\n", "text")["b"] == [[1, 2], [1, 2]]
 
 
+@pytest.mark.parametrize(
+    ("number", "read", "base"), [("010", 8, 8), ("-0_7", -7, 8), ("12:30", 750, 60), ("1:30.5", 90.5, 60)]
+)
+def test_numbers_that_yaml_reads_by_another_base_are_refused(number: str, read: float, base: int) -> None:
+    message = (
+        f"text: {number} in line 2 is {read} to YAML, which reads it by base {base}; write the number that is meant"
+    )
+    with pytest.raises(FormatError, match=message):
+        parse_yaml(f"names:\n- {number}\n", "text")
+    with pytest.raises(FormatError, match="by base"):
+        parse_yaml(f"a:\n  {number}: 1", "text")
+    assert parse_yaml(f"names: ['{number}', !!str {number}]", "text") == {"names": [number, number]}
+
+
+def test_other_numbers_are_read_as_ever() -> None:
+    text = "[0, -0, 10, 0x1f, 008, 0.5, 00.5, 1e3, 1.0e+3, 2026-11-28, 0:x, a:b]"
+    assert parse_yaml(text, "text") == yaml.safe_load(text)
+
+
 @pytest.mark.parametrize("text", ["a: [1", "a: !!python/name:os.system x", "a: 2001-99-99", "\x00", "a: &x 1\nb: *y"])
 def test_what_is_no_yaml_is_said_in_one_line(text: str) -> None:
     with pytest.raises(FormatError, match=r"^text is not YAML: ") as error:
