@@ -26,7 +26,7 @@ def save(*_):
 
 if mode == "ok":
     with open(os.path.join(folder, "result.json"), "w") as file:
-        json.dump([{"status": "done"}], file)
+        json.dump([{"run": name, "steps": 1, "status": "done"}], file)
 elif mode == "fail":
     sys.exit("\x1b[31merror: lr: -1 is below 0\x1b[0m\n\n")
 elif mode == "killed":

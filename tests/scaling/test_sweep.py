@@ -265,7 +265,7 @@ def test_a_run_that_lacks_a_budget_is_not_done(tmp_path: Path) -> None:
 def test_a_diverged_run_is_settled_and_named(tmp_path: Path) -> None:
     study = Study(tmp_path, {"a": "silent"})
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/result.json").write_text(json.dumps([{"status": "diverged"}]))
+    (tmp_path / "a/result.json").write_text(json.dumps([{"run": "a", "steps": 1, "status": "diverged"}]))
     outcome = study.run()
     assert (outcome.skipped, outcome.diverged, outcome.failed, outcome.exit_code) == (["a"], ["a"], [], 0)
     assert study.started() == []
