@@ -397,8 +397,8 @@ def test_a_tokenizer_of_our_own_loses_nothing(tmp_path: Path, capsys: pytest.Cap
         (["--source", "python-stdlib", "--document-separator", "x"], "--document-separator does nothing"),
         (["--source", "igsm:9", "--document-separator", "x"], "--document-separator does nothing"),
         (["--source", "text.jsonl", "--vocab-size", str(10**18)], f"vocabulary size {10**18} is above 16,777,216"),
-        (["--source", "a\0b"], "NUL byte"),
-        (["--source", "text.jsonl", "--out", "a\0b"], "NUL byte"),
+        (["--source", "a\0b"], "NUL character"),
+        (["--source", "text.jsonl", "--out", "a\0b"], "NUL character"),
         (["--source", "text.jsonl", "--tokenizer", "endless.json"], "the tokenizer cannot encode a text of"),
     ],
 )

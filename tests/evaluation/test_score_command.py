@@ -150,7 +150,7 @@ def test_bits_per_byte_are_left_out_where_the_ids_do_not_give_the_text_back(
     run: Run, tmp_path: Path, text: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(globals(), "ARM", replace(ARM, tokenizer=lowering()))
-    path = written(tmp_path, {"prompt": "ab", "continuation": "Defg", "text": "Abcd"})
+    path = written(tmp_path, {"text": "Abcd"} if text else {"prompt": "ab", "continuation": "Defg"})
     arguments = ("--text" if text else "--pairs", path)
     code, stdout, stderr = run("arm", *arguments, "--json")
     assert code == 0
