@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,16 @@ NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:e[+-]?\d+)?")
 @pytest.fixture(scope="module", params=["cpu", "gpu"])
 def study(request: pytest.FixtureRequest) -> report.Study:
     return report.Study(STUDY / request.param)
+
+
+@cache
+def gpu_study() -> report.Study:
+    return report.Study(STUDY / "gpu")
+
+
+@cache
+def published_fits() -> Any:
+    return report.fit_table(report.published_isoflop())
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -76,7 +87,7 @@ def test_the_committed_fits_are_those_of_the_table(study: report.Study) -> None:
 
 
 def test_the_readme_quotes_the_study() -> None:
-    readme, study = " ".join((ROOT / "README.md").read_text().split()), report.Study(STUDY / "gpu")
+    readme, study = " ".join((ROOT / "README.md").read_text().split()), gpu_study()
     first, last = ({name: study.read_offs.at(name).rows[row].multiplier for name in CONVENTIONS} for row in (0, -1))
     for name, title in (("6nd", "training tokens"), ("total", "attention and output head")):
         assert f"{title} | {report.interval(first[name])} | {report.interval(last[name])} |" in readme
@@ -86,7 +97,7 @@ def test_the_readme_quotes_the_study() -> None:
     law = f"say {report.interval(study.multiplier(6.25e12))} there, because `arm`'s law misses its points"
     assert law in readme and not study.multiplier(6.25e12).trusted
     assert f"measured loss is at {study.on_lladas_law(6.25e12):.0f} times" in readme
-    published = report.fit_table(report.published_isoflop())
+    published = published_fits()
     read = report.read_off_points(published)[0]
     assert f"{report.range_by_method(published)}, by method" in readme
     assert f"{read.multiplier.value:.1f} times where it is read off at 3e18" in readme
@@ -103,15 +114,15 @@ def test_the_rates_that_a_plan_advises_are_the_tuning_tables() -> None:
         best[name] = sorted(rates / learning_rate("deepseek", 1e5, 1e7, budget))
     assert best["gpu"] == pytest.approx([0.31], abs=0.01)
     assert best["cpu"] == pytest.approx([0.25, 0.25, 0.5], abs=0.01)
-    least = {name: report.Study(STUDY / "gpu").read_offs.at(name).rows[0].multiplier.value for name in CONVENTIONS}
+    least = {name: gpu_study().read_offs.at(name).rows[0].multiplier.value for name in CONVENTIONS}
     assert least == {name: pytest.approx(MULTIPLIERS[name][0][1], rel=0.05) for name in CONVENTIONS}
-    published = report.read_off_points(report.fit_table(report.published_isoflop()))
+    published = report.read_off_points(published_fits())
     assert min(one.multiplier.value for one in published) == pytest.approx(MULTIPLIERS["6nd"][1][1], rel=0.05)
 
 
 def test_a_half_is_not_excluded_as_the_exponent_of_n() -> None:
     """By weights `llada`'s exponent goes from 0.64 to 0.78, and the interval of equal weights holds a half."""
-    found = report.Study(STUDY / "gpu").n_exponents("llada")
+    found = gpu_study().n_exponents("llada")
     assert found["weighted"].value == pytest.approx(0.776, abs=0.002)
     assert found["unweighted"].value == pytest.approx(0.638, abs=0.002)
     assert found["unweighted"].low < 0.5 < found["weighted"].low

@@ -14,12 +14,12 @@ from llada_lightning.checkpoints.sharded_checkpoints import META, discard, is_sh
 from llada_lightning.cli import main
 from llada_lightning.errors import UserError
 from llada_lightning.training.parallel import check_strategy
-from tiny_runs import MODELS, fit, fit_process, kill_at, losses, metrics, record, weights
+from tiny_runs import fit, fit_process, kill_at, losses, metrics, record, weights
 
 SHARDED = ("--trainer.devices=2", "--trainer.strategy=fsdp2")
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=[pytest.param("arm", marks=pytest.mark.slow), "llada"])
 def runs(request: pytest.FixtureRequest, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same run on one process and, sharded, on two."""
     root = tmp_path_factory.mktemp("runs")

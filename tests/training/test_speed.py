@@ -72,7 +72,10 @@ FAST = [
 COMPILED = Speed(compile=True, recompute="selective")
 
 
-@pytest.mark.parametrize(("kind", "speed"), [*product([ArmModule, LladaModule], FAST), (LladaModule, COMPILED)])
+@pytest.mark.parametrize(
+    ("kind", "speed"),
+    [*product([ArmModule, LladaModule], FAST), pytest.param(LladaModule, COMPILED, marks=pytest.mark.slow)],
+)
 def test_loss_and_gradients_are_those_of_the_plain_path(kind: type[LanguageModule], speed: Speed) -> None:
     for padded in (False, True):
         loss, gradients = step(kind, PLAIN, padded, bf16=False)
