@@ -25,14 +25,14 @@ from llada_lightning.command_line import refuse_unusable
 from llada_lightning.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.data.language_datamodule import LanguageDataModule, require_open_files
 from llada_lightning.data.manifest import loss_note
-from llada_lightning.data.sft import SftDataModule  # noqa: F401 (so that the parser knows its name)
+from llada_lightning.data.sft import SftDataModule
 from llada_lightning.errors import UserError
 from llada_lightning.files import strict_json, written_atomically
 from llada_lightning.lock import check_unlocked, run_lock
 from llada_lightning.parser import OneLineParser, class_first, whole_numbers_first
 from llada_lightning.phases import Phase, phases_of
 from llada_lightning.printing import shortened
-from llada_lightning.reading import read_text
+from llada_lightning.reading import MAX_YAML_BYTES, check_yaml, read_text
 from llada_lightning.scaling.results import read_records, write_records, write_validation
 from llada_lightning.scaling.shapes import shape_name
 from llada_lightning.secrets import refuse_secrets
@@ -112,12 +112,11 @@ class LladaCLI(LightningCLI):
         parser.set_defaults({"data": {**data, "init_args": {"path": "data/python-stdlib"}}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        try:
-            self.config = parser.parse_args(class_first(args))
-        except UnicodeDecodeError:
-            for path in filter(os.path.isfile, (word.removeprefix("--config=") for word in args)):
-                read_text(path)  # says which file it is, and where
-            raise
+        words = [word.removeprefix("--config=") for word in args]
+        for path in filter(os.path.isfile, words):  # the parser's own errors do not name the file
+            if path.endswith((".yaml", ".yml")):
+                check_yaml(read_text(path, MAX_YAML_BYTES), f"'{shortened(path)}'")
+        self.config = parser.parse_args(class_first(args))
         refuse_unusable(self.config[self.config["subcommand"]], "")
 
     def _parse_ckpt_path(self) -> None:
@@ -337,7 +336,7 @@ class LladaCLI(LightningCLI):
                 print("\n".join(f"{nats:.6f}" for nats in nats_B.tolist()))
 
     def _warn_of_few_documents(self) -> None:
-        note = few_documents(self.model.val_documents)
+        note = few_documents(self.model.val_documents, of_dialogues=isinstance(self.datamodule, SftDataModule))
         if note is not None:
             say(note)
 

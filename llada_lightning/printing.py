@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
 _PICTURES = {
     **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
@@ -37,25 +39,36 @@ def shortened(value: object, length: int = 200) -> str:
     return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
 
 
-class _VisibleConsole(Console):
-    """A console on which text is seen as it is: neither control characters nor Rich's markup in it act.
+@cache
+def _visible_console() -> type[Console]:
+    from rich.console import Console  # not before a console is wanted: most messages need none
 
-    That holds for what is printed and for the titles, captions, headers and cells of tables, which hold names and paths
-    of people. Styles are given as arguments, or as ``rich.text.Text``.
-    """
+    class VisibleConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(visible(text), **options)
 
-    def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(visible(text), **options)
+    return VisibleConsole
 
 
 def people_console(*, stderr: bool = False) -> Console:
-    """Returns a console for tables and progress: on stdout for results, on stderr for what passes by."""
-    return _VisibleConsole(stderr=stderr, markup=False, emoji=False)
+    """Returns a console for tables and progress: on stdout for results, on stderr for what passes by.
+
+    Text is seen as it is: neither control characters nor Rich's markup in it act. That holds for what is printed and
+    for the titles, captions, headers and cells of tables, which hold names and paths of people. Styles are given as
+    arguments, or as ``rich.text.Text``.
+    """
+    return _visible_console()(stderr=stderr, markup=False, emoji=False)
 
 
 def warn(line: str) -> None:
     """Prints a line on stderr, where notes, warnings and errors go; control characters in it do not act."""
     print(visible(line), file=sys.stderr, flush=True)
+
+
+@cache
+def warn_once(line: str) -> None:
+    """Prints a line on stderr, however often a process comes to it."""
+    warn(line)
 
 
 def print_what_the_encoding_holds() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from llada_lightning.errors import UserError
+from llada_lightning.files import expanded
 from llada_lightning.printing import shortened
 from llada_lightning.scaling.flops import Convention
 
@@ -46,7 +47,7 @@ def check_folder_name(name: str, given: str, *, nested: bool = False) -> None:
     """
     for part in given.split("/") if nested else [given]:
         if part in NOT_RUNS or part.startswith("."):
-            reason = f"`llada collect` passes over folders of the name '{shortened(part)}'"
+            reason = "such names are those of hidden folders and of folders of other programs"
         elif not part or "/" in part:
             reason = "it must be the name of a folder"
         elif not part.isprintable():
@@ -103,7 +104,7 @@ class Run:
     @property
     def folder(self) -> Path:
         assert self.name is not None
-        return Path(self.root) / self.study / self.name
+        return expanded(self.root) / self.study / self.name
 
 
 @dataclass

@@ -127,6 +127,11 @@ class ChatTemplate:
                 "an answer does not follow its prompt as the template writes it; choose --data.chat_template plain, or "
                 "another template"
             )
+        if messages[-1].content.strip() and not shown[1].removeprefix(shown[0]).strip():
+            raise self._mistake(
+                f"it writes nothing for the answer '{shortened(messages[-1].content, 60)}'; choose "
+                "--data.chat_template plain, or another template"
+            )
         prompt_ids, whole_ids = self._ids_of(prompt, disguise), self._ids_of(whole, disguise)
         if whole_ids[: len(prompt_ids)] == prompt_ids:
             return prompt_ids, whole_ids[len(prompt_ids) :]

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from llada_lightning.errors import UserError
-from llada_lightning.printing import shortened, warn
+from llada_lightning.printing import shortened, warn_once
 
 REFUSED = frozenset({
     "context", "contexts", "passage", "document", "documents", "tools", "functions", "tool_calls", "function_call",
@@ -56,7 +56,7 @@ class UnreadFields(Counter[str]):
         """
         if self:
             counted = [f"{name} ({rows} row{'s' * (rows > 1)})" for name, rows in self.most_common()]
-            warn(f"note: {shortened(source)}: not read: {some(counted)}")
+            warn_once(f"note: {shortened(source)}: not read: {some(counted)}")
 
 
 def present_fields(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from llada_lightning.files import expanded
 from llada_lightning.objectives import noise
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.objectives.noise import Stream
-from llada_lightning.printing import people_console, warn
+from llada_lightning.printing import people_console, warn_once
 from llada_lightning.reading import read_text
 from llada_lightning.scaling.budget import MASK_EPS
 
@@ -190,7 +190,7 @@ class SftDataModule(LanguageDataModule):
                 "with what it is given; write at least one token there"
             )
         if pairs.dropped:
-            warn(
+            warn_once(
                 f"note: {pairs.dropped} of {pairs.dropped + pairs.dialogues} dialogues are longer than the context of "
                 f"{self.sequence_length} and are left out"
             )

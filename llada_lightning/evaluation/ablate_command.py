@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -20,7 +19,7 @@ from llada_lightning.evaluation.evaluate_command import (
     sandbox_of,
     suite_of,
 )
-from llada_lightning.files import write_json
+from llada_lightning.files import expanded, write_json
 from llada_lightning.printing import people_console
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def _report(options: Any, what: Ablation, cells: dict[str, dict[str, Cell]]) -> 
         "rows": {row: {task: vars(cell) for task, cell in tasks.items()} for row, tasks in cells.items()},
     }
     if options.out:
-        write_json(Path(options.out), record)
+        write_json(expanded(options.out), record)
     if options.json:
         print_json(record)
         return

@@ -16,7 +16,7 @@ from llada_lightning.command_line import CommandParser, add_json, print_json
 from llada_lightning.data.manifest import loss_note
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.suites import SUITES, Benchmark, Suite, suite_named
-from llada_lightning.files import require_replaceable, write_json
+from llada_lightning.files import expanded, require_replaceable, write_json
 from llada_lightning.generation.terminal.options import REMASKINGS, STRATEGIES, add_model_options, load
 from llada_lightning.printing import people_console, warn
 
@@ -182,8 +182,8 @@ def check(options: Any) -> None:
     if options.shots is not None and options.shots < 0:
         raise UserError(f"--shots is {options.shots}; it must be at least 0")
     if options.out:
-        require_replaceable(Path(options.out))
-        folder = Path(os.path.realpath(options.out)).parent
+        require_replaceable(expanded(options.out))
+        folder = Path(os.path.realpath(expanded(options.out))).parent
         if not folder.is_dir():
             raise UserError(f"evaluate: --out {options.out}: there is no folder {folder}; make it, or choose another")
 
@@ -221,7 +221,7 @@ def _report(options: Any, model: HarnessModel, outcomes: list[Outcome], chat: bo
         "results": [vars(outcome) for outcome in outcomes],
     }
     if options.out:
-        write_json(Path(options.out), record)
+        write_json(expanded(options.out), record)
     joined = _join_run(options, outcomes, chat)
     if options.json:
         print_json(record)

@@ -13,7 +13,7 @@ from llada_lightning.data.manifest import TOLERATED_LOSS, loss_note
 from llada_lightning.errors import UserError
 from llada_lightning.evaluation.masks import REPLICATES
 from llada_lightning.evaluation.options import check_sampling
-from llada_lightning.files import require_replaceable, strict_json, written_atomically
+from llada_lightning.files import expanded, require_replaceable, strict_json, written_atomically
 from llada_lightning.generation.terminal.options import add_model_options, load
 from llada_lightning.printing import people_console, warn
 
@@ -109,7 +109,7 @@ def score_command(argv: list[str]) -> int:
     if note is not None:
         warn(note)
     if options.out:
-        _write(Path(options.out), results)
+        _write(expanded(options.out), results)
     if options.json:
         print_json({**summary, "results": results})
     else:
@@ -157,7 +157,7 @@ def _check(options: Any) -> None:
     if not (path.is_file() or path.is_dir()):
         raise UserError(f"score: {given} '{path}': no such file{' or folder' * bool(options.text)}; correct the path")
     if options.out:
-        _check_out(Path(options.out), path)
+        _check_out(expanded(options.out), path)
 
 
 def _check_out(out: Path, source: Path) -> None:

@@ -140,7 +140,7 @@ class Collection:
             self.kept[key] = (where, record)
             return
         other, first = self.kept[key]
-        new_is_better = record["status"] == DONE and first["status"] != DONE
+        new_is_better = _soundness(record) > _soundness(first)
         winner, loser = (where, other) if new_is_better else (other, where)
         if new_is_better:
             self.kept[key] = (where, record)
@@ -189,8 +189,8 @@ def collect(sources: Iterable[Path | str]) -> tuple[pd.DataFrame, CollectReport]
 
     Returns:
         The table, sorted by objective, FLOPs and size, and a report that names every run which is unfinished, damaged,
-        diverged, a duplicate, left out, or not ours. Of duplicates the table keeps one (a finished one if there is
-        any, else that in a folder); all other records are in it, whatever their status.
+        diverged, a duplicate, left out, or not ours. Of duplicates the table keeps one (one that is finished and
+        has a finite loss if there is any, else that in a folder); all other records are in it, whatever their status.
 
     Raises:
         UserError: a path is not a folder, or a W&B project cannot be read.
@@ -349,6 +349,11 @@ def _first_of(names: list[str]) -> str:
 
 def _has_diverged(record: dict[str, Any]) -> bool:
     return record["status"] == DIVERGED or (record["status"] == DONE and not math.isfinite(_loss(record)))
+
+
+def _soundness(record: dict[str, Any]) -> tuple[bool, bool]:
+    """Of two records of one run that with the larger value is kept: finished, then with a finite loss."""
+    return record["status"] == DONE, math.isfinite(_loss(record))
 
 
 def _loss(record: dict[str, Any]) -> float:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from llada_lightning.command_line import CommandParser, add_json, print_json
 from llada_lightning.errors import UserError
+from llada_lightning.files import expanded
 from llada_lightning.printing import people_console
 from llada_lightning.scaling.collect import gather
 from llada_lightning.scaling.covariance import write_covariance
@@ -41,6 +42,7 @@ def collect_command(argv: list[str]) -> int:
     parser.add_argument("--out", type=str, default="results.csv", help="table to write: .csv or .parquet")
     add_json(parser)
     options = parser.parse_args(argv)
+    options.out = str(expanded(options.out))
     check_destination(Path(options.out))
     collection = gather(options.paths)
     table, report = collection.table(), collection.report

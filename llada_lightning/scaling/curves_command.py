@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 
 from llada_lightning.command_line import CommandParser, add_json, print_json
 from llada_lightning.errors import UserError
-from llada_lightning.files import write_json
-from llada_lightning.printing import people_console
+from llada_lightning.files import expanded, write_json
+from llada_lightning.printing import people_console, shortened
 from llada_lightning.scaling.covariance import covariance_path, read_covariance
 from llada_lightning.scaling.curves_report import print_report
 from llada_lightning.scaling.fits import UNITS, StudyFits, fit_table, usable_runs
@@ -55,15 +56,16 @@ def curves_command(argv: list[str]) -> int:
         counted = " and ".join(fits.conventions)
         name = CONVENTION_NAMES[options.convention]
         raise UserError(f"curves: --convention {options.convention}: the table lacks FLOPs by {name}; it has {counted}")
-    left_out = len(table) - len(usable_runs(table))
+    left_out = list((Counter(table["run"]) - Counter(usable_runs(table)["run"])).elements())
     if left_out:
         people_console(stderr=True).print(
-            f"{left_out} of {len(table)} rows left out: not done, no finite loss, or a result twice"
+            f"{len(left_out)} of {len(table)} rows left out: not done, no finite loss, or a result twice "
+            f"({shortened(', '.join(map(str, left_out)))})"
         )
-    files = _write(table, fits, Path(options.out), options.convention)
+    files = _write(table, fits, expanded(options.out), options.convention)
     if options.json:
         names = {"fits": files[0], "figures": dict(files[1])}
-        print_json({**names, "convention": options.convention, "left_out": left_out, **fits.as_dict()})
+        print_json({**names, "convention": options.convention, "left_out": len(left_out), **fits.as_dict()})
     else:
         print_report(table, fits, options.convention, [files[0], *files[1].values()])
     return 0

@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 
 from llada_lightning.command_line import CommandParser, add_json, print_json, refuse_unusable
 from llada_lightning.errors import UserError
+from llada_lightning.files import expanded
 from llada_lightning.printing import people_console, shortened
 from llada_lightning.reading import read_yaml
 from llada_lightning.scaling.budget import MAX_BUDGETS
@@ -311,16 +312,16 @@ def _write_files(options: Namespace, plan: Plan, destination: Destination, comma
         if options.slurm is not None:
             raise UserError("plan: --slurm runs a sweep; give --out too")
         return {}
-    out = Path(options.out)
+    out = expanded(options.out)
     if out.suffix not in (".yaml", ".yml"):
         raise UserError(f"plan: --out {out} must end in .yaml")
-    if options.slurm is not None and Path(options.slurm).resolve() in (
+    if options.slurm is not None and expanded(options.slurm).resolve() in (
         out.resolve(),
         out.with_suffix(".csv").resolve(),
     ):
         raise UserError(f"plan: --slurm {options.slurm} is the sweep's own file or its table's; choose another name")
     if destination.data is None:
         raise UserError("plan: --out needs the data that the runs read; give --data DIR, or --base with data.path")
-    slurm = None if options.slurm is None else Path(options.slurm)
+    slurm = None if options.slurm is None else expanded(options.slurm)
     table = write_sweep(out, plan, destination, command, slurm)
     return {"sweep": out, "table": table, **({} if slurm is None else {"slurm": slurm})}

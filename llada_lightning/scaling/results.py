@@ -275,6 +275,7 @@ def _read_csv(path: Path) -> tuple[pd.DataFrame, list[str]]:
     places: list[str] = []
     try:
         header = next(lines, [])
+        _require_commas(header, shown)
         for row in lines:
             place = f"{shown}, line {lines.line_num}"
             if row and len(row) != len(header):
@@ -286,17 +287,20 @@ def _read_csv(path: Path) -> tuple[pd.DataFrame, list[str]]:
         raise UserError(f"{shown}, line {lines.line_num}: not CSV ({error}); correct the line") from error
     if not header:
         raise UserError(f"{shown}: not a CSV table, it is empty; write it again with `llada collect`")
+    if twice := sorted({column for column in header if header.count(column) > 1}):
+        raise UserError(f"{shown}: columns that are there twice: {shortened(', '.join(twice))}; remove one of each")
+    cells = np.array(rows, dtype=object).reshape(len(rows), len(header))
+    cells[cells == ""] = None
+    return pd.DataFrame(cells, columns=header), places
+
+
+def _require_commas(header: list[str], shown: str) -> None:
     separator = next((sign for sign in (";", "\t") if len(header) == 1 and sign in header[0]), None)
     if separator is not None:
         raise UserError(
             f"{shown}: its columns are separated by {separator!r}, as some spreadsheets write them; separate them by "
             "commas, with points in decimal numbers"
         )
-    if twice := sorted({column for column in header if header.count(column) > 1}):
-        raise UserError(f"{shown}: columns that are there twice: {shortened(', '.join(twice))}; remove one of each")
-    cells = np.array(rows, dtype=object).reshape(len(rows), len(header))
-    cells[cells == ""] = None
-    return pd.DataFrame(cells, columns=header), places
 
 
 def _read_parquet(path: Path) -> tuple[pd.DataFrame, list[str]]:

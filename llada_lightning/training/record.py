@@ -132,17 +132,26 @@ def describe_result(record: Mapping[str, Any]) -> str:
 
 def describe_loss(values: Mapping[str, float | None], kind: str) -> str:
     """A validation loss with its standard error, its kind and both units, as far as it has bits per byte."""
-    loss, stderr = (math.nan if values[key] is None else values[key] for key in ("val_nats_per_token", "val_stderr"))
+    loss, stderr = values["val_nats_per_token"], values["val_stderr"]
     bits = values.get("val_bits_per_byte")
     in_bits = "" if bits is None else f", {bits:.4f} bits/byte"
-    return f"{loss:.4f} ± {stderr:.4f} nats/token ({kind}){in_bits}"
+    error = "n/a" if stderr is None or math.isnan(stderr) else f"{stderr:.4f}"  # of one document there is none
+    return f"{math.nan if loss is None else loss:.4f} ± {error} nats/token ({kind}){in_bits}"
 
 
-def few_documents(documents: int) -> str | None:
-    """A note for the user where a standard error is of little use; None where it is of use."""
+def few_documents(documents: int, *, of_dialogues: bool = False) -> str | None:
+    """A note for the user where a standard error is of little use; None where it is of use.
+
+    Args:
+        documents: Number of documents, or dialogues, in which validation sequences begin.
+        of_dialogues: Whether the data are dialogues, which no preparation divides.
+    """
     if not 0 < documents < FEW_DOCUMENTS:
         return None
-    return (
-        f"note: validation sequences begin in {documents} documents only, so the standard error means little; give "
-        "more text, or prepare it with a larger --val-fraction"
-    )
+    if of_dialogues:
+        few = f"{documents} validation dialogue{'s' * (documents > 1)} only"
+        remedy = "more rows, or a larger --data.val_fraction"
+    else:
+        few = f"validation sequences begin in {documents} document{'s' * (documents > 1)} only"
+        remedy = "more text, or prepare it with a larger --val-fraction"
+    return f"note: {few}, so the standard error means little; give {remedy}"

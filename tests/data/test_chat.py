@@ -252,3 +252,10 @@ def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
     assert TokenizerFiles.of_path(folder).chat_template == "A: {{ messages }}"
     with pytest.raises(UserError, match=r"^data.chat_template: .*no.jinja.* cannot be read.*give tokenizer, llada"):
         _ = SftDataModule("rows.jsonl", str(folder), str(tmp_path / "no.jinja"), context_length=64).template
+
+
+@pytest.mark.parametrize("text", ["{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "hello"])
+def test_a_template_that_leaves_the_answer_out_is_refused(text: str, tmp_path: Path) -> None:
+    template = template_of(saved(tmp_path, byte_level((), ()), text))
+    with pytest.raises(UserError, match=r"it writes nothing for the answer 'Four\.'; choose --data\.chat_template"):
+        template.turn_ids(said(["Two and two?", "Four."]))

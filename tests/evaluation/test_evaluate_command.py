@@ -86,7 +86,7 @@ def test_scores_of_a_run_join_its_results(prepared: Path, tasks: Path, tmp_path:
         (["--tasks", "a", "--monte-carlo", "0"], "--monte-carlo is 0; it must be at least 1"),
         (["--tasks", "a", "--limit", "-1"], "--limit is -1; it must be at least 1"),
         (["--tasks", "a", "--shots", "-1"], "--shots is -1; it must be at least 0"),
-        (["--tasks", "a", "--limit", str(2**70)], "--limit: 1180591620717411303424 given; it must be a smaller number"),
+        (["--tasks", "a", "--limit", str(2**70)], "--limit: 1180591620717411303424 given; it must lie within 64 bits"),
         (["--tasks", "a", "--out", "/nowhere/x.json"], "there is no folder /nowhere"),
         (["--tasks", "a", "--include-path", "/nowhere"], "--include-path '/nowhere': no such folder"),
     ],

@@ -14,12 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from llada_lightning.cli import main
 from llada_lightning.errors import UserError
 from llada_lightning.scaling import collect as collect_module
 from llada_lightning.scaling.collect import collect, find_run_folders, gather
 from llada_lightning.scaling.covariance import write_covariance
 from llada_lightning.scaling.results import RESULT_COLUMNS, write_records, write_validation
 from llada_lightning.scaling.wandb_projects import project_run as read_run
+from llada_lightning.settings import Run
 from studies import record
 
 
@@ -58,6 +60,24 @@ def test_of_duplicates_the_finished_one_is_kept(tmp_path: Path) -> None:
     table, report = collect([tmp_path])
     assert list(table["status"]) == ["done"]
     assert report.duplicates[0].dropped == str(tmp_path / "1")
+
+
+def test_of_duplicates_the_one_with_a_loss_is_kept(tmp_path: Path) -> None:
+    write_records(tmp_path / "1", [sound(val_nats_per_token=math.nan)])
+    write_records(tmp_path / "2", [sound()])
+    table, report = collect([tmp_path])
+    assert list(table["val_nats_per_token"]) == [sound()["val_nats_per_token"]]
+    assert report.duplicates[0].dropped == str(tmp_path / "1")
+
+
+def test_a_table_goes_to_the_home_that_its_path_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    write_records(tmp_path / "1", [sound()])
+    assert main(["collect", "1", "--out=~/results.csv"]) == 0
+    assert (tmp_path / "home/results.csv").exists() and not (tmp_path / "~").exists()
+    assert Run(root="~/runs", study="s", name="a").folder == tmp_path / "home/runs/s/a"
 
 
 def test_overlapping_paths_are_no_duplicates(tmp_path: Path) -> None:

@@ -321,6 +321,6 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("separator", "shown"), [(";", "';'"), ("\t", r"'\\t'")])
 def test_another_separator_is_named(tmp_path: Path, separator: str, shown: str) -> None:
     path = tmp_path / "results.csv"
-    path.write_text(separator.join(RESULT_COLUMNS) + "\n")
+    path.write_text(f"{separator.join(RESULT_COLUMNS)}\n{separator.join(['1,5'] * len(RESULT_COLUMNS))}\n")
     with pytest.raises(UserError, match=f"its columns are separated by {shown}, as some spreadsheets write them"):
         read_results(path)

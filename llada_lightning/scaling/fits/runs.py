@@ -58,7 +58,9 @@ def check_comparable(table: pd.DataFrame) -> None:
             raise UserError(f"results: {column} is mixed ({', '.join(map(str, kinds))}); collect runs on the same data")
     for objective, kind in table[["objective", "val_kind"]].drop_duplicates().itertuples(index=False):
         if pd.isna(objective) or objective not in OBJECTIVES:
-            raise UserError(f"results: objective {objective!r} is not known; it is one of {', '.join(OBJECTIVES)}")
+            run = table.loc[table["objective"].eq(objective) | table["objective"].isna(), "run"].iloc[0]
+            known = ", ".join(OBJECTIVES)
+            raise UserError(f"results: objective {objective!r} of {run} is not known; it is one of {known}")
         if pd.isna(kind) or kind != VAL_KINDS[objective]:
             raise UserError(f"results: val_kind of {objective} is {kind!r}; it must be {VAL_KINDS[objective]!r}")
 
