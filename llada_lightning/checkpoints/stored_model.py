@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from llada_lightning.data.manifest import TOKENIZER_NAME
 from llada_lightning.errors import UserError
 from llada_lightning.files import expanded
 from llada_lightning.model import Transformer
+from llada_lightning.printing import warn
 
 Kind = Literal["training", "llada", "hf-llada", "hf-llama"]
 
@@ -160,10 +160,9 @@ def _note_two_heads(head: StoredTensor, weights: dict[str, StoredTensor], folder
     if head.shape == weights["embedding.weight"].shape and torch.equal(head.read(), weights["embedding.weight"].read()):
         return
     counts = "the embedding is the head, as in the released code" if tied else "the stored head counts"
-    print(
+    warn(
         f"note: '{folder}': {CONFIG_NAME} ties the output head to the embedding, and the weights hold another head; "
-        f"{counts}",
-        file=sys.stderr,
+        f"{counts}"
     )
 
 
