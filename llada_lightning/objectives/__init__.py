@@ -62,7 +62,7 @@ class Objective:
     layouts: tuple[str, ...] = ()
 
     def flops_per_token(
-        self, shape: Shape, vocab_size: int, sequence_length: float, mask_eps: float, response_share: float = 1.0
+        self, shape: Shape, vocab_size: int, sequence_length: int, mask_eps: float, response_share: float = 1.0
     ) -> TrainingFlops:
         """The expected training FLOPs of one token, by the three counts of ``compute.flops``.
 
@@ -120,9 +120,9 @@ OBJECTIVES: dict[str, Objective] = {
 ``tokens_per_param`` comes from published IsoFLOP losses (133 runs on C4, 3e18 to 3e20 FLOPs,
 github.com/chen-hao-chao/mdm-prime-v2; parabolas in ln N at each of seven budgets). The N that is printed there is
 nominal, 12 x layers x width^2, and leaves out the third matrix of SwiGLU. The true N is 4/3 of it, so that the true
-ratios are 3/4 of the nominal 34 (`arm`, 26 to 41 over the budgets) and 143 (`llada`, 93 to 176; geometric means), 26 and
-107. Both fall slightly with the budget and are rounded down for that. Hoffmann et al. 2022 found 20 for `arm`, embeddings
-counted. A grid of five shapes covers a factor of 9 to either side."""
+ratios are 3/4 of the nominal 34 (`arm`, 26 to 41 over the budgets) and 143 (`llada`, 93 to 176; geometric means), 26
+and 107. Both fall slightly with the budget and are rounded down for that. Hoffmann et al. 2022 found 20 for `arm`,
+embeddings counted. A grid of five shapes covers a factor of 9 to either side."""
 
 REFERENCE = "arm"
 """The objective that a compute multiplier divides by, unless another one is named."""
