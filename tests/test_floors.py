@@ -17,7 +17,7 @@ FLOORS = (
     ("support",),
     ("compute",),
     ("objectives", "model"),
-    ("run", "records"),
+    ("settings", "run", "records"),
     ("data",),
     ("checkpoints",),
     ("generation",),
@@ -37,7 +37,7 @@ NOT_YET = {
 }
 """Imports that go up and are on their way out."""
 
-WITHOUT_TORCH = ("compute", "run", "records", "study")
+WITHOUT_TORCH = ("compute", "settings", "run", "records", "study")
 
 
 def module_name(path: Path) -> str:

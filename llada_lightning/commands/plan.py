@@ -12,8 +12,8 @@ from jsonargparse import Namespace
 from llada_lightning.compute.flops import CONVENTIONS, MAX_BUDGETS, Convention
 from llada_lightning.compute.hardware import Machine, MeasuredRate, measured_rates
 from llada_lightning.compute.rules import BATCH_RULES, DECAY_FRACTION, LEARNING_RATE_RULES
-from llada_lightning.compute.stream import DataFacts, Source, Stream, sequences_read
-from llada_lightning.run import check_folder_name
+from llada_lightning.run import DataFacts, Source, Stream, sequences_read
+from llada_lightning.settings import check_folder_name
 from llada_lightning.study.plan.files import Destination, write_sweep
 from llada_lightning.study.plan.grid import CENTRES, Grid
 from llada_lightning.study.plan.lessons import lessons, print_plan

@@ -7,7 +7,6 @@ import hashlib
 from torch.utils.data import DataLoader
 
 from llada_lightning.compute.flops import MASK_EPS, expected_length
-from llada_lightning.compute.stream import sequences_read
 from llada_lightning.data.datasets import (
     ForwardProcess,
     OrdinalSampler,
@@ -29,6 +28,7 @@ from llada_lightning.data.manifest import (
 )
 from llada_lightning.data.order import WINDOW_SHARDS, Mixture
 from llada_lightning.objectives.forward_process import TimeSampling
+from llada_lightning.run import sequences_read
 from llada_lightning.support.errors import UserError
 
 

@@ -16,7 +16,7 @@ from llada_lightning.compute.shapes import MAX_WIDTH
 from llada_lightning.data.datasets import take_batch
 from llada_lightning.data.manifest import TOLERATED_LOSS, TokenizerInfo
 from llada_lightning.objectives.forward_process import TimeSampling
-from llada_lightning.run import MAX_PROCESSES
+from llada_lightning.settings import MAX_PROCESSES
 from llada_lightning.support.errors import UserError
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from llada_lightning.compute.stream import DataFacts, Source
+from llada_lightning.run import DataFacts, Source
 from llada_lightning.support.errors import UserError
 
 FORMAT = 1

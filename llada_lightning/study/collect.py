@@ -22,7 +22,7 @@ from llada_lightning.records import (
     skipped_updates,
     task_columns,
 )
-from llada_lightning.run import NOT_RUNS
+from llada_lightning.settings import NOT_RUNS
 from llada_lightning.study.covariance import CovarianceReport, Row
 from llada_lightning.study.results import table_of_records, typed_record
 from llada_lightning.study.wandb_projects import FINISHED, PREFIX, ProjectRun, read_project

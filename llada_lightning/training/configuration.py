@@ -24,7 +24,7 @@ from llada_lightning.compute.schedule import WSD, schedule_from
 from llada_lightning.compute.shapes import check_vocabulary, get_shape, shape_name
 from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.model.transformer import NORM_EPS
-from llada_lightning.run import check_folder_name, check_seed
+from llada_lightning.settings import check_folder_name, check_seed
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import read_yaml

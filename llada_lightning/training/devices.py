@@ -9,7 +9,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.strategies import StrategyRegistry
 
-from llada_lightning.run import MAX_PROCESSES
+from llada_lightning.settings import MAX_PROCESSES
 from llada_lightning.support.cluster import device_count
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.signals import say

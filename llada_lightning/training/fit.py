@@ -27,7 +27,7 @@ from llada_lightning.data.language_datamodule import LanguageDataModule, require
 from llada_lightning.data.manifest import loss_note
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.records import read_records, write_records, write_validation
-from llada_lightning.run import Budget, Guard, Profile, Run, Wandb, check_seed
+from llada_lightning.settings import Budget, Guard, Profile, Run, Wandb, check_seed
 from llada_lightning.support.cluster import agreed_launch
 from llada_lightning.support.command_line import one_line, refuse_unusable
 from llada_lightning.support.errors import UserError

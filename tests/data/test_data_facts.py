@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llada_lightning.compute.stream import Stream
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.manifest import read_data_facts
+from llada_lightning.run import Stream
 from llada_lightning.support.errors import UserError
 
 

@@ -17,7 +17,7 @@ import pytest
 from helpers.studies import record
 from llada_lightning.commands.main import main
 from llada_lightning.records import RESULT_COLUMNS, write_records, write_validation
-from llada_lightning.run import Run
+from llada_lightning.settings import Run
 from llada_lightning.study import collect as collect_module
 from llada_lightning.study.collect import collect, find_run_folders, gather
 from llada_lightning.study.covariance import write_covariance

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llada_lightning.compute.flops import Convention, cost_of_budgets, expected_length
 from llada_lightning.compute.rules import learning_rate
 from llada_lightning.compute.shapes import get_shape
-from llada_lightning.compute.stream import Source
+from llada_lightning.run import Source
 from llada_lightning.study.plan.grid import CENTRES, GRID_ANCHOR, GRID_STEP, grid_shapes
 from llada_lightning.study.plan.plan import OBJECTIVES, Grid, Machine, Plan, Recipe, Stream, plan_study
 from llada_lightning.support.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llada_lightning.compute.stream import Stream
+from llada_lightning.run import Stream
 from llada_lightning.study.plan.plan import plan_study
 from llada_lightning.study.plots import plan_grid
 

@@ -9,7 +9,7 @@ from functools import cache
 
 from llada_lightning.compute.flops import Convention, Objective
 from llada_lightning.compute.shapes import Shape, get_shape, proposable_shapes, propose_shape, shape_name
-from llada_lightning.compute.stream import Stream
+from llada_lightning.run import Stream
 from llada_lightning.support.errors import UserError
 
 CENTRES: Mapping[Objective, float] = {"arm": 25.0, "llada": 105.0}

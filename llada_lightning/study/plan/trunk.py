@@ -23,7 +23,7 @@ from llada_lightning.compute.rules import (
     warmup_steps,
 )
 from llada_lightning.compute.shapes import Shape, shape_name
-from llada_lightning.compute.stream import Stream
+from llada_lightning.run import Stream
 from llada_lightning.support.errors import UserError
 
 MIN_STEPS = 50
