@@ -6,8 +6,6 @@ config.yaml. A value given by hand that disagrees with what follows is refused, 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import pydoc
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -18,10 +16,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from jsonargparse import Namespace
 
+from llada_lightning import run
 from llada_lightning.compute.flops import check_budgets, check_steps, flops_6nd, steps_for_budget
 from llada_lightning.compute.rules import default_learning_rate
 from llada_lightning.compute.schedule import WSD, schedule_from
-from llada_lightning.compute.shapes import check_vocabulary, get_shape, shape_name
+from llada_lightning.compute.shapes import check_vocabulary, get_shape
 from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.model.transformer import NORM_EPS
 from llada_lightning.settings import check_folder_name, check_seed
@@ -114,10 +113,10 @@ _OURS = {
 
 
 def _refuse_what_breaks_the_contract(config: Namespace) -> None:
-    trainer, run = config.trainer, config.run
-    if run.name is not None:
-        check_folder_name("run.name", run.name)
-    check_folder_name("run.study", run.study, nested=True)
+    trainer, place = config.trainer, config.run
+    if place.name is not None:
+        check_folder_name("run.name", place.name)
+    check_folder_name("run.study", place.study, nested=True)
     for key, value in _OURS.items():
         if trainer[key] != value:
             raise UserError(
@@ -131,16 +130,16 @@ def _refuse_what_breaks_the_contract(config: Namespace) -> None:
     counts = {
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.log_every_n_steps": trainer.log_every_n_steps,
-        "run.checkpoint_every_steps": run.checkpoint_every_steps,
+        "run.checkpoint_every_steps": place.checkpoint_every_steps,
         "trainer.val_check_interval": trainer.val_check_interval,
-        "run.keep_checkpoints": run.keep_checkpoints,
+        "run.keep_checkpoints": place.keep_checkpoints,
         "guard.patience": config.guard.patience,
     }
     for key, count in counts.items():
         if count is not None and not (isinstance(count, int) and count >= 1):
             raise UserError(f"{key}: {count} given; it must be a whole number of at least 1")
-    if run.checkpoint_every_minutes is not None and not run.checkpoint_every_minutes > 0:
-        raise UserError(f"run.checkpoint_every_minutes: {run.checkpoint_every_minutes} must lie above 0")
+    if place.checkpoint_every_minutes is not None and not place.checkpoint_every_minutes > 0:
+        raise UserError(f"run.checkpoint_every_minutes: {place.checkpoint_every_minutes} must lie above 0")
     if not config.guard.spike_zscore > 0:
         raise UserError(f"guard.spike_zscore: {config.guard.spike_zscore} must be above 0")
 
@@ -291,7 +290,7 @@ def identity(config: Namespace, data: LanguageDataModule, schedule: WSD | None =
                 del arguments[option]
     weights = model_arguments.pop("weights", None)
     start = {} if weights is None else {"weights": weights_hash(weights)}
-    return {
+    found = {
         "model": {**plain["model"], "class_path": f"{model.__module__}.{model.__qualname__}"},
         "data": {**data_arguments, "class_path": plain["data"]["class_path"], "fingerprint": data.fingerprint},
         "trainer": {key: plain["trainer"].get(key) for key in _TRAINER_IDENTITY},
@@ -301,22 +300,16 @@ def identity(config: Namespace, data: LanguageDataModule, schedule: WSD | None =
         **skipping,
         **eight_bits,
     }
+    return run.with_stable_names(found)
 
 
 def run_name(config: Namespace, data: LanguageDataModule, schedules: list[WSD]) -> str:
-    """`arm-443k-1e+12flops-0a1b2c3d4e`: objective, shape, training FLOPs by 6ND, ten digits of the identity's hash.
-
-    A function of the identity: however the length was given, the same run has the same name. Of several budgets the
-    first and the last are named: `arm-443k-1e+12-to-8e+12flops-5f6a7b8c9d`.
-    """
+    """The name of the run (:func:`run.run_name`) of a resolved configuration."""
     shape = get_shape(_plain(config.model.init_args.shape))
     per_step = flops_6nd(shape.params_nonembedding, data.expected_tokens_per_step)
-    ends = schedules if len(schedules) == 1 else [schedules[0], schedules[-1]]
-    flops = "-to-".join(f"{per_step * schedule.total_steps:.2g}" for schedule in ends if schedule.total_steps)
+    flops = [per_step * schedule.total_steps for schedule in schedules if schedule.total_steps]
     identities = [identity(config, data, schedule) for schedule in schedules]
-    text = json.dumps(identities[0] if len(schedules) == 1 else identities, sort_keys=True)
-    digits = hashlib.sha256(text.encode()).hexdigest()[:10]
-    return f"{module_class(config).objective}-{shape_name(shape)}-{flops}flops-{digits}"
+    return run.run_name(module_class(config).objective, shape, flops, identities)
 
 
 def module_class(config: Namespace) -> type[LanguageModule]:

@@ -27,6 +27,7 @@ from llada_lightning.data.language_datamodule import LanguageDataModule, require
 from llada_lightning.data.manifest import loss_note
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.records import read_records, write_records, write_validation
+from llada_lightning.run import check_identity, model_identity
 from llada_lightning.settings import Budget, Guard, Profile, Run, Wandb, check_seed
 from llada_lightning.support.cluster import agreed_launch
 from llada_lightning.support.command_line import one_line, refuse_unusable
@@ -50,7 +51,7 @@ from llada_lightning.training.configuration import identity, reject_unknown_keys
 from llada_lightning.training.devices import check_devices
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.memory import MemoryAdvice
-from llada_lightning.training.modules import LanguageModule, check_identity, model_identity
+from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.parallel import check_parallel, launched_settings, leads_its_group, replicas, saves_shards
 from llada_lightning.training.phases import Phase, phases_of
 from llada_lightning.training.record import (

@@ -25,9 +25,9 @@ from llada_lightning.checkpoints.run_folder import (
 )
 from llada_lightning.compute.schedule import WSD
 from llada_lightning.data.language_datamodule import LanguageDataModule
+from llada_lightning.run import check_history, check_identity
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.configuration import as_namespace, identity, run_name
-from llada_lightning.training.modules import check_history, check_identity
 
 
 @dataclass(frozen=True)
