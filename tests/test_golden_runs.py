@@ -58,7 +58,7 @@ def test_the_same_command_gives_the_same_name_and_the_same_numbers(place: Path, 
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_an_old_configuration_goes_on_from_an_old_checkpoint_to_the_same_numbers(
+def test_an_old_configuration_resumes_from_an_old_checkpoint_to_the_same_numbers(
     place: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = restore(name, place, done=False)

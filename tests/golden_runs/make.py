@@ -4,17 +4,18 @@
     cd REPOSITORY && PYTHONPATH=tests python -m golden_runs.make PREPARED
 
 ``PREPARED`` is a folder with the prepared folders of the committed studies, of which manifests and tokenizers are kept
-(the commands stand in the Makefile, for ``books`` in EXPERIMENTS.md); their fingerprints are those of the committed
+(the commands are in the Makefile, for ``books`` in EXPERIMENTS.md); their fingerprints are those of the committed
 tables. Everything else is made here: the small corpus and its tokenizer, the dialogues, and for each objective a run of
 one budget, a run of two budgets (a trunk with two branches) and a run of supervised fine-tuning, each in one process
-with one thread in float32 on a CPU. Of each run's checkpoints the one of step 5 is kept. ``platform.json`` says on
-which CPU and with which torch the numbers were computed; the ``versions`` and ``git_commit`` of the others stand in
+with one thread in float32 on a CPU. Of each run's checkpoints the one of step 5 is kept. ``platform.json`` states on
+which CPU and with which torch the numbers were computed; the ``versions`` and ``git_commit`` of the others are in
 each ``result.json``. Code of the commit that the fixtures in the repository were made with:
 98c5c73b435e996b1cc960f5f600379ce6b1b118.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import lzma
 import os
@@ -143,7 +144,7 @@ def sweep_names(path: Path) -> list[dict[str, Any]]:
 def run_names(path: Path) -> list[str]:
     """The names of the runs of a table, in its order."""
     with path.open(newline="") as file:
-        return [row["run"] for row in workplace.csv.DictReader(file)]
+        return [row["run"] for row in csv.DictReader(file)]
 
 
 def write(name: str, value: Any) -> None:

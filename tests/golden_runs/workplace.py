@@ -259,7 +259,7 @@ def sweep_commands(path: Path) -> list[list[str]]:
     for name, spec in sweep["parameters"].items():
         values = [spec["value"]] if "value" in spec else spec["values"]
         points = [[*point, f"--{name}={value}"] for point in points for value in values]
-    # Left to the machine where neither the sweep nor its base says it.
+    # Where neither the sweep nor its base names one, it would follow from the machine.
     precision = [] if path.stem.startswith("study") else ["--trainer.precision=bf16-mixed"]
     return [[*words[1:-1], *point, *precision] for point in points]
 
