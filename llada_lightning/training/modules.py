@@ -22,11 +22,11 @@ from llada_lightning.compute.flops import Objective, TrainingFlops, expected_mas
 from llada_lightning.compute.schedule import WSD
 from llada_lightning.compute.shapes import MAX_PARAMETERS, Shape, get_shape
 from llada_lightning.data.datasets import TrainingBatch, ValidationBatch
+from llada_lightning.identity import check_history, check_identity, model_identity, with_stable_names
 from llada_lightning.model import Transformer
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
 from llada_lightning.objectives.bounds import nll_bound
 from llada_lightning.objectives.losses import masked_diffusion_weights, shift_right, token_nll
-from llada_lightning.run import check_history, check_identity, model_identity, with_stable_names
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.first_weights import fill_weights, inherited
 from llada_lightning.training.guard import UpdateGuard
