@@ -293,7 +293,9 @@ def _lengths(spec: Spec, batch: int) -> list[int]:
             )
         return [steps]
     check_budgets(name, length.flops)
-    lengths = [steps_for_budget(flops, spec.per_token, per_step, length.convention, name) for flops in length.flops]
+    lengths = [
+        steps_for_budget(flops, spec.per_token, per_step, length.convention, name, spec.who) for flops in length.flops
+    ]
     for (lower, fewer), (higher, more) in pairwise(zip(length.flops, lengths, strict=True)):
         if more <= fewer:
             raise UserError(

@@ -111,6 +111,7 @@ def steps_for_budget(
     tokens_per_step: float,
     convention: Convention = "6nd",
     name: str = "budget.flops",
+    who: str = "",
 ) -> int:
     """The number of steps whose FLOPs come nearest to the budget.
 
@@ -120,6 +121,7 @@ def steps_for_budget(
         tokens_per_step: (expected) tokens of one global batch.
         convention: which FLOPs the budget counts.
         name: The name of the setting, for messages.
+        who: The objective and the shape, for messages.
 
     Raises:
         UserError: the budget does not pay for one step.
@@ -128,8 +130,9 @@ def steps_for_budget(
     per_step = per_token.by(convention) * tokens_per_step
     steps = round(flops / per_step)
     if flops < per_step:
+        of_what = f" of {who}" if who else ""
         raise UserError(
-            f"{name}: {flops:.4g} is below one step, which costs {per_step:.4g} FLOPs ({convention}, "
+            f"{name}: {flops:.4g} is below one step{of_what}, which costs {per_step:.4g} FLOPs ({convention}, "
             f"{tokens_per_step:.0f} tokens); raise the budget, or lower the global batch"
         )
     check_steps(name, flops, steps)
