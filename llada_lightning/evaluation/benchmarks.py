@@ -179,7 +179,9 @@ def measure(
     """
     benchmark = loaded.benchmark
     model.sampling = benchmark.sampling | dict(sampling or {})
-    model.cfg_scale = model.sampling.get("cfg_scale", model.cfg_scale)
+    guidance = {name: value for name, value in model.sampling.items() if name == "cfg_scale"}
+    if guidance:
+        model.cfg_scale = guidance["cfg_scale"]
     model.infill, model.used = benchmark.infill, []
     model.greedy = any(task.OUTPUT_TYPE == "loglikelihood" for task in loaded.parts)
     with _seeded():
@@ -200,8 +202,8 @@ def measure(
         )
     if found is None:
         return []
-    used = model.used or [{"cfg_scale": model.cfg_scale}]
-    return [replace(each, sampling=merged_settings(used)) for each in _outcomes(benchmark, found)]
+    sampling = merged_settings(model.used or [guidance])  # used: where answers were sampled
+    return [replace(each, sampling=sampling) for each in _outcomes(benchmark, found)]
 
 
 def _outcomes(benchmark: Benchmark, found: Mapping[str, Any]) -> Iterator[Outcome]:

@@ -196,14 +196,14 @@ def _suite(options: Any) -> Suite:
             what it varies.
     """
     chosen = None if options.suite is None else suite_named(options.suite)
-    if options.values and not isinstance(chosen, Ablation):
+    if options["values"] and not isinstance(chosen, Ablation):
         raise UserError(f"--values is of the suites {', '.join(ABLATIONS)}; leave it out, or name one")
     if isinstance(chosen, Ablation):
         if options.tasks is None:
             raise UserError(f"--suite {options.suite}: which tasks? give them with --tasks, as --tasks gsm8k")
         for name in sorted(chosen.varied & _said(options).keys()):
             raise UserError(f"--{name.replace('_', '-')} is what Table {chosen.table} varies; leave it out")
-        return chosen.suite(_named_tasks(options), options.values)
+        return chosen.suite(_named_tasks(options), options["values"])
     if (chosen is None) == (options.tasks is None):
         given = "neither" if chosen is None else "both"
         raise UserError(f"evaluate: --suite and --tasks: {given} given; give one of them")
