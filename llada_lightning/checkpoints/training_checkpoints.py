@@ -15,17 +15,16 @@ from zipfile import BadZipFile
 import torch
 
 from llada_lightning.checkpoints.description import Description
-from llada_lightning.checkpoints.integrity import require_whole, whole_neighbour
-from llada_lightning.checkpoints.run_folder import CONFIG, run_folder_of
+from llada_lightning.checkpoints.run_folder import CONFIG, require_whole, run_folder_of, whole_neighbour
 from llada_lightning.checkpoints.sharded_checkpoints import META, ShardReader, is_sharded
 from llada_lightning.checkpoints.stored_tensors import StoredTensor, of_tensor
 from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
+from llada_lightning.compute.flops import Objective
 from llada_lightning.data.manifest import TOKENIZER_NAME, local_path, read_tokenizer_text, tokenizer_fingerprint
-from llada_lightning.errors import UserError
 from llada_lightning.model.transformer import NORM_EPS
-from llada_lightning.printing import warn
-from llada_lightning.reading import read_yaml
-from llada_lightning.scaling.flops import Objective
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import warn
+from llada_lightning.support.reading import read_yaml
 
 _WEIGHTS = "state_dict"
 _MODULES: dict[str, Objective] = {"ArmModule": "arm", "LladaModule": "llada"}

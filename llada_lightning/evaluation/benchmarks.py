@@ -17,11 +17,11 @@ from lm_eval import simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
-from llada_lightning.errors import UserError
 from llada_lightning.evaluation.harness import HarnessModel
 from llada_lightning.evaluation.outcomes import Outcome, merged_settings
 from llada_lightning.evaluation.sandbox import sandboxed_code_eval
 from llada_lightning.evaluation.suites import Benchmark
+from llada_lightning.support.errors import UserError
 
 OUR_TASKS = Path(__file__).parent / "tasks"
 

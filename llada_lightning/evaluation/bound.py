@@ -25,9 +25,9 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from llada_lightning.errors import UserError
 from llada_lightning.evaluation.requests import FloatArray, Method, Request, Score
 from llada_lightning.objectives.noise import Stream, random_words, words_to_uniform
+from llada_lightning.support.errors import UserError
 
 BoolArray = npt.NDArray[np.bool_]
 

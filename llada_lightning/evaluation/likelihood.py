@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.errors import UserError
 from llada_lightning.evaluation.bound import REPLICATES, BoolArray, Bound, check_sampling
 from llada_lightning.evaluation.forward import Row, Scorer, ScoringProgress
 from llada_lightning.evaluation.requests import Ids, Request, Score, Truncation, check_request
+from llada_lightning.support.errors import UserError
 
 _TOKENS_AT_ONCE = 2**24  # of one wave's rows: bounds the memory (about 0.5 GiB), and is far more than a pass takes
 

@@ -17,17 +17,15 @@ from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from llada_lightning.command_line import unescaped
 from llada_lightning.data.facts_corpus import END, FACTS, JOINER, Pair, facts_source
-from llada_lightning.data.igsm.corpus import asked
-from llada_lightning.data.igsm.problem import Problem, problems
-from llada_lightning.data.igsm.text import question, solution
-from llada_lightning.data.row_fields import REFUSED_BESIDE_PROMPTS, UnreadFields
-from llada_lightning.errors import UserError
+from llada_lightning.data.igsm import Problem, asked, problems, question, solution
+from llada_lightning.data.text_files import REFUSED_BESIDE_PROMPTS, UnreadFields
 from llada_lightning.evaluation.requests import moved_space
-from llada_lightning.files import expanded
-from llada_lightning.printing import shortened
-from llada_lightning.reading import read_json
+from llada_lightning.support.command_line import unescaped
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import expanded
+from llada_lightning.support.printing import shortened
+from llada_lightning.support.reading import read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from llada_lightning.errors import UserError
-from llada_lightning.printing import shortened
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import shortened
 
 if TYPE_CHECKING:
     from llada_lightning.checkpoints.language_model import LanguageModel

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from llada_lightning.errors import UserError
+from llada_lightning.support.errors import UserError
 
 Sampling = dict[str, Any]
 """Keyword arguments of ``generate``; `length` and `steps` count tokens and steps of an answer."""

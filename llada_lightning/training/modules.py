@@ -19,20 +19,19 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from llada_lightning.data.batches import TrainingBatch, ValidationBatch
-from llada_lightning.errors import UserError
+from llada_lightning.compute.flops import Objective, TrainingFlops, expected_mask_probability, flops_per_token
+from llada_lightning.compute.schedule import WSD, schedule_from
+from llada_lightning.compute.shapes import MAX_PARAMETERS, Shape, get_shape
+from llada_lightning.data.datasets import TrainingBatch, ValidationBatch
 from llada_lightning.model import Transformer
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
 from llada_lightning.objectives.bounds import nll_bound
 from llada_lightning.objectives.losses import masked_diffusion_weights, shift_right, token_nll
-from llada_lightning.scaling.budget import expected_mask_probability
-from llada_lightning.scaling.flops import Objective, TrainingFlops, flops_per_token
-from llada_lightning.scaling.shapes import MAX_PARAMETERS, Shape, get_shape
+from llada_lightning.support.errors import UserError
 from llada_lightning.training.first_weights import fill_weights, inherited
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.metrics import ValidationLoss
 from llada_lightning.training.parallel import shard, sharding_mesh, total_norm
-from llada_lightning.training.schedules import WSD, schedule_from
 from llada_lightning.training.speed import Speed, apply_speed
 
 
@@ -55,7 +54,7 @@ class LanguageModule(LightningModule, ABC):
     """What both objectives share.
 
     Args:
-        shape: a name (`llada-8b`, `443k`) or the five dimensions of ``scaling.shapes.Shape``.
+        shape: a name (`llada-8b`, `443k`) or the five dimensions of ``compute.shapes.Shape``.
         vocab_size: words of embedding and head; null: of the data's tokenizer.
         mask_token_id: [MASK]; null: of the data's tokenizer.
         eos_token_id: EOS; null: of the data's tokenizer.

@@ -12,33 +12,32 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import random_model
-from small_tokenizers import sentence_piece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from helpers.small_models import random_model
+from helpers.small_tokenizers import sentence_piece
 
 pytest.importorskip("lm_eval")
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.cli import main
+from llada_lightning.commands.main import main
+from llada_lightning.compute.flops import Objective
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.data.chat import PLAIN_TEMPLATE, Message
 from llada_lightning.data.corpora import open_corpus
 from llada_lightning.data.facts_corpus import Pair
-from llada_lightning.data.igsm.corpus import asked, document
-from llada_lightning.data.igsm.problem import problems
-from llada_lightning.data.igsm.text import question, solution
+from llada_lightning.data.igsm import asked, document, problems, question, solution
 from llada_lightning.data.tokenizers import train_tokenizer
-from llada_lightning.errors import UserError
 from llada_lightning.evaluation import harness
 from llada_lightning.evaluation.benchmarks import load_benchmark, measure, task_manager
 from llada_lightning.evaluation.harness import HarnessModel
 from llada_lightning.evaluation.outcomes import Outcome
 from llada_lightning.evaluation.protocols import SYSTEM, answer_in, read_pairs, reversal_documents, shots
 from llada_lightning.evaluation.suites import Benchmark
+from llada_lightning.generation.conversation import conversation_ids
 from llada_lightning.generation.sampling import generate
-from llada_lightning.generation.terminal.conversation import conversation_ids
 from llada_lightning.model import Transformer
-from llada_lightning.scaling.flops import Objective
-from llada_lightning.scaling.shapes import Shape
+from llada_lightning.support.errors import UserError
 
 PAIRS = [Pair("Ada", "the judge"), Pair("the heir", "Bo"), Pair("Cleo", "the mayor")]
 TOKENIZER = train_tokenizer(["Ada is the judge."], 258)

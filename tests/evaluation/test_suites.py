@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_tasks import answer_task, choice_task
+
+from helpers.local_tasks import answer_task, choice_task
 
 pytest.importorskip("lm_eval")
 
 import datasets
 
-from llada_lightning.checkpoints.load import load_model
-from llada_lightning.cli import main
-from llada_lightning.errors import UserError
+from helpers.small_checkpoints import tokenizer_folder, written
+from llada_lightning.checkpoints.language_model import load_model
+from llada_lightning.commands.main import main
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.outcomes import Outcome, best_rows
 from llada_lightning.evaluation.suites import ABLATIONS, Benchmark
 from llada_lightning.generation.sampling import generate
-from small_checkpoints import tokenizer_folder, written
+from llada_lightning.support.errors import UserError
 
 QUESTIONS = [f"after {n} comes" for n in range(6)]
 TASK = Benchmark("task", "task")
