@@ -22,10 +22,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from llada_lightning.checkpoints.run_folder import CHECKPOINTS, CONFIG, final_checkpoint, require_whole, saved_identity
+from llada_lightning.compute.rules import Rules
 from llada_lightning.compute.shapes import shape_name
 from llada_lightning.data.language_datamodule import LanguageDataModule, require_open_files
 from llada_lightning.data.manifest import loss_note
 from llada_lightning.data.sft import SftDataModule
+from llada_lightning.identity import check_identity, model_identity
 from llada_lightning.records import read_records, write_records, write_validation
 from llada_lightning.settings import Budget, Guard, Profile, Run, Wandb, check_seed
 from llada_lightning.support.cluster import agreed_launch
@@ -50,7 +52,7 @@ from llada_lightning.training.configuration import identity, reject_unknown_keys
 from llada_lightning.training.devices import check_devices
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.memory import MemoryAdvice
-from llada_lightning.training.modules import LanguageModule, check_identity, model_identity
+from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.parallel import check_parallel, launched_settings, leads_its_group, replicas, saves_shards
 from llada_lightning.training.phases import Phase, phases_of
 from llada_lightning.training.record import (
@@ -102,6 +104,7 @@ class LladaCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--budget", type=Budget, default=Budget(), help="What the run may spend.")
+        parser.add_argument("--rules", type=Rules, default=Rules(), help="Which rules give what is not set.")
         parser.add_argument("--run", type=Run, default=Run(), help="Where the run lives.")
         parser.add_argument("--speed", type=Speed, default=Speed(), help="How the same is computed faster.")
         parser.add_argument("--guard", type=Guard, default=Guard(), help="What to do about bad numbers.")
@@ -147,7 +150,7 @@ class LladaCLI(LightningCLI):
         refuse_secrets(self.settings.as_dict())
         data = resolve_data(self.settings)
         if self.subcommand == "fit":
-            schedules = resolve_fit(self.settings, data)
+            schedules = resolve_fit(self.settings, data).schedules
             self.run_name = run_name(self.settings, data, schedules)
             self.phases = phases_of(self.settings, data, schedules, self.folder)
             self.resolved = self._dump()
@@ -192,7 +195,7 @@ class LladaCLI(LightningCLI):
         self.accounting = Accounting(model.flops_per_token(data.attended_length, data.mask_eps, data.response_share))
         guard = self.settings.guard
         model.guard = UpdateGuard(guard.spikes, guard.spike_zscore)
-        bad_numbers = BadNumbers(phase.folder, data.global_batch, guard.patience)
+        bad_numbers = BadNumbers(phase.folder, data.batch, guard.patience)
         own_callbacks: list[Callback] = [self.accounting, bad_numbers, LeaveTogether(self.leave), self.memory]
         if trainer.enable_progress_bar is not False:
             title = f"{model.objective} {shape_name(model.shape)} {phase.title}".rstrip()

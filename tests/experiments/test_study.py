@@ -23,7 +23,7 @@ import variance
 from llada_lightning import load_model
 from llada_lightning.commands.main import main
 from llada_lightning.compute.flops import CONVENTIONS
-from llada_lightning.compute.rules import learning_rate
+from llada_lightning.compute.rules import Size, learning_rate
 from llada_lightning.objectives.bounds import nll_bound
 from llada_lightning.study.fits import Noise
 from llada_lightning.study.fits.noise import Spread
@@ -111,7 +111,7 @@ def test_the_rates_that_a_plan_advises_are_the_tuning_tables() -> None:
         runs = report.Study(STUDY / name).read("tune")
         runs = runs[runs["objective"] == "llada"]
         rates = runs.loc[runs.groupby("shape")["val_nats_per_token"].idxmin(), "lr"]
-        best[name] = sorted(rates / learning_rate("deepseek", 1e5, 1e7, budget))
+        best[name] = sorted(rates / learning_rate("deepseek", Size(1e5, 1e7, budget)))
     assert best["gpu"] == pytest.approx([0.31], abs=0.01)
     assert best["cpu"] == pytest.approx([0.25, 0.25, 0.5], abs=0.01)
     least = {name: gpu_study().read_offs.at(name).rows[0].multiplier.value for name in CONVENTIONS}
