@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from llada_lightning.model import patterns
-from llada_lightning.model.attention import ALL, KERNELS, Attention, Backend, Mask, activate, is_whole
+from llada_lightning.model.attention import ALL, KERNELS, Attention, Backend, Mask, is_whole
 from llada_lightning.model.cache import KeyValueCache
 from llada_lightning.model.head import OutputHead
 from llada_lightning.model.patterns import Pattern
@@ -133,10 +133,8 @@ class Transformer(nn.Module):
     def attend_with(self, backend: Backend) -> None:
         """Compute attention by another back end (see ``model.attention``): the same numbers but for rounding.
 
-        ``check_backend`` says beforehand whether it serves. ``fa3`` and ``fa4`` reroute SDPA in the whole process,
-        until the next call.
+        ``check_backend`` finds out beforehand whether it serves.
         """
-        activate(backend)
         self.attention_backend = backend
         for module in self.modules():
             if isinstance(module, Attention):
