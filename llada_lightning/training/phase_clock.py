@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.profilers import Profiler
 from torch.profiler import record_function
 
-from llada_lightning.scaling.profiles import PHASES
+from llada_lightning.training.profiles import PHASES
 
 VALIDATION = "validation"
 """Between two training steps, and no part of either."""

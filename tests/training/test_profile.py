@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from llada_lightning.cli import main
-from llada_lightning.scaling.profiles import PHASES
-from llada_lightning.scaling.shapes import Shape
+from helpers.tiny_runs import CALLS, MODELS, call_at, fit, fit_arguments, fit_process, metrics
+from llada_lightning.commands.main import main
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.training.phase_clock import PhaseClock, _phase
+from llada_lightning.training.profiles import PHASES
 from llada_lightning.training.trace import read_trace, trace_facts
-from tiny_runs import CALLS, MODELS, call_at, fit, fit_arguments, fit_process, metrics
 
 SHAPE = Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=64)
 # Steps 5 to 7 of 12 are recorded; the validation after step 5 falls between two of them.
@@ -114,7 +114,7 @@ def test_logged_rows_have_achieved_flops_and_memory(run: Path) -> None:
 
 
 def test_a_profile_is_no_part_of_the_identity(prepared: Path, tmp_path: Path) -> None:
-    from llada_lightning.lightning_cli import run_folder
+    from llada_lightning.training.fit import run_folder
 
     base = [a for a in fit_arguments("arm", prepared, tmp_path) if not a.startswith("--run.name")]
     assert run_folder([*base, "--profile.steps=3", "--profile.after=2"]) == run_folder(base)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llada_lightning.compute.flops import Objective
 from llada_lightning.generation.pictures.alignment import Aligner
 from llada_lightning.generation.result import Generation
-from llada_lightning.printing import visible
-from llada_lightning.scaling.flops import Objective
+from llada_lightning.support.printing import visible
 
 SPEAKERS: dict[Objective, str] = {"arm": "ARM", "llada": "LLaDA"}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llada_lightning.errors import UserError
-from llada_lightning.files import expanded, require_replaceable, written_atomically
 from llada_lightning.generation.pictures.dialogue import Dialogue
 from llada_lightning.generation.pictures.picture_html import html_page
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import expanded, require_replaceable, written_atomically
 
 PICTURE_ENDINGS = (".html", ".png", ".svg")
 

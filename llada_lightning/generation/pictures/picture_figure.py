@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from rich.cells import cell_len
 
-from llada_lightning.errors import UserError
 from llada_lightning.generation.pictures.dialogue import Dialogue, Turn
 from llada_lightning.generation.pictures.ink import shade
 from llada_lightning.generation.pictures.wrapping import Run, wrap
+from llada_lightning.support.errors import UserError
 
 _COLUMNS, _LABEL = 84, 8
 """Cells of the text, and of the speakers' names before it."""

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from helpers.speaking_models import tokenizer
 from llada_lightning.generation.pictures.alignment import MASKED, Aligner
-from llada_lightning.printing import visible
-from speaking_models import tokenizer
+from llada_lightning.support.printing import visible
 
 
 def encoded(text: str) -> list[int]:

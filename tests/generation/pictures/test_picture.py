@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llada_lightning.errors import UserError
+from helpers.speaking_models import tokenizer
 from llada_lightning.generation.pictures.alignment import Aligner
 from llada_lightning.generation.pictures.dialogue import Dialogue, Mark, Turn, answer, question
 from llada_lightning.generation.pictures.ink import shade
 from llada_lightning.generation.pictures.picture import check_picture_path, write_picture
 from llada_lightning.generation.result import Generation
-from speaking_models import tokenizer
+from llada_lightning.support.errors import UserError
 
 
 def generation(text: str, steps: list[int] | None = None, prompt: str = "one") -> Generation:
