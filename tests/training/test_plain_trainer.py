@@ -89,5 +89,5 @@ def test_it_is_the_run_that_the_command_makes(prepared: Path, tmp_path: Path) ->
 def test_a_trainer_without_our_data_or_without_a_length_is_refused_in_one_line(prepared: Path) -> None:
     with pytest.raises(UserError, match=r"^trainer: nothing says how long to train; give Trainer\(max_steps=\.\.\.\)$"):
         trainer(max_steps=-1, max_epochs=-1).fit(LladaModule(SHAPE), data(prepared))
-    with pytest.raises(UserError, match="^trainer: fit without a data module; give datamodule=TokenDataModule"):
+    with pytest.raises(UserError, match=r"^trainer: fit without a data module; give datamodule=TokenDataModule"):
         trainer().fit(LladaModule(SHAPE), train_dataloaders=torch.utils.data.DataLoader([1]))  # type: ignore[arg-type]
