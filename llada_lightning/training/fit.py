@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args
@@ -73,6 +72,13 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "logger": False,  # metrics.csv always, W&B by --wandb.project
 }
+
+
+class RunIsDone(SystemExit):
+    """The run of a command is done: there is nothing to do, and the command ends with exit code 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
 
 
 class LladaCLI(LightningCLI):
@@ -378,7 +384,7 @@ class LladaCLI(LightningCLI):
         if len(records) == len(names):
             for record in records:
                 say(f"{self.folder} is done ({describe_result(record)}); nothing to do")
-            sys.exit(0)
+            raise RunIsDone
         done = {record["run"] for record in records}
         damaged: dict[Path, str] = {}
         for phase, following in zip_longest(self.phases, self.phases[1:]):

@@ -8,6 +8,9 @@ like any other. Budgets, run folders, results and branches are those of `llada f
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -17,11 +20,50 @@ from lightning import Trainer
 from llada_lightning.compute.rules import Rules
 from llada_lightning.compute.shapes import get_shape
 from llada_lightning.data.language_datamodule import LanguageDataModule
+from llada_lightning.records import read_records
 from llada_lightning.settings import Budget
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.configuration import fill_vocabulary, identity, resolve_length
 from llada_lightning.training.first_weights import take_over
 from llada_lightning.training.modules import LanguageModule
+
+
+def fit(**settings: Any) -> list[dict[str, Any]]:
+    """Do what `llada fit` does, with the same settings, and return what it writes into ``result.json``.
+
+    ``fit(model="LladaModule", data={"path": "data/books"}, budget={"flops": 1e12}, run={"study": "mine"})`` is
+    ``llada fit --model LladaModule --data.path data/books --budget.flops 1e12 --run.study mine``. A run that is done is
+    not trained again, and one that was stopped resumes.
+
+    Args:
+        settings: The settings by their names, nested as in a configuration file. ``model`` and ``data`` may be the name
+            of a class, a mapping of its arguments, or a mapping with ``class_path`` and ``init_args``.
+
+    Returns:
+        One record for each budget, smallest first, with the columns of a results table.
+
+    Raises:
+        UserError: a setting is wrong; the message says which, and how to correct it.
+    """
+    from llada_lightning.training.fit import LladaCLI, RunIsDone
+
+    arguments = [word for name, value in settings.items() for word in _words(name, value)]
+    folder = LladaCLI(["fit", *arguments], execute=False).folder
+    with suppress(RunIsDone):
+        LladaCLI(["fit", *arguments])
+    return read_records(folder)
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """A setting as the command takes it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping) and "class_path" in value:
+        inner = value.get("init_args", {})
+        return [f"--{name}={value['class_path']}", *(w for k, v in inner.items() for w in _words(f"{name}.{k}", v))]
+    if isinstance(value, Mapping) and value and name != "data.path":
+        return [word for key, item in value.items() for word in _words(f"{name}.{key}", item)]
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}"]
 
 
 def resolve_from_python(module: LanguageModule, trainer: Trainer) -> None:

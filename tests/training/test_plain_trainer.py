@@ -10,7 +10,7 @@ import torch
 from lightning import Trainer
 
 from helpers.tiny_runs import fit as fit_by_command
-from llada_lightning import load_model
+from llada_lightning import fit, load_model
 from llada_lightning.checkpoints.run_folder import last_checkpoint, saved_identity
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.identity import differences, identity_hash
@@ -91,3 +91,18 @@ def test_a_trainer_without_our_data_or_without_a_length_is_refused_in_one_line(p
         trainer(max_steps=-1, max_epochs=-1).fit(LladaModule(SHAPE), data(prepared))
     with pytest.raises(UserError, match=r"^trainer: fit without a data module; give datamodule=TokenDataModule"):
         trainer().fit(LladaModule(SHAPE), train_dataloaders=torch.utils.data.DataLoader([1]))  # type: ignore[arg-type]
+
+
+def test_fit_does_what_the_command_does_and_returns_the_records(prepared: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "model": {"class_path": "LladaModule", "init_args": {"shape": SHAPE}},
+        "data": {"path": str(prepared), "sequence_length": 32, "global_batch": 4, "val_sequences": 8},
+        "budget": {"flops": [2e7, 4e7]},
+        "trainer": {"precision": "32-true", "accelerator": "cpu", "enable_progress_bar": False},
+        "run": {"study": "mine", "root": str(tmp_path)},
+    }
+    records = fit(**settings)
+    assert [record["status"] for record in records] == ["done", "done"]
+    assert records == fit(**settings)  # done: nothing is trained again
+    with pytest.raises(UserError, match=r"^budget\.flops: 1 is below one step of llada"):
+        fit(**{**settings, "budget": {"flops": 1}})
