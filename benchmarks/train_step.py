@@ -16,8 +16,8 @@ from llada_lightning.objectives.forward_process import mask_probability, mask_ra
 from llada_lightning.scaling.flops import Objective
 from llada_lightning.scaling.shapes import Shape
 from llada_lightning.training import ArmModule, LladaModule
+from llada_lightning.training.callbacks.profile import milliseconds, stopwatch
 from llada_lightning.training.modules import LanguageModule
-from llada_lightning.training.phase_clock import milliseconds, stopwatch
 from llada_lightning.training.speed import Speed, resolve_speed
 from released_loop import released_arm_loss, released_llada_loss
 
