@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llada_lightning.files import write_json
+from llada_lightning.support.files import write_json
 
 MISSING = "missing"
 _PACKAGES = ("torch", "lightning", "triton", "torchao", "flash-attn", "flash-attn-3", "flash-attn-4")

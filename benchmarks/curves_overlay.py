@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 
 from bench_report import caption, circumstances, markdown, write_result
 from llada_lightning.data.prepare import prepare
-from llada_lightning.scaling.plots.style import dress, new_figure, write_figure
-from llada_lightning.training.callbacks.metrics_csv import read_rows
+from llada_lightning.study.plots.style import dress, new_figure, write_figure
+from llada_lightning.training.callbacks.loggers import read_rows
 from processes import child_environment, finish
 from small_fits import fit_words, run_folder
 

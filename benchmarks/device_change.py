@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llada_lightning.files import write_json, written_atomically
+from llada_lightning.support.files import write_json, written_atomically
 from processes import child_environment, finish, start
 from run_state import curve
 from small_fits import BATCH, MODELS, Corpora, fit_words, prepare_corpora, run_folder

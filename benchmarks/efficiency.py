@@ -35,15 +35,14 @@ from efficiency_figure import above_weights, efficiency_figure
 from efficiency_memory import measure_memory
 from efficiency_quality import Prompts, judged, prompts_of_data, prompts_of_file
 from efficiency_samplers import Sampler, Timing, agreement, study_samplers, time_samplers
-from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.checkpoints.load import load_model
+from llada_lightning.checkpoints.language_model import LanguageModel, load_model
 from llada_lightning.checkpoints.stored_model import open_checkpoint
 from llada_lightning.checkpoints.stored_tensors import common_dtype, dtype_named, name_of
-from llada_lightning.command_line import CommandParser, add_json, print_json
-from llada_lightning.errors import UserError
-from llada_lightning.files import write_json
-from llada_lightning.scaling.flops import Objective
-from llada_lightning.scaling.plots.style import write_figure
+from llada_lightning.compute.flops import Objective
+from llada_lightning.study.plots.style import write_figure
+from llada_lightning.support.command_line import CommandParser, add_json, print_json
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import write_json
 from llada_lightning.training.record import git_commit, versions
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from llada_lightning.scaling.plots.style import GREY, INK, dress, new_figure
+from llada_lightning.study.plots.style import GREY, INK, dress, new_figure
 
 LLADA_COLORS = ("#D55E00", "#E69F00", "#009E73", "#CC79A7")
 LLADA_MARKERS = "sD^v"

@@ -22,9 +22,9 @@ import torch
 from llada_lightning.checkpoints.description import Description
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.checkpoints.stored_tensors import dtype_named
-from llada_lightning.errors import UserError
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.generation.sampling import generate
-from llada_lightning.scaling.shapes import Shape
+from llada_lightning.support.errors import UserError
 
 LLADA_STEPS = 4
 """Of `llada`'s answers: every step computes the same tensors, of no more tokens than the first."""

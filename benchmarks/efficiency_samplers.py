@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.errors import UserError
+from llada_lightning.compute.flops import Objective
 from llada_lightning.generation.sampling import generate
-from llada_lightning.scaling.flops import Objective
+from llada_lightning.support.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 
-from llada_lightning.cli import quiet_libraries
-from llada_lightning.configuration import native_precision
+from llada_lightning.commands.main import quiet_libraries
+from llada_lightning.compute.schedule import WSD
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.prepare import prepare
-from llada_lightning.lightning_cli import TRAINER_DEFAULTS
 from llada_lightning.training import ArmModule, LladaModule
 from llada_lightning.training.callbacks.accounting import Accounting
-from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
+from llada_lightning.training.callbacks.loggers import MetricsCSV
 from llada_lightning.training.callbacks.progress import BudgetProgress
+from llada_lightning.training.configuration import native_precision
+from llada_lightning.training.fit import TRAINER_DEFAULTS
 from llada_lightning.training.modules import LanguageModule
-from llada_lightning.training.schedules import WSD
 
 
 class StepTimes(Callback):

@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "scaling"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from llada_lightning.scaling.fits import fit_table
-from studies import CHINCHILLA, simulated_study
+from helpers.studies import CHINCHILLA, simulated_study
+from llada_lightning.study.fits import fit_table
 
 
 def seconds(samples: int) -> float:

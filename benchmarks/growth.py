@@ -21,9 +21,8 @@ import torch
 
 from bench_report import caption, circumstances, markdown, write_result
 from efficiency_memory import MALLOC
-from llada_lightning.scaling.budget import expected_mask_probability
-from llada_lightning.scaling.flops import flops_per_token
-from llada_lightning.scaling.shapes import get_shape
+from llada_lightning.compute.flops import expected_mask_probability, flops_per_token
+from llada_lightning.compute.shapes import get_shape
 
 Point = dict[str, Any]
 AXES: dict[str, dict[str, tuple[Any, ...]]] = {

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kill_commands import SweepKiller, commands, kill_command
 from kill_fits import Cell, CellKiller, CellReport, References, cells
 from kill_moments import aims
-from llada_lightning.files import write_json, written_atomically
+from llada_lightning.support.files import write_json, written_atomically
 from processes import child_environment
 from small_fits import prepare_corpora
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from llada_lightning.checkpoints.run_folder import CHECKPOINTS, checkpoints_by_step
 from llada_lightning.checkpoints.sharded_checkpoints import PARTIAL
-from llada_lightning.scaling.results import RESULT_FILE, VALIDATION_FILE
+from llada_lightning.records import RESULT_FILE, VALIDATION_FILE
 from processes import Start
 from run_state import phases
 from small_fits import VALIDATION_STEPS

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench_report import caption, circumstances, markdown, write_result
-from llada_lightning.training.callbacks.metrics_csv import read_rows
+from llada_lightning.training.callbacks.loggers import read_rows
 from processes import child_environment, finish
 from small_fits import fit_words, prepare_corpora, run_folder
 

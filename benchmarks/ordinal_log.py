@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from llada_lightning.data.batches import TrainingBatch
+from llada_lightning.data.datasets import TrainingBatch
 
 
 class OrdinalLog(Callback):

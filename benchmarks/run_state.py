@@ -18,7 +18,7 @@ from llada_lightning.checkpoints.run_folder import (
     last_checkpoint,
 )
 from llada_lightning.checkpoints.sharded_checkpoints import is_sharded, read_sharded
-from llada_lightning.scaling.results import RESULT_COLUMNS, VALIDATION_FILE, read_records
+from llada_lightning.records import RESULT_COLUMNS, VALIDATION_FILE, read_records
 
 CLOCK_COLUMNS = frozenset({"seconds", "mfu", "peak_memory_bytes"})
 """Of metrics.csv: they depend on the machine, as do all that end with `_per_second`."""

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from llada_lightning import load_model, log_likelihood
 from llada_lightning.checkpoints import LanguageModel
+from llada_lightning.compute.shapes import get_shape
 from llada_lightning.generation import generate
 from llada_lightning.model import Transformer
-from llada_lightning.scaling.shapes import get_shape
 from released_sampler import sample_plainly
 
 BLOCK = 32

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from llada_lightning.checkpoints.language_model import LanguageModel
+from llada_lightning.compute.shapes import ladder_shape
 from llada_lightning.evaluation.forward import Row, Scorer
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.progress import ScoringProgress
 from llada_lightning.evaluation.ranking import rank_candidates
 from llada_lightning.evaluation.requests import Score
 from llada_lightning.model import Transformer
-from llada_lightning.scaling.shapes import ladder_shape
 
 VOCAB_SIZE, SAMPLES, BATCH = 32_000, 128, 32
 Question = tuple[list[int], list[list[int]]]
@@ -208,7 +208,7 @@ def main() -> None:
     torch.set_num_threads(1)
     text = None
     if arguments.checkpoint:
-        from llada_lightning.checkpoints.load import load_model
+        from llada_lightning.checkpoints.language_model import load_model
 
         lm = load_model(arguments.checkpoint, device=arguments.device)
         text = lm.encode(arguments.text.read_text()) if arguments.text else None

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.data.prepare import prepare
-from llada_lightning.scaling.shapes import Shape
 
 MODELS = {"arm": "ArmModule", "llada": "LladaModule"}
 SHAPE = Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=64)

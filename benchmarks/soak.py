@@ -22,8 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from llada_lightning.files import write_json, written_atomically
-from llada_lightning.scaling.plots.style import write_figure
+from llada_lightning.study.plots.style import write_figure
+from llada_lightning.support.files import write_json, written_atomically
 from processes import child_environment, finish, start
 from run_state import differences, read_state
 from small_fits import MODELS, prepare_corpora, write_sweep

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from llada_lightning.checkpoints.sharded_checkpoints import PARTIAL
-from llada_lightning.scaling.plots.style import GREY, dress, new_figure
+from llada_lightning.study.plots.style import GREY, dress, new_figure
 from processes import parent_of
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llada_lightning.scaling.flops import Objective
+from llada_lightning.compute.flops import Objective
 from llada_lightning.training.speed import Speed
 from train_step import Variant
 

@@ -38,7 +38,7 @@ PARTS = {
     "exit": "record, end of process",
 }
 """What has passed at each mark since the one before."""
-IMPORTS = "import llada_lightning.lightning_cli"
+IMPORTS = "import llada_lightning.training.fit"
 
 
 def fit(case: str, shape: str, data: Path, folder: Path, cache: Path) -> dict[str, float]:

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from lightning import Trainer
 
-from llada_lightning.cli import quiet_libraries
-from llada_lightning.configuration import native_precision
+from llada_lightning.commands.main import quiet_libraries
+from llada_lightning.compute.schedule import WSD
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.prepare import prepare
 from llada_lightning.training import ArmModule, LladaModule
+from llada_lightning.training.configuration import native_precision
 from llada_lightning.training.modules import LanguageModule
-from llada_lightning.training.schedules import WSD
 
 
 def stream_tokens_per_second(data: TokenDataModule, batches: int) -> float:

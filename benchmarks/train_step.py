@@ -10,11 +10,11 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from llada_lightning.data.batches import TrainingBatch, scored_positions
-from llada_lightning.errors import UserError
+from llada_lightning.compute.flops import Objective
+from llada_lightning.compute.shapes import Shape
+from llada_lightning.data.datasets import TrainingBatch, scored_positions
 from llada_lightning.objectives.forward_process import mask_probability, mask_ratio, random_mask
-from llada_lightning.scaling.flops import Objective
-from llada_lightning.scaling.shapes import Shape
+from llada_lightning.support.errors import UserError
 from llada_lightning.training import ArmModule, LladaModule
 from llada_lightning.training.callbacks.profile import milliseconds, stopwatch
 from llada_lightning.training.modules import LanguageModule

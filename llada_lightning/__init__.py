@@ -8,9 +8,9 @@ __version__ = "0.1.0"
 # Imported when asked for: the command's light verbs start without pandas and torch.
 _HOMES = {
     "generate": "llada_lightning.generation.sampling",
-    "load_model": "llada_lightning.checkpoints.load",
+    "load_model": "llada_lightning.checkpoints.language_model",
     "log_likelihood": "llada_lightning.evaluation.likelihood",
-    "read_results": "llada_lightning.scaling.results",
+    "read_results": "llada_lightning.study.results",
 }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from llada_lightning.cli import main
+from llada_lightning.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llada_lightning.errors import UserError
-from llada_lightning.files import expanded
-from llada_lightning.printing import shortened
-from llada_lightning.scaling.flops import Convention
+from llada_lightning.compute.flops import Convention
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import expanded
+from llada_lightning.support.printing import shortened
 
 MAX_SEED = 2**32 - 1
 """Largest seed that NumPy, and so Lightning, takes."""

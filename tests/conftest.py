@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from small_corpora import write_corpus
+from helpers.small_corpora import write_corpus
 
 # Two threads of torch beside loader workers and ranks on two cores slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The callbacks that kill a run are named by their class paths.
-os.environ.setdefault("LLADA_TRUSTED_MODULES", "tiny_runs")
+os.environ.setdefault("LLADA_TRUSTED_MODULES", "helpers")
 
 
 LONGEST_FIRST = ("test_readme.py", "training", "benchmarks", "test_notebooks.py")

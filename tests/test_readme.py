@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llada_lightning.cli import main
-from llada_lightning.scaling.results import read_results
+from llada_lightning.commands.main import main
+from llada_lightning.study.results import read_results
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [

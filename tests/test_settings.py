@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from lightning import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from llada_lightning.cli import main
-from llada_lightning.command_line import refuse_unusable
+from llada_lightning.commands.main import main
 from llada_lightning.data.language_datamodule import require_open_files
-from llada_lightning.errors import UserError, refusal
-from llada_lightning.scaling import plan_files
-from llada_lightning.scaling.sweep import MAX_RUNS, expand_grid
 from llada_lightning.settings import MAX_SEED, NOT_RUNS, check_folder_name
+from llada_lightning.study.plan import files as plan_files
+from llada_lightning.study.sweep.file import MAX_RUNS, expand_grid
+from llada_lightning.support.command_line import refuse_unusable
+from llada_lightning.support.errors import UserError, refusal
 from llada_lightning.training.callbacks.others import fault_of_a_callback
 
 RUN = [
@@ -152,7 +152,7 @@ def test_whole_numbers_stay_whole_whatever_was_imported_first(prepared: Path, tm
     """The name of a run holds them: `1` must not become 1.0."""
     python = (
         "from typing import Optional, Union; Optional[Union[float, int]]\n"
-        "import sys; from llada_lightning.lightning_cli import LladaCLI\n"
+        "import sys; from llada_lightning.training.fit import LladaCLI\n"
         "trainer = LladaCLI(sys.argv[1:], execute=False).settings.trainer\n"
         "print(repr([trainer.gradient_clip_val, trainer.val_check_interval, trainer.limit_predict_batches]))"
     )

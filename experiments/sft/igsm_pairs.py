@@ -10,9 +10,8 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from llada_lightning.data.igsm.problem import problems
-from llada_lightning.data.igsm.text import question, solution
-from llada_lightning.files import written_atomically
+from llada_lightning.data.igsm import problems, question, solution
+from llada_lightning.support.files import written_atomically
 
 SEED = 1
 

@@ -12,8 +12,8 @@ from matplotlib import colormaps
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from llada_lightning.scaling.plots import write_figure
-from llada_lightning.scaling.plots.style import (
+from llada_lightning.study.plots import write_figure
+from llada_lightning.study.plots.style import (
     GREY,
     INK,
     STYLES,

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from llada_lightning.files import written_atomically
-from llada_lightning.scaling.shapes import get_shape, shape_name
+from llada_lightning.compute.shapes import get_shape, shape_name
+from llada_lightning.support.files import written_atomically
 
 ROWS = 32
 COLUMNS = ["step", "tokens", "train_nats_per_token", "val_nats_per_token", "val_stderr"]

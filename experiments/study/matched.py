@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from llada_lightning.scaling.fits import Estimate, Noise, flops_column
-from llada_lightning.scaling.fits.envelope import Candidates
-from llada_lightning.scaling.fits.noise import Spread
-from llada_lightning.scaling.fits.runs import budget_members
-from llada_lightning.scaling.flops import Convention
+from llada_lightning.compute.flops import Convention
+from llada_lightning.study.fits import Estimate, Noise, flops_column
+from llada_lightning.study.fits.envelope import Candidates
+from llada_lightning.study.fits.noise import Spread
+from llada_lightning.study.fits.runs import budget_members
 
 Array = npt.NDArray[np.float64]
 

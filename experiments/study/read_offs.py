@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 import matched
-from llada_lightning.scaling.fits import OBJECTIVES, Estimate, budget_groups, flops_column, noise_of_runs
-from llada_lightning.scaling.fits.noise import Spread
-from llada_lightning.scaling.flops import CONVENTION_NAMES, Convention
+from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
+from llada_lightning.study.fits import OBJECTIVES, Estimate, budget_groups, flops_column, noise_of_runs
+from llada_lightning.study.fits.noise import Spread
 from report_text import flops, grid, interval
 
 

@@ -22,10 +22,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from scipy import stats
 
 import figures
-from llada_lightning.files import written_atomically
-from llada_lightning.scaling import curves_report
-from llada_lightning.scaling.covariance import covariance_path, read_covariance
-from llada_lightning.scaling.fits import (
+from llada_lightning.compute.flops import Convention
+from llada_lightning.compute.shapes import format_count
+from llada_lightning.study import report as curves_report
+from llada_lightning.study.covariance import covariance_path, read_covariance
+from llada_lightning.study.fits import (
     OBJECTIVES,
     EnvelopePoint,
     Estimate,
@@ -35,12 +36,11 @@ from llada_lightning.scaling.fits import (
     fit_table,
     run_names,
 )
-from llada_lightning.scaling.fits.noise import Spread
-from llada_lightning.scaling.fits.runs import planned_flops
-from llada_lightning.scaling.flops import Convention
-from llada_lightning.scaling.reference import published_isoflop
-from llada_lightning.scaling.results import read_results
-from llada_lightning.scaling.shapes import format_count
+from llada_lightning.study.fits.noise import Spread
+from llada_lightning.study.fits.runs import planned_flops
+from llada_lightning.study.reference import published_isoflop
+from llada_lightning.study.results import read_results
+from llada_lightning.support.files import written_atomically
 from matched import Envelope, Matched, multipliers, shared_budgets, slope_weights
 from read_offs import ReadOffs
 from report_text import flops, grid, interval, markdown, plus_minus, short_shape

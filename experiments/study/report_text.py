@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from llada_lightning.scaling.fits import Estimate, Multiplier
-from llada_lightning.scaling.shapes import get_shape
+from llada_lightning.compute.shapes import get_shape
+from llada_lightning.study.fits import Estimate, Multiplier
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:

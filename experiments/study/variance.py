@@ -28,11 +28,11 @@ from llada_lightning import load_model
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.data.datasets import TokenStream
 from llada_lightning.data.manifest import read_manifest
-from llada_lightning.files import write_json
 from llada_lightning.model import Transformer
 from llada_lightning.objectives import forward_process
 from llada_lightning.objectives.forward_process import TimeSampling, fixed_count_mask, mask_probability, random_mask
-from llada_lightning.scaling.fits import Estimate
+from llada_lightning.study.fits import Estimate
+from llada_lightning.support.files import write_json
 
 GLOBAL_BATCH = 16
 BATCHES, SEEDS = 16, 128

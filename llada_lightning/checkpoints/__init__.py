@@ -1,6 +1,5 @@
 """Floor 2: weights that move: ours, Hugging Face LLaDA, Hugging Face Llama."""
 
-from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.checkpoints.load import load_model
+from llada_lightning.checkpoints.language_model import LanguageModel, load_model
 
 __all__ = ["LanguageModel", "load_model"]

@@ -13,14 +13,12 @@ from safetensors import SafetensorError
 
 from llada_lightning.checkpoints import description as ours
 from llada_lightning.checkpoints import hugging_face
-from llada_lightning.checkpoints.config_file import CONFIG_NAME
-from llada_lightning.checkpoints.layouts import HF_LLADA, HF_LLAMA, OURS, Layout
+from llada_lightning.checkpoints.description import CONFIG_NAME
 from llada_lightning.checkpoints.safetensors_files import write_folder
 from llada_lightning.checkpoints.stored_model import StoredModel
-from llada_lightning.checkpoints.stored_tensors import common_dtype, name_of
-from llada_lightning.data.output_folder import building
-from llada_lightning.errors import UserError
-from llada_lightning.files import write_json
+from llada_lightning.checkpoints.stored_tensors import HF_LLADA, HF_LLAMA, OURS, Layout, common_dtype, name_of
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import building, write_json
 
 Target = Literal["llada", "hf-llada", "hf-llama"]
 TARGETS: dict[Target, Layout] = {"llada": OURS, "hf-llada": HF_LLADA, "hf-llama": HF_LLAMA}

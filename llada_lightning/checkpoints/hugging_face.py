@@ -8,8 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llada_lightning.checkpoints.config_file import NO_TOKEN, ConfigFile, read_generation_ends
-from llada_lightning.checkpoints.description import Description, extra_key, read_extra_key
+from llada_lightning.checkpoints.description import (
+    NO_TOKEN,
+    ConfigFile,
+    Description,
+    extra_key,
+    read_extra_key,
+    read_generation_ends,
+)
 from llada_lightning.model.transformer import is_positive
 
 _LLADA_REQUIRED: dict[str, tuple[Any, ...]] = {

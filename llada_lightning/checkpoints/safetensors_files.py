@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from llada_lightning.checkpoints.config_file import ConfigFile
+from llada_lightning.checkpoints.description import ConfigFile
 from llada_lightning.checkpoints.stored_tensors import StoredTensor
-from llada_lightning.errors import LibraryPanicError, UserError, panics_as_exceptions
+from llada_lightning.support.errors import LibraryPanicError, UserError, panics_as_exceptions
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from llada_lightning.errors import UserError
+from llada_lightning.support.errors import UserError
 
 META = "meta.pt"
 """What is no tensor: step, loops, callbacks, identity."""

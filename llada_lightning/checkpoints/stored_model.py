@@ -10,9 +10,7 @@ import torch
 
 from llada_lightning.checkpoints import description as ours
 from llada_lightning.checkpoints import hugging_face
-from llada_lightning.checkpoints.config_file import CONFIG_NAME, ConfigFile
-from llada_lightning.checkpoints.description import Description
-from llada_lightning.checkpoints.layouts import HF_LLADA, HF_LLAMA, OURS, TRAINING, Layout
+from llada_lightning.checkpoints.description import CONFIG_NAME, ConfigFile, Description
 from llada_lightning.checkpoints.run_folder import final_checkpoint, last_checkpoint
 from llada_lightning.checkpoints.safetensors_files import (
     is_usual,
@@ -21,14 +19,22 @@ from llada_lightning.checkpoints.safetensors_files import (
     weights_in,
 )
 from llada_lightning.checkpoints.sharded_checkpoints import is_sharded
-from llada_lightning.checkpoints.stored_tensors import StoredTensor, weights_of
+from llada_lightning.checkpoints.stored_tensors import (
+    HF_LLADA,
+    HF_LLAMA,
+    OURS,
+    TRAINING,
+    Layout,
+    StoredTensor,
+    weights_of,
+)
 from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
 from llada_lightning.checkpoints.training_checkpoints import read_training, run_tokenizer
 from llada_lightning.data.manifest import TOKENIZER_NAME
-from llada_lightning.errors import UserError
-from llada_lightning.files import expanded
 from llada_lightning.model import Transformer
-from llada_lightning.printing import warn
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import expanded
+from llada_lightning.support.printing import warn
 
 Kind = Literal["training", "llada", "hf-llada", "hf-llama"]
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from llada_lightning.checkpoints.config_file import GENERATION_CONFIG_NAME
-from llada_lightning.checkpoints.description import Description
+from llada_lightning.checkpoints.description import GENERATION_CONFIG_NAME, Description
 from llada_lightning.data.encoding import encode
 from llada_lightning.data.manifest import TOKENIZER_NAME, local_path
 from llada_lightning.data.tokenizers import (
@@ -24,9 +23,9 @@ from llada_lightning.data.tokenizers import (
     tokenizer_from_text,
     without_special_beyond,
 )
-from llada_lightning.errors import UserError
-from llada_lightning.printing import warn
-from llada_lightning.reading import parse_json, read_text
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import warn
+from llada_lightning.support.reading import parse_json, read_text
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"

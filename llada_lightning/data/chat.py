@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 from llada_lightning.data.encoding import decode_batch, encode_batch, encode_with_offsets, lost_bytes
 from llada_lightning.data.rendering import RenderingError, render
 from llada_lightning.data.tokenizers import as_special
-from llada_lightning.errors import UserError
-from llada_lightning.reading import shortened
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.reading import shortened
 
 Role = Literal["system", "user", "assistant"]
 

@@ -27,8 +27,8 @@ from typing import Any
 
 from llada_lightning.data.facts_corpus import FACTS, FactsSource, facts_source
 from llada_lightning.data.facts_corpus import VERSION as FACTS_VERSION
-from llada_lightning.data.igsm.corpus import VERSION as IGSM_VERSION
-from llada_lightning.data.igsm.corpus import IgsmSource, igsm_source
+from llada_lightning.data.igsm import VERSION as IGSM_VERSION
+from llada_lightning.data.igsm import IgsmSource, igsm_source
 from llada_lightning.data.text_files import (
     READ_ERRORS,
     Meter,
@@ -38,8 +38,8 @@ from llada_lightning.data.text_files import (
     suffixes_of,
     text_documents,
 )
-from llada_lightning.errors import UserError, panics_as_exceptions
-from llada_lightning.files import expanded
+from llada_lightning.support.errors import UserError, panics_as_exceptions
+from llada_lightning.support.files import expanded
 
 PYTHON_STDLIB = "python-stdlib"
 HUB_PREFIX = "hf:"

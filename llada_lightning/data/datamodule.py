@@ -6,6 +6,7 @@ import hashlib
 
 from torch.utils.data import DataLoader
 
+from llada_lightning.compute.flops import MASK_EPS, expected_length
 from llada_lightning.data.datasets import (
     ForwardProcess,
     OrdinalSampler,
@@ -26,10 +27,9 @@ from llada_lightning.data.manifest import (
     read_tokenizer_text,
 )
 from llada_lightning.data.order import WINDOW_SHARDS, Mixture
-from llada_lightning.errors import UserError
 from llada_lightning.objectives.forward_process import TimeSampling
-from llada_lightning.scaling.budget import MASK_EPS, expected_length
-from llada_lightning.scaling.stream import sequences_read
+from llada_lightning.run import sequences_read
+from llada_lightning.support.errors import UserError
 
 
 class TokenDataModule(LanguageDataModule):

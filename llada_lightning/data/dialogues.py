@@ -12,11 +12,10 @@ from typing import Any, cast, get_args
 
 from llada_lightning.data.chat import Message, Role
 from llada_lightning.data.corpora import HUB_PREFIX, DatasetCorpus, list_path
-from llada_lightning.data.row_fields import UnreadFields, present_fields, some
-from llada_lightning.data.text_files import Meter, json_records, mended
-from llada_lightning.errors import UserError
-from llada_lightning.files import expanded
-from llada_lightning.printing import shortened
+from llada_lightning.data.text_files import Meter, UnreadFields, json_records, mended, present_fields, some
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import expanded
+from llada_lightning.support.printing import shortened
 
 _ALPACA = ("instruction", "output")
 _PAIRS = (("prompt", "response"), ("question", "answer"), _ALPACA)

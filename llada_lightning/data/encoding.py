@@ -25,9 +25,9 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer
 
-from llada_lightning.errors import UserError, panics_as_exceptions
-from llada_lightning.printing import shortened
-from llada_lightning.reading import parse_json
+from llada_lightning.support.errors import UserError, panics_as_exceptions
+from llada_lightning.support.printing import shortened
+from llada_lightning.support.reading import parse_json
 
 CPU_SECONDS = 20
 """CPU time of one request to the child process, on all cores together; loading a vocabulary of 250,000 takes 2."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llada_lightning.errors import UserError
 from llada_lightning.objectives.noise import Stream, random_words
+from llada_lightning.support.errors import UserError
 
 FACTS = "facts"
 VERSION = 1

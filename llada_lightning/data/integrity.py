@@ -29,7 +29,7 @@ from llada_lightning.data.manifest import (
     read_manifest,
     tokenizer_fingerprint,
 )
-from llada_lightning.errors import UserError
+from llada_lightning.support.errors import UserError
 
 INDEX_NAME = "index.json"
 _BLOCK_BYTES = 1 << 24

@@ -11,13 +11,13 @@ import torch
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
+from llada_lightning.compute.flops import MAX_BATCH
+from llada_lightning.compute.shapes import MAX_WIDTH
 from llada_lightning.data.datasets import take_batch
 from llada_lightning.data.manifest import TOLERATED_LOSS, TokenizerInfo
-from llada_lightning.errors import UserError
 from llada_lightning.objectives.forward_process import TimeSampling
-from llada_lightning.scaling.budget import MAX_BATCH
-from llada_lightning.scaling.shapes import MAX_WIDTH
 from llada_lightning.settings import MAX_PROCESSES
+from llada_lightning.support.errors import UserError
 
 
 class LanguageDataModule(LightningDataModule, ABC):

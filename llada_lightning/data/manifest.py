@@ -3,6 +3,8 @@
 A prepared folder is ``manifest.json``, ``tokenizer.json``, and for each of the splits ``train`` and ``val`` litdata's
 ``index.json`` with its shards. Counts are taken from the manifest, never from litdata, whose lengths are shares of
 the data under several processes.
+
+What a plan needs to know of prepared data.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from llada_lightning.errors import UserError
+from llada_lightning.run import DataFacts, Source
+from llada_lightning.support.errors import UserError
 
 FORMAT = 1
 """The version of the folder's layout that this module reads and writes."""
@@ -353,3 +356,26 @@ def check_sequence_length(manifest: Manifest, sequence_length: int) -> None:
                 f"sequence length {sequence_length} is longer than every shard of '{name}' (the longest has {longest} "
                 f"tokens), blocks: {blocks}; shorten it, or prepare with more text or larger --shard-tokens"
             )
+
+
+def read_data_facts(path: str | dict[str, float], sequence_length: int) -> DataFacts:
+    """Vocabulary and training sequences of a prepared folder, or of a weighted mixture of folders.
+
+    Args:
+        path: a folder, or folders with weights.
+        sequence_length: tokens of a sequence; a shard's rest that fills none is not counted.
+
+    Raises:
+        UserError: a folder is not a prepared one, its shards are too short, or the tokenizers differ.
+    """
+    weights = {path: 1.0} if isinstance(path, str) else path
+    manifests = {folder: read_manifest(folder) for folder in weights}
+    for manifest in manifests.values():
+        check_sequence_length(manifest, sequence_length)
+    if len({manifest.tokenizer.fingerprint for manifest in manifests.values()}) > 1:
+        raise UserError(f"data: {', '.join(weights)} have different tokenizers; prepare all with --tokenizer of one")
+    sources = tuple(
+        Source(weights[folder], manifest.splits["train"].items(sequence_length))
+        for folder, manifest in manifests.items()
+    )
+    return DataFacts(next(iter(manifests.values())).tokenizer.vocab_size, sources)

@@ -14,8 +14,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from llada_lightning.errors import UserError
 from llada_lightning.objectives.noise import Stream, random_words
+from llada_lightning.support.errors import UserError
 
 WINDOW_SHARDS = 16
 _MAX_PERIOD = 10_000

@@ -34,11 +34,11 @@ from llada_lightning.data.manifest import (
     data_fingerprint,
     read_manifest,
 )
-from llada_lightning.data.output_folder import building
-from llada_lightning.data.progress import PrepareProgress
-from llada_lightning.data.shard_writer import ShardWriter, check_shard_tokens, token_dtype
+from llada_lightning.data.prepare_progress import PrepareProgress
+from llada_lightning.data.shards import ShardWriter, check_shard_tokens, token_dtype
 from llada_lightning.data.tokenizers import load_tokenizer, pieces, tokenizer_info, train_tokenizer
-from llada_lightning.errors import UserError
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import building
 
 BATCH_CHARS = 1 << 21
 """Characters encoded at once: enough to keep many cores busy, about 100 MB while they are."""

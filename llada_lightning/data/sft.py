@@ -12,6 +12,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader
 
 from llada_lightning.checkpoints.tokenizer_files import ROLES_NAME, TEMPLATE_NAME, TokenizerFiles
+from llada_lightning.compute.flops import MASK_EPS
 from llada_lightning.data.chat import LLADA_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate
 from llada_lightning.data.datasets import OrdinalSampler, StridedSampler
 from llada_lightning.data.dialogues import read_dialogues
@@ -19,14 +20,13 @@ from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.data.manifest import TOKENIZER_NAME, TokenizerInfo
 from llada_lightning.data.pairs import PairDataset, Pairs, PairStream, PairValidationDataset, tokenize_pairs
 from llada_lightning.data.tokenizers import load_tokenizer
-from llada_lightning.errors import UserError
-from llada_lightning.files import expanded
 from llada_lightning.objectives import noise
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.objectives.noise import Stream
-from llada_lightning.printing import people_console, warn_once
-from llada_lightning.reading import read_text
-from llada_lightning.scaling.budget import MASK_EPS
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import expanded
+from llada_lightning.support.printing import people_console, warn_once
+from llada_lightning.support.reading import read_text
 
 
 class SftDataModule(LanguageDataModule):

@@ -17,9 +17,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from llada_lightning.data.encoding import encode, load
 from llada_lightning.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo, tokenizer_fingerprint
-from llada_lightning.errors import LibraryPanicError, UserError, panics_as_exceptions
-from llada_lightning.files import expanded
-from llada_lightning.reading import read_json, read_text
+from llada_lightning.support.errors import LibraryPanicError, UserError, panics_as_exceptions
+from llada_lightning.support.files import expanded
+from llada_lightning.support.reading import read_json, read_text
 
 EOS_TOKEN = "[EOS]"
 MASK_TOKEN = "[MASK]"

@@ -8,10 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from llada_lightning.command_line import CommandParser, print_json
-from llada_lightning.errors import UserError
-from llada_lightning.evaluation.ablations import ABLATIONS, Ablation, Cell, Measured, ablation, run_ablation
-from llada_lightning.evaluation.evaluate_command import (
+from llada_lightning.commands.evaluate import (
     add_evaluation_options,
     check,
     prepared,
@@ -19,8 +16,11 @@ from llada_lightning.evaluation.evaluate_command import (
     sandbox_of,
     suite_of,
 )
-from llada_lightning.files import expanded, write_json
-from llada_lightning.printing import people_console
+from llada_lightning.evaluation.ablations import ABLATIONS, Ablation, Cell, Measured, ablation, run_ablation
+from llada_lightning.support.command_line import CommandParser, print_json
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import expanded, write_json
+from llada_lightning.support.printing import people_console
 
 if TYPE_CHECKING:
     from llada_lightning.evaluation.benchmarks import Loaded

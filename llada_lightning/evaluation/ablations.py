@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llada_lightning.errors import UserError
+from llada_lightning.support.errors import UserError
 
 Measured = Mapping[str, tuple[float, float | None]]
 """By task: the score and its standard error, both as shares of 1; no error where there is no telling."""

@@ -17,10 +17,10 @@ from lm_eval import simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
-from llada_lightning.errors import UserError
 from llada_lightning.evaluation.code_metric import sandboxed_code_eval
 from llada_lightning.evaluation.harness import HarnessModel
 from llada_lightning.evaluation.suites import Benchmark
+from llada_lightning.support.errors import UserError
 
 OUR_TASKS = Path(__file__).parent / "tasks"
 SHARES = frozenset({"acc", "acc_norm", "acc_mutual_info", "exact_match", "em", "f1", "pass@1", "pass_at_1"})

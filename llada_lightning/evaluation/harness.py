@@ -16,13 +16,13 @@ from torch import Tensor, stack
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.data.chat import Message
 from llada_lightning.data.encoding import decode
-from llada_lightning.errors import UserError
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.progress import ScoringProgress
 from llada_lightning.evaluation.requests import encode_pair, encode_text
 from llada_lightning.evaluation.rolling import document_log_likelihoods
+from llada_lightning.generation.conversation import conversation_ids
 from llada_lightning.generation.sampling import generate
-from llada_lightning.generation.terminal.conversation import conversation_ids
+from llada_lightning.support.errors import UserError
 
 MONTE_CARLO = 128
 """Masks of a continuation of several tokens (paper, B.6). One token is scored exactly by one pass."""

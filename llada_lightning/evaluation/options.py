@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llada_lightning.errors import UserError
 from llada_lightning.evaluation.masks import REPLICATES
+from llada_lightning.support.errors import UserError
 
 
 def check_sampling(

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.data.row_fields import REFUSED_BESIDE_PROMPTS, UnreadFields, some
-from llada_lightning.errors import UserError
+from llada_lightning.data.text_files import REFUSED_BESIDE_PROMPTS, UnreadFields, some
 from llada_lightning.evaluation.requests import Truncation, Written, check_question, encode_pair, moved_space
-from llada_lightning.printing import shortened
-from llada_lightning.reading import parse_json, read_text
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import shortened
+from llada_lightning.support.reading import parse_json, read_text
 
 _KNOWN = ("prompt", "continuation", "choices", "answer")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from llada_lightning.printing import people_console
+from llada_lightning.support.printing import people_console
 
 
 class _Rate(ProgressColumn):

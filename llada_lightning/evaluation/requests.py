@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.errors import UserError
-from llada_lightning.printing import shortened
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import shortened
 
 Ids = Sequence[int]
 Written = str | list[int]

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.errors import UserError
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.requests import Ids, monte_carlo_stderr
 from llada_lightning.objectives.bounds import ratio_and_stderr
+from llada_lightning.support.errors import UserError
 
 
 @dataclass(frozen=True)

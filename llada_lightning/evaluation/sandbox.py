@@ -35,7 +35,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Literal
 
-from llada_lightning.signals import say
+from llada_lightning.support.signals import say
 
 Verdict = Literal["passed", "failed", "timed out"]
 

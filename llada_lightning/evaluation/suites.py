@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from llada_lightning.errors import UserError
+from llada_lightning.support.errors import UserError
 
 Sampling = dict[str, Any]
 """Keyword arguments of ``generate``; `length` and `steps` count tokens and steps of an answer."""

@@ -13,7 +13,7 @@ from llada_lightning.generation.finish import holds_stop
 from llada_lightning.generation.noise import Noise
 from llada_lightning.generation.prediction import predict_tokens
 from llada_lightning.generation.settings import Settings
-from llada_lightning.model.cache import KeyValueCache
+from llada_lightning.model.attention import KeyValueCache
 
 
 def write(lm: LanguageModel, canvas: Canvas, settings: Settings, noise: Noise, on_step: Callable[[int], None]) -> int:

@@ -23,10 +23,10 @@ from rich.text import Text
 from tokenizers import Tokenizer
 
 from llada_lightning.data.encoding import decode, encode
-from llada_lightning.errors import UserError
-from llada_lightning.files import expanded, require_replaceable, written_atomically
 from llada_lightning.generation.result import Generation
-from llada_lightning.printing import recording_console, visible
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import expanded, require_replaceable, written_atomically
+from llada_lightning.support.printing import recording_console, visible
 
 if TYPE_CHECKING:
     from rich.console import Console

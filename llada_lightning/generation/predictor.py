@@ -9,7 +9,7 @@ from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.generation.canvas import Canvas
 from llada_lightning.generation.settings import Settings
 from llada_lightning.generation.tokens import guide
-from llada_lightning.model.cache import KeyValueCache
+from llada_lightning.model.attention import KeyValueCache
 
 
 class Predictor:

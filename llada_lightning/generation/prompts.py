@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.errors import UserError
+from llada_lightning.support.errors import UserError
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | np.ndarray[Any, Any]
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.errors import UserError
 from llada_lightning.generation.autoregressive import write
 from llada_lightning.generation.canvas import Canvas
 from llada_lightning.generation.diffusion import Denoiser, denoise
@@ -20,6 +19,7 @@ from llada_lightning.generation.prompts import Prompts, as_batches, check_contex
 from llada_lightning.generation.released import ReleasedDenoiser
 from llada_lightning.generation.result import Finish, Generation, Observer
 from llada_lightning.generation.settings import Cache, Remasking, Settings, Strategy, default_length, resolve_settings
+from llada_lightning.support.errors import UserError
 
 
 @torch.inference_mode()

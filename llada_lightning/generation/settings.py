@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.errors import UserError
+from llada_lightning.support.errors import UserError
 
 Strategy = Literal["diffusion", "block_diffusion", "autoregressive"]
 Remasking = Literal["low_confidence", "margin", "entropy", "random", "random_count"]

@@ -11,6 +11,10 @@ divides H, whether attention is causal, and a mask; it returns (B, H, L, D).
 
 SDPA on CUDA makes a boolean mask additive in the queries' type, in each call, and its own flash kernel takes none: a
 masked pass costs memory and time that ``flex`` saves.
+
+Rotary position embedding (Su et al. 2021), half-split as in Llama and LLaDA, computed in fp32.
+
+Keys and values of positions that need not be computed again.
 """
 
 from __future__ import annotations
@@ -27,10 +31,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from llada_lightning.errors import UserError
-from llada_lightning.model.cache import KeyValueCache
-from llada_lightning.model.rope import apply_rope
-from llada_lightning.scaling.shapes import Shape
+from llada_lightning.compute.shapes import Shape
+from llada_lightning.support.errors import UserError
 
 Backend = Literal["sdpa", "flash", "flex", "fa3", "fa4"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -296,3 +298,70 @@ def _version(name: Backend) -> str:
         return f"{package} {version(package)}"
     except PackageNotFoundError:
         return package
+
+
+def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions 0..length-1: each (length, head_dim) float32."""
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    positions = torch.arange(length, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, theta**-exponents)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x_BHLD: Tensor, cos_LD: Tensor, sin_LD: Tensor) -> Tensor:
+    """Rotate queries or keys by their positions, in fp32; the result has the input's type."""
+    x = x_BHLD.float()
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.cat([-second, first], dim=-1)
+    return (x * cos_LD + rotated * sin_LD).to(x_BHLD.dtype)
+
+
+class KeyValueCache:
+    """Rotated keys and values of each block, by position.
+
+    A forward pass writes those of its tokens from ``position`` on, over what stood there, and attends to all that are
+    held. So one class serves three ways: `arm` writes one token behind the others and moves on; a `llada` block with
+    a prefix cache writes itself and all that follows, again and again; with a dual cache only itself.
+
+    Args:
+        capacity: positions to make room for.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.position = 0
+        self.held = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keys_after(self, length: int) -> int:
+        """Keys that are held once ``length`` tokens have been written at ``position``."""
+        assert self.position + length <= self.capacity
+        return max(self.held, self.position + length)
+
+    def update(self, layer: int, k_BHLD: Tensor, v_BHLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes one block's keys and values; returns all that are held, each (B, H, S, D)."""
+        end = self.position + k_BHLD.shape[2]
+        if layer not in self._layers:
+            batch, heads, _, dim = k_BHLD.shape
+            self._layers[layer] = (
+                k_BHLD.new_empty(batch, heads, self.capacity, dim),
+                v_BHLD.new_empty(batch, heads, self.capacity, dim),
+            )
+        keys, values = self._layers[layer]
+        keys[:, :, self.position : end] = k_BHLD
+        values[:, :, self.position : end] = v_BHLD
+        held = max(self.held, end)
+        return keys[:, :, :held], values[:, :, :held]
+
+    def advance(self, length: int) -> None:
+        """The tokens of the last pass are there to stay; the next ones stand behind them."""
+        self.position += length
+        self.held = max(self.held, self.position)
+
+    def keep_rows(self, rows_R: Tensor) -> None:
+        """Goes on with some rows of the batch."""
+        self._layers = {
+            layer: (torch.index_select(keys, 0, rows_R), torch.index_select(values, 0, rows_R))
+            for layer, (keys, values) in self._layers.items()
+        }

@@ -1,12 +1,25 @@
-"""The output head: logits of positions, or at once their cross-entropies."""
+"""The output head: logits of positions, or at once their cross-entropies.
+
+The output head and the cross-entropy in one, chunk by chunk: the logits of all positions never stand in memory.
+
+The gradient of a weighted sum of cross-entropies is known as soon as the logits are: (softmax - onehot) times the
+weight. So each chunk's gradients are taken while its logits are at hand, and the chunk is let go (as Liger-Kernel and
+Cut Cross-Entropy do; Hsu et al. 2024, Wijmans et al. 2024). PyTorch's own `F.linear_cross_entropy` (2.13) and Liger's
+kernel weigh classes, not positions, which the 1/p of Eq. 3 needs, and know no excluded word.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from llada_lightning.model.linear_cross_entropy import linear_cross_entropy
-from llada_lightning.model.word_shards import WordShards
+from llada_lightning.model.sharding import WordShards
 
 
 class OutputHead(nn.Linear):
@@ -42,3 +55,122 @@ class OutputHead(nn.Linear):
         return linear_cross_entropy(
             hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, self.compiled, shards
         )
+
+
+CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}
+"""Logits of a chunk: on the CPU they stay near the cache; on a GPU a chunk is long enough that adding its part of the
+weight's gradient costs little."""
+
+
+def linear_cross_entropy(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    weights_M: Tensor,
+    excluded_token_id: int | None = None,
+    compiled: bool = False,
+    shards: WordShards | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropies of a linear layer's output, and their weighted sum.
+
+    Products are taken in the type of autocast, where it is on; everything between them in fp32.
+
+    Args:
+        hidden_MD: (M, D).
+        weight_VD: (V, D) of the layer.
+        targets_M: (M,) int64.
+        weights_M: (M,) float32, of the sum; 0 for positions that only fill up a shape.
+        excluded_token_id: a word that gets no probability (see ``objectives.losses.token_nll``).
+        compiled: fuse what stands between the two products by ``torch.compile``.
+        shards: where the weight holds some of the words only, and other processes, with the same positions, the others.
+
+    Returns:
+        () float32, the sum, differentiable once by hidden and weight; (M,) float32, nats, without gradient.
+    """
+    device = hidden_MD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
+    gradients = torch.is_grad_enabled()
+    return _LinearCrossEntropy.apply(
+        hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, dtype, gradients, compiled, shards
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        targets_M: Tensor,
+        weights_M: Tensor,
+        excluded_token_id: int | None,
+        dtype: torch.dtype,
+        gradients: bool,
+        compiled: bool,
+        shards: WordShards | None,
+    ) -> tuple[Tensor, Tensor]:
+        column = excluded_token_id if shards is None else shards.column(excluded_token_id)
+        with torch.autocast(hidden_MD.device.type, enabled=False):
+            chunks = _chunks(len(hidden_MD), len(weight_VD), dtype, hidden_MD.device.type)
+            chunk_gradient = _compiled_chunk_gradient() if compiled else _chunk_gradient
+            if shards is not None:
+                chunk_gradient = shards.compiled_chunk_gradient if compiled else shards.chunk_gradient
+            matrix_VD = weight_VD.to(dtype)
+            grad_hidden_MD = torch.empty_like(hidden_MD) if gradients else None
+            grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if gradients else None
+            nll_M = torch.empty(len(hidden_MD), dtype=torch.float32, device=hidden_MD.device)
+            for rows in chunks:
+                hidden_CD = hidden_MD[rows].to(dtype)
+                logits_CV = hidden_CD @ matrix_VD.T
+                if column is not None:
+                    logits_CV[:, column] = float("-inf")
+                nll_M[rows], grad_CV = chunk_gradient(logits_CV, targets_M[rows], weights_M[rows])
+                if grad_hidden_MD is not None and grad_weight_VD is not None:
+                    grad_hidden_MD[rows] = grad_CV @ matrix_VD
+                    _add_product(grad_weight_VD, grad_CV.T, hidden_CD)
+            if shards is not None and grad_hidden_MD is not None:
+                shards.add_up(grad_hidden_MD)
+        ctx.gradients = None if grad_weight_VD is None else (grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype))
+        ctx.mark_non_differentiable(nll_M)
+        return (nll_M * weights_M).sum(), nll_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        hidden_MD, weight_VD = ctx.gradients
+        ctx.gradients = None  # used up: they are scaled in place
+        return hidden_MD.mul_(grad), weight_VD.mul_(grad), None, None, None, None, None, None, None
+
+
+def _chunk_gradient(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropies (C,), and the gradient of their weighted sum by the logits (C, V), in the logits' type."""
+    targets_C1 = targets_C[:, None]
+    p_CV = torch.softmax(logits_CV, dim=1, dtype=torch.float32)
+    # By way of the likeliest word, whose probability is at least 1 / V: the target's may be 0 in fp32.
+    top_C1, top_word_C1 = logits_CV.max(dim=1, keepdim=True)
+    log_p_C1 = logits_CV.gather(1, targets_C1).float() - top_C1.float() + p_CV.gather(1, top_word_C1).log()
+    grad_CV = p_CV.mul_(weights_C[:, None]).to(logits_CV.dtype)
+    # p - 1 is taken before it is rounded: where p is nearly 1, a rounded p would leave nothing of the difference.
+    grad_CV.scatter_(1, targets_C1, (torch.expm1(log_p_C1) * weights_C[:, None]).to(logits_CV.dtype))
+    return -log_p_C1[:, 0], grad_CV
+
+
+@functools.cache
+def _compiled_chunk_gradient() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_chunk_gradient, dynamic=True)
+
+
+def _chunks(positions: int, words: int, dtype: torch.dtype, device: str) -> list[slice]:
+    """Equal parts of the positions, each with at most ``CHUNK_BYTES`` of logits."""
+    rows = max(1, CHUNK_BYTES.get(device, 1 << 30) // (words * dtype.itemsize))
+    parts = max(1, -(-positions // rows))
+    rows = -(-positions // parts)
+    return [slice(start, min(start + rows, positions)) for start in range(0, positions, max(1, rows))]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in fp32 where the factors are, else with the product rounded to their type."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)

@@ -15,14 +15,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.model import patterns
-from llada_lightning.model.attention import ALL, KERNELS, Attention, Backend, Mask, activate, is_whole
-from llada_lightning.model.cache import KeyValueCache
+from llada_lightning.model.attention import (
+    ALL,
+    KERNELS,
+    Attention,
+    Backend,
+    KeyValueCache,
+    Mask,
+    activate,
+    is_whole,
+    rope_tables,
+)
 from llada_lightning.model.head import OutputHead
 from llada_lightning.model.patterns import Pattern
-from llada_lightning.model.rope import rope_tables
-from llada_lightning.model.shards import fill
-from llada_lightning.scaling.shapes import Shape
+from llada_lightning.model.sharding import fill
 
 NORM_EPS = 1e-5
 ROPE_THETA = 10_000.0

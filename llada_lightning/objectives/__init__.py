@@ -1,1 +1,150 @@
-"""Floor 1: the forward process, the losses and the bounds, as functions on tensors."""
+"""The table of objectives: what the package knows of each of them without torch.
+
+An objective is one row here, one file with its loss beside this one, and one LightningModule class of a few lines in
+`training/modules.py`. Everything else asks the row and never compares a name. `docs/extending.md` adds one, from
+definition to curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from llada_lightning.compute.flops import (
+    TrainingFlops,
+    attention_flops_per_token,
+    expected_mask_probability,
+    flops_6nd,
+    head_flops_per_token,
+)
+from llada_lightning.compute.shapes import Shape
+from llada_lightning.support.errors import UserError
+
+ValidationKind = Literal["exact", "bound"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is known of a training objective without torch.
+
+    Args:
+        name: The name in configurations, tables, file names and plots, such as `llada`.
+        label: The name in the legend of a plot, which says of what kind the loss is.
+        colour: The colour in a plot, such as `#0072B2`.
+        line: The style of a line in a plot, as Matplotlib writes it.
+        marker: The marker in a plot, as Matplotlib writes it.
+        filled: Whether the marker is filled.
+        module: The class path of the LightningModule.
+        val_kind: Whether the validation loss is the exact negative log-likelihood, or an upper bound on it.
+        causal: Whether a position attends to earlier positions only. It halves the FLOPs of attention.
+        masks: Whether the inputs contain [MASK], so that the vocabulary must have it.
+        starts_with_eos: Whether an EOS is put before every sequence, so that the first token is predicted, too.
+        logit_share: A function of the smallest mask probability that gives the expected share of the positions whose
+            logits the training loss needs.
+        tokens_per_param: The tokens per non-embedding parameter at the centre of an IsoFLOP grid.
+        layouts: The kinds of Hugging Face checkpoints that a model of this objective can be converted to.
+    """
+
+    name: str
+    label: str
+    colour: str
+    line: Literal["-", "--", "-.", ":"]
+    marker: str
+    filled: bool
+    module: str
+    val_kind: ValidationKind
+    causal: bool
+    masks: bool
+    starts_with_eos: bool
+    logit_share: Callable[[float], float]
+    tokens_per_param: float
+    layouts: tuple[str, ...] = ()
+
+    def flops_per_token(
+        self, shape: Shape, vocab_size: int, sequence_length: int, mask_eps: float, response_share: float = 1.0
+    ) -> TrainingFlops:
+        """The expected training FLOPs of one token, by the three counts of ``compute.flops``.
+
+        Args:
+            shape: The dimensions of the Transformer.
+            vocab_size: The width of the output head.
+            sequence_length: The number of positions that a token attends to, before the causal half.
+            mask_eps: The smallest mask probability.
+            response_share: The share of the tokens that the forward process may mask.
+        """
+        share = self.logit_share(mask_eps) * (response_share if self.masks else 1.0)
+        return TrainingFlops(
+            flops_6nd=flops_6nd(shape.params_nonembedding, 1),
+            flops_attention=attention_flops_per_token(shape, sequence_length, causal=self.causal),
+            flops_head=head_flops_per_token(shape, vocab_size) * share,
+        )
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "arm": Objective(
+        name="arm",
+        label="arm (exact)",
+        colour="#0072B2",
+        line="-",
+        marker="o",
+        filled=True,
+        module="llada_lightning.training.modules.ArmModule",
+        val_kind="exact",
+        causal=True,
+        masks=False,
+        starts_with_eos=True,
+        logit_share=lambda mask_eps: 1.0,
+        tokens_per_param=25.0,
+        layouts=("hf-llama",),
+    ),
+    "llada": Objective(
+        name="llada",
+        label="llada (bound, NELBO)",
+        colour="#D55E00",
+        line="--",
+        marker="s",
+        filled=False,
+        module="llada_lightning.training.modules.LladaModule",
+        val_kind="bound",
+        causal=False,
+        masks=True,
+        starts_with_eos=False,
+        logit_share=expected_mask_probability,
+        tokens_per_param=105.0,
+        layouts=("hf-llada",),
+    ),
+}
+"""The objectives by their names, in the order in which plots and tables list them.
+
+``tokens_per_param`` comes from published IsoFLOP losses (133 runs on C4, 3e18 to 3e20 FLOPs,
+github.com/chen-hao-chao/mdm-prime-v2; parabolas in ln N at each of seven budgets). The N that is printed there is
+nominal, 12 x layers x width^2, and leaves out the third matrix of SwiGLU. The true N is 4/3 of it, so that the true
+ratios are 3/4 of the nominal 34 (`arm`, 26 to 41 over the budgets) and 143 (`llada`, 93 to 176; geometric means), 26
+and 107. Both fall slightly with the budget and are rounded down for that. Hoffmann et al. 2022 found 20 for `arm`,
+embeddings counted. A grid of five shapes covers a factor of 9 to either side."""
+
+REFERENCE = "arm"
+"""The objective that a compute multiplier divides by, unless another one is named."""
+
+
+def register(objective: Objective) -> None:
+    """Add an objective to the table.
+
+    Raises:
+        UserError: The table has another objective of this name.
+    """
+    if OBJECTIVES.get(objective.name, objective) != objective:
+        raise UserError(f"objective: '{objective.name}' is in the table already; choose another name")
+    OBJECTIVES[objective.name] = objective
+
+
+def get_objective(name: str) -> Objective:
+    """The objective of a name.
+
+    Raises:
+        UserError: The table has none of this name; the message lists the names.
+    """
+    if name not in OBJECTIVES:
+        raise UserError(f"objective: '{name}' is not known; choose from {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]

@@ -10,9 +10,9 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from llada_lightning.compute.flops import MASK_EPS
 from llada_lightning.objectives import noise
 from llada_lightning.objectives.noise import Stream
-from llada_lightning.scaling.budget import MASK_EPS
 
 TimeSampling = Literal["weyl", "iid"]
 TIME_SAMPLINGS: tuple[TimeSampling, ...] = get_args(TimeSampling)

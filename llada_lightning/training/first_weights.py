@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor
 
 from llada_lightning.checkpoints.run_folder import checkpoint_hash
 from llada_lightning.checkpoints.stored_model import StoredModel, open_checkpoint
-from llada_lightning.errors import UserError
+from llada_lightning.compute.flops import Objective
+from llada_lightning.compute.shapes import get_shape
 from llada_lightning.model import Transformer
-from llada_lightning.model.shards import fill
+from llada_lightning.model.sharding import fill
 from llada_lightning.model.transformer import NORM_EPS, ROPE_THETA
-from llada_lightning.scaling.flops import Objective
-from llada_lightning.scaling.shapes import get_shape
+from llada_lightning.support.errors import UserError
 
 DEFAULT_SHAPE = "443k"
 

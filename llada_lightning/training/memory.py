@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from llada_lightning.data.batches import TrainingBatch, ValidationBatch
+from llada_lightning.data.datasets import TrainingBatch, ValidationBatch
 from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.parallel import FullySharded
 

@@ -6,7 +6,6 @@ and which loss comes out.
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
@@ -19,20 +18,20 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from llada_lightning.data.batches import TrainingBatch, ValidationBatch
-from llada_lightning.errors import UserError
+from llada_lightning.compute.flops import Objective, TrainingFlops, expected_mask_probability, flops_per_token
+from llada_lightning.compute.schedule import WSD
+from llada_lightning.compute.shapes import MAX_PARAMETERS, Shape, get_shape
+from llada_lightning.data.datasets import TrainingBatch, ValidationBatch
 from llada_lightning.model import Transformer
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
 from llada_lightning.objectives.bounds import nll_bound
 from llada_lightning.objectives.losses import masked_diffusion_weights, shift_right, token_nll
-from llada_lightning.scaling.budget import expected_mask_probability
-from llada_lightning.scaling.flops import Objective, TrainingFlops, flops_per_token
-from llada_lightning.scaling.shapes import MAX_PARAMETERS, Shape, get_shape
+from llada_lightning.run import check_history, check_identity, model_identity, with_stable_names
+from llada_lightning.support.errors import UserError
 from llada_lightning.training.first_weights import fill_weights, inherited
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.metrics import ValidationLoss
 from llada_lightning.training.parallel import shard, sharding_mesh, total_norm
-from llada_lightning.training.schedules import WSD, schedule_from
 from llada_lightning.training.speed import Speed, apply_speed
 
 
@@ -55,7 +54,7 @@ class LanguageModule(LightningModule, ABC):
     """What both objectives share.
 
     Args:
-        shape: a name (`llada-8b`, `443k`) or the five dimensions of ``scaling.shapes.Shape``.
+        shape: a name (`llada-8b`, `443k`) or the five dimensions of ``compute.shapes.Shape``.
         vocab_size: words of embedding and head; null: of the data's tokenizer.
         mask_token_id: [MASK]; null: of the data's tokenizer.
         eos_token_id: EOS; null: of the data's tokenizer.
@@ -225,7 +224,7 @@ class LanguageModule(LightningModule, ABC):
             UserError: names what differs.
         """
         assert self.trainer is not None
-        saved = checkpoint.get("identity", {})
+        saved = with_stable_names(checkpoint.get("identity", {}))
         if not self.trainer.training:
             check_identity(model_identity(saved), model_identity(self.identity))
             return
@@ -383,62 +382,3 @@ class LladaModule(LanguageModule):
         inputs_BL = batch.tokens_BL.masked_fill(batch.masked_BL, self.mask_token_id)
         start_ids, documents_BL = self._start_ids(batch), batch.documents_BL
         return self._hidden_behind(start_ids, inputs_BL, documents_BL, attention_mask_BL, causal=False).flatten(0, 1)
-
-
-_MODEL_IDENTITY = (
-    "shape", "vocab_size", "rope_theta", "norm_eps", "text_prefix_ids", "mask_token_id", "eos_token_id", "compat",
-)  # fmt: skip
-
-
-def model_identity(identity: dict[str, Any]) -> dict[str, Any]:
-    """The part of an identity that says which model this is; any data of its tokenizer will do."""
-    model = identity.get("model", {})
-    arguments = {key: model.get("init_args", {}).get(key) for key in _MODEL_IDENTITY}
-    return {"model": {"class_path": model.get("class_path"), **arguments}, "tokenizer": identity.get("tokenizer")}
-
-
-def check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose run (or whose model) is another one.
-
-    Raises:
-        UserError: names every difference.
-    """
-    found = differences(saved, current)
-    if found:
-        raise UserError(
-            f"checkpoint: of another run ({'; '.join(found)}); restore these settings, or start a new --run.name"
-        )
-
-
-def check_history(saved: dict[str, Any], current: dict[str, Any], step: int) -> None:
-    """Refuse a checkpoint that the current run would not have reached by itself after ``step`` steps.
-
-    Another length is allowed while both schedules still agree: so a branch starts from its trunk.
-
-    Raises:
-        UserError: names every difference.
-    """
-    if saved != current and not _same_history(saved, current, step):
-        check_identity(saved, current)
-
-
-def _same_history(saved: dict[str, Any], current: dict[str, Any], step: int) -> bool:
-    then, now = copy.deepcopy(saved), copy.deepcopy(current)
-    try:
-        rates = [schedule_from(identity["model"]["init_args"].pop("schedule")) for identity in (then, now)]
-        del then["trainer"]["max_steps"], now["trainer"]["max_steps"]
-    except (KeyError, TypeError):
-        return False
-    return not differences(then, now) and rates[0].agrees(rates[1], step)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """The keys, dotted, in which two nested dictionaries differ, each with both values."""
-    found: list[str] = []
-    for key in sorted(set(old) | set(new)):
-        left, right = old.get(key), new.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            found += differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            found.append(f"{prefix}{key} was {left!r}, is {right!r}")
-    return found

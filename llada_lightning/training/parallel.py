@@ -2,6 +2,8 @@
 
 `--trainer.strategy=fsdp2` shards over all processes, as `--trainer.strategy=ddp` replicates over all.
 `--trainer.strategy=fsdp2_tp8` shards over groups of 8, whose processes compute together (tensor parallelism).
+
+What all processes of a run decide together, without the accelerators, whose queues it therefore does not drain.
 """
 
 from __future__ import annotations
@@ -41,13 +43,13 @@ from llada_lightning.checkpoints.sharded_checkpoints import (
     is_sharded,
     refusing_strangers,
 )
-from llada_lightning.cluster import Launch, device_count
-from llada_lightning.errors import UserError
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.model import Transformer
-from llada_lightning.model.shards import fill
+from llada_lightning.model.sharding import fill
 from llada_lightning.model.transformer import Block
-from llada_lightning.scaling.shapes import Shape
-from llada_lightning.signals import say
+from llada_lightning.support.cluster import Launch, device_count
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.signals import say
 from llada_lightning.training.tensor_parallel import check_degree, parallelise
 
 
@@ -275,3 +277,23 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
     register_fsdp_forward_method(model.head, "nll")
     register_fsdp_forward_method(model, "hidden")  # `llada` needs the logits of few positions only
     model.to_empty(device=mesh.device_type)
+
+
+class Agreement:
+    """The largest of the processes' values, over the network; in one process its own."""
+
+    def __init__(self) -> None:
+        self._group: Any = None
+
+    def begin(self, trainer: Trainer) -> None:
+        """To be called by all processes, before the first :meth:`maximum`."""
+        if trainer.world_size > 1 and self._group is None:
+            self._group = dist.new_group(backend="gloo")
+
+    def maximum(self, value: int) -> int:
+        """The largest value of all processes, each of which gives its own."""
+        if self._group is None:
+            return value
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
+        return int(largest)

@@ -13,9 +13,9 @@ from typing import Any
 from lightning import Trainer
 
 import llada_lightning
+from llada_lightning.compute.shapes import shape_name
 from llada_lightning.data.language_datamodule import LanguageDataModule
-from llada_lightning.scaling.results import DIVERGED, DONE
-from llada_lightning.scaling.shapes import shape_name
+from llada_lightning.records import DIVERGED, DONE
 from llada_lightning.training.callbacks.accounting import Accounting, device_name
 from llada_lightning.training.modules import LanguageModule
 
@@ -36,7 +36,7 @@ def result_record(
     accounting: Accounting,
     parent_checkpoint: str | None = None,
 ) -> dict[str, Any]:
-    """One record of ``result.json`` (keys and units: ``scaling.results.RESULT_COLUMNS``).
+    """One record of ``result.json`` (keys and units: ``records.RESULT_COLUMNS``).
 
     Args:
         run: the run's name, which holds the hash of its configuration.

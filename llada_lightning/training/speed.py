@@ -11,11 +11,11 @@ from lightning import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
-from llada_lightning.errors import UserError
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.model import Transformer
 from llada_lightning.model.attention import Backend, check_backend
 from llada_lightning.model.transformer import Block, Recompute
-from llada_lightning.scaling.shapes import Shape
+from llada_lightning.support.errors import UserError
 
 _FP8_CAPABILITY = (8, 9)
 """The first GPUs that multiply 8-bit floats: Ada and Hopper."""

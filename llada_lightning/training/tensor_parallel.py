@@ -23,9 +23,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from llada_lightning.errors import UserError
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.model import Transformer
-from llada_lightning.scaling.shapes import Shape
+from llada_lightning.support.errors import UserError
 
 _SEQUENCE = 1
 """The dimension of (B, L, D) along which positions are divided."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from device_change import BATCH, CHANGED, STEPS, WHOLE, Consumed, Leg, compare, noise_of, ranges, table
-from tiny_runs import fit
+from helpers.tiny_runs import fit
 
 
 def read_back(folder: Path) -> list[Consumed]:

@@ -19,16 +19,15 @@ from efficiency_figure import efficiency_figure, family_styles
 from efficiency_memory import measure_memory
 from efficiency_quality import ended, judged, unigram_entropy
 from efficiency_samplers import Sampler, agreement, study_samplers, time_samplers
+from helpers.small_checkpoints import EOS, MASK, described, in_memory, tokenizer_folder, written
 from llada_lightning.checkpoints.convert import convert
-from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.checkpoints.load import load_model
+from llada_lightning.checkpoints.language_model import LanguageModel, load_model
+from llada_lightning.compute.flops import Objective
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.data.manifest import read_manifest
 from llada_lightning.data.prepare import prepare
-from llada_lightning.errors import UserError
 from llada_lightning.generation.sampling import generate
-from llada_lightning.scaling.flops import Objective
-from llada_lightning.scaling.shapes import Shape
-from small_checkpoints import EOS, MASK, described, in_memory, tokenizer_folder, written
+from llada_lightning.support.errors import UserError
 
 TOY = ["--length", "8", "--steps", "4", "8", "--block-length", "4", "--batch", "2", "--prompts-count", "4"]
 TOY += ["--prompt-length", "6", "--device", "cpu"]

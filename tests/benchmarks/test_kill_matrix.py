@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kill_matrix
+from helpers.tiny_runs import fit
 from kill_fits import CellReport, Kill, cells
 from kill_moments import aims, look
 from processes import Start
 from run_state import differences, read_state
-from tiny_runs import fit
 
 
 @pytest.fixture(scope="module")

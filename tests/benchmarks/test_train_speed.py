@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import train_speed
-from llada_lightning.scaling.flops import Objective
-from llada_lightning.scaling.shapes import Shape
+from llada_lightning.compute.flops import Objective
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.training.speed import Speed
 from speed_variants import EVERYTHING, GATHER, PRESETS, RELEASED, cpu_variants, gpu_variants
 from train_speed import MEASURED, Measurement, aim, beside, measure_in_turns, parse, rows_of, table

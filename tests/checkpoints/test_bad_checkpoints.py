@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.small_checkpoints import GOLDEN, changed_config, golden_copy, written
 from llada_lightning import load_model
-from llada_lightning.cli import main
-from llada_lightning.errors import UserError
-from small_checkpoints import GOLDEN, changed_config, golden_copy, written
+from llada_lightning.commands.main import main
+from llada_lightning.support.errors import UserError
 
 
 @pytest.fixture

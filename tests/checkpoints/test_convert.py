@@ -13,15 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.small_checkpoints import GOLDEN, GROUPED, described, golden_copy, in_memory, tokenizer_folder, written
 from llada_lightning import load_model
 from llada_lightning.checkpoints import convert as convert_module
 from llada_lightning.checkpoints.convert import bytes_of, convert
 from llada_lightning.checkpoints.safetensors_files import read_folder
 from llada_lightning.checkpoints.stored_model import StoredModel, open_checkpoint
 from llada_lightning.checkpoints.stored_tensors import of_tensor
-from llada_lightning.errors import UserError
-from llada_lightning.scaling.shapes import Shape
-from small_checkpoints import GOLDEN, GROUPED, described, golden_copy, in_memory, tokenizer_folder, written
+from llada_lightning.compute.shapes import Shape
+from llada_lightning.support.errors import UserError
 
 
 @st.composite

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from helpers.small_checkpoints import EOS, changed_config, golden_copy, tokenizer_folder, written
 from llada_lightning import load_model
 from llada_lightning.checkpoints.convert import convert
 from llada_lightning.checkpoints.stored_model import open_checkpoint
-from llada_lightning.errors import UserError
-from small_checkpoints import EOS, changed_config, golden_copy, tokenizer_folder, written
+from llada_lightning.support.errors import UserError
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_lightning.checkpoints.integrity import damage, require_whole, whole_checkpoint
+from llada_lightning.checkpoints.run_folder import damage, require_whole, whole_checkpoint
 from llada_lightning.checkpoints.sharded_checkpoints import META
 from llada_lightning.checkpoints.stored_model import open_checkpoint
-from llada_lightning.errors import UserError
+from llada_lightning.support.errors import UserError
 
 CONTENT = {"state_dict": {"a": torch.arange(40.0), "b": torch.ones(3, 5)}, "global_step": 7, "name": "run"}
 

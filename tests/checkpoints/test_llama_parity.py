@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers.small_checkpoints import GROUPED, changed_config, described, in_memory, written
 from llada_lightning import load_model
 from llada_lightning.checkpoints.convert import convert
 from llada_lightning.checkpoints.stored_model import open_checkpoint
-from small_checkpoints import GROUPED, changed_config, described, in_memory, written
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,

@@ -12,10 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llada_lightning import load_model
-from llada_lightning.errors import UserError
-from llada_lightning.scaling.shapes import Shape
-from small_checkpoints import (
+from helpers.small_checkpoints import (
     EOS,
     GOLDEN,
     GROUPED,
@@ -28,6 +25,9 @@ from small_checkpoints import (
     write_shards,
     written,
 )
+from llada_lightning import load_model
+from llada_lightning.compute.shapes import Shape
+from llada_lightning.support.errors import UserError
 
 
 def test_the_golden_folder_gives_the_released_logits() -> None:

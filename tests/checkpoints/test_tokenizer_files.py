@@ -10,10 +10,10 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from helpers.small_checkpoints import BOS, EOS, MASK, SPECIAL, changed_config, described, tokenizer_folder, written
 from llada_lightning import load_model
 from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
-from llada_lightning.errors import UserError
-from small_checkpoints import BOS, EOS, MASK, SPECIAL, changed_config, described, tokenizer_folder, written
+from llada_lightning.support.errors import UserError
 
 
 def hf_llama(folder: Path, bos: bool = False, **tokenizer_config: Any) -> Path:

@@ -10,14 +10,14 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from helpers.small_checkpoints import tokenizer_folder, written
 from llada_lightning import load_model
 from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
 from llada_lightning.data.chat import ChatTemplate, Message
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.data.tokenizers import load_tokenizer, train_tokenizer
-from llada_lightning.errors import UserError
-from llada_lightning.generation.terminal.conversation import conversation_ids
-from small_checkpoints import tokenizer_folder, written
+from llada_lightning.generation.conversation import conversation_ids
+from llada_lightning.support.errors import UserError
 
 START, END, USER, ASSISTANT = "<|im_start|>", "<|im_end|>", "<｜User｜>", "<｜Assistant｜>"
 TEXTS = ["the sea was calm and the boats came home", "user assistant system think Hello there, what is 2 + 2?\n"] * 8

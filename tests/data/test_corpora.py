@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from llada_lightning.data import corpora, text_files
 from llada_lightning.data.corpora import documents, open_corpus
-from llada_lightning.errors import UserError
+from llada_lightning.support.errors import UserError
 
 COMPRESS = {
     "": bytes,

@@ -12,11 +12,11 @@ import pytest
 import torch
 from litdata import StreamingDataset, TokensLoader
 
-from llada_lightning.data.batches import TrainingBatch
 from llada_lightning.data.datamodule import TokenDataModule
+from llada_lightning.data.datasets import TrainingBatch
 from llada_lightning.data.language_datamodule import exact_micro_batch
-from llada_lightning.errors import UserError
 from llada_lightning.objectives.forward_process import random_lengths
+from llada_lightning.support.errors import UserError
 
 L, G = 32, 8
 
@@ -310,8 +310,8 @@ def test_a_sequence_longer_than_a_shard_is_refused(prepared: Path) -> None:
 
 
 def test_a_mixture_of_two_tokenizers_is_refused(prepared: Path, tmp_path: Path) -> None:
+    from helpers.small_corpora import write_corpus
     from llada_lightning.data.prepare import prepare
-    from small_corpora import write_corpus
 
     other = write_corpus(tmp_path / "text", first=500)
     prepare(str(other), str(tmp_path / "data"), vocab_size=300, val_fraction=0.2, progress=False)

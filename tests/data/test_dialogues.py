@@ -10,8 +10,8 @@ import pytest
 
 from llada_lightning.data.chat import Message
 from llada_lightning.data.dialogues import Context, answered_turns, dialogue, read_dialogues
-from llada_lightning.data.row_fields import UnreadFields
-from llada_lightning.errors import UserError
+from llada_lightning.data.text_files import UnreadFields
+from llada_lightning.support.errors import UserError
 
 
 def said(role: str, content: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from llada_lightning.data import encoding
 from llada_lightning.data.encoding import decode, encode, encode_batch, load, lost_bytes
 from llada_lightning.data.tokenizers import train_tokenizer
-from llada_lightning.errors import LibraryPanicError, UserError, panics_as_exceptions
+from llada_lightning.support.errors import LibraryPanicError, UserError, panics_as_exceptions
 
 TEXT = "the cat sat on the mat, 12 times"
 PLAIN = json.loads(train_tokenizer([TEXT * 9], 300).to_str())

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llada_lightning.data.corpora import open_corpus
 from llada_lightning.data.facts_corpus import END, JOINER, MOST, facts_source
-from llada_lightning.errors import UserError
+from llada_lightning.support.errors import UserError
 
 
 @given(st.integers(1, MOST), st.integers(0, 2**40))

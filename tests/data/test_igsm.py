@@ -9,10 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llada_lightning.data.igsm.problem import problems
-from llada_lightning.data.igsm.solver import AmbiguousError, solve
-from llada_lightning.data.igsm.text import question, solution
-from llada_lightning.errors import UserError
+from llada_lightning.data.igsm import AmbiguousError, problems, question, solution, solve
+from llada_lightning.support.errors import UserError
 
 
 def test_a_thousand_problems_are_solved_and_their_answers_spread() -> None:

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from litdata.constants import _TORCH_DTYPES_MAPPING
 
-from llada_lightning.cli import main
+from helpers.small_corpora import seal
+from llada_lightning.commands.main import main
+from llada_lightning.commands.verify import verify_command
 from llada_lightning.data import integrity
 from llada_lightning.data.integrity import check_shards, verify
 from llada_lightning.data.manifest import read_manifest
-from llada_lightning.data.verify_command import verify_command
-from llada_lightning.errors import UserError
-from llada_lightning.files import file_sha256
-from small_corpora import seal
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import file_sha256
 
 SHARD = "train/chunk-0-2.bin"
 

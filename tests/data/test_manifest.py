@@ -23,7 +23,7 @@ from llada_lightning.data.manifest import (
     read_manifest,
     read_tokenizer_text,
 )
-from llada_lightning.errors import UserError
+from llada_lightning.support.errors import UserError
 
 
 def make_manifest() -> Manifest:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_lightning.data.order import EpochOrder, Mixture, apportion, spread
-from llada_lightning.errors import UserError
+from llada_lightning.support.errors import UserError
 
 shard_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 0)
 

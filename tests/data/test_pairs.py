@@ -15,7 +15,7 @@ from llada_lightning.data.chat import LLADA_TEMPLATE, PLAIN_TEMPLATE, ChatTempla
 from llada_lightning.data.dialogues import Context
 from llada_lightning.data.pairs import PairDataset, Pairs, PairStream, PairValidationDataset, tokenize_pairs
 from llada_lightning.data.tokenizers import train_tokenizer
-from llada_lightning.errors import UserError
+from llada_lightning.support.errors import UserError
 
 EOS, MASK = 0, 1
 TOKENIZER = train_tokenizer(["a few words"], 258)

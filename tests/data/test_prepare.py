@@ -15,15 +15,16 @@ from litdata import StreamingDataset
 from litdata.streaming.item_loader import TokensLoader
 from rich.console import Console
 
-from llada_lightning.cli import main
-from llada_lightning.data import output_folder, prepare_command
+from helpers.small_corpora import forgetful_tokenizer
+from llada_lightning.commands import prepare as prepare_command
+from llada_lightning.commands.main import main
 from llada_lightning.data import prepare as prepare_module
 from llada_lightning.data.manifest import Manifest, Split, read_manifest
 from llada_lightning.data.prepare import in_validation, prepare
-from llada_lightning.data.progress import PrepareProgress
+from llada_lightning.data.prepare_progress import PrepareProgress
 from llada_lightning.data.tokenizers import tokenizer_from_file, train_tokenizer
-from llada_lightning.errors import UserError
-from small_corpora import forgetful_tokenizer
+from llada_lightning.support import files as output_folder
+from llada_lightning.support.errors import UserError
 
 # litdata maps shards read-only and clones what it reads; torch warns all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")

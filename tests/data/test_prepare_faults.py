@@ -15,14 +15,15 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from llada_lightning.cli import main
-from llada_lightning.data import output_folder, text_files
+from llada_lightning.commands.main import main
 from llada_lightning.data import prepare as prepare_module
+from llada_lightning.data import text_files
 from llada_lightning.data.integrity import verify
 from llada_lightning.data.manifest import read_manifest
 from llada_lightning.data.prepare import prepare
 from llada_lightning.data.tokenizers import train_tokenizer
-from llada_lightning.errors import UserError
+from llada_lightning.support import files as output_folder
+from llada_lightning.support.errors import UserError
 
 TEXTS = [f"document {n}: " + "the cat sat on the mat. " * (n % 7) for n in range(60)]
 SHARD_TOKENS = 16
@@ -135,9 +136,9 @@ def test_a_parent_where_nothing_can_be_made(
 
 KILLED = """
 import os, signal, sys
-from llada_lightning.cli import main
+from llada_lightning.commands.main import main
 from llada_lightning.data import output_folder
-from llada_lightning.data.shard_writer import ShardWriter
+from llada_lightning.data.shards import ShardWriter
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)

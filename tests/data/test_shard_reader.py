@@ -10,14 +10,14 @@ import pytest
 import torch
 from litdata import StreamingDataset, TokensLoader
 
-from llada_lightning.cli import main
-from llada_lightning.data import shard_reader
+from helpers.tiny_runs import fit, fit_arguments, losses, metrics, weights
+from llada_lightning.commands.main import main
+from llada_lightning.data import shards as shard_reader
 from llada_lightning.data.manifest import read_manifest
 from llada_lightning.data.order import EpochOrder
-from llada_lightning.data.shard_reader import ShardReader
-from llada_lightning.errors import UserError
-from llada_lightning.files import file_sha256
-from tiny_runs import fit, fit_arguments, losses, metrics, weights
+from llada_lightning.data.shards import ShardReader
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import file_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 

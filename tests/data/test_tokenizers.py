@@ -16,7 +16,7 @@ from llada_lightning.data.tokenizers import (
     tokenizer_info,
     train_tokenizer,
 )
-from llada_lightning.errors import UserError
+from llada_lightning.support.errors import UserError
 
 SAMPLE = [Path(__file__).read_text()]
 TRAINED = train_tokenizer(SAMPLE, 300)

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_tasks import answer_task, choice_task
+
+from helpers.local_tasks import answer_task, choice_task
 
 pytest.importorskip("lm_eval")
 
 import datasets
 
-from llada_lightning.checkpoints.load import load_model
-from llada_lightning.cli import main
+from helpers.small_checkpoints import tokenizer_folder, written
+from llada_lightning.checkpoints.language_model import load_model
+from llada_lightning.commands.main import main
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.generation.sampling import generate
-from small_checkpoints import tokenizer_folder, written
 
 QUESTIONS = [f"after {n} comes" for n in range(6)]
 

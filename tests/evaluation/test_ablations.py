@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from llada_lightning.errors import UserError
 from llada_lightning.evaluation.ablations import ABLATIONS, Cell, ablation, run_ablation
+from llada_lightning.support.errors import UserError
 
 
 def test_the_rows_are_those_of_the_paper() -> None:

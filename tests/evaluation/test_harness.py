@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from local_tasks import QUESTIONS, answer_task, choice_task
+
+from helpers.local_tasks import QUESTIONS, answer_task, choice_task
 
 pytest.importorskip("lm_eval")
 
@@ -25,15 +26,14 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.checkpoints.load import load_model
-from llada_lightning.errors import UserError
+from helpers.small_checkpoints import tokenizer_folder, written
+from llada_lightning.checkpoints.language_model import LanguageModel, load_model
 from llada_lightning.evaluation.benchmarks import OUR_TASKS, Outcome, load_benchmark, measure, runs_code, task_manager
 from llada_lightning.evaluation.harness import HarnessModel
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.suites import SUITES, Benchmark
 from llada_lightning.generation.sampling import generate
-from small_checkpoints import tokenizer_folder, written
+from llada_lightning.support.errors import UserError
 
 OBJECTIVES = ("arm", "llada")
 

@@ -8,21 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from helpers.small_models import random_model
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.cli import main
+from llada_lightning.commands.main import main
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.data.corpora import open_corpus
-from llada_lightning.data.igsm.corpus import asked, document
-from llada_lightning.data.igsm.problem import problems
-from llada_lightning.data.igsm.text import question, solution
-from llada_lightning.errors import UserError
+from llada_lightning.data.igsm import asked, document, problems, question, solution
 from llada_lightning.evaluation.igsm import run
 from llada_lightning.evaluation.igsm.prompts import SYSTEM, chat_messages, completion_prompt, shots
 from llada_lightning.evaluation.igsm.run import IgsmSettings, answer_in, run_igsm
 from llada_lightning.model import Transformer
-from llada_lightning.scaling.shapes import Shape
+from llada_lightning.support.errors import UserError
 
 PROBLEMS = [next(problems(7 + i, steps=4 + i % 3, test=True)) for i in range(6)]
 

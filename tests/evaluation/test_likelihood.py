@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import EOS, MASK, exact_bound, ids, masked_log_prob, random_model
 
 import llada_lightning
-from llada_lightning.errors import UserError
+from helpers.small_models import EOS, MASK, exact_bound, ids, masked_log_prob, random_model
 from llada_lightning.evaluation import likelihood
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.requests import monte_carlo_stderr
+from llada_lightning.support.errors import UserError
 
 LLADA, ARM = random_model(), random_model("arm")
 

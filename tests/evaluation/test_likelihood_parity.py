@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.checkpoints.load import load_model
+from llada_lightning.checkpoints.language_model import LanguageModel, load_model
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.masks import all_masks
 

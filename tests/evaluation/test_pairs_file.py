@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from llada_lightning.errors import UserError
+from helpers.small_models import random_model
 from llada_lightning.evaluation.pairs_file import read_pairs
 from llada_lightning.evaluation.requests import encode_pair
+from llada_lightning.support.errors import UserError
 
 
 def letters() -> Tokenizer:

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_models import ids, random_model
 from test_bound import exact_value, table
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from llada_lightning.errors import UserError
+from helpers.small_models import ids, random_model
 from llada_lightning.evaluation import ranking
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.ranking import rank, rank_candidates
+from llada_lightning.support.errors import UserError
 
 LLADA, ARM = random_model(), random_model("arm")
 

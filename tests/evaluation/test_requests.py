@@ -7,15 +7,15 @@ from functools import cache
 from typing import Any
 
 import pytest
-from small_models import random_model
-from small_tokenizers import byte_level, sentence_piece
 from tokenizers import Tokenizer, models
 
+from helpers.small_models import random_model
+from helpers.small_tokenizers import byte_level, sentence_piece
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.errors import UserError
+from llada_lightning.compute.flops import Objective
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.requests import encode_pair, encode_text
-from llada_lightning.scaling.flops import Objective
+from llada_lightning.support.errors import UserError
 
 
 @cache

@@ -10,20 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from small_tokenizers import sentence_piece
 from tokenizers import Tokenizer
 
+from helpers.small_tokenizers import sentence_piece
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.cli import main
+from llada_lightning.commands.main import main
+from llada_lightning.compute.flops import Objective
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.data.chat import PLAIN_TEMPLATE
 from llada_lightning.data.facts_corpus import Pair
 from llada_lightning.data.tokenizers import train_tokenizer
-from llada_lightning.errors import UserError
 from llada_lightning.evaluation.reversal import run
 from llada_lightning.evaluation.reversal.run import ReversalSettings, read_pairs, run_reversal
 from llada_lightning.model import Transformer
-from llada_lightning.scaling.flops import Objective
-from llada_lightning.scaling.shapes import Shape
+from llada_lightning.support.errors import UserError
 
 PAIRS = [Pair("Ada", "the judge"), Pair("the heir", "Bo"), Pair("Cleo", "the mayor")]
 TOKENIZER = train_tokenizer(["Ada is the judge."], 258)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import EOS, ids, random_model
 
-from llada_lightning.errors import UserError
+from helpers.small_models import EOS, ids, random_model
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.rolling import _windows, rolling_log_likelihood
 from llada_lightning.objectives.bounds import ratio_and_stderr
+from llada_lightning.support.errors import UserError
 
 LLADA, ARM = random_model(), random_model("arm")
 TEXTS = [ids(100, 1), ids(20, 2), ids(48, 3)]

@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
-from llada_lightning.cli import main
-from llada_lightning.scaling.budget import expected_length
-from llada_lightning.scaling.shapes import PAPER_SHAPES, PAPER_VOCAB_SIZE
-from llada_lightning.scaling.sweep import read_sweep, render_command
+from llada_lightning.commands.main import main
+from llada_lightning.compute.flops import expected_length
+from llada_lightning.compute.schedule import WSD, Plateau
+from llada_lightning.compute.shapes import PAPER_SHAPES, PAPER_VOCAB_SIZE
+from llada_lightning.study.sweep.file import read_sweep, render_command
 from llada_lightning.training import ArmModule, LladaModule
-from llada_lightning.training.schedules import WSD, Plateau
 
 ROOT = Path(__file__).parents[2]
 PAPER = ("llada_8b", "llada_1b", "arm_1b", "arm_7b")

@@ -21,14 +21,14 @@ import matched
 import report
 import variance
 from llada_lightning import load_model
-from llada_lightning.cli import main
+from llada_lightning.commands.main import main
+from llada_lightning.compute.flops import CONVENTIONS
+from llada_lightning.compute.rules import learning_rate
 from llada_lightning.objectives.bounds import nll_bound
-from llada_lightning.scaling.fits import Noise
-from llada_lightning.scaling.fits.noise import Spread
-from llada_lightning.scaling.flops import CONVENTIONS
-from llada_lightning.scaling.hyperparameters import learning_rate
-from llada_lightning.scaling.plan_table import MULTIPLIERS
-from llada_lightning.scaling.sweep import fit_arguments, read_sweep, render_command
+from llada_lightning.study.fits import Noise
+from llada_lightning.study.fits.noise import Spread
+from llada_lightning.study.plan.lessons import MULTIPLIERS
+from llada_lightning.study.sweep.file import fit_arguments, read_sweep, render_command
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "experiments" / "study"

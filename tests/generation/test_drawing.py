@@ -13,7 +13,7 @@ from rich.cells import cell_len
 from rich.style import Style
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from llada_lightning.errors import UserError
+from helpers.speaking_models import tokenizer
 from llada_lightning.generation.drawing import (
     MASKED,
     Aligner,
@@ -25,8 +25,8 @@ from llada_lightning.generation.drawing import (
     write_drawing,
 )
 from llada_lightning.generation.result import Generation
-from llada_lightning.printing import visible
-from speaking_models import tokenizer
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import visible
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from small_models import random_model
-from small_tokenizers import byte_level, sentence_piece
 from tokenizers import Tokenizer
 
+from helpers.small_models import random_model
+from helpers.small_tokenizers import byte_level, sentence_piece
 from llada_lightning.generation.prompts import prompt_ids
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.sampler_toys import MASK, ExactPredictor, random_model, toy
 from llada_lightning.generation import generate
-from sampler_toys import MASK, ExactPredictor, random_model, toy
 
 DRAWS = 3000
 BOUND = 54.1

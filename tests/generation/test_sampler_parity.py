@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.sampler_toys import EOS, GOLDEN, MASK, WORDS, random_model, released_model
 from llada_lightning.generation import generate
 from released_sampler import sample_plainly
-from sampler_toys import EOS, GOLDEN, MASK, WORDS, random_model, released_model
 
 RECORDED = json.loads((GOLDEN / "generations.json").read_text())
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from llada_lightning.errors import UserError
+from helpers.sampler_toys import MASK, WORDS, ToyPredictor, letters, random_model, toy
 from llada_lightning.generation import generate
-from sampler_toys import MASK, WORDS, ToyPredictor, letters, random_model, toy
+from llada_lightning.support.errors import UserError
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("llada", {"length": 0}, "length: 0 given"),

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from llada_lightning.errors import UserError
+from helpers.sampler_toys import EOS, MASK, ScriptedPredictor, letters, random_model, toy
 from llada_lightning.generation import Snapshot, generate
 from llada_lightning.generation.canvas import Canvas
 from llada_lightning.generation.predictor import Predictor
 from llada_lightning.generation.settings import resolve_settings
-from sampler_toys import EOS, MASK, ScriptedPredictor, letters, random_model, toy
+from llada_lightning.support.errors import UserError
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [4] * 12, []]
 LLADA_SETTINGS: list[dict[str, Any]] = [

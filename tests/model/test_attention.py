@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from llada_lightning.errors import UserError
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.model import Transformer, attention, patterns
-from llada_lightning.model.attention import BACKENDS, Backend, activate, check_backend
-from llada_lightning.model.cache import KeyValueCache
-from llada_lightning.scaling.shapes import Shape
+from llada_lightning.model.attention import BACKENDS, Backend, KeyValueCache, activate, check_backend
+from llada_lightning.support.errors import UserError
 
 WORDS, LENGTH = 23, 150  # more than one block of flex_attention's
 GROUPED = Shape(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.model import Transformer
-from llada_lightning.model.cache import KeyValueCache
-from llada_lightning.scaling.shapes import Shape
+from llada_lightning.model.attention import KeyValueCache
 
 WORDS, LENGTH = 23, 12
 MODEL = Transformer(Shape(n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48), WORDS).eval()

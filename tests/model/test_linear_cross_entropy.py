@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llada_lightning.model import linear_cross_entropy as module
-from llada_lightning.model.head import OutputHead
-from llada_lightning.model.linear_cross_entropy import linear_cross_entropy
+from llada_lightning.model import head as module
+from llada_lightning.model.head import OutputHead, linear_cross_entropy
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, excluded: int | None) -> Tensor:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.model import Transformer
-from llada_lightning.scaling.shapes import Shape
 
 GOLDEN = Path(__file__).with_name("golden_llada_mha")
 

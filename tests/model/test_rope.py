@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llada_lightning.model.rope import apply_rope, rope_tables
+from llada_lightning.model.attention import apply_rope, rope_tables
 
 CPU = torch.device("cpu")
 positions = st.integers(0, 2000)

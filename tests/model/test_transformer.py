@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from llada_lightning.compute.shapes import PAPER_SHAPES, PAPER_VOCAB_SIZE, Shape, named_shapes
 from llada_lightning.model import Transformer
 from llada_lightning.model.attention import Attention
-from llada_lightning.scaling.shapes import PAPER_SHAPES, PAPER_VOCAB_SIZE, Shape, named_shapes
 from llada_lightning.training.modules import ArmModule, LladaModule
 
 WORDS = 23

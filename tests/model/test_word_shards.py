@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llada_lightning.model import linear_cross_entropy as module
-from llada_lightning.model import word_shards
-from llada_lightning.model.linear_cross_entropy import linear_cross_entropy
-from llada_lightning.model.word_shards import WordShards
+from llada_lightning.model import head as module
+from llada_lightning.model import sharding as word_shards
+from llada_lightning.model.head import linear_cross_entropy
+from llada_lightning.model.sharding import WordShards
 
 
 class Group:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import beta, log_softmax
 
+from llada_lightning.compute.flops import MASK_EPS
 from llada_lightning.objectives.bounds import nll_bound
 from llada_lightning.objectives.forward_process import (
     TIME_SAMPLINGS,
@@ -29,7 +30,6 @@ from llada_lightning.objectives.forward_process import (
     stratified_mask_counts,
 )
 from llada_lightning.objectives.losses import masked_diffusion_weights, token_nll
-from llada_lightning.scaling.budget import MASK_EPS
 
 WORDS = 3
 MASK = WORDS

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
+from llada_lightning.compute.flops import MASK_EPS, expected_length, expected_mask_probability
 from llada_lightning.objectives.forward_process import (
     TIME_SAMPLINGS,
     TimeSampling,
@@ -21,7 +22,6 @@ from llada_lightning.objectives.forward_process import (
     random_mask,
     stratified_mask_counts,
 )
-from llada_lightning.scaling.budget import MASK_EPS, expected_length, expected_mask_probability
 
 ordinals = st.integers(0, 10**12)
 seeds = st.integers(0, 2**32)

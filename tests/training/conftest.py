@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from wandb_standin import WandbStandIn
+from helpers.wandb_standin import WandbStandIn
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from llada_lightning.scaling.flops import TrainingFlops
+from llada_lightning.compute.flops import TrainingFlops
 from llada_lightning.training.callbacks import accounting
 from llada_lightning.training.callbacks.accounting import Accounting, peak_memory_bytes
 

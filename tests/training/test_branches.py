@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.tiny_runs import fit, fit_arguments, fit_process, kill_at, losses, metrics, timeless
 from llada_lightning.checkpoints.run_folder import content_hash
-from llada_lightning.cli import main
-from llada_lightning.scaling.collect import collect
-from llada_lightning.scaling.shapes import Shape
-from tiny_runs import fit, fit_arguments, fit_process, kill_at, losses, metrics, timeless
+from llada_lightning.commands.main import main
+from llada_lightning.compute.shapes import Shape
+from llada_lightning.study.collect import collect
 
 SHAPE = Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=64)
 TOKENS_PER_STEP = 8 * 32

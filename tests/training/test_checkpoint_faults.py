@@ -11,12 +11,12 @@ from typing import IO
 import pytest
 import torch
 
-from llada_lightning import files
+from helpers.tiny_runs import fit, fit_arguments, fit_process, losses, metrics, record, weights
 from llada_lightning.checkpoints.run_folder import checkpoints_by_step
-from llada_lightning.cli import main
+from llada_lightning.commands.main import main
+from llada_lightning.support import files
 from llada_lightning.training.callbacks import checkpoints
 from llada_lightning.training.callbacks.checkpoints import BEST
-from tiny_runs import fit, fit_arguments, fit_process, losses, metrics, record, weights
 
 SAVED = ("--run.checkpoint_every_steps=8", "--run.keep_checkpoints=3")
 
@@ -219,7 +219,7 @@ def test_checkpoints_beside_training_are_the_same(whole: Path, prepared: Path, t
 def test_a_signal_within_a_validation_costs_no_row(whole: Path, prepared: Path, tmp_path: Path) -> None:
     often = ("--trainer.val_check_interval=6", "--data.val_batch=4")
     undisturbed = fit("llada", prepared, tmp_path / "undisturbed", *SAVED, *often)
-    callback = "--trainer.callbacks=[{class_path: tiny_runs.SignalInValidation, init_args: {step: 12}}]"
+    callback = "--trainer.callbacks=[{class_path: helpers.tiny_runs.SignalInValidation, init_args: {step: 12}}]"
     left = fit_process("llada", prepared, tmp_path / "left", *SAVED, *often, callback)
     assert left.returncode == 143, left.stderr
     assert "saved step 12" in left.stderr

@@ -10,11 +10,11 @@ import pytest
 import torch
 from jsonargparse import Namespace
 
-import tiny_runs
-from llada_lightning.cli import main
-from llada_lightning.errors import UserError
+from helpers import tiny_runs
+from helpers.tiny_runs import call_at, fit, fit_arguments, losses, metrics, record
+from llada_lightning.commands.main import main
+from llada_lightning.support.errors import UserError
 from llada_lightning.training.devices import check_devices
-from tiny_runs import call_at, fit, fit_arguments, losses, metrics, record
 
 
 def trainer(**settings: Any) -> Namespace:

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_tasks import choice_task
+
+from helpers.local_tasks import choice_task
 
 pytest.importorskip("lm_eval")
 
 import datasets
 
-from llada_lightning.cli import main
-from llada_lightning.errors import UserError
-from llada_lightning.scaling.evaluations import read_evaluations
+from helpers.tiny_runs import fit, losses
+from llada_lightning.commands.main import main
+from llada_lightning.records import read_evaluations
+from llada_lightning.support.errors import UserError
 from llada_lightning.training.callbacks.evaluate_tasks import EvaluateTasks
-from tiny_runs import fit, losses
 
 
 @pytest.mark.parametrize("objective", ["arm", "llada"])

@@ -11,16 +11,16 @@ import pytest
 import torch
 import yaml
 
+from helpers.small_corpora import forgetful_tokenizer, write_corpus
+from helpers.tiny_runs import MODELS, fit, fit_arguments, fit_process, losses, metrics, record, weights
 from llada_lightning.checkpoints.run_folder import saved_identity
-from llada_lightning.cli import main
+from llada_lightning.commands.main import main
+from llada_lightning.compute.schedule import WSD
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.data.manifest import read_manifest
 from llada_lightning.data.prepare import prepare
-from llada_lightning.scaling.results import RESULT_COLUMNS
-from llada_lightning.scaling.shapes import Shape
+from llada_lightning.records import RESULT_COLUMNS
 from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule
-from llada_lightning.training.schedules import WSD
-from small_corpora import forgetful_tokenizer, write_corpus
-from tiny_runs import MODELS, fit, fit_arguments, fit_process, losses, metrics, record, weights
 
 SHAPE = Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=64)
 
@@ -119,7 +119,7 @@ def test_a_budget_is_spent_by_its_convention(prepared: Path, tmp_path: Path, con
 
 
 def test_a_run_is_named_by_its_configuration(prepared: Path, tmp_path: Path) -> None:
-    from llada_lightning.lightning_cli import run_folder
+    from llada_lightning.training.fit import run_folder
 
     base = [a for a in fit_arguments("arm", prepared, tmp_path) if not a.startswith("--run.name")]
     name = run_folder(base).name
@@ -142,7 +142,7 @@ def test_a_run_within_documents_is_another_run(run: Path, prepared: Path, tmp_pa
 
 
 def test_the_same_length_by_flops_or_steps_is_the_same_run(prepared: Path, tmp_path: Path) -> None:
-    from llada_lightning.lightning_cli import run_folder
+    from llada_lightning.training.fit import run_folder
 
     base = [a for a in fit_arguments("arm", prepared, tmp_path) if "run.name" not in a and "max_steps" not in a]
     names = {run_folder([*base, how]).name for how in ("--budget.flops=6.40e8", "--budget.flops=6.41e8")}

@@ -13,16 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_lightning.cli import main
-from llada_lightning.scaling.collect import collect
-from llada_lightning.scaling.faults import read_faults
-from llada_lightning.scaling.results import has_diverged, is_done
+from helpers.poison import callbacks, poison
+from helpers.tiny_runs import fit, fit_arguments, fit_process, kill_at, losses, metrics, record, weights
+from llada_lightning.commands.main import main
+from llada_lightning.records import has_diverged, is_done, read_faults
+from llada_lightning.study.collect import collect
 from llada_lightning.training.guard import WINDOW, Fault, UpdateGuard
 from llada_lightning.training.modules import LanguageModule
-from poison import callbacks, poison
-from tiny_runs import fit, fit_arguments, fit_process, kill_at, losses, metrics, record, weights
 
-TRUSTED = {"LLADA_TRUSTED_MODULES": "tiny_runs,poison"}
+TRUSTED = {"LLADA_TRUSTED_MODULES": "helpers"}
 EVERY_STEP = ("--run.checkpoint_every_steps=1", "--run.keep_checkpoints=99")
 FOREVER = ("--model.schedule.lr=1e30", "--trainer.gradient_clip_val=null", "--guard.patience=3")
 
@@ -249,7 +248,7 @@ def test_settings_that_mean_nothing_are_refused(
 
 
 def test_skipped_spikes_make_another_run_and_reported_ones_do_not(prepared: Path, tmp_path: Path) -> None:
-    from llada_lightning.lightning_cli import LladaCLI
+    from llada_lightning.training.fit import LladaCLI
 
     def name(*settings: str) -> str:
         return LladaCLI(fit_arguments("arm", prepared, tmp_path, *settings), execute=False).run_name

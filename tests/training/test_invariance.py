@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llada_lightning.scaling.results import read_validation
-from tiny_runs import MODELS, fit, fit_process, losses, record
+from helpers.tiny_runs import MODELS, fit, fit_process, losses, record
+from llada_lightning.records import read_validation
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from killed_calls import At, killed
-from llada_lightning.checkpoints.run_folder import checkpoints_by_step
-from llada_lightning.cli import main
-from llada_lightning.scaling.sweep import Sweep
-from llada_lightning.scaling.sweep_run import SweepOutcome, run_sweep
 from test_branches import branch, budgets, records
-from tiny_runs import fit, fit_arguments, losses, metrics, timeless, weights
+
+from helpers.killed_calls import At, killed
+from helpers.tiny_runs import fit, fit_arguments, losses, metrics, timeless, weights
+from llada_lightning.checkpoints.run_folder import checkpoints_by_step
+from llada_lightning.commands.main import main
+from llada_lightning.study.sweep.file import Sweep
+from llada_lightning.study.sweep.runner import SweepOutcome, run_sweep
 
 SPEED = ("seconds", "mfu", "peak_memory_bytes")
 SAVING = "llada_lightning.training.callbacks.checkpoints"
@@ -99,7 +99,7 @@ def test_kills_while_a_family_writes_its_branches(prepared: Path, tmp_path: Path
     words = budgets(12, 24)
     whole = fit("arm", prepared, tmp_path / "whole", *words)
     folder = tmp_path / "killed" / "test" / "run"
-    write, save = "llada_lightning.lightning_cli:write_records", f"{SAVING}:put_in_place"
+    write, save = "llada_lightning.training.fit:write_records", f"{SAVING}:put_in_place"
     for moment, budgets_reached in [
         (At(save, 3), 0),
         (At(write, 1), 0),
@@ -167,7 +167,7 @@ def sweep_in(study: Path) -> SweepOutcome:
 def test_a_killed_sweep_leaves_its_fits_to_themselves_and_the_next_one_does_what_is_left(tmp_path: Path) -> None:
     with (tmp_path / "gate").open("w") as gate:
         fcntl.flock(gate, fcntl.LOCK_EX)
-        assert killed(At("llada_lightning.scaling.sweep_run:_Runner._ended", 1), sweep_in, tmp_path)
+        assert killed(At("llada_lightning.study.sweep.runner:_Runner._ended", 1), sweep_in, tmp_path)
         outcome = sweep_in(tmp_path)
         assert [failed.reason for failed in outcome.failed] == ["another process is running it"] * 2
         assert (outcome.done, outcome.exit_code) == ([], 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from llada_lightning.training.callbacks.metrics_csv import COLUMNS, MetricsCSV
+from llada_lightning.training.callbacks.loggers import COLUMNS, MetricsCSV
 
 
 def test_an_older_file_goes_on_with_new_columns(tmp_path: Path) -> None:

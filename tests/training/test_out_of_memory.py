@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from llada_lightning.cli import main
-from llada_lightning.data.batches import BUCKET, TrainingBatch, ValidationBatch
+from helpers.tiny_runs import fit, fit_arguments, losses, metrics
+from llada_lightning.commands.main import main
+from llada_lightning.data.datasets import BUCKET, TrainingBatch, ValidationBatch
 from llada_lightning.model import Transformer
 from llada_lightning.training.memory import is_out_of_memory, worst_case
-from tiny_runs import fit, fit_arguments, losses, metrics
 
 CPU = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
 

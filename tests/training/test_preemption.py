@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tiny_runs import fit, fit_process, kill_at, losses, record, weights
+from helpers.tiny_runs import fit, fit_process, kill_at, losses, record, weights
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import Interval
 from torch.profiler import ProfilerActivity, profile
 
-from llada_lightning.cli import main
-from llada_lightning.scaling.profiles import PHASES
-from llada_lightning.scaling.shapes import Shape
+from helpers.tiny_runs import CALLS, MODELS, call_at, fit, fit_arguments, fit_process, metrics
+from llada_lightning.commands.main import main
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.training.callbacks.profile import PhaseRecorder, _covered, facts_of, phase_of
-from tiny_runs import CALLS, MODELS, call_at, fit, fit_arguments, fit_process, metrics
+from llada_lightning.training.profiles import PHASES
 
 SHAPE = Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=64)
 # Steps 5 to 7 of 12 are recorded; the validation after step 5 falls between two of them.
@@ -133,7 +133,7 @@ def test_logged_rows_have_achieved_flops_and_memory(run: Path) -> None:
 
 
 def test_a_profile_is_no_part_of_the_identity(prepared: Path, tmp_path: Path) -> None:
-    from llada_lightning.lightning_cli import run_folder
+    from llada_lightning.training.fit import run_folder
 
     base = [a for a in fit_arguments("arm", prepared, tmp_path) if not a.startswith("--run.name")]
     assert run_folder([*base, "--profile.steps=3", "--profile.after=2"]) == run_folder(base)

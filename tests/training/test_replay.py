@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from llada_lightning.cli import main
-from tiny_runs import fit, metrics
+from helpers.tiny_runs import fit, metrics
+from llada_lightning.commands.main import main
 
 Captured = pytest.CaptureFixture[str]
 

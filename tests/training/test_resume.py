@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llada_lightning.cli import main
-from tiny_runs import fit, fit_process, kill_at, losses, metrics, record, weights
+from helpers.tiny_runs import fit, fit_process, kill_at, losses, metrics, record, weights
+from llada_lightning.commands.main import main
 
 
 @pytest.mark.parametrize("objective", ["arm", "llada"])
@@ -37,7 +37,7 @@ def test_a_run_killed_in_its_validation_misses_no_row(prepared: Path, tmp_path: 
     """The step of a checkpoint has its validation: here both fall on step 10, and the kill between them."""
     both = ("--run.checkpoint_every_steps=5", "--trainer.val_check_interval=5")
     whole = fit("llada", prepared, tmp_path / "whole", *both)
-    callbacks = "--trainer.callbacks=[{class_path: tiny_runs.KillInValidation, init_args: {step: 10}}]"
+    callbacks = "--trainer.callbacks=[{class_path: helpers.tiny_runs.KillInValidation, init_args: {step: 10}}]"
     assert fit_process("llada", prepared, tmp_path / "killed", *both, callbacks).returncode == -signal.SIGKILL
     folder = fit("llada", prepared, tmp_path / "killed", *both)
     kept = ("step", "tokens", "train_nats_per_token", "val_nats_per_token", "val_stderr")
@@ -96,7 +96,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(prepared: Path, tmp_path: P
 def test_a_given_checkpoint_that_is_none_is_refused(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tiny_runs import fit_arguments
+    from helpers.tiny_runs import fit_arguments
 
     (tmp_path / "garbage.ckpt").write_bytes(b"no checkpoint")
     for name, said in {"garbage.ckpt": "damaged", "absent.ckpt": "does not exist"}.items():
@@ -116,7 +116,7 @@ def test_a_given_checkpoint_that_is_none_is_refused(
 def test_a_checkpoint_of_another_run_is_refused(
     prepared: Path, tmp_path: Path, change: str, named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tiny_runs import fit_arguments
+    from helpers.tiny_runs import fit_arguments
 
     folder = fit("arm", prepared, tmp_path, "--trainer.max_steps=10")
     (folder / "result.json").unlink()
@@ -129,7 +129,7 @@ def test_a_checkpoint_of_another_run_is_refused(
 def test_a_checkpoint_of_other_data_is_refused(
     prepared: Path, prepared_second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tiny_runs import fit_arguments
+    from helpers.tiny_runs import fit_arguments
 
     folder = fit("llada", prepared, tmp_path, "--trainer.max_steps=10")
     (folder / "result.json").unlink()

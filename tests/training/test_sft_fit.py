@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.tiny_runs import MODELS, child_environment, fit, kill_at, losses, record, weights
 from llada_lightning.checkpoints import load_model
-from llada_lightning.cli import main
-from llada_lightning.data.batches import TrainingBatch
+from llada_lightning.commands.main import main
 from llada_lightning.data.chat import Message
+from llada_lightning.data.datasets import TrainingBatch
 from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.data.pairs import PairDataset
 from llada_lightning.data.sft import SftDataModule
-from llada_lightning.generation.terminal.conversation import conversation_ids
+from llada_lightning.generation.conversation import conversation_ids
 from llada_lightning.objectives.losses import shift_right
 from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule
-from tiny_runs import MODELS, child_environment, fit, kill_at, losses, record, weights
 
 SHAPE = {"n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64}
 PAIRS = [{"question": f"{a} plus {b}", "answer": f"is {a + b}" + "!" * (a % 4)} for a in range(8) for b in range(5)]

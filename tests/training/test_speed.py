@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from llada_lightning.cli import main
-from llada_lightning.data.batches import TrainingBatch, scored_positions
+from helpers.tiny_runs import fit, fit_arguments, losses, record
+from llada_lightning.commands.main import main
+from llada_lightning.compute.schedule import WSD
+from llada_lightning.data.datasets import TrainingBatch, scored_positions
 from llada_lightning.training import ArmModule, LladaModule
 from llada_lightning.training import speed as module
 from llada_lightning.training.modules import LanguageModule
-from llada_lightning.training.schedules import WSD
 from llada_lightning.training.speed import Speed, apply_speed, resolve_speed
-from tiny_runs import fit, fit_arguments, losses, record
 
 WORDS, LENGTH = 64, 32
 SHAPE = {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
@@ -195,7 +195,7 @@ def test_fp8_on_hardware_without_it_is_refused(
 
 
 def test_fp8_makes_another_run(prepared: Path, tmp_path: Path) -> None:
-    from llada_lightning.lightning_cli import LladaCLI
+    from llada_lightning.training.fit import LladaCLI
 
     arguments = [a for a in fit_arguments("llada", prepared, tmp_path) if not a.startswith("--run.name")]
     names = [LladaCLI([*arguments, *extra], execute=False).run_name for extra in ([], ["--speed.fp8=true"])]

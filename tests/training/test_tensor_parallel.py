@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import mesh_of_four
+from helpers import mesh_of_four
+from helpers.tiny_runs import child_environment, fit, fit_arguments, fit_process, kill_at, losses, metrics, record
 from llada_lightning.checkpoints.sharded_checkpoints import ShardReader, read_sharded
-from llada_lightning.cli import main
-from llada_lightning.errors import UserError
-from llada_lightning.replay import replay_step
-from llada_lightning.scaling.shapes import get_shape
+from llada_lightning.commands.main import main
+from llada_lightning.compute.shapes import get_shape
+from llada_lightning.support.errors import UserError
 from llada_lightning.training.parallel import FullySharded, tensor_parallel, total_norm
+from llada_lightning.training.replay import replay_step
 from llada_lightning.training.tensor_parallel import check_degree
-from tiny_runs import child_environment, fit, fit_arguments, fit_process, kill_at, losses, metrics, record
 
 GROUPED = "--model.shape={n_layers: 2, d_model: 32, n_heads: 4, n_kv_heads: 2, d_ff: 64}"
 DDP = (GROUPED, "--trainer.devices=2", "--trainer.strategy=ddp")

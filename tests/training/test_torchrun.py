@@ -9,8 +9,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers.tiny_runs import (
+    child_environment,
+    fit,
+    fit_arguments,
+    free_port,
+    kill_at,
+    losses,
+    metrics,
+    record,
+    weights,
+)
 from llada_lightning.checkpoints.sharded_checkpoints import is_sharded
-from tiny_runs import child_environment, fit, fit_arguments, free_port, kill_at, losses, metrics, record, weights
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "cluster" / "torchrun.sh"
 

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llada_lightning import lightning_cli
+from helpers.tiny_runs import MODELS, fit, record
 from llada_lightning.objectives.bounds import clustered_mean_and_stderr, mean_by_cluster
-from llada_lightning.scaling.collect import gather
-from llada_lightning.scaling.covariance import covariance_of_means, read_covariance, write_covariance
-from llada_lightning.scaling.results import read_validation
+from llada_lightning.records import read_validation
+from llada_lightning.study.collect import gather
+from llada_lightning.study.covariance import covariance_of_means, read_covariance, write_covariance
+from llada_lightning.training import fit as lightning_cli
 from llada_lightning.training.metrics import ValidationLoss
-from tiny_runs import MODELS, fit, record
 
 
 @given(st.integers(0, 2**32), st.integers(2, 30), st.integers(2, 6))

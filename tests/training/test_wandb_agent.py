@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llada_lightning.cli import main
-from llada_lightning.errors import UserError
-from llada_lightning.scaling.collect import collect
-from llada_lightning.scaling.results import RESULT_COLUMNS, read_results
-from llada_lightning.scaling.sweep import read_sweep, render_command
-from llada_lightning.scaling.wandb_projects import read_project
-from tiny_runs import fit, fit_arguments
-from wandb_standin import ENTITY, KEY, PAGE, WandbStandIn
+from helpers.tiny_runs import fit, fit_arguments
+from helpers.wandb_standin import ENTITY, KEY, PAGE, WandbStandIn
+from llada_lightning.commands.main import main
+from llada_lightning.records import RESULT_COLUMNS
+from llada_lightning.study.collect import collect
+from llada_lightning.study.results import read_results
+from llada_lightning.study.sweep.file import read_sweep, render_command
+from llada_lightning.study.wandb_projects import read_project
+from llada_lightning.support.errors import UserError
 
 pytest.importorskip("wandb")
 PROJECT = f"wandb:{ENTITY}/study"

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-import tiny_runs
-from llada_lightning.training.callbacks import wandb_log
 from test_preemption import wandb_records
-from tiny_runs import call_at, fit, metrics, record
-from wandb_standin import WandbStandIn
+
+from helpers import tiny_runs
+from helpers.tiny_runs import call_at, fit, metrics, record
+from helpers.wandb_standin import WandbStandIn
+from llada_lightning.training.callbacks import loggers as wandb_log
 
 pytest.importorskip("wandb")
 SHORT = ("--wandb.project=study", "--trainer.max_steps=6")

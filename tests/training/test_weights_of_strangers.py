@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.small_checkpoints import BOS, EOS, changed_config, tokenizer_folder, written
 from llada_lightning.checkpoints import load_model
 from llada_lightning.checkpoints.convert import convert
 from llada_lightning.checkpoints.stored_model import open_checkpoint
-from llada_lightning.cli import main
-from llada_lightning.data.batches import ValidationBatch
+from llada_lightning.commands.main import main
 from llada_lightning.data.chat import Message
-from llada_lightning.errors import UserError
-from llada_lightning.generation.terminal.conversation import conversation_ids
+from llada_lightning.data.datasets import ValidationBatch
+from llada_lightning.generation.conversation import conversation_ids
+from llada_lightning.support.errors import UserError
 from llada_lightning.training.modules import ArmModule, LladaModule
-from small_checkpoints import BOS, EOS, changed_config, tokenizer_folder, written
 
 SHAPE = {"n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64}
 READ = ("mask_token_id", "eos_token_id", "context_length", "end_token_ids", "start_token_id", "text_prefix_ids")

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from llada_lightning.command_line import CommandParser, add_json, print_json
-from llada_lightning.data.igsm.problem import FEWEST_STEPS, MOST_STEPS, problems
-from llada_lightning.errors import UserError
-from llada_lightning.generation.terminal import options as shared
-from llada_lightning.printing import people_console
+from llada_lightning.commands import model_options as shared
+from llada_lightning.data.igsm import FEWEST_STEPS, MOST_STEPS, problems
+from llada_lightning.support.command_line import CommandParser, add_json, print_json
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import people_console
 
 if TYPE_CHECKING:
     from llada_lightning.evaluation.igsm.run import IgsmResult

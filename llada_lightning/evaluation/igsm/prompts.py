@@ -5,9 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from llada_lightning.data.chat import Message
-from llada_lightning.data.igsm.corpus import asked, document
-from llada_lightning.data.igsm.problem import Problem, problems
-from llada_lightning.data.igsm.text import question, solution
+from llada_lightning.data.igsm import Problem, asked, document, problems, question, solution
 
 SYSTEM = (
     "You're an expert at solving elementary math problems involving addition, subtraction, and multiplication. "

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llada_lightning.checkpoints import LanguageModel
-from llada_lightning.data.igsm.problem import Problem
-from llada_lightning.errors import UserError
+from llada_lightning.data.igsm import Problem
 from llada_lightning.evaluation.accuracy import Accuracy
 from llada_lightning.evaluation.igsm.prompts import SHOT_STEPS, chat_messages, completion_prompt
+from llada_lightning.generation.conversation import conversation_ids
 from llada_lightning.generation.sampling import generate
-from llada_lightning.generation.terminal.conversation import conversation_ids
+from llada_lightning.support.errors import UserError
 
 _ANSWER = re.compile(r"####\s*([0-4])(?!\d)")
 _NEXT_QUESTION = "\nQuestion:"

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from llada_lightning.command_line import CommandParser, add_json, print_json, unescaped
-from llada_lightning.errors import UserError
-from llada_lightning.generation.terminal import options as shared
-from llada_lightning.printing import people_console
+from llada_lightning.commands import model_options as shared
+from llada_lightning.support.command_line import CommandParser, add_json, print_json, unescaped
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import people_console
 
 if TYPE_CHECKING:
     from llada_lightning.evaluation.reversal.run import Direction, ReversalResult

@@ -10,15 +10,15 @@ from typing import Any, Literal, get_args
 from llada_lightning.checkpoints import LanguageModel
 from llada_lightning.data.chat import Message
 from llada_lightning.data.facts_corpus import END, JOINER, Pair
-from llada_lightning.data.row_fields import REFUSED_BESIDE_PROMPTS, UnreadFields
-from llada_lightning.errors import UserError
+from llada_lightning.data.text_files import REFUSED_BESIDE_PROMPTS, UnreadFields
 from llada_lightning.evaluation.accuracy import Accuracy
 from llada_lightning.evaluation.requests import encode_pair, moved_space
-from llada_lightning.files import expanded
+from llada_lightning.generation.conversation import conversation_ids
 from llada_lightning.generation.sampling import generate
-from llada_lightning.generation.terminal.conversation import conversation_ids
-from llada_lightning.printing import shortened
-from llada_lightning.reading import read_json
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import expanded
+from llada_lightning.support.printing import shortened
+from llada_lightning.support.reading import read_json
 
 Form = Literal["prompt", "infill", "chat"]
 FORMS: tuple[Form, ...] = get_args(Form)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from llada_lightning.data.batches import TrainingBatch
-from llada_lightning.scaling.flops import TrainingFlops
-from llada_lightning.scaling.hardware import peak_flops
+from llada_lightning.compute.flops import TrainingFlops
+from llada_lightning.compute.hardware import peak_flops
+from llada_lightning.data.datasets import TrainingBatch
 from llada_lightning.training.modules import LanguageModule
 
 _WINDOW = 20

@@ -8,8 +8,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from llada_lightning.checkpoints.run_folder import CHECKPOINTS, checkpoints_by_step
-from llada_lightning.scaling.faults import FAULT_COLUMNS, REPORTED, SKIPPED, read_faults, write_faults
-from llada_lightning.signals import say
+from llada_lightning.records import FAULT_COLUMNS, REPORTED, SKIPPED, read_faults, write_faults
+from llada_lightning.support.signals import say
 from llada_lightning.training.guard import WINDOW, Fault, UpdateGuard
 from llada_lightning.training.parallel import all_finite
 

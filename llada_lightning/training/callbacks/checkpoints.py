@@ -28,10 +28,9 @@ from llada_lightning.checkpoints.sharded_checkpoints import (
     read_sharded,
     refusing_strangers,
 )
-from llada_lightning.errors import UserError
-from llada_lightning.signals import say
-from llada_lightning.training.agreement import Agreement
-from llada_lightning.training.parallel import saves_shards
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.signals import say
+from llada_lightning.training.parallel import Agreement, saves_shards
 
 BEST = "best.ckpt"
 """A link to the checkpoint with the lowest validation loss."""

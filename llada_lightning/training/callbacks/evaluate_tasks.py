@@ -14,10 +14,10 @@ from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.checkpoints.run_folder import BRANCHES
 from llada_lightning.data.manifest import TOKENIZER_NAME, read_tokenizer_text
 from llada_lightning.data.tokenizers import tokenizer_from_text
-from llada_lightning.errors import UserError
-from llada_lightning.scaling.evaluations import write_evaluations
+from llada_lightning.records import write_evaluations
+from llada_lightning.support.errors import UserError
 from llada_lightning.training.callbacks.accounting import Accounting
-from llada_lightning.training.callbacks.metrics_csv import MetricsCSV
+from llada_lightning.training.callbacks.loggers import MetricsCSV
 from llada_lightning.training.first_weights import inherited
 from llada_lightning.training.modules import LanguageModule
 

@@ -10,8 +10,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from llada_lightning.signals import SIGNALS, LeaveRequest
-from llada_lightning.training.agreement import Agreement
+from llada_lightning.support.signals import SIGNALS, LeaveRequest
+from llada_lightning.training.parallel import Agreement
 
 
 class LeaveTogether(Callback):

@@ -8,8 +8,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from llada_lightning.errors import UserError
-from llada_lightning.printing import shortened
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import shortened
 from llada_lightning.training.record import VALIDATION_METRICS
 
 

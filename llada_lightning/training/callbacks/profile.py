@@ -18,17 +18,17 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
-from llada_lightning.data.batches import TrainingBatch
-from llada_lightning.errors import UserError
-from llada_lightning.files import write_json, written_atomically
-from llada_lightning.scaling.plan_cost import training_memory_bytes
-from llada_lightning.scaling.profiles import PHASES, SUMMARY_FILE, page
-from llada_lightning.scaling.shapes import shape_name
+from llada_lightning.compute.hardware import training_memory_bytes
+from llada_lightning.compute.shapes import shape_name
+from llada_lightning.data.datasets import TrainingBatch
 from llada_lightning.settings import Profile
-from llada_lightning.signals import say
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import write_json, written_atomically
+from llada_lightning.support.signals import say
 from llada_lightning.training.callbacks.accounting import Accounting, peak_memory_bytes
 from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.parallel import FullySharded, tensor_parallel
+from llada_lightning.training.profiles import PHASES, SUMMARY_FILE, page
 from llada_lightning.training.record import describe_devices, git_commit, versions
 
 VALIDATION = "validation"
@@ -286,8 +286,8 @@ class StepProfiler(Callback):
         say(f"profile of steps {self._first + self._after + 1}-{self._step}: {self._folder / 'summary.md'}")
 
     def _write(self, summary: dict[str, Any]) -> None:
-        from llada_lightning.scaling.plots.profile import step_phases  # matplotlib takes its time
-        from llada_lightning.scaling.plots.style import write_figure
+        from llada_lightning.study.plots.profile import step_phases  # matplotlib takes its time
+        from llada_lightning.study.plots.style import write_figure
 
         write_json(self._folder / SUMMARY_FILE, summary)
         with written_atomically(self._folder / "summary.md") as temporary:

@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from llada_lightning.printing import people_console
+from llada_lightning.support.printing import people_console
 from llada_lightning.training.callbacks.accounting import Accounting
 
 _LOSSES = 10

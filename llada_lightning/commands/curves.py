@@ -1,0 +1,104 @@
+"""``llada curves``: a results table -> fits, figures and tables for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+
+from llada_lightning.compute.flops import CONVENTION_NAMES, CONVENTIONS, Convention
+from llada_lightning.study.covariance import covariance_path, read_covariance
+from llada_lightning.study.fits import UNITS, StudyFits, fit_table, usable_runs
+from llada_lightning.study.report import print_report
+from llada_lightning.study.results import read_results
+from llada_lightning.support.command_line import CommandParser, add_json, print_json
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import expanded, write_json
+from llada_lightning.support.printing import people_console, shortened
+
+PUBLISHED = "published"
+"""In place of a table's path: the published isoFLOP study that the package holds."""
+
+
+def curves_command(argv: list[str]) -> int:
+    """``llada curves results.csv --out DIR``: a results table -> ``fits.json``, figures, and what they say.
+
+    Raises:
+        UserError: the table cannot be read, or holds no usable run, or losses that cannot be compared.
+    """
+    parser = CommandParser(prog="llada curves", description="Fit and draw loss against training FLOPs.")
+    parser.add_argument(
+        "results",
+        type=str,
+        metavar="RESULTS",
+        help="table that `llada collect` wrote, or `published`: the isoFLOP study that ships with the package",
+    )
+    parser.add_argument("--out", type=str, required=True, metavar="DIR", help="folder of fits.json and the figures")
+    parser.add_argument(
+        "--convention",
+        choices=CONVENTIONS,
+        default="6nd",
+        help="FLOPs that are drawn and printed: 6ND, or with attention and head; fits.json holds both",
+    )
+    parser.add_argument("--unit", choices=UNITS, default="nats_per_token", help="unit of the loss")
+    parser.add_argument("--samples", type=int, default=4000, help="bootstrap draws")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    add_json(parser)
+    options = parser.parse_args(argv)
+    if options.samples < 100:
+        raise UserError(f"curves: --samples is {options.samples}; 95 % intervals need at least 100")
+    if options.seed < 0:
+        raise UserError(f"curves: --seed is {options.seed}; it must be at least 0")
+    table, covariance = _read(options.results)
+    fits = fit_table(table, unit=options.unit, samples=options.samples, seed=options.seed, covariance=covariance)
+    if options.convention not in fits.conventions:
+        counted = " and ".join(fits.conventions)
+        name = CONVENTION_NAMES[options.convention]
+        raise UserError(f"curves: --convention {options.convention}: the table lacks FLOPs by {name}; it has {counted}")
+    left_out = list((Counter(table["run"]) - Counter(usable_runs(table)["run"])).elements())
+    if left_out:
+        people_console(stderr=True).print(
+            f"{len(left_out)} of {len(table)} rows left out: not done, no finite loss, or a result twice "
+            f"({shortened(', '.join(map(str, left_out)))})"
+        )
+    files = _write(table, fits, expanded(options.out), options.convention)
+    if options.json:
+        names = {"fits": files[0], "figures": dict(files[1])}
+        print_json({**names, "convention": options.convention, "left_out": len(left_out), **fits.as_dict()})
+    else:
+        print_report(table, fits, options.convention, [files[0], *files[1].values()])
+    return 0
+
+
+def _read(results: str) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """The table, and the covariance of its losses where a file beside it holds one."""
+    if results == PUBLISHED:
+        from llada_lightning.study.reference import published_isoflop
+
+        return published_isoflop(), None
+    table, path = read_results(results), covariance_path(Path(results))
+    return _with_scores(table), read_covariance(path) if path.is_file() else None
+
+
+def _with_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """The same with the scores of its ``task_`` columns as numbers."""
+    scores = {}
+    for column in table.columns[table.columns.str.startswith("task_")]:
+        try:
+            scores[column] = pd.to_numeric(table[column]).astype(float)
+        except (TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"results: {column} holds what is no number ({reason}); mend the table") from error
+    return table.assign(**scores)
+
+
+def _write(table: pd.DataFrame, fits: StudyFits, folder: Path, convention: Convention) -> tuple[str, dict[str, str]]:
+    from llada_lightning.study.plots import draw_study  # matplotlib takes a second to import
+
+    path = folder / "fits.json"
+    try:
+        write_json(path, fits.as_dict())
+        return str(path), draw_study(table, fits, folder, convention)
+    except OSError as error:
+        raise UserError(f"curves: --out {folder} cannot be written ({error.strerror}); choose a folder") from error

@@ -1,0 +1,140 @@
+"""``llada prepare``: the command around :func:`llada_lightning.data.prepare.prepare`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.table import Table
+
+from llada_lightning.data.manifest import Manifest, loss_note
+from llada_lightning.support.command_line import CommandParser, unescaped
+from llada_lightning.support.printing import people_console, warn
+
+
+def prepare_parser() -> CommandParser:
+    """The options of ``llada prepare``."""
+    parser = CommandParser(
+        prog="llada prepare",
+        description="Turns a corpus into token shards, a tokenizer and a manifest. Run again, it does nothing.",
+    )
+    corpus = parser.add_argument_group("corpus")
+    corpus.add_argument(
+        "--source",
+        type=str,
+        default="python-stdlib",
+        help="python-stdlib; a text or .jsonl file (also .gz .xz .bz2 .zst), a folder or a pattern of them; "
+        "hf:NAME[:CONFIG][@SPLIT] or hf:FOLDER, a Hugging Face dataset; igsm:COUNT[@SEED], generated problems; "
+        "facts:COUNT[@SEED], invented facts, each in one order only",
+    )
+    corpus.add_argument("--text-field", type=str, default="text", help="field (JSONL) or column (hf:) with the text")
+    corpus.add_argument(
+        "--document-separator",
+        type=str,
+        default=None,
+        help=r"splits each text (a text file, a line of JSONL, a row of a dataset) into documents, e.g. '\n\n'; "
+        "without it a text is one document",
+    )
+    corpus.add_argument("--max-documents", type=int, default=None, help="read no more documents than these")
+    corpus.add_argument("--max-bytes", type=int, default=None, help="read no more bytes of text than these")
+    tokenizer = parser.add_argument_group("tokenizer")
+    tokenizer.add_argument(
+        "--vocab-size", type=int, default=4096, help="words of the byte-level BPE to train, with [EOS] and [MASK]"
+    )
+    tokenizer.add_argument(
+        "--tokenizer-bytes", type=int, default=1 << 24, help="bytes of training text that it is trained on"
+    )
+    tokenizer.add_argument(
+        "--tokenizer",
+        type=str,
+        default=None,
+        help="train none, take this: tokenizer.json, a folder with one (also a prepared one), or a name on the hub",
+    )
+    tokenizer.add_argument("--mask-token", type=str, default=None, help="the taken tokenizer's mask token")
+    tokenizer.add_argument("--add-mask-token", action="store_true", help="add a mask token to a tokenizer without one")
+    tokenizer.add_argument("--eos-token", type=str, default=None, help="the taken tokenizer's end-of-text token")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=str, default=None, help="folder to write; it appears when it is complete")
+    output.add_argument("--val-fraction", type=float, default=0.02, help="share of the documents kept for validation")
+    output.add_argument("--shard-tokens", type=int, default=1 << 20, help="tokens of a shard, at least 1000 sequences")
+    output.add_argument(
+        "--verify",
+        type=str,
+        default=None,
+        metavar="DIR",
+        help="write nothing: read all of a prepared folder (or URL), and name each file that is damaged",
+    )
+    output.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    output.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    return parser
+
+
+def prepare_command(args: list[str]) -> int:
+    """Runs ``llada prepare`` with its arguments; returns the exit code.
+
+    Raises:
+        UserError: an option, the source, the tokenizer or the folder is not right, or a verified folder is damaged.
+    """
+    parser = prepare_parser()
+    options = vars(parser.parse_args(args))
+    as_json, quiet, verified = options.pop("json"), options.pop("quiet"), options.pop("verify")
+    if (options["out"] is None) == (verified is None):
+        parser.error("the following arguments are required: out, or verify, and not both")
+    if verified is not None:
+        from llada_lightning.commands.verify import verify_command
+
+        return verify_command(verified, as_json=as_json, quiet=quiet)
+    if options["document_separator"] is not None:
+        options["document_separator"] = unescaped(options["document_separator"])
+    from llada_lightning.data.prepare import prepare  # after the parser, so that --help answers at once
+
+    manifest = prepare(**options, progress=not quiet)
+    if as_json:
+        print(json.dumps(summary(manifest, options["out"])))
+    else:
+        people_console().print(_table(manifest, options["out"]))
+    note = loss_note(manifest.splits["val"].lost_share)
+    if note is not None:
+        warn(note)
+    return 0
+
+
+def summary(manifest: Manifest, out: str) -> dict[str, Any]:
+    """A prepared folder in plain values: what ``--json`` prints."""
+    return {
+        "out": out,
+        "fingerprint": manifest.fingerprint,
+        "tokenizer": vars(manifest.tokenizer),
+        "dtype": manifest.dtype,
+        "source": manifest.source,
+        "settings": manifest.settings,
+        "splits": {
+            name: {
+                "documents": split.documents,
+                "tokens": split.tokens,
+                "bytes": split.bytes,
+                "bytes_per_token": split.bytes_per_token,
+                "lost_bytes": split.lost_bytes,
+                "shards": len(split.shards),
+            }
+            for name, split in manifest.splits.items()
+        },
+    }
+
+
+def _table(manifest: Manifest, out: str) -> Table:
+    info = manifest.tokenizer
+    table = Table(
+        title=out,
+        caption=f"vocabulary {info.vocab_size:,}, mask {info.mask_token} = {info.mask_id}, end of text "
+        f"{info.eos_token} = {info.eos_id}; data fingerprint {manifest.fingerprint[:16]}",
+        caption_justify="left",
+    )
+    table.add_column("split")
+    for name in ("documents", "tokens", "bytes", "bytes lost", "bytes/token", "shards"):
+        table.add_column(name, justify="right")
+    for name, split in manifest.splits.items():
+        lost = "" if split.lost_bytes is None else f"{split.lost_bytes:,}"
+        counts = (f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", lost)
+        table.add_row(name, *counts, f"{split.bytes_per_token:.3f}", f"{len(split.shards):,}")
+    return table

@@ -1,0 +1,114 @@
+"""``llada sweep``: from argv to the runs of a sweep file."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+
+from llada_lightning.study.sweep.file import Sweep, fit_arguments, read_sweep, render_command
+from llada_lightning.study.sweep.runner import RunFolder, SweepOutcome, planned_run, run_sweep
+from llada_lightning.study.sweep.unchanged import check_unchanged, state_of
+from llada_lightning.study.sweep.watch import budget_share
+from llada_lightning.support.command_line import CommandParser, add_json, print_json
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import people_console
+
+Fit = Callable[[list[str]], int]
+"""Runs ``fit`` and its arguments in this process; gives its exit code."""
+
+
+def sweep_command(argv: list[str], run_folder: RunFolder, fit: Fit) -> int:
+    """``llada sweep run FILE``: runs what is left of a W&B sweep on this machine; ``llada sweep show FILE`` lists it.
+
+    Args:
+        argv: the words after ``llada sweep``; what follows ``--`` is handed to every fit.
+        run_folder: from ``fit`` and its arguments to the folder of that run.
+        fit: runs one in this process.
+
+    Returns:
+        0 if every run is done, 1 if some failed, 130 if the sweep was interrupted; of one run by its index, the exit
+        code of its fit.
+
+    Raises:
+        UserError: the file is no grid sweep of ``llada fit``, a run's arguments are refused, or the file was edited
+            since the study was begun.
+    """
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = CommandParser(
+        prog="llada sweep",
+        description="Run a W&B sweep file on this machine. Arguments after `--` are handed to every fit.",
+    )
+    parser.add_argument("action", choices=["run", "show"], help="run: do what is left of it; show: list its runs")
+    parser.add_argument("file", type=str, metavar="FILE", help="W&B sweep file, method grid, command `llada fit …`")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument(
+        "--index", type=int | None, default=None, help="run only this one (from 0), in this process: a job array's task"
+    )
+    parser.add_argument("--edited", action="store_true", help="the file was changed half-way, and that is meant")
+    add_json(parser)
+    options = parser.parse_args(argv[:cut])
+    sweep, extra = read_sweep(options.file), argv[cut + 1 :]
+    if options.action == "show":
+        return _show(sweep, run_folder, extra, options.json)
+    if options.index is not None:
+        return _run_one(sweep, options.index, run_folder, fit, extra, options.edited)
+    notes = people_console(stderr=True)
+    outcome = run_sweep(sweep, run_folder, jobs=options.jobs, extra=extra, edited=options.edited, console=notes)
+    if options.json:
+        print_json(asdict(outcome))
+    else:
+        _print_outcome(outcome)
+    return outcome.exit_code
+
+
+def _run_one(sweep: Sweep, index: int, run_folder: RunFolder, fit: Fit, extra: list[str], edited: bool) -> int:
+    if not 0 <= index < len(sweep.points):
+        raise UserError(f"sweep: --index is {index}, but {sweep.path} has runs 0 to {len(sweep.points) - 1}")
+    arguments = [*fit_arguments(render_command(sweep, sweep.points[index])), *extra]
+    check_unchanged(sweep, run_folder(arguments).parent, by_index=True, edited=edited)
+    return fit(arguments)
+
+
+def _show(sweep: Sweep, run_folder: RunFolder, extra: list[str], as_json: bool) -> int:
+    runs = [planned_run(sweep, point, run_folder, extra) for point in sweep.points]
+    states = [state_of(run.folder) for run in runs]
+    if as_json:
+        listed = [
+            {
+                "index": index,
+                "state": state,
+                "folder": str(run.folder),
+                "command": shlex.join(["llada", *run.arguments]),
+            }
+            for index, (run, state) in enumerate(zip(runs, states, strict=True))
+        ]
+        print_json({"name": sweep.name, "runs": listed})
+        return 0
+    console = people_console()
+    for index, (run, state) in enumerate(zip(runs, states, strict=True)):
+        what = f"{state} {budget_share(run):.0%}" if state == "begun" else state
+        console.print(f"{index:>5}  {what:<10}  {run.folder!s}", soft_wrap=True, highlight=False)
+    counts = Counter(states)
+    console.print(f"{len(runs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+    return 0
+
+
+def _print_outcome(outcome: SweepOutcome) -> None:
+    console = people_console()
+    counts = {
+        "done": len(outcome.done),
+        "done before": len(outcome.skipped),
+        "of these diverged": len(outcome.diverged),
+        "failed": len(outcome.failed),
+        "left": len(outcome.left),
+    }
+    console.print("runs: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+    for failed in outcome.failed:
+        line = f"failed: {failed.name}: {failed.reason}; log: {failed.log}"
+        console.print(line, soft_wrap=True)
+    if outcome.interrupted:
+        console.print("interrupted; the same command goes on where it stopped")
+    elif outcome.failed:
+        console.print("the same command tries the failed runs again")

@@ -1,0 +1,272 @@
+"""A problem as a graph of quantities modulo 5: which depends on which, and in what order they are solved.
+
+Solves a problem from its text alone, without the generator's graph.
+
+A problem in English: the question, and the solution step by step up to ``#### answer``.
+
+iGSM as a training corpus of any size: one problem of the training stream is one document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from llada_lightning.support.errors import UserError
+
+MODULUS = 5
+CATEGORIES = ("School", "Classroom", "Backpack", "Stationery")
+ITEMS = (
+    ("Lakeview High", "Oakfield Primary", "Riverside College", "Hillcrest Academy"),
+    ("Dance Studio", "Film Room", "Science Lab", "Art Room"),
+    ("Hiking Backpack", "School Daypack", "Canvas Backpack", "Sports Backpack"),
+    ("Pencil", "Eraser", "Notebook", "Ruler"),
+)
+FEWEST_STEPS, MOST_STEPS = 4, 6
+_TEST_SHARE = 10  # one structure in so many is kept for testing
+
+
+@dataclass(frozen=True, order=True)
+class Parameter:
+    """How many ``child`` each ``parent`` has; abstract: ``child`` is a category, and the count sums its items."""
+
+    parent: str
+    child: str
+    abstract: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One quantity: ``factor * (constant + sum of terms)`` modulo 5; an abstract one is the plain sum."""
+
+    parameter: Parameter
+    terms: tuple[Parameter, ...]
+    constant: int
+    factor: int
+    value: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Steps in the order of solution (the last is asked for), and the order in which the question states them."""
+
+    steps: tuple[Step, ...]
+    stated: tuple[int, ...]
+
+    @property
+    def answer(self) -> int:
+        return self.steps[-1].value
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the problem is kept for testing: a hash of its structure decides, not the order of what is stated."""
+        structure = sorted((s.parameter, sorted(s.terms), s.constant, s.factor) for s in self.steps)
+        digest = hashlib.sha256(repr((structure, self.steps[-1].parameter)).encode()).digest()
+        return int.from_bytes(digest[:8], "big") % _TEST_SHARE == 0
+
+
+def problems(seed: int, *, steps: int | None = None, test: bool = False) -> Iterator[Problem]:
+    """An endless stream of problems of 4 to 6 steps (or of ``steps``), the same for the same seed.
+
+    Training and test streams share no problem, whatever their seeds. Raises UserError for another number of steps.
+    """
+    if steps is not None and not FEWEST_STEPS <= steps <= MOST_STEPS:
+        raise UserError(f"an iGSM problem of {steps} steps: give {FEWEST_STEPS} to {MOST_STEPS}")
+    draw = random.Random(f"igsm {seed}")
+    while True:
+        problem = _draw_problem(draw, steps or draw.randint(FEWEST_STEPS, MOST_STEPS))
+        if problem.held_out == test:
+            yield problem
+
+
+def _draw_problem(draw: random.Random, count: int) -> Problem:
+    """Quantities that nothing uses yet wait in ``unused`` (two at most), so that the last step needs every other."""
+    steps: list[Step] = []
+    unused: list[Parameter] = []
+    while len(steps) < count:
+        remaining = count - len(steps)
+        whole = _category_to_sum(steps, unused)
+        if not steps or (len(unused) == 1 and remaining > 1 and draw.random() < 0.4):
+            step = Step(_new_parameter(draw, steps), (), value := draw.randrange(MODULUS), 1, value)
+            unused.append(step.parameter)
+        elif whole and draw.random() < 0.7:
+            step = _summed(whole, steps)
+            unused = [whole]
+        else:
+            step = _combined(draw, steps, unused)
+            unused = [step.parameter]
+        steps.append(step)
+    stated = [i for i, step in enumerate(steps) if not step.parameter.abstract]
+    draw.shuffle(stated)
+    return Problem(tuple(steps), tuple(stated))
+
+
+def _new_parameter(draw: random.Random, steps: list[Step]) -> Parameter:
+    """A pair of neighbouring categories not used yet; never one that would change a sum already taken."""
+    taken = {step.parameter for step in steps}
+    closed = {(p.parent, p.child) for p in taken if p.abstract}
+    free = [
+        Parameter(parent, child)
+        for level in range(len(ITEMS) - 1)
+        for parent in ITEMS[level]
+        if (parent, CATEGORIES[level + 1]) not in closed
+        for child in ITEMS[level + 1]
+    ]
+    return draw.choice([p for p in free if p not in taken])
+
+
+def _category_to_sum(steps: list[Step], unused: list[Parameter]) -> Parameter | None:
+    """The abstract quantity that would use up all of ``unused``, if there is one not yet taken."""
+    if not unused or any(p.abstract for p in unused) or len({p.parent for p in unused}) != 1:
+        return None
+    parent = unused[0].parent
+    level = next(i for i, items in enumerate(ITEMS) if parent in items)
+    return Parameter(parent, CATEGORIES[level + 1], abstract=True)
+
+
+def _summed(whole: Parameter, steps: list[Step]) -> Step:
+    members = [s for s in steps if s.parameter.parent == whole.parent and not s.parameter.abstract]
+    return Step(whole, tuple(s.parameter for s in members), 0, 1, sum(s.value for s in members) % MODULUS)
+
+
+def _combined(draw: random.Random, steps: list[Step], unused: list[Parameter]) -> Step:
+    values = {s.parameter: s.value for s in steps}
+    terms = list(unused)
+    others = [p for p in values if p not in terms]
+    if len(terms) == 1 and others and draw.random() < 0.5:
+        terms.append(draw.choice(others))
+    # A factor of 0 or 5 would make every other step needless.
+    constant, factor = (draw.randrange(1, MODULUS), 1) if draw.random() < 0.5 else (0, draw.randrange(2, MODULUS))
+    value = factor * (constant + sum(values[p] for p in terms)) % MODULUS
+    return Step(_new_parameter(draw, steps), tuple(terms), constant, factor, value)
+
+
+_FACT = re.compile(r"The number of each ([^.]+?) equals ([^.]+)\.")
+_ASKED = re.compile(r"How many ([^?]+) does ([^?]+) have\?$")
+_KINDS = {"Classroom": ("Studio", "Room", "Lab"), "Backpack": ("Backpack", "Daypack"),
+          "Stationery": ("Pencil", "Eraser", "Notebook", "Ruler")}  # fmt: skip
+
+
+class AmbiguousError(ValueError):
+    """The text gives no answer, or more than one."""
+
+
+def solve(question: str) -> int:
+    """The answer, 0 to 4. Raises AmbiguousError: a quantity stated twice, never stated, or stated through itself."""
+    facts: dict[str, str] = {}
+    for left, right in _FACT.findall(question):
+        if left in facts:
+            raise AmbiguousError(f"'{left}' is stated twice")
+        facts[left] = right
+    asked = _ASKED.search(question)
+    if asked is None:
+        raise AmbiguousError("nothing is asked")
+    return _value(f"{asked[2]}'s {asked[1]}", facts, ())
+
+
+def _value(wanted: str, facts: dict[str, str], path: tuple[str, ...]) -> int:
+    if wanted in path:
+        raise AmbiguousError(f"'{wanted}' is stated through itself")
+    path = (*path, wanted)
+    parent, _, child = wanted.partition("'s ")
+    if child in _KINDS:
+        members = [left for left in facts if left.startswith(f"{parent}'s ") and left.endswith(_KINDS[child])]
+        if not members:
+            raise AmbiguousError(f"'{wanted}' has no members")
+        return sum(_value(member, facts, path) for member in members) % 5
+    if wanted not in facts:
+        raise AmbiguousError(f"'{wanted}' is never stated")
+    times = re.fullmatch(r"(\d+) times as much as (.+)", facts[wanted])
+    factor, rest = (int(times[1]), times[2]) if times else (1, facts[wanted])
+    terms = rest.removeprefix("the sum of ").split(" and ")
+    return factor * sum(int(t) if t.isdigit() else _value(t.removeprefix("each "), facts, path) for t in terms) % 5
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def name(parameter: Parameter) -> str:
+    return f"{parameter.parent}'s {parameter.child}"
+
+
+def question(problem: Problem) -> str:
+    sentences = [f"The number of each {name(s.parameter)} equals {_stated(s)}." for s in _stated_steps(problem)]
+    asked = problem.steps[-1].parameter
+    return " ".join([*sentences, f"How many {asked.child} does {asked.parent} have?"])
+
+
+def solution(problem: Problem) -> str:
+    letters = {step.parameter: _LETTERS[i] for i, step in enumerate(problem.steps)}
+    values = {step.parameter: step.value for step in problem.steps}
+    lines = [_solved(step, letters, values) for step in problem.steps]
+    return "\n".join([*lines, f"#### {problem.answer}"])
+
+
+def _stated_steps(problem: Problem) -> list[Step]:
+    return [problem.steps[i] for i in problem.stated]
+
+
+def _stated(step: Step) -> str:
+    if not step.terms:
+        return str(step.constant or step.value)
+    parts = [*([str(step.constant)] if step.constant else []), *(f"each {name(p)}" for p in step.terms)]
+    whole = parts[0] if len(parts) == 1 else "the sum of " + " and ".join(parts)
+    return whole if step.factor == 1 else f"{step.factor} times as much as {whole}"
+
+
+def _solved(step: Step, letters: dict[Parameter, str], values: dict[Parameter, int]) -> str:
+    letter = letters[step.parameter]
+    head = f"Define {name(step.parameter)} as {letter}; so {letter} = "
+    if not step.terms:
+        return f"{head}{step.value}."
+    constant = [str(step.constant)] if step.constant else []
+    symbols = " + ".join([*constant, *(letters[p] for p in step.terms)])
+    numbers = " + ".join([*constant, *(str(values[p]) for p in step.terms)])
+    if step.factor != 1:
+        symbols, numbers = f"{step.factor} * ({symbols})", f"{step.factor} * ({numbers})"
+    assert 0 <= step.value < MODULUS
+    worked = symbols if numbers == str(step.value) else f"{symbols} = {numbers}"  # of one term: b = a = 4
+    return f"{head}{worked} = {step.value}."
+
+
+_SOURCE = re.compile(r"igsm:(\d+)(?:@(\d+))?")
+VERSION = 1
+"""Of the problems that a seed gives; another one is another corpus."""
+
+
+@dataclass(frozen=True)
+class IgsmSource:
+    """``igsm:COUNT[@SEED]``: so many problems of a seed."""
+
+    count: int
+    seed: int
+
+    def documents(self) -> Iterator[str]:
+        for problem in islice(problems(self.seed), self.count):
+            yield document(problem)
+
+
+def document(problem: Problem) -> str:
+    """Question and solution, as the shots of the evaluation show them."""
+    return f"{asked(question(problem))} {solution(problem)}"
+
+
+def asked(text: str) -> str:
+    """A question up to where its solution begins."""
+    return f"Question: {text}\nAnswer:"
+
+
+def igsm_source(source: str) -> IgsmSource:
+    """Reads ``igsm:COUNT[@SEED]``.
+
+    Raises:
+        UserError: it is written in another way, or asks for no problem.
+    """
+    found = _SOURCE.fullmatch(source)
+    if found is None or int(found[1]) < 1:
+        raise UserError(f"source '{source}': write igsm:COUNT or igsm:COUNT@SEED, such as igsm:100000")
+    return IgsmSource(int(found[1]), int(found[2] or 0))

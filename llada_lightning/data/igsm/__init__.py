@@ -1,1 +1,0 @@
-"""Mathematics problems in the spirit of iGSM (LLaDA, Appendix B.8): made, written out and checked."""

@@ -1,1 +1,0 @@
-"""`llada generate` and `llada chat`."""

@@ -1,0 +1,278 @@
+"""What a run leaves in its folder, as files that other programs read.
+
+- ``result.json``: a list with one record for each budget that the run reached. The keys of a record are the columns of
+  the results table (``study/results.py``) and of W&B's summary.
+- ``validation.csv``: the loss of each validation document at each budget.
+- ``evaluations.csv``: the score of each evaluated checkpoint on each task.
+- ``faults.csv``: the steps whose loss or gradient was not usable, and what was done about each of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import is_there, write_json, written_atomically
+from llada_lightning.support.printing import shortened
+from llada_lightning.support.reading import FormatError, read_json, read_text, read_yaml
+
+RESULT_COLUMNS = (
+    "run", "objective", "shape", "params_total", "params_nonembedding", "tokens", "unique_tokens", "epochs", "steps",
+    "global_batch_tokens", "sequence_length", "flops_6nd", "flops_attention", "flops_head", "flops_total", "lr",
+    "schedule", "warmup_steps", "decay_steps", "seed", "parent_checkpoint", "data_fingerprint", "tokenizer",
+    "vocab_size", "val_nats_per_token", "val_stderr", "val_kind", "val_bits_per_byte", "tokens_per_second", "mfu",
+    "device", "precision", "wall_seconds", "versions", "git_commit", "status",
+)  # fmt: skip
+"""Keys of a record and columns of the table. FLOPs are those of training, losses of validation in nats per token;
+``val_stderr`` is one standard error of ``val_nats_per_token``; ``val_kind`` is ``exact`` or ``bound``."""
+
+
+RESULT_FILE = "result.json"
+CONFIG_FILE = "config.yaml"
+VALIDATION_FILE = "validation.csv"
+VALIDATION_COLUMNS = ("steps", "document", "sequences", "nats_per_token")
+DONE = "done"
+DIVERGED = "diverged"
+
+
+def write_records(folder: Path | str, records: Sequence[dict[str, Any]]) -> Path:
+    """Writes a run's ``result.json``: at no time is a part of it to be seen.
+
+    Args:
+        folder: the run's folder; made if it is not there.
+        records: one record for each budget reached, each with exactly the keys ``RESULT_COLUMNS``.
+
+    Raises:
+        ValueError: a record lacks a key or has a foreign one (a fault of the program, not of its user).
+    """
+    for record in records:
+        wrong = sorted(set(record) ^ set(RESULT_COLUMNS))
+        if wrong:
+            raise ValueError(f"a result record has missing or foreign keys: {wrong}")
+    path = Path(folder) / RESULT_FILE
+    write_json(path, [{column: record[column] for column in RESULT_COLUMNS} for record in records])
+    return path
+
+
+def read_records(folder: Path | str) -> list[dict[str, Any]]:
+    """The records of a run's folder; none if the run has not written ``result.json`` yet.
+
+    Raises:
+        UserError: the file is not a JSON list of records.
+    """
+    path = Path(folder) / RESULT_FILE
+    if not is_there(path):
+        return []
+    try:
+        records = read_json(path)
+    except FormatError as error:
+        raise UserError(f"{error}; delete it and run again") from error
+    if not isinstance(records, list) or not all(map(_is_record, records)):
+        raise UserError(f"'{shortened(path)}' must hold a list of records; delete it and run again")
+    return records
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a run can go on from it: it says of which run it is, and after how many steps."""
+    return isinstance(value, dict) and isinstance(value.get("steps"), int) and "run" in value
+
+
+def is_done(folder: Path | str) -> bool:
+    """Whether the run of this folder has finished: every budget has a record, and every record says so.
+
+    A run that diverged has finished too: the same configuration would diverge again.
+    """
+    try:
+        records, budgets = read_records(folder), expected_records(folder)
+    except UserError:
+        return False
+    return len(records) >= budgets and all(record.get("status") in (DONE, DIVERGED) for record in records)
+
+
+def expected_records(folder: Path | str) -> int:
+    """The number of budgets that the run of this folder is to reach: at least 1, also where no config.yaml says it.
+
+    Raises:
+        UserError: its config.yaml cannot be read.
+    """
+    path = Path(folder) / CONFIG_FILE
+    return expected_budgets(read_yaml(path)) if is_there(path) else 1
+
+
+def expected_budgets(config: Any) -> int:
+    """Budgets of a resolved configuration: the length of ``budget.flops`` where that is a list, else 1."""
+    budget = config.get("budget") if isinstance(config, Mapping) else None
+    flops = budget.get("flops") if isinstance(budget, Mapping) else None
+    return max(1, len(flops)) if isinstance(flops, list) else 1
+
+
+def has_diverged(folder: Path | str) -> bool:
+    """Whether the run of this folder has finished with a loss that is not a number."""
+    return is_done(folder) and any(record["status"] == DIVERGED for record in read_records(folder))
+
+
+def write_validation(folder: Path | str, steps: int, documents: Sequence[tuple[int, int, float]]) -> Path:
+    """Writes the validation loss of each document after ``steps``; rows of other steps stay. Atomic.
+
+    Args:
+        folder: the run's folder; made if it is not there.
+        steps: optimizer steps of the validated weights.
+        documents: (document, its sequences, their mean in nats per token) of every validation document.
+    """
+    path = Path(folder) / VALIDATION_FILE
+    table = pd.DataFrame([(steps, *row) for row in documents], columns=list(VALIDATION_COLUMNS))
+    with suppress(UserError):  # a damaged file must not cost a finished run its result
+        if path.exists():
+            before = read_validation(folder)
+            table = pd.concat([before[before["steps"] != steps], table]).sort_values(["steps", "document"])
+    with written_atomically(path) as temporary:
+        table.to_csv(temporary, index=False)
+    return path
+
+
+def read_validation(folder: Path | str) -> pd.DataFrame:
+    """The columns ``VALIDATION_COLUMNS``: whole numbers, and nats per token to the last digit (NaN if it diverged).
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    types = dict(zip(VALIDATION_COLUMNS, ("int64", "int64", "int64", "float64"), strict=True))
+    return read_typed_csv(Path(folder) / VALIDATION_FILE, types, "delete it and run again")
+
+
+def read_typed_csv(path: Path, types: Mapping[str, Any], fix: str) -> pd.DataFrame:
+    """A CSV file of a run's folder, with exactly the given columns; numbers to the last digit.
+
+    Args:
+        path: the file.
+        types: column -> its type, in the file's order.
+        fix: what to do about a damaged file, for the error.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    try:
+        text = read_text(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # of cells that would be dropped
+            table = pd.read_csv(io.StringIO(text), dtype=dict(types), float_precision="round_trip", index_col=False)
+    except FormatError as error:
+        raise UserError(f"{error}; {fix}") from error
+    except (ValueError, ArithmeticError, pd.errors.ParserWarning) as error:  # errors of parsing are ValueErrors
+        raise UserError(f"'{shortened(path)}' is damaged ({shortened(error)}); {fix}") from error
+    if list(table.columns) != list(types):
+        raise UserError(f"'{shortened(path)}': its columns must be {', '.join(types)}; {fix}")
+    return table
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+EVALUATIONS_FILE = "evaluations.csv"
+EVALUATION_COLUMNS = ("steps", "task", "score", "stderr", "n", "metric", "settings")
+"""``score`` and ``stderr`` are in percent; ``settings`` say how it was measured."""
+
+
+def write_evaluations(folder: Path | str, rows: Sequence[dict[str, Any]]) -> Path:
+    """Adds rows to a run's evaluations; those of the same step and task replace the ones before. Atomic.
+
+    Args:
+        folder: the run's folder.
+        rows: with exactly the keys ``EVALUATION_COLUMNS``.
+
+    Raises:
+        UserError: the file that is there is damaged.
+    """
+    path = Path(folder) / EVALUATIONS_FILE
+    table = pd.DataFrame(rows, columns=list(EVALUATION_COLUMNS))
+    if is_there(path):
+        table = pd.concat([read_evaluations(folder), table])
+    table = table.drop_duplicates(["steps", "task"], keep="last").sort_values(["steps", "task"])
+    with written_atomically(path) as temporary:
+        table.to_csv(temporary, index=False)
+    return path
+
+
+def read_evaluations(folder: Path | str) -> pd.DataFrame:
+    """The columns ``EVALUATION_COLUMNS``; no rows where a run has no evaluations.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = Path(folder) / EVALUATIONS_FILE
+    if not is_there(path):
+        return pd.DataFrame(columns=list(EVALUATION_COLUMNS))
+    types = dict(zip(EVALUATION_COLUMNS, ("int64", str, "float64", "float64", "int64", str, str), strict=True))
+    return read_typed_csv(path, types, "delete it and evaluate again")
+
+
+def task_columns(folder: Path | str, steps: Any) -> dict[str, float]:
+    """The columns of a results table that the evaluations at a step give; none where a run has no evaluations.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    columns: dict[str, float] = {}
+    if not is_there(Path(folder) / EVALUATIONS_FILE):
+        return columns
+    table = read_evaluations(folder)
+    for row in table[table["steps"] == steps].to_dict("records"):
+        columns[f"task_{row['task']}"] = float(row["score"])
+        columns[f"task_{row['task']}_stderr"] = float(row["stderr"])
+    return columns
+
+
+FAULTS_FILE = "faults.csv"
+FAULT_COLUMNS = ("step", "kind", "loss", "grad_norm", "first_ordinal", "last_ordinal", "action")
+"""``kind``: `loss` or `gradient` where that is not finite, else `spike`; ``action``: `skipped` or `reported`."""
+SKIPPED, REPORTED = "skipped", "reported"
+
+
+def read_faults(folder: Path) -> list[dict[str, str]]:
+    """The rows of a folder's file, in order of step; none where there is no file.
+
+    Raises:
+        UserError: the file cannot be read, or is damaged.
+    """
+    path = folder / FAULTS_FILE
+    if not is_there(path):
+        return []
+    text = read_text(path)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise UserError(f"'{shortened(path)}' is damaged ({error}); delete it") from error
+    if not {"step", "action"} <= set(reader.fieldnames or []):
+        raise UserError(f"'{shortened(path)}' is damaged (it lacks the columns step and action); delete it")
+    for row in rows:
+        if None in row or None in row.values() or not re.fullmatch(r"\d{1,18}", row["step"]):
+            raise UserError(f"'{shortened(path)}' is damaged (step {shortened(row['step'], 40)}); delete it")
+    return rows
+
+
+def write_faults(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write the file anew, whole or not at all."""
+    with written_atomically(folder / FAULTS_FILE) as path, path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FAULT_COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def skipped_updates(run: Path) -> int:
+    """Updates that a run skipped, those of its branches included.
+
+    Raises:
+        UserError: as :func:`read_faults`.
+    """
+    folders = [run, *(path.parent for path in run.glob(f"branches/*/{FAULTS_FILE}"))]
+    return sum(row.get("action") == SKIPPED for folder in folders for row in read_faults(folder))

@@ -1,0 +1,404 @@
+"""IsoFLOP: a parabola of log loss in log N at each budget, and the power laws of its optimum
+(Hoffmann et al. 2022, Approach 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.linalg import block_diag
+
+from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
+from llada_lightning.study.fits.estimate import INTERVAL, Array, Estimate, interval
+from llada_lightning.study.fits.noise import UNKNOWN, Noise, Spread, fit_linear, linear_spread, solver
+from llada_lightning.study.fits.power_law import MIN_BUDGETS, PowerLaw, power_law
+from llada_lightning.study.fits.runs import TokenCost, Unit, budget_members, flops_column, is_budget, losses
+
+MIN_SHAPES = 3
+"""A parabola has three parameters."""
+
+MIN_SHAPES_FOR_CHECK = 5
+"""A cubic has four, and a parabola without the outermost two shapes needs three others."""
+
+
+@dataclass(frozen=True)
+class IsoflopBudget:
+    """The parabola of one budget: log loss = c[0] + c[1] x + c[2] x^2, x = log N - center."""
+
+    flops: float
+    """Geometric mean of the runs' training FLOPs."""
+    rows: npt.NDArray[np.intp] = field(repr=False)
+    """Where its runs stand in the objective's table."""
+    runs: tuple[str, ...]
+    log_n: Array
+    """Of non-embedding parameters, one for each run, as ``losses`` and ``stderr``."""
+    losses: Array
+    stderr: Array
+    center: float
+    coefficients: Array
+    n_opt: Estimate
+    d_opt: Estimate
+    tokens_per_param: Estimate
+    loss_opt: Estimate
+    interior: bool
+    """Whether the optimum lies between the smallest and the largest shape; if not, the laws leave it out."""
+    grid_sensitivity: float | None
+    """The largest relative change of N_opt by a cubic term or without the outermost shapes; None below 5 shapes."""
+    bias: float | None
+    """The largest of those changes that goes beyond its own interval and N_opt's; None if none does."""
+    draws: Array = field(repr=False, compare=False)
+    """Bootstrapped coefficients (samples, 3)."""
+
+    def curve(self, n: npt.ArrayLike) -> Array:
+        """Loss at N non-embedding parameters."""
+        x = np.log(np.asarray(n, float)) - self.center
+        return np.exp(np.polynomial.polynomial.polyval(x, self.coefficients))
+
+    def band(self, n: npt.ArrayLike) -> tuple[Array, Array]:
+        """Lower and upper end of the 95 % interval of the loss at N."""
+        x = np.log(np.atleast_1d(np.asarray(n, float))) - self.center
+        return interval(np.exp(self.draws @ np.stack([np.ones_like(x), x, x * x])))
+
+    @property
+    def biased(self) -> bool:
+        return self.bias is not None
+
+    @property
+    def drawn_log_n_opt(self) -> Array:
+        """log N_opt in every draw, no further out of the grid than the grid is wide: (samples,)."""
+        return self.center + _vertex(self.draws, self.log_n - self.center)
+
+    @property
+    def drawn_log_loss_opt(self) -> Array:
+        """Log of the loss at the optimum in every draw: (samples,)."""
+        return _at(self.draws, self.drawn_log_n_opt - self.center)
+
+    def as_dict(self) -> dict[str, Any]:
+        estimates = ("n_opt", "d_opt", "tokens_per_param", "loss_opt")
+        return {
+            "flops": self.flops,
+            "runs": list(self.runs),
+            "center_log_n": self.center,
+            "coefficients": self.coefficients.tolist(),
+            **{name: getattr(self, name).as_dict() for name in estimates},
+            **{name: getattr(self, name) for name in ("interior", "grid_sensitivity", "bias", "biased")},
+        }
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Optimal loss against training FLOPs: log loss = c[0] + c[1] x + c[2] x^2, x = log(C / c0)."""
+
+    c0: float
+    coefficients: Array
+    scatter: Spread
+    """Of the optima's log loss about the curve, beyond their own errors."""
+    misfit: float
+    """p-value of the test of lack of fit (``Noise.misfit``); NaN where it cannot be made."""
+    draws: Array = field(repr=False, compare=False)
+
+    def loss(self, flops: npt.ArrayLike) -> Array:
+        x = np.log(np.asarray(flops, float) / self.c0)
+        return np.exp(np.polynomial.polynomial.polyval(x, self.coefficients))
+
+    def drawn(self, flops: npt.ArrayLike) -> Array:
+        """The loss at given FLOPs in every draw: (samples, *flops.shape)."""
+        x = np.log(np.atleast_1d(np.asarray(flops, float)) / self.c0)
+        return np.exp(self.draws @ np.stack([np.ones_like(x), x, x * x]))
+
+    def band(self, flops: npt.ArrayLike) -> tuple[Array, Array]:
+        """Lower and upper end of the 95 % interval of the loss at given FLOPs."""
+        return interval(self.drawn(flops))
+
+    def as_dict(self) -> dict[str, Any]:
+        coefficients = self.coefficients.tolist()
+        return {"c0": self.c0, "coefficients": coefficients, "spread": self.scatter.tau, "misfit": self.misfit}
+
+
+@dataclass(frozen=True)
+class IsoflopFit:
+    """One objective's parabolas and, given three budgets with an optimum inside, the laws of N_opt, D_opt and loss.
+
+    ``loss_curve`` is what the compute multiplier reads: a loss with an irreducible part is no power law.
+    """
+
+    convention: Convention
+    budgets: list[IsoflopBudget]
+    n_law: PowerLaw | None
+    d_law: PowerLaw | None
+    loss_law: PowerLaw | None
+    loss_curve: LossCurve | None
+    note: str | None = None
+
+    @property
+    def flops_range(self) -> tuple[float, float]:
+        """Of the budgets that the laws go through."""
+        flops = [budget.flops for budget in self.budgets if budget.interior]
+        return min(flops), max(flops)
+
+    def as_dict(self) -> dict[str, Any]:
+        laws = {name: getattr(self, name) for name in ("n_law", "d_law", "loss_law", "loss_curve")}
+        return {
+            "convention": self.convention,
+            "budgets": [budget.as_dict() for budget in self.budgets],
+            **{name: law.as_dict() for name, law in laws.items() if law},
+            **({"note": self.note} if self.note else {}),
+        }
+
+
+# --- fitting ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Valley:
+    """The runs of one budget, before the fit."""
+
+    rows: npt.NDArray[np.intp]
+    flops: float
+    x: Array
+    """log N - center."""
+    center: float
+    log_loss: Array
+
+    @property
+    def design(self) -> Array:
+        return np.stack([np.ones_like(self.x), self.x, self.x**2], axis=1)
+
+    @property
+    def cubic_design(self) -> Array:
+        """The same where there are too few shapes for a cubic."""
+        enough = len(np.unique(self.x)) >= MIN_SHAPES_FOR_CHECK
+        return np.column_stack([self.design, self.x**3]) if enough else self.design
+
+
+def parabola_spread(runs: pd.DataFrame, convention: Convention, unit: Unit, noise: Noise) -> Spread:
+    """What runs of one objective scatter about their budgets' parabolas, one number for all budgets.
+
+    Unknown where there are no more runs than the parabolas have parameters.
+    """
+    valleys, _ = _valleys(runs, convention, unit)
+    if not valleys:
+        return UNKNOWN
+    pooled = noise.take(np.concatenate([valley.rows for valley in valleys]))
+    log_loss = np.concatenate([valley.log_loss for valley in valleys])
+    return linear_spread(block_diag(*(valley.design for valley in valleys)), log_loss, pooled)
+
+
+def fit_isoflop(
+    runs: pd.DataFrame,
+    convention: Convention,
+    unit: Unit,
+    noise: Noise,
+    seed: int = 0,
+    *,
+    lent: Spread = UNKNOWN,
+) -> IsoflopFit:
+    """Parabolas of log loss in log N at every budget, and the laws of their optima.
+
+    The spread between runs is one number for all budgets: a single budget has too few runs to tell it.
+
+    Args:
+        runs: usable runs of one objective.
+        convention: which FLOPs a budget counts. Runs that were planned to be equal by the other convention do not
+            form budgets by this one; the fit then holds a note instead.
+        unit: of the losses.
+        noise: of these runs, in their order.
+        seed: of the draws of the laws' own spread.
+        lent: what such runs scatter by another fit, for parabolas that go through all their points.
+    """
+    valleys, notes = _valleys(runs, convention, unit)
+    if not valleys:
+        return IsoflopFit(convention, [], None, None, None, None, "no fit: " + "; ".join(notes))
+    pooled = noise.take(np.concatenate([valley.rows for valley in valleys]))
+    log_loss = np.concatenate([valley.log_loss for valley in valleys])
+    fit = fit_linear(block_diag(*(valley.design for valley in valleys)), log_loss, pooled, lent=lent)
+    if not fit.spread.known:
+        notes.append("no intervals: three shapes a budget leave no scatter to judge by; add shapes")
+    # Whether a cubic term moves an optimum is judged by the scatter about cubics: that about parabolas holds the lean.
+    cubic = fit_linear(block_diag(*(valley.cubic_design for valley in valleys)), log_loss, pooled, lent=fit.spread)
+    places = np.split(np.arange(len(log_loss)), np.cumsum([len(valley.rows) for valley in valleys])[:-1])
+    weights = pooled.weights(np.nan_to_num(fit.spread.tau))
+    cost = TokenCost.of_runs(runs, convention)
+    budgets = [
+        _fit_budget(
+            valley,
+            runs.iloc[valley.rows],
+            unit,
+            cost,
+            weights[own],
+            *(pooled.draws(f.spread, own) for f in (fit, cubic)),
+        )
+        for valley, own in zip(valleys, places, strict=True)
+    ]
+    return _with_laws(convention, budgets, cost, notes, seed)
+
+
+def _valleys(runs: pd.DataFrame, convention: Convention, unit: Unit) -> tuple[list[_Valley], list[str]]:
+    """The budgets with enough shapes, and what is to be said of the others."""
+    flops = runs[flops_column(convention)].to_numpy(float)
+    log_n = np.log(runs["params_nonembedding"].to_numpy(float))
+    log_loss = np.log(losses(runs, unit)[0])
+    valleys, few, apart = [], [], list[int]()
+    for rows in budget_members(flops):
+        shapes = len(np.unique(log_n[rows]))
+        if not is_budget(flops[rows]) or shapes == 1:
+            apart += rows.tolist()
+        elif shapes < MIN_SHAPES:
+            few.append(f"{flops[rows[0]]:.2g} ({shapes})")
+        else:
+            center = float(log_n[rows].mean())
+            budget = float(np.exp(np.log(flops[rows]).mean()))
+            valleys.append(_Valley(rows, budget, log_n[rows] - center, center, log_loss[rows]))
+    notes = []
+    name = CONVENTION_NAMES[convention]
+    if len(apart) and not valleys:
+        notes.append(f"runs of several shapes do not share budgets by {name}: they were not planned to be equal by it")
+    elif len(apart):
+        notes.append(f"{len(apart)} runs left out: by {name} they share no budget with runs of other shapes")
+    if few:
+        shown = ", ".join(few[:4]) + (", …" if len(few) > 4 else "")
+        notes.append(f"budgets (shapes): {shown}; a parabola needs at least {MIN_SHAPES} shapes")
+    return valleys, notes
+
+
+def _fit_budget(
+    valley: _Valley, runs: pd.DataFrame, unit: Unit, cost: TokenCost, weights: Array, errors: Array, cubic_errors: Array
+) -> IsoflopBudget:
+    solve = solver(valley.design, weights)
+    coefficients = solve @ valley.log_loss
+    draws = coefficients + errors @ solve.T
+    x_opt, drawn_x = _vertex(coefficients, valley.x), _vertex(draws, valley.x)
+    log_n, drawn_n = valley.center + float(x_opt), valley.center + _opened(drawn_x, valley.x)
+    log_d, drawn_d = (np.log(valley.flops) - cost(value) for value in (log_n, drawn_n))
+    n_opt = Estimate.of(float(np.exp(log_n)), np.exp(drawn_n))
+    shifts = _grid_shifts(
+        valley, weights, cubic_errors, float(x_opt), _vertex(coefficients + cubic_errors @ solve.T, valley.x)
+    )
+    loss, stderr = losses(runs, unit)
+    return IsoflopBudget(
+        flops=valley.flops,
+        rows=valley.rows,
+        runs=tuple(runs["run"].astype(str)),
+        log_n=valley.x + valley.center,
+        losses=loss,
+        stderr=stderr,
+        center=valley.center,
+        coefficients=coefficients,
+        n_opt=n_opt,
+        d_opt=Estimate.of(float(np.exp(log_d)), np.exp(drawn_d)),
+        tokens_per_param=Estimate.of(float(np.exp(log_d - log_n)), np.exp(drawn_d - drawn_n)),
+        loss_opt=Estimate.of(float(np.exp(_at(coefficients, x_opt))), np.exp(_at(draws, drawn_x))),
+        interior=bool(coefficients[2] > 0 and valley.x.min() < x_opt < valley.x.max()),
+        grid_sensitivity=_largest(shifts),
+        bias=_largest(
+            [
+                shift
+                for shift in shifts
+                if not shift.covers(0.0) and not n_opt.covers(n_opt.value * float(np.exp(shift.value)))
+            ]
+        ),
+        draws=draws,
+    )
+
+
+def _vertex(coefficients: Array, x: Array) -> Array:
+    """Where a parabola is lowest, (..., 3) -> (...); no further out of the grid than the grid is wide.
+
+    A draw that opens downwards falls towards one side without an end: it is put at that side's bound.
+    """
+    _, slope, curvature = np.moveaxis(coefficients, -1, 0)
+    width = np.ptp(x)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        vertex = np.where(curvature > 0, -slope / (2 * curvature), -np.sign(slope) * np.inf)
+    return np.clip(vertex, x.min() - width, x.max() + width)
+
+
+def _at(coefficients: Array, x: Array) -> Array:
+    return coefficients[..., 0] + coefficients[..., 1] * x + coefficients[..., 2] * x**2
+
+
+def _opened(drawn_x: Array, x: Array) -> Array:
+    """Draws of the vertex with those at its bounds as infinite: the data do not say how far out they are."""
+    width = np.ptp(x)
+    opened = np.where(drawn_x <= x.min() - width, -np.inf, drawn_x)
+    return np.where(drawn_x >= x.max() + width, np.inf, opened)
+
+
+def _grid_shifts(valley: _Valley, weights: Array, errors: Array, x_opt: float, drawn_x: Array) -> list[Estimate]:
+    """How far log N_opt moves with a cubic term, and without the outermost shapes, each with its own interval.
+
+    A skewed valley pulls the vertex of a parabola to one side, the more so the further the grid's centre is off.
+    """
+    sizes = np.unique(valley.x)
+    if len(sizes) < MIN_SHAPES_FOR_CHECK:
+        return []
+    shifts = []
+    cubic = solver(valley.cubic_design, weights)
+    theta = cubic @ valley.log_loss
+    inner = (valley.x > sizes[0]) & (valley.x < sizes[-1])
+    shorter = solver(valley.design[inner], weights[inner])
+    short_theta = shorter @ valley.log_loss[inner]
+    for other, drawn in (
+        (_cubic_minimum(theta), _cubic_minimum(theta + errors @ cubic.T)),
+        (_vertex(short_theta, valley.x), _vertex(short_theta + errors[:, inner] @ shorter.T, valley.x)),
+    ):
+        if np.isfinite(other):
+            low, high = np.nanpercentile(drawn - drawn_x, INTERVAL)
+            shifts.append(Estimate(float(other) - x_opt, float(low), float(high)))
+    return shifts
+
+
+def _largest(shifts: list[Estimate]) -> float | None:
+    """Of shifts of log N the largest, as a relative change of N."""
+    return max((float(np.expm1(abs(shift.value))) for shift in shifts), default=None)
+
+
+def _cubic_minimum(coefficients: Array) -> Array:
+    """Where a cubic has its minimum, (..., 4) -> (...); NaN where it has none."""
+    _, first, second, third = np.moveaxis(coefficients, -1, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return -first / (second + np.sqrt(second**2 - 3 * first * third))
+
+
+# --- laws ------------------------------------------------------------------------------------------------------------
+
+
+def _with_laws(
+    convention: Convention, budgets: list[IsoflopBudget], cost: TokenCost, notes: list[str], seed: int
+) -> IsoflopFit:
+    inside = [budget for budget in budgets if budget.interior]
+    outside = [f"{budget.flops:.2g}" for budget in budgets if not budget.interior]
+    if outside:
+        notes.append(f"optimum outside of the grid at {', '.join(outside)} FLOPs, left out of the laws; move the grid")
+    if len(inside) < MIN_BUDGETS:
+        notes.append(
+            f"no laws: {len(inside)} budgets with an optimum inside the grid; at least {MIN_BUDGETS} are needed"
+        )
+        return IsoflopFit(convention, budgets, None, None, None, None, "; ".join(notes))
+    log_c = np.log([budget.flops for budget in inside])
+    log_n = np.log([budget.n_opt.value for budget in inside])
+    log_loss = np.log([budget.loss_opt.value for budget in inside])
+    drawn_n = np.stack([budget.drawn_log_n_opt for budget in inside], axis=1)
+    drawn_loss = np.stack([budget.drawn_log_loss_opt for budget in inside], axis=1)
+    noise_n, noise_loss = Noise.of_draws(log_n, drawn_n, seed), Noise.of_draws(log_loss, drawn_loss, seed + 1)
+    noise_d = Noise.of_draws(log_c - cost(log_n), log_c - cost(drawn_n), seed)
+    x = log_c - log_c.mean()
+    loss_law = power_law(log_c, log_loss, noise_loss)
+    bent = np.stack([np.ones_like(x), x, x * x], axis=1)
+    # Through three optima the curve only interpolates: their own errors are all, or, not known, the line's scatter.
+    through = Spread(0.0, 0, np.nan) if noise_loss.known else loss_law.scatter
+    curve = fit_linear(bent, log_loss, noise_loss, lent=through if len(x) == bent.shape[1] else UNKNOWN)
+    return IsoflopFit(
+        convention,
+        budgets,
+        n_law=power_law(log_c, log_n, noise_n, sign=1),
+        d_law=power_law(log_c, log_c - cost(log_n), noise_d, sign=1),
+        loss_law=loss_law,
+        loss_curve=LossCurve(
+            float(np.exp(log_c.mean())), curve.theta, curve.spread, noise_loss.misfit(log_loss, bent), curve.draws
+        ),
+        note="; ".join(notes) or None,
+    )

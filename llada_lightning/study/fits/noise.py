@@ -1,0 +1,358 @@
+"""How well the losses are known: the one noise model behind every interval.
+
+All fits are of log loss. The covariance of the n log losses is V + tau^2 I. V are the runs' own validation errors:
+independent where only standard errors are known, the full matrix where it is given (runs that share a validation set
+err together, so that differences are known far better than single losses). tau is the spread between runs beyond
+that: seeds, tuning, a law that does not hold. It is estimated from a fit's own residuals by moments (DerSimonian and
+Laird 1986); where no errors are known V is zero and tau holds all.
+
+A bootstrap draw is: fitted values + N(0, V + tau*^2 I), then a refit. tau*^2 is drawn anew each time as
+dof tau^2 / chi^2_dof, so that few degrees of freedom give wide intervals, as Student's t does. So an interval holds
+over runs and over each run's own error, and counts no noise twice. A fit that goes through all its points tells no
+spread: it borrows that of another fit (``best_known``), and has no intervals where nothing can be borrowed. Cases are
+not resampled: of five runs of a budget a resample often keeps fewer than the three that a parabola needs, or all on
+one side of its valley.
+
+Draws are many: 2,000 runs in 4,000 draws are 64 MB for each kind of number. So they are made once, fits take columns of
+them without a copy, and what is computed from them is computed in blocks of draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import stats
+
+from llada_lightning.study.fits.estimate import Array
+from llada_lightning.study.fits.runs import losses
+from llada_lightning.support.errors import UserError
+
+NoiseModel = Literal["covariance", "standard errors", "scatter"]
+NOISE_MODELS: dict[NoiseModel, str] = {
+    "covariance": "covariance of the runs' validation errors, and the spread of runs beyond it",
+    "standard errors": "each run's own standard error, taken as independent, and the spread of runs beyond it",
+    "scatter": "the scatter of runs about each fit (no standard errors in the table)",
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Standard deviation of log loss beyond the known errors (NaN: not known), and what it was estimated with."""
+
+    tau: float
+    dof: int
+    reduced_chi_square: float
+    """Squared residuals over what the known errors alone make expect; NaN where none are known."""
+
+    @property
+    def known(self) -> bool:
+        return bool(np.isfinite(self.tau))
+
+
+UNKNOWN = Spread(np.nan, 0, np.nan)
+NOTHING = Spread(0.0, 0, np.nan)
+"""No spread beyond the known errors."""
+
+ENOUGH_DOF = 3
+"""With fewer, tau is hardly known: of one degree of freedom a 95 % interval is six times as wide as of many."""
+
+
+def best_known(*spreads: Spread) -> Spread:
+    """The first spread of enough degrees of freedom; if none has them, the one of most."""
+    known = [spread for spread in spreads if spread.known]
+    enough = [spread for spread in known if spread.dof >= ENOUGH_DOF]
+    return enough[0] if enough else max(known, key=lambda spread: spread.dof, default=UNKNOWN)
+
+
+MOST_NUMBERS = 2**18
+"""Numbers of a block: 2 MB, of which a fit holds some thirty at once."""
+
+
+def blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Rows in slices of at most ``MOST_NUMBERS`` numbers of so many columns, and of at least one row."""
+    length = max(1, MOST_NUMBERS // max(1, columns))
+    return (slice(start, min(start + length, rows)) for start in range(0, rows, length))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What was drawn for m log losses: three arrays (samples, m), which every fit of them shares."""
+
+    errors: Array
+    """From N(0, V). Runs that err together do so in every draw, over both objectives."""
+    normals: Array
+    """Standard normals for the spread."""
+    uniforms: Array
+    """For the spread's own uncertainty."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Errors of n log losses: their covariance, and their columns of the draws."""
+
+    model: NoiseModel
+    covariance: Array = field(repr=False)
+    """V (n, n), of log loss; zero where errors are not known."""
+    drawn: Draws = field(repr=False)
+    columns: npt.NDArray[np.intp] = field(repr=False)
+    """Where the n losses are among the m that were drawn."""
+    shares: Array = field(repr=False)
+    """Of tau^2 in each loss (n,): 1, and 1/k for the mean of k runs."""
+
+    @classmethod
+    def of(cls, covariance: Array, model: NoiseModel, samples: int, seed: int) -> Noise:
+        runs = len(covariance)
+        generator = np.random.default_rng(seed)
+        draws, normals = (generator.standard_normal((samples, runs)) for _ in range(2))
+        values, vectors = np.linalg.eigh(covariance)
+        root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T  # the one root that is symmetric
+        return cls._whole(model, covariance, Draws(draws @ root, normals, generator.uniform(size=(samples, runs))))
+
+    @classmethod
+    def _whole(cls, model: NoiseModel, covariance: Array, drawn: Draws) -> Noise:
+        count = len(covariance)
+        return cls(model, covariance, drawn, np.arange(count), np.ones(count))
+
+    @property
+    def known(self) -> bool:
+        return self.model != "scatter"
+
+    @property
+    def samples(self) -> int:
+        """Number of draws."""
+        return len(self.drawn.errors)
+
+    @property
+    def errors(self) -> Array:
+        """Draws from N(0, V): (samples, n), a copy."""
+        return self.drawn.errors[:, self.columns]
+
+    @property
+    def normals(self) -> Array:
+        """Standard normals for the spread: (samples, n), a copy."""
+        return self.drawn.normals[:, self.columns]
+
+    @property
+    def variances(self) -> Array:
+        return np.diagonal(self.covariance)
+
+    @classmethod
+    def of_draws(cls, values: Array, draws: Array, seed: int) -> Noise:
+        """Errors of numbers that carry draws already (samples, n); by their scatter alone where draws are NaN."""
+        samples, count = draws.shape
+        errors = draws - values
+        covariance = np.atleast_2d(np.cov(errors, rowvar=False))
+        if not np.all(np.diagonal(covariance) > 1e-24):  # NaN, or numbers that are exact
+            return cls.of(np.zeros((count, count)), "scatter", samples, seed)
+        generator = np.random.default_rng(seed)
+        normals = generator.standard_normal((samples, count))
+        return cls._whole("covariance", covariance, Draws(errors, normals, generator.uniform(size=(samples, count))))
+
+    def take(self, rows: npt.ArrayLike) -> Noise:
+        """Of some of the runs, draws and all."""
+        rows = np.asarray(rows, np.intp)
+        return replace(
+            self, covariance=self.covariance[np.ix_(rows, rows)], columns=self.columns[rows], shares=self.shares[rows]
+        )
+
+    def averaged(self, groups: Sequence[npt.NDArray[np.intp]]) -> Noise:
+        """Of the means of log losses over groups of runs."""
+        means = np.zeros((len(groups), len(self.covariance)))
+        for row, members in zip(means, groups, strict=True):
+            row[members] = 1 / len(members)
+        uniforms = self.drawn.uniforms[:, self.columns[[members[0] for members in groups]]]
+        drawn = Draws(self.errors @ means.T, self.normals @ means.T, uniforms)
+        whole = Noise._whole(self.model, means @ self.covariance @ means.T, drawn)
+        return replace(whole, shares=means**2 @ self.shares)
+
+    def shared_within(self, groups: npt.NDArray[np.intp]) -> Noise:
+        """The same with one error of the spread for all losses of a group, as branches of one trunk share theirs.
+
+        Args:
+            groups: number of each loss's group (n,), from 0 on.
+        """
+        drawn = Draws(self.errors, self.normals[:, groups], self.drawn.uniforms[:, self.columns])
+        return replace(self, drawn=drawn, columns=np.arange(len(groups)))
+
+    def weights(self, tau: float = 0.0) -> Array:
+        """Inverse variances of the log losses; where errors are not known, one for each run of a mean.
+
+        The diagonal alone: weighing by the whole inverse of an estimated, nearly singular matrix can put a fit
+        outside of its points (Peelle's pertinent puzzle). Correlations enter by the draws.
+        """
+        return 1 / (self.variances + tau**2 * self.shares) if self.known else 1 / self.shares
+
+    def spread(self, residuals: Array, design: Array) -> Spread:
+        """tau from the residuals of a least-squares fit with ``weights()``, by moments.
+
+        tau^2 = max(0, (RSS - tr(M V)) / tr(M W)), RSS weighted and M the residual maker of the weighted problem.
+        Unknown where as many parameters as points leave nothing to judge by.
+
+        Args:
+            residuals: of log loss (n,).
+            design: derivatives of the fitted values by the parameters (n, p).
+        """
+        weights = self.weights()
+        root = np.sqrt(weights)
+        count, parameters = design.shape
+        dof = count - parameters
+        if dof <= 0:
+            return UNKNOWN
+        basis, _ = np.linalg.qr(root[:, None] * design)
+        maker = np.eye(count) - basis @ basis.T
+        expected = np.sum(maker * (root[:, None] * self.covariance * root))
+        squares = float(np.sum(weights * residuals**2))
+        tau = np.sqrt(max(0.0, squares - expected) / np.sum(np.diagonal(maker) * weights * self.shares))
+        return Spread(float(tau), dof, float(squares / expected) if self.known else np.nan)
+
+    def draws(self, spread: Spread, rows: npt.NDArray[np.intp] | None = None) -> Array:
+        """Errors of the log losses, or of some rows of them, in every draw: (samples, n). NaN where nothing is known.
+
+        They are N(0, V + tau*^2 I); a draw's tau* is the same for all rows.
+        """
+        columns = self.columns if rows is None else self.columns[rows]
+        return self._errors(slice(None), columns, self._tau(spread))
+
+    def blocks_of_draws(self, spread: Spread) -> Iterator[Array]:
+        """``draws`` of all rows in blocks (samples of the block, n), so that not all are in memory at once."""
+        tau = self._tau(spread)
+        return (self._errors(block, self.columns, tau) for block in blocks(self.samples, len(self.columns)))
+
+    def _tau(self, spread: Spread) -> Array:
+        return drawn_tau(spread, self.drawn.uniforms[:, self.columns[0]])
+
+    def _errors(self, block: slice, columns: npt.NDArray[np.intp], tau: Array) -> Array:
+        errors = self.drawn.normals[block, columns]
+        errors *= tau[block, None]
+        errors += self.drawn.errors[block, columns]
+        return errors
+
+    def misfit(self, log_losses: Array, design: Array, spread: Spread = NOTHING) -> float:
+        """How often errors alone would scatter about a linear fit as much as log losses (n,) do: a p-value.
+
+        The test of lack of fit: the weighted sum of squares that least squares on the design (n, p) leaves, against
+        those that it leaves of each draw of the errors. Correlations and the spread's own uncertainty are in the
+        draws. NaN where no error is known, or nothing is left to judge by.
+        """
+        if len(log_losses) <= design.shape[1] or not (spread.known and (self.known or spread.tau > 0)):
+            return np.nan
+        root = np.sqrt(self.weights(spread.tau))
+        basis, _ = np.linalg.qr(root[:, None] * design)
+
+        def left(errors: Array) -> Array:
+            weighted = root * errors
+            return np.asarray(np.sum((weighted - (weighted @ basis) @ basis.T) ** 2, axis=-1))
+
+        drawn = np.concatenate([left(block) for block in self.blocks_of_draws(spread)])
+        return float(np.mean(drawn >= left(log_losses)))
+
+
+def drawn_tau(spread: Spread, uniforms: Array) -> Array:
+    """tau* of every draw: dof tau^2 / chi^2_dof, the spread's own uncertainty."""
+    if not spread.tau > 0:  # zero, or NaN
+        return np.full(len(uniforms), spread.tau)
+    return spread.tau * np.sqrt(spread.dof / stats.chi2.ppf(uniforms, spread.dof))
+
+
+# --- linear fits -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """Weighted least squares: the parameters (p,), their draws (samples, p), and what the points scatter about it."""
+
+    theta: Array
+    draws: Array
+    spread: Spread
+    residual: float
+    """Root mean square."""
+    solve: Array
+    """theta = solve @ y."""
+
+
+def linear_spread(design: Array, y: Array, noise: Noise) -> Spread:
+    """What points y (n,) scatter beyond their errors about least squares on a design (n, p)."""
+    return noise.spread(y - design @ (solver(design, noise.weights()) @ y), design)
+
+
+def fit_linear(design: Array, y: Array, noise: Noise, *, lent: Spread = UNKNOWN) -> LinearFit:
+    """Least squares of y (n,) on a design (n, p), each point weighed by its own error and the spread beyond it.
+
+    ``lent`` is a spread of other points of the kind, for where these tell none.
+    """
+    spread = best_known(linear_spread(design, y, noise), lent)
+    solve = solver(design, noise.weights(np.nan_to_num(spread.tau)))
+    theta = solve @ y
+    residual = float(np.sqrt(np.mean((y - design @ theta) ** 2)))
+    draws = np.concatenate([block @ solve.T for block in noise.blocks_of_draws(spread)])
+    return LinearFit(theta, theta + draws, spread, residual, solve)
+
+
+def solver(design: Array, weights: Array) -> Array:
+    """Weighted least squares as a matrix (p, n): theta = solver @ y."""
+    root = np.sqrt(weights)
+    return np.asarray(np.linalg.pinv(root[:, None] * design) * root, np.float64)
+
+
+# --- of a results table ----------------------------------------------------------------------------------------------
+
+
+def noise_of_runs(runs: pd.DataFrame, covariance: pd.DataFrame | None, samples: int, seed: int) -> Noise:
+    """The noise of a results table's runs, both objectives at once.
+
+    Args:
+        runs: usable runs.
+        covariance: of all the runs' ``val_nats_per_token`` in nats^2, index and columns ``run@steps``; None: by the
+            table's standard errors, or, where one of them is missing or zero, by the scatter alone.
+        samples: bootstrap draws.
+        seed: of the draws.
+
+    Raises:
+        UserError: the covariance is none.
+    """
+    loss, stderr = losses(runs, "nats_per_token")
+    if covariance is not None:
+        relative = _matching(covariance, runs) / np.outer(loss, loss)
+        return Noise.of(relative, "covariance", samples, seed)
+    if np.all(np.isfinite(stderr) & (stderr > 0)):
+        return Noise.of(np.diag((stderr / loss) ** 2), "standard errors", samples, seed)
+    return Noise.of(np.zeros((len(runs), len(runs))), "scatter", samples, seed)
+
+
+def run_names(runs: pd.DataFrame) -> list[str]:
+    """``run@steps``: what a covariance's rows and columns are called."""
+    return [f"{run}@{steps}" for run, steps in zip(runs["run"], runs["steps"], strict=True)]
+
+
+def runs_without(covariance: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
+    """The names of the runs that a covariance lacks.
+
+    Raises:
+        UserError: it lacks all of them, so it is of another study.
+    """
+    missing = [name for name in run_names(runs) if name not in covariance.index or name not in covariance.columns]
+    if len(missing) == len(runs):
+        raise UserError(
+            f"covariance: none of the table's {len(runs)} runs is in it ({missing[0]} …); "
+            "collect both files from the same runs, or remove the covariance file"
+        )
+    return missing
+
+
+def _matching(covariance: pd.DataFrame, runs: pd.DataFrame) -> Array:
+    names = run_names(runs)
+    assert not runs_without(covariance, runs)
+    if covariance.index.has_duplicates or covariance.columns.has_duplicates:
+        raise UserError("covariance: a run's name stands in it twice; write it again")
+    matrix = covariance.loc[names, names].to_numpy(float)
+    largest = np.max(np.abs(matrix)) if np.all(np.isfinite(matrix)) else np.nan
+    if not (largest > 0 and np.allclose(matrix, matrix.T, atol=1e-9 * largest)):
+        raise UserError("covariance: not finite, not symmetric, or all zero; write it again")
+    if np.linalg.eigvalsh(matrix)[0] < -1e-6 * largest * len(matrix) or np.any(np.diagonal(matrix) <= 0):
+        raise UserError("covariance: negative along some direction, so it is none; write it again")
+    return (matrix + matrix.T) / 2

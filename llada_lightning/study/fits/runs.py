@@ -1,0 +1,210 @@
+"""Which runs of a results table a fit may see, their losses and FLOPs, and the budgets that they form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from llada_lightning.compute.flops import CONVENTIONS, Convention
+from llada_lightning.records import DONE
+from llada_lightning.study.fits.estimate import Array
+from llada_lightning.support.errors import UserError
+
+Unit = Literal["nats_per_token", "bits_per_byte"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+UNIT_NAMES: dict[Unit, str] = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
+
+OBJECTIVES = ("arm", "llada")
+VAL_KINDS = {"arm": "exact", "llada": "bound"}
+
+BUDGET_TOLERANCE = 1.1
+"""Runs whose FLOPs differ by less than this factor belong to one budget: whole steps cannot hit it exactly."""
+
+
+def usable_runs(table: pd.DataFrame) -> pd.DataFrame:
+    """The finished runs with a finite loss, each once: the only ones that a fit may see."""
+    runs = finished_runs(table)
+    return runs[~_stands_twice(runs)].reset_index(drop=True)
+
+
+def finished_runs(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that are done with a finite loss."""
+    finite = np.isfinite(table["val_nats_per_token"].to_numpy(float, na_value=np.nan))
+    return table[(table["status"] == DONE).fillna(False).to_numpy(bool) & finite].reset_index(drop=True)
+
+
+def _stands_twice(runs: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """Rows whose result stands above them already, as tables joined by hand have them.
+
+    Equal are objective, run, steps, seed, N and D; where a table gives no seeds, the loss must be equal too.
+    """
+    key = runs[["objective", "run", "steps", "seed", "params_nonembedding", "tokens"]].astype(object)
+    return key.assign(loss=runs["val_nats_per_token"].where(runs["seed"].isna(), 0.0)).duplicated().to_numpy(bool)
+
+
+def check_comparable(table: pd.DataFrame) -> None:
+    """Raises UserError where the losses of a table cannot stand on one axis.
+
+    That is: several tokenizers, data fingerprints or sequence lengths, an unknown objective, or a ``val_kind`` that
+    is not the objective's own (``arm`` is exact, ``llada`` a bound).
+    """
+    for column in ("tokenizer", "data_fingerprint", "sequence_length"):
+        kinds = sorted(table[column].dropna().unique())
+        if len(kinds) > 1:
+            raise UserError(f"results: {column} is mixed ({', '.join(map(str, kinds))}); collect runs on the same data")
+    for objective, kind in table[["objective", "val_kind"]].drop_duplicates().itertuples(index=False):
+        if pd.isna(objective) or objective not in OBJECTIVES:
+            run = table.loc[table["objective"].eq(objective) | table["objective"].isna(), "run"].iloc[0]
+            known = ", ".join(OBJECTIVES)
+            raise UserError(f"results: objective {objective!r} of {run} is not known; it is one of {known}")
+        if pd.isna(kind) or kind != VAL_KINDS[objective]:
+            raise UserError(f"results: val_kind of {objective} is {kind!r}; it must be {VAL_KINDS[objective]!r}")
+
+
+def check_complete(runs: pd.DataFrame, unit: Unit) -> None:
+    """Raises UserError where a usable run lacks what every fit reads: N, D, a positive loss in the unit.
+
+    Or where an error is negative, or all losses of an objective are one number, which no training gives.
+    """
+    columns = ["params_nonembedding", "tokens", "val_nats_per_token"]
+    if unit == "bits_per_byte":
+        columns.append("val_bits_per_byte")
+    for column in columns:
+        wrong = ~_positive(runs[column])
+        if wrong.any():
+            name = runs.loc[wrong, "run"].iloc[0]
+            remedy = "correct the table"
+            if column == "val_bits_per_byte":
+                remedy = "runs whose tokenizer does not give the text back have none; use --unit nats_per_token"
+            raise UserError(f"results: {column} of {wrong.sum()} runs is missing or not positive ({name}); {remedy}")
+    if (runs["val_stderr"] < 0).any():
+        name = runs.loc[runs["val_stderr"] < 0, "run"].iloc[0]
+        raise UserError(f"results: val_stderr of {name} is negative; leave it empty where it is not known")
+    for objective, members in runs.groupby("objective"):
+        loss, _ = losses(members, unit)
+        if len(loss) > 2 and np.ptp(loss) == 0:
+            raise UserError(f"results: all {len(loss)} losses of {objective} are {loss[0]:g}; collect the runs again")
+
+
+def in_canonical_order(runs: pd.DataFrame) -> pd.DataFrame:
+    """Sorted by what the runs are, so that the order of a table's rows changes no draw."""
+    return runs.sort_values(
+        ["objective", "tokens", "params_nonembedding", "flops_6nd", "run", "val_nats_per_token"], ignore_index=True
+    )
+
+
+def flops_column(convention: Convention) -> str:
+    """The column that counts a run's FLOPs by a convention."""
+    return "flops_6nd" if convention == "6nd" else "flops_total"
+
+
+def counted_conventions(runs: pd.DataFrame, wanted: tuple[Convention, ...] = CONVENTIONS) -> tuple[Convention, ...]:
+    """Those of the wanted conventions by which every run has its FLOPs counted."""
+    return tuple(name for name in wanted if np.all(_positive(runs[flops_column(name)])))
+
+
+def _positive(column: pd.Series) -> npt.NDArray[np.bool_]:
+    values = column.to_numpy(float, na_value=np.nan)
+    return np.isfinite(values) & (values > 0)
+
+
+def losses(table: pd.DataFrame, unit: Unit) -> tuple[Array, Array]:
+    """Loss and its standard error, in ``unit``; the error is NaN where the run reports none."""
+    nats = table["val_nats_per_token"].to_numpy(float, na_value=np.nan)
+    stderr = table["val_stderr"].to_numpy(float, na_value=np.nan)
+    if unit == "nats_per_token":
+        return nats, stderr
+    bits = table["val_bits_per_byte"].to_numpy(float, na_value=np.nan)
+    return bits, stderr * bits / nats
+
+
+# --- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def budget_groups(flops: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """For each run the ordinal of its budget, cheapest first: a gap above ``BUDGET_TOLERANCE`` starts a new one."""
+    values = np.log(np.asarray(flops, float))
+    order = np.argsort(values, kind="stable")
+    groups = np.empty(len(values), np.int64)
+    groups[order] = np.cumsum(np.diff(values[order], prepend=values[order][:1]) > np.log(BUDGET_TOLERANCE))
+    return groups
+
+
+def budget_members(flops: npt.ArrayLike) -> list[npt.NDArray[np.intp]]:
+    """Row positions of the runs of each budget, cheapest budget first."""
+    groups = budget_groups(flops)
+    return [np.flatnonzero(groups == group) for group in range(groups.max() + 1)] if len(groups) else []
+
+
+def is_budget(flops: npt.ArrayLike) -> bool:
+    """Whether runs of these FLOPs are of one budget, and no cloud that has no gap in it."""
+    values = np.asarray(flops, float)
+    return bool(values.max() < BUDGET_TOLERANCE * values.min())
+
+
+def best_of_budgets(runs: pd.DataFrame, unit: Unit) -> list[int]:
+    """Row positions of the best run of each planned budget, cheapest first. ``runs`` are of one objective."""
+    loss, _ = losses(runs, unit)
+    return [int(members[np.argmin(loss[members])]) for members in budget_members(planned_flops(runs))]
+
+
+def planned_convention(runs: pd.DataFrame, conventions: tuple[Convention, ...]) -> Convention:
+    """The convention by which runs of one objective were planned to be equal: they form the fewest budgets by it."""
+
+    def budgets(convention: Convention) -> int:
+        flops = runs[flops_column(convention)].to_numpy(float)
+        return sum(1 if is_budget(flops[rows]) else len(rows) for rows in budget_members(flops))
+
+    return min(conventions, key=budgets, default="6nd")
+
+
+def planned_flops(runs: pd.DataFrame) -> Array:
+    """FLOPs of one objective's runs by the convention by which they were planned."""
+    return runs[flops_column(planned_convention(runs, counted_conventions(runs)))].to_numpy(float)
+
+
+# --- the cost of a token ---------------------------------------------------------------------------------------------
+
+SAME_SIZE = 0.01
+"""Shapes whose log N differs by less are one knot: the slope between them would be noise."""
+
+SANE_SLOPES = (0.5, 1.5)
+"""Of log FLOPs a token against log N: 1 by 6ND, less where the head is a large part."""
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """Training FLOPs of a token as a function of non-embedding parameters, in logarithms.
+
+    By 6ND it is log 6 + log N. By the total it depends on the shapes as well: a line through the study's own shapes,
+    straight between two of them (knots: log N rising, log FLOPs a token), and beyond the ends with the slope of a
+    line through all of them: two neighbours that differ in depth would tell any slope.
+    """
+
+    log_n: Array
+    log_cost: Array
+    slope: float = 1.0
+
+    @classmethod
+    def of_runs(cls, runs: pd.DataFrame, convention: Convention) -> TokenCost:
+        log_n = np.log(runs["params_nonembedding"].to_numpy(float))
+        if convention == "6nd":
+            ends = np.array([log_n.min(), log_n.min() + 1.0])
+            return cls(ends, np.log(6.0) + ends)
+        log_cost = np.log(runs[flops_column(convention)].to_numpy(float) / runs["tokens"].to_numpy(float))
+        order = np.argsort(log_n, kind="stable")
+        near = np.cumsum(np.diff(log_n[order], prepend=log_n[order[0]]) > SAME_SIZE)
+        knots, costs = (np.bincount(near, values[order]) / np.bincount(near) for values in (log_n, log_cost))
+        # One shape says nothing of others but that FLOPs grow with N.
+        slope = np.polyfit(knots, costs, 1)[0] if len(knots) > 1 else 1.0
+        return cls(knots, costs, float(np.clip(slope, *SANE_SLOPES)))
+
+    def __call__(self, log_n: npt.ArrayLike) -> Array:
+        """log FLOPs a token at log N, any shape."""
+        log_n = np.asarray(log_n, float)
+        inside = np.clip(log_n, self.log_n[0], self.log_n[-1])
+        return np.asarray(np.interp(inside, self.log_n, self.log_cost) + self.slope * (log_n - inside), np.float64)

@@ -1,0 +1,217 @@
+"""The files of a plan: a W&B sweep that runs it, its table beside it, and a SLURM job array."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from llada_lightning.compute.flops import CONVENTION_NAMES, Objective
+from llada_lightning.compute.shapes import shape_name
+from llada_lightning.study.plan.plan import Plan
+from llada_lightning.study.plan.trunk import Branch, Trunk
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import written_atomically
+from llada_lightning.support.printing import shortened
+
+_MODULES: Mapping[Objective, str] = {"arm": "ArmModule", "llada": "LladaModule"}
+
+TIME_MARGIN = 1.5
+"""A job's time limit over the plan's hours: validation, checkpoints and the start are not counted there."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """What the runs of a sweep need beside the plan.
+
+    Args:
+        study: the folder of their results.
+        data: the path of the prepared data, or a mixture's folders with weights; None: the base names it.
+        base: a configuration under every run's own settings.
+        vocab_size: words of the model where they are not the tokenizer's.
+    """
+
+    study: str
+    data: str | Mapping[str, float] | None = None
+    base: str | None = None
+    vocab_size: int | None = None
+
+
+def run_config(plan: Plan, trunk: Trunk, branches: Sequence[Branch], destination: Destination) -> dict[str, Any]:
+    """The configuration of one ``llada fit``: everything that the plan has decided, over the base."""
+    budgets = [branch.budget for branch in branches]
+    schedule = {"lr": trunk.lr, "warmup_steps": trunk.warmup_steps, "decay_fraction": plan.recipe.decay_fraction}
+    model: dict[str, Any] = {"shape": shape_name(trunk.shape), "schedule": schedule}
+    if destination.vocab_size is not None:
+        model["vocab_size"] = destination.vocab_size
+    data: dict[str, Any] = {
+        "sequence_length": plan.stream.sequence_length,
+        "global_batch": trunk.global_batch,
+        "random_length_share": plan.stream.random_length_share,
+    }
+    if destination.data is not None:
+        path = destination.data
+        data["path"] = path if isinstance(path, str) else dict(path)
+    if plan.machine.micro_batch is not None:
+        data["micro_batch"] = plan.machine.micro_batch
+    config: dict[str, Any] = {
+        "seed_everything": trunk.seed,
+        "budget": {"flops": budgets if len(budgets) > 1 else budgets[0], "convention": plan.convention},
+        "model": {"class_path": _MODULES[trunk.objective], "init_args": model},
+        "data": {"class_path": "TokenDataModule", "init_args": data},
+        "run": {"study": destination.study},
+    }
+    if plan.machine.micro_batch is not None or trunk.accumulation > 1:
+        config["trainer"] = {"accumulate_grad_batches": trunk.accumulation}
+    return config
+
+
+def sweep_text(plan: Plan, destination: Destination, name: str, command: Sequence[str]) -> str:
+    """A W&B grid sweep with one parameter, ``config``, whose values are the runs.
+
+    The runs are no Cartesian grid, so each is one word: its configuration as inline YAML, which ``llada fit`` merges
+    over the base.
+
+    Args:
+        plan: the study.
+        destination: what the runs need beside it.
+        name: of the sweep.
+        command: that made the plan, for the head of the file.
+    """
+    configs = [run_config(plan, trunk, branches, destination) for trunk, branches in plan.runs()]
+    base = ["--config", destination.base] if destination.base else []
+    sweep = {
+        "name": name,
+        "program": "llada",
+        "method": "grid",
+        "metric": {"name": "val_nats_per_token", "goal": "minimize"},
+        "command": ["llada", "fit", *base, "${args}"],
+        "parameters": {"config": {"values": [flow_yaml(config) for config in configs]}},
+    }
+    head = [f"made by: {shlex.join(command)}", *describe_totals(plan)]
+    lines = [f"# {line}" for line in head]
+    return "\n".join(lines) + "\n" + yaml.safe_dump(sweep, sort_keys=False, width=math.inf, allow_unicode=True)
+
+
+class _OneLine(yaml.SafeDumper):
+    """Writes large and small numbers as people do, 2.0e+11; YAML 1.1 would read 2e11 as a word."""
+
+
+def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    plain = value == 0 or 1e-3 <= abs(value) < 1e6
+    text = repr(value) if plain else np.format_float_scientific(value, trim="0", exp_digits=1)
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_OneLine.add_representer(float, _float)
+
+
+def flow_yaml(value: Any) -> str:
+    """A value as YAML on one line, every number exact."""
+    text = yaml.dump(
+        value, Dumper=_OneLine, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True
+    )
+    return text.strip()
+
+
+def describe_totals(plan: Plan) -> list[str]:
+    """What the whole study costs, in words, without a date."""
+    totals = plan.totals()
+    results = f"{totals['results']} results"
+    runs = f"{totals['runs']} runs" + ("" if plan.separate else f" (trunks) for {results}")
+    lines = [
+        f"{runs}; budgets count {CONVENTION_NAMES[plan.convention]}",
+        f"FLOPs computed: {totals['flops_6nd']:.3g} 6ND + {totals['flops_attention']:.3g} attention + "
+        f"{totals['flops_head']:.3g} head = {totals['flops_total']:.3g}",
+    ]
+    if plan.separate:
+        lines.append("separate runs: nothing is shared between budgets")
+    else:
+        lines.append(
+            f"trunks save {totals['saved_flops']:.3g} FLOPs, {totals['saved_share']:.1%} of separate runs' "
+            f"{totals['flops_total'] + totals['saved_flops']:.3g}"
+        )
+    needed = f"data: the longest run reads {totals['tokens_needed']:.3g} tokens"
+    if totals["tokens_present"] is not None:
+        needed += f" of {totals['tokens_present']:.3g} present ({totals['epochs']:.2g} epochs)"
+    lines.append(needed)
+    if totals["wall_hours"] is not None:
+        of = plan.machine.device or "device"
+        lines.append(
+            f"hours: {totals['device_hours']:.3g} {of}-hours; {totals['wall_hours']:.3g} hours one run after another"
+        )
+    return lines
+
+
+def write_sweep(
+    path: Path, plan: Plan, destination: Destination, command: Sequence[str], slurm: Path | None = None
+) -> Path:
+    """Writes the sweep, the plan's table as CSV beside it, which is returned, and a SLURM job array: all or none.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    table = path.with_suffix(".csv")
+    texts = {
+        path: sweep_text(plan, destination, path.stem, command),
+        table: plan.table().to_csv(index=False),
+        **({} if slurm is None else {slurm: slurm_text(plan, path, slurm, command)}),
+    }
+    with ExitStack() as files:
+        for file, text in texts.items():
+            try:
+                files.enter_context(written_atomically(file)).write_text(text, encoding="utf-8")
+            except OSError as error:
+                where = f"'{shortened(file)}' cannot be written ({error.strerror})"
+                raise UserError(f"plan: {where}; free space or choose another place") from error
+    return table
+
+
+# --- SLURM -----------------------------------------------------------------------------------------------------------
+
+_BATCH_SCRIPT = """\
+#!/bin/bash
+# made by: {command}
+# Submit with `sbatch {path}` from the folder that {sweep} is relative to; `sbatch --array=3,5 ...` runs a part.
+#SBATCH --job-name={name}
+#SBATCH --array=0-{last}
+#SBATCH --nodes=1
+{resources}#SBATCH --output={name}-%A_%a.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=SIGUSR1@120
+# At the signal a run saves its step and asks SLURM to queue its task again, which then goes on from there.
+exec srun --kill-on-bad-exit=1 llada sweep run {sweep} --index "$SLURM_ARRAY_TASK_ID"
+"""
+
+
+def slurm_text(plan: Plan, sweep: Path, script: Path, command: Sequence[str]) -> str:
+    """A SLURM job array with one task for each run of a sweep; near its time limit a task saves and queues again.
+
+    Args:
+        plan: the study.
+        sweep: the sweep file.
+        script: where this text will stand.
+        command: that made the plan, for the head of the file.
+    """
+    devices = plan.machine.devices
+    resources = f"#SBATCH --ntasks-per-node={devices}\n#SBATCH --gpus-per-node={devices}\n"
+    hours = plan.longest_wall_hours()
+    if hours is not None:
+        minutes = math.ceil(60 * TIME_MARGIN * hours) + 10
+        resources += f"#SBATCH --time={minutes // 60}:{minutes % 60:02d}:00\n"
+    return _BATCH_SCRIPT.format(
+        command=shlex.join(command),
+        path=shlex.quote(str(script)),
+        sweep=shlex.quote(str(sweep)),
+        name=sweep.stem,
+        last=len(plan.runs()) - 1,
+        resources=resources,
+    )

@@ -1,0 +1,234 @@
+"""How every figure looks, and how it is written.
+
+Colours are Okabe and Ito's (2008), told apart by the colour-blind; line styles, fillings and markers carry the same
+information, so that a figure is readable in grey.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
+from llada_lightning.compute.shapes import format_count
+from llada_lightning.study.fits import Estimate, StudyFits
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import written_atomically
+
+
+@dataclass(frozen=True)
+class Style:
+    """How an objective, or a method, is drawn and named."""
+
+    label: str
+    color: str
+    line: Literal["-", "--", "-.", ":"]
+    marker: str = "o"
+    filled: bool = True
+
+    @property
+    def face(self) -> str:
+        """The marker's filling."""
+        return self.color if self.filled else "white"
+
+    def handle(self, label: str = "", *, marker: str = "", face: str = "") -> Line2D:
+        """The style in a legend; ``marker`` adds one, filled as the style's are or with ``face``."""
+        return Line2D(
+            [], [], color=self.color, linestyle=self.line, linewidth=1.8, label=label or self.label,
+            marker=marker, markerfacecolor=face or self.face, markersize=5.5,
+        )  # fmt: skip
+
+
+STYLES = {
+    "arm": Style("arm (exact)", "#0072B2", "-", "o", filled=True),
+    "llada": Style("llada (bound, NELBO)", "#D55E00", "--", "s", filled=False),
+}
+"""The two objectives, and what a legend says of their losses."""
+
+METHODS = {
+    "envelope": Style("envelope", "#000000", "-", "o"),
+    "isoflop": Style("IsoFLOP", "#009E73", "--", "s"),
+    "parametric": Style("parametric L(N, D)", "#CC79A7", "-.", "^"),
+}
+"""The methods of fitting."""
+
+CHANCE = Style("guessing", "#8A8A8A", ":")
+
+MARKERS = "osD^vPX*<>phd8"
+INK, GREY, GRID = "#222222", "#8A8A8A", "#E4E4E4"
+PNG_DPI, NOTEBOOK_DPI = 160, 90
+
+
+class StudyFigure(Figure):
+    """A figure that a notebook shows by itself, whatever backend it has, and small."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        _save_png(self, buffer, NOTEBOOK_DPI)
+        return buffer.getvalue()
+
+
+def new_figure(width: float, height: float) -> StudyFigure:
+    """An empty figure; sizes in inches."""
+    return StudyFigure(figsize=(width, height), dpi=PNG_DPI, layout="constrained")
+
+
+def write_figure(figure: Figure, folder: Path | str, name: str) -> Path:
+    """Writes ``name.png`` and ``name.svg`` atomically; the same figure gives the same bytes.
+
+    Returns:
+        The PNG's path.
+    """
+    png, svg = Path(folder) / f"{name}.png", Path(folder) / f"{name}.svg"
+    with written_atomically(png) as temporary:
+        _save_png(figure, temporary, PNG_DPI)
+    # Without a salt the identities in an SVG are random; without a date its bytes are the same tomorrow.
+    with matplotlib.rc_context({"svg.hashsalt": "llada-lightning"}), written_atomically(svg) as temporary:
+        figure.savefig(temporary, metadata={"Date": None})
+    return png
+
+
+def _save_png(figure: Figure, target: Path | io.BytesIO, dpi: int) -> None:
+    """A palette of 256 colours is plenty for lines and bands, and a third of the size."""
+    from PIL import Image  # matplotlib needs Pillow itself
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    Image.open(buffer).convert("RGB").quantize(256).save(target, format="PNG", optimize=True)
+
+
+def check_counted(fits: StudyFits, convention: Convention) -> None:
+    """Raises UserError where a study's runs lack the FLOPs of a convention."""
+    if convention not in fits.conventions:
+        raise UserError(
+            f"figure: the runs have no FLOPs by {CONVENTION_NAMES[convention]} ({convention}); "
+            f"draw by {' or '.join(fits.conventions)}"
+        )
+
+
+# --- axes ------------------------------------------------------------------------------------------------------------
+
+
+def dress(axes: Axes) -> None:
+    """Grid behind, two spines, quiet ticks."""
+    axes.grid(True, which="major", color=GRID, linewidth=0.7, zorder=0)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(GREY)
+    axes.tick_params(which="both", color=GREY, labelcolor=INK)
+
+
+def flops_label(convention: Convention, whose: str = "training FLOPs") -> str:
+    """What stands below an axis of FLOPs."""
+    return f"{whose} ({CONVENTION_NAMES[convention]})"
+
+
+def flops_axis(axes: Axes) -> None:
+    """A logarithmic x axis of FLOPs; ``flops_label`` names it."""
+    axes.set_xscale("log")
+    label_powers(axes.xaxis, axes.get_xlim())
+
+
+def label_powers(axis: Axis, limits: tuple[float, float]) -> None:
+    """Powers of ten, with 3, or 2 and 5, in between where there is room."""
+    low, high = limits
+    subs = (1.0, 2.0, 5.0) if high / low < 15 else (1.0, 3.0) if high / low < 10**2.5 else (1.0,)
+    axis.set_major_locator(LogLocator(10, subs=subs, numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
+    axis.set_minor_locator(LogLocator(10, subs="all", numticks=100))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def power_of_ten(value: float) -> str:
+    """1e19 as 10^19, 3e19 as 3×10^19, 2.5e12 as 2.5×10^12, for matplotlib's mathtext."""
+    digits, exponent = f"{value:.1e}".split("e")  # rounds before it splits: 9.99e11 is 10^12
+    mantissa, power = f"{float(digits):g}", int(exponent)
+    return f"$10^{{{power}}}$" if mantissa == "1" else f"${mantissa}\\times10^{{{power}}}$"
+
+
+def label_counts(axis: Axis, limits: tuple[float, float]) -> None:
+    """Parameters or tokens: 100m, 1b, with 2 and 5 (or 3) in between where there is room."""
+    low, high = limits
+    decades = np.log10(high / low)
+    subs = (1.0, 2.0, 5.0) if decades < 1.5 else (1.0, 3.0) if decades < 2.5 else (1.0,)
+    axis.set_major_locator(LogLocator(10, subs=subs, numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+    axis.set_minor_locator(LogLocator(10, subs="all", numticks=100))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def hold_limits(axes: Axes, values: npt.ArrayLike, factor: float) -> None:
+    """Keeps a logarithmic y axis within a factor of the values: an interval that is nearly open may leave the panel."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, np.min(values) / factor), min(high, np.max(values) * factor))
+
+
+def label_plain(axis: Axis, bins: int = 7) -> None:
+    """Plain round numbers, for a quantity that rarely spans a power of ten."""
+    axis.set_major_locator(MaxNLocator(nbins=bins, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+# --- points and legends ----------------------------------------------------------------------------------------------
+
+
+def markers_of(sizes: Iterable[Any]) -> dict[Any, str]:
+    """A marker for each of some sizes or names, in the order given."""
+    return {size: MARKERS[number % len(MARKERS)] for number, size in enumerate(dict.fromkeys(sizes))}
+
+
+def interval_bars(value: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Lengths of error bars from the ends of intervals; 0 where an end is unknown or beyond all bounds."""
+    middle = np.asarray(value, float)
+    bars = np.stack([middle - np.asarray(low, float), np.asarray(high, float) - middle])
+    return np.where(np.isfinite(bars), bars, 0.0).clip(min=0)
+
+
+def shades(color: str, count: int) -> list[Any]:
+    """A colour from light to full, for budgets from the cheapest to the dearest."""
+    full = np.array(to_rgb(color))
+    return [tuple(1 + (full - 1) * share) for share in np.linspace(0.45, 1, count)] if count > 1 else [color]
+
+
+def exponent_text(symbol: str, estimate: Estimate, sign: int = 1) -> str:
+    """``loss ∝ C^-0.052 [-0.060, -0.045]`` for a legend, in two lines."""
+    ends = sorted((sign * estimate.low, sign * estimate.high))
+    return f"  {symbol} ∝ C$^{{{sign * estimate.value:.3f}}}$\n  [{ends[0]:.3f}, {ends[1]:.3f}]"
+
+
+def note(text: str) -> Line2D:
+    """A line of text in a legend."""
+    return Line2D([], [], linestyle="", label=text)
+
+
+def marker_handle(marker: str, label: str, *, filled: bool = True) -> Line2D:
+    """A marker in a legend, in grey: it stands for both objectives."""
+    face = GREY if filled else "white"
+    return Line2D([], [], linestyle="", marker=marker, color=GREY, markerfacecolor=face, markersize=5.5, label=label)
+
+
+def side_legend(figure: Figure, groups: Sequence[Sequence[Artist]]) -> Legend:
+    """One legend on the right of all panels, its groups set apart; empty groups are left out."""
+    handles: list[Artist] = []
+    for group in groups:
+        handles += [note(" "), *group] if handles and group else group
+    return figure.legend(
+        handles=handles, loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK, handlelength=2.6
+    )

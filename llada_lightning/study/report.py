@@ -1,0 +1,293 @@
+"""What ``llada curves`` prints for people, 80 columns wide."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
+from llada_lightning.compute.shapes import format_count
+from llada_lightning.study.fits import (
+    METHODS,
+    NOISE_MODELS,
+    OBJECTIVES,
+    UNIT_NAMES,
+    Disagreement,
+    Estimate,
+    IsoflopBudget,
+    ObjectiveFits,
+    StudyFits,
+    best_of_budgets,
+    budget_groups,
+    flops_column,
+    losses,
+    usable_runs,
+)
+from llada_lightning.study.fits.checks import NO_COMMON_LOSS
+from llada_lightning.study.fits.runs import planned_flops
+from llada_lightning.support.printing import people_console
+
+DOUBT = "†"
+DOUBT_MEANS = f"{DOUBT} do not rely on it: a fit is rejected, or fails its held-out test"
+
+MOST_RUNS = 40
+"""A table of more runs shows the best of each budget only."""
+
+
+def print_report(table: pd.DataFrame, fits: StudyFits, convention: Convention, files: list[str]) -> None:
+    """The runs, then what the fits say of them by one convention."""
+    console = people_console()
+    tables = [
+        runs_table(table, convention),
+        optima_table(fits, convention),
+        parameters_table(fits, convention),
+        multiplier_table(fits, convention),
+        held_out_table(fits, convention),
+    ]
+    for picture in tables:
+        if picture.row_count:
+            console.print(picture)
+            console.print()
+    console.print(f"Intervals are at 95 %; errors: {NOISE_MODELS[fits.noise_model]}.\n", highlight=False)
+    unseen = {(entry.convention, entry.arm_flops, entry.method) for entry in fits.compute_multiplier if not entry.shown}
+    apart = [
+        _disagreement(entry)
+        for entry in fits.disagreements
+        if unseen.isdisjoint((entry.convention, entry.flops, method) for method in entry.methods)
+    ]
+    flags = [*doubt_lines(fits, convention), *apart, *fits.notes]
+    flags.sort(key=lambda flag: not flag.startswith(NO_COMMON_LOSS))
+    if flags:
+        console.print("To note:")
+    for flag in flags:
+        console.print(f"- {flag}", highlight=False, soft_wrap=True)
+    console.print(f"-> {', '.join(files)}", soft_wrap=True)
+
+
+def _titled(title: str, *columns: str, left: int = 1) -> Table:
+    picture = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0), show_edge=False, pad_edge=False)
+    for number, name in enumerate(columns):
+        picture.add_column(name, justify="left" if number < left else "right", no_wrap=True)
+    return picture
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def runs_table(table: pd.DataFrame, convention: Convention = "6nd") -> Table:
+    """The usable runs, the best of each objective's budgets marked; of more than 40 runs only those best ones."""
+    runs = usable_runs(table)
+    short = len(runs) > MOST_RUNS
+    shown = f", the best of each budget ({len(runs)} runs)" if short else ""
+    title = f"Budgets in training FLOPs ({CONVENTION_NAMES[convention]}){shown}"
+    picture = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0), show_edge=False)
+    picture.add_column("objective", no_wrap=True)
+    picture.add_column("shape", overflow="fold")
+    for name in ("budget", "N", "tokens", "loss ± s.e."):
+        picture.add_column(name, justify="right", no_wrap=True)
+    picture.add_column("kind", no_wrap=True)
+    for name in ("bits/byte", "tokens/s"):
+        picture.add_column(name, justify="right", no_wrap=True)
+    picture.add_column("best", no_wrap=True)
+    for objective in OBJECTIVES:
+        members = _in_order(runs[runs["objective"] == objective])
+        best = set(best_of_budgets(members, "nats_per_token"))
+        for row in range(len(members)):
+            if row in best or not short:
+                picture.add_row(*_run_row(members.iloc[row], convention), "best" if row in best else "")
+        picture.add_section()
+    return picture
+
+
+def _in_order(runs: pd.DataFrame) -> pd.DataFrame:
+    """By budget, then by size: the FLOPs themselves differ within a budget by a part of a step."""
+    ordered = runs.assign(_budget=budget_groups(planned_flops(runs)))
+    return ordered.sort_values(["_budget", "params_nonembedding"], ignore_index=True)
+
+
+def _run_row(run: Any, convention: Convention) -> list[str]:
+    loss, stderr = (values[0] for values in losses(run.to_frame().T, "nats_per_token"))
+    return [
+        run["objective"],
+        _short_shape(str(run["shape"])),
+        f"{run[flops_column(convention)]:.1e}".replace("e+", "e"),
+        format_count(run["params_nonembedding"]),
+        format_count(run["tokens"]),
+        f"{loss:.3f} ± {stderr:.3f}" if math.isfinite(stderr) else f"{loss:.3f}",
+        run["val_kind"],
+        _known(run["val_bits_per_byte"], ".3f"),
+        _known(run["tokens_per_second"], ",.0f"),
+    ]
+
+
+def _short_shape(name: str) -> str:
+    """A shape that has no name of its own by its depth and width: `2x32`."""
+    return re.sub(r"^L(\d+)-d(\d+)-.*", r"\1x\2", name)
+
+
+def _known(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else ""
+
+
+# --- fits ------------------------------------------------------------------------------------------------------------
+
+
+def optima_table(fits: StudyFits, convention: Convention) -> Table:
+    """N_opt, D_opt, tokens per parameter and loss at each budget, by its isoFLOP parabola."""
+    picture = _titled(
+        f"Optimum by isoFLOP ({CONVENTION_NAMES[convention]}; loss in {UNIT_NAMES[fits.unit]})",
+        *("objective", "budget ", "N", "", "tokens", "tokens/N", "", "loss"),
+    )
+    for objective, own in fits.objectives.items():
+        for budget in own.isoflop[convention].budgets:
+            picture.add_row(objective, *_optimum_row(budget))
+        picture.add_section()
+    budgets = [budget for own in fits.objectives.values() for budget in own.isoflop[convention].budgets]
+    flags = dict.fromkeys(_FLAGS[flag] for flag in map(_flag, budgets) if flag)
+    if flags:
+        picture.caption, picture.caption_justify = "; ".join(flags), "left"
+    return picture
+
+
+_FLAGS = {"!": "! optimum outside of the grid", "~": "~ moved by the grid beyond its interval"}
+
+
+def _flag(budget: IsoflopBudget) -> str:
+    return "!" if not budget.interior else "~" if budget.biased else ""
+
+
+def _optimum_row(budget: IsoflopBudget) -> list[str]:
+    if not budget.interior:
+        smallest, largest = np.exp(budget.log_n.min()), np.exp(budget.log_n.max())
+        side = f"< {format_count(smallest)}" if budget.n_opt.value < smallest else f"> {format_count(largest)}"
+        return [_flops(budget.flops) + _flag(budget), side]
+    return [
+        _flops(budget.flops) + (_flag(budget) or " "),
+        format_count(budget.n_opt.value),
+        f" ({_count(budget.n_opt.low)}–{_count(budget.n_opt.high)})",
+        format_count(budget.d_opt.value),
+        f"{budget.tokens_per_param.value:.3g}",
+        f" ({_short(budget.tokens_per_param)})",
+        f"{budget.loss_opt.value:.3f}",
+    ]
+
+
+def parameters_table(fits: StudyFits, convention: Convention) -> Table:
+    """Exponents and parameters of every law, with intervals."""
+    picture = _titled("Laws", "objective", "quantity", "method", "value", "95 % interval", left=3)
+    for objective, own in fits.objectives.items():
+        for quantity, method, estimate in _parameters(own, convention):
+            picture.add_row(objective, quantity, method, f"{estimate.value:.4g}", _interval(estimate, ".4g"))
+        if own.parametric and not own.parametric.identified:
+            picture.add_row(objective, "L(N, D)", "parametric", "", "not identified")
+        picture.add_section()
+    return picture
+
+
+def _parameters(own: ObjectiveFits, convention: Convention) -> Iterable[tuple[str, str, Estimate]]:
+    envelope, isoflop = own.envelope[convention], own.isoflop[convention]
+    parametric = own.parametric if own.parametric and own.parametric.identified else None
+    if isoflop.n_law:
+        yield "a of N_opt ~ C^a", "isoflop", isoflop.n_law.exponent
+    if parametric:
+        yield "a of N_opt ~ C^a", "parametric", parametric.n_exponent(convention)
+    if isoflop.d_law:
+        yield "b of D_opt ~ C^b", "isoflop", isoflop.d_law.exponent
+    if envelope.law:
+        yield "c of loss ~ C^-c", "envelope", envelope.law.exponent
+    if isoflop.loss_law:
+        yield "c of loss ~ C^-c", "isoflop", isoflop.loss_law.exponent
+    if parametric:
+        for name in ("alpha", "beta", "E"):
+            yield f"{name} of L(N, D)", "parametric", getattr(parametric, name)
+
+
+def multiplier_table(fits: StudyFits, convention: Convention) -> Table:
+    """The compute multiplier at each of arm's budgets, a column a method."""
+    picture = _titled(
+        f"Compute multiplier at equal loss, llada over arm ({CONVENTION_NAMES[convention]})",
+        *("arm's budget", *METHODS),
+    )
+    entries = [entry for entry in fits.compute_multiplier if entry.convention == convention and entry.shown]
+    for flops in sorted({entry.arm_flops for entry in entries}):
+        cells = dict.fromkeys(METHODS, "")
+        for entry in entries:
+            if entry.arm_flops == flops:
+                marks = DOUBT * (not entry.trusted) + "*" * entry.extrapolated
+                cells[entry.method] = f"{entry.multiplier:.3g}{marks:1} ({_short(entry.estimate)})"
+        picture.add_row(_flops(flops), *cells.values())
+    legend = [DOUBT_MEANS] * any(not entry.trusted for entry in entries)
+    legend += ["* beyond the budgets of one of the fits, by at most a decade"] * any(e.extrapolated for e in entries)
+    if legend:
+        picture.caption, picture.caption_justify = "\n".join(legend), "left"
+    return picture
+
+
+def doubt_lines(fits: StudyFits, convention: Convention) -> list[str]:
+    """Why the multipliers of a method are marked, a line for each method."""
+    doubts = {
+        entry.method: entry.doubt
+        for entry in fits.compute_multiplier
+        if entry.convention == convention and entry.shown and not entry.trusted
+    }
+    return [f"{DOUBT} compute multiplier, {method}, {convention}: {doubt}" for method, doubt in doubts.items()]
+
+
+def held_out_table(fits: StudyFits, convention: Convention) -> Table:
+    """The largest budget as fits without it predict it."""
+    picture = _titled(
+        "The largest budget, predicted by fits without it",
+        *("objective", "method", "budget", "observed", "predicted", "95 % interval", "error", "inside"),
+        left=2,
+    )
+    for entry in fits.held_out:
+        if entry.convention == convention:
+            picture.add_row(
+                *(entry.objective, entry.method, _flops(entry.flops), f"{entry.observed:.3f}"),
+                f"{entry.predicted:.3f}",
+                _interval(Estimate(entry.predicted, entry.low, entry.high), ".3f"),
+                f"{entry.relative_error:+.1%}",
+                {True: "yes", False: "NO", None: "?"}[entry.inside],
+            )
+    return picture
+
+
+def _disagreement(entry: Disagreement) -> str:
+    at = "" if entry.flops is None else f" at arm's {_flops(entry.flops)} FLOPs"
+    sides = (
+        f"{method} {value:.3g} ({_short(Estimate(value, *ends))})"
+        for method, value, ends in zip(entry.methods, entry.values, entry.intervals, strict=True)
+    )
+    return f"{entry.quantity}{at}, {entry.convention}: methods disagree, {' against '.join(sides)}"
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def _flops(value: float) -> str:
+    return f"{value:.1e}".replace("e+", "e")
+
+
+def _count(value: float) -> str:
+    if math.isnan(value):
+        return "?"
+    return "∞" if math.isinf(value) else format_count(value) if value >= 1 else "0"
+
+
+def _end(value: float, form: str) -> str:
+    return "?" if math.isnan(value) else "∞" if math.isinf(value) else format(value, form)
+
+
+def _short(estimate: Estimate) -> str:
+    return f"{_end(estimate.low, '.3g')}–{_end(estimate.high, '.3g')}"
+
+
+def _interval(estimate: Estimate, form: str) -> str:
+    return f"{_end(estimate.low, form)} to {_end(estimate.high, form)}"

@@ -1,0 +1,371 @@
+"""Runs the points of a sweep as processes of this machine: some at once, finished ones skipped, safe to stop.
+
+The sweep keeps no state of its own. A run is done when its folder's ``result.json`` says so, and an unfinished one
+goes on from its own checkpoint; so the same command, given again, does what is left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
+from rich.text import Text
+
+from llada_lightning.compute.flops import CONVENTIONS, Convention, cost_of_budgets
+from llada_lightning.compute.rules import DECAY_FRACTION
+from llada_lightning.records import RESULT_FILE, expected_records, has_diverged, is_done, read_records
+from llada_lightning.study.sweep.file import Point, Sweep, fit_arguments, launch_fit, render_command, settings_of
+from llada_lightning.study.sweep.unchanged import check_unchanged
+from llada_lightning.study.sweep.watch import budget_share, describe_state, format_seconds, last_line, latest_metrics
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import people_console, visible
+
+_POLL_SECONDS = 0.1
+
+RunFolder = Callable[[list[str]], Path]
+"""From ``fit`` and its arguments to the folder of that run. Injected: resolving a config needs torch."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep: ``fit`` and its arguments, its folder and log, and its cost in FLOPs (1 if unknown)."""
+
+    arguments: list[str]
+    folder: Path
+    cost: float
+    convention: Convention = "6nd"
+    """Which FLOPs its cost counts."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def log(self) -> Path:
+        return self.folder.parent / "logs" / f"{self.name}.log"
+
+
+@dataclass(frozen=True)
+class FailedRun:
+    name: str
+    reason: str
+    log: str
+
+
+@dataclass
+class SweepOutcome:
+    """What became of a sweep's runs, by name."""
+
+    done: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """Runs that had finished before."""
+    diverged: list[str] = field(default_factory=list)
+    """Runs, of those done or skipped, whose loss is not a number: results, and bad ones."""
+    failed: list[FailedRun] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    """Runs not started, or stopped half-way, because the sweep was interrupted."""
+    interrupted: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0: every run is done; 1: some failed; 130: interrupted."""
+        if self.interrupted:
+            return 130
+        return 1 if self.failed else 0
+
+
+def plan_runs(sweep: Sweep, run_folder: RunFolder, extra: Sequence[str] = ()) -> list[PlannedRun]:
+    """The sweep's runs in order, each folder once: points that describe the same run are run once.
+
+    Args:
+        sweep: the sweep.
+        run_folder: from ``fit`` and its arguments to the run's folder.
+        extra: arguments appended to every run's.
+
+    Raises:
+        UserError: a command is not ``llada fit``, or ``run_folder`` refuses its arguments.
+    """
+    runs: dict[Path, PlannedRun] = {}
+    for point in sweep.points:
+        run = planned_run(sweep, point, run_folder, extra)
+        runs.setdefault(run.folder, run)
+    return list(runs.values())
+
+
+def planned_run(sweep: Sweep, point: Point, run_folder: RunFolder, extra: Sequence[str] = ()) -> PlannedRun:
+    """One point of a sweep as the run that it describes (arguments and errors as :func:`plan_runs`)."""
+    arguments = [*fit_arguments(render_command(sweep, point)), *extra]
+    return PlannedRun(arguments, run_folder(arguments), _cost(point), _convention(point))
+
+
+def run_sweep(
+    sweep: Sweep,
+    run_folder: RunFolder,
+    *,
+    jobs: int = 1,
+    extra: Sequence[str] = (),
+    edited: bool = False,
+    launch: Callable[[list[str]], list[str]] = launch_fit,
+    console: Console | None = None,
+    grace_seconds: float = 30.0,
+) -> SweepOutcome:
+    """Runs what is left of a sweep, ``jobs`` runs at once, and goes on after a failed run.
+
+    Ctrl-C, SIGTERM and SIGHUP ask the running fits to save and leave, and kill what is left of their process groups
+    after ``grace_seconds``, or at once at a second signal. Each run's output is appended to
+    ``<study>/logs/<name>.log``. Where the user has not set them, OMP_NUM_THREADS and MKL_NUM_THREADS share the
+    processor's cores among the jobs.
+
+    Args:
+        sweep: the sweep.
+        run_folder: from ``fit`` and its arguments to the run's folder.
+        jobs: runs at once.
+        extra: arguments appended to every run's.
+        edited: the file was changed since the study was begun, and this is meant.
+        launch: from ``fit`` and its arguments to the command that is run.
+        console: where progress goes; stderr by default.
+        grace_seconds: time for a stopped fit to save its checkpoint.
+
+    Raises:
+        UserError: ``jobs`` is below 1, a run's arguments are refused, or the file was edited (before anything is run).
+    """
+    if jobs < 1:
+        raise UserError(f"sweep: --jobs is {jobs}; it must be at least 1")
+    console = console or people_console(stderr=True)
+    runs = plan_runs(sweep, run_folder, extra)
+    if len(runs) < len(sweep.points):
+        console.print(f"{len(sweep.points)} points describe {len(runs)} different runs; each is run once")
+    for study in dict.fromkeys(run.folder.parent for run in runs):
+        added = check_unchanged(sweep, study, edited=edited)
+        if added:
+            console.print(f"{added} runs are new in the file since the study was begun")
+    runner = _Runner(runs, jobs, launch, console)
+    try:
+        with _signals_interrupt(), runner.display():
+            runner.run()
+    except KeyboardInterrupt:
+        runner.outcome.interrupted = True
+        console.print("stopping: running fits save their checkpoints (again to kill them) …")
+    finally:
+        with _signals_interrupt():
+            runner.stop(grace_seconds)
+    return runner.outcome
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    run: PlannedRun
+    process: subprocess.Popen[bytes]
+    started: float
+
+    def kill_group(self) -> None:
+        """Ends what the run has left behind, such as workers of its loader."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class _Runner:
+    def __init__(
+        self, runs: list[PlannedRun], jobs: int, launch: Callable[[list[str]], list[str]], console: Console
+    ) -> None:
+        self.outcome = SweepOutcome(
+            skipped=[run.name for run in runs if is_done(run.folder)],
+            diverged=[run.name for run in runs if has_diverged(run.folder)],
+        )
+        self.waiting = deque(run for run in runs if not is_done(run.folder))
+        self.running: list[_Job] = []
+        self.total, self.cost = len(runs), sum(run.cost for run in self.waiting)
+        self.jobs, self.launch, self.console = jobs, launch, console
+        self.environment = child_environment(jobs)
+        self.cost_done = 0.0
+        self.started = time.monotonic()
+
+    def run(self) -> None:
+        if self.outcome.skipped:
+            self.console.print(f"{len(self.outcome.skipped)} of {self.total} runs were done before")
+        while self.waiting or self.running:
+            while self.waiting and len(self.running) < self.jobs:
+                self._start(self.waiting.popleft())
+            for job in self._ended():
+                self.running.remove(job)
+                self._settle(job)
+
+    def _start(self, run: PlannedRun) -> None:
+        run.log.parent.mkdir(parents=True, exist_ok=True)
+        with run.log.open("ab") as log:
+            try:
+                # The run inherits the lock with its output: it lasts as long as the run, even if this sweep is killed.
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._fail(run, "another process is running it")
+                return
+            command = self.launch(run.arguments)
+            log.write(f"$ {shlex.join(command)}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                start_new_session=True,
+            )
+        self.running.append(_Job(run, process, time.monotonic()))
+        self.console.print(f"started  {run.name}, log: {run.log}", style="dim", highlight=False, soft_wrap=True)
+
+    def _ended(self) -> list[_Job]:
+        if self.running:
+            with suppress(subprocess.TimeoutExpired):
+                self.running[0].process.wait(_POLL_SECONDS)
+        return [job for job in self.running if job.process.poll() is not None]
+
+    def _settle(self, job: _Job) -> None:
+        self.cost_done += job.run.cost
+        code = job.process.returncode
+        if code == 0 and is_done(job.run.folder):
+            self.outcome.done.append(job.run.name)
+            elapsed = format_seconds(time.monotonic() - job.started)
+            word, style = "done     ", "green"
+            if has_diverged(job.run.folder):
+                self.outcome.diverged.append(job.run.name)
+                word, style = "diverged ", "yellow"
+            self._say(word, style, f"{job.run.name}  {elapsed}")
+            return
+        job.kill_group()
+        self._fail(job.run, _reason(job.run.folder, code, last_line(job.run.log)))
+
+    def _fail(self, run: PlannedRun, reason: str) -> None:
+        self.outcome.failed.append(FailedRun(run.name, reason, str(run.log)))
+        self._say("failed  ", "red", f"{run.name}: {reason}")
+
+    def _say(self, word: str, style: str, rest: str) -> None:
+        self.console.print(Text.assemble((word, style), visible(rest)))
+
+    def stop(self, grace_seconds: float) -> None:
+        """Asks the running fits to leave, and ends them if they do not in time or at a second signal."""
+        deadline = time.monotonic() + grace_seconds
+        try:
+            for job in self.running:
+                job.process.terminate()  # the fit alone: without its workers it could not end its step
+            for job in self.running:
+                job.process.wait(max(0.0, deadline - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            pass
+        finally:
+            for job in self.running:
+                job.kill_group()
+                job.process.wait()
+            left = [job.run for job in self.running if not is_done(job.run.folder)] + list(self.waiting)
+            self.outcome.left = [run.name for run in left]
+            self.running.clear()
+
+    # --- progress ---
+
+    @contextmanager
+    def display(self) -> Iterator[None]:
+        """The study's progress, drawn while the block runs, on a terminal only."""
+        if not self.console.is_terminal:
+            yield
+            return
+        with Live(get_renderable=self._picture, console=self.console, refresh_per_second=2, transient=True):
+            yield
+
+    def _picture(self) -> Group:
+        jobs = Table.grid("", "", Column(style="dim"), "", padding=(0, 2))
+        spent = self.cost_done
+        for job in list(self.running):
+            metrics = latest_metrics(job.run.folder)
+            share = budget_share(job.run)
+            spent += share * job.run.cost
+            elapsed = format_seconds(time.monotonic() - job.started)
+            jobs.add_row("running", job.run.name, describe_state(share, metrics), elapsed)
+        return Group(jobs, self._study_line(spent))
+
+    def _study_line(self, spent: float) -> Table:
+        elapsed = time.monotonic() - self.started
+        settled = len(self.outcome.done) + len(self.outcome.skipped)
+        failed: list[str | tuple[str, str]] = (
+            [", ", (f"{len(self.outcome.failed)} failed", "red")] if self.outcome.failed else []
+        )
+        left = f"about {format_seconds(elapsed * (self.cost / spent - 1))} left" if spent else ""
+        line = Table.grid(padding=(0, 2))
+        line.add_row(
+            Text.assemble((f"{settled}/{self.total} runs", "bold"), *failed),
+            ProgressBar(total=self.cost, completed=spent, width=30),
+            f"{format_seconds(elapsed)} elapsed",
+            left,
+        )
+        return line
+
+
+def child_environment(jobs: int) -> dict[str, str]:
+    """The environment of a run: as ours, with the cores shared among ``jobs`` unless the user has set the threads."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(1, cores // jobs))
+    defaults = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    return {**defaults, **os.environ}
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt within the block, as Ctrl-C does (in the main thread only)."""
+
+    def interrupt(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    signals = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, interrupt) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- small things ----------------------------------------------------------------------------------------------------
+
+
+def _cost(point: Point) -> float:
+    settings = settings_of(point)
+    flops = settings.get("budget.flops")
+    try:
+        budgets = [float(budget) for budget in (flops if isinstance(flops, list) else [flops])]  # type: ignore[arg-type]
+        decay = float(settings.get("model.init_args.schedule.decay_fraction", DECAY_FRACTION))
+        return cost_of_budgets(budgets, decay)
+    except (TypeError, ValueError):
+        return 1.0
+
+
+def _convention(point: Point) -> Convention:
+    given = settings_of(point).get("budget.convention")
+    return given if given in CONVENTIONS else "6nd"
+
+
+def _reason(folder: Path, code: int, line: str) -> str:
+    if code == 0:
+        with suppress(UserError):
+            records, budgets = read_records(folder), expected_records(folder)
+            if records and len(records) < budgets:
+                return f"ended with {len(records)} of {budgets} budgets"
+            states = {str(record.get("status")) for record in records}
+            return f"ended with status {', '.join(sorted(states))}" if states else f"ended without a {RESULT_FILE}"
+    what = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    return f"{line} ({what})" if line else what

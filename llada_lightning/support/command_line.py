@@ -1,0 +1,152 @@
+"""What the commands beside ``llada fit`` share: the parser, its reader of YAML, and the options."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import strict_json
+from llada_lightning.support.printing import shortened
+from llada_lightning.support.reading import FormatError, check_yaml
+from llada_lightning.support.trusted import not_trusted
+
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\f": "\f", r"\0": "\0"}
+
+
+_load_yaml = get_loader("yaml")
+
+
+def _load_checked_yaml(text: str) -> Any:
+    try:
+        check_yaml(text, "the configuration")
+    except FormatError as error:
+        # The parser takes a value that is no YAML as a string, as it should a prompt that looks like a mapping.
+        raise yaml.YAMLError(str(error)) from error
+    value = _load_yaml(text)
+    if _has_long_list(value):
+        raise yaml.YAMLError(f"the configuration has a list of more than {_MOST_ITEMS:,} values")
+    return value
+
+
+_MOST_ITEMS = 1000
+"""Most values of a list in a configuration: the time of the parser grows with their number squared."""
+
+
+def _has_long_list(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_long_list, value.values()))
+    return isinstance(value, list) and (len(value) > _MOST_ITEMS or any(map(_has_long_list, value)))
+
+
+set_loader("yaml", _load_checked_yaml, (yaml.YAMLError,))
+
+
+class CommandParser(ArgumentParser):
+    """A parser whose errors are UserErrors of one line.
+
+    The inherited ``error`` prints pages of usage before the mistake and leaves the process; here the mistake alone
+    goes to whoever called, who prints it and chooses the exit code.
+    """
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises UserError: the command, what is wrong, and where to read the options."""
+        raise UserError(one_line(message, self.prog)) from ex
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """As inherited; raises UserError for values that no option can take (:func:`refuse_unusable`)."""
+        options = super().parse_args(*args, **kwargs)
+        for name, value in vars(options).items():
+            refuse_unusable(value, f"{self.prog.split()[-1]}: --{name.replace('_', '-')}")
+        return options
+
+
+_LARGEST = 2**63 - 1
+"""Largest whole number of torch and NumPy."""
+
+
+def refuse_unusable(value: Any, name: str) -> None:
+    """Refuse, in a value and all below it, what no setting can take: NaN, infinity, huge whole numbers, NUL characters.
+
+    Objects that Lightning builds from a `class_path` are left out: a callback may well wait for an infinite value.
+
+    Args:
+        value: A setting, or a mapping or list of settings.
+        name: The name of the setting, for messages.
+
+    Raises:
+        UserError: names the setting and the value.
+    """
+    if isinstance(value, (dict, Namespace)):
+        items = dict(value.items()) if isinstance(value, dict) else vars(value)
+        if name.startswith("trainer.") and "class_path" in items:
+            return
+        for key, item in items.items():
+            below = name if key == "init_args" else f"{name}.{shortened(key)}".removeprefix(".")
+            refuse_unusable(item, below)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            refuse_unusable(item, name)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}: {value} given; it must be a finite number")
+    elif isinstance(value, int) and not -_LARGEST - 1 <= value <= _LARGEST:
+        raise UserError(f"{name}: {shortened(value, 40)} given; it must lie within 64 bits, at most {_LARGEST}")
+    elif isinstance(value, str) and "\0" in value:
+        raise UserError(f"{name}: '{shortened(value)}' given; text must not contain the NUL character")
+
+
+def one_line(message: str, command: str) -> str:
+    """The parser's report of several lines as one: the key, the value, what was expected.
+
+    Args:
+        message: of jsonargparse; for a key within a class it holds, indented, what this function made of the cause.
+        command: whose ``--help`` lists the options.
+    """
+    key = re.search(r'Parser key "([^"]+)"', message)
+    causes = r"\S+: .* given; expected .*|\S+: .* was not imported; .*|Option '\S+' is not accepted.*"
+    within = re.search(rf"^ +- ({causes})$", message, re.MULTILINE)
+    value = re.search(r"(?:Given|Got) value: (.+)", message)
+    expected = re.findall(r"Expected an? (?:<class '([\w.]+)'>|(\w[\w.]*\[.*\]|tuple with \d+ elements))", message)
+    nested = re.search(r"Given value: NestedArg\(key='([\w.]+)', val='?(.+?)'?\)$", message, re.MULTILINE)
+    unnamed = re.search(r"required: (?:\w+\.)?model$", message.strip())
+    if unnamed:
+        return "model: which one is not said; give --model ArmModule or LladaModule, or --config of a run"
+    see = f"; see '{command} --help'"
+    untrusted = re.search(r"Importing '([^']+)' is not allowed", message)
+    if untrusted:
+        return f"{key[1] if key else 'class_path'}: {not_trusted(untrusted[1])}"
+    if key and value and "int too large to convert" in message:
+        name, given = (f"{key[1]}.{nested[1]}", nested[2]) if nested else (key[1], value[1])
+        return f"{name}: {shortened(given, 40)} given; it must be a smaller number"
+    if key and within:  # ends with `see` already
+        inner = within[1]
+        return f"{key[1]}: {inner}" if inner.startswith("Option") else f"{key[1]}.{inner}"
+    if key and key[1] == "model":
+        given = f"{shortened(value[1])} given" if value and "NestedArg" not in value[1] else "which one is not said"
+        return f"model: {given}; expected ArmModule, LladaModule or the path of a class of yours{see}"
+    if key and value and expected:
+        types = dict.fromkeys((name or union.removeprefix("typing.")) for name, union in expected)
+        return f"{key[1]}: {shortened(value[1])} given; expected {' or '.join(types).replace('NoneType', 'null')}{see}"
+    return " ".join(message.split()).rstrip(".") + see
+
+
+def unescaped(text: str) -> str:
+    r"""The text that an option means: a shell hands on ``\n`` as two characters."""
+    for written, meant in _ESCAPES.items():
+        text = text.replace(written, meant)
+    return text
+
+
+def add_json(parser: CommandParser) -> None:
+    """The option that every sibling of ``llada fit`` has."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One strict JSON object on stdout."""
+    print(json.dumps(strict_json(value), allow_nan=False))

@@ -1,0 +1,356 @@
+"""From what a user wrote to a fully resolved configuration: lengths, rates, vocabulary, precision, name.
+
+Everything that follows from other settings is computed here, before anything is built, and stands in the run's
+config.yaml. A value given by hand that disagrees with what follows is refused, never overruled in silence.
+"""
+
+from __future__ import annotations
+
+import pydoc
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any, Literal, TypeVar
+
+import torch
+from jsonargparse import Namespace
+
+from llada_lightning import run
+from llada_lightning.compute.flops import check_budgets, check_steps, flops_6nd, steps_for_budget
+from llada_lightning.compute.rules import default_learning_rate
+from llada_lightning.compute.schedule import WSD, schedule_from
+from llada_lightning.compute.shapes import check_vocabulary, get_shape
+from llada_lightning.data.language_datamodule import LanguageDataModule
+from llada_lightning.model.transformer import NORM_EPS
+from llada_lightning.settings import check_folder_name, check_seed
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import shortened
+from llada_lightning.support.reading import read_yaml
+from llada_lightning.training.first_weights import take_over, weights_hash
+from llada_lightning.training.modules import LanguageModule
+
+T = TypeVar("T")
+
+
+def resolve_data(config: Namespace) -> LanguageDataModule:
+    """Fill in, in place, what follows from the data and the device: seeds, vocabulary, precision.
+
+    Args:
+        config: of `fit`, `validate`, `test` or `predict`, as parsed.
+
+    Returns:
+        A data module that knows its manifests, checked.
+
+    Raises:
+        UserError: settings contradict the data, or the data cannot serve.
+    """
+    if isinstance(config.seed_everything, bool):
+        raise UserError(f"seed_everything: {config.seed_everything} given; a run that can be repeated needs a number")
+    _fill(config.model.init_args, "seed", config.seed_everything)
+    _fill(config.data.init_args, "seed", config.seed_everything)
+    check_seed("seed_everything", config.seed_everything)
+    for name, arguments in {"model": config.model.init_args, "data": config.data.init_args}.items():
+        for key in ("seed", "val_seed"):
+            check_seed(f"{name}.{key}", arguments.get(key))
+    if config.model.init_args.get("weights") is not None:
+        take_over(config, module_class(config).objective)
+    data = located(config.data.class_path, LanguageDataModule)(**config.data.init_args.as_dict())  # type: ignore[type-abstract]
+    data.check()
+    if config.trainer.precision is None:
+        config.trainer.precision = native_precision(str(config.trainer.accelerator))
+    elif str(config.trainer.precision).startswith("16"):
+        raise UserError(f"trainer.precision: {config.trainer.precision} needs loss scaling; use bf16-mixed or 32-true")
+    _fill_vocabulary(config, data)
+    return data
+
+
+_CHECKED_BEFORE = ("shape", "vocab_size", "rope_theta", "norm_eps", "text_prefix_ids")
+"""Settings of a model that its class refuses in one line; the parser would put the whole configuration around it."""
+
+
+def resolve_fit(config: Namespace, data: LanguageDataModule) -> list[WSD]:
+    """Fill in, in place, what follows from the budget: steps, schedule, intervals, the run's name.
+
+    Returns:
+        The schedule of each budget, smallest first. With one budget it stands in the configuration; with several, the
+        configuration holds what they share.
+
+    Raises:
+        UserError: settings contradict one another.
+    """
+    _refuse_what_breaks_the_contract(config)
+    arguments = config.model.init_args
+    checked = {key: _plain(arguments[key]) for key in _CHECKED_BEFORE if key in arguments}
+    module = module_class(config)(**checked)
+    lengths = _lengths(config, module, data)
+    if len(lengths) > 1 and config.trainer.enable_checkpointing is False:
+        raise UserError("trainer.enable_checkpointing: false given, but several budgets branch from checkpoints")
+    given = schedule_from(_plain(arguments.schedule))
+    schedules = _resolved_schedules(given, module, data, lengths)
+    alike = replace(schedules[-1], total_steps=None, decay_steps=given.decay_steps)
+    arguments.schedule = as_namespace(schedules[0] if len(lengths) == 1 else alike)
+    _fill_intervals(config, lengths)
+    if config.run.name is None:
+        config.run.name = run_name(config, data, schedules)
+    return schedules
+
+
+_OURS = {
+    "fast_dev_run": False,
+    "limit_train_batches": None,
+    "limit_val_batches": None,
+    "overfit_batches": 0.0,
+    "max_epochs": -1,
+    "min_epochs": None,
+    "min_steps": None,
+    "max_time": None,
+    "check_val_every_n_epoch": None,
+    "use_distributed_sampler": False,
+    "reload_dataloaders_every_n_epochs": 0,
+}
+"""Settings of the trainer that would change a run's data or length behind its budget and identity."""
+
+
+def _refuse_what_breaks_the_contract(config: Namespace) -> None:
+    trainer, place = config.trainer, config.run
+    if place.name is not None:
+        check_folder_name("run.name", place.name)
+    check_folder_name("run.study", place.study, nested=True)
+    for key, value in _OURS.items():
+        if trainer[key] != value:
+            raise UserError(
+                f"trainer.{key}: {trainer[key]} would change a run's data or length behind its budget; leave it "
+                f"at {'null' if value is None else value}"
+            )
+    if trainer.gradient_clip_algorithm not in (None, "norm"):
+        raise UserError(f"trainer.gradient_clip_algorithm: {trainer.gradient_clip_algorithm} given; only norm is known")
+    if (trainer.gradient_clip_val or 0) < 0:
+        raise UserError(f"trainer.gradient_clip_val: {trainer.gradient_clip_val} must be above 0; null clips nothing")
+    counts = {
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "trainer.log_every_n_steps": trainer.log_every_n_steps,
+        "run.checkpoint_every_steps": place.checkpoint_every_steps,
+        "trainer.val_check_interval": trainer.val_check_interval,
+        "run.keep_checkpoints": place.keep_checkpoints,
+        "guard.patience": config.guard.patience,
+    }
+    for key, count in counts.items():
+        if count is not None and not (isinstance(count, int) and count >= 1):
+            raise UserError(f"{key}: {count} given; it must be a whole number of at least 1")
+    if place.checkpoint_every_minutes is not None and not place.checkpoint_every_minutes > 0:
+        raise UserError(f"run.checkpoint_every_minutes: {place.checkpoint_every_minutes} must lie above 0")
+    if not config.guard.spike_zscore > 0:
+        raise UserError(f"guard.spike_zscore: {config.guard.spike_zscore} must be above 0")
+
+
+def _fill(config: Namespace, key: str, value: Any) -> None:
+    if config.get(key) is None:
+        config[key] = value
+
+
+def _fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
+    tokenizer, arguments = data.tokenizer, config.model.init_args
+    masks = module_class(config).objective != "arm"
+    if masks and tokenizer.mask_id is None:
+        raise UserError(
+            f"data.tokenizer: '{config.data.init_args.tokenizer}' has no [MASK], which llada needs; name one of its "
+            "tokens with --data.mask_token, or as mask_token in its tokenizer_config.json"
+        )
+    # An `arm` that starts from weights without [MASK] has none, also where the data's tokenizer has one: no text holds
+    # it, and the weights need not have a row for it.
+    without = not masks and arguments.get("weights") is not None and arguments.mask_token_id is None
+    mask_id = None if without else tokenizer.mask_id
+    words = tokenizer.vocab_size - (without and tokenizer.mask_id == tokenizer.vocab_size - 1)
+    _fill(arguments, "vocab_size", words)
+    check_vocabulary("model.vocab_size", arguments.vocab_size)
+    if arguments.vocab_size < words:
+        raise UserError(
+            f"model.vocab_size: {arguments.vocab_size} is below the {words} tokens of the data's tokenizer; leave it "
+            "out (a larger one pads)"
+        )
+    for key, value in {"mask_token_id": mask_id, "eos_token_id": tokenizer.eos_id}.items():
+        _fill(arguments, key, value)
+        if arguments[key] != value:
+            raise UserError(f"model.{key}: {arguments[key]} given, but the data's tokenizer has {value}; leave it out")
+
+
+def _lengths(config: Namespace, module: LanguageModule, data: LanguageDataModule) -> list[int]:
+    """Optimizer steps of each budget, ascending, or those of `trainer.max_steps`."""
+    budget, given = config.budget, config.trainer.max_steps
+    if budget.flops is not None and budget.tokens is not None:
+        raise UserError(f"budget: flops {budget.flops} and tokens {budget.tokens:g} are both given; give one")
+    if data.wanted_steps is not None and (budget.flops, budget.tokens) != (None, None):
+        raise UserError("budget: given beside data.epochs; leave one of them out")
+    if budget.flops is None and budget.tokens is None:
+        if data.wanted_steps is not None and given in (-1, data.wanted_steps):
+            config.trainer.max_steps = data.wanted_steps
+            return [data.wanted_steps]
+        if given < 1:
+            raise UserError("budget.flops: nothing says how long to train; give --budget.flops, such as 1e12")
+        check_steps("trainer.max_steps", given, given)
+        return [given]
+    flops_per_token = module.flops_per_token(data.attended_length, data.mask_eps, data.response_share)
+    per_step = data.expected_tokens_per_step
+    if budget.flops is not None:
+        budgets = budget.flops if isinstance(budget.flops, list) else [budget.flops]
+        check_budgets("budget.flops", budgets)
+        lengths = [steps_for_budget(flops, flops_per_token, per_step, budget.convention) for flops in budgets]
+        if not lengths or any(later <= earlier for earlier, later in pairwise(lengths)):
+            made = f"{shortened(budgets)} make {shortened(lengths)} steps"
+            raise UserError(f"budget.flops: {made}; several budgets must ascend by a step each")
+    else:
+        lengths = [round(budget.tokens / per_step)]
+        check_steps("budget.tokens", budget.tokens, lengths[0])
+        if budget.tokens < per_step:
+            raise UserError(
+                f"budget.tokens: {budget.tokens:g} is below one step of {per_step:.0f} tokens; raise it, or lower "
+                "the global batch"
+            )
+    if given not in (-1, lengths[-1]):
+        raise UserError(
+            f"trainer.max_steps: {given} given, but the budget makes {lengths[-1]} steps; leave one of them out"
+        )
+    config.trainer.max_steps = lengths[-1]
+    return lengths
+
+
+def _resolved_schedules(given: WSD, module: LanguageModule, data: LanguageDataModule, lengths: list[int]) -> list[WSD]:
+    if given.total_steps is not None and [given.total_steps] != lengths:
+        raise UserError(
+            f"model.schedule.total_steps: {given.total_steps} given, but the run has {lengths} steps; leave it out"
+        )
+    per_step = flops_6nd(module.shape.params_nonembedding, data.expected_tokens_per_step)
+    default_lr = default_learning_rate(geometric_mean([length * per_step for length in lengths]))
+    return given.resolve_all(lengths, data.expected_tokens_per_step, default_lr)
+
+
+def as_namespace(schedule: WSD) -> Namespace:
+    """A schedule as the parser holds it."""
+    values = asdict(schedule)
+    values["plateaus"] = [Namespace(**plateau) for plateau in values["plateaus"]]
+    return Namespace(**values)
+
+
+def _fill_intervals(config: Namespace, lengths: list[int]) -> None:
+    """Validate three times on the way (the end is validated anyway), log and save at a pace that fits the length."""
+    trainer, steps = config.trainer, lengths[-1]
+    _fill(trainer, "val_check_interval", (steps // 4 + 1) * trainer.accumulate_grad_batches)
+    _fill(trainer, "log_every_n_steps", max(1, min(50, lengths[0] // 100)))
+    _fill(config.run, "checkpoint_every_steps", max(1, min(1000, steps // 10)))
+
+
+def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
+    """bf16-mixed where the device multiplies bf16 in hardware, else fp32."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    if accelerator in ("auto", "cpu") and cpu_flags() & {"avx512_bf16", "amx_bf16"}:
+        return "bf16-mixed"
+    return "32-true"
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets by Linux's names; empty on other systems."""
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return set()
+
+
+_TRAINER_IDENTITY = ("max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
+_DATA_MACHINE = ("path", "tokenizer", "chat_template", "workers", "micro_batch", "val_batch")
+_DATA_TOKENS = ("mask_token", "eos_token", "vocab_size", "text_prefix_ids")
+"""What is read of the data's tokenizer: it is in the fingerprints of the tokenizer and of the data."""
+_DATA_OPTIONS = {"document_mask": False, "train_tokens": None}
+_MODEL_OPTIONS = {"norm_eps": NORM_EPS, "text_prefix_ids": None}
+"""Options that came later: at its default none stands in an identity, so that older runs keep theirs."""
+
+
+def identity(config: Namespace, data: LanguageDataModule, schedule: WSD | None = None) -> dict[str, Any]:
+    """What makes a run this run: its resolved settings without paths and without the machine's.
+
+    Args:
+        config: resolved.
+        data: what it trains on.
+        schedule: of one budget of several; the configuration's own by default.
+    """
+    plain, model = _plain(config), module_class(config)
+    if schedule is not None:
+        plain["model"]["init_args"]["schedule"] = asdict(schedule)
+        plain["trainer"]["max_steps"] = schedule.total_steps
+    # Only skipped spikes make another run: what is reported changes nothing.
+    guard = plain.get("guard", {})
+    skipping = {"guard": {"spike_zscore": guard["spike_zscore"]}} if guard.get("spikes") == "skip" else {}
+    eight_bits = {"fp8": True} if plain.get("speed", {}).get("fp8") else {}
+    data_arguments = {k: v for k, v in plain["data"]["init_args"].items() if k not in (*_DATA_MACHINE, *_DATA_TOKENS)}
+    model_arguments = plain["model"]["init_args"]
+    for arguments, options in ((data_arguments, _DATA_OPTIONS), (model_arguments, _MODEL_OPTIONS)):
+        for option, default in options.items():
+            if option in arguments and arguments[option] == default:
+                del arguments[option]
+    weights = model_arguments.pop("weights", None)
+    start = {} if weights is None else {"weights": weights_hash(weights)}
+    found = {
+        "model": {**plain["model"], "class_path": f"{model.__module__}.{model.__qualname__}"},
+        "data": {**data_arguments, "class_path": plain["data"]["class_path"], "fingerprint": data.fingerprint},
+        "trainer": {key: plain["trainer"].get(key) for key in _TRAINER_IDENTITY},
+        "seed": plain["seed_everything"],
+        "tokenizer": data.tokenizer.fingerprint,
+        **start,
+        **skipping,
+        **eight_bits,
+    }
+    return run.with_stable_names(found)
+
+
+def run_name(config: Namespace, data: LanguageDataModule, schedules: list[WSD]) -> str:
+    """The name of the run (:func:`run.run_name`) of a resolved configuration."""
+    shape = get_shape(_plain(config.model.init_args.shape))
+    per_step = flops_6nd(shape.params_nonembedding, data.expected_tokens_per_step)
+    flops = [per_step * schedule.total_steps for schedule in schedules if schedule.total_steps]
+    identities = [identity(config, data, schedule) for schedule in schedules]
+    return run.run_name(module_class(config).objective, shape, flops, identities)
+
+
+def module_class(config: Namespace) -> type[LanguageModule]:
+    """The LightningModule that `--model` names."""
+    return located(config.model.class_path, LanguageModule)  # type: ignore[type-abstract]
+
+
+def located(class_path: str, base: type[T]) -> type[T]:
+    """The class of a dotted path, which the parser has found to be a subclass of ``base``."""
+    found = pydoc.locate(class_path)
+    assert isinstance(found, type) and issubclass(found, base)
+    return found
+
+
+def reject_unknown_keys(config: Namespace) -> None:
+    """Refuse keys of the given files that no setting has.
+
+    The parser refuses those that hold a value by itself, and lets pass those that hold an empty mapping. A
+    configuration given inline, as a planned sweep gives it, leaves no path.
+    """
+    for path in filter(None, config.get("config") or []):
+        for key in _empty_mappings(read_yaml(str(path)) or {}):
+            if key not in config:
+                raise UserError(f"{path}: '{key}' is not a known key; see llada fit --help")
+
+
+def _empty_mappings(mapping: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in mapping.items():
+        if value == {}:
+            found.append(f"{prefix}{key}")
+        elif isinstance(value, dict):
+            found += _empty_mappings(value, f"{prefix}{key}.")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        return {key: _plain(item) for key, item in vars(value).items()}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,254 @@
+"""A user's mistake: one line on stderr, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tokenizers import Tokenizer, models
+
+from helpers.small_corpora import seal
+from llada_lightning import __version__
+from llada_lightning.commands.main import main
+
+SMALL = ["--model.shape=107k", "--data.sequence_length=32", "--data.global_batch=8", "--trainer.accelerator=cpu"]
+
+
+@pytest.fixture
+def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Run a command that must fail as a user's mistake; returns its one line."""
+
+    def run(*arguments: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        assert main(list(arguments)) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        assert "Traceback" not in lines[0]
+        assert sorted(tmp_path.rglob("*")) == before, "something was written"
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def fit(fails, prepared: Path, tmp_path: Path):
+    """`llada fit` on the small corpus with further arguments; must fail."""
+
+    def run(*arguments: str, data: str | None = None) -> str:
+        common = [f"--data.path={data or prepared}", f"--run.root={tmp_path / 'runs'}", *SMALL]
+        return fails("fit", "--model=LladaModule", *common, "--budget.flops=1e10", *arguments)
+
+    return run
+
+
+def test_an_unknown_command(fails) -> None:
+    assert "'train' is not a command; choose from fit" in fails("train")
+
+
+def test_an_abbreviated_option(fit) -> None:
+    assert "--budget.flop" in fit("--budget.flop=1e9")
+
+
+def test_no_module(fails) -> None:
+    assert "give --model ArmModule or LladaModule" in fails("fit", "--budget.flops=1e9")
+    assert "--config of a run" in fails("validate")
+
+
+def test_shards_with_foreign_tokens(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found when they are read, by a worker too, also where the checksums are those of the damage."""
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    for shard in (copy / "train").glob("*.bin"):
+        content = bytearray(shard.read_bytes())
+        content[100:] = b"\xff" * len(content[100:])
+        shard.write_bytes(bytes(content))
+    seal(copy)
+    for workers in (0, 1):
+        arguments = [f"--data.path={copy}", f"--run.root={tmp_path / 'runs'}", f"--data.workers={workers}", *SMALL]
+        assert main(["fit", "--model=ArmModule", *arguments, "--budget.flops=1e10"]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("error: data.path: sequence")
+        assert line.endswith("the shards are damaged: prepare the corpus again")
+
+
+def test_an_unknown_option(fit) -> None:
+    assert "--modell.shape=3" in fit("--modell.shape=3")
+    assert "shapee" in fit("--model.init_args.shapee=3")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"modell": {}}, {"modell": {"shape": "107k"}}, {"trainer": {"max_stepps": 3}}, {"trainer": {"max_stepps": {}}}],
+)
+def test_an_unknown_key_of_a_file(fails, tmp_path: Path, config: dict) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    line = fails("fit", f"--config={path}", "--model=ArmModule")
+    assert "modell" in line or "max_stepps" in line
+
+
+def test_a_wrong_type_names_key_value_and_type(fit) -> None:
+    see = "; see 'llada fit --help'"
+    assert fit("--budget.flops=much") == f"error: budget.flops: much given; expected float or list or null{see}"
+    assert fit("--data.sequence_length=long") == f"error: data.sequence_length: long given; expected int{see}"
+    assert fit("--model.rope_theta=big") == f"error: model.rope_theta: big given; expected float{see}"
+    assert "trainer.precision: half given; expected" in fit("--trainer.precision=half")
+
+
+def test_an_unknown_module(fails) -> None:
+    assert "LladaModul given; expected ArmModule, LladaModule" in fails("fit", "--model=LladaModul")
+    assert "which one is not said; expected ArmModule" in fails("fit", "--model.init_args.shape=107k")
+
+
+def test_an_agent_may_hand_over_arguments_in_any_order(prepared: Path, tmp_path: Path) -> None:
+    from llada_lightning.training.fit import run_folder
+
+    common = [f"--data.path={prepared}", "--data.sequence_length=32", f"--run.root={tmp_path}", "--budget.flops=1e10"]
+    settings = ["--model.init_args.shape=107k", "--model.rope_theta=500"]
+    first = run_folder(["fit", "--model=ArmModule", *settings, *common])
+    assert run_folder(["fit", *settings, *common, "--model=ArmModule"]) == first
+
+
+def test_an_unknown_shape(fit) -> None:
+    line = fit("--model.shape=9z")
+    assert "shape: '9z' is not known; choose from arm-1b" in line
+
+
+def test_a_missing_data_folder(fit, tmp_path: Path) -> None:
+    assert "llada prepare" in fit(data=str(tmp_path / "absent"))
+
+
+def test_a_foreign_data_folder(fit, tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("mine")
+    assert "llada prepare" in fit(data=str(tmp_path / "foreign"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_a_damaged_shard(fit, prepared: Path, tmp_path: Path, damage: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    shard = sorted((copy / "train").glob("*.bin"))[1]
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:100])
+    assert shard.name in fit(data=str(copy))
+
+
+def test_a_sequence_longer_than_a_shard(fit) -> None:
+    assert "4096" in fit("--data.sequence_length=4096")
+
+
+def test_a_budget_below_one_step(fit) -> None:
+    assert "1000 is below one step, which costs" in fit("--budget.flops=1000")
+
+
+def test_no_length_at_all(fit) -> None:
+    assert "nothing says how long to train" in fit("--budget.flops=null")
+
+
+def test_a_budget_and_other_steps(fit) -> None:
+    assert "trainer.max_steps: 7 given, but the budget makes" in fit("--trainer.max_steps=7")
+
+
+def test_a_batch_that_does_not_divide(fit) -> None:
+    line = fit("--data.micro_batch=3")
+    assert "data.global_batch: 8 is not micro-batch 3 x 1 device(s) x accumulation 1" in line
+    assert "nearest global batches: 6 or 9" in line
+
+
+def test_a_vocabulary_that_contradicts_the_data(fit) -> None:
+    assert "model.vocab_size: 10 is below the" in fit("--model.vocab_size=10")
+    assert "model.mask_token_id: 77 given" in fit("--model.mask_token_id=77")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "fast_dev_run=true", "limit_train_batches=4", "limit_val_batches=0", "overfit_batches=1", "max_epochs=2",
+        "min_steps=100", "gradient_clip_algorithm=value", "accumulate_grad_batches=0", "log_every_n_steps=0",
+        "precision=16-mixed", "devices=0", "strategy=none_such", "accelerator=none_such",
+    ],
+)  # fmt: skip
+def test_a_trainer_setting_that_breaks_the_contract(fit, setting: str) -> None:
+    assert setting.split("=")[0].split("_")[0] in fit(f"--trainer.{setting}").lower()
+
+
+@pytest.mark.parametrize("setting", ["data.val_sequences=0", "data.workers=-1", "run.keep_checkpoints=0"])
+def test_a_number_out_of_range(fit, setting: str) -> None:
+    assert f"error: {setting.split('=')[0]}: " in fit(f"--{setting}")
+
+
+def test_betas_out_of_range(fit) -> None:
+    assert "betas must lie in [0, 1)" in fit("--model.optimizer.betas=[0.9, 2.0]")
+
+
+def test_a_runs_folder_that_cannot_be(fit, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert "cannot be written" in fit(f"--run.root={tmp_path / 'file'}")
+
+
+def test_prepare_into_a_foreign_folder(fails, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    line = fails("prepare", "--source=python-stdlib", f"--out={tmp_path / 'mine'}")
+    assert "is not a prepared data folder; choose another --out" in line
+
+
+def test_a_random_seed(fit) -> None:
+    assert "seed_everything: True given" in fit("--seed_everything=true")
+
+
+def test_a_schedule_that_does_not_fit(fit) -> None:
+    assert "warmup ends at step 5000" in fit("--model.schedule.warmup_steps=5000")
+
+
+def test_validation_without_a_checkpoint(fails, prepared: Path) -> None:
+    line = fails("validate", "--model=ArmModule", f"--data.path={prepared}", "--trainer.accelerator=cpu")
+    assert "ckpt_path: nothing to validate" in line
+
+
+def test_an_empty_corpus(fails, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    fails("prepare", f"--source={tmp_path / 'empty'}", f"--out={tmp_path / 'out'}")
+
+
+def test_a_vocabulary_without_mask(fails, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "[EOS]": 2}, merges=[]))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("a b a b")
+    line = fails(
+        "prepare", f"--source={tmp_path / 'text.txt'}", f"--out={tmp_path / 'out'}",
+        f"--tokenizer={tmp_path / 'tokenizer.json'}",
+    )  # fmt: skip
+    assert "--add-mask-token" in line
+
+
+def test_a_sweep_file_that_is_not_there(fails, tmp_path: Path) -> None:
+    fails("sweep", "run", str(tmp_path / "absent.yaml"))
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {verb}" in text for verb in ("prepare", "fit", "validate", "sweep", "collect", "curves"))
+    assert main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "prepare", "sweep", "collect", "curves"])
+def test_each_command_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    assert "usage" in capsys.readouterr().out.lower()
+
+
+def test_light_commands_start_without_torch() -> None:
+    run = "from llada_lightning.commands.main import main; main(['collect', '--help'])"
+    code = f"import sys; {run}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
