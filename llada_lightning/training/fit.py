@@ -28,7 +28,7 @@ from llada_lightning.data.manifest import loss_note
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.identity import check_identity, model_identity
 from llada_lightning.records import read_records, write_records, write_validation
-from llada_lightning.settings import Budget, Guard, Profile, Run, Wandb, check_seed
+from llada_lightning.settings import Budget, Guard, Place, Profile, Wandb, check_seed
 from llada_lightning.support.cluster import agreed_launch
 from llada_lightning.support.command_line import one_line, refuse_unusable
 from llada_lightning.support.errors import UserError
@@ -111,7 +111,7 @@ class LladaCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--budget", type=Budget, default=Budget(), help="What the run may spend.")
         parser.add_argument("--rules", type=Rules, default=Rules(), help="Which rules give what is not set.")
-        parser.add_argument("--run", type=Run, default=Run(), help="Where the run lives.")
+        parser.add_argument("--run", type=Place, default=Place(), help="Where the run lives.")
         parser.add_argument("--speed", type=Speed, default=Speed(), help="How the same is computed faster.")
         parser.add_argument("--guard", type=Guard, default=Guard(), help="What to do about bad numbers.")
         parser.add_argument("--profile", type=Profile, default=Profile(), help="Where a step's time goes.")
@@ -144,7 +144,7 @@ class LladaCLI(LightningCLI):
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Run(**vars(self.settings.run)).folder
+        return Place(**vars(self.settings.run)).folder
 
     def before_instantiate_classes(self) -> None:
         trainer = self.settings.trainer
