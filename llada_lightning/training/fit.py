@@ -1,7 +1,4 @@
-"""`llada fit | validate | test | predict`: LightningCLI with one line for an error and a resolved configuration.
-
-The parser of Lightning's verbs, in our manners.
-"""
+"""`llada fit`, `validate`, `test` and `predict`: LightningCLI, whose configuration is resolved before anything is built."""
 
 from __future__ import annotations
 
@@ -85,8 +82,8 @@ class LladaCLI(LightningCLI):
     """Adds budget, run folder and W&B; resolves the configuration before anything is built.
 
     Args:
-        args: the command line from the subcommand on.
-        execute: build and run, or only resolve (``settings`` then holds the outcome).
+        args: The command line from the subcommand on.
+        execute: Whether to build and run. If not, the configuration is resolved and is in ``settings``.
     """
 
     def __init__(self, args: list[str], execute: bool = True) -> None:
