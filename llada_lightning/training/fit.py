@@ -1,4 +1,4 @@
-"""`llada fit`, `validate`, `test` and `predict`: LightningCLI, whose configuration is resolved before anything is built."""
+"""`llada fit`, `validate`, `test` and `predict`: a LightningCLI that resolves its configuration before building."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ from llada_lightning.support.secrets import refuse_secrets
 from llada_lightning.support.signals import LeaveRequest, leaving_at_a_steps_end, say
 from llada_lightning.support.trusted import trust_known_modules
 from llada_lightning.training.callbacks.accounting import Accounting
-from llada_lightning.training.callbacks.bad_numbers import BadNumbers, DivergedError
 from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, CheckpointPlan, StepCheckpoints
 from llada_lightning.training.callbacks.leaving import LeaveTogether
 from llada_lightning.training.callbacks.loggers import MetricsCSV, check_wandb, wandb_logger
@@ -46,7 +45,7 @@ from llada_lightning.training.callbacks.profile import profiling
 from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
 from llada_lightning.training.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.training.devices import check_devices
-from llada_lightning.training.guard import UpdateGuard
+from llada_lightning.training.guard import BadNumbers, DivergedError, UpdateGuard
 from llada_lightning.training.memory import MemoryAdvice
 from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.parallel import check_parallel, launched_settings, leads_its_group, replicas, saves_shards
