@@ -32,10 +32,10 @@ class EvaluateTasks(Callback):
     Args:
         tasks: The names of tasks of lm-evaluation-harness.
         every_n_steps: The number of optimizer steps between evaluations.
-        include_path: A folder with task files of yours.
-        limit: The number of documents of each task, the first ones; null: all of them.
+        include_path: A folder with your own task files.
+        limit: The number of documents of each task, from its first; null: all of them.
         shots: The number of examples in the prompt; null: as the task says.
-        monte_carlo: The number of masks of a continuation of several tokens (`llada`).
+        monte_carlo: The number of masks for a continuation of several tokens (`llada`).
         sampling: The settings of answers: those that are not the defaults go before what the task says.
     """
 
