@@ -30,6 +30,7 @@ def record(objective: Objective, shape: str, budget: float, loss: float, **other
     values = {
         "run": f"{objective}-{shape}-{budget:.0e}",
         "objective": objective,
+        "variant": None,
         "shape": shape,
         "params_total": get_shape(shape).params_total(VOCAB_SIZE),
         "params_nonembedding": get_shape(shape).params_nonembedding,
