@@ -1,13 +1,32 @@
-"""What a plan needs to know of the data stream: words, lengths, and how much there is."""
+"""A run: what it is asked to be, what follows from that, and the name by which it is known.
+
+:func:`resolve` is the only place where a budget becomes steps, and where rate, batch, warmup and decay follow from
+their rules: a plan lists resolved runs, `llada fit` executes one, and a sweep counts what they cost. The identity of a
+run is all that makes its weights what they are; its hash is in the run's name.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import geometric_mean
 
-from llada_lightning.compute.flops import MASK_EPS, TrainingFlops, expected_length
-from llada_lightning.compute.shapes import Shape
-from llada_lightning.objectives import get_objective
+from llada_lightning.compute.flops import (
+    MASK_EPS,
+    Convention,
+    TrainingFlops,
+    check_budgets,
+    check_steps,
+    expected_length,
+    flops_6nd,
+    steps_for_budget,
+)
+from llada_lightning.compute.rules import BATCH_RULES, LONE_BATCH, WARMUP_RULES, Rules, Size, learning_rate
+from llada_lightning.compute.schedule import WSD
+from llada_lightning.compute.shapes import Shape, shape_name
+from llada_lightning.objectives import Objective
 from llada_lightning.support.errors import UserError
 
 
@@ -16,8 +35,8 @@ class Source:
     """One corpus of a mixture.
 
     Args:
-        weight: its share of the sequences, relative to the other sources'.
-        sequences: training sequences that it holds.
+        weight: The share of the sequences that it gives, relative to the weights of the other sources.
+        sequences: The number of training sequences that it holds.
     """
 
     weight: float
@@ -29,8 +48,8 @@ class DataFacts:
     """What prepared data is known to hold, at one sequence length.
 
     Args:
-        vocab_size: words of the tokenizer.
-        sources: one, or those of a mixture.
+        vocab_size: The number of vocabulary entries of the tokenizer.
+        sources: The sources of the mixture, or the only one.
     """
 
     vocab_size: int
@@ -40,13 +59,13 @@ class DataFacts:
 def sequences_read(
     present: Sequence[int], weights: Sequence[float], sequence_length: int, train_tokens: int | None
 ) -> list[int]:
-    """Of each source the training sequences that are read at all: its weight's share of ``train_tokens``, at least one.
+    """The number of training sequences that are read of each source: its share of ``train_tokens``, at least one.
 
     Args:
-        present: sequences that each source holds.
-        weights: of the sources.
-        sequence_length: L.
-        train_tokens: distinct tokens that may be read; None: all.
+        present: The number of sequences that each source holds.
+        weights: The weight of each source.
+        sequence_length: The number of tokens of a sequence, L.
+        train_tokens: The number of distinct tokens that may be read; None: all of them.
     """
     if train_tokens is None:
         return list(present)
@@ -57,14 +76,17 @@ def sequences_read(
 
 @dataclass(frozen=True)
 class Stream:
-    """The stream that both objectives train on; defaults as ``llada fit`` has them.
+    """The stream of sequences that all objectives train on. The defaults are those of ``llada fit``.
 
     Args:
-        vocab_size: words of embedding and head.
-        sequence_length: L, tokens of a full sequence.
-        random_length_share: share of the sequences cut to a random length.
-        mask_eps: smallest mask probability of the forward process.
-        sources: the corpora; none where the data is not known.
+        vocab_size: The number of vocabulary entries of the embedding and the output head.
+        sequence_length: The number of tokens of a full sequence, L.
+        random_length_share: The share of the sequences that are cut to a random length.
+        mask_eps: The smallest mask probability of the forward process.
+        sources: The corpora; none where the data is not known.
+        tokens_per_sequence: The expected tokens of a sequence; None: of L and the share of random lengths.
+        attended_length: The length whose attention a token costs on average; None: L.
+        response_share: The share of the tokens that the forward process may mask.
     """
 
     vocab_size: int
@@ -72,6 +94,9 @@ class Stream:
     random_length_share: float = 0.01
     mask_eps: float = MASK_EPS
     sources: tuple[Source, ...] = field(default=())
+    tokens_per_sequence: float | None = None
+    attended_length: int | None = None
+    response_share: float = 1.0
 
     def check(self) -> None:
         """Refuse what ``llada fit`` would refuse.
@@ -84,13 +109,17 @@ class Stream:
         if not 0 < self.mask_eps < 1:
             raise UserError(f"plan: mask_eps {self.mask_eps:g} must lie between 0 and 1")
 
-    def flops_per_token(self, shape: Shape, objective: str) -> TrainingFlops:
-        """The expected training FLOPs of one token of an objective, as ``llada fit`` counts them."""
-        return get_objective(objective).flops_per_token(shape, self.vocab_size, self.sequence_length, self.mask_eps)
+    def flops_per_token(self, shape: Shape, objective: Objective) -> TrainingFlops:
+        """The expected training FLOPs of one token of an objective."""
+        attended = self.attended_length or self.sequence_length
+        return objective.flops_per_token(shape, self.vocab_size, attended, self.mask_eps, self.response_share)
 
-    def tokens_per_step(self, global_batch: int) -> float:
-        """Expected tokens of a global batch of so many sequences."""
-        return global_batch * expected_length(self.sequence_length, self.random_length_share)
+    def tokens_per_step(self, global_batch: float) -> float:
+        """The expected tokens of a global batch of so many sequences."""
+        each = self.tokens_per_sequence
+        return global_batch * (
+            expected_length(self.sequence_length, self.random_length_share) if each is None else each
+        )
 
     def epochs(self, sequences: float) -> float | None:
         """How often so many sequences read the source that they repeat most; None where the data is not known."""
@@ -102,3 +131,175 @@ class Stream:
     def tokens_present(self) -> int | None:
         """Training tokens of all sources together; None where the data is not known."""
         return sum(source.sequences for source in self.sources) * self.sequence_length if self.sources else None
+
+
+MIN_STEPS = 50
+"""A rule's batch is halved until the smallest budget has so many steps, as far as halving goes."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is to train. Exactly one of the first three is given.
+
+    Args:
+        flops: The training FLOPs of each budget, ascending.
+        tokens: The number of training tokens.
+        steps: The number of optimizer steps.
+        convention: Which FLOPs a budget counts.
+        setting: The name of the setting, for messages.
+    """
+
+    flops: tuple[float, ...] = ()
+    tokens: float | None = None
+    steps: int | None = None
+    convention: Convention = "6nd"
+    setting: str = "budget.flops"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a run is asked to be.
+
+    Args:
+        objective: The training objective.
+        shape: The dimensions of the Transformer.
+        stream: What is known of the training data.
+        length: How long it is to train.
+        global_batch: The sequences of an optimizer step; None: by rule.
+        schedule: The learning rate's schedule as it is given.
+        rules: The rules of what is not given.
+        lr_scale: A factor on the learning rate that the rule gives.
+        batch_quantum: The batch that a rule gives is a power of two times this number of sequences.
+    """
+
+    objective: Objective
+    shape: Shape
+    stream: Stream
+    length: Length
+    global_batch: int | None = None
+    schedule: WSD = field(default_factory=WSD)
+    rules: Rules = field(default_factory=Rules)
+    lr_scale: float = 1.0
+    batch_quantum: int = 1
+
+    @property
+    def who(self) -> str:
+        """The objective and the shape, for messages."""
+        return f"{self.objective.name} {shape_name(self.shape)}"
+
+    @property
+    def per_token(self) -> TrainingFlops:
+        """The expected training FLOPs of one token."""
+        return self.stream.flops_per_token(self.shape, self.objective)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A resolved run: one fit, or a trunk whose budgets each end in a branch of their own.
+
+    Args:
+        spec: What it was asked to be.
+        global_batch: The sequences of an optimizer step.
+        schedules: The resolved schedule of each budget, shortest first.
+    """
+
+    spec: Spec
+    global_batch: int
+    schedules: tuple[WSD, ...]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The optimizer steps of each budget, ascending."""
+        return tuple(schedule.total_steps or 0 for schedule in self.schedules)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """The expected tokens of an optimizer step."""
+        return self.spec.stream.tokens_per_step(self.global_batch)
+
+    @property
+    def per_step(self) -> TrainingFlops:
+        """The expected training FLOPs of an optimizer step."""
+        return self.spec.per_token * self.tokens_per_step
+
+    @property
+    def flops_6nd(self) -> list[float]:
+        """The training FLOPs of each budget by 6ND, as they are in the name of the run."""
+        per_step = flops_6nd(self.spec.shape.params_nonembedding, self.tokens_per_step)
+        return [per_step * steps for steps in self.steps]
+
+
+def resolve(spec: Spec) -> Run:
+    """What follows from a specification: batch, steps, rate, warmup and decay of every budget.
+
+    Raises:
+        UserError: a budget is below one step, two budgets make the same steps, or the schedule does not fit.
+    """
+    batch = spec.global_batch or _batch_by_rule(spec)
+    lengths = _lengths(spec, batch)
+    per_step = spec.stream.tokens_per_step(batch)
+    of_steps = [length * flops_6nd(spec.shape.params_nonembedding, per_step) for length in lengths]
+    rate = learning_rate(spec.rules.lr, _size(spec, batch, geometric_mean(of_steps)), spec.lr_scale)
+    schedules = spec.schedule.resolve_all(lengths, per_step, rate, WARMUP_RULES[spec.rules.warmup])
+    return Run(spec, batch, tuple(schedules))
+
+
+def _size(spec: Spec, batch: float, flops_of_steps: float = math.nan) -> Size:
+    """The size by which the rules go, at a global batch of so many sequences."""
+    length, per_token = spec.length, spec.per_token
+    if length.flops:
+        budget = math.exp(math.fsum(map(math.log, length.flops)) / len(length.flops))
+        tokens = budget / per_token.by(length.convention)
+    elif length.tokens is not None:
+        tokens = length.tokens
+    else:
+        assert length.steps is not None
+        tokens = length.steps * spec.stream.tokens_per_step(batch)
+    return Size(spec.shape.params_nonembedding, tokens, tokens * per_token.flops_6nd, flops_of_steps)
+
+
+def _batch_by_rule(spec: Spec) -> int:
+    """The sequences of a global batch: the rule's, rounded to a power of two times the quantum."""
+    rule = BATCH_RULES[spec.rules.batch]
+    if rule is None:
+        return LONE_BATCH
+    per_sequence = spec.stream.tokens_per_step(1)
+    wanted = rule(_size(spec, LONE_BATCH)) / per_sequence
+    if spec.length.steps is not None:  # a larger batch makes a longer run, whose batch is larger: to its fixed point
+        for _ in range(50):
+            wanted = rule(_size(spec, wanted)) / per_sequence
+    doublings = max(0, round(math.log2(wanted / spec.batch_quantum)))
+    if spec.length.steps is None:
+        fewest = spec.length.tokens or spec.length.flops[0] / spec.per_token.by(spec.length.convention)
+        while doublings and fewest / spec.stream.tokens_per_step(spec.batch_quantum * 2**doublings) < MIN_STEPS:
+            doublings -= 1
+    return spec.batch_quantum * 2**doublings
+
+
+def _lengths(spec: Spec, batch: int) -> list[int]:
+    """The optimizer steps of each budget, ascending."""
+    length, per_step = spec.length, spec.stream.tokens_per_step(batch)
+    name = length.setting
+    if length.steps is not None:
+        check_steps(name, length.steps, length.steps)
+        return [length.steps]
+    if length.tokens is not None:
+        steps = round(length.tokens / per_step)
+        check_steps(name, length.tokens, steps)
+        if length.tokens < per_step:
+            raise UserError(
+                f"{name}: {length.tokens:g} is below one step of {per_step:.0f} tokens; raise it, or lower the "
+                "global batch"
+            )
+        return [steps]
+    check_budgets(name, length.flops)
+    lengths = [
+        steps_for_budget(flops, spec.per_token, per_step, length.convention, name, spec.who) for flops in length.flops
+    ]
+    for (lower, fewer), (higher, more) in pairwise(zip(length.flops, lengths, strict=True)):
+        if more <= fewer:
+            raise UserError(
+                f"{name}: {lower:g} and {higher:g} make {fewer} and {more} steps of {spec.who}; several budgets must "
+                "ascend by a step each: space them further apart, or lower the batch"
+            )
+    return lengths

@@ -17,7 +17,7 @@ FLOORS = (
     ("support",),
     ("compute",),
     ("objectives", "model"),
-    ("settings", "run", "records"),
+    ("settings", "identity", "run", "records"),
     ("data",),
     ("checkpoints",),
     ("generation",),
@@ -30,14 +30,11 @@ FLOORS = (
 
 NOT_YET = {
     "data.sft": {"checkpoints.tokenizer_files"},
-    "evaluation.ablate_command": {"commands.evaluate"},
-    "evaluation.igsm.igsm_command": {"commands.model_options"},
-    "evaluation.reversal.reversal_command": {"commands.model_options"},
     "training.callbacks.profile": {"study.plots.profile", "study.plots.style"},
 }
 """Imports that go up and are on their way out."""
 
-WITHOUT_TORCH = ("compute", "settings", "run", "records", "study")
+WITHOUT_TORCH = ("compute", "settings", "identity", "run", "records", "study")
 
 
 def module_name(path: Path) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from llada_lightning.checkpoints.sharded_checkpoints import META, ShardReader, is_sharded, read_lazily
+from llada_lightning.identity import with_stable_names
 from llada_lightning.support.errors import UserError
 
 CONFIG = "config.yaml"
@@ -68,7 +69,7 @@ def saved_identity(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: the file or folder is not a checkpoint of a run.
     """
-    return _saved(checkpoint, "identity")
+    return with_stable_names(_saved(checkpoint, "identity"))
 
 
 def saved_step(checkpoint: Path) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import pickle
 from collections.abc import Mapping
 from functools import partial
@@ -19,15 +17,14 @@ from llada_lightning.checkpoints.run_folder import CONFIG, require_whole, run_fo
 from llada_lightning.checkpoints.sharded_checkpoints import META, ShardReader, is_sharded
 from llada_lightning.checkpoints.stored_tensors import StoredTensor, of_tensor
 from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
-from llada_lightning.compute.flops import Objective
 from llada_lightning.data.manifest import TOKENIZER_NAME, local_path, read_tokenizer_text, tokenizer_fingerprint
+from llada_lightning.identity import identity_hash, with_stable_names
 from llada_lightning.model.transformer import NORM_EPS
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import warn
 from llada_lightning.support.reading import read_yaml
 
 _WEIGHTS = "state_dict"
-_MODULES: dict[str, Objective] = {"ArmModule": "arm", "LladaModule": "llada"}
 
 
 def read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], str]:
@@ -71,10 +68,10 @@ def _shards(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _description(content: Mapping[str, Any], path: Path) -> Description:
-    identity = content["identity"]
+    identity = with_stable_names(content["identity"])
     model, data = identity["model"], identity["data"]
     arguments = model["init_args"]
-    objective = content.get("objective", _MODULES.get(model["class_path"].rpartition(".")[2]))
+    objective = content.get("objective", model.get("objective"))
     if objective is None:
         raise UserError(f"'{path}' is of {model['class_path']}, whose objective it does not say; train it again")
     run = run_folder_of(path)
@@ -100,7 +97,7 @@ def _description(content: Mapping[str, Any], path: Path) -> Description:
         source={
             "run": None if run is None else run.name,
             "step": content["global_step"],
-            "identity": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+            "identity": identity_hash(identity),
         },
     )
 

@@ -69,11 +69,11 @@ def flops_per_token(
     """Training FLOPs of one token.
 
     Args:
-        shape: the Transformer's dimensions.
-        vocab_size: width of the output head.
-        sequence_length: keys that a token attends to (before the causal half).
+        shape: The dimensions of the Transformer.
+        vocab_size: The width of the output head.
+        sequence_length: The number of keys that a token attends to, before the causal half.
         objective: ``arm`` attends causally, ``llada`` to everything.
-        logit_share: share of the positions whose logits are computed.
+        logit_share: The share of the positions whose logits are computed.
     """
     return TrainingFlops(
         flops_6nd=flops_6nd(shape.params_nonembedding, 1),
@@ -106,28 +106,36 @@ def expected_length(sequence_length: int, share: float) -> float:
 
 
 def steps_for_budget(
-    flops: float, per_token: TrainingFlops, tokens_per_step: float, convention: Convention = "6nd"
+    flops: float,
+    per_token: TrainingFlops,
+    tokens_per_step: float,
+    convention: Convention = "6nd",
+    name: str = "budget.flops",
+    who: str = "",
 ) -> int:
     """The number of steps whose FLOPs come nearest to the budget.
 
     Args:
-        flops: training FLOPs to spend, counted by ``convention``.
-        per_token: FLOPs of one token.
-        tokens_per_step: (expected) tokens of one global batch.
-        convention: which FLOPs the budget counts.
+        flops: The training FLOPs to spend, counted by ``convention``.
+        per_token: The training FLOPs of one token.
+        tokens_per_step: The expected number of tokens of one global batch.
+        convention: Which FLOPs the budget counts.
+        name: The name of the setting, for messages.
+        who: The objective and the shape, for messages.
 
     Raises:
         UserError: the budget does not pay for one step.
     """
-    check_budgets("budget.flops", [flops])
+    check_budgets(name, [flops])
     per_step = per_token.by(convention) * tokens_per_step
     steps = round(flops / per_step)
     if flops < per_step:
+        of_what = f" of {who}" if who else ""
         raise UserError(
-            f"budget.flops: {flops:.4g} is below one step, which costs {per_step:.4g} FLOPs ({convention}, "
+            f"{name}: {flops:.4g} is below one step{of_what}, which costs {per_step:.4g} FLOPs ({convention}, "
             f"{tokens_per_step:.0f} tokens); raise the budget, or lower the global batch"
         )
-    check_steps("budget.flops", flops, steps)
+    check_steps(name, flops, steps)
     return steps
 
 

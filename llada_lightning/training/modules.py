@@ -6,7 +6,6 @@ and which loss comes out.
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
@@ -20,13 +19,15 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from llada_lightning.compute.flops import Objective, TrainingFlops, expected_mask_probability, flops_per_token
-from llada_lightning.compute.schedule import WSD, schedule_from
+from llada_lightning.compute.schedule import WSD
 from llada_lightning.compute.shapes import MAX_PARAMETERS, Shape, get_shape
 from llada_lightning.data.datasets import TrainingBatch, ValidationBatch
+from llada_lightning.identity import check_history, check_identity, model_identity, with_stable_names
 from llada_lightning.model import Transformer
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
 from llada_lightning.objectives.bounds import nll_bound
 from llada_lightning.objectives.losses import masked_diffusion_weights, shift_right, token_nll
+from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.first_weights import fill_weights, inherited
 from llada_lightning.training.guard import UpdateGuard
@@ -50,7 +51,7 @@ class AdamW:
     weight_decay: float = 0.1
 
 
-class LanguageModule(LightningModule, ABC):
+class LanguageModule(KeepsArguments, LightningModule, ABC):
     """What both objectives share.
 
     Args:
@@ -118,6 +119,14 @@ class LanguageModule(LightningModule, ABC):
         self.validation: dict[str, float] = {}
         self.val_by_document: list[tuple[int, int, float]] = []
         self.model: Transformer = None  # type: ignore[assignment]  # configure_model builds it
+
+    def setup(self, stage: str) -> None:
+        """Resolve what the command has not resolved: a plain Trainer was started from Python."""
+        if not self.identity:
+            from llada_lightning.training.plain import resolve_from_python
+
+            assert self.trainer is not None
+            resolve_from_python(self, self.trainer)
 
     def configure_model(self) -> None:
         """Build and initialise the Transformer, inside the strategy's context; shard it where that has a mesh."""
@@ -224,7 +233,7 @@ class LanguageModule(LightningModule, ABC):
             UserError: names what differs.
         """
         assert self.trainer is not None
-        saved = checkpoint.get("identity", {})
+        saved = with_stable_names(checkpoint.get("identity", {}))
         if not self.trainer.training:
             check_identity(model_identity(saved), model_identity(self.identity))
             return
@@ -382,62 +391,3 @@ class LladaModule(LanguageModule):
         inputs_BL = batch.tokens_BL.masked_fill(batch.masked_BL, self.mask_token_id)
         start_ids, documents_BL = self._start_ids(batch), batch.documents_BL
         return self._hidden_behind(start_ids, inputs_BL, documents_BL, attention_mask_BL, causal=False).flatten(0, 1)
-
-
-_MODEL_IDENTITY = (
-    "shape", "vocab_size", "rope_theta", "norm_eps", "text_prefix_ids", "mask_token_id", "eos_token_id", "compat",
-)  # fmt: skip
-
-
-def model_identity(identity: dict[str, Any]) -> dict[str, Any]:
-    """The part of an identity that says which model this is; any data of its tokenizer will do."""
-    model = identity.get("model", {})
-    arguments = {key: model.get("init_args", {}).get(key) for key in _MODEL_IDENTITY}
-    return {"model": {"class_path": model.get("class_path"), **arguments}, "tokenizer": identity.get("tokenizer")}
-
-
-def check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose run (or whose model) is another one.
-
-    Raises:
-        UserError: names every difference.
-    """
-    found = differences(saved, current)
-    if found:
-        raise UserError(
-            f"checkpoint: of another run ({'; '.join(found)}); restore these settings, or start a new --run.name"
-        )
-
-
-def check_history(saved: dict[str, Any], current: dict[str, Any], step: int) -> None:
-    """Refuse a checkpoint that the current run would not have reached by itself after ``step`` steps.
-
-    Another length is allowed while both schedules still agree: so a branch starts from its trunk.
-
-    Raises:
-        UserError: names every difference.
-    """
-    if saved != current and not _same_history(saved, current, step):
-        check_identity(saved, current)
-
-
-def _same_history(saved: dict[str, Any], current: dict[str, Any], step: int) -> bool:
-    then, now = copy.deepcopy(saved), copy.deepcopy(current)
-    try:
-        rates = [schedule_from(identity["model"]["init_args"].pop("schedule")) for identity in (then, now)]
-        del then["trainer"]["max_steps"], now["trainer"]["max_steps"]
-    except (KeyError, TypeError):
-        return False
-    return not differences(then, now) and rates[0].agrees(rates[1], step)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """The keys, dotted, in which two nested dictionaries differ, each with both values."""
-    found: list[str] = []
-    for key in sorted(set(old) | set(new)):
-        left, right = old.get(key), new.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            found += differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            found.append(f"{prefix}{key} was {left!r}, is {right!r}")
-    return found

@@ -27,6 +27,7 @@ from llada_lightning.data.datasets import TrainingBatch
 from llada_lightning.data.encoding import decode
 from llada_lightning.data.manifest import read_tokenizer_text
 from llada_lightning.data.tokenizers import tokenizer_from_text
+from llada_lightning.identity import check_identity
 from llada_lightning.records import read_faults
 from llada_lightning.support.cluster import device_count
 from llada_lightning.support.errors import UserError
@@ -38,7 +39,7 @@ from llada_lightning.training.callbacks.loggers import read_rows
 from llada_lightning.training.fit import LladaCLI
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.memory import MemoryAdvice
-from llada_lightning.training.modules import LanguageModule, check_identity
+from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.parallel import tensor_parallel
 from llada_lightning.training.phases import Phase
 
