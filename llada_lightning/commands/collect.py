@@ -16,7 +16,7 @@ from llada_lightning.support.files import expanded
 from llada_lightning.support.printing import people_console
 
 
-def collect_command(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """``llada collect PATH … --out results.csv``: run folders and W&B projects -> one results table.
 
     Beside it comes ``results.covariance.csv``, the joint error of the losses, from the folders' validation files.

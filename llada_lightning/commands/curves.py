@@ -21,7 +21,7 @@ PUBLISHED = "published"
 """In place of a table's path: the published isoFLOP study that the package holds."""
 
 
-def curves_command(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """``llada curves results.csv --out DIR``: a results table -> ``fits.json``, figures, and what they say.
 
     Raises:

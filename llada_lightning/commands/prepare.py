@@ -69,14 +69,14 @@ def prepare_parser() -> CommandParser:
     return parser
 
 
-def prepare_command(args: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Runs ``llada prepare`` with its arguments; returns the exit code.
 
     Raises:
         UserError: an option, the source, the tokenizer or the folder is not right, or a verified folder is damaged.
     """
     parser = prepare_parser()
-    options = vars(parser.parse_args(args))
+    options = vars(parser.parse_args(argv))
     as_json, quiet, verified = options.pop("json"), options.pop("quiet"), options.pop("verify")
     if (options["out"] is None) == (verified is None):
         parser.error("the following arguments are required: out, or verify, and not both")
