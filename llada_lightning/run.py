@@ -140,23 +140,15 @@ def stable_name(class_path: Any) -> str | None:
 def with_stable_names(identity: Mapping[str, Any]) -> dict[str, Any]:
     """An identity as it is written now, of one that may hold class paths of ours, as checkpoints up to 0.1 do."""
     found = dict(identity)
-    for part, key in (("model", "objective"), ("data", "kind")):
+    for part, key in _KINDS.items():
         section = found.get(part)
-        name = (
-            stable_name(str(section["class_path"])) if isinstance(section, dict) and "class_path" in section else None
-        )
-        if name is not None:
-            rest = {k: v for k, v in section.items() if k != "class_path"}
-            found[part] = {key: name, **rest}
+        if isinstance(section, dict) and (name := stable_name(section.get("class_path"))) is not None:
+            found[part] = {key: name, **{k: v for k, v in section.items() if k != "class_path"}}
     return found
 
 
-def identity_text(identity: Mapping[str, Any]) -> str:
-    """The text whose hash names a run; the same, byte by byte, since the first runs."""
-    return json.dumps(_as_hashed(identity), sort_keys=True)
-
-
-def _as_hashed(identity: Mapping[str, Any]) -> dict[str, Any]:
+def as_hashed(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity in the form whose hash names a run. It has been the same, byte by byte, since the first runs."""
     found = dict(identity)
     for part, key in _KINDS.items():
         section = found.get(part)
@@ -167,7 +159,7 @@ def _as_hashed(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
     """The SHA-256 of an identity, in 64 hexadecimal digits."""
-    return hashlib.sha256(identity_text(identity).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(as_hashed(identity), sort_keys=True).encode()).hexdigest()
 
 
 def run_name(objective: str, shape: Shape, flops: Sequence[float], identities: Sequence[Mapping[str, Any]]) -> str:
@@ -183,7 +175,7 @@ def run_name(objective: str, shape: Shape, flops: Sequence[float], identities: S
         identities: The identity of each budget's run.
     """
     ends = "-to-".join(f"{spent:.2g}" for spent in ([flops[0]] if len(flops) == 1 else [flops[0], flops[-1]]))
-    hashed = [_as_hashed(identity) for identity in identities]
+    hashed = [as_hashed(identity) for identity in identities]
     text = json.dumps(hashed[0] if len(hashed) == 1 else hashed, sort_keys=True)
     digits = hashlib.sha256(text.encode()).hexdigest()[:10]
     return f"{objective}-{shape_name(shape)}-{ends}flops-{digits}"

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llada_lightning.cli import main, quiet_libraries
-from llada_lightning.lightning_cli import LladaCLI
+from llada_lightning.commands.main import main, quiet_libraries
+from llada_lightning.run import as_hashed
+from llada_lightning.training.fit import LladaCLI
 
 __all__ = ["LONE_FIT_RULES", "Resolved", "main", "resolved"]
 
@@ -40,4 +41,4 @@ def resolved(arguments: Sequence[str]) -> Resolved:
     quiet_libraries()
     command = LladaCLI(list(arguments), execute=False)
     ends = [phase for phase in command.phases if phase.run is not None]
-    return Resolved(command.run_name, [str(phase.run) for phase in ends], [phase.identity for phase in ends])
+    return Resolved(command.run_name, [str(phase.run) for phase in ends], [as_hashed(phase.identity) for phase in ends])
