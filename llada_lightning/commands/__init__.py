@@ -41,12 +41,16 @@ VERBS = (
     Verb("generate", "text from a checkpoint, by any sampler; the process drawn", "checkpoint", "generate"),
     Verb("chat", "a conversation with a checkpoint", "checkpoint", "chat"),
     Verb("score", "log-likelihood of continuations, multiple choice, perplexity of texts", "checkpoint", "score"),
-    Verb("evaluate", "benchmarks of a checkpoint, through lm-evaluation-harness", "checkpoint", "evaluate"),
+    Verb("evaluate", "benchmarks through lm-evaluation-harness; iGSM, reversal, the paper's Tables 6 to 10", "checkpoint", "evaluate"),
     Verb("convert", "checkpoint -> inference folder of ours, Hugging Face LLaDA or Llama", "checkpoint", "convert"),
 )
 """The verbs in the order of `llada --help`; those of a group are neighbours."""
 
-FORMER_VERBS: dict[str, str] = {}
+FORMER_VERBS = {
+    "igsm": "llada evaluate CKPT --tasks igsm",
+    "reversal": "llada evaluate CKPT --tasks reversal --metadata pairs=FILE.json",
+    "ablate": "llada evaluate CKPT --suite ablate-length --tasks TASK",
+}
 """Verbs of earlier versions, each with the command that does the same now."""
 
 

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from llada_lightning import __version__
 from llada_lightning.commands import FORMER_VERBS, VERBS, usage
-from llada_lightning.support.cluster import check_environment, process_rank, says_it
+from llada_lightning.support.cluster import check_environment, says_it
 from llada_lightning.support.errors import UserError, refusal
 from llada_lightning.support.printing import print_what_the_encoding_holds, shortened, warn
 from llada_lightning.support.secrets import redacted
@@ -115,7 +115,8 @@ def _dispatch(args: list[str]) -> int:
     command, *rest = args
     check_environment()
     if command in FORMER_VERBS:
-        raise UserError(f"'{command}' is a part of {FORMER_VERBS[command].split()[1]} now; type: {FORMER_VERBS[command]}")
+        now = FORMER_VERBS[command]
+        raise UserError(f"'{command}' is a part of evaluate now; type: {now}; see 'llada evaluate --help'")
     verb = next((verb for verb in VERBS if verb.name == command), None)
     if verb is None:
         raise UserError(f"'{command}' is not a command; choose from {', '.join(verb.name for verb in VERBS)}")
