@@ -41,7 +41,12 @@ VERBS = (
     Verb("generate", "text from a checkpoint, by any sampler; the process drawn", "checkpoint", "generate"),
     Verb("chat", "a conversation with a checkpoint", "checkpoint", "chat"),
     Verb("score", "log-likelihood of continuations, multiple choice, perplexity of texts", "checkpoint", "score"),
-    Verb("evaluate", "benchmarks through lm-evaluation-harness; iGSM, reversal, the paper's Tables 6 to 10", "checkpoint", "evaluate"),
+    Verb(
+        "evaluate",
+        "benchmarks through lm-evaluation-harness; iGSM, reversal, the paper's Tables 6 to 10",
+        "checkpoint",
+        "evaluate",
+    ),
     Verb("convert", "checkpoint -> inference folder of ours, Hugging Face LLaDA or Llama", "checkpoint", "convert"),
 )
 """The verbs in the order of `llada --help`; those of a group are neighbours."""
