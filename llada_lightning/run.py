@@ -1,22 +1,32 @@
-"""What a plan needs to know of the data stream: words, lengths, and how much there is."""
+"""A run: what it is asked to be, what follows from that, and the name by which it is known.
+
+:func:`resolve` is the only place where a budget becomes steps, and where rate, batch, warmup and decay follow from
+their rules: a plan lists resolved runs, `llada fit` executes one, and a sweep counts what they cost. The identity of a
+run is all that makes its weights what they are; its hash is in the run's name.
+"""
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from statistics import geometric_mean
 
 from llada_lightning.compute.flops import (
     MASK_EPS,
+    Convention,
     TrainingFlops,
+    check_budgets,
+    check_steps,
     expected_length,
+    flops_6nd,
+    steps_for_budget,
 )
-from llada_lightning.compute.schedule import schedule_from
+from llada_lightning.compute.rules import BATCH_RULES, LONE_BATCH, WARMUP_RULES, Rules, Size, learning_rate
+from llada_lightning.compute.schedule import WSD
 from llada_lightning.compute.shapes import Shape, shape_name
-from llada_lightning.objectives import OBJECTIVES, get_objective
+from llada_lightning.objectives import Objective
 from llada_lightning.support.errors import UserError
 
 
@@ -74,6 +84,9 @@ class Stream:
         random_length_share: share of the sequences cut to a random length.
         mask_eps: smallest mask probability of the forward process.
         sources: the corpora; none where the data is not known.
+        tokens_per_sequence: The expected tokens of a sequence; None: of L and the share of random lengths.
+        attended_length: The length whose attention a token costs on average; None: L.
+        response_share: The share of the tokens that the forward process may mask.
     """
 
     vocab_size: int
@@ -81,6 +94,9 @@ class Stream:
     random_length_share: float = 0.01
     mask_eps: float = MASK_EPS
     sources: tuple[Source, ...] = field(default=())
+    tokens_per_sequence: float | None = None
+    attended_length: int | None = None
+    response_share: float = 1.0
 
     def check(self) -> None:
         """Refuse what ``llada fit`` would refuse.
@@ -93,13 +109,17 @@ class Stream:
         if not 0 < self.mask_eps < 1:
             raise UserError(f"plan: mask_eps {self.mask_eps:g} must lie between 0 and 1")
 
-    def flops_per_token(self, shape: Shape, objective: str) -> TrainingFlops:
-        """The expected training FLOPs of one token of an objective, as ``llada fit`` counts them."""
-        return get_objective(objective).flops_per_token(shape, self.vocab_size, self.sequence_length, self.mask_eps)
+    def flops_per_token(self, shape: Shape, objective: Objective) -> TrainingFlops:
+        """The expected training FLOPs of one token of an objective."""
+        attended = self.attended_length or self.sequence_length
+        return objective.flops_per_token(shape, self.vocab_size, attended, self.mask_eps, self.response_share)
 
-    def tokens_per_step(self, global_batch: int) -> float:
-        """Expected tokens of a global batch of so many sequences."""
-        return global_batch * expected_length(self.sequence_length, self.random_length_share)
+    def tokens_per_step(self, global_batch: float) -> float:
+        """The expected tokens of a global batch of so many sequences."""
+        each = self.tokens_per_sequence
+        return global_batch * (
+            expected_length(self.sequence_length, self.random_length_share) if each is None else each
+        )
 
     def epochs(self, sequences: float) -> float | None:
         """How often so many sequences read the source that they repeat most; None where the data is not known."""
@@ -113,129 +133,173 @@ class Stream:
         return sum(source.sequences for source in self.sources) * self.sequence_length if self.sources else None
 
 
-_HASHED_AS = {
-    "arm": "llada_lightning.training.modules.ArmModule",
-    "llada": "llada_lightning.training.modules.LladaModule",
-    "pretrain": "llada_lightning.data.datamodule.TokenDataModule",
-    "sft": "llada_lightning.data.sft.SftDataModule",
-}
-"""What the hashed text holds in place of these names. It never changes: the first runs were named so."""
-_KINDS = {"model": "objective", "data": "kind"}
-"""The key of each part of an identity that holds the name."""
-_CLASSES = {path.rpartition(".")[2]: name for name, path in _HASHED_AS.items()}
+MIN_STEPS = 50
+"""A rule's batch is halved until the smallest budget has so many steps, as far as halving goes."""
 
 
-def stable_name(class_path: Any) -> str | None:
-    """The name by which an identity knows a class of ours: `arm`, `llada`, `pretrain`, `sft`, or of the table.
-
-    Returns:
-        None for other classes, which an identity knows by their class path.
-    """
-    by_table = {objective.module: name for name, objective in OBJECTIVES.items()}
-    package, _, name = str(class_path).rpartition(".")
-    ours = _CLASSES.get(name) if package.startswith("llada_lightning.") else None
-    return ours or by_table.get(class_path)
-
-
-def with_stable_names(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity as it is written now, of one that may hold class paths of ours, as checkpoints up to 0.1 do."""
-    found = dict(identity)
-    for part, key in _KINDS.items():
-        section = found.get(part)
-        if isinstance(section, dict) and (name := stable_name(section.get("class_path"))) is not None:
-            found[part] = {key: name, **{k: v for k, v in section.items() if k != "class_path"}}
-    return found
-
-
-def as_hashed(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity in the form whose hash names a run. It has been the same, byte by byte, since the first runs."""
-    found = dict(identity)
-    for part, key in _KINDS.items():
-        section = found.get(part)
-        if isinstance(section, dict) and section.get(key) in _HASHED_AS:
-            found[part] = {"class_path": _HASHED_AS[section[key]], **{k: v for k, v in section.items() if k != key}}
-    return found
-
-
-def identity_hash(identity: Mapping[str, Any]) -> str:
-    """The SHA-256 of an identity, in 64 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(as_hashed(identity), sort_keys=True).encode()).hexdigest()
-
-
-def run_name(objective: str, shape: Shape, flops: Sequence[float], identities: Sequence[Mapping[str, Any]]) -> str:
-    """`arm-443k-1e+12flops-0a1b2c3d4e`: objective, shape, training FLOPs by 6ND, ten digits of the identity's hash.
-
-    A function of the identity: however the length was given, the same run has the same name. Of several budgets the
-    first and the last are named: `arm-443k-1e+12-to-8e+12flops-5f6a7b8c9d`.
+@dataclass(frozen=True)
+class Length:
+    """How long a run is to train. Exactly one of the first three is given.
 
     Args:
-        objective: The name of the objective.
+        flops: The training FLOPs of each budget, ascending.
+        tokens: The number of training tokens.
+        steps: The number of optimizer steps.
+        convention: Which FLOPs a budget counts.
+        setting: The name of the setting, for messages.
+    """
+
+    flops: tuple[float, ...] = ()
+    tokens: float | None = None
+    steps: int | None = None
+    convention: Convention = "6nd"
+    setting: str = "budget.flops"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a run is asked to be.
+
+    Args:
+        objective: The training objective.
         shape: The dimensions of the Transformer.
-        flops: The training FLOPs of each budget by 6ND, ascending.
-        identities: The identity of each budget's run.
+        stream: What is known of the training data.
+        length: How long it is to train.
+        global_batch: The sequences of an optimizer step; None: by rule.
+        schedule: The learning rate's schedule as it is given.
+        rules: The rules of what is not given.
+        lr_scale: A factor on the learning rate that the rule gives.
+        batch_quantum: The batch that a rule gives is a power of two times this number of sequences.
     """
-    ends = "-to-".join(f"{spent:.2g}" for spent in ([flops[0]] if len(flops) == 1 else [flops[0], flops[-1]]))
-    hashed = [as_hashed(identity) for identity in identities]
-    text = json.dumps(hashed[0] if len(hashed) == 1 else hashed, sort_keys=True)
-    digits = hashlib.sha256(text.encode()).hexdigest()[:10]
-    return f"{objective}-{shape_name(shape)}-{ends}flops-{digits}"
+
+    objective: Objective
+    shape: Shape
+    stream: Stream
+    length: Length
+    global_batch: int | None = None
+    schedule: WSD = field(default_factory=WSD)
+    rules: Rules = field(default_factory=Rules)
+    lr_scale: float = 1.0
+    batch_quantum: int = 1
+
+    @property
+    def who(self) -> str:
+        """The objective and the shape, for messages."""
+        return f"{self.objective.name} {shape_name(self.shape)}"
+
+    @property
+    def per_token(self) -> TrainingFlops:
+        """The expected training FLOPs of one token."""
+        return self.stream.flops_per_token(self.shape, self.objective)
 
 
-_MODEL_IDENTITY = (
-    "shape", "vocab_size", "rope_theta", "norm_eps", "text_prefix_ids", "mask_token_id", "eos_token_id", "compat",
-)  # fmt: skip
+@dataclass(frozen=True)
+class Run:
+    """A resolved run: one fit, or a trunk whose budgets each end in a branch of their own.
+
+    Args:
+        spec: What it was asked to be.
+        global_batch: The sequences of an optimizer step.
+        schedules: The resolved schedule of each budget, shortest first.
+    """
+
+    spec: Spec
+    global_batch: int
+    schedules: tuple[WSD, ...]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The optimizer steps of each budget, ascending."""
+        return tuple(schedule.total_steps or 0 for schedule in self.schedules)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """The expected tokens of an optimizer step."""
+        return self.spec.stream.tokens_per_step(self.global_batch)
+
+    @property
+    def per_step(self) -> TrainingFlops:
+        """The expected training FLOPs of an optimizer step."""
+        return self.spec.per_token * self.tokens_per_step
+
+    @property
+    def flops_6nd(self) -> list[float]:
+        """The training FLOPs of each budget by 6ND, as they are in the name of the run."""
+        per_step = flops_6nd(self.spec.shape.params_nonembedding, self.tokens_per_step)
+        return [per_step * steps for steps in self.steps]
 
 
-def model_identity(identity: dict[str, Any]) -> dict[str, Any]:
-    """The part of an identity that says which model this is; any data of its tokenizer will do."""
-    model = identity.get("model", {})
-    arguments = {key: model.get("init_args", {}).get(key) for key in _MODEL_IDENTITY}
-    kind = {key: model[key] for key in ("objective", "class_path") if key in model}
-    return {"model": {**kind, **arguments}, "tokenizer": identity.get("tokenizer")}
-
-
-def check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose run (or whose model) is another one.
+def resolve(spec: Spec) -> Run:
+    """What follows from a specification: batch, steps, rate, warmup and decay of every budget.
 
     Raises:
-        UserError: names every difference.
+        UserError: a budget is below one step, two budgets make the same steps, or the schedule does not fit.
     """
-    found = differences(saved, current)
-    if found:
-        raise UserError(
-            f"checkpoint: of another run ({'; '.join(found)}); restore these settings, or start a new --run.name"
-        )
+    batch = spec.global_batch or _batch_by_rule(spec)
+    lengths = _lengths(spec, batch)
+    per_step = spec.stream.tokens_per_step(batch)
+    of_steps = [length * flops_6nd(spec.shape.params_nonembedding, per_step) for length in lengths]
+    rate = learning_rate(spec.rules.lr, _size(spec, batch, geometric_mean(of_steps)), spec.lr_scale)
+    schedules = spec.schedule.resolve_all(lengths, per_step, rate, WARMUP_RULES[spec.rules.warmup])
+    return Run(spec, batch, tuple(schedules))
 
 
-def check_history(saved: dict[str, Any], current: dict[str, Any], step: int) -> None:
-    """Refuse a checkpoint that the current run would not have reached by itself after ``step`` steps.
-
-    Another length is allowed while both schedules still agree: so a branch starts from its trunk.
-
-    Raises:
-        UserError: names every difference.
-    """
-    if saved != current and not _same_history(saved, current, step):
-        check_identity(saved, current)
-
-
-def _same_history(saved: dict[str, Any], current: dict[str, Any], step: int) -> bool:
-    then, now = copy.deepcopy(saved), copy.deepcopy(current)
-    try:
-        rates = [schedule_from(identity["model"]["init_args"].pop("schedule")) for identity in (then, now)]
-        del then["trainer"]["max_steps"], now["trainer"]["max_steps"]
-    except (KeyError, TypeError):
-        return False
-    return not differences(then, now) and rates[0].agrees(rates[1], step)
+def _size(spec: Spec, batch: float, flops_of_steps: float = math.nan) -> Size:
+    """The size by which the rules go, at a global batch of so many sequences."""
+    length, per_token = spec.length, spec.per_token
+    if length.flops:
+        budget = math.exp(math.fsum(map(math.log, length.flops)) / len(length.flops))
+        tokens = budget / per_token.by(length.convention)
+    elif length.tokens is not None:
+        tokens = length.tokens
+    else:
+        assert length.steps is not None
+        tokens = length.steps * spec.stream.tokens_per_step(batch)
+    return Size(spec.shape.params_nonembedding, tokens, tokens * per_token.flops_6nd, flops_of_steps)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """The keys, dotted, in which two nested dictionaries differ, each with both values."""
-    found: list[str] = []
-    for key in sorted(set(old) | set(new)):
-        left, right = old.get(key), new.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            found += differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            found.append(f"{prefix}{key} was {left!r}, is {right!r}")
-    return found
+def _batch_by_rule(spec: Spec) -> int:
+    """The sequences of a global batch: the rule's, rounded to a power of two times the quantum."""
+    rule = BATCH_RULES[spec.rules.batch]
+    if rule is None:
+        return LONE_BATCH
+    per_sequence = spec.stream.tokens_per_step(1)
+    wanted = rule(_size(spec, LONE_BATCH)) / per_sequence
+    if spec.length.steps is not None:  # a larger batch makes a longer run, whose batch is larger: to its fixed point
+        for _ in range(50):
+            wanted = rule(_size(spec, wanted)) / per_sequence
+    doublings = max(0, round(math.log2(wanted / spec.batch_quantum)))
+    if spec.length.steps is None:
+        fewest = spec.length.tokens or spec.length.flops[0] / spec.per_token.by(spec.length.convention)
+        while doublings and fewest / spec.stream.tokens_per_step(spec.batch_quantum * 2**doublings) < MIN_STEPS:
+            doublings -= 1
+    return spec.batch_quantum * 2**doublings
+
+
+def _lengths(spec: Spec, batch: int) -> list[int]:
+    """The optimizer steps of each budget, ascending."""
+    length, per_step = spec.length, spec.stream.tokens_per_step(batch)
+    name = length.setting
+    if length.steps is not None:
+        check_steps(name, length.steps, length.steps)
+        return [length.steps]
+    if length.tokens is not None:
+        steps = round(length.tokens / per_step)
+        check_steps(name, length.tokens, steps)
+        if length.tokens < per_step:
+            raise UserError(
+                f"{name}: {length.tokens:g} is below one step of {per_step:.0f} tokens; raise it, or lower the "
+                "global batch"
+            )
+        return [steps]
+    check_budgets(name, length.flops)
+    lengths = [
+        steps_for_budget(flops, spec.per_token, per_step, length.convention, name, spec.who) for flops in length.flops
+    ]
+    for (lower, fewer), (higher, more) in pairwise(zip(length.flops, lengths, strict=True)):
+        if more <= fewer:
+            raise UserError(
+                f"{name}: {lower:g} and {higher:g} make {fewer} and {more} steps of {spec.who}; several budgets must "
+                "ascend by a step each: space them further apart, or lower the batch"
+            )
+    return lengths

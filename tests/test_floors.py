@@ -17,7 +17,7 @@ FLOORS = (
     ("support",),
     ("compute",),
     ("objectives", "model"),
-    ("settings", "run", "records"),
+    ("settings", "identity", "run", "records"),
     ("data",),
     ("checkpoints",),
     ("generation",),
@@ -34,7 +34,7 @@ NOT_YET = {
 }
 """Imports that go up and are on their way out."""
 
-WITHOUT_TORCH = ("compute", "settings", "run", "records", "study")
+WITHOUT_TORCH = ("compute", "settings", "identity", "run", "records", "study")
 
 
 def module_name(path: Path) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from llada_lightning.checkpoints.sharded_checkpoints import META, ShardReader, is_sharded, read_lazily
-from llada_lightning.run import with_stable_names
+from llada_lightning.identity import with_stable_names
 from llada_lightning.support.errors import UserError
 
 CONFIG = "config.yaml"

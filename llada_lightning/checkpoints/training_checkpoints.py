@@ -18,8 +18,8 @@ from llada_lightning.checkpoints.sharded_checkpoints import META, ShardReader, i
 from llada_lightning.checkpoints.stored_tensors import StoredTensor, of_tensor
 from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
 from llada_lightning.data.manifest import TOKENIZER_NAME, local_path, read_tokenizer_text, tokenizer_fingerprint
+from llada_lightning.identity import identity_hash, with_stable_names
 from llada_lightning.model.transformer import NORM_EPS
-from llada_lightning.run import identity_hash, with_stable_names
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import warn
 from llada_lightning.support.reading import read_yaml

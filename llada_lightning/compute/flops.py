@@ -106,7 +106,12 @@ def expected_length(sequence_length: int, share: float) -> float:
 
 
 def steps_for_budget(
-    flops: float, per_token: TrainingFlops, tokens_per_step: float, convention: Convention = "6nd"
+    flops: float,
+    per_token: TrainingFlops,
+    tokens_per_step: float,
+    convention: Convention = "6nd",
+    name: str = "budget.flops",
+    who: str = "",
 ) -> int:
     """The number of steps whose FLOPs come nearest to the budget.
 
@@ -115,19 +120,22 @@ def steps_for_budget(
         per_token: FLOPs of one token.
         tokens_per_step: (expected) tokens of one global batch.
         convention: which FLOPs the budget counts.
+        name: The name of the setting, for messages.
+        who: The objective and the shape, for messages.
 
     Raises:
         UserError: the budget does not pay for one step.
     """
-    check_budgets("budget.flops", [flops])
+    check_budgets(name, [flops])
     per_step = per_token.by(convention) * tokens_per_step
     steps = round(flops / per_step)
     if flops < per_step:
+        of_what = f" of {who}" if who else ""
         raise UserError(
-            f"budget.flops: {flops:.4g} is below one step, which costs {per_step:.4g} FLOPs ({convention}, "
+            f"{name}: {flops:.4g} is below one step{of_what}, which costs {per_step:.4g} FLOPs ({convention}, "
             f"{tokens_per_step:.0f} tokens); raise the budget, or lower the global batch"
         )
-    check_steps("budget.flops", flops, steps)
+    check_steps(name, flops, steps)
     return steps
 
 

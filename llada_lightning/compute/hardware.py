@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
-from llada_lightning.compute.flops import MAX_BATCH, Objective
+from llada_lightning.compute.flops import MAX_BATCH
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.support.errors import UserError
 
@@ -237,7 +237,7 @@ class Machine:
     sharded: bool = False
     micro_batch: int | None = None
 
-    def check(self, objectives: Iterable[Objective]) -> None:
+    def check(self, objectives: Iterable[str]) -> None:
         """Refuse settings that contradict one another.
 
         Raises:
@@ -271,12 +271,12 @@ class Machine:
         known = memory_bytes(self.device) if self.device else None
         return None if known is None else USABLE_MEMORY * known
 
-    def seconds(self, objective: Objective, params_nonembedding: float, flops_total: float) -> float | None:
+    def seconds(self, objective: str, params_nonembedding: float, flops_total: float) -> float | None:
         """Wall seconds of training on all devices, validation not counted; None where nothing tells the speed."""
         rate = self._flops_per_second(objective, params_nonembedding)
         return None if rate is None else flops_total / (rate * self.devices)
 
-    def _flops_per_second(self, objective: Objective, params_nonembedding: float) -> float | None:
+    def _flops_per_second(self, objective: str, params_nonembedding: float) -> float | None:
         if self.measured is not None:
             own = [rate for rate in self.measured if rate.objective == objective]
             distances = [abs(math.log(rate.params_nonembedding / params_nonembedding)) for rate in own]

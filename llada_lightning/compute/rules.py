@@ -1,19 +1,18 @@
-"""Rules that turn size, tokens and compute into hyperparameters; each is a default that a configuration may replace.
+"""Hyperparameter rules: tables of functions that turn size, tokens and compute into rate, batch and warmup.
 
-All were fitted to autoregressive models; they serve both objectives until a study has tuned its own.
+A rule is a function and one row of a table. A run names its rules (:class:`Rules`), and a plan does, too. Each rule is
+a default that a number in the configuration replaces. All were fitted to autoregressive models. They serve every
+objective until a study has tuned its own. `docs/extending.md` adds one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from statistics import geometric_mean
-from typing import Literal, get_args
 
-LearningRateRule = Literal["deepseek", "step-law", "kaplan"]
-BatchRule = Literal["deepseek", "step-law"]
-LEARNING_RATE_RULES: tuple[LearningRateRule, ...] = get_args(LearningRateRule)
-BATCH_RULES: tuple[BatchRule, ...] = get_args(BatchRule)
+from llada_lightning.support.errors import UserError
 
 WARMUP_FRACTION = 0.05
 MAX_WARMUP_STEPS = 2000
@@ -22,57 +21,140 @@ MAX_WARMUP_STEPS = 2000
 DECAY_FRACTION = 0.2
 """Share of the steps over which the rate falls: 10 to 20 % suffice (Hägele et al. 2024, arXiv:2405.18392)."""
 
-
-def learning_rate(rule: LearningRateRule, params_nonembedding: float, tokens: float, flops: float) -> float:
-    """Peak learning rate by a named rule.
-
-    - ``deepseek``: 0.3118 C^-0.1250 (Bi et al. 2024, arXiv:2401.02954, Sec. 3.1). Their C counts attention beside
-      6ND; the exponent makes that a few per cent.
-    - ``step-law``: 1.79 N^-0.713 D^0.307 (Li et al. 2025, arXiv:2503.04715).
-    - ``kaplan``: 0.003239 - 0.0001395 ln N, never below 1e-4 (Kaplan et al. 2020, Eq. D.1).
-
-    Args:
-        rule: its name.
-        params_nonembedding: N.
-        tokens: D, training tokens.
-        flops: C, training FLOPs (6ND).
-    """
-    match rule:
-        case "deepseek":
-            return 0.3118 * flops**-0.1250
-        case "step-law":
-            return 1.79 * params_nonembedding**-0.713 * tokens**0.307
-        case "kaplan":
-            return max(1e-4, 0.003239 - 0.0001395 * math.log(params_nonembedding))
+LONE_BATCH = 16
+"""The global batch, in sequences, of the rule `lone`."""
 
 
-def batch_tokens(rule: BatchRule, tokens: float, flops: float) -> float:
-    """Tokens of a global batch by a named rule.
-
-    - ``deepseek``: 0.2920 C^0.3271 (Bi et al. 2024, Sec. 3.1).
-    - ``step-law``: 0.58 D^0.571, whatever the size (Li et al. 2025).
+@dataclass(frozen=True)
+class Size:
+    """What a rule may depend on. Of several budgets, each number is the geometric mean.
 
     Args:
-        rule: its name.
-        tokens: D, training tokens.
-        flops: C, training FLOPs (6ND).
+        params_nonembedding: The number of parameters without embedding and head, N.
+        tokens: The number of training tokens, D.
+        flops: The training FLOPs by 6ND, C.
+        flops_of_steps: The training FLOPs by 6ND of the whole steps that the budgets make.
     """
-    match rule:
-        case "deepseek":
-            return 0.2920 * flops**0.3271
-        case "step-law":
-            return 0.58 * tokens**0.571
+
+    params_nonembedding: float
+    tokens: float
+    flops: float
+    flops_of_steps: float = math.nan
 
 
-def default_learning_rate(flops_6nd: float) -> float:
-    """Peak learning rate of a run that sets none: ``deepseek``'s, of the run's 6ND."""
-    return learning_rate("deepseek", math.nan, math.nan, flops_6nd)
+def _deepseek_rate(size: Size) -> float:
+    """0.3118 C^-0.1250 (Bi et al. 2024, arXiv:2401.02954, Sec. 3.1). Their C counts attention beside 6ND; the exponent
+    makes that a few per cent."""
+    return 0.3118 * size.flops**-0.1250
 
 
-def warmup_steps(lengths: Sequence[int], fraction: float = WARMUP_FRACTION) -> int:
-    """Of runs of these lengths, which share a trunk: a share of their geometric mean, at least 1 and at most 2000.
+def _step_law_rate(size: Size) -> float:
+    """1.79 N^-0.713 D^0.307 (Li et al. 2025, arXiv:2503.04715)."""
+    return 1.79 * size.params_nonembedding**-0.713 * size.tokens**0.307
 
-    At most a quarter of the shortest one, too: most of a run is to be trained at its rate.
+
+def _kaplan_rate(size: Size) -> float:
+    """0.003239 - 0.0001395 ln N, never below 1e-4 (Kaplan et al. 2020, Eq. D.1)."""
+    return max(1e-4, 0.003239 - 0.0001395 * math.log(size.params_nonembedding))
+
+
+def _lone_rate(size: Size) -> float:
+    """As `deepseek`, of the FLOPs of whole steps, with all digits: the rule of fits outside of a plan up to 0.1."""
+    return 0.3118 * size.flops_of_steps**-0.1250
+
+
+def _deepseek_batch(size: Size) -> float:
+    """0.2920 C^0.3271 tokens (Bi et al. 2024, Sec. 3.1)."""
+    return 0.2920 * size.flops**0.3271
+
+
+def _step_law_batch(size: Size) -> float:
+    """0.58 D^0.571 tokens, whatever the number of parameters (Li et al. 2025)."""
+    return 0.58 * size.tokens**0.571
+
+
+LearningRateRule = Callable[[Size], float]
+LEARNING_RATE_RULES: dict[str, LearningRateRule] = {
+    "deepseek": _deepseek_rate,
+    "step-law": _step_law_rate,
+    "kaplan": _kaplan_rate,
+    "lone": _lone_rate,
+}
+"""Name -> function of the size that gives the peak learning rate."""
+
+BatchRule = Callable[[Size], float]
+BATCH_RULES: dict[str, BatchRule | None] = {"deepseek": _deepseek_batch, "step-law": _step_law_batch, "lone": None}
+"""Name -> function of the size that gives the tokens of a global batch; None: :data:`LONE_BATCH` sequences."""
+
+
+def study_warmup(lengths: Sequence[int], fraction: float = WARMUP_FRACTION) -> int:
+    """The warmup steps of runs that share a trunk: a share of the geometric mean of their lengths, from 1 to 2000.
+
+    At most a quarter of the shortest run: most of a run is to be trained at its rate.
+
+    Args:
+        lengths: The number of steps of each run.
+        fraction: The share.
     """
     shared = round(fraction * geometric_mean(lengths))
     return max(1, min(MAX_WARMUP_STEPS, shared, min(lengths) // 4))
+
+
+def lone_warmup(lengths: Sequence[int], fraction: float = WARMUP_FRACTION) -> int:
+    """A share of all steps, however many: the rule of fits outside of a plan up to 0.1. Several lengths: as a study."""
+    return round(fraction * lengths[0]) if len(lengths) == 1 else study_warmup(lengths, fraction)
+
+
+WarmupRule = Callable[[Sequence[int]], int]
+WARMUP_RULES: dict[str, WarmupRule] = {"study": study_warmup, "lone": lone_warmup}
+"""Name -> function of the runs' lengths in steps that gives the warmup steps they share."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which rules give what a run does not set itself. `lone` in all three is how fits outside of a plan were set up to
+    version 0.1, so that their names can be had again.
+
+    Args:
+        lr: The rule of the peak learning rate: deepseek, step-law, kaplan or lone.
+        batch: The rule of the global batch: deepseek, step-law or lone.
+        warmup: The rule of the warmup: study or lone.
+    """
+
+    lr: str = "deepseek"
+    batch: str = "deepseek"
+    warmup: str = "study"
+
+    def check(self, name: str = "rules") -> None:
+        """Refuse names that no table has.
+
+        Args:
+            name: The name of the setting, for messages.
+
+        Raises:
+            UserError: names the rule and those there are.
+        """
+        tables: dict[str, Collection[str]] = {"lr": LEARNING_RATE_RULES, "batch": BATCH_RULES, "warmup": WARMUP_RULES}
+        for key, table in tables.items():
+            given = getattr(self, key)
+            if given not in table:
+                raise UserError(f"{name}.{key}: '{given}' is not a rule; choose from {', '.join(table)}")
+
+
+def learning_rate(rule: str, size: Size, scale: float = 1.0) -> float:
+    """The peak learning rate by a named rule.
+
+    Rules but `lone` give three significant digits: a rule is not known better, and people read the number.
+
+    Args:
+        rule: The name of the rule.
+        size: The size of the run.
+        scale: A factor on the rate of the rule.
+    """
+    rate = LEARNING_RATE_RULES[rule](size) * scale
+    return rate if rule == "lone" else significant(rate)
+
+
+def significant(value: float, digits: int = 3) -> float:
+    """A number to so many significant digits."""
+    return float(f"{value:.{digits}g}")

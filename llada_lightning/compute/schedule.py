@@ -9,8 +9,12 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llada_lightning.compute.rules import DECAY_FRACTION, warmup_steps
+from llada_lightning.compute.rules import DECAY_FRACTION, WARMUP_FRACTION, WarmupRule, lone_warmup, study_warmup
 from llada_lightning.support.errors import UserError
+
+
+class ScheduleError(UserError):
+    """The parts of a schedule do not fit into its run."""
 
 
 @dataclass
@@ -35,7 +39,7 @@ class WSD:
 
     Args:
         lr: rate after the warmup; null: the rule of ``compute.rules`` for its FLOPs.
-        warmup_fraction: share of the steps that warm up.
+        warmup_fraction: The share of the steps that warm up; null: by the rule of `rules.warmup`.
         warmup_steps: the same in steps.
         plateaus: later rates, in order.
         decay_fraction: share of the steps over which the rate falls to ``final_lr``.
@@ -48,7 +52,7 @@ class WSD:
     """
 
     lr: float | None = None
-    warmup_fraction: float = 0.05
+    warmup_fraction: float | None = None
     warmup_steps: int | None = None
     plateaus: list[Plateau] = field(default_factory=list)
     decay_fraction: float = DECAY_FRACTION
@@ -59,17 +63,24 @@ class WSD:
     total_steps: int | None = None
     tokens_per_step: float | None = None
 
-    def resolve(self, total_steps: int, tokens_per_step: float, default_lr: float) -> WSD:
+    def resolve(self, total_steps: int, tokens_per_step: float, default_lr: float, warmup: int | None = None) -> WSD:
         """The same schedule with every null filled in.
+
+        Args:
+            total_steps: The length of the run.
+            tokens_per_step: The (expected) tokens of a global batch.
+            default_lr: The rate of a schedule that sets none.
+            warmup: The warmup steps of a schedule that sets none; None: the share of all steps.
 
         Raises:
             UserError: warmup, plateaus and decay do not fit into the run, in this order.
         """
         lr = default_lr if self.lr is None else self.lr
         self._check_numbers()
+        fraction = WARMUP_FRACTION if self.warmup_fraction is None else self.warmup_fraction
         warmup_steps = self.warmup_steps
         if warmup_steps is None:
-            warmup_steps = round(self.warmup_fraction * total_steps)
+            warmup_steps = round(fraction * total_steps) if warmup is None else warmup
         decay_steps = self.decay_steps
         if decay_steps is None:
             in_tokens = self.decay_tokens
@@ -78,6 +89,7 @@ class WSD:
         resolved = replace(
             self,
             lr=lr,
+            warmup_fraction=fraction,
             warmup_steps=warmup_steps,
             decay_steps=decay_steps,
             final_lr=final_lr,
@@ -87,16 +99,24 @@ class WSD:
         resolved._check()
         return resolved
 
-    def resolve_all(self, lengths: list[int], tokens_per_step: float, default_lr: float) -> list[WSD]:
+    def resolve_all(
+        self, lengths: list[int], tokens_per_step: float, default_lr: float, rule: WarmupRule = study_warmup
+    ) -> list[WSD]:
         """One schedule for each length (ascending), alike until the decay; their warmup follows from all lengths.
+
+        Args:
+            lengths: The number of steps of each run.
+            tokens_per_step: The (expected) tokens of a global batch.
+            default_lr: The rate of a schedule that sets none.
+            rule: The rule of the warmup. A share that is set is the share of all steps; of several lengths the one that
+                :func:`study_warmup` gives.
 
         Raises:
             UserError: as :meth:`resolve`.
         """
-        alike = self
-        if len(lengths) > 1 and self.warmup_steps is None:
-            alike = replace(self, warmup_steps=warmup_steps(lengths, self.warmup_fraction))
-        return [alike.resolve(length, tokens_per_step, default_lr) for length in lengths]
+        given = self.warmup_fraction
+        warmup = rule(lengths) if given is None else lone_warmup(lengths, given)
+        return [self.resolve(length, tokens_per_step, default_lr, warmup) for length in lengths]
 
     def agrees(self, other: WSD, last_step: int) -> bool:
         """Whether two resolved schedules give the same rates up to ``last_step``: both are linear between knots."""
@@ -141,7 +161,7 @@ class WSD:
         assert self.warmup_steps is not None and self.decay_steps is not None and self.total_steps is not None
         knots = [self.warmup_steps, *(self._first_step(p) for p in self.plateaus), self.total_steps - self.decay_steps]
         if knots != sorted(knots):
-            raise UserError(
+            raise ScheduleError(
                 f"model.schedule: warmup ends at step {knots[0]}, plateaus start at {knots[1:-1]}, the decay at "
                 f"{knots[-1]} of {self.total_steps} steps; they must follow one another: shorten them"
             )

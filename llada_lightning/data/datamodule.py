@@ -41,7 +41,7 @@ class TokenDataModule(LanguageDataModule):
     Args:
         path: a folder (or URL) that `llada prepare` wrote, or a mapping from folders to mixture weights.
         sequence_length: L, tokens of a sequence.
-        global_batch: sequences of an optimizer step, exactly.
+        global_batch: The number of sequences of an optimizer step, exactly; null: by the rule of `rules.batch`.
         micro_batch: sequences of a forward pass on one device; null: the global batch over devices and accumulation.
         val_sequences: validation sequences, the same for every run; null: all of the validation split.
         val_batch: sequences of a validation batch on one device; null: as micro_batch.
@@ -62,7 +62,7 @@ class TokenDataModule(LanguageDataModule):
         self,
         path: dict[str, float] | str,
         sequence_length: int = 256,
-        global_batch: int = 16,
+        global_batch: int | None = None,
         micro_batch: int | None = None,
         val_sequences: int | None = 512,
         val_batch: int | None = None,
@@ -136,9 +136,9 @@ class TokenDataModule(LanguageDataModule):
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property
-    def expected_tokens_per_step(self) -> float:
-        """Mean tokens of a global batch: below global_batch * L by the sequences of random length."""
-        return self.global_batch * expected_length(self.sequence_length, self.random_length_share)
+    def tokens_per_sequence(self) -> float:
+        """The expected tokens of a training sequence: below L by the sequences of random length."""
+        return expected_length(self.sequence_length, self.random_length_share)
 
     @property
     def bytes_per_token(self) -> float:
@@ -162,7 +162,7 @@ class TokenDataModule(LanguageDataModule):
 
     def _read_of(self, steps: int) -> list[tuple[int, int]]:
         """For each source the sequences that a run reads, repeats counted, and those that there are."""
-        read = Mixture(list(self.weights.values())).consumed(steps * self.global_batch)
+        read = Mixture(list(self.weights.values())).consumed(steps * self.batch)
         return list(zip(read.tolist(), self._train_sequences(), strict=True))
 
     def _train_sequences(self) -> list[int]:
@@ -184,11 +184,11 @@ class TokenDataModule(LanguageDataModule):
             self._stream("train", self.seed, self._train_sequences()),
             process,
             self.tokenizer.eos_id,
-            self.global_batch,
+            self.batch,
             self.micro_batch,
             self.document_mask,
         )
-        sampler = OrdinalSampler(self.trainer.global_step, self.global_batch, self.micro_batch, *self._replica)
+        sampler = OrdinalSampler(self.trainer.global_step, self.batch, self.micro_batch, *self._replica)
         return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> DataLoader:

@@ -16,11 +16,13 @@ from llada_lightning.compute.shapes import MAX_WIDTH
 from llada_lightning.data.datasets import take_batch
 from llada_lightning.data.manifest import TOLERATED_LOSS, TokenizerInfo
 from llada_lightning.objectives.forward_process import TimeSampling
+from llada_lightning.run import Stream
 from llada_lightning.settings import MAX_PROCESSES
+from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError
 
 
-class LanguageDataModule(LightningDataModule, ABC):
+class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
     """Training and validation sequences with their noise, both pure functions of (seed, ordinal).
 
     The number of devices, workers and micro-batches changes nothing, and a resumed run needs its step only.
@@ -31,7 +33,7 @@ class LanguageDataModule(LightningDataModule, ABC):
     def __init__(
         self,
         sequence_length: int,
-        global_batch: int,
+        global_batch: int | None,
         micro_batch: int | None,
         val_sequences: int | None,
         val_batch: int | None,
@@ -79,8 +81,34 @@ class LanguageDataModule(LightningDataModule, ABC):
 
     @property
     @abstractmethod
+    def tokens_per_sequence(self) -> float:
+        """The expected tokens of a training sequence."""
+
+    @property
     def expected_tokens_per_step(self) -> float:
-        """Mean tokens of a global batch."""
+        """The expected tokens of a global batch."""
+        return self.batch * self.tokens_per_sequence
+
+    @property
+    def batch(self) -> int:
+        """The sequences of an optimizer step, once they are known."""
+        assert self.global_batch is not None, "the run has not been resolved"
+        return self.global_batch
+
+    def stream_facts(self, vocab_size: int) -> Stream:
+        """What a run is resolved from.
+
+        Args:
+            vocab_size: The width of the output head.
+        """
+        return Stream(
+            vocab_size=vocab_size,
+            sequence_length=self.sequence_length,
+            mask_eps=self.mask_eps,
+            tokens_per_sequence=self.tokens_per_sequence,
+            attended_length=self.attended_length,
+            response_share=self.response_share,
+        )
 
     @property
     @abstractmethod
@@ -150,7 +178,7 @@ class LanguageDataModule(LightningDataModule, ABC):
 
     def exact_micro_batch(self, devices: int, accumulation: int) -> int:
         """As :attr:`micro_batch`, for a trainer to be."""
-        return exact_micro_batch(self.global_batch, self._micro_batch, devices, accumulation)
+        return exact_micro_batch(self.batch, self._micro_batch, devices, accumulation)
 
     def loader_workers(self, trainer: Trainer) -> int:
         """Processes of each loader: as given, else 2 where a GPU trains."""

@@ -225,9 +225,9 @@ class SftDataModule(LanguageDataModule):
         return self.stream.padded_lengths(ordinals), self.pairs.prompts_P[self.stream.drawn(ordinals)]
 
     @property
-    def expected_tokens_per_step(self) -> float:
-        """As in the first epoch."""
-        return self.global_batch * float(self._epoch_lengths[0].mean())
+    def tokens_per_sequence(self) -> float:
+        """The mean length of the first epoch's padded pairs."""
+        return float(self._epoch_lengths[0].mean())
 
     @property
     def attended_length(self) -> int:
@@ -241,11 +241,7 @@ class SftDataModule(LanguageDataModule):
 
     @property
     def wanted_steps(self) -> int | None:
-        return (
-            None
-            if self._epochs is None
-            else max(1, round(self._epochs * len(self.splits["train"]) / self.global_batch))
-        )
+        return None if self._epochs is None else max(1, round(self._epochs * len(self.splits["train"]) / self.batch))
 
     @property
     def bytes_per_token(self) -> float:
@@ -267,15 +263,15 @@ class SftDataModule(LanguageDataModule):
         return round(read * float(means[self.splits["train"]].sum()))
 
     def epochs(self, steps: int) -> float:
-        return steps * self.global_batch / len(self.splits["train"])
+        return steps * self.batch / len(self.splits["train"])
 
     def check(self) -> None:
         assert self.splits
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        dataset = PairDataset(self.stream, self.tokenizer.eos_id, self.mask_eps, self.time_sampling, self.global_batch)
-        sampler = OrdinalSampler(self.trainer.global_step, self.global_batch, self.micro_batch, *self._replica)
+        dataset = PairDataset(self.stream, self.tokenizer.eos_id, self.mask_eps, self.time_sampling, self.batch)
+        sampler = OrdinalSampler(self.trainer.global_step, self.batch, self.micro_batch, *self._replica)
         return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> DataLoader:

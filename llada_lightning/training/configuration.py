@@ -7,25 +7,26 @@ config.yaml. A value given by hand that disagrees with what follows is refused, 
 from __future__ import annotations
 
 import pydoc
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any, Literal, TypeVar
 
 import torch
 from jsonargparse import Namespace
 
-from llada_lightning import run
-from llada_lightning.compute.flops import check_budgets, check_steps, flops_6nd, steps_for_budget
-from llada_lightning.compute.rules import default_learning_rate
+from llada_lightning.compute.flops import check_budgets, flops_6nd
+from llada_lightning.compute.rules import Rules
 from llada_lightning.compute.schedule import WSD, schedule_from
 from llada_lightning.compute.shapes import check_vocabulary, get_shape
 from llada_lightning.data.language_datamodule import LanguageDataModule
+from llada_lightning.identity import run_name as name_of
+from llada_lightning.identity import with_stable_names
 from llada_lightning.model.transformer import NORM_EPS
+from llada_lightning.objectives import get_objective
+from llada_lightning.run import Length, Run, Spec, resolve
 from llada_lightning.settings import check_folder_name, check_seed
 from llada_lightning.support.errors import UserError
-from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import read_yaml
 from llada_lightning.training.first_weights import take_over, weights_hash
 from llada_lightning.training.modules import LanguageModule
@@ -61,39 +62,75 @@ def resolve_data(config: Namespace) -> LanguageDataModule:
         config.trainer.precision = native_precision(str(config.trainer.accelerator))
     elif str(config.trainer.precision).startswith("16"):
         raise UserError(f"trainer.precision: {config.trainer.precision} needs loss scaling; use bf16-mixed or 32-true")
-    _fill_vocabulary(config, data)
+    fill_vocabulary(config, data)
     return data
 
 
-_CHECKED_BEFORE = ("shape", "vocab_size", "rope_theta", "norm_eps", "text_prefix_ids")
-"""Settings of a model that its class refuses in one line; the parser would put the whole configuration around it."""
-
-
-def resolve_fit(config: Namespace, data: LanguageDataModule) -> list[WSD]:
-    """Fill in, in place, what follows from the budget: steps, schedule, intervals, the run's name.
+def resolve_fit(config: Namespace, data: LanguageDataModule) -> Run:
+    """Fill in, in place, what follows from the budget: batch, steps, schedule, intervals, the run's name.
 
     Returns:
-        The schedule of each budget, smallest first. With one budget it stands in the configuration; with several, the
+        The resolved run. With one budget its schedule is in the configuration, too; with several budgets the
         configuration holds what they share.
 
     Raises:
         UserError: settings contradict one another.
     """
     _refuse_what_breaks_the_contract(config)
-    arguments = config.model.init_args
-    checked = {key: _plain(arguments[key]) for key in _CHECKED_BEFORE if key in arguments}
-    module = module_class(config)(**checked)
-    lengths = _lengths(config, module, data)
-    if len(lengths) > 1 and config.trainer.enable_checkpointing is False:
+    resolved = resolve_length(config, data)
+    steps = list(resolved.steps)
+    if len(steps) > 1 and config.trainer.enable_checkpointing is False:
         raise UserError("trainer.enable_checkpointing: false given, but several budgets branch from checkpoints")
-    given = schedule_from(_plain(arguments.schedule))
-    schedules = _resolved_schedules(given, module, data, lengths)
-    alike = replace(schedules[-1], total_steps=None, decay_steps=given.decay_steps)
-    arguments.schedule = as_namespace(schedules[0] if len(lengths) == 1 else alike)
-    _fill_intervals(config, lengths)
+    _fill_intervals(config, steps)
     if config.run.name is None:
-        config.run.name = run_name(config, data, schedules)
-    return schedules
+        config.run.name = run_name(config, data, resolved.schedules)
+    return resolved
+
+
+def resolve_length(config: Namespace, data: LanguageDataModule) -> Run:
+    """Fill in, in place, batch, steps and schedule.
+
+    Returns:
+        The resolved run.
+
+    Raises:
+        UserError: settings contradict one another.
+    """
+    arguments = config.model.init_args
+    given = schedule_from(_plain(arguments.schedule))
+    resolved = resolve(_spec(config, data, given))
+    steps = list(resolved.steps)
+    if config.trainer.max_steps not in (-1, steps[-1]):
+        raise UserError(
+            f"trainer.max_steps: {config.trainer.max_steps} given, but the budget makes {steps[-1]} steps; leave one "
+            "of them out"
+        )
+    if given.total_steps is not None and [given.total_steps] != steps:
+        raise UserError(
+            f"model.schedule.total_steps: {given.total_steps} given, but the run has {steps} steps; leave it out"
+        )
+    config.trainer.max_steps = steps[-1]
+    data.global_batch = config.data.init_args.global_batch = resolved.global_batch
+    schedules = resolved.schedules
+    alike = replace(schedules[-1], total_steps=None, decay_steps=given.decay_steps)
+    arguments.schedule = as_namespace(schedules[0] if len(schedules) == 1 else alike)
+    return resolved
+
+
+def _spec(config: Namespace, data: LanguageDataModule, schedule: WSD) -> Spec:
+    """What a configuration asks a run to be."""
+    arguments = config.model.init_args
+    rules = Rules(**vars(config.rules))
+    rules.check()
+    return Spec(
+        objective=get_objective(module_class(config).objective),
+        shape=get_shape(_plain(arguments.shape)),
+        stream=data.stream_facts(arguments.vocab_size),
+        length=_length(config, data),
+        global_batch=data.global_batch,
+        schedule=schedule,
+        rules=rules,
+    )
 
 
 _OURS = {
@@ -149,9 +186,14 @@ def _fill(config: Namespace, key: str, value: Any) -> None:
         config[key] = value
 
 
-def _fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
+def fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
+    """Fill in, in place, what the model takes from the data's tokenizer: the vocabulary and the special tokens.
+
+    Raises:
+        UserError: a setting contradicts the tokenizer.
+    """
     tokenizer, arguments = data.tokenizer, config.model.init_args
-    masks = module_class(config).objective != "arm"
+    masks = get_objective(module_class(config).objective).masks
     if masks and tokenizer.mask_id is None:
         raise UserError(
             f"data.tokenizer: '{config.data.init_args.tokenizer}' has no [MASK], which llada needs; name one of its "
@@ -175,54 +217,26 @@ def _fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
             raise UserError(f"model.{key}: {arguments[key]} given, but the data's tokenizer has {value}; leave it out")
 
 
-def _lengths(config: Namespace, module: LanguageModule, data: LanguageDataModule) -> list[int]:
-    """Optimizer steps of each budget, ascending, or those of `trainer.max_steps`."""
+def _length(config: Namespace, data: LanguageDataModule) -> Length:
+    """How long the run is to train: by its budget, else by the data module's epochs, else by `trainer.max_steps`."""
     budget, given = config.budget, config.trainer.max_steps
     if budget.flops is not None and budget.tokens is not None:
         raise UserError(f"budget: flops {budget.flops} and tokens {budget.tokens:g} are both given; give one")
     if data.wanted_steps is not None and (budget.flops, budget.tokens) != (None, None):
         raise UserError("budget: given beside data.epochs; leave one of them out")
-    if budget.flops is None and budget.tokens is None:
-        if data.wanted_steps is not None and given in (-1, data.wanted_steps):
-            config.trainer.max_steps = data.wanted_steps
-            return [data.wanted_steps]
-        if given < 1:
-            raise UserError("budget.flops: nothing says how long to train; give --budget.flops, such as 1e12")
-        check_steps("trainer.max_steps", given, given)
-        return [given]
-    flops_per_token = module.flops_per_token(data.attended_length, data.mask_eps, data.response_share)
-    per_step = data.expected_tokens_per_step
     if budget.flops is not None:
         budgets = budget.flops if isinstance(budget.flops, list) else [budget.flops]
+        if not budgets:
+            raise UserError("budget.flops: [] holds no budget; give one, such as 1e12")
         check_budgets("budget.flops", budgets)
-        lengths = [steps_for_budget(flops, flops_per_token, per_step, budget.convention) for flops in budgets]
-        if not lengths or any(later <= earlier for earlier, later in pairwise(lengths)):
-            made = f"{shortened(budgets)} make {shortened(lengths)} steps"
-            raise UserError(f"budget.flops: {made}; several budgets must ascend by a step each")
-    else:
-        lengths = [round(budget.tokens / per_step)]
-        check_steps("budget.tokens", budget.tokens, lengths[0])
-        if budget.tokens < per_step:
-            raise UserError(
-                f"budget.tokens: {budget.tokens:g} is below one step of {per_step:.0f} tokens; raise it, or lower "
-                "the global batch"
-            )
-    if given not in (-1, lengths[-1]):
-        raise UserError(
-            f"trainer.max_steps: {given} given, but the budget makes {lengths[-1]} steps; leave one of them out"
-        )
-    config.trainer.max_steps = lengths[-1]
-    return lengths
-
-
-def _resolved_schedules(given: WSD, module: LanguageModule, data: LanguageDataModule, lengths: list[int]) -> list[WSD]:
-    if given.total_steps is not None and [given.total_steps] != lengths:
-        raise UserError(
-            f"model.schedule.total_steps: {given.total_steps} given, but the run has {lengths} steps; leave it out"
-        )
-    per_step = flops_6nd(module.shape.params_nonembedding, data.expected_tokens_per_step)
-    default_lr = default_learning_rate(geometric_mean([length * per_step for length in lengths]))
-    return given.resolve_all(lengths, data.expected_tokens_per_step, default_lr)
+        return Length(flops=tuple(budgets), convention=budget.convention)
+    if budget.tokens is not None:
+        return Length(tokens=budget.tokens, setting="budget.tokens")
+    if data.wanted_steps is not None and given in (-1, data.wanted_steps):
+        return Length(steps=data.wanted_steps, setting="data.epochs")
+    if given < 1:
+        raise UserError("budget.flops: nothing says how long to train; give --budget.flops, such as 1e12")
+    return Length(steps=given, setting="trainer.max_steps")
 
 
 def as_namespace(schedule: WSD) -> Namespace:
@@ -300,16 +314,16 @@ def identity(config: Namespace, data: LanguageDataModule, schedule: WSD | None =
         **skipping,
         **eight_bits,
     }
-    return run.with_stable_names(found)
+    return with_stable_names(found)
 
 
-def run_name(config: Namespace, data: LanguageDataModule, schedules: list[WSD]) -> str:
-    """The name of the run (:func:`run.run_name`) of a resolved configuration."""
+def run_name(config: Namespace, data: LanguageDataModule, schedules: Sequence[WSD]) -> str:
+    """The name (:func:`identity.run_name`) of a resolved configuration's run."""
     shape = get_shape(_plain(config.model.init_args.shape))
     per_step = flops_6nd(shape.params_nonembedding, data.expected_tokens_per_step)
     flops = [per_step * schedule.total_steps for schedule in schedules if schedule.total_steps]
     identities = [identity(config, data, schedule) for schedule in schedules]
-    return run.run_name(module_class(config).objective, shape, flops, identities)
+    return name_of(module_class(config).objective, shape, flops, identities)
 
 
 def module_class(config: Namespace) -> type[LanguageModule]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args
@@ -22,12 +21,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from llada_lightning.checkpoints.run_folder import CHECKPOINTS, CONFIG, final_checkpoint, require_whole, saved_identity
+from llada_lightning.compute.rules import Rules
 from llada_lightning.compute.shapes import shape_name
 from llada_lightning.data.language_datamodule import LanguageDataModule, require_open_files
 from llada_lightning.data.manifest import loss_note
 from llada_lightning.data.sft import SftDataModule
+from llada_lightning.identity import check_identity, model_identity
 from llada_lightning.records import read_records, write_records, write_validation
-from llada_lightning.run import check_identity, model_identity
 from llada_lightning.settings import Budget, Guard, Profile, Run, Wandb, check_seed
 from llada_lightning.support.cluster import agreed_launch
 from llada_lightning.support.command_line import one_line, refuse_unusable
@@ -74,6 +74,13 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+class RunIsDone(SystemExit):
+    """The run of a command is done: there is nothing to do, and the command ends with exit code 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
 class LladaCLI(LightningCLI):
     """Adds budget, run folder and W&B; resolves the configuration before anything is built.
 
@@ -103,6 +110,7 @@ class LladaCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--budget", type=Budget, default=Budget(), help="What the run may spend.")
+        parser.add_argument("--rules", type=Rules, default=Rules(), help="Which rules give what is not set.")
         parser.add_argument("--run", type=Run, default=Run(), help="Where the run lives.")
         parser.add_argument("--speed", type=Speed, default=Speed(), help="How the same is computed faster.")
         parser.add_argument("--guard", type=Guard, default=Guard(), help="What to do about bad numbers.")
@@ -148,7 +156,7 @@ class LladaCLI(LightningCLI):
         refuse_secrets(self.settings.as_dict())
         data = resolve_data(self.settings)
         if self.subcommand == "fit":
-            schedules = resolve_fit(self.settings, data)
+            schedules = resolve_fit(self.settings, data).schedules
             self.run_name = run_name(self.settings, data, schedules)
             self.phases = phases_of(self.settings, data, schedules, self.folder)
             self.resolved = self._dump()
@@ -193,7 +201,7 @@ class LladaCLI(LightningCLI):
         self.accounting = Accounting(model.flops_per_token(data.attended_length, data.mask_eps, data.response_share))
         guard = self.settings.guard
         model.guard = UpdateGuard(guard.spikes, guard.spike_zscore)
-        bad_numbers = BadNumbers(phase.folder, data.global_batch, guard.patience)
+        bad_numbers = BadNumbers(phase.folder, data.batch, guard.patience)
         own_callbacks: list[Callback] = [self.accounting, bad_numbers, LeaveTogether(self.leave), self.memory]
         if trainer.enable_progress_bar is not False:
             title = f"{model.objective} {shape_name(model.shape)} {phase.title}".rstrip()
@@ -376,7 +384,7 @@ class LladaCLI(LightningCLI):
         if len(records) == len(names):
             for record in records:
                 say(f"{self.folder} is done ({describe_result(record)}); nothing to do")
-            sys.exit(0)
+            raise RunIsDone
         done = {record["run"] for record in records}
         damaged: dict[Path, str] = {}
         for phase, following in zip_longest(self.phases, self.phases[1:]):

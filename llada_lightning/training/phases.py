@@ -7,6 +7,7 @@ what the budgets share is trained once. (Rate and warmup that are not given foll
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from llada_lightning.checkpoints.run_folder import (
 )
 from llada_lightning.compute.schedule import WSD
 from llada_lightning.data.language_datamodule import LanguageDataModule
-from llada_lightning.run import check_history, check_identity
+from llada_lightning.identity import check_history, check_identity
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.configuration import as_namespace, identity, run_name
 
@@ -125,7 +126,7 @@ class Phase:
         config.trainer.val_check_interval = self.val_check_interval
 
 
-def phases_of(config: Namespace, data: LanguageDataModule, schedules: list[WSD], folder: Path) -> list[Phase]:
+def phases_of(config: Namespace, data: LanguageDataModule, schedules: Sequence[WSD], folder: Path) -> list[Phase]:
     """The fits of a resolved configuration, in the order in which they are run: smallest budget first.
 
     Args:

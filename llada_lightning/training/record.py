@@ -56,7 +56,7 @@ def result_record(
         "unique_tokens": min(accounting.tokens, data.unique_tokens(steps)),
         "epochs": data.epochs(steps),
         "steps": steps,
-        "global_batch_tokens": data.global_batch * data.sequence_length,
+        "global_batch_tokens": data.batch * data.sequence_length,
         "sequence_length": data.sequence_length,
         "flops_6nd": flops.flops_6nd,
         "flops_attention": flops.flops_attention,

@@ -27,8 +27,8 @@ from llada_lightning.data.datasets import TrainingBatch
 from llada_lightning.data.encoding import decode
 from llada_lightning.data.manifest import read_tokenizer_text
 from llada_lightning.data.tokenizers import tokenizer_from_text
+from llada_lightning.identity import check_identity
 from llada_lightning.records import read_faults
-from llada_lightning.run import check_identity
 from llada_lightning.support.cluster import device_count
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import people_console

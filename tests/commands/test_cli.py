@@ -143,7 +143,7 @@ def test_a_sequence_longer_than_a_shard(fit) -> None:
 
 
 def test_a_budget_below_one_step(fit) -> None:
-    assert "1000 is below one step, which costs" in fit("--budget.flops=1000")
+    assert "1000 is below one step of llada 107k, which costs" in fit("--budget.flops=1000")
 
 
 def test_no_length_at_all(fit) -> None:

@@ -7,7 +7,16 @@ import math
 import pytest
 
 from llada_lightning.compute.hardware import MEMORY_GB, PEAK_FLOPS_BF16, memory_bytes, peak_flops
-from llada_lightning.compute.rules import batch_tokens, default_learning_rate, learning_rate, warmup_steps
+from llada_lightning.compute.rules import (
+    BATCH_RULES,
+    LEARNING_RATE_RULES,
+    Rules,
+    Size,
+    learning_rate,
+    lone_warmup,
+    study_warmup,
+)
+from llada_lightning.support.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -78,33 +87,58 @@ def test_every_device_with_a_peak_has_a_memory() -> None:
 @pytest.mark.parametrize(("flops", "lr", "batch"), [(8.4e22, 4.2e-4, 2304 * 4096), (8.0e23, 3.2e-4, 4608 * 4096)])
 def test_deepseeks_rules_give_what_deepseek_7b_and_67b_were_trained_with(flops: float, lr: float, batch: int) -> None:
     """6ND of 2T tokens; the paper's Table 2 holds the two models' rates and batches."""
-    assert learning_rate("deepseek", math.nan, math.nan, flops) == pytest.approx(lr, rel=0.05)
-    assert batch_tokens("deepseek", math.nan, flops) == pytest.approx(batch, rel=0.05)
+    size = Size(math.nan, math.nan, flops)
+    assert learning_rate("deepseek", size) == pytest.approx(lr, rel=0.05)
+    assert batch_tokens("deepseek", size) == pytest.approx(batch, rel=0.05)
 
 
 def test_step_law_at_1b_and_100b_tokens() -> None:
+    size = Size(1e9, 1e11, math.nan)
     # By hand: ln 1.79 - 0.713 ln 1e9 + 0.307 ln 1e11 = 0.5822 - 14.7757 + 7.7759 = -6.4176.
-    assert learning_rate("step-law", 1e9, 1e11, math.nan) == pytest.approx(math.exp(-6.4176), rel=1e-3)
+    assert LEARNING_RATE_RULES["step-law"](size) == pytest.approx(math.exp(-6.4176), rel=1e-3)
     # ln 0.58 + 0.571 ln 1e11 = -0.5447 + 14.4627 = 13.9180.
-    assert batch_tokens("step-law", 1e11, math.nan) == pytest.approx(math.exp(13.9180), rel=1e-3)
+    assert batch_tokens("step-law", size) == pytest.approx(math.exp(13.9180), rel=1e-3)
 
 
-def test_a_fit_that_sets_no_rate_has_deepseeks() -> None:
-    assert default_learning_rate(2e11) == learning_rate("deepseek", 1, 1, 2e11)
-    assert 5e-3 < default_learning_rate(2e11) < 1.5e-2  # the best of a scan at this size
+def test_deepseeks_rate_is_the_best_of_a_scan_at_2e11_flops() -> None:
+    assert 5e-3 < learning_rate("deepseek", Size(1, 1, 2e11)) < 1.5e-2
 
 
-def test_warmup_is_a_twentieth_of_the_steps_within_limits() -> None:
-    assert [warmup_steps([steps]) for steps in (1, 9, 100, 1000, 40_000, 10**6)] == [1, 1, 5, 50, 2000, 2000]
-    assert warmup_steps([100, 1600]) == 20  # of the geometric mean, 400
-    assert warmup_steps([100, 10_000, 1_000_000]) == 25  # a quarter of the shortest
+def test_a_rate_by_rule_has_three_digits_but_by_the_rule_lone_all() -> None:
+    size = Size(1e6, 1e8, 2e11, flops_of_steps=2.01e11)
+    assert learning_rate("deepseek", size) == 0.0121
+    assert learning_rate("deepseek", size, scale=0.25) == 0.00301
+    assert learning_rate("lone", size) == 0.3118 * 2.01e11**-0.1250
+
+
+def test_a_studys_warmup_is_a_twentieth_of_the_steps_within_limits() -> None:
+    assert [study_warmup([steps]) for steps in (1, 9, 100, 1000, 40_000, 10**6)] == [1, 1, 5, 50, 2000, 2000]
+    assert study_warmup([100, 1600]) == 20  # of the geometric mean, 400
+    assert study_warmup([100, 10_000, 1_000_000]) == 25  # a quarter of the shortest
+
+
+def test_a_lone_warmup_is_a_twentieth_of_the_steps_without_limits() -> None:
+    assert [lone_warmup([steps]) for steps in (1, 8, 100, 100_000)] == [0, 0, 5, 5000]
+    assert lone_warmup([100, 1600]) == 20
+
+
+@pytest.mark.parametrize("key", ["lr", "batch", "warmup"])
+def test_an_unknown_rule_is_named_with_those_there_are(key: str) -> None:
+    with pytest.raises(UserError, match=rf"^rules\.{key}: 'best' is not a rule; choose from .*lone$"):
+        Rules(**{key: "best"}).check()
 
 
 def test_the_rate_follows_kaplan_and_falls_with_size() -> None:
     def rate(size: float) -> float:
-        return learning_rate("kaplan", size, math.nan, math.nan)
+        return LEARNING_RATE_RULES["kaplan"](Size(size, math.nan, math.nan))
 
     assert rate(1e6) == pytest.approx(0.003239 - 0.0001395 * math.log(1e6))
     rates = [rate(10.0**n) for n in range(4, 12)]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] == 1e-4
+
+
+def batch_tokens(name: str, size: Size) -> float:
+    rule = BATCH_RULES[name]
+    assert rule is not None
+    return rule(size)

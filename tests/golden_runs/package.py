@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from llada_lightning.commands.main import main, quiet_libraries
-from llada_lightning.run import as_hashed
+from llada_lightning.identity import as_hashed
 from llada_lightning.training.fit import LladaCLI
 
 __all__ = ["LONE_FIT_RULES", "Resolved", "main", "resolved"]
 
-LONE_FIT_RULES: tuple[str, ...] = ()
+LONE_FIT_RULES = ("--rules.lr=lone", "--rules.warmup=lone")
 """Arguments of ``llada fit`` that ask for the rules by which a fit of one budget chose its warmup in the version that
 made the fixtures. Commands that rely on those rules get them."""
 

@@ -8,7 +8,7 @@ import lzma
 import math
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -262,11 +262,6 @@ def sweep_commands(path: Path) -> list[list[str]]:
     # Where neither the sweep nor its base names one, it would follow from the machine.
     precision = [] if path.stem.startswith("study") else ["--trainer.precision=bf16-mixed"]
     return [[*words[1:-1], *point, *precision] for point in points]
-
-
-def leaves_warmup_to_the_rule(arguments: Sequence[str]) -> bool:
-    """Whether a command of a sweep gives no warmup."""
-    return not any("warmup_steps" in word for word in arguments)
 
 
 def committed_tables() -> dict[str, Path]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from llada_lightning.compute.flops import CONVENTION_NAMES, Objective
+from llada_lightning.compute.flops import CONVENTION_NAMES
 from llada_lightning.compute.shapes import shape_name
 from llada_lightning.study.plan.plan import Plan
 from llada_lightning.study.plan.trunk import Branch, Trunk
@@ -21,7 +21,7 @@ from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, written_atomically
 from llada_lightning.support.printing import shortened
 
-_MODULES: Mapping[Objective, str] = {"arm": "ArmModule", "llada": "LladaModule"}
+_MODULES: Mapping[str, str] = {"arm": "ArmModule", "llada": "LladaModule"}
 
 TIME_MARGIN = 1.5
 """A job's time limit over the plan's hours: validation, checkpoints and the start are not counted there."""

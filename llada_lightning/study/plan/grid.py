@@ -9,6 +9,7 @@ from functools import cache
 
 from llada_lightning.compute.flops import Convention, Objective
 from llada_lightning.compute.shapes import Shape, get_shape, proposable_shapes, propose_shape, shape_name
+from llada_lightning.objectives import get_objective
 from llada_lightning.run import Stream
 from llada_lightning.support.errors import UserError
 
@@ -83,7 +84,7 @@ def shapes_at(
     """
 
     def tokens_per_param(shape: Shape) -> float:
-        tokens = budget / stream.flops_per_token(shape, objective).by(convention)
+        tokens = budget / stream.flops_per_token(shape, get_objective(objective)).by(convention)
         return tokens / shape.params_nonembedding
 
     def distance(ratio: float) -> Callable[[Shape], float]:

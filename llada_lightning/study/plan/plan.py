@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from llada_lightning.compute.flops import Convention, Objective, check_budgets
 from llada_lightning.compute.hardware import Machine
 from llada_lightning.compute.shapes import MAX_WIDTH, Shape, check_vocabulary, shape_name
-from llada_lightning.run import Stream
+from llada_lightning.run import MIN_STEPS, Stream
 from llada_lightning.settings import check_seed
 from llada_lightning.study.plan.grid import Grid, shapes_at
-from llada_lightning.study.plan.trunk import MIN_STEPS, Branch, Recipe, Trunk, plan_trunk
+from llada_lightning.study.plan.trunk import Branch, Recipe, Trunk, plan_trunk
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import shortened
 

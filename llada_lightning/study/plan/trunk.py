@@ -10,24 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
-from llada_lightning.compute.flops import MAX_BATCH, MAX_STEPS, Convention, Objective, TrainingFlops, steps_for_budget
+from llada_lightning.compute.flops import MAX_BATCH, MAX_STEPS, Convention, TrainingFlops
 from llada_lightning.compute.hardware import Machine
-from llada_lightning.compute.rules import (
-    DECAY_FRACTION,
-    BatchRule,
-    LearningRateRule,
-    batch_tokens,
-    learning_rate,
-    warmup_steps,
-)
+from llada_lightning.compute.rules import DECAY_FRACTION, Rules, significant
+from llada_lightning.compute.schedule import WSD, ScheduleError
 from llada_lightning.compute.shapes import Shape, shape_name
-from llada_lightning.run import Stream
+from llada_lightning.objectives import get_objective
+from llada_lightning.run import Length, Spec, Stream, resolve
 from llada_lightning.support.errors import UserError
-
-MIN_STEPS = 50
-"""A rule's batch is halved until the smallest budget has so many steps, as far as halving goes."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +34,18 @@ class Recipe:
         decay_fraction: share of a run's steps over which the rate falls.
     """
 
-    lr_rule: LearningRateRule = "deepseek"
-    batch_rule: BatchRule = "deepseek"
+    lr_rule: str = "deepseek"
+    batch_rule: str = "deepseek"
     lr: float | None = None
-    lr_scale: Mapping[Objective, float] = field(default_factory=dict)
+    lr_scale: Mapping[str, float] = field(default_factory=dict)
     batch: int | None = None
     warmup_steps: int | None = None
     decay_fraction: float = DECAY_FRACTION
+
+    @property
+    def rules(self) -> Rules:
+        """The rules of what is not given."""
+        return Rules(lr=self.lr_rule, batch=self.batch_rule)
 
     def check(self) -> None:
         """Refuse numbers that make no run.
@@ -57,6 +53,7 @@ class Recipe:
         Raises:
             UserError: names the setting.
         """
+        self.rules.check("plan: --rules")
         rates = {"lr": self.lr, **{f"lr-scale-{objective}": scale for objective, scale in self.lr_scale.items()}}
         for option, rate in rates.items():
             if rate is not None and not (math.isfinite(rate) and rate > 0):
@@ -94,7 +91,7 @@ class Trunk:
         branches: by rising budget.
     """
 
-    objective: Objective
+    objective: str
     shape: Shape
     seed: int
     lr: float
@@ -121,7 +118,7 @@ class Trunk:
 
 
 def plan_trunk(
-    objective: Objective,
+    objective: str,
     shape: Shape,
     seed: int,
     budgets: Sequence[float],
@@ -133,70 +130,47 @@ def plan_trunk(
     """The trunk of these budgets, which rise; its rules are evaluated at their geometric mean.
 
     Raises:
-        UserError: a budget is below one step, two make the same steps, or warmup and decay do not fit.
+        UserError: a budget is below one step, two budgets make the same steps, or warmup and decay do not fit.
     """
-    per_token = stream.flops_per_token(shape, objective)
-    tokens = math.exp(math.fsum(map(math.log, budgets)) / len(budgets)) / per_token.by(convention)
-    flops = tokens * per_token.flops_6nd
-    batch = recipe.batch or _batch_by_rule(
-        recipe, stream, machine, tokens, flops, budgets[0] / per_token.by(convention)
+    scale = recipe.lr_scale.get(objective, 1.0)
+    given = WSD(
+        lr=None if recipe.lr is None else significant(recipe.lr * scale),
+        warmup_steps=recipe.warmup_steps,
+        decay_fraction=recipe.decay_fraction,
     )
-    per_step = stream.tokens_per_step(batch)
-    if budgets[0] < per_token.by(convention) * per_step:
-        raise UserError(
-            f"plan: --flops {budgets[0]:g} does not pay for one step of {objective} {shape_name(shape)}, which costs "
-            f"{per_token.by(convention) * per_step:.3g} (batch {batch}); raise it, or choose smaller shapes or batches"
-        )
-    steps = [steps_for_budget(budget, per_token, per_step, convention) for budget in budgets]
+    spec = Spec(
+        objective=get_objective(objective),
+        shape=shape,
+        stream=stream,
+        length=Length(flops=tuple(budgets), convention=convention, setting="plan: --flops"),
+        global_batch=recipe.batch,
+        schedule=given,
+        rules=recipe.rules,
+        lr_scale=scale,
+        batch_quantum=machine.devices * (machine.micro_batch or 1),
+    )
+    try:
+        run = resolve(spec)
+    except ScheduleError as error:
+        problem = str(error).partition(": ")[2]
+        raise UserError(f"plan: {spec.who}: {problem} by --warmup-steps or --decay-fraction") from error
     branches = tuple(
-        Branch(budget, count, round(recipe.decay_fraction * count))
-        for budget, count in zip(budgets, steps, strict=True)
+        Branch(budget, schedule.total_steps, schedule.decay_steps)  # type: ignore[arg-type]  # resolved
+        for budget, schedule in zip(budgets, run.schedules, strict=True)
     )
-    warmup = warmup_steps(steps) if recipe.warmup_steps is None else recipe.warmup_steps
-    _check_branches(branches, warmup, f"{objective} {shape_name(shape)}")
-    rate = recipe.lr or learning_rate(recipe.lr_rule, shape.params_nonembedding, tokens, flops)
-    accumulation = machine.accumulation(shape, stream.vocab_size, stream.sequence_length, batch)
-    micro_batch = batch // machine.devices // accumulation
+    first = run.schedules[0]
+    assert first.lr is not None and first.warmup_steps is not None
+    accumulation = machine.accumulation(shape, stream.vocab_size, stream.sequence_length, run.global_batch)
+    micro_batch = run.global_batch // machine.devices // accumulation
     return Trunk(
         objective=objective,
         shape=shape,
         seed=seed,
-        lr=_rounded(rate * recipe.lr_scale.get(objective, 1.0)),
-        global_batch=batch,
-        warmup_steps=warmup,
-        per_step=per_token * per_step,
+        lr=first.lr,
+        global_batch=run.global_batch,
+        warmup_steps=first.warmup_steps,
+        per_step=run.per_step,
         accumulation=accumulation,
         memory=machine.memory_of(shape, stream.vocab_size, stream.sequence_length, micro_batch),
         branches=branches,
     )
-
-
-def _rounded(value: float) -> float:
-    """To three significant digits: a rule is not known better, and people read it."""
-    return float(f"{value:.3g}")
-
-
-def _batch_by_rule(
-    recipe: Recipe, stream: Stream, machine: Machine, tokens: float, flops: float, fewest_tokens: float
-) -> int:
-    """Sequences of a global batch: the rule's, at the nearest power of two times what the devices take at least."""
-    quantum = machine.devices * (machine.micro_batch or 1)
-    wanted = batch_tokens(recipe.batch_rule, tokens, flops) / stream.tokens_per_step(1)
-    doublings = max(0, round(math.log2(wanted / quantum)))
-    while doublings and fewest_tokens / stream.tokens_per_step(quantum * 2**doublings) < MIN_STEPS:
-        doublings -= 1
-    return quantum * 2**doublings
-
-
-def _check_branches(branches: Sequence[Branch], warmup: int, who: str) -> None:
-    for lower, upper in pairwise(branches):
-        if lower.steps == upper.steps:
-            raise UserError(
-                f"plan: --flops {lower.budget:g} and {upper.budget:g} are both {lower.steps} steps of {who}; "
-                "space them further apart, or lower the batch"
-            )
-    if warmup > branches[0].fork_step:
-        raise UserError(
-            f"plan: {who} warms up for {warmup} steps and would decay from step {branches[0].fork_step} of "
-            f"{branches[0].steps}; lower --warmup-steps or --decay-fraction"
-        )

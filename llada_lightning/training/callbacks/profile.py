@@ -216,7 +216,7 @@ def _setting(trainer: Trainer, module: LanguageModule, batch: TrainingBatch) -> 
         "params_total": module.shape.params_total(module.vocab_size),
         "vocab_size": module.vocab_size,
         "sequence_length": data.sequence_length,
-        "global_batch": data.global_batch,
+        "global_batch": data.batch,
         "micro_batch": len(batch.tokens_BL),
         "accumulation": trainer.accumulate_grad_batches,
         "device": describe_devices(trainer),
