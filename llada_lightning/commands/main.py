@@ -101,7 +101,12 @@ def _nobody_reads() -> bool:
 
 
 def entry_point() -> None:
-    """What the console script calls."""
+    """What the console script calls: the process ends with the command."""
+    asked = [verb for verb in VERBS if sys.argv[1:] in ([verb.name, "--help"], [verb.name, "-h"])]
+    if asked and asked[0].file == "fit":
+        from llada_lightning.support.libraries import leave_out_the_compiler
+
+        leave_out_the_compiler()
     sys.exit(main())
 
 

@@ -11,7 +11,6 @@ from llada_lightning.support.libraries import quiet_libraries
 from llada_lightning.support.printing import people_console
 
 if TYPE_CHECKING:
-    quiet_libraries()
     from llada_lightning.training.replay import StepReplay
 
 _LEAST_CHARACTERS, _OTHER_COLUMNS = 16, 72

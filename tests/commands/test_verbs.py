@@ -70,3 +70,39 @@ def test_help_waits_for_no_heavy_library() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     said = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("imported:")]
     assert said == asked
+
+
+def test_help_of_fit_waits_for_torch_and_lightning_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its text is that of a process which has imported everything."""
+    done = _in_a_new_process(
+        'heavy = ("torch._dynamo.utils", "torchmetrics.functional", "matplotlib", "pandas", "scipy", "litdata")\n'
+        "print('imported:', *(name for name in heavy if name in sys.modules), file=sys.stderr)"
+    )
+    assert done.stderr == "imported:\n"
+    monkeypatch.setattr(sys, "argv", ["llada"])
+    assert main(["fit", "--help"]) == 0
+    assert done.stdout == capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_help_leaves_out_is_there_when_it_is_asked_for() -> None:
+    _in_a_new_process(
+        "import torch, torchmetrics\n"
+        "mean = torchmetrics.MeanMetric()\n"
+        "mean.update(torch.tensor([1.0, 2.0]))\n"
+        "assert mean.compute() == 1.5 and isinstance(mean, torchmetrics.metric.Metric)\n"
+        "assert mean.plot() and torchmetrics.utilities.plot.plot_curve and not hasattr(torchmetrics, 'nothing')\n"
+        "assert not isinstance(mean, torch._dynamo.OptimizedModule) and torch._dynamo.config.recompile_limit\n"
+    )
+
+
+def _in_a_new_process(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code after `llada fit --help` in a process that does nothing else."""
+    script = (
+        "import sys\nfrom llada_lightning.commands.main import entry_point\n"
+        "sys.argv = ['llada', 'fit', '--help']\n"
+        "try:\n    entry_point()\nexcept SystemExit as leave:\n    assert leave.code == 0\n"
+    )
+    return subprocess.run([sys.executable, "-c", script + code], capture_output=True, text=True, check=True)
