@@ -39,8 +39,8 @@ def result_record(
     """One record of ``result.json`` (keys and units: ``records.RESULT_COLUMNS``).
 
     Args:
-        run: the run's name, which holds the hash of its configuration.
-        module: validated after its last step.
+        run: The name of the run, which holds the hash of its configuration.
+        module: The module, validated after its last step.
         parent_checkpoint: ``content_hash`` of the checkpoint of another run, or of the trunk, that it started from.
     """
     steps, flops, schedule, validation = trainer.global_step, accounting.flops, module.schedule, module.validation
