@@ -12,6 +12,7 @@ from pathlib import Path
 from llada_lightning import __version__
 from llada_lightning.support.cluster import check_environment, process_rank, says_it
 from llada_lightning.support.errors import UserError, refusal
+from llada_lightning.support.plugins import import_plugins
 from llada_lightning.support.printing import print_what_the_encoding_holds, shortened, warn
 from llada_lightning.support.secrets import redacted
 
@@ -144,6 +145,7 @@ def _dispatch(args: list[str]) -> int:
         return 0
     command, *rest = args
     check_environment()
+    import_plugins()
     if command in LIGHTNING_COMMANDS:
         return _lightning(args)
     verbs = _verbs()

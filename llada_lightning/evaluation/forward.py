@@ -13,7 +13,7 @@ from torch import Tensor
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.evaluation.progress import ScoringProgress
 from llada_lightning.generation.tokens import guide
-from llada_lightning.objectives.losses import token_nll
+from llada_lightning.model.head import token_nll
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]

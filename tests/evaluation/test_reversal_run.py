@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from helpers.small_tokenizers import sentence_piece
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.commands.main import main
-from llada_lightning.compute.flops import Objective
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.data.chat import PLAIN_TEMPLATE
 from llada_lightning.data.facts_corpus import Pair
@@ -29,7 +28,7 @@ PAIRS = [Pair("Ada", "the judge"), Pair("the heir", "Bo"), Pair("Cleo", "the may
 TOKENIZER = train_tokenizer(["Ada is the judge."], 258)
 
 
-def model(objective: Objective = "llada") -> LanguageModel:
+def model(objective: str = "llada") -> LanguageModel:
     network = Transformer(Shape(n_layers=1, d_model=16, n_heads=2, n_kv_heads=2, d_ff=32), 258)
     network.initialise(torch.Generator().manual_seed(0))
     start = 0 if objective == "arm" else None
@@ -103,7 +102,7 @@ def test_chat_asks_the_papers_questions(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("objective", ["arm", "llada"])
-def test_a_model_answers_with_as_many_tokens_as_the_right_answer_has(objective: Objective) -> None:
+def test_a_model_answers_with_as_many_tokens_as_the_right_answer_has(objective: str) -> None:
     results = run_reversal(model(objective), PAIRS, ReversalSettings("prompt"))
     assert [len(result.given) for result in results.values()] == [3, 3]
     if objective == "llada":

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llada_lightning.compute.flops import Objective
 from llada_lightning.generation.pictures.alignment import Aligner
 from llada_lightning.generation.result import Generation
 from llada_lightning.support.printing import visible
 
-SPEAKERS: dict[Objective, str] = {"arm": "ARM", "llada": "LLaDA"}
+SPEAKERS: dict[str, str] = {"arm": "ARM", "llada": "LLaDA"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def question(text: str, speaker: str = "User") -> Turn:
     return Turn(speaker, [Mark(text)] if text else [])
 
 
-def answer(generation: Generation, index: int, aligner: Aligner, objective: Objective) -> Turn:
+def answer(generation: Generation, index: int, aligner: Aligner, objective: str) -> Turn:
     """The answer to one prompt of a batch, with the step and the confidence of each of its tokens.
 
     Args:
@@ -81,7 +80,7 @@ def answer(generation: Generation, index: int, aligner: Aligner, objective: Obje
     for piece in aligner.pieces(generation.tokens[index]):
         own = steps[piece.begin : piece.end]
         marks.append(Mark(visible(piece.text), max(own), _note(own, last, confidence[piece.begin : piece.end])))
-    return Turn(SPEAKERS[objective], marks, last)
+    return Turn(SPEAKERS.get(objective, objective), marks, last)
 
 
 def _note(steps: Sequence[int], last: int, confidence: Sequence[float]) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from llada_lightning.compute.flops import Objective, flops_per_token
+from llada_lightning.compute.flops import flops_per_token
 from llada_lightning.compute.shapes import PAPER_SHAPES, PAPER_VOCAB_SIZE
+from llada_lightning.objectives import get_objective
 from llada_lightning.records import DONE
 from llada_lightning.study.results import table_of_records
 
@@ -39,12 +40,13 @@ def paper_scalability() -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _printed(file: str, objective: Objective) -> pd.DataFrame:
+def _printed(file: str, objective: str) -> pd.DataFrame:
     printed = pd.read_csv(str(files(__name__) / file), na_values=["-"])
     shapes = printed["Model"].str.lower().str.replace(" ", "-")
     tokens = printed["Training Tokens"].str.removesuffix("B").astype(float) * 1e9
+    causal = get_objective(objective).causal
     counts = [
-        flops_per_token(PAPER_SHAPES[shape], PAPER_VOCAB_SIZE, PAPER_SEQUENCE_LENGTH, objective) * number
+        flops_per_token(PAPER_SHAPES[shape], PAPER_VOCAB_SIZE, PAPER_SEQUENCE_LENGTH, causal=causal) * number
         for shape, number in zip(shapes, tokens, strict=True)
     ]
     attention, head = [count.flops_attention for count in counts], [count.flops_head for count in counts]
@@ -93,6 +95,6 @@ def _published_record(objective: str, flops: float, params: int, loss: float) ->
         "tokenizer": "gpt2",
         "vocab_size": 50_257,
         "val_nats_per_token": loss,
-        "val_kind": "exact" if objective == "arm" else "bound",
+        "val_kind": get_objective(objective).val_kind,
         "status": DONE,
     }
