@@ -1,6 +1,7 @@
 # `make help` lists what can be made.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 LLADA := $(BIN)/python -m llada_lightning
 JOBS ?= 2
@@ -9,7 +10,7 @@ FIGURES ?= runs/benchmarks
 SOURCE ?= data/books.jsonl.xz
 TABLES ?= runs/study
 
-.PHONY: help setup quickstart study-cpu study-gpu study-report test test-slow lint format notebooks bench bench-gpu clean
+.PHONY: help setup quickstart study-cpu study-gpu study-report test test-lowest test-slow lint format notebooks bench bench-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -18,10 +19,10 @@ setup: $(VENV)/.ready  ## the environment in .venv, pinned by constraints.txt
 
 # litdata asks for torchvision, whose build on PyPI wants CUDA: beside a CPU build of torch it breaks
 # `import lightning`, and nothing here uses it.
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[dev]"
 	@$(BIN)/python -c "import torchvision" 2>/dev/null || { \
 	  echo "removing torchvision: it does not fit this build of torch, and nothing here uses it"; \
 	  $(BIN)/python -m pip uninstall --quiet --yes torchvision; }
@@ -68,6 +69,11 @@ test: setup  ## lint, types and tests
 	$(MAKE) lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
+# Where no CPU build of the lowest torch is at hand, this downloads the build for CUDA: 5 GB.
+test-lowest:  ## the tests with the lowest supported versions of the dependencies, in .venv-lowest
+	$(MAKE) setup VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+	.venv-lowest/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test-slow: setup  ## the tests that take minutes: coverage of the fits' intervals in full
 	$(BIN)/python -m pytest -m slow
 
@@ -80,7 +86,7 @@ format: setup  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-notebooks: setup  ## run the notebooks and store what they show
+notebooks: setup  ## run the notebooks: text and tables stay in them, figures in notebooks/rendered/
 	$(BIN)/python notebooks/render.py
 
 bench: setup  ## speed and size on this machine's CPU, each a ratio in one run: runs/benchmarks/*.json and tables
@@ -101,4 +107,4 @@ bench-gpu: setup  ## the training step on this machine's GPU; without one tiny s
 	$(BIN)/python benchmarks/growth.py --device cuda --repeats 1 --json $(FIGURES)/growth_gpu.json
 
 clean:  ## remove the environment and caches; data and runs stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -17,7 +17,7 @@ import torch
 from llada_lightning.support.files import write_json
 
 MISSING = "missing"
-_PACKAGES = ("torch", "lightning", "triton", "torchao", "flash-attn", "flash-attn-3", "flash-attn-4")
+_PACKAGES = ("torch", "lightning", "triton", "torchao", "flash-attn")
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

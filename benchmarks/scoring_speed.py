@@ -20,9 +20,8 @@ import torch
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.compute.shapes import ladder_shape
-from llada_lightning.evaluation.forward import Row, Scorer
+from llada_lightning.evaluation.forward import Row, Scorer, ScoringProgress
 from llada_lightning.evaluation.likelihood import log_likelihood
-from llada_lightning.evaluation.progress import ScoringProgress
 from llada_lightning.evaluation.ranking import rank_candidates
 from llada_lightning.evaluation.requests import Score
 from llada_lightning.model import Transformer

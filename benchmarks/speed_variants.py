@@ -94,7 +94,5 @@ def gpu_variants(objective: str) -> list[Variant]:
         everything("full recomputation", Speed(compile=True, recompute="full")),
         everything("attention by flash", Speed(compile=True, attention="flash")),
         everything("attention by flex", Speed(compile=True, attention="flex")),
-        everything("attention by fa3", Speed(compile=True, attention="fa3")),
-        everything("attention by fa4", Speed(compile=True, attention="fa4")),
         everything("fp8 products", Speed(compile=True, fp8=True)),
     ]

@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 # Imported when asked for: the command's light verbs start without pandas and torch.
 _HOMES = {
+    "fit": "llada_lightning.training.plain",
     "generate": "llada_lightning.generation.sampling",
     "load_model": "llada_lightning.checkpoints.language_model",
     "log_likelihood": "llada_lightning.evaluation.likelihood",

@@ -1,73 +1,54 @@
-"""Runs notebooks from top to bottom in this process and stores what they show: `make notebooks`.
+"""Runs the notebooks from top to bottom: `make notebooks`.
 
-A cell shows what it prints and the value of its last expression, as Jupyter would, through ``_repr_png_``,
-``_repr_html_`` or ``repr``. No kernel is needed, and the same results give the same file.
+A notebook keeps the text and the tables that its cells show. Its copy in ``notebooks/rendered/``, which git ignores,
+holds the figures, too.
 """
 
 from __future__ import annotations
 
-import ast
-import base64
-import contextlib
-import io
-import json
-import os
 import sys
 from pathlib import Path
-from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
 
 
-def run_notebook(path: Path) -> dict[str, Any]:
-    """The notebook with fresh outputs, run in the current directory. An error in a cell is raised."""
-    notebook: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    names: dict[str, Any] = {"__name__": "__main__"}
-    count = 0
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code":
-            count += 1
-            cell["outputs"] = _run_cell("".join(cell["source"]), names, count)
-            cell["execution_count"] = count
+def run_notebook(path: Path, folder: Path | None = None) -> nbformat.NotebookNode:
+    """The notebook with fresh outputs.
+
+    Args:
+        path: The notebook. The file is left as it is.
+        folder: The working directory of its cells. None: the notebook's folder.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: A cell fails.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    language = notebook.metadata.language_info
+    place = {"metadata": {"path": str(folder or path.parent)}}
+    NotebookClient(notebook, timeout=600, record_timing=False, coalesce_streams=True, resources=place).execute()
+    notebook.metadata.language_info = language  # the kernel adds the version of this machine's Python
     return notebook
 
 
-def _run_cell(source: str, names: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    module = ast.parse(source)
-    last = module.body.pop() if module.body and isinstance(module.body[-1], ast.Expr) else None
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(module, "<cell>", "exec"), names)
-        value = eval(compile(ast.Expression(last.value), "<cell>", "eval"), names) if last else None  # type: ignore[attr-defined]
-    outputs: list[dict[str, Any]] = []
-    if printed.getvalue():
-        outputs.append({"name": "stdout", "output_type": "stream", "text": _lines(printed.getvalue())})
-    if value is not None:
-        shown = {"data": _bundle(value), "execution_count": count, "metadata": {}, "output_type": "execute_result"}
-        outputs.append(shown)
-    return outputs
-
-
-def _bundle(value: Any) -> dict[str, Any]:
-    """What a reader may show of a value, by MIME type."""
-    bundle: dict[str, Any] = {"text/plain": _lines(repr(value))}
-    if hasattr(value, "_repr_png_"):
-        bundle["image/png"] = base64.b64encode(value._repr_png_()).decode()
-    elif hasattr(value, "_repr_html_"):
-        bundle["text/html"] = _lines(value._repr_html_())
-    return bundle
-
-
-def _lines(text: str) -> list[str]:
-    return text.splitlines(keepends=True)
+def remove_figures(notebook: nbformat.NotebookNode) -> None:
+    """Remove, in place, the outputs that hold a picture."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if "image/png" not in output.get("data", {})]
 
 
 def main(paths: list[str]) -> None:
-    for path in [Path(path).resolve() for path in paths] or sorted(FOLDER.resolve().glob("*.ipynb")):
-        os.chdir(path.parent)
+    rendered = FOLDER / "rendered"
+    rendered.mkdir(exist_ok=True)
+    for path in [Path(path) for path in paths] or sorted(FOLDER.glob("*.ipynb")):
         notebook = run_notebook(path)
-        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB")
+        nbformat.write(notebook, rendered / path.name)
+        remove_figures(notebook)
+        nbformat.write(notebook, path)
+        print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB, with figures {rendered / path.name}")
 
 
 if __name__ == "__main__":

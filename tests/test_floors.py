@@ -30,9 +30,6 @@ FLOORS = (
 
 NOT_YET = {
     "data.sft": {"checkpoints.tokenizer_files"},
-    "evaluation.ablate_command": {"commands.evaluate"},
-    "evaluation.igsm.igsm_command": {"commands.model_options"},
-    "evaluation.reversal.reversal_command": {"commands.model_options"},
     "training.callbacks.profile": {"study.plots.profile", "study.plots.style"},
 }
 """Imports that go up and are on their way out."""

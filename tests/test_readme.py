@@ -58,7 +58,7 @@ def test_the_tour_by_hand(checkout: Path, capsys: pytest.CaptureFixture[str], mo
         "prepare", "fit", "fit", "validate", "collect", "curves", "fit", "prepare", "replay",
         "generate", "generate", "generate", "generate", "chat",
         "score", "score", "score", "convert", "convert", "generate",
-        "fit", "evaluate", "ablate", "prepare", "reversal", "reversal", "prepare",
+        "fit", "evaluate", "evaluate", "prepare", "evaluate", "evaluate", "prepare",
         "plan", "sweep", "sweep", "collect", "curves", "curves", "fit",
     ]  # fmt: skip
     said = {}

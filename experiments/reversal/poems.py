@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from llada_lightning.data.text_files import Meter, json_records
-from llada_lightning.evaluation.reversal.run import read_pairs
+from llada_lightning.evaluation.protocols import read_pairs
 
 JOINER = "，"
 

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
-from llada_lightning.commands.model_options import REMASKINGS, STRATEGIES, add_model_options, load
+from llada_lightning.commands.model_options import CACHES, REMASKINGS, STRATEGIES, add_model_options, load
 from llada_lightning.data.manifest import loss_note
-from llada_lightning.evaluation.suites import SUITES, Benchmark, Suite, suite_named
+from llada_lightning.evaluation.outcomes import Outcome, best_rows, outcome_table, row_table
+from llada_lightning.evaluation.suites import ABLATIONS, SUITES, Ablation, Benchmark, Suite, suite_named
 from llada_lightning.support.cluster import launched
-from llada_lightning.support.command_line import CommandParser, add_json, print_json
+from llada_lightning.support.command_line import CommandParser, add_json, print_json, unescaped
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, require_replaceable, write_json
-from llada_lightning.support.printing import people_console, warn
+from llada_lightning.support.printing import people_console, shortened, warn
 
 if TYPE_CHECKING:
-    from llada_lightning.evaluation.benchmarks import Loaded, Outcome
+    from llada_lightning.evaluation.benchmarks import Loaded
     from llada_lightning.evaluation.harness import HarnessModel
 
 _SAMPLING = (
-    "length", "steps", "block_length", "strategy", "remasking", "threshold", "zero_eos_confidence", "cfg_scale",
+    "length", "steps", "block_length", "strategy", "remasking", "temperature", "top_k", "top_p", "threshold",
+    "zero_eos_confidence", "cfg_scale", "stop", "cache", "compat",
 )  # fmt: skip
 _MONTE_CARLO = 128
 
@@ -33,18 +32,31 @@ _MONTE_CARLO = 128
 def evaluate_parser() -> CommandParser:
     """The options of ``llada evaluate``."""
     parser = CommandParser(
-        prog="llada evaluate", description="Benchmarks of a checkpoint, through lm-evaluation-harness."
+        prog="llada evaluate",
+        description="Benchmarks of a checkpoint, through lm-evaluation-harness. Tasks of our own: igsm (igsm_4, "
+        "igsm_5, igsm_6), reversal and reversal_infill (each with _forward and _backward).",
     )
-    add_evaluation_options(parser)
-    return parser
-
-
-def add_evaluation_options(parser: CommandParser) -> None:
-    """What is measured and how; of `llada ablate` too."""
     add_model_options(parser)
-    what = parser.add_argument_group("what is measured", "one of the first two")
-    what.add_argument("--suite", type=str | None, default=None, help=f"of the paper: {', '.join(SUITES)}")
-    what.add_argument("--tasks", type=str | None, default=None, help="names of lm-evaluation-harness: a,b,c")
+    what = parser.add_argument_group("what is measured", "a suite, tasks, or tasks under each row of an ablate- suite")
+    tables = ", ".join(f"{name} (Table {each.table})" for name, each in ABLATIONS.items())
+    what.add_argument("--suite", type=str | None, default=None, help=f"of the paper: {', '.join(SUITES)}, {tables}")
+    what.add_argument("--tasks", type=str | None, default=None, help="names of lm-evaluation-harness, or ours: a,b,c")
+    what.add_argument(
+        "--values",
+        type=float,
+        nargs="+",
+        default=[],
+        help="instead of the scales, block lengths or lengths of an ablate- suite",
+    )
+    what.add_argument(
+        "--metadata",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for the tasks: pairs=FILE.json or pairs=facts:COUNT[@SEED], joiner and end of reversal; problems, "
+        "problem_seed and system=false of igsm; of other tasks what they read",
+    )
     what.add_argument(
         "--include-path", type=str | None, default=None, metavar="DIR", help="folder with task YAML files of yours"
     )
@@ -69,8 +81,23 @@ def add_evaluation_options(parser: CommandParser) -> None:
     answers.add_argument("--block-length", type=int | None, default=None, help="tokens denoised together (llada)")
     answers.add_argument("--strategy", choices=STRATEGIES, default=None, help="llada; see llada generate --help")
     answers.add_argument("--remasking", choices=REMASKINGS, default=None, help="llada")
+    answers.add_argument("--temperature", type=float | None, default=None, help="0 takes the likeliest token")
+    answers.add_argument("--top-k", type=int | None, default=None, help="draw from the k likeliest tokens")
+    answers.add_argument(
+        "--top-p", type=float | None, default=None, help="draw from the likeliest that hold this share"
+    )
     answers.add_argument("--threshold", type=float | None, default=None, help="instead of steps (llada)")
     answers.add_argument("--zero-eos-confidence", action="store_true", help="predictions of EOS are kept last (llada)")
+    answers.add_argument(
+        "--stop",
+        type=str,
+        action="append",
+        default=None,
+        metavar="TEXT",
+        help="ends an answer, too; may be given again",
+    )
+    answers.add_argument("--cache", choices=CACHES, default=None, help="see llada generate --help")
+    answers.add_argument("--compat", choices=("llada",), default=None, help="sample as the authors' released code does")
     answers.add_argument("--batch-size", type=int, default=8, help="prompts sampled together")
     both = parser.add_argument_group("both")
     both.add_argument("--cfg-scale", type=float | None, default=None, help="w of guidance (Eq. 16), llada")
@@ -79,6 +106,7 @@ def add_evaluation_options(parser: CommandParser) -> None:
     output.add_argument("--out", type=str | None, default=None, metavar="FILE", help="JSON with every metric")
     output.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add_json(parser)
+    return parser
 
 
 def evaluate_command(argv: list[str]) -> int:
@@ -90,13 +118,16 @@ def evaluate_command(argv: list[str]) -> int:
         UserError: an option, the checkpoint, a task or its data is not right.
     """
     options = evaluate_parser().parse_args(argv)
-    suite = suite_of(options)
-    check(options)
-    model, loaded = prepared(options, suite)
+    ablation = ABLATIONS.get(options.suite)
+    suite = _suite(options)
+    chat = suite.chat or options.chat
+    _check(options)
+    sampling = _said(options)
+    model, loaded = _prepared(options, suite, chat)
+    if ablation is not None:
+        _check_varied(ablation, model, loaded)
     from llada_lightning.evaluation.benchmarks import measure
 
-    chat = suite.chat or options.chat
-    sampling = said(options)
     outcomes = [
         outcome
         for each in loaded
@@ -105,14 +136,15 @@ def evaluate_command(argv: list[str]) -> int:
         )
     ]
     if model.rank == 0:
-        _report(options, model, outcomes, chat)
+        groups = {each.row: each.group for each in suite.benchmarks if each.row and each.group}
+        _report(options, model, [*outcomes, *best_rows(outcomes, groups)], chat)
         note = loss_note(model.lost_share, "byte_perplexity, bits_per_byte and word_perplexity are too low")
         if note is not None:
             warn(note)
     return 0
 
 
-def prepared(options: Any, suite: Suite) -> tuple[HarnessModel, list[Loaded]]:
+def _prepared(options: Any, suite: Suite, chat: bool) -> tuple[HarnessModel, list[Loaded]]:
     """The model and the benchmarks with their data, as the options of a command say.
 
     Raises:
@@ -127,18 +159,20 @@ def prepared(options: Any, suite: Suite) -> tuple[HarnessModel, list[Loaded]]:
         raise UserError(f"evaluate: {error.name} is missing; pip install 'llada-lightning[eval]'") from error
 
     include_path = Path(options.include_path) if options.include_path else None
-    manager = task_manager(suite.benchmarks, include_path)
+    manager = task_manager(suite.benchmarks, include_path, {**_metadata(options), "chat": chat})
+    once = {benchmark.task: benchmark for benchmark in suite.benchmarks}  # a task has several rows in a table
     if not options.skip_missing:
-        for benchmark in suite.benchmarks:  # before gigabytes are loaded
+        for benchmark in once.values():  # before gigabytes are loaded
             require_code_allowed(manager, benchmark, options.unsafe_code)
-    loaded = []
-    for benchmark in suite.benchmarks:
+    read = {}
+    for benchmark in once.values():
         try:
-            loaded.append(load_benchmark(manager, benchmark, options.unsafe_code))
+            read[benchmark.task] = load_benchmark(manager, benchmark, options.unsafe_code)
         except UserError as error:
             if not options.skip_missing:
                 raise
             warn(f"note: left out: {error}")
+    loaded = [replace(read[each.task], benchmark=each) for each in suite.benchmarks if each.task in read]
     if not loaded:
         raise UserError("evaluate: no task is left")
     _join_processes(options)
@@ -154,29 +188,72 @@ def prepared(options: Any, suite: Suite) -> tuple[HarnessModel, list[Loaded]]:
     return model, loaded
 
 
-def suite_of(options: Any) -> Suite:
+def _suite(options: Any) -> Suite:
     """What is to be measured.
 
     Raises:
-        UserError: neither a suite nor tasks are given, or both.
+        UserError: Neither a suite nor tasks are given, or both; a table of settings has no tasks, or an option says
+            what it varies.
     """
-    if (options.suite is None) == (options.tasks is None):
-        given = "neither" if options.suite is None else "both"
+    chosen = None if options.suite is None else suite_named(options.suite)
+    if options["values"] and not isinstance(chosen, Ablation):
+        raise UserError(f"--values is of the suites {', '.join(ABLATIONS)}; leave it out, or name one")
+    if isinstance(chosen, Ablation):
+        if options.tasks is None:
+            raise UserError(f"--suite {options.suite}: which tasks? give them with --tasks, as --tasks gsm8k")
+        for name in sorted(chosen.varied & _said(options).keys()):
+            raise UserError(f"--{name.replace('_', '-')} is what Table {chosen.table} varies; leave it out")
+        return chosen.suite(_named_tasks(options), options["values"])
+    if (chosen is None) == (options.tasks is None):
+        given = "neither" if chosen is None else "both"
         raise UserError(f"evaluate: --suite and --tasks: {given} given; give one of them")
-    if options.suite is not None:
-        suite = suite_named(options.suite)
+    if chosen is not None:
         if options.shots is not None:
             raise UserError(f"--shots {options.shots}: the suite says its own; leave it out, or name --tasks")
-        return suite
+        return chosen
+    return Suite(_named_tasks(options))
+
+
+def _named_tasks(options: Any) -> tuple[Benchmark, ...]:
     names = list(dict.fromkeys(name.strip() for name in options.tasks.split(",") if name.strip()))
     if not names:
         raise UserError(f"--tasks '{options.tasks}' names no task; give names, as --tasks piqa,arc_challenge")
-    return Suite(tuple(Benchmark(name, name, shots=options.shots) for name in names))
+    return tuple(Benchmark(name, name, shots=options.shots) for name in names)
 
 
-def check(options: Any) -> None:
+def _check_varied(ablation: Ablation, model: HarnessModel, loaded: list[Loaded]) -> None:
+    """Whether the table asks something of this model and these tasks."""
+    if model.lm.causal:
+        raise UserError(
+            f"'{model.lm.name}' is an arm, which has no {ablation.question} to vary; give a llada checkpoint"
+        )
+    for each in loaded:
+        generated = any(part.OUTPUT_TYPE == "generate_until" for part in each.parts)
+        if generated != (ablation.scored == "generation"):
+            kind = "sampled answers" if generated else "likelihoods"
+            raise UserError(
+                f"task '{each.benchmark.name}' is of {kind}, and Table {ablation.table} varies the {ablation.scored}; "
+                "name another task"
+            )
+
+
+def _metadata(options: Any) -> dict[str, Any]:
+    """What `--metadata` says: values are JSON, or else texts."""
+    found: dict[str, Any] = {}
+    for text in options.metadata:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise UserError(f"--metadata '{shortened(text, 60)}': write KEY=VALUE, such as pairs=pairs.json")
+        try:
+            found[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[key] = value
+    return found
+
+
+def _check(options: Any) -> None:
     """What can be said before anything is read."""
-    for name in ("limit", "monte_carlo", "batch_size", "batch_tokens", "length", "steps", "block_length"):
+    for name in ("limit", "monte_carlo", "batch_size", "batch_tokens", "length", "steps", "block_length", "top_k"):
         if options[name] is not None and options[name] < 1:
             raise UserError(f"--{name.replace('_', '-')} is {options[name]}; it must be at least 1")
     if options.shots is not None and options.shots < 0:
@@ -227,7 +304,10 @@ def _report(options: Any, model: HarnessModel, outcomes: list[Outcome], chat: bo
         print_json(record)
         return
     console = people_console()
-    console.print(_table(outcomes))
+    ablation = ABLATIONS.get(options.suite)
+    console.print(outcome_table(outcomes) if ablation is None else row_table(ablation.title, outcomes))
+    if any(outcome.best_of for outcome in outcomes):
+        console.print("The best row is chosen by these very scores, so it is optimistic.", soft_wrap=True)
     for path in filter(None, (options.out, joined)):
         console.print(f"-> {path!s}", soft_wrap=True)
 
@@ -235,10 +315,11 @@ def _report(options: Any, model: HarnessModel, outcomes: list[Outcome], chat: bo
 def _settings(options: Any, chat: bool) -> dict[str, Any]:
     """How it was measured, as far as the command says."""
     common = {"monte_carlo": options.monte_carlo, "seed": options.seed, "limit": options.limit, "chat": chat}
-    return common | sandbox_of(options) | said(options)
+    metadata = {"metadata": _metadata(options)} if options.metadata else {}
+    return common | metadata | _sandbox(options) | _said(options)
 
 
-def sandbox_of(options: Any) -> dict[str, Any]:
+def _sandbox(options: Any) -> dict[str, Any]:
     """The kind of sandbox in which the programs that the model wrote were run, where that was allowed."""
     if not options.unsafe_code:
         return {}
@@ -247,31 +328,18 @@ def sandbox_of(options: Any) -> dict[str, Any]:
     return {"sandbox": "namespaces" if is_isolated() else "limits only"}
 
 
-def said(options: Any) -> dict[str, Any]:
+def _said(options: Any) -> dict[str, Any]:
     """The settings of sampling that the options say."""
-    return {name: options[name] for name in _SAMPLING if options[name]}
-
-
-def _table(outcomes: list[Outcome]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    table.add_column("task", no_wrap=True)
-    table.add_column("metric", overflow="fold")
-    for name in ("shots", "n", "value ± s.e."):
-        table.add_column(name, justify="right", no_wrap=True)
-    for outcome in outcomes:
-        scale, unit = (100, " %") if outcome.is_share else (1, "")
-        value = f"{scale * outcome.value:.2f}"
-        if math.isfinite(outcome.stderr):
-            value += f" ± {scale * outcome.stderr:.2f}"
-        shots = "" if outcome.shots is None else str(outcome.shots)
-        table.add_row(outcome.name, outcome.metric, shots, str(outcome.n), value + unit)
-    return table
+    said = {name: options[name] for name in _SAMPLING if options[name] is not None and options[name] is not False}
+    if "stop" in said:
+        said["stop"] = [unescaped(text) for text in said["stop"]]
+    return said
 
 
 def _join_run(options: Any, outcomes: list[Outcome], chat: bool) -> Path | None:
     """Adds scores in percent to the evaluations of the run that the checkpoint lies in; None where there is no run.
 
-    A limited evaluation is no result of a run, and stays out.
+    A limited evaluation, or one under settings that a table varies, is no result of a run, and stays out.
     """
     from llada_lightning.checkpoints.run_folder import CONFIG, final_checkpoint, run_folder_of, saved_step
     from llada_lightning.records import write_evaluations
@@ -279,7 +347,7 @@ def _join_run(options: Any, outcomes: list[Outcome], chat: bool) -> Path | None:
     path = Path(options.checkpoint)
     checkpoint = final_checkpoint(path) if path.is_dir() and (path / CONFIG).is_file() else path
     run = None if checkpoint is None else run_folder_of(checkpoint)
-    shares = [outcome for outcome in outcomes if outcome.is_share]
+    shares = [outcome for outcome in outcomes if outcome.is_share and outcome.row is None]
     if checkpoint is None or run is None or not shares or options.limit is not None:
         return None
     settings = json.dumps(_settings(options, chat) | {"suite": options.suite}, sort_keys=True)

@@ -35,10 +35,7 @@ How does masked diffusion (LLaDA) scale against autoregression, under the same c
   generate   text from a checkpoint, by any sampler; the process drawn
   chat       a conversation with a checkpoint
   score      log-likelihood of continuations, multiple choice, perplexity of texts
-  evaluate   benchmarks of a checkpoint, through lm-evaluation-harness
-  igsm       generated mathematics problems, solved by a checkpoint
-  reversal   one half of a pair given, asked for the other
-  ablate     guidance, samplers, remasking, lengths: the paper's Tables 6 to 10
+  evaluate   benchmarks of a checkpoint, through lm-evaluation-harness; iGSM, reversal, the paper's Tables 6 to 10
   convert    a checkpoint -> an inference folder of ours, or Hugging Face LLaDA or Llama
 
   --version  print the version
@@ -49,6 +46,13 @@ _BROKEN_PIPE = 128 + 13
 
 MESSAGE_LENGTH = 2000
 """Characters of a message; the middle of a longer one is left out."""
+
+MOVED = {
+    "igsm": "llada evaluate CKPT --tasks igsm",
+    "reversal": "llada evaluate CKPT --tasks reversal --metadata pairs=FILE.json",
+    "ablate": "llada evaluate CKPT --suite ablate-length --tasks TASK",
+}
+"""Commands of earlier versions, and what to type now."""
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -149,6 +153,8 @@ def _dispatch(args: list[str]) -> int:
     if command in LIGHTNING_COMMANDS:
         return _lightning(args)
     verbs = _verbs()
+    if command in MOVED:
+        raise UserError(f"'{command}' is a part of evaluate now; type: {MOVED[command]}; see 'llada evaluate --help'")
     if command not in verbs:
         known = ", ".join([*LIGHTNING_COMMANDS, *verbs])
         raise UserError(f"'{command}' is not a command; choose from {known}")
@@ -228,21 +234,6 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
 
         return evaluate_command(args)
 
-    def igsm(args: list[str]) -> int:
-        from llada_lightning.evaluation.igsm.igsm_command import igsm_command
-
-        return igsm_command(args)
-
-    def reversal(args: list[str]) -> int:
-        from llada_lightning.evaluation.reversal.reversal_command import reversal_command
-
-        return reversal_command(args)
-
-    def ablate(args: list[str]) -> int:
-        from llada_lightning.evaluation.ablate_command import ablate_command
-
-        return ablate_command(args)
-
     return {
         "plan": plan,
         "launch": launch,
@@ -255,9 +246,6 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
         "chat": chat,
         "score": score,
         "evaluate": evaluate,
-        "igsm": igsm,
-        "reversal": reversal,
-        "ablate": ablate,
         "convert": convert,
     }
 

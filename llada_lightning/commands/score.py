@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llada_lightning.commands.model_options import add_model_options, load
 from llada_lightning.data.manifest import TOLERATED_LOSS, loss_note
-from llada_lightning.evaluation.masks import REPLICATES
-from llada_lightning.evaluation.options import check_sampling
+from llada_lightning.evaluation.bound import REPLICATES, check_sampling
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, require_replaceable, strict_json, written_atomically

@@ -18,10 +18,11 @@ from llada_lightning.data.manifest import TOLERATED_LOSS, TokenizerInfo
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.run import Stream
 from llada_lightning.settings import MAX_PROCESSES
+from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError
 
 
-class LanguageDataModule(LightningDataModule, ABC):
+class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
     """Training and validation sequences with their noise, both pure functions of (seed, ordinal).
 
     The number of devices, workers and micro-batches changes nothing, and a resumed run needs its step only.

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +17,13 @@ from lm_eval import simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
-from llada_lightning.evaluation.code_metric import sandboxed_code_eval
 from llada_lightning.evaluation.harness import HarnessModel
+from llada_lightning.evaluation.outcomes import Outcome, merged_settings
+from llada_lightning.evaluation.sandbox import sandboxed_code_eval
 from llada_lightning.evaluation.suites import Benchmark
 from llada_lightning.support.errors import UserError
 
 OUR_TASKS = Path(__file__).parent / "tasks"
-SHARES = frozenset({"acc", "acc_norm", "acc_mutual_info", "exact_match", "em", "f1", "pass@1", "pass_at_1"})
-"""Metrics between 0 and 1 of which more is better: those that a results table takes, in percent."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a benchmark gave.
-
-    Args:
-        name: in our tables.
-        task: of lm-evaluation-harness.
-        metric: the one that counts, ``metric,filter``.
-        value: of it, as lm-evaluation-harness gives it.
-        stderr: its standard error over documents; NaN where there is none. Of `llada` the scatter of the Monte Carlo
-            estimates is part of it only as far as it makes answers right or wrong.
-        n: documents.
-        shots: examples in the prompt; None where the tasks of a group differ.
-        metrics: every metric's value and standard error.
-    """
-
-    name: str
-    task: str
-    metric: str
-    value: float
-    stderr: float
-    n: int
-    shots: int | None
-    metrics: dict[str, dict[str, float]]
-
-    @property
-    def is_share(self) -> bool:
-        return self.metric.split(",")[0] in SHARES
-
-    def as_row(self, steps: int, settings: str) -> dict[str, Any]:
-        """A share as a row of a run's evaluations, in percent."""
-        return {
-            "steps": steps, "task": self.name, "score": 100 * self.value, "stderr": 100 * self.stderr, "n": self.n,
-            "metric": self.metric, "settings": settings,
-        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,10 +41,17 @@ class Loaded:
     parts: list[Any]
 
 
-def task_manager(benchmarks: Sequence[Benchmark], include_path: Path | None) -> TaskManager:
+def task_manager(
+    benchmarks: Sequence[Benchmark], include_path: Path | None, metadata: Mapping[str, Any] | None = None
+) -> TaskManager:
     """An index that knows the benchmarks' tasks.
 
     Reading lm-evaluation-harness's own thousands of tasks takes seconds: left out where the folder holds all.
+
+    Args:
+        benchmarks: What is measured.
+        include_path: A folder with task files of the user.
+        metadata: What the functions that make a task's documents are told.
 
     Raises:
         UserError: a task is unknown, or the folder is not there.
@@ -92,9 +61,10 @@ def task_manager(benchmarks: Sequence[Benchmark], include_path: Path | None) -> 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = [benchmark.task for benchmark in benchmarks]
     folders = [OUR_TASKS, *([] if include_path is None else [include_path])]
-    manager = TaskManager(include_path=folders, include_defaults=False)
+    told = dict(metadata or {})
+    manager = TaskManager(include_path=folders, include_defaults=False, metadata=told)
     if not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=folders)
+        manager = TaskManager(include_path=folders, metadata=told)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
@@ -151,6 +121,8 @@ def load_benchmark(manager: TaskManager, benchmark: Benchmark, unsafe_code: bool
     try:
         with _seeded(), sandboxed_code_eval() if executes else nullcontext():
             found = manager.load([benchmark.task])
+    except UserError:  # of a function that makes a task's documents
+        raise
     except (ImportError, AssertionError) as error:
         raise UserError(
             f"task '{benchmark.task}' needs a package ({_first_line(error)}); pip install 'lm-eval[math]' or that one"
@@ -195,7 +167,7 @@ def measure(
     """Runs a benchmark; of a tag, which has no score of its own, one outcome for each task. Nothing off the first rank.
 
     Args:
-        model: its sampling is set to the benchmark's.
+        model: its sampling, and its guidance where that is said, are set to the benchmark's.
         loaded: the benchmark.
         limit: the first documents of each task only.
         chat: prompts through the chat template.
@@ -207,7 +179,10 @@ def measure(
     """
     benchmark = loaded.benchmark
     model.sampling = benchmark.sampling | dict(sampling or {})
-    model.infill = benchmark.infill
+    guidance = {name: value for name, value in model.sampling.items() if name == "cfg_scale"}
+    if guidance:
+        model.cfg_scale = guidance["cfg_scale"]
+    model.infill, model.used = benchmark.infill, []
     model.greedy = any(task.OUTPUT_TYPE == "loglikelihood" for task in loaded.parts)
     with _seeded():
         found = simple_evaluate(
@@ -225,7 +200,10 @@ def measure(
             numpy_random_seed=None,
             torch_random_seed=None,
         )
-    return [] if found is None else list(_outcomes(benchmark, found))
+    if found is None:
+        return []
+    sampling = merged_settings(model.used or [guidance])  # used: where answers were sampled
+    return [replace(each, sampling=sampling) for each in _outcomes(benchmark, found)]
 
 
 def _outcomes(benchmark: Benchmark, found: Mapping[str, Any]) -> Iterator[Outcome]:
@@ -237,9 +215,18 @@ def _outcomes(benchmark: Benchmark, found: Mapping[str, Any]) -> Iterator[Outcom
         if metric not in metrics:
             raise UserError(f"task '{task}' has no metric '{metric}'; it has {', '.join(metrics)}")
         n = sum(count["effective"] for count in counts.values()) if whole else counts[task]["effective"]
-        shots = found["n-shot"].get(task)
+        parts = {name: dict(_metrics(results[name])) for name in counts} if whole and task not in counts else {}
         yield Outcome(
-            benchmark.name if whole else task, task, metric, **metrics[metric], n=n, shots=shots, metrics=metrics
+            benchmark.name if whole else task,
+            task,
+            metric,
+            value=metrics[metric]["value"],
+            stderr=metrics[metric]["stderr"],
+            n=n,
+            shots=found["n-shot"].get(task),
+            metrics=metrics,
+            parts=parts,
+            row=benchmark.row,
         )
 
 

@@ -1,4 +1,4 @@
-"""The estimator of Eq. 6 for one continuation: unbiased, and with an honest standard error.
+"""The estimator of Eq. 6 for one continuation: unbiased, and with an honest standard error. Without torch.
 
 For a mask S of l tokens let f(S) = L / l times the sum over S of log p(x_i | prompt, the tokens outside of S). Eq. 6 is
 the mean of f over l in 1..L and over the masks of l tokens. Four things make its estimate precise:
@@ -10,7 +10,7 @@ the mean of f over l in 1..L and over the masks of l tokens. Four things make it
    token with nothing seen (l = L) and with all else seen (l = 1); between them c_l(i) interpolates linearly in l. Only
    f(S) minus L / l times the sum of c_l over S is left to Monte Carlo; what was taken away has a known mean: the sum of
    c_l over all tokens.
-4. *Even replicates* (``masks.replicate_masks``): l from a shifted grid, every token masked about as often.
+4. *Even replicates* (:func:`replicate_masks`): l from a shifted grid, every token masked about as often.
 
 Samples within a replicate are not independent, so its own scatter tells nothing. Replicates are independent of each
 other and each is unbiased: the estimate is the mean of R of them and its standard error their standard deviation over
@@ -23,10 +23,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 
-from llada_lightning.evaluation.forward import FloatArray
-from llada_lightning.evaluation.masks import REPLICATES, BoolArray, all_masks, replicate_masks
-from llada_lightning.evaluation.requests import Method, Request, Score
+from llada_lightning.evaluation.requests import FloatArray, Method, Request, Score
+from llada_lightning.objectives.noise import Stream, random_words, words_to_uniform
+from llada_lightning.support.errors import UserError
+
+BoolArray = npt.NDArray[np.bool_]
+
+REPLICATES = 16
+"""Independent parts of a sample, where the samples allow: their scatter tells the error."""
 
 
 class Bound:
@@ -146,3 +152,66 @@ class Bound:
         """Masks of a replicate; those of a round are as many as the samples of the first."""
         size, more = divmod(self._first_samples, self._first_replicates)
         return size + (replicate % self._first_replicates < more)
+
+
+def all_masks(length: int) -> BoolArray:
+    """Every mask of at least one token: (2^L - 1, L)."""
+    return (np.arange(1, 2**length)[:, None] >> np.arange(length) & 1).astype(bool)
+
+
+def replicate_masks(seed: int, key: int, replicate: int, samples: int, length: int, counts: range) -> BoolArray:
+    """The masks of one replicate, a pure function of the arguments; replicates are independent of each other.
+
+    The mean over a replicate is as Eq. 6 would have it: a mask taken at random out of the K has l uniform over
+    ``counts`` and, given l, positions uniformly without replacement. The k-th mask is not so: its l comes from the k-th
+    part of a grid with one random shift, so that every part of ``counts`` has its share. The positions are windows that
+    follow each other around one random order of the continuation, so every token is masked about as often as any other.
+
+    Args:
+        seed: of the noise.
+        key: of the request (64 bits).
+        replicate: ordinal of the replicate.
+        samples: K, masks in the replicate.
+        length: L, tokens of the continuation.
+        counts: consecutive l to draw from, within 1..L.
+
+    Returns:
+        (K, L) bool, True where masked.
+    """
+    words = random_words(seed, Stream.LIKELIHOOD, key, 1 + length, sub_ordinal=replicate)
+    shift = words_to_uniform(words[:1])
+    grid_K = (np.arange(samples) + shift) / samples
+    # floor, not round: rounding half to even favours even l. The last point may round up to 1.
+    counts_K = counts[0] + np.minimum(np.floor(grid_K * len(counts)).astype(np.int64), len(counts) - 1)
+    place_L = np.argsort(np.argsort(words[1:], kind="stable"), kind="stable")
+    first_K = np.cumsum(counts_K) - counts_K
+    return (place_L[None] - first_K[:, None]) % length < counts_K[:, None]
+
+
+def check_sampling(
+    samples: int,
+    max_samples: int | None = None,
+    target_stderr: float | None = None,
+    confidence: float | None = None,
+    cfg_scale: float = 0.0,
+    batch_tokens: int | None = None,
+) -> None:
+    """Raises UserError for an option out of range; arguments as of ``log_likelihood`` and ``rank_candidates``.
+
+    What stops by an estimated error, a target or a ranking, needs a first round of as many samples as replicates.
+    """
+    if samples < 1:
+        raise UserError(f"samples is {samples}; it must be at least 1")
+    if target_stderr is not None and not target_stderr > 0:
+        raise UserError(f"target_stderr is {target_stderr}; it must be above 0 (nats)")
+    if confidence is not None and not 0 < confidence < 1:
+        raise UserError(f"confidence is {confidence}; it must lie between 0 and 1, as 0.99")
+    if confidence is not None and samples < REPLICATES:
+        raise UserError(f"samples is {samples}; a ranking needs at least {REPLICATES} to tell its error")
+    first = samples if target_stderr is None else max(samples, REPLICATES)
+    if max_samples is not None and max_samples < first:
+        raise UserError(f"max_samples is {max_samples}, fewer than the {first} samples of the first round; raise it")
+    if not cfg_scale >= 0:
+        raise UserError(f"cfg_scale is {cfg_scale}; it must be at least 0")
+    if batch_tokens is not None and batch_tokens < 1:
+        raise UserError(f"batch_tokens is {batch_tokens}; it must be at least 1")

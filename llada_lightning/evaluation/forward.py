@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.evaluation.progress import ScoringProgress
+from llada_lightning.evaluation.requests import FloatArray
 from llada_lightning.generation.tokens import guide
 from llada_lightning.model.head import token_nll
+from llada_lightning.support.printing import people_console
 
 IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 65_536
 _LOGITS_AT_ONCE = 2**25  # 128 MiB in fp32
@@ -115,3 +117,48 @@ class Scorer:
         if len(logits_NMV) == 1:
             return logits_NMV[0]
         return guide(logits_NMV[0], logits_NMV[1], self.cfg_scale)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} rows/s", style="progress.data.speed")
+
+
+class ScoringProgress:
+    """Rows done and to do, their rate and the time left, on stderr; a context manager.
+
+    Args:
+        enabled: None: where stderr is a terminal.
+        what: is done.
+    """
+
+    def __init__(self, enabled: bool | None = False, what: str = "scoring") -> None:
+        console = people_console(stderr=True)
+        shown = console.is_terminal if enabled is None else enabled
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=console, transient=True, disable=not shown)
+        self._task = self._bar.add_task(what, total=0)
+        self._total = 0
+
+    def __enter__(self) -> ScoringProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def expect(self, rows: int) -> None:
+        """More rows are to be done."""
+        self._total += rows
+        self._bar.update(self._task, total=self._total)
+
+    def advance(self, rows: int) -> None:
+        """Rows are done."""
+        self._bar.advance(self._task, rows)

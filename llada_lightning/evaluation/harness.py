@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -16,12 +17,14 @@ from torch import Tensor, stack
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.data.chat import Message
 from llada_lightning.data.encoding import decode
+from llada_lightning.evaluation.forward import ScoringProgress
 from llada_lightning.evaluation.likelihood import log_likelihood
-from llada_lightning.evaluation.progress import ScoringProgress
-from llada_lightning.evaluation.requests import encode_pair, encode_text
+from llada_lightning.evaluation.requests import encode_pair, encode_text, encode_with_gap
 from llada_lightning.evaluation.rolling import document_log_likelihoods
 from llada_lightning.generation.conversation import conversation_ids
+from llada_lightning.generation.result import Generation
 from llada_lightning.generation.sampling import generate
+from llada_lightning.generation.settings import default_length
 from llada_lightning.support.errors import UserError
 
 MONTE_CARLO = 128
@@ -30,7 +33,7 @@ MONTE_CARLO = 128
 DEFAULT_LENGTH = 256
 """Tokens of an answer where neither the task nor the user says: as lm-evaluation-harness's own models."""
 
-_OF_BOTH = frozenset({"length", "temperature", "top_k", "top_p", "cache"})
+_OF_BOTH = frozenset({"length", "temperature", "top_k", "top_p", "stop", "cache"})
 _INFILL_LACKS = frozenset({"length", "steps", "block_length", "stop", "strategy", "cache"})
 
 
@@ -42,13 +45,18 @@ class HarnessModel(LM):
     continuation's length known, one token a step, the most confident first. It costs as many passes as tokens, and no
     multiple choice reads it, so it is only computed where ``greedy`` says so; elsewhere it is False.
 
+    Beside the keys of lm-evaluation-harness, `generation_kwargs` of a task may hold three of ours. ``truncate: false``:
+    a prompt that does not fit is refused instead of cut, and an answer may take all the room that the prompts leave.
+    ``length_of: FIELD``: an answer gets as many tokens as this field of its document has, where it is not empty.
+    ``infill: true``: `llada` fills a gap, and `arm` is refused.
+
     Args:
         lm: the model.
         monte_carlo: masks of each continuation of several tokens, at least 1; `arm` and one token are exact.
         sampling: keyword arguments of ``generate`` that go before what a task says. Those that `arm` cannot have are
             left out for it. `length` replaces the task's `max_gen_toks`.
-        infill: `llada` fills the gap between the fields `prompt` and `suffix` of a document with as many tokens as its
-            `canonical_solution` has.
+        infill: `llada` fills the gap between the fields `prompt` and `suffix` of a document (texts, or lists of texts
+            that are encoded one by one) with as many tokens as its `canonical_solution` has. An `arm` continues.
         greedy: whether greedy decoding is tried in `loglikelihood`.
         cfg_scale: w of classifier-free guidance (Eq. 16) in likelihoods.
         seed: of masks and of samples.
@@ -88,6 +96,7 @@ class HarnessModel(LM):
         self._device = lm.device
         self._chats: dict[str, list[int]] = {}
         self.lost_share = 0.0
+        self.used: list[dict[str, Any]] = []
         if dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
@@ -137,71 +146,121 @@ class HarnessModel(LM):
     # --- answers ------------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The answer to each (context, settings), up to the first of the settings' stop strings."""
+        """The answer to each (context, settings), up to the first of the settings' stop strings.
+
+        :attr:`used` is told of the settings under which they were sampled.
+        """
         answers = [""] * len(requests)
         with ScoringProgress(self.progress, "answers") as bar:
             bar.expect(len(requests))
-            for members in self._batches(requests):
-                batch = [requests[i] for i in members]
-                texts = self._filled(batch) if self._fills(batch[0]) else self._answered(batch, members[0])
-                for i, text in zip(members, texts, strict=True):
-                    answers[i] = text
-                bar.advance(len(batch))
+            for members in self._groups(requests):
+                group, places = [requests[i] for i in members], iter(members)
+                for texts in self._filled(group) if self._fills(group[0]) else self._answered(group, members):
+                    for text in texts:
+                        answers[next(places)] = text
+                    bar.advance(len(texts))
         return answers
 
-    def _batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
+    def _groups(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
         """Numbers of requests that share their settings, in order."""
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            groups.setdefault(f"{request.args[1]!r} {self._fills(request)}", []).append(i)
-        for members in groups.values():
-            for start in range(0, len(members), self.batch_size):
-                yield members[start : start + self.batch_size]
+            key = f"{request.args[1]!r} {self._fills(request)} {self._answer_length(request)}"
+            groups.setdefault(key, []).append(i)
+        yield from groups.values()
 
-    def _answered(self, requests: Sequence[Instance], first: int) -> list[str]:
-        settings = self.settings(requests[0].args[1])
-        prompts = [self._fitting(self._prompt(request.args[0]), settings["length"]) for request in requests]
-        text = generate(self.lm, prompts, seed=self.seed, first=first, **settings).text
-        assert text is not None
-        return text
+    def _answer_length(self, request: Instance) -> int | None:
+        """Tokens of the right answer, where the task gives an answer just these."""
+        field = request.args[1].get("length_of")
+        answer = request.doc[field] if field and not self._fills(request) else ""
+        return len(self._pair(request.args[0], answer, _named(request))[1]) if answer else None
 
-    def settings(self, task: Mapping[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of ``generate`` for what a task's ``generation_kwargs`` say.
+    def _answered(self, requests: Sequence[Instance], numbers: Sequence[int]) -> Iterator[list[str]]:
+        """The answers to requests that share their settings, a batch at a time."""
+        task = requests[0].args[1]
+        prompts = [self._prompt(request.args[0]) for request in requests]
+        settings = self.settings(task, self._answer_length(requests[0]), max(map(len, prompts)))
+        if task.get("truncate", True):
+            prompts = [self._fitting(prompt, settings["length"]) for prompt in prompts]
+        self._remember(settings)
+        for start in range(0, len(prompts), self.batch_size):
+            batch = prompts[start : start + self.batch_size]
+            text = self._generate(batch, first=numbers[start], **settings).text
+            assert text is not None
+            yield text
+
+    def settings(
+        self, task: Mapping[str, Any], answer_length: int | None = None, longest_prompt: int = 0
+    ) -> dict[str, Any]:
+        """The keyword arguments of ``generate`` for a task.
 
         An answer takes at most half of the context, so that its prompt has room. Steps are then no more than tokens.
         Stop strings that hold a special token are left out: no answer's text does.
+
+        Args:
+            task: The `generation_kwargs` of the task.
+            answer_length: The number of tokens of an answer, where the task fixes it.
+            longest_prompt: The number of tokens of the longest prompt, for tasks that refuse to cut one.
         """
-        settings: dict[str, Any] = {"length": int(task.get("max_gen_toks") or DEFAULT_LENGTH)}
+        settings: dict[str, Any] = {}
+        if task.get("max_gen_toks"):
+            settings["length"] = int(task["max_gen_toks"])
         if task.get("do_sample"):
             settings |= {name: task[name] for name in ("top_k", "top_p") if task.get(name) is not None}
             settings["temperature"] = float(task.get("temperature") or 1.0)
         settings |= {k: v for k, v in self.sampling.items() if not self.lm.causal or k in _OF_BOTH}
+        if answer_length is not None:
+            settings["length"] = answer_length
+        elif not task.get("truncate", True):
+            room = self.lm.context_length - longest_prompt
+            settings.setdefault("length", default_length(room, settings.get("block_length")))
+        else:
+            self._shorten(settings)
+        until = task.get("until") or []
+        stops = [*([until] if isinstance(until, str) else until), *settings.get("stop", ())]
+        return settings | {"stop": [text for text in stops if text and not self._holds_special(text)]}
+
+    def _shorten(self, settings: dict[str, Any]) -> None:
+        """Limits the length of an answer to half of the context."""
+        settings.setdefault("length", DEFAULT_LENGTH)
         block = settings.get("block_length") or 1
         most = max(block, self.lm.context_length // 2 // block * block)
         if settings["length"] > most:
             settings["length"] = most
             if settings.get("steps") is not None:
                 settings["steps"] = min(settings["steps"], most)
-        until = task.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
-        return settings | {"stop": [text for text in stops if text and not self._holds_special(text)]}
+
+    def _remember(self, settings: Mapping[str, Any]) -> None:
+        used = {name: value for name, value in settings.items() if name != "stop" and value is not None}
+        if not self.lm.causal and "threshold" not in used:
+            used.setdefault("steps", used["length"])
+        self.used.append(used)
+
+    def _generate(self, prompts: list[list[int]], **settings: Any) -> Generation:
+        if settings.get("compat") is not None:  # the released sampler draws from torch's generator
+            torch.manual_seed(self.seed)
+        return generate(self.lm, prompts, seed=self.seed, **settings)
 
     def _fills(self, request: Instance) -> bool:
-        return self.infill and not self.lm.causal and "suffix" in request.doc
+        wanted = request.args[1].get("infill", False)
+        if wanted and self.lm.causal:
+            raise UserError(
+                f"task '{request.task_name}': '{self.lm.name}' is an arm, which sees nothing behind a gap; take a task "
+                "without infill"
+            )
+        return (wanted or self.infill) and not self.lm.causal and "suffix" in request.doc
 
-    def _filled(self, requests: Sequence[Instance]) -> list[str]:
-        """What stands between prompt and suffix."""
-        assert self.lm.mask_token_id is not None
-        texts, spans = [], []
-        for request in requests:
-            before = self.lm.encode_prompt(request.doc["prompt"])
-            behind = self.lm.encode_within(request.doc["suffix"])
-            gap = max(1, len(self.lm.encode_within(request.doc["canonical_solution"])))
-            texts.append([*before, *[self.lm.mask_token_id] * gap, *behind])
-            spans.append((len(before), len(before) + gap))
+    def _filled(self, requests: Sequence[Instance]) -> Iterator[list[str]]:
+        """What is between prompt and suffix, a batch at a time."""
         settings = {k: v for k, v in self.sampling.items() if k not in _INFILL_LACKS}
-        filled = generate(self.lm, texts, infill=True, seed=self.seed, **settings).tokens
-        return [self.lm.decode(tokens[start:end]) for tokens, (start, end) in zip(filled, spans, strict=True)]
+        fields = [[request.doc[name] for name in ("prompt", "canonical_solution", "suffix")] for request in requests]
+        gapped = [encode_with_gap(self.lm, *each) for each in fields]
+        for gap in dict.fromkeys(gap.stop - gap.start for _, gap in gapped):
+            self._remember({**settings, "length": gap})
+        for start in range(0, len(gapped), self.batch_size):
+            texts, gaps = zip(*gapped[start : start + self.batch_size], strict=True)
+            filled = self._generate(list(texts), infill=True, **settings).tokens
+            yield [self.lm.decode(tokens[gap]) for tokens, gap in zip(filled, gaps, strict=True)]
 
     def _prompt(self, context: str) -> list[int]:
         return self._chats.get(context) or self.lm.encode_prompt(context)

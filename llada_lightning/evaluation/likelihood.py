@@ -8,11 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.evaluation.bound import Bound
-from llada_lightning.evaluation.forward import Row, Scorer
-from llada_lightning.evaluation.masks import REPLICATES, BoolArray
-from llada_lightning.evaluation.options import check_sampling
-from llada_lightning.evaluation.progress import ScoringProgress
+from llada_lightning.evaluation.bound import REPLICATES, BoolArray, Bound, check_sampling
+from llada_lightning.evaluation.forward import Row, Scorer, ScoringProgress
 from llada_lightning.evaluation.requests import Ids, Request, Score, Truncation, check_request
 from llada_lightning.support.errors import UserError
 

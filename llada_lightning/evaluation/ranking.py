@@ -25,12 +25,10 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.evaluation.bound import Bound
-from llada_lightning.evaluation.forward import FloatArray, Scorer
+from llada_lightning.evaluation.bound import Bound, check_sampling
+from llada_lightning.evaluation.forward import Scorer, ScoringProgress
 from llada_lightning.evaluation.likelihood import check_guidance, draw, exact_scores
-from llada_lightning.evaluation.options import check_sampling
-from llada_lightning.evaluation.progress import ScoringProgress
-from llada_lightning.evaluation.requests import Ids, Score, Truncation, check_question
+from llada_lightning.evaluation.requests import FloatArray, Ids, Score, Truncation, check_question
 from llada_lightning.support.errors import UserError
 
 Normalisation = Literal["none", "token", "byte"]

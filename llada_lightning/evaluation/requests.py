@@ -6,16 +6,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import shortened
 
+if TYPE_CHECKING:
+    from llada_lightning.checkpoints.language_model import LanguageModel
+
 Ids = Sequence[int]
+FloatArray = npt.NDArray[np.float64]
 Written = str | list[int]
 """A text, or the ids of one."""
 Method = Literal["autoregressive", "one pass", "enumerated", "monte carlo", "empty"]
@@ -119,6 +122,31 @@ def encode_pair(lm: LanguageModel, prompt: Written, continuation: Written, name:
             f"{name}: the tokenizer has no token for '{shortened(continuation, 60)}' there; take another continuation"
         )
     return prompt_ids, ids
+
+
+def encode_with_gap(
+    lm: LanguageModel, before: str | Sequence[str], gap: str, behind: str | Sequence[str]
+) -> tuple[list[int], slice]:
+    """The ids of a text with [MASK]s in place of one of its parts, and where these are.
+
+    Args:
+        lm: A model with a [MASK].
+        before: The text before the gap, or its parts, each of which is encoded by itself.
+        gap: The text of which only the number of tokens is told, at least one.
+        behind: The text behind the gap, or its parts.
+
+    Raises:
+        UserError: There is no tokenizer.
+    """
+    assert lm.mask_token_id is not None
+    left, right = ([part] if isinstance(part, str) else list(part) for part in (before, behind))
+    ids = list(lm.text_prefix_ids)  # a part of no text, so it is never masked
+    parts = [*left, gap, *right]
+    encoded = [lm.encode(parts[0]), *(lm.encode_within(part) for part in parts[1:])]
+    ids += [token for part in encoded[: len(left)] for token in part]
+    hole = slice(len(ids), len(ids) + max(1, len(encoded[len(left)])))
+    ids += [lm.mask_token_id] * (hole.stop - hole.start)
+    return ids + [token for part in encoded[len(left) + 1 :] for token in part], hole
 
 
 def moved_space(prompt: str, continuation: str) -> tuple[str, str]:

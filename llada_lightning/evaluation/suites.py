@@ -13,12 +13,15 @@ where lm-evaluation-harness (0.4.13) has the task in another form:
   and `llada` fills a gap of as many [MASK]s as the reference has tokens. An `arm` continues the suffix and the prompt.
 - Of the instruct model all tasks are generated, by a library of the authors. Here they are lm-evaluation-harness's
   generative tasks, with its wording. HellaSwag has none there: ours is in ``tasks/`` beside this file.
+
+The paper's Tables 6 to 10 are suites, too: rows of settings under which tasks of the user's choice are measured.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from llada_lightning.support.errors import UserError
 
@@ -37,6 +40,8 @@ class Benchmark:
         shots: examples in the prompt; None: as the task says.
         sampling: of the answers, where they are generated.
         infill: `llada` fills the gap between the fields `prompt` and `suffix`.
+        row: The name of the row of a table of settings; None elsewhere.
+        group: The group of that row: of each group the best row is shown as well.
     """
 
     name: str
@@ -45,6 +50,8 @@ class Benchmark:
     shots: int | None = None
     sampling: Sampling = field(default_factory=dict)
     infill: bool = False
+    row: str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,12 +118,120 @@ SUITES: dict[str, Suite] = {
 """By name: Table 1, Table 2, and the six tasks of Figure 3."""
 
 
-def suite_named(name: str) -> Suite:
+# --- tables of settings -----------------------------------------------------------------------------------------------
+
+VALUE: Any = object()
+"""In the settings of a row: the row is there once for each value of its table."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table, or one row for each value of the table.
+
+    Args:
+        name: The name as in the paper, with ``{value}`` where there is a value.
+        sampling: The settings of the likelihoods (guidance) or of ``generate``; :data:`VALUE` is replaced.
+        group: The group of the row: of each group the best row is shown as well, as Table 6 does over scales.
+    """
+
+    name: str
+    sampling: Sampling
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A table of the paper: rows of settings under which tasks of the user's choice are measured.
+
+    Args:
+        table: The number of the table.
+        question: What is varied, for the title of the table.
+        scored: Whether the settings are of likelihoods or of sampled answers.
+        rows: The rows, which differ in what is varied and in nothing else.
+        values: The values of the paper for :data:`VALUE`; those of the user replace them.
+    """
+
+    table: int
+    question: str
+    scored: Literal["likelihood", "generation"]
+    rows: tuple[Row, ...]
+    values: tuple[float, ...] = ()
+
+    @property
+    def title(self) -> str:
+        return f"Table {self.table}: {self.question}"
+
+    @property
+    def varied(self) -> set[str]:
+        """The names of the settings that the rows say."""
+        return {name for row in self.rows for name in row.sampling}
+
+    def suite(self, tasks: Sequence[Benchmark], values: Sequence[float] = ()) -> Suite:
+        """The tasks under the settings of each row, row by row.
+
+        Raises:
+            UserError: The table has no values to replace, or a value is out of range.
+        """
+        if values and not self.values:
+            raise UserError(f"--values: Table {self.table} has none to replace; leave it out")
+        whole = all(isinstance(value, int) for value in self.values)
+        for value in values:
+            if not value > 0 or (whole and value != int(value)):
+                raise UserError(
+                    f"--values {value:g}: give {'whole numbers of at least 1' if whole else 'scales above 0'}"
+                )
+        chosen = [int(value) if whole else value for value in values or self.values]
+        rows = [each for row in self.rows for each in _filled_in(row, chosen)]
+        return Suite(
+            tuple(replace(task, sampling=row.sampling, row=row.name, group=row.group) for row in rows for task in tasks)
+        )
+
+
+def _filled_in(row: Row, values: Sequence[float]) -> Iterator[Row]:
+    if VALUE not in row.sampling.values():
+        yield row
+        return
+    for value in values:
+        sampling = {name: value if setting is VALUE else setting for name, setting in row.sampling.items()}
+        yield replace(row, name=row.name.format(value=f"{value:g}"), sampling=sampling)
+
+
+_PURE = {"strategy": "diffusion", "block_length": None}
+_BLOCKWISE = (
+    Row("autoregressive", {"strategy": "autoregressive", "block_length": None}),
+    Row("block diffusion, L' = {value}", {"strategy": "block_diffusion", "block_length": VALUE}),
+    Row("block diffusion LLaDA, L' = {value}", {"strategy": "diffusion", "block_length": VALUE}),
+)
+
+ABLATIONS: dict[str, Ablation] = {
+    "ablate-guidance": Ablation(6, "classifier-free guidance", "likelihood", (
+        Row("w/o CFG", {"cfg_scale": 0.0}),
+        Row("CFG, w = {value}", {"cfg_scale": VALUE}, group="w/ CFG"),
+    ), (0.5, 1.0, 1.5, 2.0)),
+    "ablate-strategies": Ablation(7, "sampling strategies", "generation", (
+        *_BLOCKWISE, Row("pure diffusion", _PURE),
+    ), (2, 4, 8, 32)),
+    "ablate-strategies-instruct": Ablation(8, "sampling strategies after SFT", "generation", (
+        *_BLOCKWISE, Row("pure diffusion", {**_PURE, "zero_eos_confidence": True}),
+    ), (32,)),
+    "ablate-remasking": Ablation(9, "remasking", "generation", (
+        Row("random remasking", {**_PURE, "remasking": "random"}),
+        Row("low-confidence remasking", {**_PURE, "remasking": "low_confidence"}),
+    )),
+    "ablate-length": Ablation(10, "generation length", "generation", (
+        Row("length {value}", {**_PURE, "length": VALUE, "steps": VALUE}),
+    ), (256, 512, 1024)),
+}  # fmt: skip
+"""By name: Tables 6 to 10. The scales are those of B.3. After SFT pure diffusion keeps EOS last (B.4)."""
+
+
+def suite_named(name: str) -> Suite | Ablation:
     """A suite.
 
     Raises:
         UserError: there is no suite of this name.
     """
-    if name not in SUITES:
-        raise UserError(f"--suite '{name}' is not known; choose from {', '.join(SUITES)}")
-    return SUITES[name]
+    known: dict[str, Suite | Ablation] = {**SUITES, **ABLATIONS}
+    if name not in known:
+        raise UserError(f"--suite '{name}' is not known; choose from {', '.join(known)}")
+    return known[name]

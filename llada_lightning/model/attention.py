@@ -1,9 +1,10 @@
 """Grouped-query attention, and the back ends that compute it, by name.
 
-- ``sdpa``: torch's ``scaled_dot_product_attention``, which picks a kernel by itself.
-- ``flash``: the package flash-attn (Dao 2023). It takes no masks.
+- ``sdpa``: torch's ``scaled_dot_product_attention``, which picks a kernel by itself. On Hopper and Blackwell this is
+  cuDNN's kernel from torch 2.13 on.
+- ``flash``: the package flash-attn 2 (Dao 2023). It takes no masks. Its layout, its values and its gradients are tested
+  against a stand-in; the package itself has not been seen to run yet.
 - ``flex``: torch's ``flex_attention``, compiled: it skips the blocks of keys that a pattern forbids.
-- ``fa3``, ``fa4``: FlashAttention-3 and -4 in the place of SDPA's own flash kernel, through torch's activation call.
 
 What a back end does not serve goes through SDPA: for ``flash`` every pass with a mask (padding, a pattern), for all of
 them passes with a cache or for a part of the queries. A kernel takes q (B, H, L, D), k and v (B, K, S, D), where K
@@ -34,7 +35,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.support.errors import UserError
 
-Backend = Literal["sdpa", "flash", "flex", "fa3", "fa4"]
+Backend = Literal["sdpa", "flash", "flex"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 Mask = Tensor | BlockMask | None
 Kernel = Callable[[Tensor, Tensor, Tensor, bool, Mask], Tensor]
@@ -85,7 +86,7 @@ def _compiled_flex_attention() -> Any:
     return torch.compile(flex_attention)
 
 
-KERNELS: dict[Backend, Kernel] = {"sdpa": sdpa, "flash": flash, "flex": flex, "fa3": sdpa, "fa4": sdpa}
+KERNELS: dict[Backend, Kernel] = {"sdpa": sdpa, "flash": flash, "flex": flex}
 
 
 class Attention(nn.Module):
@@ -132,34 +133,12 @@ def is_whole(cache: KeyValueCache | None, queries: slice) -> bool:
     return cache is None and queries == ALL
 
 
-_REROUTES = {"fa3": "FA3", "fa4": "FA4"}
-
-
-def activate(name: Backend) -> None:
-    """Have SDPA run the flash kernel that a back end names, in the whole process; others bring torch's own back.
-
-    Raises:
-        ImportError, RuntimeError: its package is not installed, or not as torch expects it.
-    """
-    wanted = _REROUTES.get(name)
-    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
-    if wanted == current:
-        return
-    if wanted is None:
-        torch.nn.attention.restore_flash_attention_impl()
-    else:
-        torch.nn.attention.activate_flash_attention_impl(wanted)
-    # From torch 2.13 on SDPA prefers cuDNN's kernel on Hopper and Blackwell, and would pass the rerouted one by.
-    torch.backends.cuda.enable_cudnn_sdp(wanted is None)
-
-
 def check_backend(
     name: str, device: torch.device, training: bool, head_dim: int, dtype: torch.dtype, grouped: bool = False
 ) -> str:
     """What a back end is on this device, for people: `sdpa (flash kernel, with a mask memory-efficient kernel)`.
 
-    Torch's choice is asked for; `flash`, `fa3` and `fa4` are tried on a small input. Afterwards SDPA is torch's own:
-    ``Transformer.attend_with`` activates what is to stay.
+    Torch's choice is asked for; `flash` is tried on a small input.
 
     Args:
         name: as the user gave it.
@@ -180,14 +159,13 @@ def check_backend(
         raise UserError(f"speed.attention: {name} given, but {unfit}")
     if name == "flex":
         return "flex (compiled, block-sparse)" if device.type == "cuda" else "flex (torch's plain formula)"
-    activate("sdpa")
     plain, masked = (sdpa_kernel(device, training, head_dim, dtype, grouped, masked) for masked in (False, True))
     if name == "sdpa":
         return f"sdpa ({plain} kernel)" if plain == masked else f"sdpa ({plain} kernel, with a mask {masked} kernel)"
-    failure = _try(name, device, training, head_dim, dtype)
+    failure = _try_flash(device, training, head_dim, dtype)
     if failure is not None:
         raise UserError(f"speed.attention: {name} given, but {failure}; use sdpa")
-    return f"{name} ({_version(name)}, with a mask sdpa's {masked} kernel)"
+    return f"flash ({_flash_version()}, with a mask sdpa's {masked} kernel)"
 
 
 def sdpa_kernel(
@@ -211,12 +189,12 @@ _KERNEL_NAMES = {
     "CUDNN_ATTENTION": "cuDNN",
 }
 
-_LEAST_CAPABILITY = {"flash": (8, 0), "flex": (7, 0), "fa3": (9, 0), "fa4": (9, 0)}
-"""Of a GPU, by NVIDIA's count: 8.0 is Ampere (A100), 9.0 Hopper (H100)."""
+_LEAST_CAPABILITY = {"flash": (8, 0), "flex": (7, 0)}
+"""The least compute capability of a GPU: 7.0 is Volta (V100), 8.0 Ampere (A100)."""
 
 
 def _unfit(name: Backend, device: torch.device, training: bool, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why a back end does not serve here, with the mend; None: nothing speaks against it."""
+    """Why a back end does not serve here, with the fix; None: nothing speaks against it."""
     if name == "sdpa" or (name == "flex" and device.type == "cpu" and not training):
         return None
     if name == "flex" and device.type == "cpu":
@@ -234,47 +212,23 @@ def _unfit(name: Backend, device: torch.device, training: bool, head_dim: int, d
         return f"it needs heads of 16 dimensions, and these have {head_dim}; use sdpa" if head_dim < 16 else None
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it computes bf16 or fp16, not {str(dtype)[6:]}; use --trainer.precision=bf16-mixed, or sdpa"
-    if name in _REROUTES and not hasattr(torch.nn.attention, "restore_flash_attention_impl"):
-        return f"torch {torch.__version__} cannot reroute its attention; use torch 2.11 or later, or sdpa"
-    return _not_installed(name)
-
-
-_INSTALL = {
-    "flash": "pip install flash-attn --no-build-isolation",
-    "fa3": "build it from the folder hopper/ of github.com/Dao-AILab/flash-attention",
-    "fa4": "pip install flash-attn-4",
-}
-
-
-def _not_installed(name: Backend) -> str | None:
     try:
-        if name == "flash":
-            from flash_attn import flash_attn_func  # noqa: F401
-        else:
-            activate(name)
+        from flash_attn import flash_attn_func  # noqa: F401
     except (ImportError, RuntimeError) as error:
-        return f"its package does not load ({_first_line(error)}); {_INSTALL[name]}, or use sdpa"
-    finally:
-        activate("sdpa")
+        fix = "pip install flash-attn --no-build-isolation, or use sdpa"
+        return f"its package does not load ({_first_line(error)}); {fix}"
     return None
 
 
-def _try(name: Backend, device: torch.device, training: bool, head_dim: int, dtype: torch.dtype) -> str | None:
+def _try_flash(device: torch.device, training: bool, head_dim: int, dtype: torch.dtype) -> str | None:
     """What goes wrong on a small causal input, values and gradients compared with SDPA's; None: nothing."""
     # A generator of its own: the run's noise must not move.
     qkv = torch.randn(3, 1, 2, 128, head_dim, device=device, generator=torch.Generator(device).manual_seed(0))
     expected = _results(sdpa, qkv.to(dtype), training)
     try:
-        activate(name)
-        if name in _REROUTES:
-            chosen = sdpa_kernel(device, training, head_dim, dtype, grouped=False, masked=False)
-            if chosen != "flash":
-                return f"for heads of {head_dim} dimensions torch chooses its {chosen} kernel"
-        found = _results(KERNELS[name], qkv.to(dtype), training)
-    except Exception as error:  # each package refuses in its own way
+        found = _results(flash, qkv.to(dtype), training)
+    except Exception as error:  # the package refuses in ways of its own
         return f"it fails on this device ({_first_line(error)})"
-    finally:
-        activate("sdpa")
     if all(torch.allclose(a.float(), b.float(), rtol=0.05, atol=0.05) for a, b in zip(found, expected, strict=True)):
         return None
     return "its results differ from sdpa's"
@@ -292,12 +246,11 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _version(name: Backend) -> str:
-    package = {"flash": "flash-attn", "fa3": "flash-attn-3", "fa4": "flash-attn-4"}[name]
+def _flash_version() -> str:
     try:
-        return f"{package} {version(package)}"
+        return f"flash-attn {version('flash-attn')}"
     except PackageNotFoundError:
-        return package
+        return "flash-attn"
 
 
 def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,6 @@ from llada_lightning.model.attention import (
     Backend,
     KeyValueCache,
     Mask,
-    activate,
     is_whole,
     rope_tables,
 )
@@ -141,10 +140,8 @@ class Transformer(nn.Module):
     def attend_with(self, backend: Backend) -> None:
         """Compute attention by another back end (see ``model.attention``): the same numbers but for rounding.
 
-        ``check_backend`` says beforehand whether it serves. ``fa3`` and ``fa4`` reroute SDPA in the whole process,
-        until the next call.
+        ``check_backend`` finds out beforehand whether it serves.
         """
-        activate(backend)
         self.attention_backend = backend
         for module in self.modules():
             if isinstance(module, Attention):

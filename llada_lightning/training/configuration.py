@@ -1,7 +1,7 @@
-"""From what a user wrote to a fully resolved configuration: lengths, rates, vocabulary, precision, name.
+"""From the configuration that a user wrote to a resolved one: vocabulary, precision, batch, steps, schedule, name.
 
-Everything that follows from other settings is computed here, before anything is built, and stands in the run's
-config.yaml. A value given by hand that disagrees with what follows is refused, never overruled in silence.
+The parser's namespaces are translated here into what ``run.resolve`` takes, and its answer is written back, so that the
+run's config.yaml holds it. A value that the user gave and that disagrees is refused, never replaced in silence.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def resolve_data(config: Namespace) -> LanguageDataModule:
     """Fill in, in place, what follows from the data and the device: seeds, vocabulary, precision.
 
     Args:
-        config: of `fit`, `validate`, `test` or `predict`, as parsed.
+        config: The parsed configuration of `fit`, `validate`, `test` or `predict`.
 
     Returns:
         A data module that knows its manifests, checked.
@@ -62,7 +62,7 @@ def resolve_data(config: Namespace) -> LanguageDataModule:
         config.trainer.precision = native_precision(str(config.trainer.accelerator))
     elif str(config.trainer.precision).startswith("16"):
         raise UserError(f"trainer.precision: {config.trainer.precision} needs loss scaling; use bf16-mixed or 32-true")
-    _fill_vocabulary(config, data)
+    fill_vocabulary(config, data)
     return data
 
 
@@ -77,12 +77,29 @@ def resolve_fit(config: Namespace, data: LanguageDataModule) -> Run:
         UserError: settings contradict one another.
     """
     _refuse_what_breaks_the_contract(config)
+    resolved = resolve_length(config, data)
+    steps = list(resolved.steps)
+    if len(steps) > 1 and config.trainer.enable_checkpointing is False:
+        raise UserError("trainer.enable_checkpointing: false given, but several budgets branch from checkpoints")
+    _fill_intervals(config, steps)
+    if config.run.name is None:
+        config.run.name = run_name(config, data, resolved.schedules)
+    return resolved
+
+
+def resolve_length(config: Namespace, data: LanguageDataModule) -> Run:
+    """Fill in, in place, batch, steps and schedule.
+
+    Returns:
+        The resolved run.
+
+    Raises:
+        UserError: settings contradict one another.
+    """
     arguments = config.model.init_args
     given = schedule_from(_plain(arguments.schedule))
     resolved = resolve(_spec(config, data, given))
     steps = list(resolved.steps)
-    if len(steps) > 1 and config.trainer.enable_checkpointing is False:
-        raise UserError("trainer.enable_checkpointing: false given, but several budgets branch from checkpoints")
     if config.trainer.max_steps not in (-1, steps[-1]):
         raise UserError(
             f"trainer.max_steps: {config.trainer.max_steps} given, but the budget makes {steps[-1]} steps; leave one "
@@ -97,9 +114,6 @@ def resolve_fit(config: Namespace, data: LanguageDataModule) -> Run:
     schedules = resolved.schedules
     alike = replace(schedules[-1], total_steps=None, decay_steps=given.decay_steps)
     arguments.schedule = as_namespace(schedules[0] if len(schedules) == 1 else alike)
-    _fill_intervals(config, steps)
-    if config.run.name is None:
-        config.run.name = run_name(config, data, resolved.schedules)
     return resolved
 
 
@@ -172,7 +186,12 @@ def _fill(config: Namespace, key: str, value: Any) -> None:
         config[key] = value
 
 
-def _fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
+def fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
+    """Fill in, in place, what the model takes from the data's tokenizer: the vocabulary and the special tokens.
+
+    Raises:
+        UserError: a setting contradicts the tokenizer.
+    """
     tokenizer, arguments = data.tokenizer, config.model.init_args
     masks = get_objective(module_class(config).objective).masks
     if masks and tokenizer.mask_id is None:
@@ -265,9 +284,9 @@ def identity(config: Namespace, data: LanguageDataModule, schedule: WSD | None =
     """What makes a run this run: its resolved settings without paths and without the machine's.
 
     Args:
-        config: resolved.
-        data: what it trains on.
-        schedule: of one budget of several; the configuration's own by default.
+        config: The resolved configuration.
+        data: The data module.
+        schedule: The schedule of one budget of several; None: the one of the configuration.
     """
     plain, model = _plain(config), module_class(config)
     if schedule is not None:

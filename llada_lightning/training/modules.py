@@ -26,6 +26,7 @@ from llada_lightning.model.head import token_nll
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
 from llada_lightning.objectives import Objective, arm, get_objective, llada
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch
+from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.first_weights import fill_weights, inherited
 from llada_lightning.training.guard import UpdateGuard
@@ -49,7 +50,7 @@ class AdamW:
     weight_decay: float = 0.1
 
 
-class LanguageModule(LightningModule, ABC):
+class LanguageModule(KeepsArguments, LightningModule, ABC):
     """What both objectives share.
 
     Args:
@@ -117,6 +118,14 @@ class LanguageModule(LightningModule, ABC):
         self.validation: dict[str, float] = {}
         self.val_by_document: list[tuple[int, int, float]] = []
         self.model: Transformer = None  # type: ignore[assignment]  # configure_model builds it
+
+    def setup(self, stage: str) -> None:
+        """Resolve what the command has not resolved: a plain Trainer was started from Python."""
+        if not self.identity:
+            from llada_lightning.training.plain import resolve_from_python
+
+            assert self.trainer is not None
+            resolve_from_python(self, self.trainer)
 
     def configure_model(self) -> None:
         """Build and initialise the Transformer, inside the strategy's context; shard it where that has a mesh."""

@@ -107,7 +107,7 @@ def test_ratios_compare_turn_by_turn() -> None:
 def test_what_a_machine_cannot_is_said() -> None:
     found = {variant.name: obstacle(variant, workload("llada")) for variant in gpu_variants("llada")}
     assert found[RELEASED] is None and found["selective recomputation"] is None
-    for name in ("flash", "flex", "fa3", "fa4"):
+    for name in ("flash", "flex"):
         assert found[f"attention by {name}"]
     assert "8-bit" in (found["fp8 products"] or "")
 

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t as student_t
 
-from llada_lightning.evaluation.bound import Bound
-from llada_lightning.evaluation.masks import all_masks
+from llada_lightning.evaluation.bound import Bound, all_masks
 from llada_lightning.evaluation.requests import Request, Score
 
 Array = npt.NDArray[np.float64]

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from llada_lightning.checkpoints.language_model import LanguageModel, load_model
+from llada_lightning.evaluation.bound import all_masks
 from llada_lightning.evaluation.likelihood import log_likelihood
-from llada_lightning.evaluation.masks import all_masks
 
 GOLDEN = Path(__file__).parents[1] / "model" / "golden_llada_mha"
 CASES = json.loads((GOLDEN / "log_likelihood.json").read_text())

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from llada_lightning.evaluation.masks import all_masks, replicate_masks
+from llada_lightning.evaluation.bound import all_masks, replicate_masks
 
 lengths = st.integers(2, 40)
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from llada_lightning.evaluation import sandbox
-from llada_lightning.evaluation.code_metric import SandboxedCodeEval, pass_at
-from llada_lightning.evaluation.sandbox import Limits, is_isolated, run_program
+from llada_lightning.evaluation.sandbox import Limits, SandboxedCodeEval, is_isolated, pass_at, run_program
 
 SHORT = Limits(seconds=1.5)
 ADD = "def add(a, b):\n    return a + b\n"

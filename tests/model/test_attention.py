@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.model import Transformer, attention, patterns
-from llada_lightning.model.attention import BACKENDS, Backend, KeyValueCache, activate, check_backend
+from llada_lightning.model.attention import BACKENDS, Backend, KeyValueCache, check_backend
 from llada_lightning.support.errors import UserError
 
 WORDS, LENGTH = 23, 150  # more than one block of flex_attention's
@@ -24,7 +23,6 @@ GROUPED = Shape(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
 SHAPES = pytest.mark.parametrize("shape", [GROUPED, replace(GROUPED, n_kv_heads=4)], ids=["grouped", "multi-head"])
 MODES = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-HAS_RESTORE = hasattr(torch.nn.attention, "restore_flash_attention_impl")
 TOKENS_BL = torch.randint(WORDS, (3, LENGTH), generator=torch.Generator().manual_seed(0))
 DOCUMENTS_BL = (TOKENS_BL == 0).long().cumsum(dim=1)
 RIGHT_BL = torch.arange(LENGTH) < torch.tensor([[LENGTH], [100], [7]])
@@ -219,57 +217,7 @@ def test_flash_is_tried_before_it_is_taken(flash_attn: list[bool], monkeypatch: 
         check_backend("flash", CPU, False, 8, torch.bfloat16)
 
 
-class Handle:
-    """What a rerouting leaves behind for torch to take back."""
-
-    def __init__(self, name: str, log: list[str]) -> None:
-        self.name, self.log = name, log
-        log.append(f"{name} on")
-
-    def remove(self) -> None:
-        self.log.append(f"{self.name} off")
-
-
-@pytest.fixture
-def reroutes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Stand-ins for FA3 and FA4 in torch's own registry; what was switched on and off."""
-    if not HAS_RESTORE:
-        pytest.skip("this torch cannot reroute its attention")
-    from torch.nn.attention import _registry
-
-    log: list[str] = []
-    for name in ("FA3", "FA4"):
-        monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, name, lambda name=name: Handle(name, log))
-    yield log
-    activate("sdpa")
-
-
-def test_fa3_and_fa4_reroute_sdpa_until_another_back_end_is_named(reroutes: list[str]) -> None:
-    model = build()
-    expected = model(TOKENS_BL, causal=True)
-    model.attend_with("fa3")
-    model.attend_with("fa3")
-    assert reroutes == ["FA3 on"]
-    assert not torch.backends.cuda.cudnn_sdp_enabled()  # it would be preferred
-    assert torch.equal(model(TOKENS_BL, causal=True), expected)
-    model.attend_with("fa4")
-    assert reroutes == ["FA3 on", "FA3 off", "FA4 on"]
-    model.attend_with("sdpa")
-    assert reroutes[3:] == ["FA4 off"]
-    assert torch.backends.cuda.cudnn_sdp_enabled()
-
-
-def test_a_rerouting_that_is_tried_does_not_stay(reroutes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_unfit", lambda *_: None)
-    assert "with a mask sdpa's" in check_backend("fa4", CPU, True, 8, torch.bfloat16)
-    assert reroutes == ["FA4 on", "FA4 off"]
-    monkeypatch.setattr(attention, "sdpa_kernel", lambda *_, **__: "memory-efficient")
-    with pytest.raises(UserError, match="for heads of 512 dimensions torch chooses its memory-efficient kernel"):
-        check_backend("fa4", CPU, True, 512, torch.bfloat16)
-    assert torch.nn.attention.current_flash_attention_impl() is None
-
-
-def test_no_back_end_changes_a_checkpoint(reroutes: list[str]) -> None:
+def test_no_back_end_changes_a_checkpoint() -> None:
     model = build()
     keys = list(model.state_dict())
     for backend in BACKENDS:
@@ -290,14 +238,13 @@ def test_what_torch_chooses_is_asked_for() -> None:
 
 
 REFUSALS = {
-    "an unknown name": ("triton", CPU, {}, "use one of sdpa, flash, flex, fa3, fa4"),
+    "an unknown name": ("triton", CPU, {}, "use one of sdpa, flash, flex"),
     "flash on the cpu": ("flash", CPU, {}, "it needs a CUDA device, and this is cpu; use sdpa"),
-    "fa4 on a Mac": ("fa4", torch.device("mps"), {}, "it needs a CUDA device, and this is mps; use sdpa"),
+    "flash on a Mac": ("flash", torch.device("mps"), {}, "it needs a CUDA device, and this is mps; use sdpa"),
     "flex on a Mac": ("flex", torch.device("mps"), {}, "it needs a CUDA device, and this is mps; use sdpa"),
     "flex in training on the cpu": ("flex", CPU, {}, "torch has no gradients of it on the CPU; use sdpa"),
-    "no device": ("fa3", CUDA, {"there": False}, "finds no CUDA device here; use sdpa"),
+    "no device": ("flash", CUDA, {"there": False}, "finds no CUDA device here; use sdpa"),
     "an old GPU": ("flash", CUDA, {"capability": (7, 5)}, "it needs compute capability 8.0, and this GPU has 7.5"),
-    "an A100 for fa3": ("fa3", CUDA, {"capability": (8, 0)}, "it needs compute capability 9.0, and this GPU has 8.0"),
     "fp32": (
         "flash",
         CUDA,
@@ -324,33 +271,6 @@ def test_what_does_not_serve_is_refused_in_one_line(
     assert line.startswith(f"speed.attention: {name} given") and expected in line and "\n" not in line
 
 
-@pytest.mark.parametrize(("name", "mend"), [("fa3", "build it from the folder hopper/"), ("fa4", "pip install flash-")])
-def test_a_rerouting_without_its_package_is_refused(
-    name: str, mend: str, reroutes: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from torch.nn.attention import _registry
-
-    def register() -> None:
-        raise ModuleNotFoundError("No module named 'its_kernels'")
-
-    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, name.upper(), register)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    with pytest.raises(UserError, match=r"its package does not load \(No module named 'its_kernels'\); " + mend):
-        check_backend(name, CUDA, True, 64, torch.bfloat16)
-
-
-def test_an_older_torch_is_told_from_a_newer(reroutes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.nn.attention, "restore_flash_attention_impl")
-    monkeypatch.delattr(torch.nn.attention, "current_flash_attention_impl")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    with pytest.raises(UserError, match=r"cannot reroute its attention; use torch 2\.11 or later, or sdpa$"):
-        check_backend("fa3", CUDA, True, 64, torch.bfloat16)
-    build().attend_with("sdpa")
-    monkeypatch.undo()
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -370,6 +290,5 @@ def test_every_back_end_of_this_gpu_is_sdpa(backend: Backend, compiled: bool, se
             for block in model.blocks:
                 block.compile()
         found = values_and_gradients(model, backend, settings)
-    activate("sdpa")
     for a, b, c in zip(found, rounded, exact, strict=True):
         assert (a.float() - c).norm() < 2 * (b.float() - c).norm() + 1e-3 * c.norm()

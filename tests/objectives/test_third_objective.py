@@ -156,7 +156,6 @@ NAMES = {
 """The modules with a string "arm" or "llada", each with what it means there."""
 
 NOT_YET = {
-    "generation.pictures.dialogue",
     "study.fits.checks",
     "study.fits.runs",
     "study.fits.study",

@@ -109,6 +109,7 @@ def test_commands_are_those_of_wandbs_own_agent(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SWEEP_SEED", "11")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
     for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
         monkeypatch.setenv(name, "")  # the agent sets them: put back afterwards
     commands: list[list[str]] = []

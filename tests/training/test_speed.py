@@ -219,9 +219,9 @@ def test_fp8_converts_the_blocks_products_only(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_unknown_back_end_is_refused(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, mend in {"flesh": "speed.attention", "flash": "use sdpa", "flex": "use sdpa"}.items():
+    for name, fix in {"fa3": "speed.attention: fa3 given", "flash": "use sdpa", "flex": "use sdpa"}.items():
         assert main(fit_arguments("llada", prepared, tmp_path, f"--speed.attention={name}")) == 2
-        assert mend in capsys.readouterr().err.splitlines()[-1]
+        assert fix in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "test").exists()
 
 

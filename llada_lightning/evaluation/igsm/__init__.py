@@ -1,1 +1,0 @@
-"""Unseen mathematics: generated problems, solved by a model (LLaDA, Appendix B.8)."""

@@ -1,0 +1,41 @@
+"""The arguments that an object was made with."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+
+class KeepsArguments:
+    """A base class whose objects know the arguments of their constructor, defaults included.
+
+    Where a subclass hands its keywords on (``**kwargs``), those of the base class are known, too.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        made = super().__new__(cls)
+        object.__setattr__(made, "_arguments", _bound(cls, args, kwargs))
+        return made
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments by their names."""
+        found: dict[str, Any] = object.__getattribute__(self, "_arguments")
+        return found
+
+
+def _bound(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+    try:
+        bound = signature.bind(None, *args, **kwargs)
+    except TypeError:  # the constructor is about to say what is wrong
+        return {}
+    bound.apply_defaults()
+    found: dict[str, Any] = {}
+    for name, parameter in list(signature.parameters.items())[1:]:
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            base = next(base for base in cls.__mro__[1:] if "__init__" in vars(base))
+            found = {**_bound(base, (), bound.arguments[name]), **found}
+        elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
+            found[name] = bound.arguments[name]
+    return found
