@@ -54,7 +54,7 @@ def test_one_file_goes_through_every_command(
     Path("base.yaml").write_text(yaml.safe_dump(base))
     shapes = [f"L1-d{width}-h2-kv1-ff{2 * width}" for width in (8, 16, 32)]
     plan = as_json(
-        capsys, "plan", "--objectives", "toy", "--flops", "4e7", "8e7", "--shapes", *shapes, "--data", prepared,
+        capsys, "plan", "--objectives", "toy", "--flops", "1e7", "2e7", "--shapes", *shapes, "--data", prepared,
         "--sequence-length", 16, "--batch", 4, "--lr", 0.01, "--base", "base.yaml", "--study", "s", "--out", "s.yaml",
     )  # fmt: skip
     assert {run["objective"] for run in plan["runs"]} == {"toy"}
@@ -62,7 +62,9 @@ def test_one_file_goes_through_every_command(
     assert share == pytest.approx(0.3)
     assert all(f"{TOY}.ToyModule" in config for config in read_configs("s.yaml"))
 
-    assert main(["sweep", "run", "s.yaml", "--jobs", "2"]) == 0  # the fits are processes of their own
+    for index in range(2):
+        assert main(["sweep", "run", "s.yaml", "--index", str(index)]) == 0
+    assert main(["sweep", "run", "s.yaml"]) == 0  # the third fit is a process of its own
     as_json(capsys, "collect", "runs/s", "--out", "results.csv")
     fitted = not any(module.startswith("study.fits") for module in NOT_YET)
     assert main(["curves", "results.csv", "--out", "curves", "--samples", "100"]) == (0 if fitted else 2)
@@ -72,7 +74,7 @@ def test_one_file_goes_through_every_command(
     assert (first["objective"], first["val_kind"], first["status"]) == ("toy", "bound", "done")
     score = as_json(capsys, "score", run, "--pairs", pairs(tmp_path), "--samples", 16)
     assert (score["objective"], score["kind"]) == ("toy", "bound")
-    answer = as_json(capsys, "generate", run, "one plus", "--length", 4, "--steps", 2)
+    answer = as_json(capsys, "generate", run, "--prompt", "one plus", "--length", 4, "--steps", 2)
     assert answer["objective"] == "toy"
     assert main(["convert", str(run), "ours"]) == 0
     again = as_json(capsys, "score", "ours", "--pairs", pairs(tmp_path), "--samples", 16)
