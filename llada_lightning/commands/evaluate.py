@@ -18,6 +18,7 @@ from llada_lightning.commands.model_options import (
 from llada_lightning.data.manifest import loss_note
 from llada_lightning.evaluation.outcomes import Outcome, best_rows, outcome_table, row_table
 from llada_lightning.evaluation.suites import ABLATIONS, SUITES, Ablation, Benchmark, Suite, suite_named
+from llada_lightning.generation.sampling import only_left_to_right
 from llada_lightning.support.cluster import launched
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
@@ -93,7 +94,7 @@ def evaluate_parser() -> CommandParser:
     return parser
 
 
-def evaluate_command(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Runs ``llada evaluate`` with its arguments; returns the exit code.
 
     A checkpoint in a run's folder has its scores joined to that run's: `llada collect` gives them to the table.
@@ -207,9 +208,10 @@ def _named_tasks(options: Any) -> tuple[Benchmark, ...]:
 
 def _check_varied(ablation: Ablation, model: HarnessModel, loaded: list[Loaded]) -> None:
     """Whether the table asks something of this model and these tasks."""
-    if model.lm.causal:
+    if only_left_to_right(model.lm):
         raise UserError(
-            f"'{model.lm.name}' is an arm, which has no {ablation.question} to vary; give a llada checkpoint"
+            f"'{model.lm.name}' is an {model.lm.objective}, which has no {ablation.question} to vary; "
+            "give a llada checkpoint"
         )
     for each in loaded:
         generated = any(part.OUTPUT_TYPE == "generate_until" for part in each.parts)

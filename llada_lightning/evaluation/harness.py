@@ -23,7 +23,13 @@ from llada_lightning.evaluation.requests import encode_pair, encode_text, encode
 from llada_lightning.evaluation.rolling import document_log_likelihoods
 from llada_lightning.generation.prompts import conversation_ids
 from llada_lightning.generation.sampler import generate
-from llada_lightning.generation.sampling import OF_EVERY_STRATEGY, Generation, Sampling, default_length
+from llada_lightning.generation.sampling import (
+    OF_EVERY_STRATEGY,
+    Generation,
+    Sampling,
+    default_length,
+    only_left_to_right,
+)
 from llada_lightning.support.errors import UserError
 
 MONTE_CARLO = 128
@@ -207,7 +213,9 @@ class HarnessModel(LM):
         if task.get("do_sample"):
             settings |= {name: task[name] for name in ("top_k", "top_p") if task.get(name) is not None}
             settings["temperature"] = float(task.get("temperature") or 1.0)
-        settings |= {k: v for k, v in self.sampling.items() if not self.lm.causal or k in OF_EVERY_STRATEGY}
+        settings |= {
+            k: v for k, v in self.sampling.items() if not only_left_to_right(self.lm) or k in OF_EVERY_STRATEGY
+        }
         if answer_length is not None:
             settings["length"] = answer_length
         elif not task.get("truncate", True):
@@ -231,7 +239,7 @@ class HarnessModel(LM):
 
     def _remember(self, settings: Mapping[str, Any]) -> None:
         used = {name: value for name, value in settings.items() if name != "stop" and value is not None}
-        if not self.lm.causal and "threshold" not in used:
+        if not only_left_to_right(self.lm) and "threshold" not in used:
             used.setdefault("steps", used["length"])
         self.used.append(used)
 
@@ -242,12 +250,12 @@ class HarnessModel(LM):
 
     def _fills(self, request: Instance) -> bool:
         wanted = request.args[1].get("infill", False)
-        if wanted and self.lm.causal:
+        if wanted and only_left_to_right(self.lm):
             raise UserError(
-                f"task '{request.task_name}': '{self.lm.name}' is an arm, which sees nothing behind a gap; take a task "
-                "without infill"
+                f"task '{request.task_name}': '{self.lm.name}' is an {self.lm.objective}, which sees nothing behind a gap; "
+                "take a task without infill"
             )
-        return (wanted or self.infill) and not self.lm.causal and "suffix" in request.doc
+        return (wanted or self.infill) and not only_left_to_right(self.lm) and "suffix" in request.doc
 
     def _filled(self, requests: Sequence[Instance]) -> Iterator[list[str]]:
         """What is between prompt and suffix, a batch at a time."""
@@ -270,7 +278,7 @@ class HarnessModel(LM):
         A Llama that is given nothing begins with its BOS.
         """
         prefix = list(self.lm.text_prefix_ids)
-        if not prompt and self.lm.causal and self.lm.start_token_id is None:
+        if not prompt and only_left_to_right(self.lm) and self.lm.start_token_id is None:
             return (prefix or [self.lm.eos_token_id])[:1]
         excess = len(prompt) + length - self.lm.context_length
         if excess <= 0:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from llada_lightning.data.text_files import REFUSED_BESIDE_PROMPTS, UnreadFields
+from llada_lightning.generation.sampling import only_left_to_right
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded
 from llada_lightning.support.printing import shortened
@@ -50,8 +51,10 @@ def prompt_ids(
     Raises:
         UserError: an id is outside of the vocabulary, or [MASK] is where it must not be.
     """
-    if infill and lm.causal:
-        raise UserError(f"infill: '{lm.name}' is an arm, which cannot see what stands behind a gap; leave it out")
+    if infill and only_left_to_right(lm):
+        raise UserError(
+            f"infill: '{lm.name}' is an {lm.objective}, which cannot see what stands behind a gap; leave it out"
+        )
     import torch
 
     if isinstance(prompts, np.ndarray):
@@ -129,7 +132,7 @@ def _check(lm: LanguageModel, row: list[int], number: int, infill: bool) -> None
             f"prompt {number}: holds [MASK] (id {lm.mask_token_id}) {gaps} times; fill such gaps with infill, or take "
             "it out"
         )
-    if lm.causal and not row and lm.start_token_id is None:
+    if only_left_to_right(lm) and not row and lm.start_token_id is None:
         raise UserError(
             f"prompt {number}: an empty one gives '{lm.name}' nothing to begin with; give at least one token"
         )

@@ -2,7 +2,8 @@
 
 A rule is one function and one row of :data:`RULES`. Either it says how sure the model is of a prediction, and the
 surest stay; or it chooses the positions before anything is predicted, and only these are predicted. A rule of yours
-joins the table by :func:`register`; then `--remasking` and `Sampling(remasking=...)` know its name::
+joins the table by :func:`register`, in a module that LLADA_PLUGINS names or your script imports; then `--remasking` and
+`Sampling(remasking=...)` know its name::
 
     def left_to_right(state: State) -> Tensor:
         return state.candidates_RK & (state.candidates_RK.cumsum(1) <= state.counts_R[:, None])

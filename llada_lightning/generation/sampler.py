@@ -15,7 +15,14 @@ from llada_lightning.generation.canvas import Canvas
 from llada_lightning.generation.diffusion import Denoiser, ReleasedDenoiser, denoise
 from llada_lightning.generation.predictor import Noise, NoiseByPrompt, ReleasedNoise, predict_tokens
 from llada_lightning.generation.prompts import Prompts, as_batches, check_context, prompt_ids
-from llada_lightning.generation.sampling import Finish, Generation, Observer, Sampling, default_length
+from llada_lightning.generation.sampling import (
+    Finish,
+    Generation,
+    Observer,
+    Sampling,
+    default_length,
+    only_left_to_right,
+)
 from llada_lightning.model.attention import KeyValueCache
 from llada_lightning.support.errors import UserError
 
@@ -110,7 +117,7 @@ def _batch(
         if on_step is not None:
             on_step(canvas.snapshot(step, settings.most_steps, start))
 
-    if lm.causal:
+    if only_left_to_right(lm):
         return write(lm, canvas, settings, noise, show), canvas
     kind = Denoiser if settings.compat is None else ReleasedDenoiser
     return denoise(kind(lm, canvas, settings, noise), show), canvas

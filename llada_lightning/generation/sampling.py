@@ -24,9 +24,9 @@ OF_EVERY_STRATEGY = frozenset({"length", "temperature", "top_k", "top_p", "stop"
 """The settings that mean something from left to right, too. The others are those of masked diffusion."""
 
 
-def strategies_of(lm: LanguageModel) -> tuple[Strategy, ...]:
-    """The strategies by which a model can be sampled, its default first."""
-    return ("autoregressive",) if lm.causal else get_args(Strategy)
+def only_left_to_right(lm: LanguageModel) -> bool:
+    """Whether a model can only write one token after the other: its objective has no masks to denoise."""
+    return not lm.facts.masks
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Sampling:
 
     def strategy_for(self, lm: LanguageModel) -> Strategy:
         """The strategy that is given, or else the default of a model."""
-        return self.strategy or strategies_of(lm)[0]
+        return self.strategy or ("autoregressive" if only_left_to_right(lm) else "diffusion")
 
     def resolved(self, lm: LanguageModel) -> Sampling:
         """The settings as they run, checked: what was given, and what follows from it and the model.
@@ -190,7 +190,7 @@ class Sampling:
             )
         if steps is None and not self.infill and self.threshold is None:
             steps = self.length
-        cache = self.cache or ("kv" if lm.causal else "none")
+        cache = self.cache or ("kv" if only_left_to_right(lm) else "none")
         settings = replace(self, strategy=strategy, block_length=block_length, steps=steps, cache=cache)
         settings._check_stop(lm)
         settings._check_model(lm)
@@ -216,10 +216,10 @@ class Sampling:
 
     def _check_model(self, lm: LanguageModel) -> None:
         """Refuses what the samplers of a model do not have."""
-        if lm.causal:
+        if only_left_to_right(lm):
             self._refuse(
                 f"'{lm.name}' is an {lm.objective}, which writes one token after the other",
-                strategy=self.strategy not in strategies_of(lm),
+                strategy=self.strategy != "autoregressive",
                 infill=self.infill,
                 cfg_scale=self.cfg_scale > 0,
                 threshold=self.threshold is not None,
