@@ -27,14 +27,18 @@ if TYPE_CHECKING:  # pandas takes half a second to import, which a run needs at 
     import pandas as pd
 
 RESULT_COLUMNS = (
-    "run", "objective", "shape", "params_total", "params_nonembedding", "tokens", "unique_tokens", "epochs", "steps",
-    "global_batch_tokens", "sequence_length", "flops_6nd", "flops_attention", "flops_head", "flops_total", "lr",
-    "schedule", "warmup_steps", "decay_steps", "seed", "parent_checkpoint", "data_fingerprint", "tokenizer",
+    "run", "objective", "variant", "shape", "params_total", "params_nonembedding", "tokens", "unique_tokens", "epochs",
+    "steps", "global_batch_tokens", "sequence_length", "flops_6nd", "flops_attention", "flops_head", "flops_total",
+    "lr", "schedule", "warmup_steps", "decay_steps", "seed", "parent_checkpoint", "data_fingerprint", "tokenizer",
     "vocab_size", "val_nats_per_token", "val_stderr", "val_kind", "val_bits_per_byte", "tokens_per_second", "mfu",
     "device", "precision", "wall_seconds", "versions", "git_commit", "status",
 )  # fmt: skip
 """Keys of a record and columns of the table. FLOPs are those of training, losses of validation in nats per token;
-``val_stderr`` is one standard error of ``val_nats_per_token``; ``val_kind`` is ``exact`` or ``bound``."""
+``val_stderr`` is one standard error of ``val_nats_per_token``; ``val_kind`` is ``exact`` or ``bound``; ``variant``
+lists the settings of objective and optimizer that are not at their defaults, and is missing where all of them are."""
+
+LATER_COLUMNS = frozenset({"variant"})
+"""Columns that older records and tables lack. A missing value means the default."""
 
 
 RESULT_FILE = "result.json"
@@ -50,17 +54,18 @@ def write_records(folder: Path | str, records: Sequence[dict[str, Any]]) -> Path
 
     Args:
         folder: the run's folder; made if it is not there.
-        records: one record for each budget reached, each with exactly the keys ``RESULT_COLUMNS``.
+        records: One record for each budget reached, each with the keys ``RESULT_COLUMNS``. Older records may lack
+            ``LATER_COLUMNS``.
 
     Raises:
         ValueError: a record lacks a key or has a foreign one (a fault of the program, not of its user).
     """
     for record in records:
-        wrong = sorted(set(record) ^ set(RESULT_COLUMNS))
+        wrong = sorted((set(record) ^ set(RESULT_COLUMNS)) - LATER_COLUMNS)
         if wrong:
             raise ValueError(f"a result record has missing or foreign keys: {wrong}")
     path = Path(folder) / RESULT_FILE
-    write_json(path, [{column: record[column] for column in RESULT_COLUMNS} for record in records])
+    write_json(path, [{column: record.get(column) for column in RESULT_COLUMNS} for record in records])
     return path
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, CONVENTIONS, Convention
+from llada_lightning.objectives import REFERENCE
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, write_json
@@ -22,10 +23,11 @@ PUBLISHED = "published"
 
 
 def main(argv: list[str]) -> int:
-    """``llada curves results.csv --out DIR``: a results table -> ``fits.json``, figures, and what they say.
+    """``llada curves results.csv --out DIR``: a results table -> ``fits.json``, figures, and printed tables.
 
     Raises:
-        UserError: the table cannot be read, or holds no usable run, or losses that cannot be compared.
+        UserError: The table cannot be read, or holds no usable run, no run of the reference, or losses that cannot be
+            compared.
     """
     parser = CommandParser(prog="llada curves", description="Fit and draw loss against training FLOPs.")
     parser.add_argument(
@@ -42,6 +44,13 @@ def main(argv: list[str]) -> int:
         help="FLOPs that are drawn and printed: 6ND, or with attention and head; fits.json holds both",
     )
     parser.add_argument(
+        "--reference",
+        type=str,
+        metavar="OBJECTIVE",
+        help=f"objective that compute multipliers divide by (default: {REFERENCE}); with its variant in brackets "
+        "where the results hold several",
+    )
+    parser.add_argument(
         "--unit", choices=("nats_per_token", "bits_per_byte"), default="nats_per_token", help="unit of the loss"
     )
     parser.add_argument("--samples", type=int, default=4000, help="bootstrap draws")
@@ -56,7 +65,14 @@ def main(argv: list[str]) -> int:
     from llada_lightning.study.report import print_report
 
     table, covariance = _read(options.results)
-    fits = fit_table(table, unit=options.unit, samples=options.samples, seed=options.seed, covariance=covariance)
+    fits = fit_table(
+        table,
+        unit=options.unit,
+        samples=options.samples,
+        seed=options.seed,
+        covariance=covariance,
+        reference=options.reference,
+    )
     if options.convention not in fits.conventions:
         counted = " and ".join(fits.conventions)
         name = CONVENTION_NAMES[options.convention]
@@ -99,7 +115,9 @@ def _with_scores(table: pd.DataFrame) -> pd.DataFrame:
             scores[column] = pd.to_numeric(table[column]).astype(float)
         except (TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"results: {column} holds what is no number ({reason}); mend the table") from error
+            raise UserError(
+                f"results: {column} holds values that are no numbers ({reason}); correct the table"
+            ) from error
     return table.assign(**scores)
 
 

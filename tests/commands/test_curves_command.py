@@ -84,7 +84,7 @@ def test_a_method_whose_fit_is_rejected_is_marked_and_says_why(
     assert any(entry["extrapolated"] and entry["method"] == "envelope" for entry in entries)
     assert "† do not rely on it: a fit is rejected, or fails its held-out test" in table
     assert "†*" not in table
-    assert "- † compute multiplier, envelope, 6nd: arm's fit is rejected (p < 0.001)" in out
+    assert "- † compute multiplier of llada, envelope, 6nd: arm's fit is rejected (p < 0.001)" in out
     for entry in entries:  # not among the disagreements either
         if entry["method"] == "envelope" and entry["extrapolated"]:
             assert f"envelope {entry['multiplier']:.3g} (" not in out
@@ -224,7 +224,7 @@ def test_wrong_options_are_one_line(table: str, tmp_path: Path, options: list[st
         ("val_kind", None, "val_kind of arm is <NA>; it must be 'exact'"),
         ("val_stderr", -0.01, "val_stderr of arm-107k-3e.11 is negative"),
         ("val_nats_per_token", 3.0, "all 6 losses of arm are 3"),
-        ("task_piqa", "red", "task_piqa holds what is no number"),
+        ("task_piqa", "red", "task_piqa holds values that are no numbers"),
     ],
 )
 def test_a_table_that_no_fit_can_read_is_one_line(tmp_path: Path, column: str, value: object, words: str) -> None:
