@@ -12,12 +12,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from test_pairs_file import letters, written
 from tokenizers import Tokenizer, normalizers
 
 from helpers.small_checkpoints import tokenizer_folder
 from helpers.small_checkpoints import written as stored
 from helpers.small_models import ids, random_model
+from helpers.small_tokenizers import letters, written
 from llada_lightning.checkpoints.language_model import load_model
 from llada_lightning.commands.main import main
 from llada_lightning.evaluation.likelihood import log_likelihood
