@@ -16,14 +16,15 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import is_there, write_json, written_atomically
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import FormatError, read_json, read_text, read_yaml
+
+if TYPE_CHECKING:  # pandas takes half a second to import, which a run needs at its end only
+    import pandas as pd
 
 RESULT_COLUMNS = (
     "run", "objective", "variant", "shape", "params_total", "params_nonembedding", "tokens", "unique_tokens", "epochs",
@@ -133,6 +134,8 @@ def write_validation(folder: Path | str, steps: int, documents: Sequence[tuple[i
         steps: The number of optimizer steps of the validated weights.
         documents: (document, its sequences, their mean in nats per token) of every validation document.
     """
+    import pandas as pd
+
     path = Path(folder) / VALIDATION_FILE
     table = pd.DataFrame([(steps, *row) for row in documents], columns=list(VALIDATION_COLUMNS))
     with suppress(UserError):  # a damaged file must not cost a finished run its result
@@ -165,6 +168,8 @@ def read_typed_csv(path: Path, types: Mapping[str, Any], fix: str) -> pd.DataFra
     Raises:
         UserError: there is no such file, or it is damaged.
     """
+    import pandas as pd
+
     try:
         text = read_text(path)
         with warnings.catch_warnings():
@@ -197,6 +202,8 @@ def write_evaluations(folder: Path | str, rows: Sequence[dict[str, Any]]) -> Pat
     Raises:
         UserError: the file that is there is damaged.
     """
+    import pandas as pd
+
     path = Path(folder) / EVALUATIONS_FILE
     table = pd.DataFrame(rows, columns=list(EVALUATION_COLUMNS))
     if is_there(path):
@@ -213,6 +220,8 @@ def read_evaluations(folder: Path | str) -> pd.DataFrame:
     Raises:
         UserError: the file is damaged.
     """
+    import pandas as pd
+
     path = Path(folder) / EVALUATIONS_FILE
     if not is_there(path):
         return pd.DataFrame(columns=list(EVALUATION_COLUMNS))

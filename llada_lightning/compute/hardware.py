@@ -19,13 +19,15 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-import pandas as pd
+from statistics import median
+from typing import TYPE_CHECKING, Literal
 
 from llada_lightning.compute.flops import MAX_BATCH
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.support.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PEAK_FLOPS_BF16: dict[str, float] = {
     "H200": 989e12,
@@ -200,6 +202,8 @@ class MeasuredRate:
 
 def measured_rates(results: pd.DataFrame) -> tuple[MeasuredRate, ...]:
     """The rates of a results table's runs (``records``), those without a throughput or a size left out."""
+    import pandas as pd
+
     rates = []
     for row in results.to_dict("records"):
         devices = re.match(r"(\d+) x ", str(row["device"]))
@@ -277,7 +281,7 @@ class Machine:
             own = [rate for rate in self.measured if rate.objective == objective]
             distances = [abs(math.log(rate.params_nonembedding / params_nonembedding)) for rate in own]
             nearest = [rate for rate, far in zip(own, distances, strict=True) if far == min(distances)]
-            return float(pd.Series([rate.flops_per_second for rate in nearest]).median())
+            return median(rate.flops_per_second for rate in nearest)
         return None if self.peak is None or self.mfu is None else self.peak * self.mfu
 
     def memory_of(self, shape: Shape, vocab_size: int, sequence_length: int, micro_batch: int) -> float:
