@@ -16,8 +16,8 @@ from llada_lightning.data.datasets import TrainingBatch, scored_positions
 from llada_lightning.objectives.forward_process import mask_probability, mask_ratio, random_mask
 from llada_lightning.support.errors import UserError
 from llada_lightning.training import ArmModule, LladaModule
+from llada_lightning.training.callbacks.profile import milliseconds, stopwatch
 from llada_lightning.training.modules import LanguageModule
-from llada_lightning.training.phase_clock import milliseconds, stopwatch
 from llada_lightning.training.speed import Speed, resolve_speed
 from released_loop import released_arm_loss, released_llada_loss
 

@@ -1,7 +1,7 @@
-"""From what a user wrote to a fully resolved configuration: lengths, rates, vocabulary, precision, name.
+"""From the configuration that a user wrote to a resolved one: vocabulary, precision, batch, steps, schedule, name.
 
-Everything that follows from other settings is computed here, before anything is built, and stands in the run's
-config.yaml. A value given by hand that disagrees with what follows is refused, never overruled in silence.
+The parser's namespaces are translated here into what ``run.resolve`` takes, and its answer is written back, so that the
+run's config.yaml holds it. A value that the user gave and that disagrees is refused, never replaced in silence.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def resolve_data(config: Namespace) -> LanguageDataModule:
     """Fill in, in place, what follows from the data and the device: seeds, vocabulary, precision.
 
     Args:
-        config: of `fit`, `validate`, `test` or `predict`, as parsed.
+        config: The parsed configuration of `fit`, `validate`, `test` or `predict`.
 
     Returns:
         A data module that knows its manifests, checked.
@@ -284,9 +284,9 @@ def identity(config: Namespace, data: LanguageDataModule, schedule: WSD | None =
     """What makes a run this run: its resolved settings without paths and without the machine's.
 
     Args:
-        config: resolved.
-        data: what it trains on.
-        schedule: of one budget of several; the configuration's own by default.
+        config: The resolved configuration.
+        data: The data module.
+        schedule: The schedule of one budget of several; None: the one of the configuration.
     """
     plain, model = _plain(config), module_class(config)
     if schedule is not None:

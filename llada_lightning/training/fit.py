@@ -1,7 +1,4 @@
-"""`llada fit | validate | test | predict`: LightningCLI with one line for an error and a resolved configuration.
-
-The parser of Lightning's verbs, in our manners.
-"""
+"""`llada fit`, `validate`, `test` and `predict`: a LightningCLI that resolves its configuration before building."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ from llada_lightning.data.manifest import loss_note
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.identity import check_identity, model_identity
 from llada_lightning.records import read_records, write_records, write_validation
-from llada_lightning.settings import Budget, Guard, Profile, Run, Wandb, check_seed
+from llada_lightning.settings import Budget, Guard, Place, Profile, Wandb, check_seed
 from llada_lightning.support.cluster import agreed_launch
 from llada_lightning.support.command_line import one_line, refuse_unusable
 from llada_lightning.support.errors import UserError
@@ -40,7 +37,6 @@ from llada_lightning.support.secrets import refuse_secrets
 from llada_lightning.support.signals import LeaveRequest, leaving_at_a_steps_end, say
 from llada_lightning.support.trusted import trust_known_modules
 from llada_lightning.training.callbacks.accounting import Accounting
-from llada_lightning.training.callbacks.bad_numbers import BadNumbers, DivergedError
 from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, CheckpointPlan, StepCheckpoints
 from llada_lightning.training.callbacks.leaving import LeaveTogether
 from llada_lightning.training.callbacks.loggers import MetricsCSV, check_wandb, wandb_logger
@@ -49,7 +45,7 @@ from llada_lightning.training.callbacks.profile import profiling
 from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
 from llada_lightning.training.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.training.devices import check_devices
-from llada_lightning.training.guard import UpdateGuard
+from llada_lightning.training.guard import BadNumbers, DivergedError, UpdateGuard
 from llada_lightning.training.memory import MemoryAdvice
 from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.parallel import check_parallel, launched_settings, leads_its_group, replicas, saves_shards
@@ -85,8 +81,8 @@ class LladaCLI(LightningCLI):
     """Adds budget, run folder and W&B; resolves the configuration before anything is built.
 
     Args:
-        args: the command line from the subcommand on.
-        execute: build and run, or only resolve (``settings`` then holds the outcome).
+        args: The command line from the subcommand on.
+        execute: Whether to build and run. If not, the configuration is resolved and is in ``settings``.
     """
 
     def __init__(self, args: list[str], execute: bool = True) -> None:
@@ -111,7 +107,7 @@ class LladaCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--budget", type=Budget, default=Budget(), help="What the run may spend.")
         parser.add_argument("--rules", type=Rules, default=Rules(), help="Which rules give what is not set.")
-        parser.add_argument("--run", type=Run, default=Run(), help="Where the run lives.")
+        parser.add_argument("--run", type=Place, default=Place(), help="Where the run lives.")
         parser.add_argument("--speed", type=Speed, default=Speed(), help="How the same is computed faster.")
         parser.add_argument("--guard", type=Guard, default=Guard(), help="What to do about bad numbers.")
         parser.add_argument("--profile", type=Profile, default=Profile(), help="Where a step's time goes.")
@@ -144,7 +140,7 @@ class LladaCLI(LightningCLI):
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Run(**vars(self.settings.run)).folder
+        return Place(**vars(self.settings.run)).folder
 
     def before_instantiate_classes(self) -> None:
         trainer = self.settings.trainer
