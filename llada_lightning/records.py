@@ -16,24 +16,29 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import is_there, write_json, written_atomically
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import FormatError, read_json, read_text, read_yaml
 
+if TYPE_CHECKING:  # pandas takes half a second to import, which a run needs at its end only
+    import pandas as pd
+
 RESULT_COLUMNS = (
-    "run", "objective", "shape", "params_total", "params_nonembedding", "tokens", "unique_tokens", "epochs", "steps",
-    "global_batch_tokens", "sequence_length", "flops_6nd", "flops_attention", "flops_head", "flops_total", "lr",
-    "schedule", "warmup_steps", "decay_steps", "seed", "parent_checkpoint", "data_fingerprint", "tokenizer",
+    "run", "objective", "variant", "shape", "params_total", "params_nonembedding", "tokens", "unique_tokens", "epochs",
+    "steps", "global_batch_tokens", "sequence_length", "flops_6nd", "flops_attention", "flops_head", "flops_total",
+    "lr", "schedule", "warmup_steps", "decay_steps", "seed", "parent_checkpoint", "data_fingerprint", "tokenizer",
     "vocab_size", "val_nats_per_token", "val_stderr", "val_kind", "val_bits_per_byte", "tokens_per_second", "mfu",
     "device", "precision", "wall_seconds", "versions", "git_commit", "status",
 )  # fmt: skip
 """Keys of a record and columns of the table. FLOPs are those of training, losses of validation in nats per token;
-``val_stderr`` is one standard error of ``val_nats_per_token``; ``val_kind`` is ``exact`` or ``bound``."""
+``val_stderr`` is one standard error of ``val_nats_per_token``; ``val_kind`` is ``exact`` or ``bound``; ``variant``
+lists the settings of objective and optimizer that are not at their defaults, and is missing where all of them are."""
+
+LATER_COLUMNS = frozenset({"variant"})
+"""Columns that older records and tables lack. A missing value means the default."""
 
 
 RESULT_FILE = "result.json"
@@ -49,17 +54,18 @@ def write_records(folder: Path | str, records: Sequence[dict[str, Any]]) -> Path
 
     Args:
         folder: the run's folder; made if it is not there.
-        records: one record for each budget reached, each with exactly the keys ``RESULT_COLUMNS``.
+        records: One record for each budget reached, each with the keys ``RESULT_COLUMNS``. Older records may lack
+            ``LATER_COLUMNS``.
 
     Raises:
         ValueError: a record lacks a key or has a foreign one (a fault of the program, not of its user).
     """
     for record in records:
-        wrong = sorted(set(record) ^ set(RESULT_COLUMNS))
+        wrong = sorted((set(record) ^ set(RESULT_COLUMNS)) - LATER_COLUMNS)
         if wrong:
             raise ValueError(f"a result record has missing or foreign keys: {wrong}")
     path = Path(folder) / RESULT_FILE
-    write_json(path, [{column: record[column] for column in RESULT_COLUMNS} for record in records])
+    write_json(path, [{column: record.get(column) for column in RESULT_COLUMNS} for record in records])
     return path
 
 
@@ -128,6 +134,8 @@ def write_validation(folder: Path | str, steps: int, documents: Sequence[tuple[i
         steps: optimizer steps of the validated weights.
         documents: (document, its sequences, their mean in nats per token) of every validation document.
     """
+    import pandas as pd
+
     path = Path(folder) / VALIDATION_FILE
     table = pd.DataFrame([(steps, *row) for row in documents], columns=list(VALIDATION_COLUMNS))
     with suppress(UserError):  # a damaged file must not cost a finished run its result
@@ -160,6 +168,8 @@ def read_typed_csv(path: Path, types: Mapping[str, Any], fix: str) -> pd.DataFra
     Raises:
         UserError: there is no such file, or it is damaged.
     """
+    import pandas as pd
+
     try:
         text = read_text(path)
         with warnings.catch_warnings():
@@ -192,6 +202,8 @@ def write_evaluations(folder: Path | str, rows: Sequence[dict[str, Any]]) -> Pat
     Raises:
         UserError: the file that is there is damaged.
     """
+    import pandas as pd
+
     path = Path(folder) / EVALUATIONS_FILE
     table = pd.DataFrame(rows, columns=list(EVALUATION_COLUMNS))
     if is_there(path):
@@ -208,6 +220,8 @@ def read_evaluations(folder: Path | str) -> pd.DataFrame:
     Raises:
         UserError: the file is damaged.
     """
+    import pandas as pd
+
     path = Path(folder) / EVALUATIONS_FILE
     if not is_there(path):
         return pd.DataFrame(columns=list(EVALUATION_COLUMNS))

@@ -41,7 +41,7 @@ def chat_parser() -> CommandParser:
     return parser
 
 
-def chat_command(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Runs ``llada chat`` with its arguments until its input ends; returns the exit code.
 
     Answers go to stdout; what is said about them to stderr.

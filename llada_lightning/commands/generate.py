@@ -62,7 +62,7 @@ def generate_parser() -> CommandParser:
     return parser
 
 
-def generate_command(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Runs ``llada generate`` with its arguments; returns the exit code.
 
     Answers go to stdout; the line of facts, which is no part of them, to stderr.

@@ -80,7 +80,7 @@ def score_parser() -> CommandParser:
     return parser
 
 
-def score_command(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Runs ``llada score`` with its arguments; returns the exit code.
 
     Raises:

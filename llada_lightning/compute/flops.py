@@ -69,11 +69,11 @@ def flops_per_token(
     """Training FLOPs of one token.
 
     Args:
-        shape: the Transformer's dimensions.
-        vocab_size: width of the output head.
-        sequence_length: keys that a token attends to (before the causal half).
+        shape: The dimensions of the Transformer.
+        vocab_size: The width of the output head.
+        sequence_length: The number of keys that a token attends to, before the causal half.
         objective: ``arm`` attends causally, ``llada`` to everything.
-        logit_share: share of the positions whose logits are computed.
+        logit_share: The share of the positions whose logits are computed.
     """
     return TrainingFlops(
         flops_6nd=flops_6nd(shape.params_nonembedding, 1),
@@ -116,10 +116,10 @@ def steps_for_budget(
     """The number of steps whose FLOPs come nearest to the budget.
 
     Args:
-        flops: training FLOPs to spend, counted by ``convention``.
-        per_token: FLOPs of one token.
-        tokens_per_step: (expected) tokens of one global batch.
-        convention: which FLOPs the budget counts.
+        flops: The training FLOPs to spend, counted by ``convention``.
+        per_token: The training FLOPs of one token.
+        tokens_per_step: The expected number of tokens of one global batch.
+        convention: Which FLOPs the budget counts.
         name: The name of the setting, for messages.
         who: The objective and the shape, for messages.
 

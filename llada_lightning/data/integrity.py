@@ -50,14 +50,27 @@ class Verification:
     """What reading all of a prepared folder has found.
 
     Args:
-        manifest: of the folder.
-        files: files that belong to it.
-        damaged: those of them that are not as they were written, in the order of the manifest.
+        manifest: The manifest of the folder.
+        files: The number of files that belong to it.
+        damaged: The files that are not as they were written, in the order of the manifest.
     """
 
     manifest: Manifest
     files: int
     damaged: tuple[Damage, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same in plain values, as ``llada prepare --verify DIR --json`` prints them."""
+        splits = self.manifest.splits
+        return {
+            "whole": not self.damaged,
+            "fingerprint": self.manifest.fingerprint,
+            "files": self.files,
+            "bytes": sum(shard.size for split in splits.values() for shard in split.shards),
+            "documents": {name: split.documents for name, split in splits.items()},
+            "tokens": {name: split.tokens for name, split in splits.items()},
+            "damaged": [{"file": damage.file, "problem": damage.problem} for damage in self.damaged],
+        }
 
 
 def check_shards(folder: str | os.PathLike[str], manifest: Manifest) -> None:
@@ -80,9 +93,7 @@ def check_shards(folder: str | os.PathLike[str], manifest: Manifest) -> None:
 def _quick_damages(root: str, manifest: Manifest) -> Iterator[Damage]:
     yield from _text_damages(root, TOKENIZER_NAME, partial(tokenizer_problem, info=manifest.tokenizer))
     for name, split in manifest.splits.items():
-        yield from _text_damages(
-            root, f"{name}/{INDEX_NAME}", partial(index_problem, split=split, dtype=manifest.dtype)
-        )
+        yield from _index_damages(root, name, split, manifest.dtype)
         for shard in split.shards:
             try:
                 size = os.stat(os.path.join(root, shard.file)).st_size
@@ -180,9 +191,7 @@ def verify(folder: str | os.PathLike[str], read: Callable[[int], Any] = lambda _
 def _damages(folder: str, manifest: Manifest, read: Callable[[int], Any]) -> Iterator[Damage]:
     yield from _text_damages(folder, TOKENIZER_NAME, partial(tokenizer_problem, info=manifest.tokenizer))
     for name, split in manifest.splits.items():
-        yield from _text_damages(
-            folder, f"{name}/{INDEX_NAME}", partial(index_problem, split=split, dtype=manifest.dtype)
-        )
+        yield from _index_damages(folder, name, split, manifest.dtype)
         documents, whole = 0, True
         for shard in split.shards:
             try:

@@ -1,4 +1,4 @@
-"""What a person sees of ``llada prepare``: a live line on a terminal, else one line at the end, on stderr."""
+"""What a person sees of ``llada prepare``: on stderr a live line, or one line at the end; on stdout a table."""
 
 from __future__ import annotations
 
@@ -8,8 +8,20 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
 
+from llada_lightning.data.integrity import Verification, verify
+from llada_lightning.data.manifest import Manifest, read_manifest
 from llada_lightning.support.printing import people_console
 
 _SECONDS_BETWEEN_UPDATES = 0.2
@@ -114,3 +126,61 @@ class PrepareProgress:
             f"{self._documents:,} documents, {self._tokens:,} tokens, {decimal(self._bytes)} "
             f"({rate / 1e6:.2f}M tokens/s)"
         )
+
+
+def verify_with_progress(folder: str, *, quiet: bool) -> Verification:
+    """Verify a prepared folder, with a bar on stderr where that is a terminal."""
+    console = people_console(stderr=True)
+    columns = (
+        TextColumn("verifying"),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    splits = read_manifest(folder).splits.values()
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("", total=sum(shard.size for split in splits for shard in split.shards))
+        return verify(folder, lambda size: bar.advance(task, size))
+
+
+def prepared_table(manifest: Manifest, out: str) -> Table:
+    """The counts of a prepared folder, split by split."""
+    info = manifest.tokenizer
+    table = Table(
+        title=out,
+        caption=f"vocabulary {info.vocab_size:,}, mask {info.mask_token} = {info.mask_id}, end of text "
+        f"{info.eos_token} = {info.eos_id}; data fingerprint {manifest.fingerprint[:16]}",
+        caption_justify="left",
+    )
+    table.add_column("split")
+    for name in ("documents", "tokens", "bytes", "bytes lost", "bytes/token", "shards"):
+        table.add_column(name, justify="right")
+    for name, split in manifest.splits.items():
+        lost = "" if split.lost_bytes is None else f"{split.lost_bytes:,}"
+        counts = (f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", lost)
+        table.add_row(name, *counts, f"{split.bytes_per_token:.3f}", f"{len(split.shards):,}")
+    return table
+
+
+def verification_table(folder: str, found: Verification) -> Table:
+    """The damaged files, or else what is whole."""
+    state = f"{len(found.damaged)} of {found.files} files are damaged" if found.damaged else "whole"
+    table = Table(
+        title=f"{folder}: {state}",
+        caption=f"{found.files} files; data fingerprint {found.manifest.fingerprint[:16]}",
+        caption_justify="left",
+    )
+    if found.damaged:
+        table.add_column("file", overflow="fold")
+        table.add_column("problem", overflow="fold")
+        for damage in found.damaged:
+            table.add_row(damage.file, damage.problem)
+        return table
+    table.add_column("split")
+    for name in ("documents", "tokens", "bytes of shards", "shards"):
+        table.add_column(name, justify="right")
+    for name, split in found.manifest.splits.items():
+        size = sum(shard.size for shard in split.shards)
+        table.add_row(name, f"{split.documents:,}", f"{split.tokens:,}", f"{size:,}", f"{len(split.shards):,}")
+    return table

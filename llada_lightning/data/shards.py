@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from litdata import StreamingDataset, TokensLoader
 from torch import Tensor
 
 from llada_lightning.data.integrity import INDEX_NAME, index_problem
@@ -40,6 +39,8 @@ class ShardReader:
     """
 
     def __init__(self, folder: str, split: str, manifest: Manifest, sequence_length: int) -> None:
+        from litdata import StreamingDataset, TokensLoader  # with clients of object stores: help needs none of it
+
         self.folder = folder
         self._split, self._dtype = manifest.splits[split], manifest.dtype
         self._ends = list(accumulate(shard.tokens // sequence_length for shard in self._split.shards))

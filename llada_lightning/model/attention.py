@@ -93,7 +93,7 @@ class Attention(nn.Module):
     """Grouped-query attention.
 
     Attributes:
-        kernel: the back end's; ``Transformer.attend_with`` sets it.
+        kernel: The kernel of the back end; ``Transformer.attend_with`` sets it.
     """
 
     def __init__(self, shape: Shape, layer: int) -> None:
@@ -141,12 +141,12 @@ def check_backend(
     Torch's choice is asked for; `flash` is tried on a small input.
 
     Args:
-        name: as the user gave it.
-        device: where the model lies.
-        training: whether gradients are wanted.
-        head_dim: dimensions of a head.
-        dtype: of queries, keys and values: bf16 under `bf16-mixed`.
-        grouped: whether several query heads share keys and values.
+        name: The name that the user gave.
+        device: The device of the model.
+        training: Whether gradients are wanted.
+        head_dim: The number of dimensions of a head.
+        dtype: The type of queries, keys and values: bf16 under `bf16-mixed`.
+        grouped: Whether several query heads share keys and values.
 
     Raises:
         UserError: there is no such back end, it is not installed, or it does not fit.
@@ -278,7 +278,7 @@ class KeyValueCache:
     a prefix cache writes itself and all that follows, again and again; with a dual cache only itself.
 
     Args:
-        capacity: positions to make room for.
+        capacity: The number of positions that fit into it.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -308,7 +308,7 @@ class KeyValueCache:
         return keys[:, :, :held], values[:, :, :held]
 
     def advance(self, length: int) -> None:
-        """The tokens of the last pass are there to stay; the next ones stand behind them."""
+        """Keep the tokens of the last pass; the next ones follow them."""
         self.position += length
         self.held = max(self.held, self.position)
 

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llada_lightning.records import RESULT_COLUMNS
+from llada_lightning.records import LATER_COLUMNS, RESULT_COLUMNS
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import is_there, require_replaceable, written_atomically
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import read_text
 
 TEXT_COLUMNS = frozenset({
-    "run", "objective", "shape", "schedule", "parent_checkpoint", "data_fingerprint", "tokenizer", "val_kind", "device",
-    "precision", "versions", "git_commit", "status",
+    "run", "objective", "variant", "shape", "schedule", "parent_checkpoint", "data_fingerprint", "tokenizer",
+    "val_kind", "device", "precision", "versions", "git_commit", "status",
 })  # fmt: skip
 
 
@@ -93,6 +93,7 @@ def read_results(path: Path | str) -> pd.DataFrame:
 
     Returns:
         The columns ``RESULT_COLUMNS`` with their types (text, ``Int64``, ``float64``), then any others as they are.
+        Columns of ``LATER_COLUMNS`` that an older table lacks are there without values.
 
     Raises:
         UserError: there is no such file, it has no rows, a column is missing, or a value is not of its column's type.
@@ -102,6 +103,7 @@ def read_results(path: Path | str) -> pd.DataFrame:
     if not is_there(path):
         raise UserError(f"'{shortened(path)}': no such file; `llada collect` writes one from run folders")
     table, places = _read_csv(path) if path.suffix == ".csv" else _read_parquet(path)
+    table = table.assign(**{column: None for column in LATER_COLUMNS if column not in table.columns})
     missing = [column for column in RESULT_COLUMNS if column not in table.columns]
     if missing:
         raise UserError(f"{path}: columns missing: {', '.join(missing)}; `llada collect` writes all of them")

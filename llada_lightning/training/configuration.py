@@ -277,7 +277,7 @@ _DATA_TOKENS = ("mask_token", "eos_token", "vocab_size", "text_prefix_ids")
 """What is read of the data's tokenizer: it is in the fingerprints of the tokenizer and of the data."""
 _DATA_OPTIONS = {"document_mask": False, "train_tokens": None}
 _MODEL_OPTIONS = {"norm_eps": NORM_EPS, "text_prefix_ids": None}
-"""Options that came later: at its default none stands in an identity, so that older runs keep theirs."""
+"""Options that came later. At its default, none is in an identity, so that older runs keep theirs."""
 
 
 def identity(config: Namespace, data: LanguageDataModule, schedule: WSD | None = None) -> dict[str, Any]:

@@ -292,7 +292,7 @@ class LladaCLI(LightningCLI):
         if phase is not self.phases[0]:
             self._enter(phase)
             self.instantiate_classes()
-        # W&B's steps only rise, and a branch's last steps lie beyond those with which the trunk goes on.
+        # W&B's steps only rise, and a branch's last steps are beyond those with which the trunk continues.
         own = [MetricsCSV(phase.folder), *_as_list(self.wandb if phase.folder == self.folder else None)]
         self.trainer.loggers = [*own, *self.trainer.loggers]
         start = phase.start()
@@ -303,7 +303,7 @@ class LladaCLI(LightningCLI):
         self._warn_of_lost_text()
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=start)
         if self.trainer.global_step < phase.last_step:
-            raise UserError(f"stopped at step {self.trainer.global_step}; the same command goes on from there")
+            raise UserError(f"stopped at step {self.trainer.global_step}; the same command resumes from there")
         if phase.run is None:
             return
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
@@ -357,7 +357,7 @@ class LladaCLI(LightningCLI):
         write_validation(self.folder, record["steps"], self.model.val_by_document)
         records = sorted([*read_records(self.folder), record], key=lambda known: int(known["steps"]))
         if self.wandb is not None:
-            # Of several budgets the largest one's figures stand in the summary, and all of them below one key.
+            # Of several budgets, the summary holds the figures of the largest one, and all of them below one key.
             everything = {"records": json.dumps(strict_json(records))} if len(self.phases) > 1 else {}
             self.wandb.update_summary({**records[-1], **everything})
         path = write_records(self.folder, records)  # last: from here on the budget counts as reached
@@ -389,10 +389,10 @@ class LladaCLI(LightningCLI):
             phase.check_start(never=self.settings.run.resume == "never")
             damaged |= phase.damaged()
         for checkpoint, found in damaged.items():
-            say(f"warning: {checkpoint} is damaged ({found}); the run goes on from before it")
+            say(f"warning: {checkpoint} is damaged ({found}); the run resumes from before it")
         given = self.settings.ckpt_path
         if given is not None and self.phases[0].foreign_parent is None:
-            say(f"--ckpt_path {given} is this run's own; it goes on from its last one (to go back, remove later ones)")
+            say(f"--ckpt_path {given} is this run's own; it resumes from its last one (to go back, remove later ones)")
 
     def _dump(self) -> str:
         """The resolved configuration as YAML."""

@@ -36,11 +36,11 @@ class Fault:
     """A step whose update was skipped, or reported.
 
     Attributes:
-        kind: the loss is not finite, the gradient is not, or the loss is a spike.
-        loss: nats per token.
-        grad_norm: before clipping.
-        zscore: of the loss; NaN where there is none.
-        skipped: the update was not made.
+        kind: Whether the loss is not finite, the gradient is not, or the loss is a spike.
+        loss: The loss in nats per token.
+        grad_norm: The norm of the gradient before clipping.
+        zscore: The distance of the loss from the median in robust standard deviations; NaN where there is none.
+        skipped: Whether the update was skipped.
     """
 
     step: int
@@ -58,8 +58,8 @@ class UpdateGuard:
     absolute deviation, scaled to a standard deviation.
 
     Args:
-        spikes: skip the update of a spike, report it, or do not look.
-        spike_zscore: a loss above this is a spike.
+        spikes: Whether the update of a spike is skipped, reported or ignored.
+        spike_zscore: The z-score above which a loss is a spike.
 
     Attributes:
         skipped: updates skipped so far. This and what follows hold up to the last :meth:`settle`.
@@ -79,12 +79,12 @@ class UpdateGuard:
         """Whether the update is to be skipped; does not wait for the device.
 
         Args:
-            step: the count of steps with this one.
+            step: The number of steps, this one included.
             loss: () of the global batch, equal on all ranks.
             grad_norm: () likewise.
 
         Returns:
-            () float32, 1 to skip and 0 to go on: the optimizer's ``found_inf``.
+            () float32, 1 to skip and 0 to update: the optimizer's ``found_inf``.
         """
         self._losses_N = self._losses_N.to(loss)
         zscore = torch.full_like(loss, math.nan) if self.spikes == "ignore" else self._zscore(loss)
@@ -120,7 +120,7 @@ class UpdateGuard:
                 self.faults.append(Fault(step, kind, loss, grad_norm, zscore, bool(skip)))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on and decide the same."""
+        """What a resumed run needs to decide the same."""
         self.settle()
         counts = {"skipped": self.skipped, "streak": self.streak, "last_update": self.last_update}
         return {"losses": self._losses_N.cpu(), **counts}
@@ -138,12 +138,12 @@ class BadNumbers(Callback):
     """Reads what the module's guard has found, where the host waits for the device anyway.
 
     That is at logged steps, before a checkpoint, and every ``patience`` steps at the latest. Rows are keyed by step: a
-    run that goes on from a checkpoint drops those of later steps, which it is about to repeat.
+    run that resumes from a checkpoint drops those of later steps, which it is about to repeat.
 
     Args:
-        folder: where `faults.csv` goes.
-        global_batch: sequences of a step.
-        patience: updates skipped in a row that end the run.
+        folder: The folder of `faults.csv`.
+        global_batch: The number of sequences of a step.
+        patience: The number of updates skipped in a row that ends the run.
     """
 
     def __init__(self, folder: Path, global_batch: int, patience: int) -> None:
@@ -165,7 +165,7 @@ class BadNumbers(Callback):
         logged = self._step % trainer.log_every_n_steps == 0 or self._step == trainer.max_steps  # type: ignore[attr-defined]
         if logged or self._step % self._patience == 0:
             guard = self._record(trainer, pl_module)
-            # At these steps only, so that a run which goes on from a checkpoint ends at the same one. At its end a run
+            # At these steps only, so that a run that resumes from a checkpoint ends at the same one. At its end a run
             # shorter than that has diverged where it has made no update at all.
             patience = min(self._patience, self._step) if self._step == trainer.max_steps else self._patience
             if guard.streak >= patience:

@@ -99,7 +99,7 @@ def _advice_for_training(trainer: Trainer, module: LanguageModule, batch: Traini
         )
     return (
         f"{start}; {_tried(trainer, module, fitting)}: give --data.micro_batch {fitting} "
-        f"--trainer.accumulate_grad_batches {share // fitting}, and the run goes on from its last checkpoint"
+        f"--trainer.accumulate_grad_batches {share // fitting}, and the run resumes from its last checkpoint"
     )
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -227,10 +225,3 @@ def test_a_device_that_is_not_there(device: str, capsys: Captured) -> None:
     assert main(["generate", "small", "--device", device]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: --device '{device}' cannot be used (") and len(err.splitlines()) == 1
-
-
-def test_the_list_of_commands_does_not_wait_for_torch() -> None:
-    code = (
-        "import sys; from llada_lightning.commands.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

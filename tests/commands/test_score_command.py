@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -351,10 +350,3 @@ def test_where_results_cannot_go_is_told_before_anything_is_scored(
     monkeypatch.setattr("os.access", lambda *_: False)
     code, _, stderr = run("no such model", "--pairs", path, "--out", tmp_path / "out.jsonl")
     assert code == 2 and "cannot be written into" in stderr and not (tmp_path / "out.jsonl").exists()
-
-
-def test_help_waits_for_no_torch() -> None:
-    run = "from llada_lightning.commands.main import main; main(['score', '--help'])"
-    script = f"import sys; {run}; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"

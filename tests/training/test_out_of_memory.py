@@ -56,7 +56,7 @@ def test_the_line_names_what_fits_and_the_run_goes_on_with_it(
     assert line.startswith("error: data.micro_batch: 8 sequences of 32 tokens have no room in memory")
     tried = "as tried" + " with every token masked" * (objective == "llada")
     assert line.endswith(
-        f"2 have, {tried}: give --data.micro_batch 2 --trainer.accumulate_grad_batches 4, and the run goes on from its "
+        f"2 have, {tried}: give --data.micro_batch 2 --trainer.accumulate_grad_batches 4, and the run resumes from its "
         "last checkpoint"
     )
     with monkeypatch.context() as small:

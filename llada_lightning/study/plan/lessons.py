@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -117,4 +116,4 @@ def _ratio(value: float) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "n/a" if value is None or pd.isna(value) else format(value, form)
+    return "n/a" if value is None or math.isnan(value) else format(value, form)

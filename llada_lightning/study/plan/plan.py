@@ -7,9 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from llada_lightning.compute.flops import Convention, Objective, check_budgets
 from llada_lightning.compute.hardware import Machine
@@ -20,6 +18,9 @@ from llada_lightning.study.plan.grid import Grid, shapes_at
 from llada_lightning.study.plan.trunk import Branch, Recipe, Trunk, plan_trunk
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import shortened
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["Grid", "Machine", "Plan", "Recipe", "Stream", "plan_study"]
 
@@ -61,6 +62,8 @@ class Plan:
         FLOPs, hours and tokens are those of the result's own steps, as a separate run would need them; ``memory_gib``
         is of one device, ``epochs`` the passes over the data, ``trunk`` the run that serves the budget.
         """
+        import pandas as pd  # takes half a second: `llada plan --help` needs none of it
+
         return pd.DataFrame([self._row(trunk, branch) for trunk in self.trunks for branch in trunk.branches])
 
     def _row(self, trunk: Trunk, branch: Branch) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Accounting(Callback):
     """Tokens, FLOPs by the three counts, achieved FLOP/s, MFU, peak memory; counters survive with the checkpoint.
 
     Args:
-        per_token: training FLOPs of a token.
+        per_token: The training FLOPs of a token.
 
     Attributes:
         tokens: training tokens so far, padding not counted.

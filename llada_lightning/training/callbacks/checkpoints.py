@@ -74,12 +74,12 @@ def _written_or_gone(partial: Path, target: Path) -> Iterator[None]:
         discard(partial)
         raise UserError(
             f"checkpoint: '{target}' cannot be written ({refusal.strerror}); the ones before it are whole: free space "
-            "or mend the folder, and the same command goes on from the last of them"
+            "or repair the folder, and the same command resumes from the last of them"
         ) from error
 
 
 def _of_the_disk(error: BaseException) -> OSError | None:
-    """What the disk said; torch's writer goes on to complain of its own state, with that as the context."""
+    """What the disk said; torch's writer then complains of its own state, with that as the context."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     seen: BaseException | None = error
@@ -93,11 +93,11 @@ class CheckpointPlan:
     """When checkpoints are written, and which ones stay.
 
     Args:
-        every_steps: steps between them.
-        every_seconds: the longest time between them; None: steps alone decide.
-        keep: the last ones to keep.
-        keep_best: keep the one with the lowest validation loss, too; `best.ckpt` is a link to it.
-        forks: steps whose checkpoints stay beside these.
+        every_steps: The number of steps between checkpoints.
+        every_seconds: The longest time between checkpoints; None: only the steps count.
+        keep: The number of last checkpoints that are kept.
+        keep_best: Whether the one with the lowest validation loss is kept, too; `best.ckpt` is a link to it.
+        forks: The steps whose checkpoints are kept beside these.
     """
 
     every_steps: int
@@ -111,12 +111,12 @@ class StepCheckpoints(Checkpoint):
     """Checkpoints by steps and by time, at the end, and where a signal asks the run to leave.
 
     A checkpoint is written when all of its step is: after the step's validation, if it has one, and after its row of
-    metrics.csv. So a run that goes on from it misses nothing in its record. Where a signal cuts a validation short, the
-    step is saved at once, and its validation is made up for before the run goes on.
+    metrics.csv. So a run that resumes from it misses nothing in its record. Where a signal cuts a validation short, the
+    step is saved at once, and its validation is made up for before the run continues.
 
     Args:
-        folder: where they go.
-        plan: when, and which stay.
+        folder: The folder of the checkpoints.
+        plan: When checkpoints are written, and which are kept.
     """
 
     def __init__(self, folder: Path, plan: CheckpointPlan) -> None:
@@ -196,7 +196,7 @@ class StepCheckpoints(Checkpoint):
             self._validation_due = self._validation_due and bool(trainer.validating)
             self.on_train_end(trainer, pl_module)
             if trainer.is_global_zero:
-                print(f"saved step {trainer.global_step}; the same command goes on from there", file=sys.stderr)
+                print(f"saved step {trainer.global_step}; the same command resumes from there", file=sys.stderr)
 
     def _save(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:

@@ -29,12 +29,12 @@ class EvaluateTasks(Callback):
     joins the results table, also where ``limit`` made it rough: its ``n`` says so.
 
     Args:
-        tasks: of lm-evaluation-harness.
-        every_n_steps: optimizer steps between evaluations.
-        include_path: a folder with task files of yours.
-        limit: the first documents of each task only.
-        shots: examples in the prompt; null: as the task says.
-        monte_carlo: masks of a continuation of several tokens (`llada`).
+        tasks: The names of tasks of lm-evaluation-harness.
+        every_n_steps: The number of optimizer steps between evaluations.
+        include_path: A folder with your own task files.
+        limit: The number of documents of each task, from its first; null: all of them.
+        shots: The number of examples in the prompt; null: as the task says.
+        monte_carlo: The number of masks for a continuation of several tokens (`llada`).
     """
 
     def __init__(

@@ -20,7 +20,7 @@ class LeaveTogether(Callback):
     Lightning then ends the run with a ``SIGTERMException`` in every process.
 
     Args:
-        request: what this process's handlers fill in.
+        request: The request that the signal handlers of this process fill in.
     """
 
     def __init__(self, request: LeaveRequest) -> None:

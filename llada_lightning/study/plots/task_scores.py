@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
 from llada_lightning.compute.shapes import PAPER_VOCAB_SIZE, format_count
-from llada_lightning.study.fits import OBJECTIVES, flops_column
+from llada_lightning.study.fits import flops_column, named_variants, objective_names
 from llada_lightning.study.plots.style import (
     CHANCE,
     INK,
-    STYLES,
     StudyFigure,
+    Style,
     dress,
     flops_axis,
     flops_label,
@@ -25,6 +25,7 @@ from llada_lightning.study.plots.style import (
     markers_of,
     new_figure,
     note,
+    objective_styles,
     side_legend,
 )
 from llada_lightning.study.reference import (
@@ -57,17 +58,19 @@ def task_accuracy(
     """Scores against training FLOPs, one panel a task; a line joins the budgets of one objective and size.
 
     Args:
-        table: ``objective``, ``params_nonembedding``, FLOPs, and ``task_<name>`` in percent, optionally
-            ``task_<name>_stderr`` (one standard error, drawn as a bar); rows without a score are left out.
-        convention: which FLOPs the x axis counts.
-        titles: of the panels; the task's name where there is none.
-        chance: percent that guessing gets, by task.
-        remark: a sentence below the panels.
+        table: A table with ``objective``, ``params_nonembedding``, FLOPs, and ``task_<name>`` in percent, optionally
+            ``task_<name>_stderr`` (one standard error, drawn as a bar). Rows without a score are left out.
+        convention: The convention by which the x axis counts FLOPs.
+        titles: The titles of the panels by task; the task's name where there is none.
+        chance: The percentage that guessing gets, by task.
+        remark: A sentence below the panels.
 
     Raises:
         UserError: the table has no scores, or lacks the FLOPs of this convention.
     """
+    table = named_variants(table)
     names = task_names(table)
+    styles = objective_styles(objective_names(table))
     column = flops_column(convention)
     if not names:
         raise UserError("results: no column task_<name> holds a score; add scores in percent under such names")
@@ -80,7 +83,7 @@ def task_accuracy(
     figure = new_figure(2.9 * columns + 2.2, 2.5 * rows + 0.6)
     panels = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
     for panel, name in zip(panels, names, strict=False):
-        _draw_task(panel, table, name, convention, markers)
+        _draw_task(panel, table, name, convention, markers, styles)
         if name in chance:
             panel.axhline(chance[name], color=CHANCE.color, linewidth=1, linestyle=CHANCE.line, zorder=1)
         panel.set_title(titles.get(name, name), fontsize=11, color=INK)
@@ -92,21 +95,27 @@ def task_accuracy(
     figure.supylabel("score (%)", fontsize=10, color=INK)
     label = flops_label(convention)
     figure.supxlabel(f"{label}\n{remark}" if remark else label, fontsize=10, color=INK)
-    objectives = [name for name in OBJECTIVES if (table["objective"] == name).any()]
     errors = any(f"{_PREFIX}{name}{_STDERR}" in table.columns for name in names)
     guesses = [CHANCE.handle()] if set(names) & set(chance) else []
     side_legend(figure, [
-        [STYLES[name].handle(name, marker="o") for name in objectives],
+        [style.handle(name, marker="o") for name, style in styles.items()],
         [note("N, non-embedding"), *(marker_handle(marker, format_count(size)) for size, marker in markers.items())],
         [*guesses, *([note("bars: ± 1 s.e.")] if errors else [])],
     ])  # fmt: skip
     return figure
 
 
-def _draw_task(axes: Axes, table: pd.DataFrame, name: str, convention: Convention, markers: dict[float, str]) -> None:
+def _draw_task(
+    axes: Axes,
+    table: pd.DataFrame,
+    name: str,
+    convention: Convention,
+    markers: dict[float, str],
+    styles: Mapping[str, Style],
+) -> None:
     scored = table[table[_PREFIX + name].notna()].sort_values(flops_column(convention))
     for (objective, size), members in scored.groupby(["objective", "params_nonembedding"], observed=True):
-        style = STYLES[str(objective)]
+        style = styles[str(objective)]
         error = members.get(f"{_PREFIX}{name}{_STDERR}")
         axes.errorbar(
             members[flops_column(convention)].to_numpy(float),
@@ -130,7 +139,7 @@ def paper_figure3(convention: Convention = "6nd") -> StudyFigure:
     Above 1B the two objectives differ in size: 5.8b for the ARM, 6.98b for LLaDA.
     """
     remark = (
-        f"attention and head at length {PAPER_SEQUENCE_LENGTH} and {PAPER_VOCAB_SIZE:,} words, "
+        f"attention and head at length {PAPER_SEQUENCE_LENGTH} and {PAPER_VOCAB_SIZE:,} vocabulary entries, "
         "logits at every position (assumed)"
     )
     return task_accuracy(
