@@ -64,7 +64,7 @@ def test_the_examples_run(modules: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert any("my_objective.ClippedModule" in config for config in planned)
     assert json.loads(Path("data/squares/manifest.json").read_text())["source"]["kind"] == "squares"
     answer = json.loads(next(out for line, out in printed.items() if "right_to_left" in line))
-    steps = answer["results"][0]["step_of_token"]
+    [steps] = answer["step_of_token"]
     assert steps == sorted(steps, reverse=True) and len(set(steps)) == 8
     rate = yaml.safe_load(Path("runs/mine/rate/config.yaml").read_text())["model"]["init_args"]["schedule"]["lr"]
     [record] = json.loads(Path("runs/mine/rate/result.json").read_text())

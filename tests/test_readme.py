@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import llada_lightning
-VERBS = ()
+from llada_lightning.commands import VERBS
 from llada_lightning.commands.main import main
 from llada_lightning.study.results import read_results
 
