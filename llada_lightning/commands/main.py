@@ -12,6 +12,7 @@ from llada_lightning import __version__
 from llada_lightning.commands import FORMER_VERBS, VERBS, usage
 from llada_lightning.support.cluster import check_environment, says_it
 from llada_lightning.support.errors import UserError, refusal
+from llada_lightning.support.plugins import import_plugins
 from llada_lightning.support.printing import print_what_the_encoding_holds, shortened, warn
 from llada_lightning.support.secrets import redacted
 
@@ -119,6 +120,7 @@ def _dispatch(args: list[str]) -> int:
         return 0
     command, *rest = args
     check_environment()
+    import_plugins()
     if command in FORMER_VERBS:
         now = FORMER_VERBS[command]
         raise UserError(f"'{command}' is a part of evaluate now; type: {now}; see 'llada evaluate --help'")

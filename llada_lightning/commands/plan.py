@@ -11,12 +11,13 @@ from llada_lightning.compute.flops import CONVENTIONS, MAX_BUDGETS, Convention
 from llada_lightning.compute.hardware import Machine, MeasuredRate, measured_rates
 from llada_lightning.compute.rules import BATCH_RULES, DECAY_FRACTION, LEARNING_RATE_RULES
 from llada_lightning.data.manifest import read_data_facts
+from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.settings import check_folder_name
 from llada_lightning.study.plan.base import Base, check_data_path, planned_stream, read_base
 from llada_lightning.study.plan.files import Destination, write_files
-from llada_lightning.study.plan.grid import CENTRES, Grid
+from llada_lightning.study.plan.grid import Grid
 from llada_lightning.study.plan.lessons import lessons, print_plan
-from llada_lightning.study.plan.plan import OBJECTIVES, Plan, plan_study
+from llada_lightning.study.plan.plan import Plan, plan_study
 from llada_lightning.study.plan.trunk import Recipe
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
@@ -55,7 +56,7 @@ def _parser() -> CommandParser:
     )
     add = parser.add_argument
     add("--flops", type=float, nargs="+", required=True, metavar="C", help="budgets of training FLOPs")
-    add("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), help="what to compare")
+    add("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES), help="what to compare")
     add(
         "--budget-convention",
         choices=CONVENTIONS,
@@ -66,16 +67,17 @@ def _parser() -> CommandParser:
     add("--separate", action="store_true", help="a run for each budget, instead of trunks that serve several")
 
     add("--points", type=int, default=5, help="shapes at each budget, around the objective's centre")
-    for objective in OBJECTIVES:
-        add(f"--centre-{objective}", type=float, default=CENTRES[objective], help="tokens per parameter at the centre")
+    for name, objective in OBJECTIVES.items():
+        centre = objective.tokens_per_param
+        add(f"--centre-{name}", type=float, default=centre, help="tokens per parameter at the centre")
     add("--shapes", nargs="+", type=str, default=[], metavar="SHAPE", help="exactly these at every budget instead")
     add("--tokens-per-param", type=float, nargs="+", default=[], metavar="R", help="these ratios instead")
 
     add("--lr-rule", choices=LEARNING_RATE_RULES, default="deepseek", help="learning rate by size, tokens and budget")
     add("--batch-rule", choices=BATCH_RULES, default="deepseek", help="global batch by tokens or budget")
     add("--lr", type=float, default=None, help="one learning rate for all runs instead")
-    for objective in OBJECTIVES:
-        add(f"--lr-scale-{objective}", type=float, default=1.0, metavar="X", help="times the learning rate")
+    for name in OBJECTIVES:
+        add(f"--lr-scale-{name}", type=float, default=1.0, metavar="X", help="times the learning rate")
     add("--batch", type=int, default=None, metavar="SEQUENCES", help="one global batch for all runs instead")
     add(
         "--warmup-steps",

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
@@ -62,6 +63,23 @@ CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}
 weight's gradient costs little."""
 
 
+def token_nll(logits_NV: Tensor, targets_N: Tensor, excluded_token_id: int | None = None) -> Tensor:
+    """Negative log-likelihood of each target, in nats, computed in fp32.
+
+    Args:
+        logits_NV: (N, V), any floating type; overwritten where a token is excluded.
+        targets_N: (N,) int64.
+        excluded_token_id: The id of a token that gets no probability: [MASK], which is never an answer. None gives
+            it its share, as the authors' released code does.
+
+    Returns:
+        (N,) float32.
+    """
+    if excluded_token_id is not None:
+        logits_NV[:, excluded_token_id] = float("-inf")
+    return F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+
+
 def linear_cross_entropy(
     hidden_MD: Tensor,
     weight_VD: Tensor,
@@ -80,7 +98,7 @@ def linear_cross_entropy(
         weight_VD: (V, D) of the layer.
         targets_M: (M,) int64.
         weights_M: (M,) float32, of the sum; 0 for positions that only fill up a shape.
-        excluded_token_id: The id of a token that gets no probability (see ``objectives.losses.token_nll``).
+        excluded_token_id: The id of a token that gets no probability (see :func:`token_nll`).
         compiled: Whether ``torch.compile`` fuses what lies between the two products.
         shards: The place of this process where the weight holds some vocabulary entries only. Other processes hold the
             others, with the same positions.

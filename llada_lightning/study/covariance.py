@@ -75,9 +75,9 @@ def covariance_of_means(values_GR: np.ndarray, sequences_G: np.ndarray) -> np.nd
     """(R, R) covariance of the R means over all sequences, clustered by document.
 
     The linearised ratio estimator of cluster sampling (Cochran 1977, Sec. 11), as for a single mean in
-    ``objectives.bounds.clustered_mean_and_stderr``: G / (G - 1) times the sum over the G documents of the products of
-    (the sum of a document's deviations / the number of sequences). The diagonal is the square of ``val_stderr``; the
-    variance of a difference is ``c[i, i] + c[j, j] - 2 * c[i, j]``.
+    ``objectives.standard_errors.clustered_mean_and_stderr``: G / (G - 1) times the sum over the G documents of the
+    products of (the sum of a document's deviations / the number of sequences). The diagonal is the square of
+    ``val_stderr``; the variance of a difference is ``c[i, i] + c[j, j] - 2 * c[i, j]``.
 
     Args:
         values_GR: (G, R) mean of document g's sequences in run r, G at least 2.

@@ -1,17 +1,16 @@
 """Which classes a configuration may name: the parser imports what a `class_path` says, and an import runs code.
 
 A configuration may come from a stranger. So it may name classes of this package, of Lightning and of torch, without
-those parts that run commands or unpickle, and of the modules that the user trusts by an environment variable.
+those parts that run commands or unpickle, and of the modules that the user names by an environment variable: trusted
+ones, and plugins.
 """
 
 from __future__ import annotations
 
-import os
-import re
-
 from jsonargparse import set_parsing_settings
 
-from llada_lightning.support.errors import UserError
+from llada_lightning.support.plugins import VARIABLE as PLUGINS
+from llada_lightning.support.plugins import named_modules
 
 VARIABLE = "LLADA_TRUSTED_MODULES"
 """Environment variable: further modules, separated by commas."""
@@ -38,11 +37,11 @@ def trust_known_modules() -> None:
     """From here on the parser refuses other modules before it imports them, for the life of this process.
 
     Raises:
-        UserError: the environment variable holds something else than modules' names.
+        UserError: an environment variable holds something else than modules' names.
     """
     set_parsing_settings(
         import_path_denylist=["*", *_NEVER],
-        import_path_allowlist=[*_KNOWN, *_named_by_the_user()],
+        import_path_allowlist=[*_KNOWN, *named_modules(VARIABLE), *named_modules(PLUGINS)],
         # Else any class that a value of no declared type names would be built.
         instantiate_subclass_spec_in_any=False,
     )
@@ -55,11 +54,3 @@ def not_trusted(class_path: str) -> str:
         f"'{class_path}' is not of llada_lightning, lightning or torch, or may run what it is told, so it was not "
         f"imported; if you trust it, set {VARIABLE}={module}"
     )
-
-
-def _named_by_the_user() -> list[str]:
-    names = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
-    for name in names:
-        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name) or name.split(".")[0] == "jsonargparse":
-            raise UserError(f"{VARIABLE}: {name!r} is no name of a module of yours; give names such as mine,yours.part")
-    return names

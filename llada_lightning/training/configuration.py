@@ -193,11 +193,12 @@ def fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
         UserError: a setting contradicts the tokenizer.
     """
     tokenizer, arguments = data.tokenizer, config.model.init_args
-    masks = get_objective(module_class(config).objective).masks
+    objective = get_objective(module_class(config).objective)
+    masks = objective.masks
     if masks and tokenizer.mask_id is None:
         raise UserError(
-            f"data.tokenizer: '{config.data.init_args.tokenizer}' has no [MASK], which llada needs; name one of its "
-            "tokens with --data.mask_token, or as mask_token in its tokenizer_config.json"
+            f"data.tokenizer: '{config.data.init_args.tokenizer}' has no [MASK], which {objective.name} needs; name "
+            "one of its tokens with --data.mask_token, or as mask_token in its tokenizer_config.json"
         )
     # An `arm` that starts from weights without [MASK] has none, also where the data's tokenizer has one: no text holds
     # it, and the weights need not have a row for it.

@@ -324,7 +324,7 @@ class LladaCLI(LightningCLI):
         """The figure, with its error bar, on stdout."""
         if not self.model.validation:
             raise UserError(f"trainer: its limits leave no sequence to {self.subcommand}; leave them out")
-        print(describe_loss(self.model.validation, self.model.val_kind))
+        print(describe_loss(self.model.validation, self.model.facts.val_kind))
         self._warn_of_few_documents()
         self._warn_of_lost_text()
 

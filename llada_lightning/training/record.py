@@ -82,7 +82,7 @@ def result_record(
         "vocab_size": module.vocab_size,
         "val_nats_per_token": validation["val_nats_per_token"],
         "val_stderr": validation["val_stderr"],
-        "val_kind": module.val_kind,
+        "val_kind": module.facts.val_kind,
         "val_bits_per_byte": validation.get("val_bits_per_byte"),
         "tokens_per_second": accounting.mean_tokens_per_second(),
         "mfu": accounting.mean_mfu(trainer),

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 
-from llada_lightning.compute.flops import Objective, flops_per_token
+from llada_lightning.compute.flops import flops_per_token
 from llada_lightning.compute.shapes import get_shape
 from llada_lightning.objectives import get_objective
 from llada_lightning.study.results import table_of_records
@@ -22,9 +22,9 @@ LAWS = {"arm": (4.0, 0.08), "llada": (4.6, 0.08)}
 """a and b of loss = a (C / 1e12)^-b at the best shape."""
 
 
-def record(objective: Objective, shape: str, budget: float, loss: float, **other: Any) -> dict[str, Any]:
+def record(objective: str, shape: str, budget: float, loss: float, **other: Any) -> dict[str, Any]:
     """A finished run with consistent counts; ``other`` overrides keys."""
-    per_token = flops_per_token(get_shape(shape), VOCAB_SIZE, LENGTH, objective)
+    per_token = flops_per_token(get_shape(shape), VOCAB_SIZE, LENGTH, causal=get_objective(objective).causal)
     steps = round(budget / (per_token.flops_6nd * BATCH))
     tokens = steps * BATCH
     flops = per_token * tokens
@@ -56,7 +56,7 @@ def record(objective: Objective, shape: str, budget: float, loss: float, **other
         "vocab_size": VOCAB_SIZE,
         "val_nats_per_token": loss,
         "val_stderr": 0.01 * loss,
-        "val_kind": "exact" if objective == "arm" else "bound",
+        "val_kind": get_objective(objective).val_kind,
         "val_bits_per_byte": loss * NATS_TO_BITS_PER_BYTE,
         "tokens_per_second": 7400.0,
         "mfu": None,

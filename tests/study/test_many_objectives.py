@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from helpers.studies import VALLEYS, Valleys, simulated_study, study, true_multiplier
-from llada_lightning.commands.curves import curves_command
+from llada_lightning.commands.curves import main as curves_command
 from llada_lightning.objectives import OBJECTIVES, register
 from llada_lightning.study.fits import fit_table, usable_runs
 from llada_lightning.study.fits.multiplier import no_common_loss

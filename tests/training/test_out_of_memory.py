@@ -11,8 +11,8 @@ import torch
 
 from helpers.tiny_runs import fit, fit_arguments, losses, metrics
 from llada_lightning.commands.main import main
-from llada_lightning.data.datasets import BUCKET, TrainingBatch, ValidationBatch
 from llada_lightning.model import Transformer
+from llada_lightning.objectives.batches import BUCKET, TrainingBatch, ValidationBatch
 from llada_lightning.training.memory import is_out_of_memory, worst_case
 
 CPU = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"

@@ -15,13 +15,12 @@ import yaml
 
 from llada_lightning.compute.flops import CONVENTION_NAMES
 from llada_lightning.compute.shapes import shape_name
+from llada_lightning.objectives import get_objective
 from llada_lightning.study.plan.plan import Plan
 from llada_lightning.study.plan.trunk import Branch, Trunk
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, written_atomically
 from llada_lightning.support.printing import shortened
-
-_MODULES: Mapping[str, str] = {"arm": "ArmModule", "llada": "LladaModule"}
 
 TIME_MARGIN = 1.5
 """A job's time limit over the plan's hours: validation, checkpoints and the start are not counted there."""
@@ -64,13 +63,19 @@ def run_config(plan: Plan, trunk: Trunk, branches: Sequence[Branch], destination
     config: dict[str, Any] = {
         "seed_everything": trunk.seed,
         "budget": {"flops": budgets if len(budgets) > 1 else budgets[0], "convention": plan.convention},
-        "model": {"class_path": _MODULES[trunk.objective], "init_args": model},
+        "model": {"class_path": _class_path(trunk.objective), "init_args": model},
         "data": {"class_path": "TokenDataModule", "init_args": data},
         "run": {"study": destination.study},
     }
     if plan.machine.micro_batch is not None or trunk.accumulation > 1:
         config["trainer"] = {"accumulate_grad_batches": trunk.accumulation}
     return config
+
+
+def _class_path(objective: str) -> str:
+    """How a configuration names the module of an objective: those of the package by their class alone."""
+    path = get_objective(objective).module
+    return path.rpartition(".")[2] if path.startswith("llada_lightning.") else path
 
 
 def sweep_text(plan: Plan, destination: Destination, name: str, command: Sequence[str]) -> str:

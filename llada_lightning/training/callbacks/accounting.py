@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from llada_lightning.compute.flops import TrainingFlops
 from llada_lightning.compute.hardware import peak_flops
-from llada_lightning.data.datasets import TrainingBatch
+from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.training.modules import LanguageModule
 
 _WINDOW = 20

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity
 
 from llada_lightning.compute.hardware import training_memory_bytes
 from llada_lightning.compute.shapes import shape_name
-from llada_lightning.data.datasets import TrainingBatch
+from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.settings import Profile
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import write_json, written_atomically

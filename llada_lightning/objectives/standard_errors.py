@@ -1,4 +1,4 @@
-"""The bound on the negative log-likelihood (Eq. 14), and a mean with its standard error by document."""
+"""Means and ratios with their standard errors, where values of one document are alike."""
 
 from __future__ import annotations
 
@@ -8,26 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-
-
-def nll_bound(nll_M: Tensor, masked_BL: Tensor, lengths_B: Tensor | None = None) -> Tensor:
-    """One Monte Carlo sample of Eq. 14 for each sequence, or of Eq. 6 for each response: its length over l times the
-    sum over its l masked tokens.
-
-    Args:
-        nll_M: (M,) negative log-likelihood of the masked tokens, in the order of ``masked_BL.nonzero()``.
-        masked_BL: (B, L) bool, at least one True a row.
-        lengths_B: (B,) int64: tokens of each response; None: L.
-
-    Returns:
-        (B,) float64, nats per sequence or response.
-    """
-    counts_B = masked_BL.sum(dim=1)
-    assert bool((counts_B > 0).all()), "Eq. 14 masks at least one token"
-    rows_M = masked_BL.nonzero()[:, 0]
-    sums_B = torch.zeros(masked_BL.shape[0], dtype=torch.float64, device=nll_M.device)
-    sums_B.index_add_(0, rows_M, nll_M.double())
-    return sums_B * (masked_BL.shape[1] if lengths_B is None else lengths_B) / counts_B
 
 
 def ratio_and_stderr(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float]:
