@@ -138,9 +138,7 @@ def test_the_tour_from_a_corpus_to_text(
 
 
 @pytest.mark.slow
-def test_the_study_by_hand(
-    checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_study_by_hand(checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_llada(commands(document("cli"))[0]) == 0
     capsys.readouterr()
     printed = run_document("study-howto", capsys, monkeypatch)
