@@ -252,8 +252,8 @@ class HarnessModel(LM):
         wanted = request.args[1].get("infill", False)
         if wanted and only_left_to_right(self.lm):
             raise UserError(
-                f"task '{request.task_name}': '{self.lm.name}' is an {self.lm.objective}, which sees nothing behind a gap; "
-                "take a task without infill"
+                f"task '{request.task_name}': '{self.lm.name}' is an {self.lm.objective}, which sees nothing behind a "
+                "gap; take a task without infill"
             )
         return (wanted or self.infill) and not only_left_to_right(self.lm) and "suffix" in request.doc
 
