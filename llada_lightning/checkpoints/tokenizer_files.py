@@ -41,10 +41,10 @@ class TokenizerFiles:
     """A tokenizer and the files it came in.
 
     Args:
-        tokenizer: text never becomes one of its special tokens.
-        files: content by name, ``tokenizer.json`` and what stood beside it.
-        named: ``eos_token``, ``mask_token``: as the files name them.
-        name: for people.
+        tokenizer: The tokenizer, which never turns text into one of its special tokens.
+        files: The contents by name of ``tokenizer.json`` and of the files beside it.
+        named: The tokens ``eos_token`` and ``mask_token``, as the files name them.
+        name: The name of the tokenizer, for messages.
     """
 
     tokenizer: Tokenizer
@@ -183,9 +183,10 @@ class TokenizerFiles:
         """The same for a model: its special tokens are found, and are such that no text becomes them.
 
         Args:
-            description: of the model.
-            given: by the user, and not by the model's own folder, whose configuration may name another EOS (a turn's).
-            known: to be the model's, by its fingerprint.
+            description: The description of the model.
+            given: Whether the user gave the tokenizer. The model's own folder may name another EOS in its configuration
+                (a turn's).
+            known: Whether the tokenizer is the model's, by its fingerprint.
 
         Raises:
             UserError: the tokenizer has other special ids than the model, or ids that the model lacks.
