@@ -73,7 +73,7 @@ def rolling_log_likelihood(
         lm: The model.
         texts_ids: The token ids of each document; empty documents are skipped.
         window: The largest number of tokens of a pass, at most the context length; None: the context length.
-        stride: The number of tokens from one window to the next, 1..window; None: half the window.
+        stride: The number of tokens from one window to the next, 1..window; None: the window.
         text_bytes: The number of UTF-8 bytes of each document, for bits per byte.
         options: The options of :func:`likelihood.log_likelihood`, for the windows.
 
