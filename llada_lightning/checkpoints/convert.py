@@ -27,7 +27,7 @@ TARGETS: dict[Target, Layout] = {"llada": OURS, "hf-llada": HF_LLADA, "hf-llama"
 
 @dataclass(frozen=True)
 class Written:
-    """What was written.
+    """The contents of a written folder.
 
     Args:
         tensors, parameters, bytes: The numbers of tensors, parameters and bytes of the weights.

@@ -1,6 +1,6 @@
-"""What a checkpoint says of its model besides weights and tokenizer, and our own ``config.json``.
+"""The description of a checkpoint's model (all but weights and tokenizer), and our own ``config.json``.
 
-A ``config.json``: its values, each checked when it is asked for.
+The values of a ``config.json`` are checked when they are asked for.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from llada_lightning.support.errors import UserError
 from llada_lightning.support.reading import read_json, shortened
 
 MODEL_TYPE = "llada_lightning"
-"""``model_type`` of our own ``config.json``, and the key of what is ours alone in those of other layouts."""
+"""The ``model_type`` of our own ``config.json``, and the key of our own values in those of other layouts."""
 
 FORMAT = 1
-"""Version of our own ``config.json``."""
+"""The version of our own ``config.json``."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """Everything but weights and tokenizer.
+    """The description of a model: everything but weights and tokenizer.
 
     Args:
         objective: The name of the objective, such as `llada`.
@@ -117,7 +117,7 @@ class Description:
             raise UserError(f"'{where}': {error}") from error
 
     def transformer(self) -> Transformer:
-        """The Transformer, on the device and in the type of the context, with weights as torch makes them."""
+        """The Transformer, on the device and in the type of the context, with torch's initial weights."""
         return Transformer(self.shape, self.vocab_size, self.rope_theta, self.norm_eps)
 
 
@@ -149,24 +149,24 @@ def read_config(config: ConfigFile) -> Description:
 
 
 OURS_ALONE = ("mask_token_id", "start_token_id", "text_prefix_ids", "compat", "source")
-"""What the layouts of others have no name for."""
+"""The values for which other layouts have no name."""
 
 
 def ours_alone(config: ConfigFile) -> dict[str, Any]:
-    """What the layouts of others have no name for: of our own ``config.json``, or of our key in another's."""
+    """The values for which other layouts have no name: of our own ``config.json``, or of our key in another's."""
     prefix = None if config.get("text_prefix_ids") is None else config.several("text_prefix_ids")
     values = {key: config.get(key) for key in OURS_ALONE}
     return {**values, "text_prefix_ids": prefix, "source": config.get("source", {})}
 
 
 def extra_key(description: Description) -> dict[str, Any]:
-    """What goes under our key of another layout's ``config.json``."""
+    """The values to write under our key of another layout's ``config.json``."""
     values = asdict(description)
     return {MODEL_TYPE: {key: values[key] for key in OURS_ALONE}}
 
 
 def read_extra_key(config: ConfigFile) -> dict[str, Any] | None:
-    """What stands under our key of another layout's ``config.json``; None where there is none.
+    """The values under our key of another layout's ``config.json``; None where there are none.
 
     Raises:
         UserError: it is no mapping.
@@ -183,7 +183,7 @@ CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 
 NO_TOKEN = -1
-"""What some configurations give as the id of a token that the model does not have."""
+"""The id that some configurations give for a token that the model does not have."""
 
 
 def is_whole(value: Any, least: int) -> bool:
@@ -192,7 +192,7 @@ def is_whole(value: Any, least: int) -> bool:
 
 
 def mistake(key: str, value: Any, fix: str) -> UserError:
-    """The error of a value that does not serve."""
+    """The error for a value that cannot be used."""
     return UserError(f"{key} is {shortened(json.dumps(value))}; {fix}")
 
 
@@ -226,7 +226,7 @@ class ConfigFile:
         return absent if value is None else value
 
     def mistake(self, key: str, mend: str) -> UserError:
-        """The error of a value that does not serve; it names the file."""
+        """The error for a value that cannot be used; it names the file."""
         return UserError(f"'{self.path}': {mistake(key, self.values.get(key), mend)}")
 
     def whole(self, key: str, absent: int | None = None, least: int = 1) -> int:
@@ -282,7 +282,7 @@ class ConfigFile:
         return None
 
     def refuse(self, required: dict[str, tuple[Any, ...]], absent: dict[str, Any]) -> None:
-        """Refuse a model whose mathematics is another one than our Transformer's.
+        """Refuse a model whose mathematics differs from our Transformer's.
 
         Args:
             required: The values of each key that are ours; null is the absence of the key.

@@ -1,6 +1,6 @@
-"""``config.json`` of Hugging Face LLaDA and Llama, read and written: one table of names, one of what is refused.
+"""``config.json`` of Hugging Face LLaDA and Llama, read and written: one table of names, one of refused values.
 
-What a key's absence means follows the code that reads it: LLaDA's ``ModelConfig``, transformers' ``LlamaConfig``.
+The meaning of an absent key follows the code that reads it: LLaDA's ``ModelConfig``, transformers' ``LlamaConfig``.
 """
 
 from __future__ import annotations
@@ -115,13 +115,13 @@ def _llada_d_ff(config: ConfigFile, d_model: int) -> int:
 
 
 def _llada_kv_heads(config: ConfigFile, n_heads: int) -> int:
-    """By the rules of the released configuration: ``multi_query_attention`` and ``n_kv_heads`` must agree."""
+    """The key-value heads; ``multi_query_attention`` and ``n_kv_heads`` must agree, as in the released code."""
     multi_query = config.get("multi_query_attention")
     if multi_query is None:
         return config.whole("n_kv_heads", absent=n_heads)
     by_flag = 1 if multi_query else n_heads
     if config.whole("n_kv_heads", absent=by_flag) != by_flag:
-        raise config.mistake("n_kv_heads", f"but multi_query_attention says {by_flag}; correct one of them")
+        raise config.mistake("n_kv_heads", f"but multi_query_attention means {by_flag}; correct one of them")
     return by_flag
 
 
@@ -196,7 +196,7 @@ def read_llama(config: ConfigFile, named: Mapping[str, int]) -> Description:
 
 
 def _llama_rope_theta(config: ConfigFile) -> Any:
-    """Of ``rope_parameters`` (transformers 5), else of ``rope_theta`` beside ``rope_scaling`` (before)."""
+    """The base by ``rope_parameters`` (transformers 5), else by ``rope_theta`` beside ``rope_scaling`` (before)."""
     for key in ("rope_parameters", "rope_scaling"):
         values = config.get(key)
         if values is None:
@@ -244,10 +244,10 @@ def write_llama(description: Description, dtype: str) -> dict[str, Any]:
 
 
 def is_tied(config: ConfigFile, has_head: bool) -> bool:
-    """Whether the output head is the embedding: as ``config.json`` says, else as the weights show.
+    """Whether the output head is the embedding: by ``config.json``, else by the weights.
 
     transformers does not tie a Llama's head that is stored and differs from the embedding, whatever ``config.json``
-    says. The released code of LLaDA has no head of its own where ``weight_tying`` is set, and leaves a stored one out.
+    holds. The released code of LLaDA has no head of its own where ``weight_tying`` is set, and leaves a stored one out.
     """
     if config.get("model_type") == "llama":
         return not has_head and bool(config.get("tie_word_embeddings", True))
@@ -260,7 +260,7 @@ def _refuse_head_dim(config: ConfigFile, d_model: int, n_heads: int) -> None:
 
 
 def _ids(config: ConfigFile, named: Mapping[str, int], vocab_size: int) -> dict[str, Any]:
-    """EOS, every token that ends an answer, and what other programs are told."""
+    """The ids of EOS, of every token that ends an answer, and of the tokens that other programs use."""
     ends = (*config.token_ids("eos_token_id"), *read_generation_ends(config.path.parent, vocab_size))
     if not ends and "eos_token" not in named:
         raise config.mistake("eos_token_id", "write the id of the token that ends a text")

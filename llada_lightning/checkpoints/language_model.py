@@ -1,7 +1,4 @@
-"""A model ready for inference: weights, tokenizer, and what each of its special ids means.
-
-``load_model``: any checkpoint as a model ready for inference.
-"""
+"""A model ready for inference: weights, tokenizer and special ids; ``load_model`` reads any checkpoint as one."""
 
 from __future__ import annotations
 
@@ -25,12 +22,12 @@ from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import shortened
 
 _ANCHORS = ("\n", "a")
-"""Characters that a text is encoded behind; a tokenizer merges both with its first one hardly ever."""
+"""The characters behind which a text is encoded; a tokenizer hardly ever merges them with its first character."""
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """What every command and function of inference takes, whatever file it came from.
+    """The model of every command and function of inference, whatever file it came from.
 
     Args:
         objective: The name of the objective, such as `llada`.
@@ -71,7 +68,7 @@ class LanguageModel:
 
     @property
     def facts(self) -> Objective:
-        """What the table of objectives knows of this one."""
+        """The facts of its objective."""
         return get_objective(self.objective)
 
     @property
@@ -84,7 +81,7 @@ class LanguageModel:
 
     @cached_property
     def dialogue(self) -> ChatTemplate | None:
-        """How messages become tokens; None where there is no chat template.
+        """The chat format, which turns messages into tokens; None where there is no chat template.
 
         Raises:
             UserError: there is no tokenizer.
@@ -130,7 +127,7 @@ class LanguageModel:
         return encode(self._tokenizer, text)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a prompt that is given as text: what the tokenizer puts before a text, then the text's own.
+        """The ids of a prompt that is given as text: the tokenizer's prefix, then the text's own ids.
 
         Raises:
             UserError: there is no tokenizer.
@@ -138,7 +135,7 @@ class LanguageModel:
         return [*self.text_prefix_ids, *self.encode(text)]
 
     def encode_within(self, text: str) -> list[int]:
-        """The ids of a text that other tokens stand before, encoded by itself.
+        """The ids of a text behind other tokens, encoded by itself.
 
         Some tokenizers put a space before whatever they encode (SentencePiece's): so it is encoded behind a character.
 
@@ -152,7 +149,7 @@ class LanguageModel:
         return self.encode(text)
 
     def encode_after(self, before: str, text: str) -> list[int]:
-        """The ids of a text that follows another one, to stand behind the ids of that one.
+        """The ids of a text that follows another one, to be put behind the ids of that one.
 
         They are the rest of the encoding of both, where that begins with the ids of ``before``. Where a token spans the
         join, or the encoding differs otherwise, no place parts it rightly: then the text is encoded by itself.
@@ -172,7 +169,7 @@ class LanguageModel:
         return decode(self._tokenizer, ids)
 
     def lost_bytes(self, text: str) -> int:
-        """How many bytes of a text its ids do not give back.
+        """The number of bytes of a text that its ids do not give back.
 
         Raises:
             UserError: there is no tokenizer.
@@ -198,7 +195,7 @@ def load_model(
 ) -> LanguageModel:
     """Reads a checkpoint of any kind.
 
-    Weights come one by one, as views of their file where that can be: no second copy of the model is ever in memory.
+    Weights are read one by one, as views of their file where possible: memory never holds a second copy of the model.
     Nothing in a checkpoint is run.
 
     Args:

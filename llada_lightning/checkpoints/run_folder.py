@@ -1,8 +1,6 @@
-"""Where a run's folder holds its checkpoints, and what they say of themselves before their weights are read.
+"""The checkpoints in a run's folder: their paths, their metadata without their weights, and the check of their bytes.
 
-Whether a checkpoint's bytes are those that were written.
-
-`torch.load` reads a file with flipped bits without a word. But the archives that `torch.save` writes hold a CRC-32 of
+`torch.load` reads a file with flipped bits without an error. But the archives that `torch.save` writes hold a CRC-32 of
 each of their members, and a shard is a row of such archives; so every checkpoint can be checked, without a file beside
 it.
 """
@@ -28,11 +26,11 @@ from llada_lightning.support.errors import UserError
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 BRANCHES = "branches"
-"""Folder, in a run's folder, with one folder for each branch, named by its length in steps."""
+"""The folder, in a run's folder, with one folder for each branch, named by its length in steps."""
 
 
 def checkpoint_of_step(folder: Path, step: int) -> Path:
-    """Where a folder holds the checkpoint of a step."""
+    """The path of the checkpoint of a step in a folder."""
     return folder / f"step={step:08d}.ckpt"
 
 
@@ -56,7 +54,7 @@ def final_checkpoint(folder: Path) -> Path | None:
 
 
 def run_folder_of(checkpoint: Path) -> Path | None:
-    """The folder of the run that a checkpoint lies in, a branch's and a half copy's too; None where there is none."""
+    """The folder of the run of a checkpoint, also of a branch or of a half-written copy; None where there is none."""
     folder = checkpoint.absolute().parent
     phase = folder.parent
     run = phase.parent.parent if phase.parent.name == BRANCHES else phase
@@ -97,8 +95,8 @@ _CONTENT = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "g
 def content_hash(path: Path) -> str:
     """sha256 of what a checkpoint holds of a run, the same for a file and for shards: weights, moments and counters.
 
-    What differs between two undisturbed runs of one configuration is left out: clocks, versions, and how the bytes are
-    packed.
+    Clocks, versions and the packing of the bytes are left out: they differ between two undisturbed runs of one
+    configuration.
     """
     if is_sharded(path):
         content = read_lazily(path)
@@ -149,7 +147,7 @@ def checkpoint_hash(path: Path) -> str:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's bytes, in a few words; None: nothing is.
+    """A short description of the damage to a checkpoint's bytes; None: there is none.
 
     Reads all of it, once a process and state of the files (about 3 GB/s from the page cache); runs nothing.
 
@@ -177,13 +175,13 @@ def require_whole(checkpoint: Path) -> None:
 
 
 def whole_neighbour(checkpoint: Path) -> Path | None:
-    """The checkpoint of the highest step that is whole, in the folder of one that does not serve; None: no other."""
+    """The checkpoint of the highest step that is whole, in the folder of one that cannot be used; None: no other."""
     whole, _ = whole_checkpoint(checkpoint.parent)
     return None if whole == checkpoint else whole
 
 
 def whole_checkpoint(folder: Path, before: int | None = None) -> tuple[Path | None, dict[Path, str]]:
-    """The checkpoint of the highest step that is whole, and those of higher steps with what is wrong with them.
+    """The checkpoint of the highest step that is whole, and those of higher steps with their damage.
 
     Args:
         folder: The folder of the checkpoints.
@@ -208,7 +206,7 @@ def _damage(checkpoint: Path, files: tuple[tuple[Path, int, int], ...]) -> str |
         if not is_sharded(checkpoint):
             return f"{META} is missing"
         return _damage_of_archive(checkpoint / META) or _damage_of_shards(checkpoint)
-    # What zipfile, zlib, pickle and torch say of damaged bytes has no end: any byte may be read as any field.
+    # zipfile, zlib, pickle and torch raise all kinds of errors for damaged bytes: any byte may be read as any field.
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'unreadable'}"
 

@@ -62,7 +62,7 @@ def is_usual(name: str) -> bool:
 
 
 def _instead_of_weights(folder: Path) -> str:
-    """What a folder without weights that can be read holds, and what to do about it."""
+    """The contents of a folder without readable weights, and the advice for it."""
     names = weights_in(folder)
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     others = [name for name in names if name.endswith(".safetensors")]
@@ -124,7 +124,7 @@ def write_folder(
 ) -> list[str]:
     """Writes tensors to one file, or to as many as are needed for none to be larger than asked.
 
-    No more than one file's tensors are held in memory, and only where their type changes or their source is not a file
+    At most one file's tensors are held in memory, and only where their type changes or their source is not a file
     that can be viewed.
 
     Args:

@@ -30,9 +30,9 @@ from llada_lightning.support.errors import UserError
 from llada_lightning.support.torch_internals import index_names, set_nested
 
 META = "meta.pt"
-"""What is no tensor: step, loops, callbacks, identity."""
+"""The file of everything but tensors: step, loops, callbacks, identity."""
 PARTIAL = ".partial"
-"""Ends the name of what is being written or removed."""
+"""The end of the name of a file or folder that is being written or removed."""
 
 
 def is_sharded(path: Path) -> bool:
@@ -41,7 +41,7 @@ def is_sharded(path: Path) -> bool:
 
 
 class ShardReader(dcp.FileSystemReader):
-    """Reads the shards of a folder; the index once, and without running what a stranger put in it."""
+    """Reads the shards of a folder. The index is read once, and no code in it is run."""
 
     _index: Metadata | None = None
 
@@ -77,7 +77,7 @@ class ShardReader(dcp.FileSystemReader):
         return tensor
 
     def fill(self, values: dict[str, Any], together: bool = False) -> None:
-        """Reads, in place, the value of each full name, or of each nested one; a tensor's room is given.
+        """Reads, in place, the value of each full name, or of each nested one; a tensor is read into the given one.
 
         Args:
             values: The values that are filled.
@@ -136,7 +136,7 @@ class _Planner(dcp.DefaultLoadPlanner):
 
 @contextmanager
 def refusing_strangers(path: Path) -> Iterator[None]:
-    """One line for a checkpoint that does not hold what a checkpoint is made of.
+    """Raises the error for a checkpoint with foreign contents.
 
     Raises:
         UserError: it is damaged, or holds objects that could run code.

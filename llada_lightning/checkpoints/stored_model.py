@@ -1,4 +1,4 @@
-"""Any checkpoint, found out and checked, before its weights are read."""
+"""A checkpoint of any kind, recognised and checked before its weights are read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _LAYOUTS: dict[str, tuple[Kind, Layout]] = {
     "llada": ("hf-llada", HF_LLADA),
     "llama": ("hf-llama", HF_LLAMA),
 }
-"""``model_type`` of a ``config.json`` -> what it is."""
+"""The kind of a checkpoint by the ``model_type`` of its ``config.json``."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class StoredModel:
 
     @property
     def text_prefix_ids(self) -> tuple[int, ...]:
-        """What stands before a text: as the model says, else as its tokenizer does.
+        """The token ids before a text: those of the model, else those of its tokenizer.
 
         Raises:
             UserError: the tokenizer puts an id there that the model does not have.
@@ -91,7 +91,7 @@ class StoredModel:
 
 
 def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> StoredModel:
-    """Finds out what a path holds, and checks that it is whole.
+    """Recognises the checkpoint at a path, and checks that it is whole.
 
     Args:
         path: The folder of a run or of a branch (the last checkpoint counts); a training checkpoint, one file or
@@ -163,7 +163,7 @@ def _folder(folder: Path, given: TokenizerFiles | None) -> StoredModel:
 
 
 def _note_two_heads(head: StoredTensor, weights: dict[str, StoredTensor], folder: Path, tied: bool) -> None:
-    """Says which output head counts where ``config.json`` ties it, and another one than the embedding is stored."""
+    """Prints which output head counts where ``config.json`` ties it and a head other than the embedding is stored."""
     if head.shape == weights["embedding.weight"].shape and torch.equal(head.read(), weights["embedding.weight"].read()):
         return
     counts = "the embedding is the head, as in the released code" if tied else "the stored head counts"

@@ -1,7 +1,4 @@
-"""Tensors that lie in a file: their shapes are known, and each is read when it is wanted.
-
-The names that each layout gives to the weights of our Transformer.
-"""
+"""Tensors in a file, read one at a time, and the names that each layout gives to the weights of our Transformer."""
 
 from __future__ import annotations
 
@@ -17,11 +14,11 @@ from llada_lightning.model import Transformer
 from llada_lightning.support.errors import UserError
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The types that weights are stored in, by torch's names."""
+"""The types of stored weights, by torch's names."""
 
 
 _COMPILED = "_orig_mod."
-"""What ``torch.compile`` puts into the names of a model's weights."""
+"""The part that ``torch.compile`` puts into the names of a model's weights."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def _wrapped(found: set[str], wanted: set[str]) -> str | None:
-    """What a model was wrapped in when it was saved, by the names of its tensors; None: nothing that is known.
+    """The wrapper that a model was saved in, by the names of its tensors; None: no known one.
 
     Either all names share a prefix, or ``torch.compile`` left its own within them.
     """
@@ -154,7 +151,7 @@ def _some(names: set[str], most: int = 4) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a checkpoint names its weights.
+    """The names that a checkpoint gives to its weights.
 
     Args:
         title: The name of the layout, for messages.

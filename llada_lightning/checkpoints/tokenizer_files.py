@@ -1,4 +1,4 @@
-"""A tokenizer as a checkpoint's folder holds it: the files to carry along, and what they say to inference."""
+"""A tokenizer in a checkpoint's folder: the files to carry along, and the settings in them that inference uses."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TokenizerFiles:
 
     @classmethod
     def of_text(cls, text: str, name: str) -> TokenizerFiles:
-        """Of a ``tokenizer.json`` alone.
+        """The files of a ``tokenizer.json`` alone.
 
         Raises:
             UserError: it is not a tokenizer.
@@ -63,7 +63,7 @@ class TokenizerFiles:
 
     @classmethod
     def of_path(cls, spec: str | Path) -> TokenizerFiles:
-        """Of a ``tokenizer.json``, a folder with one, or a name on the hub, with the files beside it.
+        """The files of a ``tokenizer.json``, a folder with one, or a name on the hub, with the files beside it.
 
         Raises:
             UserError: there is none.
@@ -115,7 +115,7 @@ class TokenizerFiles:
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
-        """Special tokens by role (``bos_token``, ``eos_token``, ...), as the files name them; "": they say it is none.
+        """Special tokens by role (``bos_token``, ``eos_token``, ...), as the files name them; "": they name none.
 
         Raises:
             UserError: a file is not a JSON object.
@@ -135,7 +135,7 @@ class TokenizerFiles:
 
     @property
     def chat_template(self) -> str | None:
-        """Of the file beside the tokenizer, else of its configuration; of several, the default.
+        """The template in the file beside the tokenizer, else in its configuration; of several, the default.
 
         Raises:
             UserError: it is no text.
@@ -158,7 +158,7 @@ class TokenizerFiles:
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
-        """What stands before a text: by ``add_bos_token``, else as the tokenizer's own post-processor puts it."""
+        """The token ids before a text: by ``add_bos_token``, else by the tokenizer's own post-processor."""
         bos = self.config.get("bos_token")
         bos = bos.get("content") if isinstance(bos, dict) else bos
         bos_id = self.tokenizer.token_to_id(bos) if isinstance(bos, str) else None
@@ -180,7 +180,7 @@ class TokenizerFiles:
         return tuple(token_id for token_id in ids if token_id is not None)
 
     def fitted(self, description: Description, given: bool, known: bool = False) -> TokenizerFiles:
-        """The same for a model: its special tokens are found, and are such that no text becomes them.
+        """The tokenizer fitted to a model: its special tokens are found, and no text becomes one of them.
 
         Args:
             description: The description of the model.
@@ -194,7 +194,7 @@ class TokenizerFiles:
         mend = "give the model's own with --tokenizer"
         tokenizer, left_out = without_special_beyond(self.tokenizer, description.vocab_size)
         if not known and not set(description.end_token_ids) & set(self._candidates("eos_token")):
-            tokenizer, left_out = self.tokenizer, []  # nothing says that it is the model's
+            tokenizer, left_out = self.tokenizer, []  # nothing shows that it is the model's
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= description.vocab_size:
             raise UserError(

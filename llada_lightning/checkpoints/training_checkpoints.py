@@ -29,7 +29,7 @@ _WEIGHTS = "state_dict"
 
 
 def read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], str]:
-    """What a checkpoint of `llada fit` holds of its model.
+    """The parts of a checkpoint of `llada fit` that belong to its model.
 
     Args:
         path: The path of a file, or of the folder of a sharded checkpoint.
@@ -74,11 +74,11 @@ def _description(content: Mapping[str, Any], path: Path) -> Description:
     arguments = model["init_args"]
     objective = content.get("objective", model.get("objective"))
     if objective is None:
-        raise UserError(f"'{path}' is of {model['class_path']}, whose objective it does not say; train it again")
+        raise UserError(f"'{path}' is of {model['class_path']}, whose objective it does not name; train it again")
     run = run_folder_of(path)
-    inherited = content.get("inherited", {})  # of the weights that it started from
+    inherited = content.get("inherited", {})  # from the weights that it started from
     prefix = arguments.get("text_prefix_ids")  # None: prepared data holds nothing but text and EOS
-    known = OBJECTIVES.get(objective)  # of another one the description tells
+    known = OBJECTIVES.get(objective)  # the description refuses an unknown one
     starts_with_eos = known is not None and known.starts_with_eos and prefix is None
     start = arguments["eos_token_id"] if starts_with_eos else None
     return Description.of(
@@ -106,7 +106,7 @@ def _description(content: Mapping[str, Any], path: Path) -> Description:
 
 
 def _longest(context_length: Any, inherited: Mapping[str, Any]) -> Any:
-    """The most tokens that a model was trained on, in the run or before it."""
+    """The largest number of tokens that a model was trained on, in the run or before it."""
     before = inherited.get("context_length")
     return (
         max(context_length, before) if isinstance(context_length, int) and isinstance(before, int) else context_length
@@ -114,7 +114,7 @@ def _longest(context_length: Any, inherited: Mapping[str, Any]) -> Any:
 
 
 def run_tokenizer(checkpoint: Path, description: Description, fingerprint: str) -> TokenizerFiles | None:
-    """The tokenizer that a run was trained with: beside the checkpoint, of the run's folder, or of its data.
+    """The tokenizer that a run was trained with: that beside the checkpoint, in the run's folder, or of its data.
 
     Args:
         checkpoint: The checkpoint of the run.
@@ -131,9 +131,9 @@ def run_tokenizer(checkpoint: Path, description: Description, fingerprint: str) 
         name = f"{folder}/{TOKENIZER_NAME}"
         try:
             text = read_tokenizer_text(folder)
-        except (UserError, ValueError):  # not there; ids will do
+        except (UserError, ValueError):  # not there; token ids suffice
             continue
-        with contextlib.suppress(UserError):  # damaged: it is none
+        with contextlib.suppress(UserError):  # a damaged file is no tokenizer
             files = TokenizerFiles.of_text(text, name)
             if _is_tokenizer(files, description, fingerprint):
                 return files.with_template_of(folder)
@@ -160,7 +160,7 @@ def _is_tokenizer(files: TokenizerFiles, description: Description, fingerprint: 
 def _data_folders(run: Path) -> list[str]:
     """The data that a run's config.yaml names; as there, relative to where the run was started.
 
-    Of this machine only: to read a stranger's run must not open connections to where it says.
+    Only data on this machine count: reading a stranger's run must not open connections to addresses that it names.
     """
     try:
         path = read_yaml(run / CONFIG)["data"]["init_args"]["path"]

@@ -36,7 +36,7 @@ MONTE_CARLO = 128
 """Masks of a continuation of several tokens (paper, B.6). One token is scored exactly by one pass."""
 
 DEFAULT_LENGTH = 256
-"""Tokens of an answer where neither the task nor the user says: as lm-evaluation-harness's own models."""
+"""The number of tokens of an answer where neither the task nor the user sets it: as lm-evaluation-harness's own models."""
 
 _INFILL_LACKS = frozenset({"length", "steps", "block_length", "stop", "strategy", "cache"})
 
@@ -47,7 +47,7 @@ class HarnessModel(LM):
     `loglikelihood` gives log p for `arm` and the lower bound of Eq. 6 for `llada`, and whether greedy decoding gives
     the continuation. For a masked diffusion model that has no one meaning. Here as in the released evaluation: with the
     continuation's length known, one token a step, the most confident first. It costs as many passes as tokens, and no
-    multiple choice reads it, so it is only computed where ``greedy`` says so; elsewhere it is False.
+    multiple choice reads it, so it is only computed with ``greedy``; otherwise it is False.
 
     Beside the keys of lm-evaluation-harness, `generation_kwargs` of a task may hold three of ours. ``truncate: false``:
     a prompt that does not fit is refused instead of cut, and an answer may take all the room that the prompts leave.
@@ -92,7 +92,7 @@ class HarnessModel(LM):
         for name, count in (("monte_carlo", monte_carlo), ("batch_size", batch_size)):
             if count < 1:
                 raise UserError(f"{name} is {count}; it must be at least 1")
-        lm.encode("")  # says that there is no tokenizer
+        lm.encode("")  # raises where there is no tokenizer
         self.lm, self.sampling, self.infill, self.greedy = lm, said(sampling), infill, greedy
         self.batch_size, self.progress, self.seed = batch_size, progress, seed
         self._scoring: dict[str, Any] = {
@@ -346,7 +346,7 @@ class HarnessModel(LM):
 
 
 def said(sampling: Sampling | Mapping[str, Any] | None) -> dict[str, Any]:
-    """The settings that go before what a task says, by their names."""
+    """The settings that take precedence over those of a task, by their names."""
     return sampling.changes if isinstance(sampling, Sampling) else dict(sampling or {})
 
 

@@ -220,7 +220,7 @@ def monte_carlo_stderr(requests: Sequence[tuple[Ids, Ids]], scores: Sequence[Sco
 
     Equal requests share their estimate, so their errors add up before they are squared. Different ones count as
     independent. Those with one prompt draw by the same random numbers, but for other tokens: measured on a small model,
-    the scatter over seeds of their mean was 0.93 of what this says.
+    the scatter over seeds of their mean was 0.93 of this error.
 
     Args:
         requests: The pairs (prompt, continuation), with the prompt as it was scored.

@@ -12,7 +12,7 @@ write no byte to a file, but it can read, empty and remove what the user can, re
 behind, which could attach to the tests' process and forge a verdict. :func:`say_what_is_not_held` tells the user.
 
 Not held anywhere: the sum of the memory of all processes that a program starts (each is limited); their number where
-they are root's in a user namespace; and what the tests themselves take the program's word for, such as a helper that
+they are root's in a user namespace; and what the tests themselves believe the program, such as a helper that
 HumanEval's prompt defines and its test calls (`poly` of HumanEval/32): a program that defines it anew decides what it
 returns.
 """
@@ -253,7 +253,7 @@ def pass_at(k: int, samples: int, passed: int) -> float:
 
 @contextmanager
 def sandboxed_code_eval() -> Iterator[None]:
-    """Tasks that load the metric `code_eval` within the block get the sandboxed one; says what that does not hold."""
+    """Tasks that load the metric `code_eval` within the block get the sandboxed one; prints its limits."""
     import evaluate
 
     say_what_is_not_held()

@@ -414,8 +414,8 @@ def names_for(tests: ast.Module, offered: dict[str, str], get: Callable[[str], A
     """What the tests use of what the program offers.
 
     Functions that are built in stay the tests' own, unless the tests ask the program for nothing else: MBPP has a task
-    whose function is called `sum`; but no program decides what `abs` or `all` says of its results. Modules are
-    imported anew, and one of the standard library is what its name says.
+    whose function is called `sum`; but no program decides what `abs` or `all` returns for its results. Modules are
+    imported anew, and a name of the standard library gives its own module.
 
     Args:
         offered: The names that the program defines, with the module names of those that are modules.

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from llada_lightning.support.errors import UserError
 
 Settings = dict[str, Any]
-"""Settings of ``generation.Sampling`` that a benchmark says, by their names; the others are left to the task."""
+"""The settings of ``generation.Sampling`` that a benchmark sets, by their names; the task sets the others."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ BASE = {"length": 1024, "steps": 1024, "remasking": "low_confidence"}
 
 
 def _instruct(length: int, zero_eos: bool = False) -> Settings:
-    """As many steps as tokens; EOS kept last where B.4 says so."""
+    """As many steps as tokens; EOS kept last where B.4 has it so."""
     return {"length": length, "steps": length, "remasking": "low_confidence", "zero_eos_confidence": zero_eos}
 
 
@@ -163,7 +163,7 @@ class Ablation:
 
     @property
     def varied(self) -> set[str]:
-        """The names of the settings that the rows say."""
+        """The names of the settings in the rows."""
         return {name for row in self.rows for name in row.sampling}
 
     def suite(self, tasks: Sequence[Benchmark], values: Sequence[float] = ()) -> Suite:

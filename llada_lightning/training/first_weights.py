@@ -97,10 +97,10 @@ def _take_over_tokenizer(config: Namespace, stored: StoredModel) -> None:
 
 
 def _text_prefix(stored: StoredModel) -> list[int] | None:
-    """What stands before a text of these weights; None: as our own runs have it, EOS for an `arm` and else nothing.
+    """The token ids before a text of these weights; None: as our own runs have it, EOS for an `arm` and else nothing.
 
     Raises:
-        UserError: another token than these stands before every sequence.
+        UserError: a token other than these comes before every sequence.
     """
     start, prefix, eos = stored.description.start_token_id, stored.text_prefix_ids, stored.description.eos_token_id
     ours = eos if get_objective(stored.description.objective).starts_with_eos else None

@@ -1,4 +1,4 @@
-"""Out of memory: which micro-batch was tried, and which fits, found by trying."""
+"""Out of memory: the micro-batch that was tried, and the largest one that fits, found by trying."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _SIGNS = (
     "out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED", "std::bad_alloc",
 )  # fmt: skip
-"""In the messages of a RuntimeError: of the driver, of the CPU's allocator, of libraries that have no memory left."""
+"""The parts of a RuntimeError's message that mean out of memory: of the driver, the CPU's allocator and libraries."""
 
 Batch = TrainingBatch | ValidationBatch
 
 
 class MemoryAdvice(Callback):
-    """When memory runs out in a step, finds the largest micro-batch that a step has room for.
+    """When memory runs out in a step, finds the largest micro-batch with which a step fits.
 
     Attributes:
         advice: The advice in one line for the user: what was tried, what fits, and the settings; None until memory has
@@ -71,7 +71,7 @@ class MemoryAdvice(Callback):
         elif batch is None:
             self.advice = (
                 f"model.shape: weights and moments of {pl_module.shape.params_total(pl_module.vocab_size or 0):,} "
-                f"parameters have no room in memory ({reason}); use --trainer.strategy=fsdp2 on more devices, or a "
+                f"parameters do not fit in memory ({reason}); use --trainer.strategy=fsdp2 on more devices, or a "
                 "smaller shape"
             )
         elif isinstance(batch, TrainingBatch):
@@ -81,7 +81,7 @@ class MemoryAdvice(Callback):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the CPU had no room for what was asked."""
+    """Whether an error means that the device or the CPU ran out of memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
@@ -92,10 +92,10 @@ def _advice_for_training(trainer: Trainer, module: LanguageModule, batch: Traini
     share = tried * trainer.accumulate_grad_batches
     sizes = [size for size in range(tried - 1, 0, -1) if share % size == 0]
     fitting = _largest(trainer, module, batch, sizes)
-    start = f"data.micro_batch: {tried} sequences of {length} tokens have no room in memory ({reason})"
+    start = f"data.micro_batch: {tried} sequences of {length} tokens do not fit in memory ({reason})"
     if fitting is None:
         return (
-            f"{start}, nor has one; use --trainer.strategy=fsdp2 on more devices, a shorter data.sequence_length or a "
+            f"{start}, nor does one; use --trainer.strategy=fsdp2 on more devices, a shorter data.sequence_length or a "
             "smaller shape"
         )
     return (
@@ -107,9 +107,9 @@ def _advice_for_training(trainer: Trainer, module: LanguageModule, batch: Traini
 def _advice_for_validation(trainer: Trainer, module: LanguageModule, batch: ValidationBatch, reason: str) -> str:
     tried, length = batch.tokens_BL.shape
     fitting = _largest(trainer, module, batch, [size for size in range(tried - 1, 0, -1) if tried % size == 0])
-    start = f"data.val_batch: {tried} sequences of {length} tokens have no room in memory ({reason})"
+    start = f"data.val_batch: {tried} sequences of {length} tokens do not fit in memory ({reason})"
     if fitting is None:
-        return f"{start}, nor has one; use more memory, a shorter data.sequence_length or a smaller shape"
+        return f"{start}, nor does one; use more memory, a shorter data.sequence_length or a smaller shape"
     return f"{start}; {_tried(trainer, module, fitting)}: give --data.val_batch {fitting}"
 
 
@@ -117,7 +117,7 @@ def _tried(trainer: Trainer, module: LanguageModule, fitting: int) -> str:
     if _is_sharded(trainer):
         return f"{fitting} may fit (not tried: sharded)"
     masked = " with every token masked" if module.facts.masks else ""
-    return f"{fitting} {'has' if fitting == 1 else 'have'}, as tried{masked}"
+    return f"{fitting} {'fits' if fitting == 1 else 'fit'}, as tried{masked}"
 
 
 def _is_sharded(trainer: Trainer) -> bool:
@@ -125,9 +125,10 @@ def _is_sharded(trainer: Trainer) -> bool:
 
 
 def _largest(trainer: Trainer, module: LanguageModule, batch: Batch, sizes: list[int]) -> int | None:
-    """The first of the descending sizes for which a step has room.
+    """The first of the descending sizes with which a step fits.
 
-    In shards a forward pass takes all processes, and those with room are not here: there, the next smaller size.
+    With shards a forward pass takes all processes, and those that did not run out of memory are not here. Then it is
+    the next smaller size, which is not tried.
     """
     if _is_sharded(trainer):
         return sizes[0] if sizes else None
@@ -171,14 +172,14 @@ def _pass(trainer: Trainer, module: LanguageModule, batch: Batch) -> None:
 
 
 def _moments_to_come(trainer: Trainer, module: LanguageModule) -> list[torch.Tensor]:
-    """Room for AdamW's two moments, where the first step has not made them."""
+    """Memory for AdamW's two moments, where the first step has not made them."""
     if any(optimizer.state for optimizer in trainer.optimizers):
         return []
     return [torch.zeros_like(parameter) for parameter in module.parameters() for _ in range(2)]
 
 
 def _release(error: BaseException, module: LanguageModule) -> None:
-    """Let go of what the failed step held: its frames keep activations alive, its parameters the gradients."""
+    """Release what the failed step held: its frames keep activations alive, its parameters the gradients."""
     seen: BaseException | None = error
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)

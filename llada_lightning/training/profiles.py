@@ -1,4 +1,4 @@
-"""A profile of a run: where its steps' time goes, in `summary.json` for programs and on one page for people."""
+"""A profile of a run: the parts of its steps' time, in `summary.json` for programs and on one page for people."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PHASES = {
     "callbacks": "callbacks: logging, checkpoints",
     "loop": "Lightning's loop",
 }
-"""The parts that make up a step, in its order, and what they are called on the page."""
+"""The parts of a step, in their order, and their names on the page."""
 
 SUMMARY_FILE = "summary.json"
 _RATES = {
@@ -37,7 +37,7 @@ _GIB = 2**30
 
 
 def profiled_rate(path: Path | str) -> MeasuredRate:
-    """What a profile has measured: FLOP/s of one device in the steps before the profiler slowed them, and memory.
+    """The measurements of a profile: memory, and FLOP/s of one device in the steps before the profiler slowed them.
 
     Raises:
         UserError: the file cannot be read, or is no profile's summary.
@@ -76,7 +76,7 @@ def page(summary: Mapping[str, Any]) -> str:
         "threads of the CPU": summary["threads"],
         "model": f"{summary['objective']} {summary['shape']}: {format_count(summary['params_nonembedding'])} "
         f"parameters without embedding and head, {format_count(summary['params_total'])} in all",
-        "vocabulary, length": f"{summary['vocab_size']:,} words, {summary['sequence_length']:,} tokens",
+        "vocabulary, length": f"{summary['vocab_size']:,} vocabulary entries, {summary['sequence_length']:,} tokens",
         "batch": f"{summary['global_batch']} sequences = micro-batch {sequences}",
         "precision, strategy": f"{summary['precision']}, {summary['strategy']}",
         "speed": ", ".join(f"{key} {value}" for key, value in summary["speed"].items()),

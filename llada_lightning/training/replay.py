@@ -132,7 +132,7 @@ def replay_step(folder: Path, step: int, settings: Sequence[str] = ()) -> StepRe
 
 
 class ReplayCLI(LladaCLI):
-    """`llada fit` up to a step of a run, without all that `fit` writes, says or refuses around it."""
+    """`llada fit` up to a step of a run, without all that `fit` writes, prints or refuses around it."""
 
     def __init__(self, folder: Path, step: int, args: list[str]) -> None:
         self._folder, self._step = folder, step

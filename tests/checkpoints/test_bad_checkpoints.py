@@ -130,7 +130,7 @@ def test_keys_that_may_be_null_or_absent(tmp_path: Path, changes: dict[str, Any]
 
 
 def test_multi_query_attention_and_heads_that_disagree(refused, tmp_path: Path) -> None:
-    assert "n_kv_heads is 4; but multi_query_attention says 1" in refused(
+    assert "n_kv_heads is 4; but multi_query_attention means 1" in refused(
         golden_copy(tmp_path / "in", multi_query_attention=True)
     )
 

@@ -188,7 +188,7 @@ def test_a_module_of_the_users_says_its_objective_itself(tmp_path: Path) -> None
     content = training_content(described("arm"))
     content["identity"]["model"]["class_path"] = "somewhere.MyModule"
     torch.save(content, tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=r"is of somewhere.MyModule, whose objective it does not say"):
+    with pytest.raises(UserError, match=r"is of somewhere.MyModule, whose objective it does not name"):
         load_model(tmp_path / "a.ckpt")
     torch.save({**content, "objective": "arm"}, tmp_path / "a.ckpt")
     assert load_model(tmp_path / "a.ckpt", device="cpu").objective == "arm"

@@ -53,10 +53,10 @@ def test_the_line_names_what_fits_and_the_run_goes_on_with_it(
         assert main(arguments) == 2
     assert device.tried == [8, 4, 2]
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: data.micro_batch: 8 sequences of 32 tokens have no room in memory")
+    assert line.startswith("error: data.micro_batch: 8 sequences of 32 tokens do not fit in memory")
     tried = "as tried" + " with every token masked" * (objective == "llada")
     assert line.endswith(
-        f"2 have, {tried}: give --data.micro_batch 2 --trainer.accumulate_grad_batches 4, and the run resumes from its "
+        f"2 fit, {tried}: give --data.micro_batch 2 --trainer.accumulate_grad_batches 4, and the run resumes from its "
         "last checkpoint"
     )
     with monkeypatch.context() as small:
@@ -102,8 +102,8 @@ def test_a_validation_batch_without_room(
     Small(monkeypatch, 3, RuntimeError(CPU), training=False)
     assert main(fit_arguments("llada", prepared, tmp_path, "--trainer.max_steps=2", "--data.val_batch=6")) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: data.val_batch: 6 sequences of 32 tokens have no room")
-    assert line.endswith("3 have, as tried with every token masked: give --data.val_batch 3")
+    assert line.startswith("error: data.val_batch: 6 sequences of 32 tokens do not fit in memory")
+    assert line.endswith("3 fit, as tried with every token masked: give --data.val_batch 3")
 
 
 def test_where_not_even_one_fits(
@@ -111,7 +111,7 @@ def test_where_not_even_one_fits(
 ) -> None:
     Small(monkeypatch, 0, RuntimeError(CPU))
     assert main(fit_arguments("arm", prepared, tmp_path, "--trainer.max_steps=2")) == 2
-    assert "nor has one; use --trainer.strategy=fsdp2" in capsys.readouterr().err
+    assert "nor does one; use --trainer.strategy=fsdp2" in capsys.readouterr().err
 
 
 def test_another_error_of_a_step_stays_what_it_is(
