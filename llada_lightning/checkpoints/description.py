@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from llada_lightning.compute.flops import Objective
 from llada_lightning.compute.shapes import Shape, get_shape
+from llada_lightning.data.tokenizer_files import GENERATION_CONFIG_NAME
 from llada_lightning.model import Transformer
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, is_positive
 from llada_lightning.support.errors import UserError
@@ -177,7 +178,6 @@ def read_extra_key(config: ConfigFile) -> dict[str, Any] | None:
 
 
 CONFIG_NAME = "config.json"
-GENERATION_CONFIG_NAME = "generation_config.json"
 
 NO_TOKEN = -1
 """What some configurations give as the id of a token that the model does not have."""

@@ -25,10 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llada_lightning.data.facts_corpus import FACTS, FactsSource, facts_source
-from llada_lightning.data.facts_corpus import VERSION as FACTS_VERSION
-from llada_lightning.data.igsm import VERSION as IGSM_VERSION
-from llada_lightning.data.igsm import IgsmSource, igsm_source
+from llada_lightning.data.generated import GeneratedSource, generated_source
 from llada_lightning.data.text_files import (
     READ_ERRORS,
     Meter,
@@ -43,7 +40,6 @@ from llada_lightning.support.files import expanded
 
 PYTHON_STDLIB = "python-stdlib"
 HUB_PREFIX = "hf:"
-IGSM = "igsm"
 _SAMPLED_BYTES = 1 << 16
 _FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
@@ -230,9 +226,9 @@ class DatasetCorpus(Corpus):
 class GeneratedCorpus(Corpus):
     """Documents that a program makes, known by their number, their seed and the program's version."""
 
-    def __init__(self, kind: str, source: IgsmSource | FactsSource, version: int) -> None:
+    def __init__(self, source: GeneratedSource) -> None:
         self._source = source
-        facts = {"kind": kind, "count": source.count, "seed": source.seed, "version": version}
+        facts = {"kind": source.kind, "count": source.count, "seed": source.seed, "version": source.version}
         self.identity = {**facts, "digest": digest_of(facts)}
 
     def documents(self) -> Iterator[str]:
@@ -371,16 +367,15 @@ def open_corpus(source: str, *, text_field: str = "text", document_separator: st
     """
     if document_separator == "":
         raise UserError("document separator '' is empty; give at least one character, or leave it out")
-    if document_separator is not None and source.partition(":")[0] in (PYTHON_STDLIB, IGSM, FACTS):
+    generated = generated_source(source)
+    if document_separator is not None and (generated or source == PYTHON_STDLIB):
         raise UserError(f"--document-separator does nothing with the source '{source}'; leave it out")
     if source == PYTHON_STDLIB:
         return _stdlib_corpus()
     if source.startswith(HUB_PREFIX):
         return DatasetCorpus(source[len(HUB_PREFIX) :], text_field, document_separator)
-    if source.partition(":")[0] == IGSM:
-        return GeneratedCorpus(IGSM, igsm_source(source), IGSM_VERSION)
-    if source.partition(":")[0] == FACTS:
-        return GeneratedCorpus(FACTS, facts_source(source), FACTS_VERSION)
+    if generated is not None:
+        return GeneratedCorpus(generated)
     path = expanded(source)
     if path.suffix in _TABLE_SUFFIXES:
         raise UserError(f"source '{source}': tables are read as datasets; write '{HUB_PREFIX}{source}'")

@@ -23,8 +23,8 @@ from llada_lightning.data.manifest import Manifest, Split, read_manifest
 from llada_lightning.data.prepare import in_validation, prepare
 from llada_lightning.data.prepare_progress import PrepareProgress
 from llada_lightning.data.tokenizers import tokenizer_from_file, train_tokenizer
-from llada_lightning.support import files as output_folder
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import building
 
 # litdata maps shards read-only and clones what it reads; torch warns all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
@@ -248,7 +248,7 @@ def test_what_a_killed_run_left_is_removed_and_what_a_live_one_writes_is_not(tmp
     (leftover / "train").mkdir(parents=True)
     neighbour = tmp_path / ".out2.partial-other"
     neighbour.mkdir()
-    with output_folder.building(out) as partial:
+    with building(out) as partial:
         assert not leftover.exists()
         with pytest.raises(UserError, match="being prepared by another process"):
             run(source, out)
