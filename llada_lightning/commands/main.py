@@ -13,7 +13,7 @@ from llada_lightning import __version__
 from llada_lightning.support.cluster import check_environment, process_rank, says_it
 from llada_lightning.support.errors import UserError, refusal
 from llada_lightning.support.printing import print_what_the_encoding_holds, shortened, warn
-from llada_lightning.support.secrets import redacted
+from llada_lightning.support.security import redacted
 
 USAGE = """\
 usage: llada COMMAND [options]        (llada COMMAND --help lists a command's options)

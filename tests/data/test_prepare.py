@@ -20,8 +20,7 @@ from llada_lightning.commands import prepare as prepare_command
 from llada_lightning.commands.main import main
 from llada_lightning.data import prepare as prepare_module
 from llada_lightning.data.manifest import Manifest, Split, read_manifest
-from llada_lightning.data.prepare import in_validation, prepare
-from llada_lightning.data.prepare_progress import PrepareProgress
+from llada_lightning.data.prepare import PrepareProgress, in_validation, prepare
 from llada_lightning.data.tokenizers import tokenizer_from_file, train_tokenizer
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import building
@@ -121,7 +120,7 @@ def test_any_text_comes_back_from_any_shards_and_batches(
     texts = [*texts, *TEXTS[:4]]  # which has documents for both splits
     source = write_corpus(folder / "a.jsonl", texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "BATCH_CHARS", batch)
+        patch.setattr("llada_lightning.data.shards.BATCH_CHARS", batch)
         manifest = run(source, folder / "out", shard_tokens=shard_tokens, tokenizer=tokenizer_path)
     kept = [text for text in texts if text.strip()]
     found = decoded(folder / "out", "train", manifest) + decoded(folder / "out", "val", manifest)

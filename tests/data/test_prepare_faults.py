@@ -254,7 +254,7 @@ def test_the_folder_is_removed_while_it_is_written(
 ) -> None:
     out = tmp_path / "below" / "out"
     out.parent.mkdir()
-    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 1)  # so that shards are written from the beginning
+    monkeypatch.setattr("llada_lightning.data.shards.BATCH_CHARS", 1)  # so that shards are written from the beginning
 
     def remove() -> None:
         [partial] = out.parent.iterdir()
