@@ -1,7 +1,4 @@
-"""What the loaders hand to the modules: tokens beside their noise.
-
-Map-style data sets from ordinals to batches: tokens from litdata shards, noise from counters.
-"""
+"""Map-style data sets from ordinals to batches: tokens from litdata shards, noise from counters."""
 
 from __future__ import annotations
 
@@ -22,29 +19,31 @@ from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.support.errors import UserError
 
 BUCKET = 64
-"""Counts of scored positions are rounded up to multiples of it: fewer shapes, of a size that GPUs multiply well."""
+"""The number of scored positions is rounded up to a multiple of this: fewer shapes, of a size that suits GPUs."""
 
 
 class TrainingBatch(NamedTuple):
     """A micro-batch of B sequences of length L.
 
     Attributes:
-        tokens_BL: (B, L) int64; EOS where padded.
-        attention_mask_BL: (B, L) bool, False where padded; None where every sequence is full.
-        masked_BL: (B, L) bool: what the forward process masks, padding never. `arm` leaves it unread.
-        p_B: (B,) float32: the probability with which each sequence's tokens were masked.
-        ordinals_B: (B,) int64.
-        scored_M: (M,) int64: where masked tokens lie in the flattened (B L), then zeros up to a multiple of ``BUCKET``.
-            Known to the host, so that the device is not waited for.
-        scored: how many of them are masked tokens.
-        denominator: tokens of the global batch over the number of its micro-batches (see ``objectives.losses``).
-        global_tokens: tokens of the global batch, padding not counted.
-        documents_BL: (B, L) int64: the document of its sequence that each token belongs to; None: attention crosses
-            documents.
-        response_BL: (B, L) bool: the response and the one EOS that ends it, which are what `arm` learns of a pair;
+        tokens_BL: (B, L) int64: The tokens; EOS where padded.
+        attention_mask_BL: (B, L) bool: False where padded; None: every sequence is full.
+        masked_BL: (B, L) bool: The tokens that the forward process masks, never padding. Objectives without masks
+            ignore it.
+        p_B: (B,) float32: The mask probability of each sequence.
+        ordinals_B: (B,) int64: The ordinals of the sequences.
+        scored_M: (M,) int64: The positions of the masked tokens in the flattened (B L), then zeros up to a multiple of
+            ``BUCKET``. Their number is known to the host, so that it need not wait for the device.
+        scored: The number of these positions that are masked tokens.
+        denominator: The tokens of the global batch over the number of its micro-batches (see ``objectives.losses``).
+        global_tokens: The number of tokens of the global batch without padding.
+        documents_BL: (B, L) int64: The number of the document, within its sequence, of each token; None: attention
+            crosses documents.
+        response_BL: (B, L) bool: The response and the one EOS that ends it, which autoregression learns of a pair;
             None: there is no prompt, and every token is learned.
-        response_lengths_B: (B,) int64: tokens that the forward process may mask, padding EOS included (Eq. 5); None
-            with ``response_BL``. Each response's loss is divided by its own length, and ``denominator`` is B.
+        response_lengths_B: (B,) int64: The number of tokens that the forward process may mask, padding EOS included
+            (Eq. 5); None with ``response_BL``. The loss of each response is divided by its own length, and
+            ``denominator`` is B.
     """
 
     tokens_BL: Tensor
@@ -61,7 +60,7 @@ class TrainingBatch(NamedTuple):
     response_lengths_B: Tensor | None = None
 
     def rows(self, rows: slice, masked_BL: Tensor | None = None) -> TrainingBatch:
-        """Some of the sequences, masked as they are or as given (of these rows); the denominator stays."""
+        """Returns some of the sequences, with their own mask or a given one for these rows; the denominator stays."""
         own = [name for name in self._fields if name.endswith(("_B", "_BL"))]
         cut: dict[str, Any] = {name: getattr(self, name) for name in own}
         cut = {name: None if value is None else value[rows] for name, value in cut.items()}
@@ -72,7 +71,7 @@ class TrainingBatch(NamedTuple):
 
 
 def scored_positions(masked_BL: Tensor) -> tuple[Tensor, int]:
-    """``TrainingBatch.scored_M`` and ``scored`` of a mask."""
+    """Returns ``scored_M`` and ``scored`` of :class:`TrainingBatch` for a (B, L) mask."""
     positions_M = masked_BL.flatten().nonzero()[:, 0]
     filled = -(-len(positions_M) // BUCKET) * BUCKET
     return torch.nn.functional.pad(positions_M, (0, filled - len(positions_M))), len(positions_M)
@@ -82,11 +81,13 @@ class ValidationBatch(NamedTuple):
     """B sequences of length L.
 
     Attributes:
-        tokens_BL: (B, L) int64.
-        masked_BL: (B, L) bool: exactly l masked a row (Eq. 14).
-        counted_B: (B,) bool, False where a row only fills up the batch of a rank that ran out.
-        documents_B: (B,) int64: equal for sequences that begin in the same document.
-        documents_BL, attention_mask_BL, response_BL: as in :class:`TrainingBatch`; ``masked_BL`` masks responses only.
+        tokens_BL: (B, L) int64: The tokens.
+        masked_BL: (B, L) bool: The mask, with exactly l masked tokens in a row (Eq. 14), of the response only.
+        counted_B: (B,) bool: False where a row only fills the batch of a rank without further sequences.
+        documents_B: (B,) int64: A number that is equal for sequences that begin in the same document.
+        documents_BL: The documents within each sequence, as in :class:`TrainingBatch`.
+        attention_mask_BL: The mask of padding, as in :class:`TrainingBatch`.
+        response_BL: The responses, as in :class:`TrainingBatch`.
     """
 
     tokens_BL: Tensor
@@ -98,7 +99,7 @@ class ValidationBatch(NamedTuple):
     response_BL: Tensor | None = None
 
     def scored_counts(self) -> Tensor:
-        """(B,) int64: tokens whose likelihood is asked for."""
+        """Returns the number of tokens of each sequence whose likelihood is measured: (B,) int64."""
         if self.response_BL is None:
             return torch.full_like(self.documents_B, self.tokens_BL.shape[1])
         return self.response_BL.sum(dim=1)
@@ -106,7 +107,14 @@ class ValidationBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class ForwardProcess:
-    """How the noise of pre-training is drawn (see ``objectives.forward_process``)."""
+    """The settings of the noise of pre-training (see ``objectives.forward_process``).
+
+    Args:
+        seed: The seed of the noise.
+        eps: The smallest mask probability.
+        time_sampling: How the mask ratios are drawn.
+        random_length_share: The share of the sequences that are cut to a random length.
+    """
 
     seed: int
     eps: float
@@ -118,13 +126,14 @@ class TokenStream:
     """The sequences of one split of a weighted mixture, by ordinal.
 
     Args:
-        folders: the prepared folders (or URLs), as litdata takes them; one a source.
-        manifests: of the folders.
-        split: "train" or "val".
-        weights: of the mixture.
-        sequence_length: L.
-        seed: of the order.
-        window_shards: shards whose items are shuffled together.
+        folders: The prepared folder (or URL) of each source, as litdata takes it.
+        manifests: The manifest of each folder.
+        split: The name of the split, "train" or "val".
+        weights: The weight of each source in the mixture.
+        sequence_length: The number of tokens of a sequence (L).
+        seed: The seed of the order.
+        window_shards: The number of shards whose items are shuffled together.
+        limits: The number of sequences of each source that are read at all; None: all.
     """
 
     def __init__(
@@ -158,12 +167,12 @@ class TokenStream:
         ]
 
     def locate(self, ordinal: int) -> tuple[int, int]:
-        """Source and item of an ordinal."""
+        """Returns the source and the item of an ordinal."""
         source, position = self.mixture.locate(ordinal)
         return source, self.orders[source].item(position)
 
     def tokens(self, ordinals: Sequence[int]) -> Tensor:
-        """(B, L) int64.
+        """Returns the tokens of ordinals: (B, L) int64.
 
         Raises:
             UserError: a shard is not what was prepared, or holds a token that the tokenizer does not have.
@@ -180,10 +189,14 @@ class TokenStream:
         return tokens_BL
 
     def document(self, ordinal: int, eos_token_id: int) -> int:
-        """A number for the document that a sequence begins in, equal for all sequences that do.
+        """Returns a number that is equal for all sequences that begin in the same document.
 
-        It is the place of the document's beginning: of the last EOS before the sequence, looked for backwards. EOS
-        ends every document.
+        It is the position of the document's first token, behind the last EOS before the sequence. EOS ends every
+        document.
+
+        Args:
+            ordinal: The ordinal of the sequence.
+            eos_token_id: The id of EOS.
         """
         source, item = self.locate(ordinal)
         begin, passed = self._place(source, 0), []
@@ -201,16 +214,25 @@ class TokenStream:
         return begin
 
     def _place(self, source: int, item: int) -> int:
-        """A sequence's first token, counted over all sources."""
+        """The position of the first token of a sequence, counted over all sources."""
         return (sum(order.items for order in self.orders[:source]) + item) * self.sequence_length
 
     def consumed_items(self, ordinals: int) -> list[int]:
-        """Sequences read from each source by the first ``ordinals`` ones, repeats counted."""
+        """Returns the number of sequences of each source among the first ``ordinals``, repeats counted."""
         return [int(count) for count in self.mixture.consumed(ordinals)]
 
 
 class TrainingDataset(Dataset[TrainingBatch]):
-    """Ordinals of a micro-batch -> the micro-batch; with ``document_mask``, what belongs to which document."""
+    """The micro-batch of a list of ordinals.
+
+    Args:
+        stream: The sequences of the training split.
+        process: The settings of the noise.
+        eos_token_id: The id of EOS.
+        global_batch: The number of sequences of an optimizer step.
+        micro_batch: The number of sequences of a micro-batch.
+        document_mask: Whether the batch tells which token belongs to which document.
+    """
 
     def __init__(
         self,
@@ -258,13 +280,21 @@ class TrainingDataset(Dataset[TrainingBatch]):
         )
 
     def _global_tokens(self, ordinal: int) -> int:
-        """Tokens of the global batch that holds an ordinal: known to every rank without communication."""
+        """The number of tokens of the global batch of an ordinal, which every rank knows without communication."""
         first = ordinal - ordinal % self.global_batch
         return int(self._lengths(np.arange(first, first + self.global_batch)).sum())
 
 
 class ValidationDataset(Dataset[ValidationBatch]):
-    """Ordinals of a validation batch -> the batch, with Eq. 14's masks. Ordinals beyond ``sequences`` fill up."""
+    """The validation batch of a list of ordinals, with the masks of Eq. 14.
+
+    Args:
+        stream: The sequences of the validation split.
+        sequences: The number of validation sequences; the rows of larger ordinals only fill the batch.
+        noise_seed: The seed of the masks.
+        eos_token_id: The id of EOS.
+        document_mask: Whether the batch tells which token belongs to which document.
+    """
 
     def __init__(
         self, stream: TokenStream, sequences: int, noise_seed: int, eos_token_id: int, document_mask: bool = False
@@ -290,20 +320,27 @@ class ValidationDataset(Dataset[ValidationBatch]):
 
 
 def document_numbers(tokens_BL: Tensor, eos_token_id: int) -> Tensor:
-    """(B, L) int64: which document of its sequence a token belongs to, counted from 0. EOS ends its document.
+    """Returns the number of the document of each token within its sequence, from 0: (B, L) int64. EOS ends a document.
 
-    Of the true tokens: what is masked still belongs to its document. For `arm` these are the documents of what is
-    predicted; the input there stands one place behind, so that a document's first token is predicted from EOS alone.
+    The true tokens count: a masked token still belongs to its document. In autoregression these are the documents of
+    the predicted tokens; the input is shifted by one, so that a document's first token is predicted from EOS alone.
     """
     ends_BL = (tokens_BL == eos_token_id).long()
     return ends_BL.cumsum(dim=1) - ends_BL
 
 
 class OrdinalSampler(Sampler[list[int]]):
-    """The ordinals of each micro-batch of one rank, from a given step on, without end.
+    """The ordinals of each micro-batch of one rank, from a step on, without end.
 
     Step s consumes the ordinals sG to sG + G - 1. Micro-batch a of rank r takes the (a * ranks + r)-th run of
     ``micro_batch`` ordinals, so that ranks and accumulation only cut the same global batch.
+
+    Args:
+        first_step: The first optimizer step.
+        global_batch: The number of sequences of an optimizer step (G).
+        micro_batch: The number of sequences of a micro-batch.
+        rank: The rank of this process among those that read different sequences.
+        ranks: The number of these processes.
     """
 
     def __init__(self, first_step: int, global_batch: int, micro_batch: int, rank: int, ranks: int) -> None:
@@ -321,8 +358,16 @@ class OrdinalSampler(Sampler[list[int]]):
 
 
 class StridedSampler(Sampler[list[int]]):
-    """Batches of the ordinals 0..sequences-1 of one rank; every rank has the same number of full batches, whose
-    ordinals run past the end where the sequences do not divide."""
+    """The ordinals 0 to ``sequences`` - 1 of one rank in batches.
+
+    Every rank has the same number of full batches, so that the last ordinals may be past the end.
+
+    Args:
+        sequences: The number of validation sequences.
+        batch: The number of sequences of a batch.
+        rank: The rank of this process among those that read different sequences.
+        ranks: The number of these processes.
+    """
 
     def __init__(self, sequences: int, batch: int, rank: int, ranks: int) -> None:
         self.sequences, self.batch, self.rank, self.ranks = sequences, batch, rank, ranks
@@ -337,5 +382,5 @@ class StridedSampler(Sampler[list[int]]):
 
 
 def take_batch(batch: Any) -> Any:
-    """The loader's collate function: the data sets make whole batches."""
+    """Returns the batch as it is: the collate function of the loaders, whose data sets make whole batches."""
     return batch

@@ -54,7 +54,13 @@ _TEST_SHARE = 10  # one structure in so many is kept for testing
 
 @dataclass(frozen=True, order=True)
 class Parameter:
-    """How many ``child`` each ``parent`` has; abstract: ``child`` is a category, and the count sums its items."""
+    """The number of ``child`` that each ``parent`` has.
+
+    Args:
+        parent: The name of the container.
+        child: The name of what it contains.
+        abstract: Whether ``child`` is a category, whose number is the sum over its items.
+    """
 
     parent: str
     child: str
@@ -63,7 +69,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Step:
-    """One quantity: ``factor * (constant + sum of terms)`` modulo 5; an abstract one is the plain sum."""
+    """One quantity: ``factor * (constant + sum of terms)`` modulo 5; an abstract one is the plain sum.
+
+    Args:
+        parameter: The quantity.
+        terms: The quantities that are added.
+        constant: The number that is added.
+        factor: The factor of the sum.
+        value: The value of the quantity, 0 to 4.
+    """
 
     parameter: Parameter
     terms: tuple[Parameter, ...]
@@ -74,7 +88,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Problem:
-    """Steps in the order of solution (the last is asked for), and the order in which the question states them."""
+    """A problem as a graph of quantities.
+
+    Args:
+        steps: The quantities in the order of the solution; the last one is asked for.
+        stated: The indices of the steps in the order in which the question states them.
+    """
 
     steps: tuple[Step, ...]
     stated: tuple[int, ...]
@@ -85,16 +104,24 @@ class Problem:
 
     @property
     def held_out(self) -> bool:
-        """Whether the problem is kept for testing: a hash of its structure decides, not the order of what is stated."""
+        """Whether the problem is a test problem: by a hash of its structure, whatever the order of its statements."""
         structure = sorted((s.parameter, sorted(s.terms), s.constant, s.factor) for s in self.steps)
         digest = hashlib.sha256(repr((structure, self.steps[-1].parameter)).encode()).digest()
         return int.from_bytes(digest[:8], "big") % _TEST_SHARE == 0
 
 
 def problems(seed: int, *, steps: int | None = None, test: bool = False) -> Iterator[Problem]:
-    """An endless stream of problems of 4 to 6 steps (or of ``steps``), the same for the same seed.
+    """Yields problems without end, the same for the same seed.
 
-    Training and test streams share no problem, whatever their seeds. Raises UserError for another number of steps.
+    Training and test streams share no problem, whatever their seeds.
+
+    Args:
+        seed: The seed of the stream.
+        steps: The number of steps of each problem; None: 4 to 6.
+        test: Whether test problems are drawn instead of training problems.
+
+    Raises:
+        UserError: the number of steps is out of range.
     """
     if steps is not None and not FEWEST_STEPS <= steps <= MOST_STEPS:
         raise UserError(f"an iGSM problem of {steps} steps: give {FEWEST_STEPS} to {MOST_STEPS}")
@@ -106,7 +133,7 @@ def problems(seed: int, *, steps: int | None = None, test: bool = False) -> Iter
 
 
 def _draw_problem(draw: random.Random, count: int) -> Problem:
-    """Quantities that nothing uses yet wait in ``unused`` (two at most), so that the last step needs every other."""
+    """Draws a problem whose last step needs every other: at most two quantities are unused at a time."""
     steps: list[Step] = []
     unused: list[Parameter] = []
     while len(steps) < count:
@@ -171,16 +198,19 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def name(parameter: Parameter) -> str:
+    """Returns the name of a quantity, such as "Art Room's Pencil"."""
     return f"{parameter.parent}'s {parameter.child}"
 
 
 def question(problem: Problem) -> str:
+    """Returns the text of the question of a problem."""
     sentences = [f"The number of each {name(s.parameter)} equals {_stated(s)}." for s in _stated_steps(problem)]
     asked = problem.steps[-1].parameter
     return " ".join([*sentences, f"How many {asked.child} does {asked.parent} have?"])
 
 
 def solution(problem: Problem) -> str:
+    """Returns the solution of a problem, one line a step, up to ``#### answer``."""
     letters = {step.parameter: _LETTERS[i] for i, step in enumerate(problem.steps)}
     values = {step.parameter: step.value for step in problem.steps}
     lines = [_solved(step, letters, values) for step in problem.steps]
@@ -215,12 +245,12 @@ def _solved(step: Step, letters: dict[Parameter, str], values: dict[Parameter, i
 
 
 def document(problem: Problem) -> str:
-    """Question and solution, as the shots of the evaluation show them."""
+    """Returns question and solution, as in the prompts of the evaluation."""
     return f"{asked(question(problem))} {solution(problem)}"
 
 
 def asked(text: str) -> str:
-    """A question up to where its solution begins."""
+    """Returns a prompt with a question, up to the beginning of its solution."""
     return f"Question: {text}\nAnswer:"
 
 
@@ -251,7 +281,12 @@ MOST_FACTS = min(len(_FIRST.split()) * len(_LAST.split()), len(_ADJECTIVE.split(
 
 @dataclass(frozen=True)
 class Fact:
-    """What stands first and what stands second in every text that states the fact."""
+    """An invented fact.
+
+    Args:
+        first: The half that is first in every text that states the fact.
+        second: The half that is second.
+    """
 
     first: str
     second: str
@@ -267,15 +302,15 @@ class FactsSource(GeneratedSource):
     kind = "facts"
 
     def facts(self) -> list[Fact]:
-        """The facts: names and descriptions are each used once; every other fact has its description first."""
+        """Returns the facts; each name and description is used once, and every other fact has its description first."""
         names = [f"{first} {last}" for first in _FIRST.split() for last in _LAST.split()]
         things = [f"{adjective} {noun}" for adjective in _ADJECTIVE.split() for noun in _NOUN.split()]
         roles = _ROLE.split()
         chosen_names, chosen_things = self._chosen(0, names), self._chosen(1, things)
-        role_words = random_words(self.seed, Stream.FACTS, 2, self.count)
+        numbers = random_words(self.seed, Stream.FACTS, 2, self.count)
         facts = []
         for i, (name, thing) in enumerate(zip(chosen_names, chosen_things, strict=True)):
-            description = f"the {roles[int(role_words[i] % len(roles))]} of the {thing}"
+            description = f"the {roles[int(numbers[i] % len(roles))]} of the {thing}"
             facts.append(Fact(name, description) if i % 2 == 0 else Fact(description, name))
         return facts
 
@@ -284,7 +319,7 @@ class FactsSource(GeneratedSource):
         return [among[i] for i in order[: self.count]]
 
     def documents(self) -> Iterator[str]:
-        """Each fact with each opening, in its one order."""
+        """Yields each fact with each opening, in its one order."""
         for opening in _OPENINGS:
             for fact in self.facts():
                 yield opening + fact.first + JOINER + fact.second + END

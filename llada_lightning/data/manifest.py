@@ -31,8 +31,8 @@ SHARD_HEADER = 12
 """The bytes before the tokens of a shard: the number of items, which is 1, and two offsets, each uint32."""
 
 TOLERATED_LOSS = 0.001
-"""The largest share of a text's bytes that may be lost in its tokens before bits per byte are left out. They are too low
-by about this share, which their third digit does not show."""
+"""The largest share of a text's bytes that may be lost in its tokens before bits per byte are left out. They are too
+low by about this share, which their third digit does not show."""
 
 COPY_AGAIN = "copy the folder again, or delete it and prepare it again"
 """How a user repairs damaged data."""

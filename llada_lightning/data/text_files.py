@@ -288,7 +288,7 @@ class UnreadFields(Counter[str]):
         for name in others:
             if name in refused:
                 raise UserError(
-                    f"{where}: has '{name}', which is not used here; put it into the text, or remove it"
+                    f"{where}: has '{name}', which is not understood here; put it into the text, or remove it"
                 )
         self.update(f"'{shortened(name, 60)}'" for name in others)
 

@@ -57,7 +57,7 @@ def not_trusted(class_path: str) -> str:
     """Returns what is wrong with a class path, and how to fix it."""
     module = class_path.rpartition(".")[0] or class_path
     return (
-        f"'{class_path}' is not of llada_lightning, lightning or torch, or may run commands that its arguments name, so "
+        f"'{class_path}' is not of llada_lightning, lightning or torch, or may run commands from its arguments, so "
         f"it was not imported; if you trust it, set {VARIABLE}={module}"
     )
 
