@@ -38,7 +38,6 @@ from efficiency_samplers import Sampler, Timing, agreement, study_samplers, time
 from llada_lightning.checkpoints.language_model import LanguageModel, load_model
 from llada_lightning.checkpoints.stored_model import open_checkpoint
 from llada_lightning.checkpoints.stored_tensors import common_dtype, dtype_named, name_of
-from llada_lightning.compute.flops import Objective
 from llada_lightning.study.plots.style import write_figure
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
@@ -101,7 +100,7 @@ def study(options: Any) -> dict[str, Any]:
     samplers = study_samplers(options.length, options.steps, options.block_length, options.threshold, options.remasking)
     memory = [row for path in (options.llada, options.arm) for row in memory_of(path, options)]
     say("models")
-    models: dict[Objective, LanguageModel] = {
+    models: dict[str, LanguageModel] = {
         "llada": loaded(options.llada, "llada", options),
         "arm": loaded(options.arm, "arm", options),
     }
@@ -147,7 +146,7 @@ def check(options: Any) -> None:
         raise UserError(f"--device: '{options.device}' given, but torch finds no GPU; give --device cpu")
 
 
-def loaded(path: str, objective: Objective, options: Any) -> LanguageModel:
+def loaded(path: str, objective: str, options: Any) -> LanguageModel:
     """A checkpoint, which must be of an objective."""
     lm = load_model(path, device=options.device, dtype=options.dtype)
     if lm.objective != objective:

@@ -23,7 +23,7 @@ from llada_lightning.data.manifest import check_sequence_length, read_manifest, 
 from llada_lightning.data.order import WINDOW_SHARDS
 from llada_lightning.data.tokenizers import tokenizer_from_text
 from llada_lightning.evaluation.likelihood import log_likelihood
-from llada_lightning.objectives.bounds import ratio_and_stderr
+from llada_lightning.objectives.standard_errors import ratio_and_stderr
 from llada_lightning.support.errors import UserError
 
 

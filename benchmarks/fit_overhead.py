@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 
-from llada_lightning.commands.main import quiet_libraries
 from llada_lightning.compute.schedule import WSD
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.prepare import prepare
+from llada_lightning.support.libraries import quiet_libraries
 from llada_lightning.training import ArmModule, LladaModule
 from llada_lightning.training.callbacks.accounting import Accounting
 from llada_lightning.training.callbacks.loggers import MetricsCSV

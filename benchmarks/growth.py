@@ -21,8 +21,9 @@ import torch
 
 from bench_report import caption, circumstances, markdown, write_result
 from efficiency_memory import MALLOC
-from llada_lightning.compute.flops import expected_mask_probability, flops_per_token
+from llada_lightning.compute.flops import MASK_EPS
 from llada_lightning.compute.shapes import get_shape
+from llada_lightning.objectives import get_objective
 
 Point = dict[str, Any]
 AXES: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -68,9 +69,8 @@ def measure(point: Point, objective: str, device: str, steps: int) -> dict[str, 
 
 def account(point: Point, objective: str) -> float:
     """FLOPs of a token by our account, the head at masked positions only."""
-    share = expected_mask_probability() if objective == "llada" else 1.0
-    shape = get_shape(point["shape"])
-    return flops_per_token(shape, point["vocab_size"], point["sequence_length"], objective, share).flops_total  # type: ignore[arg-type]
+    shape, length = get_shape(point["shape"]), point["sequence_length"]
+    return get_objective(objective).flops_per_token(shape, point["vocab_size"], length, MASK_EPS).flops_total
 
 
 def points(axes: dict[str, tuple[Any, ...]]) -> list[tuple[str, Point]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llada_lightning.compute.flops import Objective
 from llada_lightning.training.speed import Speed
 from train_step import Variant
 
@@ -58,7 +57,7 @@ MFU_AIMS = {"llada-1b": 0.5, "85m": 0.4, "319m": 0.4}
 """Of a GPU's preset: least MFU with everything on, attention and head counted."""
 
 
-def cpu_variants(objective: Objective) -> list[Variant]:
+def cpu_variants(objective: str) -> list[Variant]:
     """Each one adds to the one before, but for the last; of `arm`, which has no positions to leave out, the ends."""
     plain, chunked, compiled = Speed(loss="plain", compile=False), Speed(compile=False), Speed(compile=True)
     released = Variant(RELEASED, released=True, reference=True)
@@ -76,7 +75,7 @@ def cpu_variants(objective: Objective) -> list[Variant]:
     ]
 
 
-def gpu_variants(objective: Objective) -> list[Variant]:
+def gpu_variants(objective: str) -> list[Variant]:
     """Up to "everything on" each one adds to the one before, and then each one changes one thing about that."""
     plain, chunked = Speed(loss="plain", compile=False), Speed(compile=False)
     gather = [Variant(GATHER, speed=plain, bf16=True)] if objective == "llada" else []

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from lightning import Trainer
 
-from llada_lightning.commands.main import quiet_libraries
 from llada_lightning.compute.schedule import WSD
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.prepare import prepare
+from llada_lightning.support.libraries import quiet_libraries
 from llada_lightning.training import ArmModule, LladaModule
 from llada_lightning.training.configuration import native_precision
 from llada_lightning.training.modules import LanguageModule

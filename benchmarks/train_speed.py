@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from bench_report import caption, cell, circumstances, markdown, write_result
-from llada_lightning.commands.main import quiet_libraries
 from llada_lightning.compute.flops import MASK_EPS
 from llada_lightning.compute.hardware import peak_flops
 from llada_lightning.compute.shapes import get_shape
-from llada_lightning.data.datasets import TrainingBatch
+from llada_lightning.objectives.batches import TrainingBatch
+from llada_lightning.support.libraries import quiet_libraries
 from llada_lightning.training.memory import is_out_of_memory
 from speed_variants import EVERYTHING, MFU_AIMS, PRESETS, RATIO_AIMS, Preset, cpu_variants, gpu_variants
 from train_step import Steps, Variant, Workload, obstacle, synchronise

@@ -10,14 +10,13 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from llada_lightning.compute.flops import Objective
 from llada_lightning.compute.shapes import Shape
-from llada_lightning.data.datasets import TrainingBatch, scored_positions
+from llada_lightning.objectives.batches import TrainingBatch, scored_positions
 from llada_lightning.objectives.forward_process import mask_probability, mask_ratio, random_mask
 from llada_lightning.support.errors import UserError
 from llada_lightning.training import ArmModule, LladaModule
+from llada_lightning.training.callbacks.profile import milliseconds, stopwatch
 from llada_lightning.training.modules import LanguageModule
-from llada_lightning.training.phase_clock import milliseconds, stopwatch
 from llada_lightning.training.speed import Speed, resolve_speed
 from released_loop import released_arm_loss, released_llada_loss
 
@@ -51,7 +50,7 @@ class Variant:
 class Workload:
     """What is trained, and where. Of the vocabulary the last word is [MASK], the one before EOS."""
 
-    objective: Objective
+    objective: str
     shape: Shape
     vocab_size: int
     sequence_length: int

@@ -1,8 +1,6 @@
 """`python -m llada_lightning` is the command `llada`."""
 
-import sys
-
-from llada_lightning.commands.main import main
+from llada_lightning.commands.main import entry_point
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point()

@@ -16,24 +16,29 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import is_there, write_json, written_atomically
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import FormatError, read_json, read_text, read_yaml
 
+if TYPE_CHECKING:  # pandas takes half a second to import, which a run needs at its end only
+    import pandas as pd
+
 RESULT_COLUMNS = (
-    "run", "objective", "shape", "params_total", "params_nonembedding", "tokens", "unique_tokens", "epochs", "steps",
-    "global_batch_tokens", "sequence_length", "flops_6nd", "flops_attention", "flops_head", "flops_total", "lr",
-    "schedule", "warmup_steps", "decay_steps", "seed", "parent_checkpoint", "data_fingerprint", "tokenizer",
+    "run", "objective", "variant", "shape", "params_total", "params_nonembedding", "tokens", "unique_tokens", "epochs",
+    "steps", "global_batch_tokens", "sequence_length", "flops_6nd", "flops_attention", "flops_head", "flops_total",
+    "lr", "schedule", "warmup_steps", "decay_steps", "seed", "parent_checkpoint", "data_fingerprint", "tokenizer",
     "vocab_size", "val_nats_per_token", "val_stderr", "val_kind", "val_bits_per_byte", "tokens_per_second", "mfu",
     "device", "precision", "wall_seconds", "versions", "git_commit", "status",
 )  # fmt: skip
 """Keys of a record and columns of the table. FLOPs are those of training, losses of validation in nats per token;
-``val_stderr`` is one standard error of ``val_nats_per_token``; ``val_kind`` is ``exact`` or ``bound``."""
+``val_stderr`` is one standard error of ``val_nats_per_token``; ``val_kind`` is ``exact`` or ``bound``; ``variant``
+lists the settings of objective and optimizer that are not at their defaults, and is missing where all of them are."""
+
+LATER_COLUMNS = frozenset({"variant"})
+"""Columns that older records and tables lack. A missing value means the default."""
 
 
 RESULT_FILE = "result.json"
@@ -48,18 +53,19 @@ def write_records(folder: Path | str, records: Sequence[dict[str, Any]]) -> Path
     """Writes a run's ``result.json``: at no time is a part of it to be seen.
 
     Args:
-        folder: the run's folder; made if it is not there.
-        records: one record for each budget reached, each with exactly the keys ``RESULT_COLUMNS``.
+        folder: The folder of the run; made if it does not exist.
+        records: One record for each budget reached, each with the keys ``RESULT_COLUMNS``. Older records may lack
+            ``LATER_COLUMNS``.
 
     Raises:
         ValueError: a record lacks a key or has a foreign one (a fault of the program, not of its user).
     """
     for record in records:
-        wrong = sorted(set(record) ^ set(RESULT_COLUMNS))
+        wrong = sorted((set(record) ^ set(RESULT_COLUMNS)) - LATER_COLUMNS)
         if wrong:
             raise ValueError(f"a result record has missing or foreign keys: {wrong}")
     path = Path(folder) / RESULT_FILE
-    write_json(path, [{column: record[column] for column in RESULT_COLUMNS} for record in records])
+    write_json(path, [{column: record.get(column) for column in RESULT_COLUMNS} for record in records])
     return path
 
 
@@ -82,12 +88,12 @@ def read_records(folder: Path | str) -> list[dict[str, Any]]:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether a run can go on from it: it says of which run it is, and after how many steps."""
+    """Whether a run can resume from it: it names its run, and the number of its steps."""
     return isinstance(value, dict) and isinstance(value.get("steps"), int) and "run" in value
 
 
 def is_done(folder: Path | str) -> bool:
-    """Whether the run of this folder has finished: every budget has a record, and every record says so.
+    """Whether the run of this folder has finished: every budget has a record of a finished run.
 
     A run that diverged has finished too: the same configuration would diverge again.
     """
@@ -99,7 +105,7 @@ def is_done(folder: Path | str) -> bool:
 
 
 def expected_records(folder: Path | str) -> int:
-    """The number of budgets that the run of this folder is to reach: at least 1, also where no config.yaml says it.
+    """The number of budgets that the run of this folder is to reach: at least 1, also where there is no config.yaml.
 
     Raises:
         UserError: its config.yaml cannot be read.
@@ -124,10 +130,12 @@ def write_validation(folder: Path | str, steps: int, documents: Sequence[tuple[i
     """Writes the validation loss of each document after ``steps``; rows of other steps stay. Atomic.
 
     Args:
-        folder: the run's folder; made if it is not there.
-        steps: optimizer steps of the validated weights.
+        folder: The folder of the run; made if it does not exist.
+        steps: The number of optimizer steps of the validated weights.
         documents: (document, its sequences, their mean in nats per token) of every validation document.
     """
+    import pandas as pd
+
     path = Path(folder) / VALIDATION_FILE
     table = pd.DataFrame([(steps, *row) for row in documents], columns=list(VALIDATION_COLUMNS))
     with suppress(UserError):  # a damaged file must not cost a finished run its result
@@ -153,13 +161,15 @@ def read_typed_csv(path: Path, types: Mapping[str, Any], fix: str) -> pd.DataFra
     """A CSV file of a run's folder, with exactly the given columns; numbers to the last digit.
 
     Args:
-        path: the file.
-        types: column -> its type, in the file's order.
-        fix: what to do about a damaged file, for the error.
+        path: The path of the file.
+        types: The type of each column, in the order of the file.
+        fix: The advice for a damaged file, for the error.
 
     Raises:
         UserError: there is no such file, or it is damaged.
     """
+    import pandas as pd
+
     try:
         text = read_text(path)
         with warnings.catch_warnings():
@@ -186,12 +196,14 @@ def write_evaluations(folder: Path | str, rows: Sequence[dict[str, Any]]) -> Pat
     """Adds rows to a run's evaluations; those of the same step and task replace the ones before. Atomic.
 
     Args:
-        folder: the run's folder.
-        rows: with exactly the keys ``EVALUATION_COLUMNS``.
+        folder: The folder of the run.
+        rows: The rows, each with exactly the keys ``EVALUATION_COLUMNS``.
 
     Raises:
         UserError: the file that is there is damaged.
     """
+    import pandas as pd
+
     path = Path(folder) / EVALUATIONS_FILE
     table = pd.DataFrame(rows, columns=list(EVALUATION_COLUMNS))
     if is_there(path):
@@ -208,6 +220,8 @@ def read_evaluations(folder: Path | str) -> pd.DataFrame:
     Raises:
         UserError: the file is damaged.
     """
+    import pandas as pd
+
     path = Path(folder) / EVALUATIONS_FILE
     if not is_there(path):
         return pd.DataFrame(columns=list(EVALUATION_COLUMNS))

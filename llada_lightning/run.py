@@ -35,8 +35,8 @@ class Source:
     """One corpus of a mixture.
 
     Args:
-        weight: its share of the sequences, relative to the other sources'.
-        sequences: training sequences that it holds.
+        weight: The share of the sequences that it gives, relative to the weights of the other sources.
+        sequences: The number of training sequences that it holds.
     """
 
     weight: float
@@ -48,8 +48,8 @@ class DataFacts:
     """What prepared data is known to hold, at one sequence length.
 
     Args:
-        vocab_size: words of the tokenizer.
-        sources: one, or those of a mixture.
+        vocab_size: The number of vocabulary entries of the tokenizer.
+        sources: The sources of the mixture, or the only one.
     """
 
     vocab_size: int
@@ -59,13 +59,13 @@ class DataFacts:
 def sequences_read(
     present: Sequence[int], weights: Sequence[float], sequence_length: int, train_tokens: int | None
 ) -> list[int]:
-    """Of each source the training sequences that are read at all: its weight's share of ``train_tokens``, at least one.
+    """The number of training sequences that are read of each source: its share of ``train_tokens``, at least one.
 
     Args:
-        present: sequences that each source holds.
-        weights: of the sources.
-        sequence_length: L.
-        train_tokens: distinct tokens that may be read; None: all.
+        present: The number of sequences that each source holds.
+        weights: The weight of each source.
+        sequence_length: The number of tokens of a sequence, L.
+        train_tokens: The number of distinct tokens that may be read; None: all of them.
     """
     if train_tokens is None:
         return list(present)
@@ -76,14 +76,14 @@ def sequences_read(
 
 @dataclass(frozen=True)
 class Stream:
-    """The stream that both objectives train on; defaults as ``llada fit`` has them.
+    """The stream of sequences that all objectives train on. The defaults are those of ``llada fit``.
 
     Args:
-        vocab_size: words of embedding and head.
-        sequence_length: L, tokens of a full sequence.
-        random_length_share: share of the sequences cut to a random length.
-        mask_eps: smallest mask probability of the forward process.
-        sources: the corpora; none where the data is not known.
+        vocab_size: The number of vocabulary entries of the embedding and the output head.
+        sequence_length: The number of tokens of a full sequence, L.
+        random_length_share: The share of the sequences that are cut to a random length.
+        mask_eps: The smallest mask probability of the forward process.
+        sources: The corpora; none where the data is not known.
         tokens_per_sequence: The expected tokens of a sequence; None: of L and the share of random lengths.
         attended_length: The length whose attention a token costs on average; None: L.
         response_share: The share of the tokens that the forward process may mask.

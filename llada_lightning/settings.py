@@ -1,4 +1,4 @@
-"""Settings of a run beside model, data and trainer: its budget, its place, its second log."""
+"""The settings of a run beside its model, data and trainer: the budget, the folder, the guard and the logs."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def check_folder_name(name: str, given: str, *, nested: bool = False) -> None:
 
 @dataclass
 class Budget:
-    """What a run may spend; its length follows from it.
+    """What a run may spend. The length of the run follows from it.
 
     Args:
-        flops: training FLOPs, or an ascending list of them: one trunk of constant rate, and for each budget a branch
-            that decays; null: `trainer.max_steps` decides the length.
-        tokens: training tokens instead of FLOPs.
-        convention: which FLOPs the budget counts: 6ND, or the total with attention and head.
+        flops: The training FLOPs, or an ascending list of them. A list makes one trunk at a constant rate, and a branch
+            that decays for each budget. null: `trainer.max_steps` gives the length.
+        tokens: The number of training tokens, instead of FLOPs.
+        convention: Which FLOPs the budget counts: `6nd`, or `total` with attention and output head.
     """
 
     flops: float | list[float] | None = None
@@ -76,19 +76,22 @@ class Budget:
 
 
 @dataclass
-class Run:
-    """Where a run lives: `<root>/<study>/<name>/`.
+class Place:
+    """Where a run is kept, `<root>/<study>/<name>/`, and which checkpoints stay there.
 
     Args:
-        study: the folder that runs of one question share.
-        name: null: objective, shape, length and a hash of the configuration.
-        root: the folder of all studies.
-        resume: auto goes on from the last checkpoint; never refuses a folder that has one.
-        checkpoint_every_steps: null: ten times a run, and at least every 1000 steps.
-        checkpoint_every_minutes: null: steps alone decide; else a checkpoint is written after so long at the latest.
-        keep_checkpoints: the last ones to keep.
-        keep_best: keep the one with the lowest validation loss, too; `checkpoints/best.ckpt` is a link to it.
-        async_checkpoints: write checkpoints beside training, from a copy in memory; not those in shards.
+        study: The folder that the runs of one question share.
+        name: The name of the run. null: the objective, the shape, the length and a hash of the configuration.
+        root: The folder of all studies.
+        resume: `auto` resumes from the last checkpoint; `never` refuses a folder that has one.
+        checkpoint_every_steps: The number of steps between checkpoints. null: ten checkpoints in a run, and one every
+            1,000 steps at least.
+        checkpoint_every_minutes: The longest time between checkpoints, in minutes. null: only the steps count.
+        keep_checkpoints: The number of last checkpoints that are kept.
+        keep_best: Whether the checkpoint with the lowest validation loss is kept, too, with a link to it,
+            `checkpoints/best.ckpt`.
+        async_checkpoints: Whether checkpoints are written while training continues, from a copy in memory. Sharded
+            checkpoints cannot be.
     """
 
     study: str = "default"
@@ -109,12 +112,14 @@ class Run:
 
 @dataclass
 class Guard:
-    """What to do about bad numbers. An update with a loss or gradient that is not finite is skipped in any case.
+    """What to do about losses and gradients that are not usable. An update whose loss or gradient is not finite is
+    always skipped.
 
     Args:
-        spikes: a loss far above those of the last 100 updates: skip its update, report it, or do not look.
-        spike_zscore: how far: robust standard deviations above their median.
-        patience: updates skipped in a row that end the run.
+        spikes: What to do about a loss far above those of the last 100 updates: `skip` the update, `report` it, or
+            `ignore` it.
+        spike_zscore: The distance above the median that makes a spike, in robust standard deviations.
+        patience: The number of updates skipped in a row that ends the run.
     """
 
     spikes: Literal["ignore", "report", "skip"] = "report"
@@ -124,11 +129,12 @@ class Guard:
 
 @dataclass
 class Profile:
-    """Where a step's time goes: a trace, a page and a picture in the run's `profile/`; never part of its identity.
+    """A profile of some steps, in the run's folder `profile/`. It is no part of the run's identity.
 
     Args:
-        steps: to record; 0: none. Of several budgets the way to the first one's decay is profiled.
-        after: steps passed first, so that warming up and compiling are not measured.
+        steps: The number of steps to record; 0: none. Of several budgets, the steps before the first decay are
+            profiled.
+        after: The number of steps that pass before recording begins, so that warming up and compiling are not measured.
     """
 
     steps: int = 0
@@ -137,13 +143,13 @@ class Profile:
 
 @dataclass
 class Wandb:
-    """Weights & Biases; metrics.csv is written in any case.
+    """Logging to Weights & Biases. `metrics.csv` is written in any case.
 
     Args:
-        project: null: no W&B, unless an agent of a sweep started this run.
-        entity: user or team.
-        group: null: the study.
-        offline: log to a folder, to be synchronised later.
+        project: The name of the project. null: no logging to W&B, unless an agent of a sweep started this run.
+        entity: The user or team.
+        group: The group of runs. null: the study.
+        offline: Whether to log to a folder that is synchronised later.
     """
 
     project: str | None = None

@@ -16,7 +16,6 @@ from llada_lightning.study.plots import write_figure
 from llada_lightning.study.plots.style import (
     GREY,
     INK,
-    STYLES,
     StudyFigure,
     dress,
     flops_axis,
@@ -24,6 +23,7 @@ from llada_lightning.study.plots.style import (
     label_counts,
     label_plain,
     new_figure,
+    objective_styles,
 )
 from matched import Matched
 from report_text import short_shape
@@ -62,7 +62,8 @@ def repeats(found: pd.DataFrame) -> StudyFigure:
     """Loss against distinct tokens at one budget: at the end of the run, and the best validation on the way."""
     figure = new_figure(8.2, 3.8)
     axes = figure.subplots()
-    for objective, style in STYLES.items():
+    styles = objective_styles(("arm", "llada"))
+    for objective, style in styles.items():
         axes.errorbar(
             found["unique"],
             found[objective],
@@ -74,7 +75,7 @@ def repeats(found: pd.DataFrame) -> StudyFigure:
             capsize=3,
         )
         axes.plot(found["unique"], found[f"{objective}_best"], ":", color=style.color)
-    lines = [style.handle(marker=style.marker) for style in STYLES.values()]
+    lines = [style.handle(marker=style.marker) for style in styles.values()]
     lines.append(Line2D([], [], linestyle=":", color=INK, label="best on the way"))
     axes.set_yscale("log")
     label_plain(axes.yaxis)

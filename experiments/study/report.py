@@ -27,7 +27,6 @@ from llada_lightning.compute.shapes import format_count
 from llada_lightning.study import report as curves_report
 from llada_lightning.study.covariance import covariance_path, read_covariance
 from llada_lightning.study.fits import (
-    OBJECTIVES,
     EnvelopePoint,
     Estimate,
     Multiplier,
@@ -42,7 +41,7 @@ from llada_lightning.study.reference import published_isoflop
 from llada_lightning.study.results import read_results
 from llada_lightning.support.files import written_atomically
 from matched import Envelope, Matched, multipliers, shared_budgets, slope_weights
-from read_offs import ReadOffs
+from read_offs import OBJECTIVES, ReadOffs
 from report_text import flops, grid, interval, markdown, plus_minus, short_shape
 
 HERE = Path(__file__).parent
@@ -81,7 +80,7 @@ class Study:
         return markdown(curves_report.parameters_table(self.fits, convention))
 
     def multipliers(self, convention: Convention = "6nd") -> str:
-        return markdown(curves_report.multiplier_table(self.fits, convention))
+        return markdown(curves_report.multiplier_table(self.fits, convention, "llada"))
 
     def held_out(self, convention: Convention = "6nd") -> str:
         return markdown(curves_report.held_out_table(self.fits, convention))
@@ -359,7 +358,7 @@ class Study:
 def multiplier_at(fits: StudyFits, arm_flops: float, convention: Convention = "6nd") -> Multiplier:
     """By the envelopes, at the budget of ``arm`` nearest to some FLOPs."""
     entries = [m for m in fits.compute_multiplier if (m.convention, m.method) == (convention, "envelope")]
-    return min(entries, key=lambda entry: abs(np.log(entry.arm_flops / arm_flops)))
+    return min(entries, key=lambda entry: abs(np.log(entry.reference_flops / arm_flops)))
 
 
 def read_off_points(fits: StudyFits) -> list[Matched]:

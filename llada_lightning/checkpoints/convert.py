@@ -19,12 +19,12 @@ from llada_lightning.checkpoints.safetensors_files import write_folder
 from llada_lightning.checkpoints.stored_model import StoredModel
 from llada_lightning.checkpoints.stored_tensors import HF_LLADA, HF_LLAMA, OURS, Layout, common_dtype, name_of
 from llada_lightning.data.tokenizer_files import TOKENIZER_CONFIG_NAME, TokenizerFiles
+from llada_lightning.objectives import get_objective
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import building, write_json
 
 Target = Literal["llada", "hf-llada", "hf-llama"]
 TARGETS: dict[Target, Layout] = {"llada": OURS, "hf-llada": HF_LLADA, "hf-llama": HF_LLAMA}
-_OBJECTIVES = {"hf-llada": "llada", "hf-llama": "arm"}
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ def convert(
         progress: is told the bytes of each file that has been written.
 
     Raises:
-        UserError: the layout is of the other objective, or ``out`` is taken or cannot be written.
+        UserError: the layout is of another objective, or ``out`` is taken or cannot be written.
     """
     description, layout = model.description, TARGETS[to]
-    objective = _OBJECTIVES.get(to, description.objective)
-    if objective != description.objective:
-        fitting = next(target for target, known in _OBJECTIVES.items() if known == description.objective)
-        raise UserError(f"--to {to}: '{model.path}' is of {description.objective}; choose --to {fitting} or --to llada")
+    fitting = (*get_objective(description.objective).layouts, "llada")
+    if to not in fitting:
+        choice = " or ".join(f"--to {target}" for target in fitting)
+        raise UserError(f"--to {to}: '{model.path}' is of {description.objective}; choose {choice}")
     if out.exists() and not out.is_dir():
         raise UserError(f"'{out}' is a file; give the name of a folder that is not there yet")
     if out.exists() and any(out.iterdir()):

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llada_lightning.compute.flops import Objective
 from llada_lightning.compute.shapes import Shape, get_shape
 from llada_lightning.data.tokenizer_files import GENERATION_CONFIG_NAME
 from llada_lightning.model import Transformer
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, is_positive
+from llada_lightning.objectives import OBJECTIVES, get_objective
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.reading import read_json, shortened
 
@@ -31,7 +31,7 @@ class Description:
     """Everything but weights and tokenizer.
 
     Args:
-        objective: `arm` or `llada`.
+        objective: The name of the objective, such as `llada`.
         shape: the dimensions.
         vocab_size: rows of the embedding and of the output head.
         eos_token_id: ends a text.
@@ -47,10 +47,11 @@ class Description:
         source: the run, its step and the hash of its identity, where they are known.
 
     Raises:
-        UserError: a value is of the wrong kind, an id lies outside of the vocabulary, or a `llada` has no [MASK].
+        UserError: a value is of the wrong kind, an id lies outside of the vocabulary, or [MASK] is missing where the
+            objective needs it.
     """
 
-    objective: Objective
+    objective: str
     shape: Shape
     vocab_size: int
     eos_token_id: int
@@ -67,8 +68,9 @@ class Description:
     source: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.objective not in ("arm", "llada"):
-            raise mistake("objective", self.objective, "it must be arm or llada")
+        if not isinstance(self.objective, str) or self.objective not in OBJECTIVES:
+            known = " or ".join(OBJECTIVES)
+            raise mistake("objective", self.objective, f"it must be {known}, or of a module in LLADA_PLUGINS")
         if self.compat not in (None, "llada"):
             raise mistake("compat", self.compat, "it must be null or llada")
         if not isinstance(self.source, dict):
@@ -84,8 +86,8 @@ class Description:
         object.__setattr__(self, "end_token_ids", tuple(dict.fromkeys((self.eos_token_id, *self.end_token_ids))))
 
     def _check_ids(self) -> None:
-        if self.objective == "llada" and self.mask_token_id is None:
-            raise mistake("mask_token_id", None, "give the id of [MASK], which a llada model needs")
+        if get_objective(self.objective).masks and self.mask_token_id is None:
+            raise mistake("mask_token_id", None, f"give the id of [MASK], which a {self.objective} model needs")
         optional = ("mask_token_id", "start_token_id", "bos_token_id", "pad_token_id")
         ids = {
             "eos_token_id": (self.eos_token_id, *self.end_token_ids),

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from llada_lightning.checkpoints.stored_model import StoredModel, open_checkpoint
 from llada_lightning.checkpoints.stored_tensors import common_dtype, dtype_named
-from llada_lightning.compute.flops import Objective
 from llada_lightning.data.chat import ChatTemplate
 from llada_lightning.data.encoding import decode, encode, lost_bytes
 from llada_lightning.model import Transformer
+from llada_lightning.objectives import Objective, get_objective
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import shortened
 
@@ -33,7 +33,7 @@ class LanguageModel:
     """What every command and function of inference takes, whatever file it came from.
 
     Args:
-        objective: `arm` or `llada`.
+        objective: The name of the objective, such as `llada`.
         model: THE Transformer, in evaluation mode.
         mask_token_id: [MASK]; None where an `arm` has none.
         eos_token_id: ends a text.
@@ -49,7 +49,7 @@ class LanguageModel:
         name: for people: the path it was read from.
     """
 
-    objective: Objective
+    objective: str
     model: Transformer
     mask_token_id: int | None
     eos_token_id: int
@@ -68,8 +68,13 @@ class LanguageModel:
             object.__setattr__(self, "end_token_ids", (self.eos_token_id, *self.end_token_ids))
 
     @property
+    def facts(self) -> Objective:
+        """What the table of objectives knows of this one."""
+        return get_objective(self.objective)
+
+    @property
     def causal(self) -> bool:
-        return self.objective == "arm"
+        return self.facts.causal
 
     @property
     def device(self) -> torch.device:

@@ -20,6 +20,7 @@ from llada_lightning.data.manifest import TOKENIZER_NAME, local_path, read_token
 from llada_lightning.data.tokenizer_files import TokenizerFiles
 from llada_lightning.identity import identity_hash, with_stable_names
 from llada_lightning.model.transformer import NORM_EPS
+from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import warn
 from llada_lightning.support.reading import read_yaml
@@ -77,7 +78,9 @@ def _description(content: Mapping[str, Any], path: Path) -> Description:
     run = run_folder_of(path)
     inherited = content.get("inherited", {})  # of the weights that it started from
     prefix = arguments.get("text_prefix_ids")  # None: prepared data holds nothing but text and EOS
-    start = arguments["eos_token_id"] if objective == "arm" and prefix is None else None  # as ArmModule has it
+    known = OBJECTIVES.get(objective)  # of another one the description tells
+    starts_with_eos = known is not None and known.starts_with_eos and prefix is None
+    start = arguments["eos_token_id"] if starts_with_eos else None
     return Description.of(
         path,
         arguments["shape"],

@@ -22,7 +22,7 @@ HELP = """\
 /reset          begin anew
 /settings       how answers are sampled
 /set NAME VALUE change that, e.g. /set steps 64; without a value: the default
-/picture FILE   draw how the answers came to be, darker = later: .html, .png, .svg
+/picture FILE   draw how the answers came to be, darker = later: .html, .svg
 /exit           leave, as does Ctrl-D; Ctrl-C ends an answer
 //TEXT          say a text that begins with /"""
 
@@ -41,7 +41,7 @@ def chat_parser() -> CommandParser:
     return parser
 
 
-def chat_command(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Runs ``llada chat`` with its arguments until its input ends; returns the exit code.
 
     Answers go to stdout; what is said about them to stderr.
@@ -99,8 +99,7 @@ class Chat:
 
     def __init__(self, lm: LanguageModel, options: dict[str, Any], system: str | None = None) -> None:
         from llada_lightning.data.chat import Message
-        from llada_lightning.generation.pictures.alignment import Aligner
-        from llada_lightning.generation.pictures.dialogue import Turn
+        from llada_lightning.generation.drawing import Aligner, Turn
         from llada_lightning.generation.settings import DEFAULT_LENGTH
 
         lm.encode("")
@@ -146,9 +145,9 @@ class Chat:
     def _ask(self, text: str) -> None:
         from llada_lightning.data.chat import Message
         from llada_lightning.generation.conversation import fitting_ids
-        from llada_lightning.generation.pictures.dialogue import answer, question
+        from llada_lightning.generation.drawing import answer, coloured, question
         from llada_lightning.generation.prompt_files import check_text
-        from llada_lightning.generation.unfold import Unfolding, coloured
+        from llada_lightning.generation.unfold import Unfolding
 
         check_text(text)
         settings = self._settings()
@@ -216,14 +215,13 @@ class Chat:
         resolve_settings(self._lm, infill=False, **settings)
 
     def _draw(self, rest: str) -> None:
-        from llada_lightning.generation.pictures.dialogue import Dialogue
-        from llada_lightning.generation.pictures.picture import check_picture_path, write_picture
+        from llada_lightning.generation.drawing import Dialogue, check_drawing_path, write_drawing
 
-        path = check_picture_path(rest)
+        path = check_drawing_path(rest)
         if not self._turns:
             raise UserError("/picture: nothing was said yet; ask something first")
-        missing = write_picture(path, [Dialogue(self._turns, f"{self._lm.name}")])
-        self.note(missing or f"drawn: {path}")
+        write_drawing(path, [Dialogue(self._turns, self._lm.name)])
+        self.note(f"drawn: {path}")
 
 
 def _parsed(name: str, values: list[str]) -> Any:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from llada_lightning.study.collect import gather
-from llada_lightning.study.covariance import write_covariance
-from llada_lightning.study.results import check_destination, write_results
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded
 from llada_lightning.support.printing import people_console
 
+if TYPE_CHECKING:
+    from rich.console import Console
 
-def collect_command(argv: list[str]) -> int:
+
+def main(argv: list[str]) -> int:
     """``llada collect PATH … --out results.csv``: run folders and W&B projects -> one results table.
 
     Beside it comes ``results.covariance.csv``, the joint error of the losses, from the folders' validation files.
@@ -42,6 +41,10 @@ def collect_command(argv: list[str]) -> int:
     parser.add_argument("--out", type=str, default="results.csv", help="table to write: .csv or .parquet")
     add_json(parser)
     options = parser.parse_args(argv)
+    from llada_lightning.study.collect import gather  # after the parser: --help answers at once
+    from llada_lightning.study.covariance import write_covariance
+    from llada_lightning.study.results import check_destination, write_results
+
     options.out = str(expanded(options.out))
     check_destination(Path(options.out))
     collection = gather(options.paths)

@@ -60,13 +60,13 @@ def convert_parser() -> CommandParser:
     return parser
 
 
-def convert_command(args: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Runs ``llada convert`` with its arguments; returns the exit code.
 
     Raises:
         UserError: an option, the input or the output is not right.
     """
-    options = convert_parser().parse_args(args)
+    options = convert_parser().parse_args(argv)
     from llada_lightning.checkpoints.convert import bytes_of, convert
     from llada_lightning.checkpoints.stored_model import open_checkpoint
     from llada_lightning.checkpoints.stored_tensors import dtype_named

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, CONVENTIONS, Convention
-from llada_lightning.study.covariance import covariance_path, read_covariance
-from llada_lightning.study.fits import UNITS, StudyFits, fit_table, usable_runs
-from llada_lightning.study.report import print_report
-from llada_lightning.study.results import read_results
+from llada_lightning.objectives import REFERENCE
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, write_json
 from llada_lightning.support.printing import people_console, shortened
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from llada_lightning.study.fits import StudyFits
+
 PUBLISHED = "published"
 """In place of a table's path: the published isoFLOP study that the package holds."""
 
 
-def curves_command(argv: list[str]) -> int:
-    """``llada curves results.csv --out DIR``: a results table -> ``fits.json``, figures, and what they say.
+def main(argv: list[str]) -> int:
+    """``llada curves results.csv --out DIR``: a results table -> ``fits.json``, figures, and printed tables.
 
     Raises:
-        UserError: the table cannot be read, or holds no usable run, or losses that cannot be compared.
+        UserError: The table cannot be read, or holds no usable run, no run of the reference, or losses that cannot be
+            compared.
     """
     parser = CommandParser(prog="llada curves", description="Fit and draw loss against training FLOPs.")
     parser.add_argument(
@@ -41,7 +43,16 @@ def curves_command(argv: list[str]) -> int:
         default="6nd",
         help="FLOPs that are drawn and printed: 6ND, or with attention and head; fits.json holds both",
     )
-    parser.add_argument("--unit", choices=UNITS, default="nats_per_token", help="unit of the loss")
+    parser.add_argument(
+        "--reference",
+        type=str,
+        metavar="OBJECTIVE",
+        help=f"objective that compute multipliers divide by (default: {REFERENCE}); with its variant in brackets "
+        "where the results hold several",
+    )
+    parser.add_argument(
+        "--unit", choices=("nats_per_token", "bits_per_byte"), default="nats_per_token", help="unit of the loss"
+    )
     parser.add_argument("--samples", type=int, default=4000, help="bootstrap draws")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
     add_json(parser)
@@ -50,8 +61,18 @@ def curves_command(argv: list[str]) -> int:
         raise UserError(f"curves: --samples is {options.samples}; 95 % intervals need at least 100")
     if options.seed < 0:
         raise UserError(f"curves: --seed is {options.seed}; it must be at least 0")
+    from llada_lightning.study.fits import fit_table, usable_runs  # after the parser: --help answers at once
+    from llada_lightning.study.report import print_report
+
     table, covariance = _read(options.results)
-    fits = fit_table(table, unit=options.unit, samples=options.samples, seed=options.seed, covariance=covariance)
+    fits = fit_table(
+        table,
+        unit=options.unit,
+        samples=options.samples,
+        seed=options.seed,
+        covariance=covariance,
+        reference=options.reference,
+    )
     if options.convention not in fits.conventions:
         counted = " and ".join(fits.conventions)
         name = CONVENTION_NAMES[options.convention]
@@ -77,19 +98,26 @@ def _read(results: str) -> tuple[pd.DataFrame, pd.DataFrame | None]:
         from llada_lightning.study.reference import published_isoflop
 
         return published_isoflop(), None
+    from llada_lightning.study.covariance import covariance_path, read_covariance
+    from llada_lightning.study.results import read_results
+
     table, path = read_results(results), covariance_path(Path(results))
     return _with_scores(table), read_covariance(path) if path.is_file() else None
 
 
 def _with_scores(table: pd.DataFrame) -> pd.DataFrame:
     """The same with the scores of its ``task_`` columns as numbers."""
+    import pandas as pd
+
     scores = {}
     for column in table.columns[table.columns.str.startswith("task_")]:
         try:
             scores[column] = pd.to_numeric(table[column]).astype(float)
         except (TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"results: {column} holds what is no number ({reason}); mend the table") from error
+            raise UserError(
+                f"results: {column} holds values that are no numbers ({reason}); correct the table"
+            ) from error
     return table.assign(**scores)
 
 

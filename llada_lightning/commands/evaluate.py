@@ -109,7 +109,7 @@ def evaluate_parser() -> CommandParser:
     return parser
 
 
-def evaluate_command(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Runs ``llada evaluate`` with its arguments; returns the exit code.
 
     A checkpoint in a run's folder has its scores joined to that run's: `llada collect` gives them to the table.

@@ -55,14 +55,14 @@ def generate_parser() -> CommandParser:
     parser.add_argument("--batch-size", type=int | None, default=None, help="prompts at a time; by default all")
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--picture", type=str, default=None, metavar="FILE", help="draw the process, darker = later: .html, .png, .svg"
+        "--picture", type=str, default=None, metavar="FILE", help="draw the process, darker = later: .html, .svg"
     )
     output.add_argument("--out", type=str, default=None, metavar="FILE", help=".jsonl with one answer a line")
     add_json(parser)
     return parser
 
 
-def generate_command(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Runs ``llada generate`` with its arguments; returns the exit code.
 
     Answers go to stdout; the line of facts, which is no part of them, to stderr.
@@ -114,9 +114,9 @@ def _targets(options: dict[str, Any]) -> tuple[Path | None, Path | None]:
     """Where the picture and the answers go, found out before the model is read."""
     picture = out = None
     if options["picture"] is not None:
-        from llada_lightning.generation.pictures.picture import check_picture_path
+        from llada_lightning.generation.drawing import check_drawing_path
 
-        picture = check_picture_path(options["picture"])
+        picture = check_drawing_path(options["picture"])
     if options["out"] is not None:
         out = expanded(options["out"])
         if out.suffix != ".jsonl" or out.is_dir() or not out.parent.is_dir():
@@ -142,7 +142,7 @@ def _sample(
     *,
     quiet: bool,
 ) -> Generation:
-    from llada_lightning.generation.pictures.alignment import Aligner
+    from llada_lightning.generation.drawing import Aligner
     from llada_lightning.generation.unfold import Unfolding
 
     if settings["infill"] and lm.tokenizer is not None and lm.mask_token_id is not None:
@@ -166,8 +166,7 @@ def answers(generation: Generation) -> list[str]:
 
 def _print_answers(lm: LanguageModel, prompts: list[Prompt], generation: Generation, console: Console) -> None:
     """The answers; each below its prompt where there are several; in colour on a terminal."""
-    from llada_lightning.generation.pictures.alignment import Aligner
-    from llada_lightning.generation.unfold import coloured
+    from llada_lightning.generation.drawing import Aligner, coloured
 
     aligner = Aligner(lm.tokenizer)
     for i, (prompt, text) in enumerate(zip(prompts, answers(generation), strict=True)):
@@ -218,15 +217,8 @@ def _write_answers(path: Path, whole: dict[str, Any]) -> None:
 
 
 def _draw(path: Path, lm: LanguageModel, prompts: list[Prompt], generation: Generation, facts: str) -> None:
-    from llada_lightning.generation.pictures.alignment import Aligner
-    from llada_lightning.generation.pictures.dialogue import Dialogue, answer, question
-    from llada_lightning.generation.pictures.picture import write_picture
+    from llada_lightning.generation.drawing import Aligner, Dialogue, answer, question, write_drawing
 
     aligner = Aligner(lm.tokenizer)
-    dialogues = [
-        Dialogue([question(_shown(prompt)), answer(generation, i, aligner, lm.objective)], facts)
-        for i, prompt in enumerate(prompts)
-    ]
-    note = write_picture(path, dialogues)
-    if note:
-        _note(note)
+    turns = [[question(_shown(p)), answer(generation, i, aligner, lm.objective)] for i, p in enumerate(prompts)]
+    write_drawing(path, [Dialogue(pair, facts) for pair in turns])

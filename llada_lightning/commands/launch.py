@@ -9,26 +9,19 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from llada_lightning.study.sweep.file import launch_fit
 from llada_lightning.support.command_line import CommandParser
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import written_atomically
-
-ResolvedRun = Callable[[list[str]], tuple[Path, str]]
-"""From ``fit`` and its arguments to the run's folder and its resolved YAML. Injected: resolving needs torch."""
+from llada_lightning.support.libraries import quiet_libraries
 
 SRUN = "srun --kill-on-bad-exit=1"
 
 
-def launch_command(argv: list[str], resolved_run: ResolvedRun) -> int:
+def main(argv: list[str]) -> int:
     """``llada launch [--launcher L] -- fit …``: writes the run's `launch.yaml`, and becomes the launcher.
-
-    Args:
-        argv: the words after ``llada launch``.
-        resolved_run: from ``fit`` and its arguments to the run's folder and its resolved YAML.
 
     Raises:
         UserError: the fit's arguments are refused, or the launcher is not there.
@@ -43,8 +36,11 @@ def launch_command(argv: list[str], resolved_run: ResolvedRun) -> int:
     arguments = argv[cut + 1 :]
     if arguments[:1] != ["fit"]:
         raise UserError("launch: what to launch is not said; give `llada launch -- fit` and the run's arguments")
-    launcher = options.launcher if options.launcher is not None else SRUN * ("SLURM_JOB_ID" in os.environ)
-    words = launcher_words(launcher)
+    default = SRUN if "SLURM_JOB_ID" in os.environ else ""
+    words = launcher_words(default if options.launcher is None else options.launcher)
+    quiet_libraries()
+    from llada_lightning.training.fit import resolved_run  # after the parser: --help answers at once
+
     folder, resolved = resolved_run(arguments)
     try:
         with written_atomically(folder / "launch.yaml") as path:
@@ -59,7 +55,7 @@ def launcher_words(launcher: str) -> list[str]:
     try:
         words = shlex.split(launcher)
     except ValueError as error:
-        raise UserError(f"launch: --launcher {launcher!r} is no command ({error}); mend its quotes") from error
+        raise UserError(f"launch: --launcher {launcher!r} is no command ({error}); fix its quotes") from error
     is_torchrun = words and (Path(words[0]).name == "torchrun" or "torch.distributed.run" in words)
     return [*words, "--no-python"] if is_torchrun and "--no-python" not in words else words
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from rich.table import Table
-
-from llada_lightning.data.manifest import Manifest, loss_note
-from llada_lightning.support.command_line import CommandParser, unescaped
+from llada_lightning.data.manifest import COPY_AGAIN, Manifest, loss_note
+from llada_lightning.support.command_line import CommandParser, print_json, unescaped
+from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import people_console, warn
 
 
@@ -69,33 +67,48 @@ def prepare_parser() -> CommandParser:
     return parser
 
 
-def prepare_command(args: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Runs ``llada prepare`` with its arguments; returns the exit code.
 
     Raises:
         UserError: an option, the source, the tokenizer or the folder is not right, or a verified folder is damaged.
     """
     parser = prepare_parser()
-    options = vars(parser.parse_args(args))
+    options = vars(parser.parse_args(argv))
     as_json, quiet, verified = options.pop("json"), options.pop("quiet"), options.pop("verify")
     if (options["out"] is None) == (verified is None):
         parser.error("the following arguments are required: out, or verify, and not both")
     if verified is not None:
-        from llada_lightning.commands.verify import verify_command
-
-        return verify_command(verified, as_json=as_json, quiet=quiet)
+        return _verify(verified, as_json=as_json, quiet=quiet)
     if options["document_separator"] is not None:
         options["document_separator"] = unescaped(options["document_separator"])
     from llada_lightning.data.prepare import prepare  # after the parser, so that --help answers at once
+    from llada_lightning.data.prepare_progress import prepared_table
 
     manifest = prepare(**options, progress=not quiet)
     if as_json:
-        print(json.dumps(summary(manifest, options["out"])))
+        print_json(summary(manifest, options["out"]))
     else:
-        people_console().print(_table(manifest, options["out"]))
+        people_console().print(prepared_table(manifest, options["out"]))
     note = loss_note(manifest.splits["val"].lost_share)
     if note is not None:
         warn(note)
+    return 0
+
+
+def _verify(folder: str, *, as_json: bool, quiet: bool) -> int:
+    """Name every damaged file in a table or JSON object, and the first one in the error."""
+    from llada_lightning.data.prepare_progress import verification_table, verify_with_progress
+
+    found = verify_with_progress(folder, quiet=quiet)
+    if as_json:
+        print_json({"folder": folder, **found.as_dict()})
+    else:
+        people_console().print(verification_table(folder, found))
+    if found.damaged:
+        first, *more = found.damaged
+        also = f", and {len(more)} more file{'s' * (len(more) > 1)}" if more else ""
+        raise UserError(f"'{folder}' is damaged: {first.file} {first.problem}{also}; {COPY_AGAIN}")
     return 0
 
 
@@ -120,21 +133,3 @@ def summary(manifest: Manifest, out: str) -> dict[str, Any]:
             for name, split in manifest.splits.items()
         },
     }
-
-
-def _table(manifest: Manifest, out: str) -> Table:
-    info = manifest.tokenizer
-    table = Table(
-        title=out,
-        caption=f"vocabulary {info.vocab_size:,}, mask {info.mask_token} = {info.mask_id}, end of text "
-        f"{info.eos_token} = {info.eos_id}; data fingerprint {manifest.fingerprint[:16]}",
-        caption_justify="left",
-    )
-    table.add_column("split")
-    for name in ("documents", "tokens", "bytes", "bytes lost", "bytes/token", "shards"):
-        table.add_column(name, justify="right")
-    for name, split in manifest.splits.items():
-        lost = "" if split.lost_bytes is None else f"{split.lost_bytes:,}"
-        counts = (f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", lost)
-        table.add_row(name, *counts, f"{split.bytes_per_token:.3f}", f"{len(split.shards):,}")
-    return table

@@ -6,9 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
+from llada_lightning.support.libraries import quiet_libraries
 from llada_lightning.support.printing import people_console
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ _LEAST_CHARACTERS, _OTHER_COLUMNS = 16, 72
 """Of a sequence's text; and what the other columns take of a line."""
 
 
-def replay_command(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """``llada replay RUN_FOLDER --step S [--json] [-- FIT'S SETTINGS]``: a step trained again, its sequences shown.
 
     Raises:
@@ -35,6 +34,7 @@ def replay_command(argv: list[str]) -> int:
     parser.add_argument("--step", type=int, required=True, help="counted from 1, as in metrics.csv and faults.csv")
     add_json(parser)
     options = parser.parse_args(argv[:cut])
+    quiet_libraries()
     from llada_lightning.training.replay import replay_step  # after the parser: --help answers at once
 
     replay = replay_step(Path(options.folder), options.step, argv[cut + 1 :])
@@ -46,6 +46,8 @@ def replay_command(argv: list[str]) -> int:
 
 
 def _print(replay: StepReplay) -> None:
+    from rich.table import Table
+
     console = people_console()
     done = "update skipped" if replay.skipped else "update made"
     console.print(

@@ -80,7 +80,7 @@ def score_parser() -> CommandParser:
     return parser
 
 
-def score_command(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Runs ``llada score`` with its arguments; returns the exit code.
 
     Raises:
@@ -93,9 +93,9 @@ def score_command(argv: list[str]) -> int:
     from llada_lightning.evaluation.score_report import print_report  # after the parser: --help answers at once
 
     lm = load(vars(options))
-    if lm.objective == "arm" and sampled:
+    if not lm.facts.masks and sampled:
         names = ", ".join(_option(name) for name in sampled)
-        warn(f"note: {names}: without effect, an arm's value is exact")
+        warn(f"note: {names}: without effect, the value of {lm.objective} is exact")
     sampling = {
         "cfg_scale": options.cfg_scale,
         "seed": options.seed,

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
+from llada_lightning.commands import fit
 from llada_lightning.study.sweep.file import Sweep, fit_arguments, read_sweep, render_command
-from llada_lightning.study.sweep.runner import RunFolder, SweepOutcome, planned_run, run_sweep
+from llada_lightning.study.sweep.runner import SweepOutcome, planned_run, run_sweep
 from llada_lightning.study.sweep.unchanged import check_unchanged, state_of
 from llada_lightning.study.sweep.watch import budget_share
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.libraries import quiet_libraries
 from llada_lightning.support.printing import people_console
 
-Fit = Callable[[list[str]], int]
-"""Runs ``fit`` and its arguments in this process; gives its exit code."""
 
-
-def sweep_command(argv: list[str], run_folder: RunFolder, fit: Fit) -> int:
+def main(argv: list[str]) -> int:
     """``llada sweep run FILE``: runs what is left of a W&B sweep on this machine; ``llada sweep show FILE`` lists it.
 
     Args:
-        argv: the words after ``llada sweep``; what follows ``--`` is handed to every fit.
-        run_folder: from ``fit`` and its arguments to the folder of that run.
-        fit: runs one in this process.
+        argv: The arguments after ``llada sweep``. Those after ``--`` are handed to every fit.
 
     Returns:
         0 if every run is done, 1 if some failed, 130 if the sweep was interrupted; of one run by its index, the exit
@@ -51,9 +48,9 @@ def sweep_command(argv: list[str], run_folder: RunFolder, fit: Fit) -> int:
     options = parser.parse_args(argv[:cut])
     sweep, extra = read_sweep(options.file), argv[cut + 1 :]
     if options.action == "show":
-        return _show(sweep, run_folder, extra, options.json)
+        return _show(sweep, extra, options.json)
     if options.index is not None:
-        return _run_one(sweep, options.index, run_folder, fit, extra, options.edited)
+        return _run_one(sweep, options.index, extra, options.edited)
     notes = people_console(stderr=True)
     outcome = run_sweep(sweep, run_folder, jobs=options.jobs, extra=extra, edited=options.edited, console=notes)
     if options.json:
@@ -63,15 +60,23 @@ def sweep_command(argv: list[str], run_folder: RunFolder, fit: Fit) -> int:
     return outcome.exit_code
 
 
-def _run_one(sweep: Sweep, index: int, run_folder: RunFolder, fit: Fit, extra: list[str], edited: bool) -> int:
+def run_folder(arguments: list[str]) -> Path:
+    """The folder of the run that `llada ARGUMENTS` (from `fit` on) would start."""
+    quiet_libraries()
+    from llada_lightning.training.fit import run_folder  # takes seconds: a sweep that is done needs none of it
+
+    return run_folder(arguments)
+
+
+def _run_one(sweep: Sweep, index: int, extra: list[str], edited: bool) -> int:
     if not 0 <= index < len(sweep.points):
         raise UserError(f"sweep: --index is {index}, but {sweep.path} has runs 0 to {len(sweep.points) - 1}")
     arguments = [*fit_arguments(render_command(sweep, sweep.points[index])), *extra]
     check_unchanged(sweep, run_folder(arguments).parent, by_index=True, edited=edited)
-    return fit(arguments)
+    return fit.main(arguments)
 
 
-def _show(sweep: Sweep, run_folder: RunFolder, extra: list[str], as_json: bool) -> int:
+def _show(sweep: Sweep, extra: list[str], as_json: bool) -> int:
     runs = [planned_run(sweep, point, run_folder, extra) for point in sweep.points]
     states = [state_of(run.folder) for run in runs]
     if as_json:

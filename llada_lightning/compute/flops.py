@@ -20,7 +20,6 @@ from typing import Literal, get_args
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.support.errors import UserError
 
-Objective = Literal["arm", "llada"]
 Convention = Literal["6nd", "total"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 
@@ -64,20 +63,20 @@ def head_flops_per_token(shape: Shape, vocab_size: int) -> float:
 
 
 def flops_per_token(
-    shape: Shape, vocab_size: int, sequence_length: int, objective: Objective, logit_share: float = 1.0
+    shape: Shape, vocab_size: int, sequence_length: int, *, causal: bool, logit_share: float = 1.0
 ) -> TrainingFlops:
     """Training FLOPs of one token.
 
     Args:
-        shape: the Transformer's dimensions.
-        vocab_size: width of the output head.
-        sequence_length: keys that a token attends to (before the causal half).
-        objective: ``arm`` attends causally, ``llada`` to everything.
-        logit_share: share of the positions whose logits are computed.
+        shape: The dimensions of the Transformer.
+        vocab_size: The width of the output head.
+        sequence_length: The number of positions that a token attends to, before the causal half.
+        causal: Whether a position attends to earlier positions only.
+        logit_share: The share of the positions whose logits are computed.
     """
     return TrainingFlops(
         flops_6nd=flops_6nd(shape.params_nonembedding, 1),
-        flops_attention=attention_flops_per_token(shape, sequence_length, causal=objective == "arm"),
+        flops_attention=attention_flops_per_token(shape, sequence_length, causal=causal),
         flops_head=head_flops_per_token(shape, vocab_size) * logit_share,
     )
 
@@ -96,7 +95,7 @@ MASK_EPS = 1e-3
 
 
 def expected_mask_probability(eps: float = MASK_EPS) -> float:
-    """E[p] of p = (1 - eps) t + eps over t ~ U[0, 1]: the share of positions whose logits `llada`'s loss needs."""
+    """E[p] of p = (1 - eps) t + eps over t ~ U[0, 1]: the share of positions that are masked."""
     return (1 + eps) / 2
 
 
@@ -116,10 +115,10 @@ def steps_for_budget(
     """The number of steps whose FLOPs come nearest to the budget.
 
     Args:
-        flops: training FLOPs to spend, counted by ``convention``.
-        per_token: FLOPs of one token.
-        tokens_per_step: (expected) tokens of one global batch.
-        convention: which FLOPs the budget counts.
+        flops: The training FLOPs to spend, counted by ``convention``.
+        per_token: The training FLOPs of one token.
+        tokens_per_step: The expected number of tokens of one global batch.
+        convention: Which FLOPs the budget counts.
         name: The name of the setting, for messages.
         who: The objective and the shape, for messages.
 

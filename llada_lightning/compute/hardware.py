@@ -1,6 +1,6 @@
 """Peak FLOP/s of devices, dense bf16, and their memory, from the vendors' data sheets.
 
-Figures with sparsity are twice as high and not meant here: where a data sheet prints those alone, half of them stands
+Figures with sparsity are twice as high and not meant here: where a data sheet prints those alone, half of them is
 here. A device that is not listed has no peak, and nor has one that does not multiply bf16 in hardware (V100, T4): its
 MFU is unknown, never guessed. Sources: NVIDIA's data sheets of the device, and beside them
 
@@ -19,13 +19,15 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-import pandas as pd
+from statistics import median
+from typing import TYPE_CHECKING, Literal
 
 from llada_lightning.compute.flops import MAX_BATCH
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.support.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PEAK_FLOPS_BF16: dict[str, float] = {
     "H200": 989e12,
@@ -153,7 +155,7 @@ def logits_bytes(vocab_size: int, tokens: int, loss: LossKind = "chunked") -> fl
 
     Plain: at the start of the backward pass three fp32 tensors of the vocabulary's width are alive: log-probabilities,
     their gradient, and the logits'. Chunked: of one chunk the bf16 logits, the fp32 probabilities, and the gradient in
-    bf16; that of the head's weight stands among the states (:func:`state_bytes`) in any case.
+    bf16; that of the head's weight is among the states (:func:`state_bytes`) in any case.
 
     For `llada` too: with few sequences in a micro-batch nearly all of its positions may be masked.
     """
@@ -172,12 +174,12 @@ def training_memory_bytes(
     """Peak memory of one device in a training step under bf16-mixed: states, activations and logits.
 
     Args:
-        shape: the Transformer's dimensions.
-        vocab_size: words of embedding and head.
-        sequence_length: tokens of a sequence.
-        micro_batch: sequences of a forward pass on the device.
-        shards: devices over which FSDP divides the states; the block that it gathers is not counted.
-        loss: how the cross-entropy is computed.
+        shape: The dimensions of the Transformer.
+        vocab_size: The number of vocabulary entries.
+        sequence_length: The number of tokens of a sequence.
+        micro_batch: The number of sequences of a forward pass on the device.
+        shards: The number of devices over which FSDP divides the states. The block that it gathers is not counted.
+        loss: The way in which the cross-entropy is computed.
     """
     tokens = micro_batch * sequence_length
     activations = tokens * activation_bytes_per_token(shape)
@@ -189,7 +191,7 @@ class MeasuredRate:
     """What a run has achieved: FLOP/s (6ND, attention and head together) of one device.
 
     Args:
-        memory_ratio: peak memory over :func:`training_memory_bytes`; None where both are not known.
+        memory_ratio: The peak memory divided by :func:`training_memory_bytes`; None where both are not known.
     """
 
     objective: str
@@ -200,6 +202,8 @@ class MeasuredRate:
 
 def measured_rates(results: pd.DataFrame) -> tuple[MeasuredRate, ...]:
     """The rates of a results table's runs (``records``), those without a throughput or a size left out."""
+    import pandas as pd
+
     rates = []
     for row in results.to_dict("records"):
         devices = re.match(r"(\d+) x ", str(row["device"]))
@@ -218,12 +222,12 @@ class Machine:
     """Where a study is to run. What is not known stays unknown, never guessed.
 
     Args:
-        device: its name, such as H100.
-        devices: how many of them one run uses.
-        mfu: share of the dense bf16 peak that training achieves, all three FLOP counts over it.
-        measured: rates of runs on such a device, instead of ``mfu``.
+        device: The name of the device, such as H100.
+        devices: The number of devices that one run uses.
+        mfu: The share of the dense bf16 peak that training achieves, with all three FLOP counts over it.
+        measured: The rates of runs on such a device, which replace ``mfu``.
         sharded: FSDP divides weights, gradients and moments among the devices.
-        micro_batch: sequences of a forward pass on one device; None: as many as fit.
+        micro_batch: The number of sequences of a forward pass on one device; None: as many as fit.
     """
 
     device: str | None = None
@@ -277,7 +281,7 @@ class Machine:
             own = [rate for rate in self.measured if rate.objective == objective]
             distances = [abs(math.log(rate.params_nonembedding / params_nonembedding)) for rate in own]
             nearest = [rate for rate, far in zip(own, distances, strict=True) if far == min(distances)]
-            return float(pd.Series([rate.flops_per_second for rate in nearest]).median())
+            return median(rate.flops_per_second for rate in nearest)
         return None if self.peak is None or self.mfu is None else self.peak * self.mfu
 
     def memory_of(self, shape: Shape, vocab_size: int, sequence_length: int, micro_batch: int) -> float:

@@ -22,8 +22,8 @@ class Plateau:
     """A constant rate that replaces the one before it.
 
     Args:
-        lr: the rate.
-        from_tokens: training tokens after which it holds.
+        lr: The rate.
+        from_tokens: The number of training tokens after which it holds.
     """
 
     lr: float
@@ -34,21 +34,21 @@ class Plateau:
 class WSD:
     """Linear warmup from 0, plateaus, linear decay at the end.
 
-    Warmup and decay are given in steps or as a fraction of all steps; steps win. Whatever is null is filled in when
-    the run's length is known, and the resolved configuration shows it.
+    Warmup and decay are given in steps or as a share of all steps. Where both are given, the steps hold. What is null
+    is filled in when the length of the run is known, and the resolved configuration shows it.
 
     Args:
-        lr: rate after the warmup; null: the rule of ``compute.rules`` for its FLOPs.
+        lr: The rate after the warmup; null: by the rule of `rules.lr`.
         warmup_fraction: The share of the steps that warm up; null: by the rule of `rules.warmup`.
-        warmup_steps: the same in steps.
-        plateaus: later rates, in order.
-        decay_fraction: share of the steps over which the rate falls to ``final_lr``.
-        decay_tokens: the same in tokens.
-        decay_steps: the same in steps.
-        final_lr_fraction: end of the decay, as a share of ``lr``.
-        final_lr: the same as a rate.
-        total_steps: length of the run.
-        tokens_per_step: (expected) tokens of a global batch; turns tokens into steps.
+        warmup_steps: The number of steps that warm up.
+        plateaus: The later rates, in their order.
+        decay_fraction: The share of the steps over which the rate falls to `final_lr`.
+        decay_tokens: The number of tokens over which the rate falls.
+        decay_steps: The number of steps over which the rate falls.
+        final_lr_fraction: The rate at the end of the decay, as a share of `lr`.
+        final_lr: The rate at the end of the decay.
+        total_steps: The number of steps of the run. It follows from the budget.
+        tokens_per_step: The expected number of tokens of a global batch. It follows from the data.
     """
 
     lr: float | None = None

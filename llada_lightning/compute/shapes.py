@@ -1,6 +1,6 @@
 """Shapes: the Transformer's dimensions, their parameter counts, and the names they go by.
 
-A shape holds no vocabulary: the same shape is trained with any tokenizer. Parameter arithmetic stands here and
+A shape holds no vocabulary: the same shape is trained with any tokenizer. Parameter arithmetic is here and
 nowhere else; the model is checked against it by a test.
 """
 
@@ -45,11 +45,11 @@ class Shape:
     """The dimensions of the Transformer.
 
     Args:
-        n_layers: number of blocks.
-        d_model: width of the residual stream.
-        n_heads: attention heads; each has ``d_model / n_heads`` dimensions.
-        n_kv_heads: key/value heads; fewer than ``n_heads`` is grouped-query attention.
-        d_ff: inner width of SwiGLU.
+        n_layers: The number of blocks.
+        d_model: The width of the residual stream.
+        n_heads: The number of attention heads; each has ``d_model / n_heads`` dimensions.
+        n_kv_heads: The number of key/value heads; fewer than ``n_heads`` is grouped-query attention.
+        d_ff: The inner width of SwiGLU.
     """
 
     n_layers: int
@@ -117,7 +117,7 @@ def swiglu_width(d_model: int, multiple: int = 64) -> int:
 
 
 def ladder_shape(n_layers: int, d_model: int) -> Shape:
-    """A rung of given depth and width: multi-head attention with heads of 64 (32 below width 256), SwiGLU at 8/3."""
+    """A shape of given depth and width: multi-head attention with heads of 64 (32 below width 256), SwiGLU at 8/3."""
     n_heads = d_model // (64 if d_model >= 256 else 32)
     return Shape(n_layers, d_model, n_heads, n_heads, swiglu_width(d_model))
 
@@ -195,7 +195,7 @@ def format_count(count: float) -> str:
 
 @cache
 def ladder() -> dict[str, Shape]:
-    """The ladder from about 0.1M to 2B non-embedding parameters; each name states the rung's true count."""
+    """The ladder from about 0.1M to 2B non-embedding parameters; each name states the true count of its parameters."""
     shapes = [ladder_shape(n_layers, d_model) for n_layers, d_model in _LADDER_DEPTH_WIDTH]
     return {format_count(shape.params_nonembedding): shape for shape in shapes}
 

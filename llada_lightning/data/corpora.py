@@ -1,6 +1,6 @@
 """Corpora: the sources of documents. Everything streams; memory holds one document, never the corpus.
 
-A source is named on the command line:
+A source is one argument of the command line:
 
 - ``python-stdlib``: the running interpreter's own library, a corpus that every machine has;
 - a text file, a JSONL file (``.jsonl``, ``.ndjson``, ``.json`` with one object a line), or a folder of such files, read
@@ -9,6 +9,8 @@ A source is named on the command line:
 - ``igsm:COUNT[@SEED]``: generated mathematics problems with their solutions, the same for the same seed;
 - ``facts:COUNT[@SEED]``: invented facts, each stated in one order only, the same for the same seed;
 - ``hf:NAME[:CONFIG][@SPLIT]``: a dataset of the Hugging Face hub, or ``hf:FOLDER[@SPLIT]``: one on this machine.
+
+Sources that make their own documents are rows of :data:`SOURCES`; `docs/extending.md` adds one.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llada_lightning.data.generated import GeneratedSource, generated_source
+from llada_lightning.data.generated import FactsSource, GeneratedSource, IgsmSource, facts_source, igsm_source
 from llada_lightning.data.text_files import (
     READ_ERRORS,
     Meter,
@@ -225,15 +227,20 @@ class DatasetCorpus(Corpus):
 
 
 class GeneratedCorpus(Corpus):
-    """Documents that a program makes, identified by their number, their seed and the version of the program."""
+    """Documents that a program makes.
 
-    def __init__(self, source: GeneratedSource) -> None:
-        self._source = source
-        facts = {"kind": source.kind, "count": source.count, "seed": source.seed, "version": source.version}
+    Args:
+        facts: The facts that distinguish these documents from others: the kind of source, its arguments, the version of
+            the program.
+        generate: The function that yields the documents from the first one on, the same in every call.
+    """
+
+    def __init__(self, facts: dict[str, Any], generate: Callable[[], Iterator[str]]) -> None:
+        self._generate = generate
         self.identity = {**facts, "digest": digest_of(facts)}
 
     def documents(self) -> Iterator[str]:
-        return self._source.documents()
+        return self._generate()
 
 
 def _local_dataset(path: Path) -> dict[str, Any]:
@@ -343,7 +350,9 @@ def _python_documents(path: Path, meter: Meter) -> Iterator[str]:
     yield text
 
 
-def _stdlib_corpus() -> FileCorpus:
+def _stdlib_corpus(source: str) -> FileCorpus:
+    if source != PYTHON_STDLIB:
+        raise UserError(f"source '{source}' is not known; write {PYTHON_STDLIB} alone")
     root = Path(sysconfig.get_paths()["stdlib"])
 
     def wanted(name: str) -> bool:
@@ -352,6 +361,36 @@ def _stdlib_corpus() -> FileCorpus:
     # Beside the version the files count: some distributions leave out the library's tests.
     facts = {"kind": PYTHON_STDLIB, "python": f"{platform.python_implementation()} {platform.python_version()}"}
     return FileCorpus(lambda: list_folder(root, keep=wanted), _python_documents, skip_binary=False, facts=facts)
+
+
+def _generated_corpus(made: GeneratedSource) -> GeneratedCorpus:
+    facts = {"kind": made.kind, "count": made.count, "seed": made.seed, "version": made.version}
+    return GeneratedCorpus(facts, made.documents)
+
+
+SOURCES: dict[str, Callable[[str], Corpus]] = {
+    PYTHON_STDLIB: _stdlib_corpus,
+    IgsmSource.kind: lambda source: _generated_corpus(igsm_source(source)),
+    FactsSource.kind: lambda source: _generated_corpus(facts_source(source)),
+}
+"""The sources that make their own documents: the part of the argument before the first colon -> a function of the whole
+argument that opens the corpus. Files and datasets are none of them: they have fields and separators."""
+
+
+def register(prefix: str, opener: Callable[[str], Corpus]) -> None:
+    """Add a source to the table.
+
+    Args:
+        prefix: The part of the argument before the first colon.
+        opener: A function of the whole argument, such as ``squares:100``, that opens the corpus. It raises
+            :class:`UserError` where the argument is written in another way.
+
+    Raises:
+        UserError: Another source has this prefix.
+    """
+    if prefix == HUB_PREFIX.removesuffix(":") or SOURCES.get(prefix, opener) is not opener:
+        raise UserError(f"source: the prefix '{prefix}' has a source already; choose another prefix")
+    SOURCES[prefix] = opener
 
 
 @dataclass(frozen=True)
@@ -379,19 +418,17 @@ def open_corpus(source: str, *, text_field: str = "text", document_separator: st
             None: each is one document.
 
     Raises:
-        UserError: the source is unknown or cannot be listed, or has documents that no separator splits.
+        UserError: The source is not known or cannot be listed, or its documents cannot be split by a separator.
     """
     if document_separator == "":
         raise UserError("document separator '' is empty; give at least one character, or leave it out")
-    generated = generated_source(source)
-    if document_separator is not None and (generated or source == PYTHON_STDLIB):
-        raise UserError(f"--document-separator does nothing with the source '{source}'; leave it out")
-    if source == PYTHON_STDLIB:
-        return _stdlib_corpus()
+    opener = SOURCES.get(source.partition(":")[0])
+    if opener is not None:
+        if document_separator is not None:
+            raise UserError(f"--document-separator does nothing with the source '{source}'; leave it out")
+        return opener(source)
     if source.startswith(HUB_PREFIX):
         return DatasetCorpus(source[len(HUB_PREFIX) :], text_field, document_separator)
-    if generated is not None:
-        return GeneratedCorpus(generated)
     path = expanded(source)
     if path.suffix in _TABLE_SUFFIXES:
         raise UserError(f"source '{source}': tables are read as datasets; write '{HUB_PREFIX}{source}'")

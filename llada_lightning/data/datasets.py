@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,94 +15,9 @@ from llada_lightning.data.manifest import Manifest
 from llada_lightning.data.order import EpochOrder, Mixture
 from llada_lightning.data.shards import ShardReader
 from llada_lightning.objectives import forward_process
+from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch, scored_positions
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.support.errors import UserError
-
-BUCKET = 64
-"""The number of scored positions is rounded up to a multiple of this: fewer shapes, of a size that suits GPUs."""
-
-
-class TrainingBatch(NamedTuple):
-    """A micro-batch of B sequences of length L.
-
-    Attributes:
-        tokens_BL: (B, L) int64: The tokens; EOS where padded.
-        attention_mask_BL: (B, L) bool: False where padded; None: every sequence is full.
-        masked_BL: (B, L) bool: The tokens that the forward process masks, never padding. Objectives without masks
-            ignore it.
-        p_B: (B,) float32: The mask probability of each sequence.
-        ordinals_B: (B,) int64: The ordinals of the sequences.
-        scored_M: (M,) int64: The positions of the masked tokens in the flattened (B L), then zeros up to a multiple of
-            ``BUCKET``. Their number is known to the host, so that it need not wait for the device.
-        scored: The number of these positions that are masked tokens.
-        denominator: The tokens of the global batch over the number of its micro-batches (see ``objectives.losses``).
-        global_tokens: The number of tokens of the global batch without padding.
-        documents_BL: (B, L) int64: The number of the document, within its sequence, of each token; None: attention
-            crosses documents.
-        response_BL: (B, L) bool: The response and the one EOS that ends it, which autoregression learns of a pair;
-            None: there is no prompt, and every token is learned.
-        response_lengths_B: (B,) int64: The number of tokens that the forward process may mask, padding EOS included
-            (Eq. 5); None with ``response_BL``. The loss of each response is divided by its own length, and
-            ``denominator`` is B.
-    """
-
-    tokens_BL: Tensor
-    attention_mask_BL: Tensor | None
-    masked_BL: Tensor
-    p_B: Tensor
-    ordinals_B: Tensor
-    scored_M: Tensor
-    scored: int
-    denominator: float
-    global_tokens: int
-    documents_BL: Tensor | None = None
-    response_BL: Tensor | None = None
-    response_lengths_B: Tensor | None = None
-
-    def rows(self, rows: slice, masked_BL: Tensor | None = None) -> TrainingBatch:
-        """Returns some of the sequences, with their own mask or a given one for these rows; the denominator stays."""
-        own = [name for name in self._fields if name.endswith(("_B", "_BL"))]
-        cut: dict[str, Any] = {name: getattr(self, name) for name in own}
-        cut = {name: None if value is None else value[rows] for name, value in cut.items()}
-        if masked_BL is not None:
-            cut["masked_BL"] = masked_BL
-        scored_M, scored = scored_positions(cut["masked_BL"])
-        return self._replace(**cut, scored_M=scored_M, scored=scored)
-
-
-def scored_positions(masked_BL: Tensor) -> tuple[Tensor, int]:
-    """Returns ``scored_M`` and ``scored`` of :class:`TrainingBatch` for a (B, L) mask."""
-    positions_M = masked_BL.flatten().nonzero()[:, 0]
-    filled = -(-len(positions_M) // BUCKET) * BUCKET
-    return torch.nn.functional.pad(positions_M, (0, filled - len(positions_M))), len(positions_M)
-
-
-class ValidationBatch(NamedTuple):
-    """B sequences of length L.
-
-    Attributes:
-        tokens_BL: (B, L) int64: The tokens.
-        masked_BL: (B, L) bool: The mask, with exactly l masked tokens in a row (Eq. 14), of the response only.
-        counted_B: (B,) bool: False where a row only fills the batch of a rank without further sequences.
-        documents_B: (B,) int64: A number that is equal for sequences that begin in the same document.
-        documents_BL: The documents within each sequence, as in :class:`TrainingBatch`.
-        attention_mask_BL: The mask of padding, as in :class:`TrainingBatch`.
-        response_BL: The responses, as in :class:`TrainingBatch`.
-    """
-
-    tokens_BL: Tensor
-    masked_BL: Tensor
-    counted_B: Tensor
-    documents_B: Tensor
-    documents_BL: Tensor | None = None
-    attention_mask_BL: Tensor | None = None
-    response_BL: Tensor | None = None
-
-    def scored_counts(self) -> Tensor:
-        """Returns the number of tokens of each sequence whose likelihood is measured: (B,) int64."""
-        if self.response_BL is None:
-            return torch.full_like(self.documents_B, self.tokens_BL.shape[1])
-        return self.response_BL.sum(dim=1)
 
 
 @dataclass(frozen=True)

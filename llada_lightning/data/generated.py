@@ -325,21 +325,31 @@ class FactsSource(GeneratedSource):
                 yield opening + fact.first + JOINER + fact.second + END
 
 
-def generated_source(source: str) -> GeneratedSource | None:
-    """Returns the corpus of a source that is written ``igsm:COUNT[@SEED]`` or ``facts:COUNT[@SEED]``; None: another.
+def igsm_source(source: str) -> IgsmSource:
+    """Returns the corpus that is written ``igsm:COUNT[@SEED]``.
 
     Raises:
         UserError: the source is written in another way, or the count is out of range.
     """
-    kind, _, rest = source.partition(":")
-    if kind not in (IgsmSource.kind, FactsSource.kind):
-        return None
-    found = re.fullmatch(r"(\d+)(?:@(\d+))?", rest)
-    count, seed = (0, 0) if found is None else (int(found[1]), int(found[2] or 0))
-    if kind == IgsmSource.kind:
-        if count < 1:
-            raise UserError(f"source '{source}': write igsm:COUNT or igsm:COUNT@SEED, such as igsm:100000")
-        return IgsmSource(count, seed)
+    count, seed = _count_and_seed(source)
+    if count < 1:
+        raise UserError(f"source '{source}': write igsm:COUNT or igsm:COUNT@SEED, such as igsm:100000")
+    return IgsmSource(count, seed)
+
+
+def facts_source(source: str) -> FactsSource:
+    """Returns the corpus that is written ``facts:COUNT[@SEED]``.
+
+    Raises:
+        UserError: the source is written in another way, or the count is out of range.
+    """
+    count, seed = _count_and_seed(source)
     if not 1 <= count <= MOST_FACTS:
         raise UserError(f"source '{source}': write facts:COUNT or facts:COUNT@SEED, with a count of 1 to {MOST_FACTS}")
     return FactsSource(count, seed)
+
+
+def _count_and_seed(source: str) -> tuple[int, int]:
+    """The count, 0 where the source is written in another way, and the seed, 0 where none is given."""
+    found = re.fullmatch(r"\w+:(\d+)(?:@(\d+))?", source)
+    return (0, 0) if found is None else (int(found[1]), int(found[2] or 0))

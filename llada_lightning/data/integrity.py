@@ -59,6 +59,19 @@ class Verification:
     files: int
     damaged: tuple[Damage, ...]
 
+    def as_dict(self) -> dict[str, Any]:
+        """The same in plain values, as ``llada prepare --verify DIR --json`` prints them."""
+        splits = self.manifest.splits
+        return {
+            "whole": not self.damaged,
+            "fingerprint": self.manifest.fingerprint,
+            "files": self.files,
+            "bytes": sum(shard.size for split in splits.values() for shard in split.shards),
+            "documents": {name: split.documents for name, split in splits.items()},
+            "tokens": {name: split.tokens for name, split in splits.items()},
+            "damaged": [{"file": damage.file, "problem": damage.problem} for damage in self.damaged],
+        }
+
 
 def check_shards(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     """Checks that every file of a local folder has its full size, and that index and tokenizer fit the manifest.

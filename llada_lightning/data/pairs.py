@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from llada_lightning.data.chat import ChatTemplate, Message
-from llada_lightning.data.datasets import TrainingBatch, ValidationBatch, scored_positions
 from llada_lightning.data.dialogues import answered_turns
 from llada_lightning.data.order import EpochOrder
 from llada_lightning.objectives import forward_process, noise
+from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch, scored_positions
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.objectives.noise import Stream
 from llada_lightning.support.errors import UserError

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate, chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from litdata import StreamingDataset, TokensLoader
-from litdata.streaming.writer import BinaryWriter
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -25,6 +24,9 @@ from llada_lightning.data.manifest import COPY_AGAIN, Manifest, Shard, Split, To
 from llada_lightning.data.tokenizers import pieces
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import file_sha256
+
+if TYPE_CHECKING:
+    from litdata.streaming.writer import BinaryWriter
 
 
 class ShardReader:
@@ -42,6 +44,8 @@ class ShardReader:
     """
 
     def __init__(self, folder: str, split: str, manifest: Manifest, sequence_length: int) -> None:
+        from litdata import StreamingDataset, TokensLoader  # with clients of object stores: help needs none of it
+
         self.folder = folder
         self._split, self._dtype = manifest.splits[split], manifest.dtype
         self._ends = list(accumulate(shard.tokens // sequence_length for shard in self._split.shards))
@@ -181,6 +185,9 @@ class ShardWriter:
                 self._record(path)
 
     def _open(self) -> BinaryWriter:
+        from litdata.streaming.item_loader import TokensLoader
+        from litdata.streaming.writer import BinaryWriter
+
         # For writing the item loader needs no block size: any sequence length can be read later.
         return BinaryWriter(str(self._folder), chunk_size=self._shard_tokens, item_loader=TokensLoader())
 

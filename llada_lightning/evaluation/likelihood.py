@@ -76,7 +76,7 @@ def log_likelihood(
     ]
     with ScoringProgress(progress) as bar:
         scorer = Scorer(lm, cfg_scale, batch_tokens, bar)
-        if lm.objective == "arm":
+        if not lm.facts.masks:
             scores = exact_scores(scorer, checked)
         else:
             bounds = {request: Bound(request, samples, seed, exact) for request in dict.fromkeys(checked)}
@@ -86,7 +86,7 @@ def log_likelihood(
 
 
 def exact_scores(scorer: Scorer, requests: Sequence[Request]) -> dict[Request, Score]:
-    """The scores of an `arm`; equal requests are scored once."""
+    """The exact scores of a model without [MASK], which predicts from left to right; equal requests once."""
     distinct = list(dict.fromkeys(requests))
     rows = [_causal_row(scorer.lm, request) for request in distinct if request.continuation]
     sums = iter([float(log_probs.sum()) for log_probs in scorer.log_probs(rows)])
@@ -119,9 +119,11 @@ def draw(scorer: Scorer, bounds: Sequence[Bound], samples: int) -> None:
 
 
 def check_guidance(lm: LanguageModel, cfg_scale: float) -> None:
-    """Raises UserError where guidance is asked of an `arm`."""
-    if cfg_scale and lm.objective == "arm":
-        raise UserError(f"cfg_scale is {cfg_scale}, but guidance (Eq. 16) is of llada, and this is arm; leave it at 0")
+    """Raises UserError where guidance is asked of a model without [MASK]."""
+    if cfg_scale and not lm.facts.masks:
+        raise UserError(
+            f"cfg_scale is {cfg_scale}, but guidance (Eq. 16) needs [MASK], which {lm.objective} has not; leave it at 0"
+        )
 
 
 def _pair(request: tuple[Ids, Ids], name: str) -> tuple[Ids, Ids]:

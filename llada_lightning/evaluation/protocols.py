@@ -24,7 +24,7 @@ from llada_lightning.data.generated import (
     FactsSource,
     Problem,
     asked,
-    generated_source,
+    facts_source,
     problems,
     question,
     solution,
@@ -200,9 +200,9 @@ def reversal_documents(
     options = _options(metadata)
     if "pairs" not in options:
         raise UserError("task reversal: which pairs? give --metadata pairs=FILE.json, or pairs=facts:COUNT[@SEED]")
-    source = generated_source(options["pairs"])
-    pairs = source.facts() if isinstance(source, FactsSource) else read_pairs(options["pairs"])
-    usual = {"joiner": JOINER, "end": END} if source else {"joiner": "，", "end": "。"}
+    invented = options["pairs"].startswith(f"{FactsSource.kind}:")
+    pairs = facts_source(options["pairs"]).facts() if invented else read_pairs(options["pairs"])
+    usual = {"joiner": JOINER, "end": END} if invented else {"joiner": "，", "end": "。"}
     joiner, end = (unescaped(options.get(key, value)) for key, value in usual.items())
 
     def row(pair: Fact) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def rank_candidates(
     sizes = candidate_sizes(lm, questions, normalisation, byte_lengths)
     with ScoringProgress(progress) as bar:
         scorer = Scorer(lm, cfg_scale, batch_tokens, bar)
-        if lm.objective == "arm":
+        if not lm.facts.masks:
             known = exact_scores(scorer, [request for group in requests for request in group])
             scores = [[known[request] for request in group] for group in requests]
             return [rank_scores(*pair) for pair in zip(scores, sizes, strict=True)]

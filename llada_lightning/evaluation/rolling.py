@@ -15,7 +15,7 @@ from typing import Any, Literal
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.requests import Ids, monte_carlo_stderr
-from llada_lightning.objectives.bounds import ratio_and_stderr
+from llada_lightning.objectives.standard_errors import ratio_and_stderr
 from llada_lightning.support.errors import UserError
 
 
@@ -106,7 +106,7 @@ def rolling_log_likelihood(
         perplexity=math.exp(mean) if mean < 700 else math.inf,
         bits_per_byte=bits,
         bits_per_byte_stderr=bits_stderr,
-        kind="exact" if lm.objective == "arm" else "bound",
+        kind=lm.facts.val_kind,
         tokens=sum(tokens),
         documents=len(kept),
         windows=len(windows),

@@ -15,7 +15,7 @@ from llada_lightning.data.manifest import TOLERATED_LOSS
 from llada_lightning.evaluation.pairs_file import Pair
 from llada_lightning.evaluation.ranking import Ranking
 from llada_lightning.evaluation.requests import Score, monte_carlo_stderr
-from llada_lightning.objectives.bounds import ratio_and_stderr
+from llada_lightning.objectives.standard_errors import ratio_and_stderr
 
 _ROWS_SHOWN = 40
 _MOST_DECIMALS = 9

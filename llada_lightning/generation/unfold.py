@@ -9,43 +9,17 @@ from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.style import Style
 from rich.text import Text
 
-from llada_lightning.generation.pictures.alignment import MASKED, Aligner
-from llada_lightning.generation.pictures.ink import shade
+from llada_lightning.generation.drawing import BLOCK, Aligner, coloured
 from llada_lightning.generation.result import Snapshot
 from llada_lightning.support.printing import visible
 
-BLOCK = "▒"
 _SECONDS_BETWEEN_FRAMES = 1 / 15
 _LARGEST_SHARE = 0.1
 """Of the time, that drawing may take from sampling."""
 _LINES_BESIDE = 3
 """Of the screen, left free for the line of the step and the shell's prompt."""
-
-
-def coloured(aligner: Aligner, tokens: Sequence[int], step_of_token: Sequence[int], steps: int) -> Text:
-    """The text of tokens on backgrounds that tell their steps.
-
-    Args:
-        aligner: of the model's tokenizer.
-        tokens: ids; those that are still masked may be any.
-        step_of_token: from 1; 0 for a given token, -1 for a masked one.
-        steps: the step of the darkest colour.
-    """
-    text = Text()
-    ids = [MASKED if step < 0 else token for token, step in zip(tokens, step_of_token, strict=True)]
-    for piece in aligner.pieces(ids):
-        step = max(step_of_token[piece.begin : piece.end])
-        if piece.kind == "masked":
-            text.append(BLOCK, Style(dim=True))
-        elif step == 0:
-            text.append(visible(piece.text))
-        else:
-            background, ink = shade(step, steps)
-            text.append(visible(piece.text), Style(color=ink, bgcolor=background))
-    return text
 
 
 class Unfolding:

@@ -29,11 +29,11 @@ from typing import Any, Literal, cast, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.torch_internals import sdpa_backend
 
 Backend = Literal["sdpa", "flash", "flex"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -93,7 +93,7 @@ class Attention(nn.Module):
     """Grouped-query attention.
 
     Attributes:
-        kernel: the back end's; ``Transformer.attend_with`` sets it.
+        kernel: The kernel of the back end; ``Transformer.attend_with`` sets it.
     """
 
     def __init__(self, shape: Shape, layer: int) -> None:
@@ -141,12 +141,12 @@ def check_backend(
     Torch's choice is asked for; `flash` is tried on a small input.
 
     Args:
-        name: as the user gave it.
-        device: where the model lies.
-        training: whether gradients are wanted.
-        head_dim: dimensions of a head.
-        dtype: of queries, keys and values: bf16 under `bf16-mixed`.
-        grouped: whether several query heads share keys and values.
+        name: The name that the user gave.
+        device: The device of the model.
+        training: Whether gradients are wanted.
+        head_dim: The number of dimensions of a head.
+        dtype: The type of queries, keys and values: bf16 under `bf16-mixed`.
+        grouped: Whether several query heads share keys and values.
 
     Raises:
         UserError: there is no such back end, it is not installed, or it does not fit.
@@ -175,11 +175,8 @@ def sdpa_kernel(
     q = torch.zeros(1, 2, 128, head_dim, device=device, dtype=dtype, requires_grad=training)
     k = q[:, :1] if grouped and not masked else q  # with a mask, ``sdpa`` repeats them
     mask = torch.ones(1, 1, 1, 128, dtype=torch.bool, device=device) if masked else None
-    try:
-        choice = torch._fused_sdp_choice(q, k, k, attn_mask=mask, enable_gqa=k is not q)
-    except (AttributeError, NotImplementedError):  # a private name of torch's; not every device has it
-        return "unknown"
-    return _KERNEL_NAMES.get(SDPBackend(choice).name, SDPBackend(choice).name.lower())
+    backend = sdpa_backend(q, k, k, mask, grouped=k is not q)
+    return "unknown" if backend is None else _KERNEL_NAMES.get(backend.name, backend.name.lower())
 
 
 _KERNEL_NAMES = {
@@ -278,7 +275,7 @@ class KeyValueCache:
     a prefix cache writes itself and all that follows, again and again; with a dual cache only itself.
 
     Args:
-        capacity: positions to make room for.
+        capacity: The number of positions that fit into it.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -308,7 +305,7 @@ class KeyValueCache:
         return keys[:, :, :held], values[:, :, :held]
 
     def advance(self, length: int) -> None:
-        """The tokens of the last pass are there to stay; the next ones stand behind them."""
+        """Keep the tokens of the last pass; the next ones follow them."""
         self.position += length
         self.held = max(self.held, self.position)
 

@@ -1,6 +1,6 @@
 """The output head: logits of positions, or at once their cross-entropies.
 
-The output head and the cross-entropy in one, chunk by chunk: the logits of all positions never stand in memory.
+The output head and the cross-entropy in one, chunk by chunk: the logits of all positions are never in memory at once.
 
 The gradient of a weighted sum of cross-entropies is known as soon as the logits are: (softmax - onehot) times the
 weight. So each chunk's gradients are taken while its logits are at hand, and the chunk is let go (as Liger-Kernel and
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
@@ -23,10 +24,10 @@ from llada_lightning.model.sharding import WordShards
 
 
 class OutputHead(nn.Linear):
-    """A linear layer from the normalised residual stream to the words, without bias.
+    """A linear layer from the normalised residual stream to the vocabulary, without bias.
 
     Attributes:
-        compiled: fuse the parts of the cross-entropy by ``torch.compile``.
+        compiled: Whether ``torch.compile`` fuses the parts of the cross-entropy.
     """
 
     def __init__(self, d_model: int, vocab_size: int) -> None:
@@ -36,20 +37,20 @@ class OutputHead(nn.Linear):
     def nll(
         self, hidden_MD: Tensor, targets_M: Tensor, weights_M: Tensor, excluded_token_id: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Weighted sum of the negative log-likelihoods, and each of them; the M x V logits never stand in memory.
+        """Weighted sum of the negative log-likelihoods, and each of them; the M x V logits are never all in memory.
 
         Args:
             hidden_MD: (M, D).
             targets_M: (M,) int64.
             weights_M: (M,) float32.
-            excluded_token_id: a word that gets no probability.
+            excluded_token_id: The id of a token that gets no probability.
 
         Returns:
             () float32 with a gradient; (M,) float32, nats, without.
         """
         weight_VD: Tensor = self.weight
         shards = None
-        if isinstance(weight_VD, DTensor):  # tensor parallelism: this process has some of the words
+        if isinstance(weight_VD, DTensor):  # tensor parallelism: this process has a part of the vocabulary
             shards = WordShards.of(weight_VD)
             weight_VD = weight_VD.to_local()
         return linear_cross_entropy(
@@ -60,6 +61,23 @@ class OutputHead(nn.Linear):
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}
 """Logits of a chunk: on the CPU they stay near the cache; on a GPU a chunk is long enough that adding its part of the
 weight's gradient costs little."""
+
+
+def token_nll(logits_NV: Tensor, targets_N: Tensor, excluded_token_id: int | None = None) -> Tensor:
+    """Negative log-likelihood of each target, in nats, computed in fp32.
+
+    Args:
+        logits_NV: (N, V), any floating type; overwritten where a token is excluded.
+        targets_N: (N,) int64.
+        excluded_token_id: The id of a token that gets no probability: [MASK], which is never an answer. None gives
+            it its share, as the authors' released code does.
+
+    Returns:
+        (N,) float32.
+    """
+    if excluded_token_id is not None:
+        logits_NV[:, excluded_token_id] = float("-inf")
+    return F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
 
 
 def linear_cross_entropy(
@@ -80,9 +98,10 @@ def linear_cross_entropy(
         weight_VD: (V, D) of the layer.
         targets_M: (M,) int64.
         weights_M: (M,) float32, of the sum; 0 for positions that only fill up a shape.
-        excluded_token_id: a word that gets no probability (see ``objectives.losses.token_nll``).
-        compiled: fuse what stands between the two products by ``torch.compile``.
-        shards: where the weight holds some of the words only, and other processes, with the same positions, the others.
+        excluded_token_id: The id of a token that gets no probability (see :func:`token_nll`).
+        compiled: Whether ``torch.compile`` fuses what lies between the two products.
+        shards: The place of this process where the weight holds some vocabulary entries only. Other processes hold the
+            others, with the same positions.
 
     Returns:
         () float32, the sum, differentiable once by hidden and weight; (M,) float32, nats, without gradient.

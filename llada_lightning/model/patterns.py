@@ -66,13 +66,13 @@ def block_causal(block_length: int) -> Pattern:
 def block_diffusion(length: int, block_length: int) -> Pattern:
     """The training pattern of BD3-LM (Arriola et al. 2025, "Block Diffusion", arXiv:2503.09573).
 
-    The input is a noisy sequence and, behind it, its clean copy: 2 ``length`` positions, of which both halves stand at
+    The input is a noisy sequence and, behind it, its clean copy: 2 ``length`` positions, of which both halves are at
     0..length-1 for RoPE. A noisy block sees itself and the clean blocks before it: what it sees when it is generated.
     A clean block sees the clean blocks up to itself. So one pass trains all blocks.
 
     Args:
         length: L, of the sequence.
-        block_length: tokens of a block.
+        block_length: The number of tokens of a block.
     """
     assert length > 0 and block_length > 0
 
@@ -114,7 +114,7 @@ def dense(pattern: Pattern, batch: int, queries: int, keys: int, device: torch.d
     A dimension that the pattern does not depend on is 1: padding alone is (batch, 1, 1, keys).
 
     Args:
-        start: the first query's index, where keys of earlier positions are cached.
+        start: The index of the first query, where keys of earlier positions are cached.
     """
     b = torch.arange(batch, device=device)[:, None, None, None]
     h = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)

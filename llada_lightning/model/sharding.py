@@ -23,7 +23,7 @@ def own_part(whole: Tensor, like: DTensor) -> Tensor:
     dimension divided by both, ``distribute_tensor`` scatters nothing, and older versions round uneven parts otherwise.)
 
     Args:
-        whole: of the shape of ``like``; on any device.
+        whole: A tensor of the shape of ``like``, on any device.
     """
     assert whole.shape == like.shape, f"{tuple(whole.shape)} is not {tuple(like.shape)}"
     part, mesh = whole, like.device_mesh
@@ -54,9 +54,9 @@ class WordShards:
     """Which words this process has, and who has the others.
 
     Attributes:
-        group: the processes, each with as many words, in order of rank.
-        first: this process's first word.
-        words: their number.
+        group: The processes, each with as many vocabulary entries, in the order of their ranks.
+        first: The first vocabulary entry of this process.
+        words: The number of vocabulary entries of this process.
     """
 
     group: Any
@@ -87,7 +87,7 @@ class WordShards:
         return self._chunk_gradient(logits_CV, targets_C, weights_C, _sums, _gradient)
 
     def compiled_chunk_gradient(self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`chunk_gradient`, with what stands between the exchanges fused by ``torch.compile``."""
+        """As :meth:`chunk_gradient`, with what lies between the exchanges fused by ``torch.compile``."""
         return self._chunk_gradient(logits_CV, targets_C, weights_C, _compiled(_sums), _compiled(_gradient))
 
     def _chunk_gradient(

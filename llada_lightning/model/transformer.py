@@ -30,6 +30,7 @@ from llada_lightning.model.attention import (
 from llada_lightning.model.head import OutputHead
 from llada_lightning.model.patterns import Pattern
 from llada_lightning.model.sharding import fill
+from llada_lightning.support.torch_internals import ATTENTION_PRODUCTS
 
 NORM_EPS = 1e-5
 ROPE_THETA = 10_000.0
@@ -64,7 +65,7 @@ class Block(nn.Module):
     """Attention and feed-forward, each behind its norm and beside the residual stream.
 
     Attributes:
-        recompute: what the backward pass computes again instead of keeping it: nothing, all but products and
+        recompute: What the backward pass computes again instead of keeping it: nothing, all but products and
             attention, or everything between the block's input and output.
     """
 
@@ -96,15 +97,7 @@ class Block(nn.Module):
         return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD))
 
 
-_aten = torch.ops.aten
-_PRODUCTS = {
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-}
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, *ATTENTION_PRODUCTS}
 """What takes most of a block's time."""
 
 
@@ -120,10 +113,10 @@ class Transformer(nn.Module):
     """The mask predictor of `llada` and the next-token predictor of `arm`.
 
     Args:
-        shape: the dimensions.
-        vocab_size: words of the embedding and of the output head, [MASK] and EOS among them.
-        rope_theta: base of the rotary frequencies (10 000; LLaDA-8B: 500 000).
-        norm_eps: within the root of every RMSNorm (1e-5; some of Llama's checkpoints: 1e-6).
+        shape: The dimensions.
+        vocab_size: The number of vocabulary entries, [MASK] and EOS among them.
+        rope_theta: The base of the rotary frequencies (10,000; LLaDA-8B: 500,000).
+        norm_eps: The number added within the root of every RMSNorm (1e-5; some checkpoints of Llama: 1e-6).
     """
 
     def __init__(
@@ -163,17 +156,17 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BL: (B, L) int64.
-            causal: attend to earlier positions only, or to all.
+            causal: Whether a position attends to earlier positions only, or to all.
             attention_mask_BL: (B, L) bool, False where a key is padding, on either side; with a cache (B, S), of all
                 its keys after this pass.
             documents_BL: (B, L) int64, equal for tokens of one document: attention stays within it. Positions run on
                 over the whole sequence, which changes nothing, because RoPE sees differences only. Not with a cache.
-            pattern: what a query may see besides (see ``model.patterns``).
-            positions_BL: (B, L) int64, where each token stands; by default one after the other from 0, or from where
+            pattern: The keys that a query may see (see ``model.patterns``).
+            positions_BL: (B, L) int64, the position of each token; by default one after the other from 0, or from where
                 the cache is written.
-            cache: keys and values of other positions to attend to; those of ``tokens_BL`` are written at its
+            cache: The keys and values of other positions to attend to; those of ``tokens_BL`` are written at its
                 ``position``.
-            queries: the positions whose result is wanted; the last block computes no other. Not where causal.
+            queries: The positions whose result is wanted; the last block computes no other. Not where causal.
 
         Returns:
             (B, L, D), or as many positions as wanted, in the parameters' type; ``head`` makes logits of any selection
@@ -191,7 +184,7 @@ class Transformer(nn.Module):
             rope = cos[start : start + length], sin[start : start + length]
         else:
             rope = cos[positions_BL][:, None], sin[positions_BL][:, None]
-        causal = causal and length > 1  # a single query stands last: it sees every key
+        causal = causal and length > 1  # a single query is the last: it sees every key
         seen = patterns.combined(causal, attention_mask_BL, documents_BL, pattern)
         mask = self._mask(seen, tokens_BL, keys, start, is_whole(cache, queries))
         *blocks, last = self.blocks

@@ -7,17 +7,11 @@ definition to curve.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-from llada_lightning.compute.flops import (
-    TrainingFlops,
-    attention_flops_per_token,
-    expected_mask_probability,
-    flops_6nd,
-    head_flops_per_token,
-)
+from llada_lightning.compute.flops import Convention, TrainingFlops, expected_mask_probability, flops_per_token
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.support.errors import UserError
 
@@ -38,12 +32,20 @@ class Objective:
         module: The class path of the LightningModule.
         val_kind: Whether the validation loss is the exact negative log-likelihood, or an upper bound on it.
         causal: Whether a position attends to earlier positions only. It halves the FLOPs of attention.
-        masks: Whether the inputs contain [MASK], so that the vocabulary must have it.
+        masks: Whether the inputs contain [MASK], so that the vocabulary must have it. Then answers are denoised, and
+            the likelihood of a continuation is a bound (Eq. 6); without it, answers grow from left to right, and the
+            likelihood is exact.
         starts_with_eos: Whether an EOS is put before every sequence, so that the first token is predicted, too.
         logit_share: A function of the smallest mask probability that gives the expected share of the positions whose
             logits the training loss needs.
         tokens_per_param: The tokens per non-embedding parameter at the centre of an IsoFLOP grid.
         layouts: The kinds of Hugging Face checkpoints that a model of this objective can be converted to.
+        max_epochs: The number of passes over the data up to which repeated data is about as good as new data; None:
+            not known.
+        lr_scale: The factor of the rule's learning rate that our own studies found best; 1: none was looked for.
+        lr_scale_source: Where that was found.
+        multipliers: Measured compute multipliers against :data:`REFERENCE`, by the convention of FLOPs: the FLOPs of
+            this objective, the multiplier, and where it was read off. Each is the smallest of its study.
     """
 
     name: str
@@ -60,6 +62,10 @@ class Objective:
     logit_share: Callable[[float], float]
     tokens_per_param: float
     layouts: tuple[str, ...] = ()
+    max_epochs: float | None = None
+    lr_scale: float = 1.0
+    lr_scale_source: str = ""
+    multipliers: Mapping[Convention, tuple[tuple[float, float, str], ...]] = field(default_factory=dict)
 
     def flops_per_token(
         self, shape: Shape, vocab_size: int, sequence_length: int, mask_eps: float, response_share: float = 1.0
@@ -74,11 +80,7 @@ class Objective:
             response_share: The share of the tokens that the forward process may mask.
         """
         share = self.logit_share(mask_eps) * (response_share if self.masks else 1.0)
-        return TrainingFlops(
-            flops_6nd=flops_6nd(shape.params_nonembedding, 1),
-            flops_attention=attention_flops_per_token(shape, sequence_length, causal=self.causal),
-            flops_head=head_flops_per_token(shape, vocab_size) * share,
-        )
+        return flops_per_token(shape, vocab_size, sequence_length, causal=self.causal, logit_share=share)
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -97,6 +99,7 @@ OBJECTIVES: dict[str, Objective] = {
         logit_share=lambda mask_eps: 1.0,
         tokens_per_param=25.0,
         layouts=("hf-llama",),
+        max_epochs=4.0,  # Muennighoff et al. 2023
     ),
     "llada": Objective(
         name="llada",
@@ -113,6 +116,15 @@ OBJECTIVES: dict[str, Objective] = {
         logit_share=expected_mask_probability,
         tokens_per_param=105.0,
         layouts=("hf-llada",),
+        lr_scale=0.3,
+        lr_scale_source="in both of our studies (0.31 on the H100, 0.25 to 0.5 on two cores; docs/study.md)",
+        multipliers={
+            "6nd": (
+                (5e13, 38, "docs/study.md, H100, 6ND, at 5e13 FLOPs of llada"),
+                (6e19, 20, "the published table, 6ND, at 6e19 FLOPs of llada"),
+            ),
+            "total": ((1.4e14, 20, "docs/study.md, H100, 6ND + attention + head, at 1.4e14 FLOPs of llada"),),
+        },
     ),
 }
 """The objectives by their names, in the order in which plots and tables list them.
@@ -146,5 +158,8 @@ def get_objective(name: str) -> Objective:
         UserError: The table has none of this name; the message lists the names.
     """
     if name not in OBJECTIVES:
-        raise UserError(f"objective: '{name}' is not known; choose from {', '.join(OBJECTIVES)}")
+        raise UserError(
+            f"objective: '{name}' is not known; choose from {', '.join(OBJECTIVES)}, or name the module that registers "
+            "it in LLADA_PLUGINS"
+        )
     return OBJECTIVES[name]

@@ -55,9 +55,9 @@ class CovarianceReport:
     """What became of the covariance file.
 
     Args:
-        path: the file; None if it was not written.
-        rows: results in it.
-        left_out: why -> the results (``run@steps``) that are not in it.
+        path: The path of the file; None if it was not written.
+        rows: The number of results in it.
+        left_out: The results (``run@steps``) that are not in it, by the reason.
     """
 
     path: str | None = None
@@ -75,9 +75,9 @@ def covariance_of_means(values_GR: np.ndarray, sequences_G: np.ndarray) -> np.nd
     """(R, R) covariance of the R means over all sequences, clustered by document.
 
     The linearised ratio estimator of cluster sampling (Cochran 1977, Sec. 11), as for a single mean in
-    ``objectives.bounds.clustered_mean_and_stderr``: G / (G - 1) times the sum over the G documents of the products of
-    (the sum of a document's deviations / the number of sequences). The diagonal is the square of ``val_stderr``; the
-    variance of a difference is ``c[i, i] + c[j, j] - 2 * c[i, j]``.
+    ``objectives.standard_errors.clustered_mean_and_stderr``: G / (G - 1) times the sum over the G documents of the
+    products of (the sum of a document's deviations / the number of sequences). The diagonal is the square of
+    ``val_stderr``; the variance of a difference is ``c[i, i] + c[j, j] - 2 * c[i, j]``.
 
     Args:
         values_GR: (G, R) mean of document g's sequences in run r, G at least 2.
@@ -98,7 +98,7 @@ def _covariance_of_deviations(deviations_GR: np.ndarray) -> np.ndarray:
 
 
 def covariance_path(results: Path) -> Path:
-    """Where the covariance of a table's losses stands: ``results.covariance.csv`` beside ``results.csv``."""
+    """The path of the covariance of a table's losses: ``results.covariance.csv`` beside ``results.csv``."""
     return results.with_name(f"{results.stem}.covariance.csv")
 
 
@@ -110,8 +110,8 @@ def write_covariance(rows: Sequence[Row], results: Path | str) -> CovarianceRepo
     table.
 
     Args:
-        rows: of the results table.
-        results: the table's path.
+        rows: The rows of the results table.
+        results: The path of the table.
 
     Returns:
         Where the file is, and which rows are not in it, and why.

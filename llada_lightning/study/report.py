@@ -1,4 +1,4 @@
-"""What ``llada curves`` prints for people, 80 columns wide."""
+"""The tables and notes that ``llada curves`` prints, 80 columns wide."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from llada_lightning.compute.shapes import format_count
 from llada_lightning.study.fits import (
     METHODS,
     NOISE_MODELS,
-    OBJECTIVES,
     UNIT_NAMES,
     Disagreement,
     Estimate,
@@ -28,9 +27,10 @@ from llada_lightning.study.fits import (
     budget_groups,
     flops_column,
     losses,
+    objective_names,
     usable_runs,
 )
-from llada_lightning.study.fits.checks import NO_COMMON_LOSS
+from llada_lightning.study.fits.multiplier import NO_COMMON_LOSS
 from llada_lightning.study.fits.runs import planned_flops
 from llada_lightning.support.printing import people_console
 
@@ -42,25 +42,29 @@ MOST_RUNS = 40
 
 
 def print_report(table: pd.DataFrame, fits: StudyFits, convention: Convention, files: list[str]) -> None:
-    """The runs, then what the fits say of them by one convention."""
+    """Prints the runs, then their fits by one convention."""
     console = people_console()
     tables = [
         runs_table(table, convention),
         optima_table(fits, convention),
         parameters_table(fits, convention),
-        multiplier_table(fits, convention),
+        *(multiplier_table(fits, convention, name) for name in fits.compared),
         held_out_table(fits, convention),
     ]
-    for picture in tables:
-        if picture.row_count:
-            console.print(picture)
+    for printed in tables:
+        if printed.row_count:
+            console.print(printed)
             console.print()
     console.print(f"Intervals are at 95 %; errors: {NOISE_MODELS[fits.noise_model]}.\n", highlight=False)
-    unseen = {(entry.convention, entry.arm_flops, entry.method) for entry in fits.compute_multiplier if not entry.shown}
+    unseen = {
+        (entry.objective, entry.convention, entry.reference_flops, entry.method)
+        for entry in fits.compute_multiplier
+        if not entry.shown
+    }
     apart = [
         _disagreement(entry)
         for entry in fits.disagreements
-        if unseen.isdisjoint((entry.convention, entry.flops, method) for method in entry.methods)
+        if unseen.isdisjoint((entry.objective, entry.convention, entry.flops, method) for method in entry.methods)
     ]
     flags = [*doubt_lines(fits, convention), *apart, *fits.notes]
     flags.sort(key=lambda flag: not flag.startswith(NO_COMMON_LOSS))
@@ -72,10 +76,10 @@ def print_report(table: pd.DataFrame, fits: StudyFits, convention: Convention, f
 
 
 def _titled(title: str, *columns: str, left: int = 1) -> Table:
-    picture = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0), show_edge=False, pad_edge=False)
+    printed = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0), show_edge=False, pad_edge=False)
     for number, name in enumerate(columns):
-        picture.add_column(name, justify="left" if number < left else "right", no_wrap=True)
-    return picture
+        printed.add_column(name, justify="left" if number < left else "right", overflow="fold", no_wrap=number > 0)
+    return printed
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -87,23 +91,23 @@ def runs_table(table: pd.DataFrame, convention: Convention = "6nd") -> Table:
     short = len(runs) > MOST_RUNS
     shown = f", the best of each budget ({len(runs)} runs)" if short else ""
     title = f"Budgets in training FLOPs ({CONVENTION_NAMES[convention]}){shown}"
-    picture = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0), show_edge=False)
-    picture.add_column("objective", no_wrap=True)
-    picture.add_column("shape", overflow="fold")
+    printed = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0), show_edge=False)
+    for name in ("objective", "shape"):
+        printed.add_column(name, overflow="fold")
     for name in ("budget", "N", "tokens", "loss ± s.e."):
-        picture.add_column(name, justify="right", no_wrap=True)
-    picture.add_column("kind", no_wrap=True)
+        printed.add_column(name, justify="right", no_wrap=True)
+    printed.add_column("kind", no_wrap=True)
     for name in ("bits/byte", "tokens/s"):
-        picture.add_column(name, justify="right", no_wrap=True)
-    picture.add_column("best", no_wrap=True)
-    for objective in OBJECTIVES:
+        printed.add_column(name, justify="right", no_wrap=True)
+    printed.add_column("best", no_wrap=True)
+    for objective in objective_names(runs):
         members = _in_order(runs[runs["objective"] == objective])
         best = set(best_of_budgets(members, "nats_per_token"))
         for row in range(len(members)):
             if row in best or not short:
-                picture.add_row(*_run_row(members.iloc[row], convention), "best" if row in best else "")
-        picture.add_section()
-    return picture
+                printed.add_row(*_run_row(members.iloc[row], convention), "best" if row in best else "")
+        printed.add_section()
+    return printed
 
 
 def _in_order(runs: pd.DataFrame) -> pd.DataFrame:
@@ -141,19 +145,19 @@ def _known(value: float, form: str) -> str:
 
 def optima_table(fits: StudyFits, convention: Convention) -> Table:
     """N_opt, D_opt, tokens per parameter and loss at each budget, by its isoFLOP parabola."""
-    picture = _titled(
+    printed = _titled(
         f"Optimum by isoFLOP ({CONVENTION_NAMES[convention]}; loss in {UNIT_NAMES[fits.unit]})",
         *("objective", "budget ", "N", "", "tokens", "tokens/N", "", "loss"),
     )
     for objective, own in fits.objectives.items():
         for budget in own.isoflop[convention].budgets:
-            picture.add_row(objective, *_optimum_row(budget))
-        picture.add_section()
+            printed.add_row(objective, *_optimum_row(budget))
+        printed.add_section()
     budgets = [budget for own in fits.objectives.values() for budget in own.isoflop[convention].budgets]
     flags = dict.fromkeys(_FLAGS[flag] for flag in map(_flag, budgets) if flag)
     if flags:
-        picture.caption, picture.caption_justify = "; ".join(flags), "left"
-    return picture
+        printed.caption, printed.caption_justify = "; ".join(flags), "left"
+    return printed
 
 
 _FLAGS = {"!": "! optimum outside of the grid", "~": "~ moved by the grid beyond its interval"}
@@ -181,14 +185,14 @@ def _optimum_row(budget: IsoflopBudget) -> list[str]:
 
 def parameters_table(fits: StudyFits, convention: Convention) -> Table:
     """Exponents and parameters of every law, with intervals."""
-    picture = _titled("Laws", "objective", "quantity", "method", "value", "95 % interval", left=3)
+    printed = _titled("Laws", "objective", "quantity", "method", "value", "95 % interval", left=3)
     for objective, own in fits.objectives.items():
         for quantity, method, estimate in _parameters(own, convention):
-            picture.add_row(objective, quantity, method, f"{estimate.value:.4g}", _interval(estimate, ".4g"))
+            printed.add_row(objective, quantity, method, f"{estimate.value:.4g}", _interval(estimate, ".4g"))
         if own.parametric and not own.parametric.identified:
-            picture.add_row(objective, "L(N, D)", "parametric", "", "not identified")
-        picture.add_section()
-    return picture
+            printed.add_row(objective, "L(N, D)", "parametric", "", "not identified")
+        printed.add_section()
+    return printed
 
 
 def _parameters(own: ObjectiveFits, convention: Convention) -> Iterable[tuple[str, str, Estimate]]:
@@ -209,58 +213,65 @@ def _parameters(own: ObjectiveFits, convention: Convention) -> Iterable[tuple[st
             yield f"{name} of L(N, D)", "parametric", getattr(parametric, name)
 
 
-def multiplier_table(fits: StudyFits, convention: Convention) -> Table:
-    """The compute multiplier at each of arm's budgets, a column a method."""
-    picture = _titled(
-        f"Compute multiplier at equal loss, llada over arm ({CONVENTION_NAMES[convention]})",
-        *("arm's budget", *METHODS),
+def multiplier_table(fits: StudyFits, convention: Convention, objective: str) -> Table:
+    """The compute multiplier of an objective at each of the reference's budgets, a column a method."""
+    printed = _titled(
+        f"Compute multiplier at equal loss, {objective} over {fits.reference} ({CONVENTION_NAMES[convention]})",
+        *(f"{fits.reference}'s budget", *METHODS),
     )
-    entries = [entry for entry in fits.compute_multiplier if entry.convention == convention and entry.shown]
-    for flops in sorted({entry.arm_flops for entry in entries}):
+    entries = [
+        entry
+        for entry in fits.compute_multiplier
+        if (entry.objective, entry.convention) == (objective, convention) and entry.shown
+    ]
+    for flops in sorted({entry.reference_flops for entry in entries}):
         cells = dict.fromkeys(METHODS, "")
         for entry in entries:
-            if entry.arm_flops == flops:
+            if entry.reference_flops == flops:
                 marks = DOUBT * (not entry.trusted) + "*" * entry.extrapolated
                 cells[entry.method] = f"{entry.multiplier:.3g}{marks:1} ({_short(entry.estimate)})"
-        picture.add_row(_flops(flops), *cells.values())
+        printed.add_row(_flops(flops), *cells.values())
     legend = [DOUBT_MEANS] * any(not entry.trusted for entry in entries)
     legend += ["* beyond the budgets of one of the fits, by at most a decade"] * any(e.extrapolated for e in entries)
     if legend:
-        picture.caption, picture.caption_justify = "\n".join(legend), "left"
-    return picture
+        printed.caption, printed.caption_justify = "\n".join(legend), "left"
+    return printed
 
 
 def doubt_lines(fits: StudyFits, convention: Convention) -> list[str]:
-    """Why the multipliers of a method are marked, a line for each method."""
+    """Why the multipliers of an objective and method are marked, a line for each."""
     doubts = {
-        entry.method: entry.doubt
+        (entry.objective, entry.method): entry.doubt
         for entry in fits.compute_multiplier
         if entry.convention == convention and entry.shown and not entry.trusted
     }
-    return [f"{DOUBT} compute multiplier, {method}, {convention}: {doubt}" for method, doubt in doubts.items()]
+    return [
+        f"{DOUBT} compute multiplier of {objective}, {method}, {convention}: {doubt}"
+        for (objective, method), doubt in doubts.items()
+    ]
 
 
 def held_out_table(fits: StudyFits, convention: Convention) -> Table:
     """The largest budget as fits without it predict it."""
-    picture = _titled(
+    printed = _titled(
         "The largest budget, predicted by fits without it",
         *("objective", "method", "budget", "observed", "predicted", "95 % interval", "error", "inside"),
         left=2,
     )
     for entry in fits.held_out:
         if entry.convention == convention:
-            picture.add_row(
+            printed.add_row(
                 *(entry.objective, entry.method, _flops(entry.flops), f"{entry.observed:.3f}"),
                 f"{entry.predicted:.3f}",
                 _interval(Estimate(entry.predicted, entry.low, entry.high), ".3f"),
                 f"{entry.relative_error:+.1%}",
                 {True: "yes", False: "NO", None: "?"}[entry.inside],
             )
-    return picture
+    return printed
 
 
 def _disagreement(entry: Disagreement) -> str:
-    at = "" if entry.flops is None else f" at arm's {_flops(entry.flops)} FLOPs"
+    at = "" if entry.flops is None else f" of {entry.objective} at {entry.reference}'s {_flops(entry.flops)} FLOPs"
     sides = (
         f"{method} {value:.3g} ({_short(Estimate(value, *ends))})"
         for method, value, ends in zip(entry.methods, entry.values, entry.intervals, strict=True)

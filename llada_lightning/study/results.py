@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llada_lightning.records import RESULT_COLUMNS
+from llada_lightning.records import LATER_COLUMNS, RESULT_COLUMNS
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import is_there, require_replaceable, written_atomically
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import read_text
 
 TEXT_COLUMNS = frozenset({
-    "run", "objective", "shape", "schedule", "parent_checkpoint", "data_fingerprint", "tokenizer", "val_kind", "device",
-    "precision", "versions", "git_commit", "status",
+    "run", "objective", "variant", "shape", "schedule", "parent_checkpoint", "data_fingerprint", "tokenizer",
+    "val_kind", "device", "precision", "versions", "git_commit", "status",
 })  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def typed_record(record: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The keys ``RESULT_COLUMNS`` of a record, each of its column's type or None; the word "NaN" becomes the number.
 
     Args:
-        source: where the record stands, for the error.
+        source: The place of the record, for the error.
 
     Raises:
         UserError: a value is not of its column's type.
@@ -93,6 +93,7 @@ def read_results(path: Path | str) -> pd.DataFrame:
 
     Returns:
         The columns ``RESULT_COLUMNS`` with their types (text, ``Int64``, ``float64``), then any others as they are.
+        Columns of ``LATER_COLUMNS`` that an older table lacks are there without values.
 
     Raises:
         UserError: there is no such file, it has no rows, a column is missing, or a value is not of its column's type.
@@ -102,6 +103,7 @@ def read_results(path: Path | str) -> pd.DataFrame:
     if not is_there(path):
         raise UserError(f"'{shortened(path)}': no such file; `llada collect` writes one from run folders")
     table, places = _read_csv(path) if path.suffix == ".csv" else _read_parquet(path)
+    table = table.assign(**{column: None for column in LATER_COLUMNS if column not in table.columns})
     missing = [column for column in RESULT_COLUMNS if column not in table.columns]
     if missing:
         raise UserError(f"{path}: columns missing: {', '.join(missing)}; `llada collect` writes all of them")
@@ -112,7 +114,7 @@ def read_results(path: Path | str) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The table and, for each row, where it stands.
+    """The table and, for each row, its place in the file.
 
     All cells are text: a run's identity of digits, or a shape called 1e5, must not become a number. pandas takes the
     first column for names of rows where a row has one cell too many, and fills rows that are too short; here both are
@@ -158,7 +160,7 @@ def _read_parquet(path: Path) -> tuple[pd.DataFrame, list[str]]:
     try:
         table = _with_pyarrow(path, lambda: pd.read_parquet(path))
     except (ArithmeticError, LookupError, NotImplementedError, OSError, TypeError, ValueError) as error:
-        # pyarrow says of a damaged file what it stumbled over
+        # pyarrow tells of a damaged file which part of it cannot be read
         reason = shortened(error)
         raise UserError(f"{path}: not a parquet table ({reason}); write it again with `llada collect`") from error
     return table, [f"'{shortened(path)}', row {n}" for n in range(1, len(table) + 1)]
@@ -180,8 +182,8 @@ def _typed(table: pd.DataFrame, places: Sequence[str]) -> pd.DataFrame:
     """The table with the types of ``RESULT_COLUMNS``.
 
     Args:
-        table: of any types.
-        places: where each row stands, for errors.
+        table: The table, with columns of any types.
+        places: The place of each row, for errors.
     """
     return table.assign(**{column: _typed_column(table[column], places) for column in RESULT_COLUMNS})
 

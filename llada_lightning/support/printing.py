@@ -60,6 +60,20 @@ def people_console(*, stderr: bool = False) -> Console:
     return _visible_console()(stderr=stderr, markup=False, emoji=False)
 
 
+def recording_console(width: int) -> Console:
+    """Returns a console that writes nowhere and keeps what is printed, for ``export_html`` and ``export_svg``.
+
+    Its rules for text are those of :func:`people_console`.
+
+    Args:
+        width: Width of a line in characters.
+    """
+    console = _visible_console()
+    return console(
+        file=io.StringIO(), record=True, width=width, markup=False, emoji=False, highlight=False, legacy_windows=False
+    )
+
+
 def warn(line: str) -> None:
     """Prints a line on stderr, where notes, warnings and errors go; control characters in it do not act."""
     print(visible(line), file=sys.stderr, flush=True)

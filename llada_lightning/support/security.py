@@ -2,19 +2,20 @@
 
 A configuration may come from a stranger, and the parser imports what a ``class_path`` names: an import runs code. So a
 configuration may name classes of this package, of Lightning and of torch, without those parts that run commands or
-unpickle, and of the modules that the user trusts by an environment variable.
+unpickle, and of the modules that the user names by environment variables: trusted ones, and plugins.
 
 Secrets stay out of what a run writes: an address that holds a password or a token is refused, and not repeated.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.plugins import VARIABLE as PLUGINS
+from llada_lightning.support.plugins import named_modules
 
 VARIABLE = "LLADA_TRUSTED_MODULES"
 """The environment variable that names further modules, separated by commas."""
@@ -41,13 +42,13 @@ def trust_known_modules() -> None:
     """Makes the parser refuse other modules before it imports them, for the life of this process.
 
     Raises:
-        UserError: the environment variable holds something other than names of modules.
+        UserError: an environment variable holds something other than names of modules.
     """
     from jsonargparse import set_parsing_settings  # here, so that those who only hide secrets do not load it
 
     set_parsing_settings(
         import_path_denylist=["*", *_NEVER],
-        import_path_allowlist=[*_KNOWN, *_named_by_the_user()],
+        import_path_allowlist=[*_KNOWN, *named_modules(VARIABLE), *named_modules(PLUGINS)],
         # Else any class that a value of no declared type names would be built.
         instantiate_subclass_spec_in_any=False,
     )
@@ -60,16 +61,6 @@ def not_trusted(class_path: str) -> str:
         f"'{class_path}' is not of llada_lightning, lightning or torch, or may run commands from its arguments, so "
         f"it was not imported; if you trust it, set {VARIABLE}={module}"
     )
-
-
-def _named_by_the_user() -> list[str]:
-    names = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
-    for name in names:
-        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name) or name.split(".")[0] == "jsonargparse":
-            raise UserError(
-                f"{VARIABLE}: {name!r} is not the name of a module of yours; give names such as mine,yours.part"
-            )
-    return names
 
 
 # --- secrets ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""From what a user wrote to a fully resolved configuration: lengths, rates, vocabulary, precision, name.
+"""From the configuration that a user wrote to a resolved one: vocabulary, precision, batch, steps, schedule, name.
 
-Everything that follows from other settings is computed here, before anything is built, and stands in the run's
-config.yaml. A value given by hand that disagrees with what follows is refused, never overruled in silence.
+The parser's namespaces are translated here into what ``run.resolve`` takes, and its answer is written back, so that the
+run's config.yaml holds it. A value that the user gave and that disagrees is refused, never replaced in silence.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def resolve_data(config: Namespace) -> LanguageDataModule:
     """Fill in, in place, what follows from the data and the device: seeds, vocabulary, precision.
 
     Args:
-        config: of `fit`, `validate`, `test` or `predict`, as parsed.
+        config: The parsed configuration of `fit`, `validate`, `test` or `predict`.
 
     Returns:
         A data module that knows its manifests, checked.
@@ -193,11 +193,12 @@ def fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
         UserError: a setting contradicts the tokenizer.
     """
     tokenizer, arguments = data.tokenizer, config.model.init_args
-    masks = get_objective(module_class(config).objective).masks
+    objective = get_objective(module_class(config).objective)
+    masks = objective.masks
     if masks and tokenizer.mask_id is None:
         raise UserError(
-            f"data.tokenizer: '{config.data.init_args.tokenizer}' has no [MASK], which llada needs; name one of its "
-            "tokens with --data.mask_token, or as mask_token in its tokenizer_config.json"
+            f"data.tokenizer: '{config.data.init_args.tokenizer}' has no [MASK], which {objective.name} needs; name "
+            "one of its tokens with --data.mask_token, or as mask_token in its tokenizer_config.json"
         )
     # An `arm` that starts from weights without [MASK] has none, also where the data's tokenizer has one: no text holds
     # it, and the weights need not have a row for it.
@@ -277,16 +278,16 @@ _DATA_TOKENS = ("mask_token", "eos_token", "vocab_size", "text_prefix_ids")
 """What is read of the data's tokenizer: it is in the fingerprints of the tokenizer and of the data."""
 _DATA_OPTIONS = {"document_mask": False, "train_tokens": None}
 _MODEL_OPTIONS = {"norm_eps": NORM_EPS, "text_prefix_ids": None}
-"""Options that came later: at its default none stands in an identity, so that older runs keep theirs."""
+"""Options that came later. At its default, none is in an identity, so that older runs keep theirs."""
 
 
 def identity(config: Namespace, data: LanguageDataModule, schedule: WSD | None = None) -> dict[str, Any]:
     """What makes a run this run: its resolved settings without paths and without the machine's.
 
     Args:
-        config: resolved.
-        data: what it trains on.
-        schedule: of one budget of several; the configuration's own by default.
+        config: The resolved configuration.
+        data: The data module.
+        schedule: The schedule of one budget of several; None: the one of the configuration.
     """
     plain, model = _plain(config), module_class(config)
     if schedule is not None:

@@ -22,7 +22,7 @@ def check_devices(trainer: Namespace) -> None:
     """Refuse devices that are not there, in words that say what is.
 
     Args:
-        trainer: its settings, with the precision filled in. Instances, which only Python can give, pass.
+        trainer: The settings of the trainer, with the precision filled in. Instances, which only Python can give, pass.
 
     Raises:
         UserError: no such accelerator, fewer devices than asked for, or a class that is not trusted.

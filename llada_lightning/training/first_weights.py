@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor
 
 from llada_lightning.checkpoints.run_folder import checkpoint_hash
 from llada_lightning.checkpoints.stored_model import StoredModel, open_checkpoint
-from llada_lightning.compute.flops import Objective
 from llada_lightning.compute.shapes import get_shape
 from llada_lightning.model import Transformer
 from llada_lightning.model.sharding import fill
 from llada_lightning.model.transformer import NORM_EPS, ROPE_THETA
+from llada_lightning.objectives import get_objective
 from llada_lightning.support.errors import UserError
 
 DEFAULT_SHAPE = "443k"
@@ -33,7 +33,7 @@ def weights_hash(path: str) -> str:
     return checkpoint_hash(_opened(path).path)
 
 
-def take_over(config: Namespace, objective: Objective) -> None:
+def take_over(config: Namespace, objective: str) -> None:
     """Fill in, in place, what a run takes from the checkpoint it starts from: the model, the context, the tokenizer.
 
     Every field of ``Description`` that inference reads is taken here, or by :func:`inherited`, or refused.
@@ -43,7 +43,7 @@ def take_over(config: Namespace, objective: Objective) -> None:
         objective: of the model that is configured.
 
     Raises:
-        UserError: it is no checkpoint, is of the other objective, or a setting contradicts it.
+        UserError: it is no checkpoint, is of another objective, or a setting contradicts it.
     """
     arguments, data = config.model.init_args, config.data.init_args
     stored = _opened(arguments.weights)
@@ -103,7 +103,7 @@ def _text_prefix(stored: StoredModel) -> list[int] | None:
         UserError: another token than these stands before every sequence.
     """
     start, prefix, eos = stored.description.start_token_id, stored.text_prefix_ids, stored.description.eos_token_id
-    ours = eos if stored.description.objective == "arm" else None
+    ours = eos if get_objective(stored.description.objective).starts_with_eos else None
     if (start, prefix) == (ours, ()):
         return None
     if start is not None:

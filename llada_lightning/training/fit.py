@@ -1,7 +1,4 @@
-"""`llada fit | validate | test | predict`: LightningCLI with one line for an error and a resolved configuration.
-
-The parser of Lightning's verbs, in our manners.
-"""
+"""`llada fit`, `validate`, `test` and `predict`: a LightningCLI that resolves its configuration before building."""
 
 from __future__ import annotations
 
@@ -9,12 +6,12 @@ import json
 import os
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NoReturn, Union, get_args
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace
 from lightning import Callback, Trainer, seed_everything
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -28,18 +25,18 @@ from llada_lightning.data.manifest import loss_note
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.identity import check_identity, model_identity
 from llada_lightning.records import read_records, write_records, write_validation
-from llada_lightning.settings import Budget, Guard, Profile, Run, Wandb, check_seed
+from llada_lightning.settings import Budget, Guard, Place, Profile, Wandb, check_seed
 from llada_lightning.support.cluster import agreed_launch
 from llada_lightning.support.command_line import one_line, refuse_unusable
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import strict_json, written_atomically
+from llada_lightning.support.jsonargparse_internals import whole_numbers_first
 from llada_lightning.support.locks import check_unlocked, run_lock
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import MAX_YAML_BYTES, check_yaml, read_text
 from llada_lightning.support.security import refuse_secrets, trust_known_modules
 from llada_lightning.support.signals import LeaveRequest, leaving_at_a_steps_end, say
 from llada_lightning.training.callbacks.accounting import Accounting
-from llada_lightning.training.callbacks.bad_numbers import BadNumbers, DivergedError
 from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, CheckpointPlan, StepCheckpoints
 from llada_lightning.training.callbacks.leaving import LeaveTogether
 from llada_lightning.training.callbacks.loggers import MetricsCSV, check_wandb, wandb_logger
@@ -48,10 +45,11 @@ from llada_lightning.training.callbacks.profile import profiling
 from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
 from llada_lightning.training.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.training.devices import check_devices
-from llada_lightning.training.guard import UpdateGuard
+from llada_lightning.training.guard import BadNumbers, DivergedError, UpdateGuard
+from llada_lightning.training.lightning_internals import HookedCLI, writes_shards
 from llada_lightning.training.memory import MemoryAdvice
 from llada_lightning.training.modules import LanguageModule
-from llada_lightning.training.parallel import check_parallel, launched_settings, leads_its_group, replicas, saves_shards
+from llada_lightning.training.parallel import check_parallel, launched_settings, leads_its_group, replicas
 from llada_lightning.training.phases import Phase, phases_of
 from llada_lightning.training.record import (
     describe_loss,
@@ -80,12 +78,12 @@ class RunIsDone(SystemExit):
         super().__init__(0)
 
 
-class LladaCLI(LightningCLI):
+class LladaCLI(HookedCLI):
     """Adds budget, run folder and W&B; resolves the configuration before anything is built.
 
     Args:
-        args: the command line from the subcommand on.
-        execute: build and run, or only resolve (``settings`` then holds the outcome).
+        args: The command line from the subcommand on.
+        execute: Whether to build and run. If not, the configuration is resolved and is in ``settings``.
     """
 
     def __init__(self, args: list[str], execute: bool = True) -> None:
@@ -110,7 +108,7 @@ class LladaCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--budget", type=Budget, default=Budget(), help="What the run may spend.")
         parser.add_argument("--rules", type=Rules, default=Rules(), help="Which rules give what is not set.")
-        parser.add_argument("--run", type=Run, default=Run(), help="Where the run lives.")
+        parser.add_argument("--run", type=Place, default=Place(), help="Where the run lives.")
         parser.add_argument("--speed", type=Speed, default=Speed(), help="How the same is computed faster.")
         parser.add_argument("--guard", type=Guard, default=Guard(), help="What to do about bad numbers.")
         parser.add_argument("--profile", type=Profile, default=Profile(), help="Where a step's time goes.")
@@ -127,10 +125,7 @@ class LladaCLI(LightningCLI):
         self.config = parser.parse_args(class_first(args))
         refuse_unusable(self.config[self.config["subcommand"]], "")
 
-    def _parse_ckpt_path(self) -> None:
-        """A checkpoint's hyperparameters never replace what the user wrote: they are compared with it on loading."""
-
-    def _set_seed(self) -> None:
+    def set_seed(self) -> None:
         if self._execute:
             check_seed("seed_everything", self.settings.seed_everything)
             seed_everything(self.settings.seed_everything, workers=True, verbose=False)
@@ -143,7 +138,7 @@ class LladaCLI(LightningCLI):
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Run(**vars(self.settings.run)).folder
+        return Place(**vars(self.settings.run)).folder
 
     def before_instantiate_classes(self) -> None:
         trainer = self.settings.trainer
@@ -233,8 +228,7 @@ class LladaCLI(LightningCLI):
         if self.wandb is not None:
             self.wandb.log_hyperparams(yaml.safe_load(self.resolved))
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+    def subcommand_arguments(self, subcommand: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("ckpt_path") is not None:
             given = Path(kwargs["ckpt_path"])
             check_identity(model_identity(saved_identity(given)), model_identity(self.identity))
@@ -254,7 +248,7 @@ class LladaCLI(LightningCLI):
             (path.parent for path in given if path.name == CONFIG and (path.parent / CHECKPOINTS).is_dir()), None
         )
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_subcommand(self, subcommand: str) -> None:
         if not self._execute:
             return
         try:
@@ -267,10 +261,10 @@ class LladaCLI(LightningCLI):
 
     def _run_resolved(self, subcommand: str) -> None:
         if subcommand != "fit":
-            super()._run_subcommand(subcommand)
+            super().run_subcommand(subcommand)
             return
         self.datamodule.exact_micro_batch(replicas(self.trainer), self.trainer.accumulate_grad_batches)
-        if self.settings.run.async_checkpoints and saves_shards(self.trainer.strategy):
+        if self.settings.run.async_checkpoints and writes_shards(self.trainer.strategy):
             raise UserError("run.async_checkpoints: true given, but this strategy writes shards; leave it out")
         with run_lock(self.folder, self.launch, self.trainer.is_global_zero):
             with leaving_at_a_steps_end(self.leave):
@@ -295,7 +289,7 @@ class LladaCLI(LightningCLI):
         if phase is not self.phases[0]:
             self._enter(phase)
             self.instantiate_classes()
-        # W&B's steps only rise, and a branch's last steps lie beyond those with which the trunk goes on.
+        # W&B's steps only rise, and a branch's last steps are beyond those with which the trunk continues.
         own = [MetricsCSV(phase.folder), *_as_list(self.wandb if phase.folder == self.folder else None)]
         self.trainer.loggers = [*own, *self.trainer.loggers]
         start = phase.start()
@@ -306,7 +300,7 @@ class LladaCLI(LightningCLI):
         self._warn_of_lost_text()
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=start)
         if self.trainer.global_step < phase.last_step:
-            raise UserError(f"stopped at step {self.trainer.global_step}; the same command goes on from there")
+            raise UserError(f"stopped at step {self.trainer.global_step}; the same command resumes from there")
         if phase.run is None:
             return
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
@@ -327,7 +321,7 @@ class LladaCLI(LightningCLI):
         """The figure, with its error bar, on stdout."""
         if not self.model.validation:
             raise UserError(f"trainer: its limits leave no sequence to {self.subcommand}; leave them out")
-        print(describe_loss(self.model.validation, self.model.val_kind))
+        print(describe_loss(self.model.validation, self.model.facts.val_kind))
         self._warn_of_few_documents()
         self._warn_of_lost_text()
 
@@ -360,7 +354,7 @@ class LladaCLI(LightningCLI):
         write_validation(self.folder, record["steps"], self.model.val_by_document)
         records = sorted([*read_records(self.folder), record], key=lambda known: int(known["steps"]))
         if self.wandb is not None:
-            # Of several budgets the largest one's figures stand in the summary, and all of them below one key.
+            # Of several budgets, the summary holds the figures of the largest one, and all of them below one key.
             everything = {"records": json.dumps(strict_json(records))} if len(self.phases) > 1 else {}
             self.wandb.update_summary({**records[-1], **everything})
         path = write_records(self.folder, records)  # last: from here on the budget counts as reached
@@ -392,10 +386,10 @@ class LladaCLI(LightningCLI):
             phase.check_start(never=self.settings.run.resume == "never")
             damaged |= phase.damaged()
         for checkpoint, found in damaged.items():
-            say(f"warning: {checkpoint} is damaged ({found}); the run goes on from before it")
+            say(f"warning: {checkpoint} is damaged ({found}); the run resumes from before it")
         given = self.settings.ckpt_path
         if given is not None and self.phases[0].foreign_parent is None:
-            say(f"--ckpt_path {given} is this run's own; it goes on from its last one (to go back, remove later ones)")
+            say(f"--ckpt_path {given} is this run's own; it resumes from its last one (to go back, remove later ones)")
 
     def _dump(self) -> str:
         """The resolved configuration as YAML."""
@@ -455,20 +449,6 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(one_line(message, "llada fit")) from ex
-
-
-def whole_numbers_first(parser: LightningArgumentParser) -> None:
-    """Read `1` as a whole number wherever an option takes whole numbers and floats, as its declaration says.
-
-    Python gives `Optional[Union[int, float]]` the order of the first such type that was made, by whatever library was
-    imported first. The parser takes the first type that fits, so `1` would become 1.0, and a run's name another.
-    """
-    for action in parser._actions:
-        kinds = list(get_args(getattr(action, "_typehint", None)))
-        if int in kinds and float in kinds and kinds.index(float) < kinds.index(int):
-            first, second = kinds.index(float), kinds.index(int)
-            kinds[first], kinds[second] = int, float
-            action._typehint = Union[tuple(kinds)]  # type: ignore[attr-defined]  # noqa: UP007 (keeps the order)
 
 
 def class_first(args: list[str]) -> list[str]:

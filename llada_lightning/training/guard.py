@@ -1,18 +1,26 @@
-"""Whether a step's update is sound: loss and gradient are finite, and the loss is no spike.
+"""Losses and gradients that are not usable: an update is judged, skipped if need be, and written down.
 
-The verdict is reached on the device, from figures that are the same on all ranks, and goes to the optimizer as a
+The verdict is reached on the device, from numbers that are the same on all ranks, and goes to the optimizer as a
 tensor: torch's fused optimizers then leave weights, moments and step counts as they are (the mechanism of
-``GradScaler``). The host learns of it when it next waits for the device anyway.
+``GradScaler``). The host reads it when it next waits for the device anyway. The callback then prints it, writes it to
+`faults.csv`, and ends a run that has only such updates left.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+
+from llada_lightning.checkpoints.run_folder import CHECKPOINTS, checkpoints_by_step
+from llada_lightning.records import FAULT_COLUMNS, REPORTED, SKIPPED, read_faults, write_faults
+from llada_lightning.support.signals import say
+from llada_lightning.training.parallel import all_finite
 
 Spikes = Literal["ignore", "report", "skip"]
 Kind = Literal["loss", "gradient", "spike"]
@@ -28,11 +36,11 @@ class Fault:
     """A step whose update was skipped, or reported.
 
     Attributes:
-        kind: the loss is not finite, the gradient is not, or the loss is a spike.
-        loss: nats per token.
-        grad_norm: before clipping.
-        zscore: of the loss; NaN where there is none.
-        skipped: the update was not made.
+        kind: Whether the loss is not finite, the gradient is not, or the loss is a spike.
+        loss: The loss in nats per token.
+        grad_norm: The norm of the gradient before clipping.
+        zscore: The distance of the loss from the median in robust standard deviations; NaN where there is none.
+        skipped: Whether the update was skipped.
     """
 
     step: int
@@ -50,8 +58,8 @@ class UpdateGuard:
     absolute deviation, scaled to a standard deviation.
 
     Args:
-        spikes: skip the update of a spike, report it, or do not look.
-        spike_zscore: a loss above this is a spike.
+        spikes: Whether the update of a spike is skipped, reported or ignored.
+        spike_zscore: The z-score above which a loss is a spike.
 
     Attributes:
         skipped: updates skipped so far. This and what follows hold up to the last :meth:`settle`.
@@ -71,12 +79,12 @@ class UpdateGuard:
         """Whether the update is to be skipped; does not wait for the device.
 
         Args:
-            step: the count of steps with this one.
+            step: The number of steps, this one included.
             loss: () of the global batch, equal on all ranks.
             grad_norm: () likewise.
 
         Returns:
-            () float32, 1 to skip and 0 to go on: the optimizer's ``found_inf``.
+            () float32, 1 to skip and 0 to update: the optimizer's ``found_inf``.
         """
         self._losses_N = self._losses_N.to(loss)
         zscore = torch.full_like(loss, math.nan) if self.spikes == "ignore" else self._zscore(loss)
@@ -112,7 +120,7 @@ class UpdateGuard:
                 self.faults.append(Fault(step, kind, loss, grad_norm, zscore, bool(skip)))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on and decide the same."""
+        """What a resumed run needs to decide the same."""
         self.settle()
         counts = {"skipped": self.skipped, "streak": self.streak, "last_update": self.last_update}
         return {"losses": self._losses_N.cpu(), **counts}
@@ -120,3 +128,91 @@ class UpdateGuard:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._losses_N = state["losses"]
         self.skipped, self.streak, self.last_update = state["skipped"], state["streak"], state["last_update"]
+
+
+class DivergedError(Exception):
+    """Too many updates in a row were skipped, or weights are no numbers; the message is one line for people."""
+
+
+class BadNumbers(Callback):
+    """Reads what the module's guard has found, where the host waits for the device anyway.
+
+    That is at logged steps, before a checkpoint, and every ``patience`` steps at the latest. Rows are keyed by step: a
+    run that resumes from a checkpoint drops those of later steps, which it is about to repeat.
+
+    Args:
+        folder: The folder of `faults.csv`.
+        global_batch: The number of sequences of a step.
+        patience: The number of updates skipped in a row that ends the run.
+    """
+
+    def __init__(self, folder: Path, global_batch: int, patience: int) -> None:
+        self._folder, self._global_batch, self._patience = folder, global_batch, patience
+        self._step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+        if trainer.is_global_zero:
+            rows = read_faults(self._folder)
+            kept = [row for row in rows if int(row["step"]) <= self._step]
+            if len(kept) < len(rows):
+                write_faults(self._folder, kept)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        logged = self._step % trainer.log_every_n_steps == 0 or self._step == trainer.max_steps  # type: ignore[attr-defined]
+        if logged or self._step % self._patience == 0:
+            guard = self._record(trainer, pl_module)
+            # At these steps only, so that a run that resumes from a checkpoint ends at the same one. At its end a run
+            # shorter than that has diverged where it has made no update at all.
+            patience = min(self._patience, self._step) if self._step == trainer.max_steps else self._patience
+            if guard.streak >= patience:
+                raise DivergedError(
+                    self._diverged(guard, f"no update since step {guard.last_update}, {guard.streak} skipped in a row")
+                )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """No checkpoint holds weights that are not numbers: an update of finite gradients, too, can make them so."""
+        guard = self._record(trainer, pl_module)
+        if not all_finite([parameter.detach() for parameter in pl_module.parameters()]):
+            raise DivergedError(self._diverged(guard, f"weights are not finite after step {trainer.global_step}"))
+
+    def _record(self, trainer: Trainer, pl_module: LightningModule) -> UpdateGuard:
+        guard = pl_module.guard
+        assert isinstance(guard, UpdateGuard)
+        guard.settle()
+        faults, guard.faults = guard.faults, []
+        if faults and trainer.is_global_zero:
+            for fault in faults:
+                say(self._described(fault))
+            write_faults(self._folder, [*read_faults(self._folder), *map(self._row, faults)])
+        return guard
+
+    def _ordinals(self, step: int) -> tuple[int, int]:
+        """First and last sequence of a step."""
+        return (step - 1) * self._global_batch, step * self._global_batch - 1
+
+    def _row(self, fault: Fault) -> dict[str, Any]:
+        first, last = self._ordinals(fault.step)
+        action = SKIPPED if fault.skipped else REPORTED
+        values = (fault.step, fault.kind, fault.loss, fault.grad_norm, first, last, action)
+        return dict(zip(FAULT_COLUMNS, values, strict=True))
+
+    def _described(self, fault: Fault) -> str:
+        first, last = self._ordinals(fault.step)
+        height = f" ({fault.zscore:.1f} deviations above the median of {WINDOW} steps)" if fault.kind == "spike" else ""
+        return (
+            f"step {fault.step}: loss {fault.loss:.4f}{height}, gradient norm {fault.grad_norm:.4g}, sequences "
+            f"{first}-{last}: update {'skipped' if fault.skipped else 'made all the same'}; "
+            f"llada replay {self._folder} --step {fault.step} shows them"
+        )
+
+    def _diverged(self, guard: UpdateGuard, reason: str) -> str:
+        saved = checkpoints_by_step(self._folder / CHECKPOINTS)
+        good = [str(saved[step]) for step in sorted(saved) if step <= guard.last_update]
+        return (
+            f"diverged: {reason}; last good checkpoint: {good[-1] if good else 'none'}; lower --model.schedule.lr, or "
+            "look at the sequences"
+        )

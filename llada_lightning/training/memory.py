@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from llada_lightning.data.datasets import TrainingBatch, ValidationBatch
+from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch
 from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.parallel import FullySharded
 
@@ -99,7 +99,7 @@ def _advice_for_training(trainer: Trainer, module: LanguageModule, batch: Traini
         )
     return (
         f"{start}; {_tried(trainer, module, fitting)}: give --data.micro_batch {fitting} "
-        f"--trainer.accumulate_grad_batches {share // fitting}, and the run goes on from its last checkpoint"
+        f"--trainer.accumulate_grad_batches {share // fitting}, and the run resumes from its last checkpoint"
     )
 
 
@@ -115,7 +115,7 @@ def _advice_for_validation(trainer: Trainer, module: LanguageModule, batch: Vali
 def _tried(trainer: Trainer, module: LanguageModule, fitting: int) -> str:
     if _is_sharded(trainer):
         return f"{fitting} may fit (not tried: sharded)"
-    masked = " with every token masked" if module.objective == "llada" else ""
+    masked = " with every token masked" if module.facts.masks else ""
     return f"{fitting} {'has' if fitting == 1 else 'have'}, as tried{masked}"
 
 

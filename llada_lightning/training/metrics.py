@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from llada_lightning.objectives.bounds import clustered_mean_and_stderr, mean_by_cluster
+from llada_lightning.objectives.standard_errors import clustered_mean_and_stderr, mean_by_cluster
 
 
 class ValidationSummary(NamedTuple):

@@ -1,7 +1,6 @@
-"""`ArmModule` and `LladaModule`: two objectives on one base, one Transformer and one data module.
+"""`ArmModule` and `LladaModule`: a LightningModule for each objective, on one base, Transformer and data module.
 
-What differs between the two stands in the two small classes at the end: whether attention is causal, what goes in,
-and which loss comes out.
+What differs between objectives is in ``objectives/``: the facts of each in its table, the loss of each in its file.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from llada_lightning.compute.flops import Objective, TrainingFlops, expected_mask_probability, flops_per_token
+from llada_lightning.compute.flops import TrainingFlops
 from llada_lightning.compute.schedule import WSD
 from llada_lightning.compute.shapes import MAX_PARAMETERS, Shape, get_shape
-from llada_lightning.data.datasets import TrainingBatch, ValidationBatch
 from llada_lightning.identity import check_history, check_identity, model_identity, with_stable_names
 from llada_lightning.model import Transformer
+from llada_lightning.model.head import token_nll
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
-from llada_lightning.objectives.bounds import nll_bound
-from llada_lightning.objectives.losses import masked_diffusion_weights, shift_right, token_nll
+from llada_lightning.objectives import Objective, arm, get_objective, llada
+from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch
 from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.first_weights import fill_weights, inherited
@@ -71,8 +70,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         seed: of the initial weights; null: the run's seed.
     """
 
-    objective: ClassVar[Objective]
-    val_kind: ClassVar[Literal["exact", "bound"]]
+    objective: ClassVar[str]
+    """The name of the objective in the table of ``objectives``."""
 
     def __init__(
         self,
@@ -253,15 +252,21 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
 
     @abstractmethod
     def training_loss(self, batch: TrainingBatch) -> Tensor:
-        """The objective's loss of a micro-batch, nats per token of the global batch (see ``objectives.losses``)."""
+        """The objective's loss of a micro-batch, in nats per token of the global batch (see ``TrainingBatch``)."""
 
     @abstractmethod
     def sequence_nll(self, batch: ValidationBatch) -> Tensor:
         """(B,) negative log-likelihood of each sequence, or a sample of its bound, in nats."""
 
-    @abstractmethod
+    @property
+    def facts(self) -> Objective:
+        """What the table of objectives knows of this one."""
+        return get_objective(self.objective)
+
     def flops_per_token(self, sequence_length: int, mask_eps: float, response_share: float = 1.0) -> TrainingFlops:
-        """Training FLOPs of a token by the three counts; of all tokens ``response_share`` are responses'."""
+        """The expected training FLOPs of a token, by the three counts; arguments as of ``Objective``."""
+        assert self.vocab_size is not None
+        return self.facts.flops_per_token(self.shape, self.vocab_size, sequence_length, mask_eps, response_share)
 
     def head_nll(self, hidden_MD: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sum of negative log-likelihoods with a gradient, and each of them (M,) in nats."""
@@ -270,32 +275,39 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         nll_M = token_nll(self.model.head(hidden_MD), targets_M, self.excluded_token_id)
         return (nll_M * weights_M).sum(), nll_M
 
-    def _start_ids(self, batch: TrainingBatch | ValidationBatch) -> tuple[int, ...]:
-        """The token ids that stand before the sequences of a batch, none of which is predicted."""
+    def start_ids(self, batch: TrainingBatch | ValidationBatch) -> tuple[int, ...]:
+        """The token ids before the sequences of a batch, none of which is predicted."""
+        own: tuple[int, ...] = ()
+        if self.facts.starts_with_eos:
+            assert self.eos_token_id is not None
+            own = (self.eos_token_id,)
         if self.text_prefix_ids is None:
-            return self._own_start_ids
+            return own
         if batch.response_BL is not None:  # a dialogue, which begins as its template writes it
             return ()
-        return tuple(self.text_prefix_ids) or self._own_start_ids
+        return tuple(self.text_prefix_ids) or own
 
-    @property
-    def _own_start_ids(self) -> tuple[int, ...]:
-        """The token ids before a sequence of models that were trained here from the beginning."""
-        return ()
-
-    def _hidden_behind(
+    def hidden_after(
         self,
-        before_ids: tuple[int, ...],
+        start_ids: tuple[int, ...],
         inputs_BL: Tensor,
         documents_BL: Tensor | None,
         attention_mask_BL: Tensor | None = None,
         *,
         causal: bool,
     ) -> Tensor:
-        """(B, L, D): the normalised residual stream of inputs that see some token ids before them."""
-        count = len(before_ids)
+        """(B, L, D): the normalised residual stream of inputs that see the token ids before them.
+
+        Args:
+            start_ids: The token ids before every sequence.
+            inputs_BL: (B, L) int64.
+            documents_BL: (B, L) int64, the document of each input; None: attention crosses documents.
+            attention_mask_BL: (B, L) bool, False where an input is padding.
+            causal: Whether a position attends to earlier positions only.
+        """
+        count = len(start_ids)
         if count:
-            before_BK = inputs_BL.new_tensor(before_ids).expand(len(inputs_BL), -1)
+            before_BK = inputs_BL.new_tensor(start_ids).expand(len(inputs_BL), -1)
             inputs_BL = torch.cat([before_BK, inputs_BL], dim=1)
             documents_BL, attention_mask_BL = (  # they belong to the first token, which is never padding
                 None if own is None else torch.cat([own[:, :1].expand(-1, count), own], dim=1)
@@ -317,77 +329,16 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
 
 
 class ArmModule(LanguageModule):
-    """Autoregression: causal attention, next-token prediction (Eq. 2). Its validation loss is exact."""
+    """Autoregression, see ``objectives.arm``."""
 
     objective = "arm"
-    val_kind = "exact"
-
-    @property
-    def _own_start_ids(self) -> tuple[int, ...]:
-        assert self.eos_token_id is not None
-        return (self.eos_token_id,)
-
-    def training_loss(self, batch: TrainingBatch) -> Tensor:
-        if batch.response_BL is not None:
-            weights_BL = batch.response_BL / batch.response_BL.sum(dim=1, keepdim=True)
-        elif batch.attention_mask_BL is not None:
-            weights_BL = batch.attention_mask_BL.float()
-        else:
-            weights_BL = torch.ones_like(batch.tokens_BL, dtype=torch.float32)
-        return self._nll(batch, weights_BL)[0] / batch.denominator
-
-    def sequence_nll(self, batch: ValidationBatch) -> Tensor:
-        ones_BL = torch.ones_like(batch.tokens_BL, dtype=torch.float32)
-        nll_BL = self._nll(batch, ones_BL)[1].view_as(ones_BL).double()
-        return nll_BL.sum(dim=1) if batch.response_BL is None else (nll_BL * batch.response_BL).sum(dim=1)
-
-    def flops_per_token(self, sequence_length: int, mask_eps: float, response_share: float = 1.0) -> TrainingFlops:
-        assert self.vocab_size is not None
-        return flops_per_token(self.shape, self.vocab_size, sequence_length, self.objective)
-
-    def _nll(self, batch: TrainingBatch | ValidationBatch, weights_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted sum of the negative log-likelihoods, and (B L,) of every token."""
-        tokens_BL, start_ids = batch.tokens_BL, self._start_ids(batch)
-        # Right padding lies in the future of every token that counts: causal attention needs no mask for it.
-        if start_ids:
-            inputs_BL = shift_right(tokens_BL, start_ids[-1])
-            hidden_BLD = self._hidden_behind(start_ids[:-1], inputs_BL, batch.documents_BL, causal=True)
-        else:  # the first token is given and has no weight: what is put at its place does not matter
-            hidden_BLD = self.model.hidden(tokens_BL, causal=True, documents_BL=batch.documents_BL).roll(1, dims=1)
-        return self.head_nll(hidden_BLD.flatten(0, 1), tokens_BL.flatten(), weights_BL.flatten())
+    training_loss = arm.training_loss
+    sequence_nll = arm.sequence_nll
 
 
 class LladaModule(LanguageModule):
-    """Masked diffusion: full attention, the loss of Eq. 3. Its validation loss is the bound of Eq. 14."""
+    """Masked diffusion, see ``objectives.llada``."""
 
     objective = "llada"
-    val_kind = "bound"
-
-    def training_loss(self, batch: TrainingBatch) -> Tensor:
-        hidden_ND = self._hidden(batch, batch.attention_mask_BL)
-        hidden_MD, targets_M = (x.index_select(0, batch.scored_M) for x in (hidden_ND, batch.tokens_BL.flatten()))
-        rows_M = batch.scored_M // batch.tokens_BL.shape[1]
-        weights_M = masked_diffusion_weights(batch.p_B[rows_M], batch.scored)
-        if batch.response_lengths_B is not None:
-            weights_M = weights_M / batch.response_lengths_B[rows_M]
-        return self.head_nll(hidden_MD, targets_M, weights_M)[0] / batch.denominator
-
-    def sequence_nll(self, batch: ValidationBatch) -> Tensor:
-        masked_N = batch.masked_BL.flatten()
-        hidden_MD = self._hidden(batch, batch.attention_mask_BL)[masked_N]
-        targets_M = batch.tokens_BL.flatten()[masked_N]
-        _, nll_M = self.head_nll(hidden_MD, targets_M, torch.ones_like(targets_M, dtype=torch.float32))
-        return nll_bound(nll_M, batch.masked_BL, batch.scored_counts())
-
-    def flops_per_token(self, sequence_length: int, mask_eps: float, response_share: float = 1.0) -> TrainingFlops:
-        """As computed: the head sees masked positions only, in expectation."""
-        assert self.vocab_size is not None
-        share = expected_mask_probability(mask_eps) * response_share
-        return flops_per_token(self.shape, self.vocab_size, sequence_length, self.objective, logit_share=share)
-
-    def _hidden(self, batch: TrainingBatch | ValidationBatch, attention_mask_BL: Tensor | None = None) -> Tensor:
-        """(B L, D): what the head makes logits of."""
-        assert self.mask_token_id is not None
-        inputs_BL = batch.tokens_BL.masked_fill(batch.masked_BL, self.mask_token_id)
-        start_ids, documents_BL = self._start_ids(batch), batch.documents_BL
-        return self._hidden_behind(start_ids, inputs_BL, documents_BL, attention_mask_BL, causal=False).flatten(0, 1)
+    training_loss = llada.training_loss
+    sequence_nll = llada.sequence_nll

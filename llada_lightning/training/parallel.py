@@ -25,7 +25,6 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -50,6 +49,7 @@ from llada_lightning.model.transformer import Block
 from llada_lightning.support.cluster import Launch, device_count
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.signals import say
+from llada_lightning.training.lightning_internals import forks_processes
 from llada_lightning.training.tensor_parallel import check_degree, parallelise
 
 
@@ -57,10 +57,10 @@ class FullySharded(ModelParallelStrategy):
     """Weights, gradients and moments in shards over all processes of all nodes (FSDP2; Zhao et al. 2023).
 
     Args:
-        tensor_parallel: processes, neighbours by rank, that compute the same micro-batch together; 1: each its own.
-        save_distributed_checkpoint: each process writes its shard, and a checkpoint is a folder; False: the first
-            process gathers everything into one file.
-        process_group_backend: null: nccl for GPUs, gloo for CPUs.
+        tensor_parallel: The number of processes, neighbours by rank, that compute the same micro-batch together.
+        save_distributed_checkpoint: Whether each process writes its shard into a folder. False: the first process
+            gathers everything into one file.
+        process_group_backend: The back end of the process group; null: nccl for GPUs, gloo for CPUs.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ def tensor_parallel(strategy: Any) -> int:
     """Processes that compute one micro-batch together.
 
     Args:
-        strategy: one, or what a configuration says: a name, or a class with its arguments.
+        strategy: A strategy, or its name, or a class path with arguments.
     """
     if isinstance(strategy, FullySharded):
         return strategy.tensor_parallel
@@ -156,8 +156,8 @@ def launched_settings(launch: Launch | None, devices: Any, plugins: list[Any]) -
 
     Args:
         launch: None: a person started this process; the settings stay as they are.
-        devices: of the trainer; named ones stay.
-        plugins: of the trainer.
+        devices: The devices of the trainer; named ones are kept.
+        plugins: The plugins of the trainer.
     """
     if launch is None:
         return {"plugins": plugins}
@@ -169,11 +169,6 @@ def launched_settings(launch: Launch | None, devices: Any, plugins: list[Any]) -
     os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launch.per_node))  # Lightning insists on it
     # Lightning's own handling of SLURM's signals saves in the middle of a step.
     return {**sizes, "plugins": [*plugins, SLURMEnvironment(auto_requeue=False)]}
-
-
-def saves_shards(strategy: Strategy) -> bool:
-    """Whether each process writes its part of a checkpoint, which then is a folder."""
-    return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -188,7 +183,7 @@ def check_strategy(strategy: Strategy) -> None:
     """
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FullySharded)):
         raise UserError(f"trainer.strategy: {type(strategy).__name__} given; use --trainer.strategy=fsdp2 (or ddp)")
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+    if forks_processes(strategy):
         raise UserError("trainer.strategy: spawned or forked processes keep what they train to themselves; use ddp")
 
 
@@ -260,7 +255,7 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
     autocast does not round them either. So a sharded run computes what an unsharded one does.
 
     Args:
-        mesh: its `data_parallel` dimension shards, its `tensor_parallel` one divides the matrices first.
+        mesh: The device mesh, whose `tensor_parallel` dimension divides the matrices before `data_parallel` shards.
         precision: Lightning's name, such as `bf16-mixed` or `32-true`.
     """
     if mesh["tensor_parallel"].size() > 1:

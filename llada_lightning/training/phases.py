@@ -36,16 +36,16 @@ class Phase:
     """One fit of a run.
 
     Args:
-        title: what the progress line adds to objective and shape.
-        folder: where its `metrics.csv` and `checkpoints/` are.
-        schedule: of its learning rate, resolved.
-        first_step: where it starts from another's checkpoint; 0 for a trunk and for a run of one fit.
-        last_step: where it ends.
-        val_check_interval: micro-batches between validations on the way; a branch has none.
-        identity: of the run that it is a part of, or is.
-        run: name of the result at its end; None where it ends in none.
-        parent: checkpoint of another run, or of the trunk, that it starts from.
-        forks: steps whose checkpoints stay, because branches start there.
+        title: The words that the progress line adds to the objective and the shape.
+        folder: The folder of its `metrics.csv` and its `checkpoints/`.
+        schedule: The resolved schedule of the learning rate.
+        first_step: The step at which it starts from another phase's checkpoint; 0 for a trunk and for a run of one fit.
+        last_step: The step at which it ends.
+        val_check_interval: The number of micro-batches between validations. A branch has none before its end.
+        identity: The identity of the run that it is a part of.
+        run: The name of the result at its end; None where it ends in none.
+        parent: The checkpoint of another run, or of the trunk, that it starts from.
+        forks: The steps whose checkpoints are kept because branches start there.
     """
 
     title: str
@@ -64,7 +64,7 @@ class Phase:
         return self.folder / CHECKPOINTS
 
     def start(self) -> Path | None:
-        """The checkpoint to go on from: the last whole one of its own, else its parent."""
+        """The checkpoint to resume from: its own last whole one, else its parent."""
         return self._own() or self.foreign_parent
 
     def damaged(self) -> dict[Path, str]:
@@ -86,10 +86,10 @@ class Phase:
         return self.run is None and own is not None and saved_step(own) >= self.last_step
 
     def check_start(self, never: bool) -> None:
-        """Refuse to go on from a checkpoint of another run.
+        """Refuse to resume from a checkpoint of another run.
 
         Args:
-            never: refuse any checkpoint of its own.
+            never: Whether any checkpoint of its own is refused.
 
         Raises:
             UserError: names what differs.
@@ -130,9 +130,10 @@ def phases_of(config: Namespace, data: LanguageDataModule, schedules: Sequence[W
     """The fits of a resolved configuration, in the order in which they are run: smallest budget first.
 
     Args:
-        config: as ``configuration.resolve_fit`` leaves it.
-        schedules: one for each budget, shortest first.
-        folder: the run's folder.
+        config: The resolved configuration.
+        data: The data module.
+        schedules: The schedule of each budget, shortest first.
+        folder: The folder of the run.
 
     Raises:
         UserError: a budget's decay is shorter than a step.

@@ -99,7 +99,7 @@ def page(summary: Mapping[str, Any]) -> str:
         _communication(summary, step),
         "## Most expensive operations",
         _operations_table(summary, step),
-        "`trace*.json.gz` opens in https://ui.perfetto.dev; the phases stand there as `llada.<phase>`.",
+        "`trace*.json.gz` opens in https://ui.perfetto.dev; its names that begin with `[pl]` are Lightning's actions.",
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 import platform
+import pydoc
 import subprocess
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from lightning import Trainer
 import llada_lightning
 from llada_lightning.compute.shapes import shape_name
 from llada_lightning.data.language_datamodule import LanguageDataModule
+from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.records import DIVERGED, DONE
 from llada_lightning.training.callbacks.accounting import Accounting, device_name
 from llada_lightning.training.modules import LanguageModule
@@ -39,8 +44,11 @@ def result_record(
     """One record of ``result.json`` (keys and units: ``records.RESULT_COLUMNS``).
 
     Args:
-        run: the run's name, which holds the hash of its configuration.
-        module: validated after its last step.
+        run: The name of the run, which holds the hash of its configuration.
+        trainer: The trainer, after the last step.
+        module: The module, validated after the last step.
+        data: The data that it was trained on.
+        accounting: The tokens, FLOPs and seconds of the run.
         parent_checkpoint: ``content_hash`` of the checkpoint of another run, or of the trunk, that it started from.
     """
     steps, flops, schedule, validation = trainer.global_step, accounting.flops, module.schedule, module.validation
@@ -49,6 +57,7 @@ def result_record(
     return {
         "run": run,
         "objective": module.objective,
+        "variant": variant(module, data),
         "shape": shape_name(module.shape),
         "params_total": module.shape.params_total(module.vocab_size),
         "params_nonembedding": module.shape.params_nonembedding,
@@ -73,7 +82,7 @@ def result_record(
         "vocab_size": module.vocab_size,
         "val_nats_per_token": validation["val_nats_per_token"],
         "val_stderr": validation["val_stderr"],
-        "val_kind": module.val_kind,
+        "val_kind": module.facts.val_kind,
         "val_bits_per_byte": validation.get("val_bits_per_byte"),
         "tokens_per_second": accounting.mean_tokens_per_second(),
         "mfu": accounting.mean_mfu(trainer),
@@ -84,6 +93,75 @@ def result_record(
         "git_commit": git_commit(),
         "status": DONE if finite else DIVERGED,
     }
+
+
+_AXES = frozenset({
+    "shape", "vocab_size", "mask_token_id", "eos_token_id", "text_prefix_ids", "schedule", "weights", "seed",
+})  # fmt: skip
+"""Settings of a module that other columns of a record tell: the axes of a study, its data, and the first weights."""
+
+_CORRUPTION = ("mask_eps", "time_sampling")
+"""Settings of the data that belong to an objective which masks: how the mask ratio is drawn."""
+
+
+def variant(module: LanguageModule, data: LanguageDataModule) -> str | None:
+    """What tells a run from the default recipe of its objective, such as `compat=llada;optimizer.weight_decay=0`.
+
+    The pairs are sorted: the class of the module where it is not the objective's own, and each of its settings and
+    of its optimizer's that is not at its default.
+
+    Args:
+        module: The module, whose ``identity`` holds its resolved settings.
+        data: The data, whose settings tell how an objective that masks draws the mask ratio.
+
+    Returns:
+        The pairs, joined by `;`. None where every setting is at its default.
+    """
+    kind, objective = type(module), OBJECTIVES.get(module.objective)
+    given = _flat(module.identity.get("model", {}).get("init_args", {}))
+    defaults = _flat(_defaults(kind))
+    if objective is None or objective.masks:
+        given |= {name: getattr(data, name) for name in _CORRUPTION}
+        defaults |= {name: _defaults(type(data)).get(name) for name in _CORRUPTION}
+    missing = object()
+    found = {
+        name: _shown(value)
+        for name, value in given.items()
+        if name.partition(".")[0] not in _AXES and value != defaults.get(name, missing)
+    }
+    if objective is None or pydoc.locate(objective.module) is not kind:
+        found["module"] = f"{kind.__module__}.{kind.__qualname__}"
+    return ";".join(f"{name}={value}" for name, value in sorted(found.items())) or None
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """The defaults of a class's arguments, those that it passes on to its parents included."""
+    found: dict[str, Any] = {}
+    for parent in kind.__mro__:
+        if "__init__" in vars(parent):
+            for name, parameter in inspect.signature(vars(parent)["__init__"]).parameters.items():
+                if parameter.default is not parameter.empty:
+                    found.setdefault(name, parameter.default)
+    return found
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names, each as JSON holds it: a tuple is a list there."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        if isinstance(plain, Mapping):
+            found |= _flat(plain, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = list(plain) if isinstance(plain, tuple) else plain
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A setting as text: the same for 0 and 0.0."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
 
 
 def without_validation(module: LanguageModule) -> None:

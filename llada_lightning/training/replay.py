@@ -23,11 +23,11 @@ from llada_lightning.checkpoints.run_folder import (
     whole_checkpoint,
 )
 from llada_lightning.data.datamodule import TokenDataModule
-from llada_lightning.data.datasets import TrainingBatch
 from llada_lightning.data.encoding import decode
 from llada_lightning.data.manifest import read_tokenizer_text
 from llada_lightning.data.tokenizers import tokenizer_from_text
 from llada_lightning.identity import check_identity
+from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.records import read_faults
 from llada_lightning.support.cluster import device_count
 from llada_lightning.support.errors import UserError
@@ -54,7 +54,7 @@ class SequenceReplay:
         source: folder of its corpus.
         item: its number there.
         length: tokens, padding not counted.
-        t: mask ratio; null for `arm`, as the two that follow.
+        t: The mask ratio; null where nothing is masked (`arm`), as the next two.
         p: mask probability.
         masked: tokens masked.
         loss: its part of the step's loss, in nats per token of the global batch.
@@ -208,7 +208,7 @@ class StepRecorder(Callback):
         loss = float(module.training_loss(alone)) / trainer.accumulate_grad_batches
         mask = alone.attention_mask_BL
         tokens = alone.tokens_BL[0, :_TEXT_TOKENS].tolist()
-        masks = module.objective == "llada"
+        masks = module.facts.masks
         return SequenceReplay(
             ordinal=ordinal,
             source=list(data.weights)[source],

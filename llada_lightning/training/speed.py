@@ -16,6 +16,7 @@ from llada_lightning.model import Transformer
 from llada_lightning.model.attention import Backend, check_backend
 from llada_lightning.model.transformer import Block, Recompute
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.torch_internals import has_cpp_compiler, has_triton
 
 _FP8_CAPABILITY = (8, 9)
 """The first GPUs that multiply 8-bit floats: Ada and Hopper."""
@@ -26,13 +27,13 @@ class Speed:
     """How the same numbers are computed faster. But for fp8 nothing here makes another run.
 
     Args:
-        attention: the back end (see ``model.attention``).
-        compile: each block by torch.compile; null: where a GPU trains. What it has compiled serves later runs too.
-        loss: chunked takes the cross-entropy with the output head, so that the logits of all positions never stand in
-            memory; plain makes all logits first.
-        recompute: what the backward pass computes again instead of keeping it: none, selective (all but products and
+        attention: The back end of attention: sdpa, flash or flex (see ``model.attention``).
+        compile: Whether torch.compile compiles each block; null: where a GPU trains. Later runs use what it compiled.
+        loss: `chunked` takes the cross-entropy with the output head, so that the logits of all positions are never in
+            memory; `plain` makes all logits first.
+        recompute: What the backward pass computes again instead of keeping it: none, selective (all but products and
             attention), or full (whole blocks).
-        fp8: the blocks' products in 8-bit floats (torchao; Hopper, Ada and later). Other roundings: another run.
+        fp8: Whether the blocks multiply in 8-bit floats (torchao; Hopper, Ada and later). It makes another run.
     """
 
     attention: Backend = "sdpa"
@@ -46,10 +47,10 @@ def resolve_speed(speed: Speed, shape: Shape, trainer: Trainer, training: bool) 
     """What of the settings this machine can do.
 
     Args:
-        speed: as given.
-        shape: of the model.
-        trainer: knows device, precision and strategy.
-        training: else nothing is compiled, unless asked for: it would take longer than it saves.
+        speed: The settings as they are given.
+        shape: The dimensions of the model.
+        trainer: The trainer, which knows device, precision and strategy.
+        training: Whether the model is trained. Else nothing is compiled, unless it is asked for.
 
     Returns:
         The settings to apply, and lines for the start of a run: what was given up, and what is live.
@@ -85,7 +86,7 @@ def apply_speed(model: Transformer, speed: Speed, whole_blocks: bool = True) -> 
     """Set a model, in place, to compute as resolved settings say; before it is sharded.
 
     Args:
-        whole_blocks: compile them here; False: tensor parallelism compiles their parts, when it has divided them.
+        whole_blocks: Whether whole blocks are compiled; False: tensor parallelism compiles their parts later.
     """
     model.attend_with(speed.attention)
     if speed.fp8:
@@ -103,16 +104,8 @@ def apply_speed(model: Transformer, speed: Speed, whole_blocks: bool = True) -> 
 def compiler_trouble(device: torch.device) -> str | None:
     """Why torch.compile cannot work here, or None."""
     if device.type == "cuda":
-        from torch.utils._triton import has_triton
-
         return None if has_triton() else "Triton is missing, or does not know this GPU"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except Exception:  # of no documented kind: InvalidCxxCompiler, CalledProcessError, ...
-        return "there is no C++ compiler here (install g++, or name one in CXX)"
-    return None
+    return None if has_cpp_compiler() else "there is no C++ compiler here (install g++, or name one in CXX)"
 
 
 def _check_fp8(device: torch.device, sharded: bool) -> None:

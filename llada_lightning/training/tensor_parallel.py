@@ -35,8 +35,8 @@ def check_degree(degree: int, processes: int, shape: Shape, vocab_size: int, seq
     """Refuse a degree of tensor parallelism that does not cut everything into equal parts.
 
     Args:
-        degree: processes of a group.
-        processes: of the run.
+        degree: The number of processes of a group.
+        processes: The number of processes of the run.
 
     Raises:
         UserError: names what is not divided, and the degrees that fit.
@@ -52,10 +52,10 @@ def check_degree(degree: int, processes: int, shape: Shape, vocab_size: int, seq
     fitting = [d for d in range(1, processes + 1) if all(value % d == 0 for value in divided.values())]
     for name, value in divided.items():
         if degree < 1 or value % degree:
-            mend = f"degrees that fit here: {', '.join(map(str, fitting))}"
+            fix = f"degrees that fit here: {', '.join(map(str, fitting))}"
             if name == "model.vocab_size":
-                mend += f"; or pad it: --model.vocab_size={-(-value // degree) * degree}"
-            raise UserError(f"trainer.strategy: tensor_parallel {degree} does not divide {name} {value}; {mend}")
+                fix += f"; or pad it: --model.vocab_size={-(-value // degree) * degree}"
+            raise UserError(f"trainer.strategy: tensor_parallel {degree} does not divide {name} {value}; {fix}")
 
 
 def parallelise(model: Transformer, mesh: DeviceMesh) -> None:
@@ -64,8 +64,8 @@ def parallelise(model: Transformer, mesh: DeviceMesh) -> None:
     Tokens go in, and hidden states and logits come out, whole and the same in every process of the group.
 
     Args:
-        model: where its head is set to be compiled, so are the parts of its blocks.
-        mesh: of one dimension; its size divides what :func:`check_degree` says.
+        model: The model. Where its head is compiled, so are the parts of its blocks.
+        mesh: A device mesh of one dimension, whose size :func:`check_degree` has checked.
     """
     norm, columns, rows = (
         SequenceParallel(use_local_output=True),

@@ -22,7 +22,6 @@ from efficiency_samplers import Sampler, agreement, study_samplers, time_sampler
 from helpers.small_checkpoints import EOS, MASK, described, in_memory, tokenizer_folder, written
 from llada_lightning.checkpoints.convert import convert
 from llada_lightning.checkpoints.language_model import LanguageModel, load_model
-from llada_lightning.compute.flops import Objective
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.data.manifest import read_manifest
 from llada_lightning.data.prepare import prepare
@@ -34,7 +33,7 @@ TOY += ["--prompt-length", "6", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Objective, Path]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An arm and a llada with a byte-level tokenizer."""
     folder = tmp_path_factory.mktemp("checkpoints")
     words = tokenizer_folder(folder / "words")
@@ -42,11 +41,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Objective, Pat
 
 
 @pytest.fixture(scope="module")
-def models(checkpoints: dict[Objective, Path]) -> dict[Objective, LanguageModel]:
+def models(checkpoints: dict[str, Path]) -> dict[str, LanguageModel]:
     return {objective: load_model(path, device="cpu") for objective, path in checkpoints.items()}
 
 
-def command(checkpoints: dict[Objective, Path], *others: str) -> list[str]:
+def command(checkpoints: dict[str, Path], *others: str) -> list[str]:
     return ["--llada", str(checkpoints["llada"]), "--arm", str(checkpoints["arm"]), *TOY, *others]
 
 
@@ -60,7 +59,7 @@ def test_a_study_of_a_prepared_folder(tmp_path: Path, capsys: pytest.CaptureFixt
         str(tmp_path / "corpus.txt"), data, vocab_size=300, document_separator="\n\n", val_fraction=0.2, progress=False
     )
     ids = read_manifest(data).tokenizer
-    checkpoints: dict[Objective, Path] = {"llada": tmp_path / "llada", "arm": tmp_path / "arm"}
+    checkpoints: dict[str, Path] = {"llada": tmp_path / "llada", "arm": tmp_path / "arm"}
     for objective, folder in checkpoints.items():
         start = ids.eos_id if objective == "arm" else None
         special = {"eos_token_id": ids.eos_id, "mask_token_id": ids.mask_id, "start_token_id": start}
@@ -95,7 +94,7 @@ def test_a_study_of_a_prepared_folder(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_texts_and_another_judge(
-    checkpoints: dict[Objective, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Prompts from a file, no memory, JSON on stdout; nothing is known of what follows the prompts."""
     (tmp_path / "prompts.txt").write_text("one\n\ntwo two\nthree\nfour\nfive\n")
@@ -123,7 +122,7 @@ def test_samplers_have_names_of_their_own_and_exact_ones_to_compare_with() -> No
             assert any((other.family, other.steps) == (sampler.exact, sampler.steps) for other in samplers)
 
 
-def test_answers_are_whole_and_do_not_depend_on_the_batches(models: dict[Objective, LanguageModel]) -> None:
+def test_answers_are_whole_and_do_not_depend_on_the_batches(models: dict[str, LanguageModel]) -> None:
     """Every word ends an answer, and none stops a sampler."""
     eager = {objective: replace(lm, end_token_ids=tuple(range(272))) for objective, lm in models.items()}
     samplers = [Sampler("llada", "pure", 4), Sampler("arm", "arm", options={"cache": "kv"})]
@@ -146,7 +145,7 @@ def test_agreement_counts_places() -> None:
 # --- quality ---------------------------------------------------------------------------------------------------------
 
 
-def test_quality_is_the_judges_likelihood_up_to_the_end(models: dict[Objective, LanguageModel]) -> None:
+def test_quality_is_the_judges_likelihood_up_to_the_end(models: dict[str, LanguageModel]) -> None:
     """Nats by hand, of an answer with an end within, and of one without."""
     prompts, answers = [[5, 6], [7]], [[10, 11, EOS, 12], [13, 13, 13, 13]]
     quality = judged(models["arm"], models["llada"], prompts, answers)
@@ -164,7 +163,7 @@ def log_prob(arm: LanguageModel, given: list[int], answer: list[int]) -> float:
     return sum(float(log_p_LV[len(given) - 1 + i, token]) for i, token in enumerate(answer))
 
 
-def test_a_judge_with_other_words_reads_the_text(models: dict[Objective, LanguageModel], tmp_path: Path) -> None:
+def test_a_judge_with_other_words_reads_the_text(models: dict[str, LanguageModel], tmp_path: Path) -> None:
     """The special tokens have other ids: equal texts count, not equal ids."""
     words = tokenizer_folder(tmp_path / "words", special=("<pad>", "[EOS]", "[MASK]", "<bos>"))
     ids = {"eos_token_id": 257, "mask_token_id": 258, "start_token_id": 257, "end_token_ids": (), "bos_token_id": None}
@@ -254,7 +253,7 @@ def test_the_figure_shows_every_sampler_apart() -> None:
 def test_mistakes_are_one_line(
     others: list[str],
     message: str,
-    checkpoints: dict[Objective, Path],
+    checkpoints: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -25,8 +25,8 @@ from llada_lightning.checkpoints.sharded_checkpoints import META, _IndexUnpickle
 from llada_lightning.checkpoints.stored_model import open_checkpoint
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.tokenizers import train_tokenizer
-from llada_lightning.objectives.bounds import nll_bound
-from llada_lightning.objectives.losses import token_nll
+from llada_lightning.model.head import token_nll
+from llada_lightning.objectives.llada import nll_bound
 from llada_lightning.support.errors import UserError
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.studies import record
-from llada_lightning.commands import collect as collect_module
-from llada_lightning.commands.collect import collect_command
+from llada_lightning.commands.collect import main as collect
 from llada_lightning.records import write_records, write_validation
 from llada_lightning.study.covariance import read_covariance
 from llada_lightning.study.results import read_results
@@ -23,7 +22,7 @@ def test_collect_writes_the_table_and_names_what_is_not_sound(tmp_path: Path, ca
     (tmp_path / "runs/b").mkdir()
     (tmp_path / "runs/b/config.yaml").touch()
     out = tmp_path / "results.csv"
-    assert collect_command([str(tmp_path / "runs"), "--out", str(out)]) == 0
+    assert collect([str(tmp_path / "runs"), "--out", str(out)]) == 0
     assert len(read_results(out)) == 1
     captured = capsys.readouterr()
     assert "1 results of 2 run folders" in captured.out
@@ -41,7 +40,7 @@ def test_collect_writes_the_joint_errors_beside_the_table(tmp_path: Path, capsys
         write_records(tmp_path / name, [found])
     out = tmp_path / "results.parquet"
     pytest.importorskip("pyarrow")
-    assert collect_command([str(tmp_path), "--out", str(out), "--json"]) == 0
+    assert collect([str(tmp_path), "--out", str(out), "--json"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     written = json.loads(captured.out)["covariance"]
@@ -53,7 +52,7 @@ def test_collect_writes_the_joint_errors_beside_the_table(tmp_path: Path, capsys
 def test_collect_as_json(tmp_path: Path, capsys: Captured) -> None:
     for name in "ab":
         write_records(tmp_path / name, [record("arm", "107k", 1e12, 4.0)])
-    assert collect_command([str(tmp_path), "--out", str(tmp_path / "r.csv"), "--json"]) == 0
+    assert collect([str(tmp_path), "--out", str(tmp_path / "r.csv"), "--json"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     written = json.loads(line)
     assert (written["folders"], written["records"]) == (2, 1)
@@ -63,7 +62,7 @@ def test_collect_as_json(tmp_path: Path, capsys: Captured) -> None:
 def test_collect_without_results_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     with pytest.raises(UserError, match="no results under"):
-        collect_command([str(tmp_path / "runs"), "--out", str(tmp_path / "r.csv")])
+        collect([str(tmp_path / "runs"), "--out", str(tmp_path / "r.csv")])
     assert not (tmp_path / "r.csv").exists()
 
 
@@ -74,7 +73,7 @@ def test_what_a_killed_collect_left_is_removed(tmp_path: Path) -> None:
     half = "0123456789abcdef" * 2
     for stem in ("results", "results.covariance"):
         (tmp_path / f".{stem}.{half}.csv").write_text("run,objec")
-    assert collect_command([str(tmp_path / "runs"), "--out", str(tmp_path / "results.csv")]) == 0
+    assert collect([str(tmp_path / "runs"), "--out", str(tmp_path / "results.csv")]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.covariance.csv", "results.csv", "runs"]
 
 
@@ -84,7 +83,7 @@ def test_damaged_and_left_out_runs_are_in_both_reports_and_the_exit_code_is_0(tm
     write_records(tmp_path / "runs/.b", [record("arm", "107k", 1e12, 4.0, run="b")])
     (tmp_path / "runs/c").mkdir()
     (tmp_path / "runs/c/result.json").write_text("[" * 100_000)
-    assert collect_command([str(tmp_path / "runs"), "--out", str(tmp_path / "r.csv"), "--json"]) == 0
+    assert collect([str(tmp_path / "runs"), "--out", str(tmp_path / "r.csv"), "--json"]) == 0
     captured = capsys.readouterr()
     assert [line.split(" (")[0] for line in captured.err.splitlines()] == [
         f"unfinished: {tmp_path}/runs/c", f"damaged: {tmp_path}/runs/a", f"left out: {tmp_path}/runs/.b",
@@ -109,6 +108,6 @@ def test_a_table_that_cannot_be_written_is_refused_before_anything_is_read(
     tmp_path: Path, name: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "d.csv").mkdir()
-    monkeypatch.setattr(collect_module, "gather", None)
+    monkeypatch.setattr("llada_lightning.study.collect.gather", None)
     with pytest.raises(UserError, match=words):
-        collect_command([str(tmp_path), "--out", str(tmp_path / name)])
+        collect([str(tmp_path), "--out", str(tmp_path / name)])

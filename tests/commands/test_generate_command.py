@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -97,7 +95,7 @@ def test_answers_and_picture_are_written(lm: LanguageModel, tmp_path: Path, caps
     assert [len(line["tokens"]) == len(line["step_of_token"]) for line in lines] == [True, True]
     assert lines[0]["text"] == generate(lm, ["one", [60, 61]], length=8, steps=4).text[0]  # type: ignore[index]
     page = (tmp_path / "a.html").read_text()
-    assert page.count("<section>") == 2 and 'title="step 4 of 4, confidence' in page
+    assert page.count("step 4: the darker, the later") == 2
     out = capsys.readouterr().out
     assert out.startswith("[1] one\n") and "[2] 60 61\n" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.jsonl", "p.jsonl"]
@@ -192,8 +190,8 @@ def test_on_a_terminal_the_answer_is_in_colour(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--picture", "a.gif"], "its ending is none of .html, .png, .svg"),
-        (["--picture", "no/such/a.png"], "there is no folder"),
+        (["--picture", "a.gif"], "its ending is none of .html, .svg"),
+        (["--picture", "no/such/a.svg"], "there is no folder"),
         (["--out", "a.txt"], "give a .jsonl file"),
         (["--prompts-file", "none.txt"], "cannot be read"),
         (["--infill"], "no prompt given"),
@@ -227,10 +225,3 @@ def test_a_device_that_is_not_there(device: str, capsys: Captured) -> None:
     assert main(["generate", "small", "--device", device]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: --device '{device}' cannot be used (") and len(err.splitlines()) == 1
-
-
-def test_the_list_of_commands_does_not_wait_for_torch() -> None:
-    code = (
-        "import sys; from llada_lightning.commands.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

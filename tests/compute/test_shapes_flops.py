@@ -23,6 +23,7 @@ from llada_lightning.compute.shapes import (
     propose_shape,
     shape_name,
 )
+from llada_lightning.objectives import get_objective
 from llada_lightning.support.errors import UserError
 
 
@@ -125,14 +126,14 @@ def test_sizes_far_outside_of_what_is_proposed_are_refused(size: float) -> None:
 @pytest.mark.parametrize(("objective", "ratio"), [("llada", 1.65), ("arm", 1.46)])
 def test_true_cost_over_6nd_at_1b(objective: str, ratio: float) -> None:
     shape = PAPER_SHAPES[f"{objective}-1b"]
-    per_token = flops_per_token(shape, PAPER_VOCAB_SIZE, 4096, objective)  # type: ignore[arg-type]
+    per_token = flops_per_token(shape, PAPER_VOCAB_SIZE, 4096, causal=get_objective(objective).causal)
     assert round(per_token.flops_total / per_token.flops_6nd, 2) == ratio
 
 
 def test_only_computed_logits_cost() -> None:
     shape = get_shape("llada-1b")
-    full = flops_per_token(shape, PAPER_VOCAB_SIZE, 4096, "llada")
-    half = flops_per_token(shape, PAPER_VOCAB_SIZE, 4096, "llada", logit_share=0.5)
+    full = flops_per_token(shape, PAPER_VOCAB_SIZE, 4096, causal=False)
+    half = flops_per_token(shape, PAPER_VOCAB_SIZE, 4096, causal=False, logit_share=0.5)
     assert half.flops_head == full.flops_head / 2
     assert (half.flops_6nd, half.flops_attention) == (full.flops_6nd, full.flops_attention)
 

@@ -13,8 +13,8 @@ import torch
 from litdata import StreamingDataset, TokensLoader
 
 from llada_lightning.data.datamodule import TokenDataModule
-from llada_lightning.data.datasets import TrainingBatch
 from llada_lightning.data.language_datamodule import exact_micro_batch
+from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.objectives.forward_process import random_lengths
 from llada_lightning.support.errors import UserError
 

@@ -14,8 +14,8 @@ import pytest
 from litdata.constants import _TORCH_DTYPES_MAPPING
 
 from helpers.small_corpora import seal
+from llada_lightning.commands import prepare
 from llada_lightning.commands.main import main
-from llada_lightning.commands.verify import verify_command
 from llada_lightning.data import integrity
 from llada_lightning.data.integrity import check_shards, verify
 from llada_lightning.data.manifest import read_manifest
@@ -180,7 +180,7 @@ def test_tokens_that_no_text_has_are_found_behind_right_checksums(folder: Path, 
     [damage] = verify(folder).damaged
     assert damage.file == SHARD
     with pytest.raises(UserError, match=rf"{SHARD} has {said}"):
-        verify_command(str(folder), as_json=True, quiet=True)
+        prepare.main(["--verify", str(folder), "--json", "--quiet"])
 
 
 def test_documents_are_counted(folder: Path) -> None:

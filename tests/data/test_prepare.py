@@ -20,7 +20,8 @@ from llada_lightning.commands import prepare as prepare_command
 from llada_lightning.commands.main import main
 from llada_lightning.data import prepare as prepare_module
 from llada_lightning.data.manifest import Manifest, Split, read_manifest
-from llada_lightning.data.prepare import PrepareProgress, in_validation, prepare
+from llada_lightning.data.prepare import in_validation, prepare
+from llada_lightning.data.prepare_progress import PrepareProgress
 from llada_lightning.data.tokenizers import tokenizer_from_file, train_tokenizer
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import building
@@ -339,7 +340,7 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "book.txt").write_text("\n--\n".join(TEXTS))
     arguments = ["--source", f"{tmp_path}/book.txt", "--out", f"{tmp_path}/out", "--vocab-size", "300"]
     arguments += ["--val-fraction", "0.3", "--document-separator", r"\n--\n"]
-    assert prepare_command.prepare_command([*arguments, "--json"]) == 0
+    assert prepare_command.main([*arguments, "--json"]) == 0
     answer = capsys.readouterr()
     record, manifest = json.loads(answer.out), read_manifest(tmp_path / "out")
     assert record["fingerprint"] == manifest.fingerprint
@@ -347,7 +348,7 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.Captu
     assert record["splits"]["train"]["documents"] + record["splits"]["val"]["documents"] == len(TEXTS)
     assert answer.err.count("\n") == 1
     assert answer.err.startswith("prepared ")
-    assert prepare_command.prepare_command([*arguments, "--quiet"]) == 0
+    assert prepare_command.main([*arguments, "--quiet"]) == 0
     answer = capsys.readouterr()
     assert answer.err == ""
     assert f"{manifest.splits['train'].tokens:,}" in answer.out
@@ -431,7 +432,7 @@ def test_hostile_inputs_are_one_line_and_leave_nothing(
 )
 def test_a_wrong_option_is_one_line(arguments: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
-        prepare_command.prepare_command(arguments)
+        prepare_command.main(arguments)
     assert "\n" not in str(caught.value)
     assert "llada prepare --help" in str(caught.value)
 

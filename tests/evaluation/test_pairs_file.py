@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from helpers.small_models import random_model
+from helpers.small_tokenizers import letters, written
 from llada_lightning.evaluation.pairs_file import read_pairs
 from llada_lightning.evaluation.requests import encode_pair
 from llada_lightning.support.errors import UserError
 
-
-def letters() -> Tokenizer:
-    """a to z are 0 to 25, a space 26; a space binds to nothing."""
-    vocab = {letter: n for n, letter in enumerate("abcdefghijklmnopqrstuvwxyzĠ")}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
 LM = replace(random_model(), tokenizer=letters())
-
-
-def written(folder: Path, *lines: Any) -> Path:
-    path = folder / "pairs.jsonl"
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return path
 
 
 def test_texts_and_ids_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,6 @@ pytest.importorskip("lm_eval")
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.commands.main import main
-from llada_lightning.compute.flops import Objective
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.data.chat import PLAIN_TEMPLATE, Message
 from llada_lightning.data.corpora import open_corpus
@@ -42,7 +41,7 @@ PAIRS = [Fact("Ada", "the judge"), Fact("the heir", "Bo"), Fact("Cleo", "the may
 TOKENIZER = train_tokenizer(["Ada is the judge."], 258)
 
 
-def model(objective: Objective = "llada", context: int = 64) -> LanguageModel:
+def model(objective: str = "llada", context: int = 64) -> LanguageModel:
     network = Transformer(Shape(n_layers=1, d_model=16, n_heads=2, n_kv_heads=2, d_ff=32), 258)
     network.initialise(torch.Generator().manual_seed(0))
     start = 0 if objective == "arm" else None
@@ -129,7 +128,7 @@ def test_the_answer_is_what_follows_the_mark(text: str, answer: int | None) -> N
 
 
 @pytest.mark.parametrize("objective", ["arm", "llada"])
-def test_a_model_of_either_objective_answers_in_the_room_that_the_prompts_leave(objective: Objective) -> None:
+def test_a_model_of_either_objective_answers_in_the_room_that_the_prompts_leave(objective: str) -> None:
     lm = replace(model(objective, 2048), tokenizer=byte_tokenizer(), mask_token_id=257, eos_token_id=256)
     (found,) = outcomes(lm, "igsm_4", {"problems": 3, "system": False}, shots=0, sampling={"length": 4})
     assert (found.n, found.value, found.metrics["unanswered,none"]["value"]) == (3, 0.0, 1.0)  # 4 bytes of noise
@@ -244,7 +243,7 @@ def test_a_chat_asks_the_papers_questions(monkeypatch: pytest.MonkeyPatch, pairs
 
 
 @pytest.mark.parametrize("objective", ["arm", "llada"])
-def test_halves_are_those_that_generate_gives(objective: Objective, pairs_file: str) -> None:
+def test_halves_are_those_that_generate_gives(objective: str, pairs_file: str) -> None:
     lm = model(objective)
     right = []
     for pair in PAIRS:

@@ -12,14 +12,13 @@ from tokenizers import Tokenizer, models
 from helpers.small_models import random_model
 from helpers.small_tokenizers import byte_level, sentence_piece
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.compute.flops import Objective
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.requests import encode_pair, encode_text
 from llada_lightning.support.errors import UserError
 
 
 @cache
-def lm_with(tokenizer: Any, objective: Objective = "llada") -> LanguageModel:
+def lm_with(tokenizer: Any, objective: str = "llada") -> LanguageModel:
     return random_model(objective, vocab_size=400, tokenizer=tokenizer())
 
 
@@ -60,7 +59,7 @@ def test_a_token_that_spans_the_join_is_parted() -> None:
 
 
 @pytest.mark.parametrize("objective", ["arm", "llada"])
-def test_no_continuation_is_certain_because_it_has_no_token(objective: Objective) -> None:
+def test_no_continuation_is_certain_because_it_has_no_token(objective: str) -> None:
     lm = lm_with(byte_level, objective)
     pairs = [encode_pair(lm, "the boats came ho", text, "it") for text in ("me", "use", "meward")]
     scores = log_likelihood(lm, pairs, 8)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from helpers.small_models import EOS, ids, random_model
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.rolling import _windows, rolling_log_likelihood
-from llada_lightning.objectives.bounds import ratio_and_stderr
+from llada_lightning.objectives.standard_errors import ratio_and_stderr
 from llada_lightning.support.errors import UserError
 
 LLADA, ARM = random_model(), random_model("arm")

@@ -24,10 +24,10 @@ from llada_lightning import load_model
 from llada_lightning.commands.main import main
 from llada_lightning.compute.flops import CONVENTIONS
 from llada_lightning.compute.rules import Size, learning_rate
-from llada_lightning.objectives.bounds import nll_bound
+from llada_lightning.objectives import OBJECTIVES
+from llada_lightning.objectives.llada import nll_bound
 from llada_lightning.study.fits import Noise
 from llada_lightning.study.fits.noise import Spread
-from llada_lightning.study.plan.lessons import MULTIPLIERS
 from llada_lightning.study.sweep.file import fit_arguments, read_sweep, render_command
 
 ROOT = Path(__file__).parents[2]
@@ -115,9 +115,11 @@ def test_the_rates_that_a_plan_advises_are_the_tuning_tables() -> None:
     assert best["gpu"] == pytest.approx([0.31], abs=0.01)
     assert best["cpu"] == pytest.approx([0.25, 0.25, 0.5], abs=0.01)
     least = {name: gpu_study().read_offs.at(name).rows[0].multiplier.value for name in CONVENTIONS}
-    assert least == {name: pytest.approx(MULTIPLIERS[name][0][1], rel=0.05) for name in CONVENTIONS}
+    assert least == {name: pytest.approx(OBJECTIVES["llada"].multipliers[name][0][1], rel=0.05) for name in CONVENTIONS}
     published = report.read_off_points(published_fits())
-    assert min(one.multiplier.value for one in published) == pytest.approx(MULTIPLIERS["6nd"][1][1], rel=0.05)
+    assert min(one.multiplier.value for one in published) == pytest.approx(
+        OBJECTIVES["llada"].multipliers["6nd"][1][1], rel=0.05
+    )
 
 
 def test_a_half_is_not_excluded_as_the_exponent_of_n() -> None:

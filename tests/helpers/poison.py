@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from llada_lightning.data.datasets import TrainingBatch
+from llada_lightning.objectives.batches import TrainingBatch
 
 
 class Poison(Callback):

@@ -17,7 +17,6 @@ from llada_lightning.checkpoints.description import Description
 from llada_lightning.checkpoints.sharded_checkpoints import META
 from llada_lightning.checkpoints.stored_model import StoredModel, fitted_tokenizer
 from llada_lightning.checkpoints.stored_tensors import of_tensor
-from llada_lightning.compute.flops import Objective
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.data.tokenizer_files import TokenizerFiles
 
@@ -41,7 +40,7 @@ def tokenizer_folder(folder: Path, bos: bool = False, special: tuple[str, ...] =
     return folder
 
 
-def described(objective: Objective, shape: Shape = GROUPED, vocab_size: int = 272, **others: Any) -> Description:
+def described(objective: str, shape: Shape = GROUPED, vocab_size: int = 272, **others: Any) -> Description:
     """A model as `llada fit` would describe it."""
     start = EOS if objective == "arm" else None
     values = {"start_token_id": start, "bos_token_id": start, "text_prefix_ids": (), "rope_theta": 5e5, **others}
@@ -61,7 +60,7 @@ def in_memory(
     return StoredModel(Path("memory"), "llada", description, weights, files)
 
 
-def written(folder: Path, to: Target, objective: Objective, tokenizer: Path | None = None, **others: Any) -> Path:
+def written(folder: Path, to: Target, objective: str, tokenizer: Path | None = None, **others: Any) -> Path:
     """A small model's folder in a layout."""
     convert(in_memory(described(objective, **others), tokenizer), folder, to)
     return folder

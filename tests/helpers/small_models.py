@@ -9,7 +9,6 @@ from itertools import combinations
 import torch
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.compute.flops import Objective
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.model import Transformer
 
@@ -17,7 +16,7 @@ VOCAB_SIZE, MASK, EOS = 40, 39, 38
 
 
 def random_model(
-    objective: Objective = "llada", scale: float = 4.0, seed: int = 0, vocab_size: int = VOCAB_SIZE, **fields: object
+    objective: str = "llada", scale: float = 4.0, seed: int = 0, vocab_size: int = VOCAB_SIZE, **fields: object
 ) -> LanguageModel:
     """A model of 40 words, [MASK] 39 and EOS 38, with an output head ``scale`` times as large as at initialisation."""
     model = Transformer(Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=2, d_ff=64), vocab_size)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -34,3 +37,18 @@ def sentence_piece() -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=310, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(words, trainer)
     return tokenizer
+
+
+def letters() -> Tokenizer:
+    """a to z are 0 to 25, a space 26; a space binds to nothing."""
+    vocab = {letter: n for n, letter in enumerate("abcdefghijklmnopqrstuvwxyzĠ")}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def written(folder: Path, *lines: Any) -> Path:
+    path = folder / "pairs.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path

@@ -8,7 +8,6 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 
 from llada_lightning.checkpoints import LanguageModel
-from llada_lightning.compute.flops import Objective
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.data.tokenizers import train_tokenizer
 from llada_lightning.model import Transformer
@@ -32,9 +31,7 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-def speaking_model(
-    objective: Objective = "llada", context_length: int = 256, template: str | None = None
-) -> LanguageModel:
+def speaking_model(objective: str = "llada", context_length: int = 256, template: str | None = None) -> LanguageModel:
     """A model with a tokenizer, whose answers are noise."""
     words = tokenizer()
     model = Transformer(Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=2, d_ff=64), words.get_vocab_size())

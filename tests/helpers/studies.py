@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 
-from llada_lightning.compute.flops import Objective, flops_per_token
+from llada_lightning.compute.flops import flops_per_token
 from llada_lightning.compute.shapes import get_shape
+from llada_lightning.objectives import get_objective
 from llada_lightning.study.results import table_of_records
 
 VOCAB_SIZE, LENGTH, BATCH = 1024, 128, 2048
@@ -21,15 +22,16 @@ LAWS = {"arm": (4.0, 0.08), "llada": (4.6, 0.08)}
 """a and b of loss = a (C / 1e12)^-b at the best shape."""
 
 
-def record(objective: Objective, shape: str, budget: float, loss: float, **other: Any) -> dict[str, Any]:
+def record(objective: str, shape: str, budget: float, loss: float, **other: Any) -> dict[str, Any]:
     """A finished run with consistent counts; ``other`` overrides keys."""
-    per_token = flops_per_token(get_shape(shape), VOCAB_SIZE, LENGTH, objective)
+    per_token = flops_per_token(get_shape(shape), VOCAB_SIZE, LENGTH, causal=get_objective(objective).causal)
     steps = round(budget / (per_token.flops_6nd * BATCH))
     tokens = steps * BATCH
     flops = per_token * tokens
     values = {
         "run": f"{objective}-{shape}-{budget:.0e}",
         "objective": objective,
+        "variant": None,
         "shape": shape,
         "params_total": get_shape(shape).params_total(VOCAB_SIZE),
         "params_nonembedding": get_shape(shape).params_nonembedding,
@@ -54,7 +56,7 @@ def record(objective: Objective, shape: str, budget: float, loss: float, **other
         "vocab_size": VOCAB_SIZE,
         "val_nats_per_token": loss,
         "val_stderr": 0.01 * loss,
-        "val_kind": "exact" if objective == "arm" else "bound",
+        "val_kind": get_objective(objective).val_kind,
         "val_bits_per_byte": loss * NATS_TO_BITS_PER_BYTE,
         "tokens_per_second": 7400.0,
         "mfu": None,
@@ -144,13 +146,11 @@ World = Mapping[str, Chinchilla | Valleys]
 SIMULATED_BUDGETS = tuple(np.geomspace(1e17, 1e19, 6))
 
 
-def true_multiplier(world: World, arm_flops: float) -> float:
-    """FLOPs by 6ND at which ``llada`` reaches what ``arm`` reaches at the given ones, over these."""
-    goal = world["arm"].best(arm_flops)
-    root = brentq(
-        lambda x: np.log(world["llada"].best(np.exp(x)) / goal), np.log(arm_flops) - 20, np.log(arm_flops) + 20
-    )
-    return float(np.exp(root) / arm_flops)
+def true_multiplier(world: World, flops: float, objective: str = "llada", reference: str = "arm") -> float:
+    """FLOPs by 6ND at which an objective reaches what the reference reaches at the given ones, over these."""
+    goal, law = world[reference].best(flops), world[objective]
+    root = brentq(lambda x: np.log(law.best(np.exp(x)) / goal), np.log(flops) - 20, np.log(flops) + 20)
+    return float(np.exp(root) / flops)
 
 
 def simulated_study(
@@ -169,7 +169,7 @@ def simulated_study(
     """A results table from a world, and the covariance of its losses.
 
     Args:
-        world: the laws of the two objectives.
+        world: the laws of the objectives.
         seed: of the noise.
         noise: relative standard error of each loss by itself.
         shared: relative standard error that all runs have in common.
@@ -215,7 +215,7 @@ def _simulated(objective: str, budget: float, n: float, tokens: int, loss: float
         "sequence_length": LENGTH,
         "val_nats_per_token": loss,
         "val_stderr": error * loss or None,
-        "val_kind": "exact" if objective == "arm" else "bound",
+        "val_kind": get_objective(objective).val_kind,
         "val_bits_per_byte": loss * NATS_TO_BITS_PER_BYTE,
         "tokens_per_second": 7400.0,
         "status": "done",

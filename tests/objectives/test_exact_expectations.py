@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from scipy.special import beta, log_softmax
 
 from llada_lightning.compute.flops import MASK_EPS
-from llada_lightning.objectives.bounds import nll_bound
+from llada_lightning.model.head import token_nll
 from llada_lightning.objectives.forward_process import (
     TIME_SAMPLINGS,
     TimeSampling,
@@ -29,7 +29,7 @@ from llada_lightning.objectives.forward_process import (
     random_mask,
     stratified_mask_counts,
 )
-from llada_lightning.objectives.losses import masked_diffusion_weights, token_nll
+from llada_lightning.objectives.llada import masked_diffusion_weights, nll_bound
 
 WORDS = 3
 MASK = WORDS

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llada_lightning.objectives.bounds import clustered_mean_and_stderr, nll_bound
-from llada_lightning.objectives.losses import masked_diffusion_weights, shift_right, token_nll
+from llada_lightning.model.head import token_nll
+from llada_lightning.objectives.arm import shift_right
+from llada_lightning.objectives.llada import masked_diffusion_weights, nll_bound
+from llada_lightning.objectives.standard_errors import clustered_mean_and_stderr
 
 WORDS = 11
 MASK = 7

@@ -17,7 +17,7 @@ import pytest
 from helpers.studies import record
 from llada_lightning.commands.main import main
 from llada_lightning.records import RESULT_COLUMNS, write_records, write_validation
-from llada_lightning.settings import Run
+from llada_lightning.settings import Place
 from llada_lightning.study import collect as collect_module
 from llada_lightning.study.collect import collect, find_run_folders, gather
 from llada_lightning.study.covariance import write_covariance
@@ -77,7 +77,7 @@ def test_a_table_goes_to_the_home_that_its_path_names(tmp_path: Path, monkeypatc
     write_records(tmp_path / "1", [sound()])
     assert main(["collect", "1", "--out=~/results.csv"]) == 0
     assert (tmp_path / "home/results.csv").exists() and not (tmp_path / "~").exists()
-    assert Run(root="~/runs", study="s", name="a").folder == tmp_path / "home/runs/s/a"
+    assert Place(root="~/runs", study="s", name="a").folder == tmp_path / "home/runs/s/a"
 
 
 def test_overlapping_paths_are_no_duplicates(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def estimates(world: World, fits: StudyFits) -> dict[str, tuple[Estimate, float]
     for method in METHODS_OF[world is VALLEYS]:
         entries = [e for e in fits.compute_multiplier if (e.convention, e.method) == ("6nd", method)]
         middle = entries[2]
-        truth = true_multiplier(world, middle.arm_flops)
+        truth = true_multiplier(world, middle.reference_flops)
         found[f"multiplier {method}"] = middle.estimate, truth
     return found
 
@@ -81,7 +81,7 @@ def small_coverage(world: World, shapes: int, studies: int, samples: int) -> dic
                 hits["N_opt"].append(budget.n_opt.covers(law.n_opt(budget.flops)))
         for entry in fits.compute_multiplier:
             if entry.method in METHODS_OF[world is VALLEYS]:
-                covered = entry.estimate.covers(true_multiplier(world, entry.arm_flops))
+                covered = entry.estimate.covers(true_multiplier(world, entry.reference_flops))
                 hits[f"multiplier {entry.method}"].append(covered)
     return {name: float(np.mean(covered)) for name, covered in hits.items()}
 

@@ -34,7 +34,7 @@ def test_by_the_other_convention_the_best_of_each_planned_budget_is_read_off() -
         for point in total:
             assert point.flops == runs.loc[runs["run"] == point.run, "flops_total"].item()
     # The parametric law is exact here; a power law is nearest to it in the middle of the budgets.
-    entries = {(e.method, e.arm_flops): e for e in fits.compute_multiplier if e.convention == "total"}
+    entries = {(e.method, e.reference_flops): e for e in fits.compute_multiplier if e.convention == "total"}
     middle = sorted({flops for _, flops in entries})[2]
     envelope, parametric = (entries[method, middle] for method in ("envelope", "parametric"))
     assert envelope.multiplier == pytest.approx(parametric.multiplier, rel=0.05)
@@ -61,7 +61,7 @@ def seeded(spread: float, seeds: dict[str, int], number: int) -> pd.DataFrame:
 
 def middle_multiplier(table: pd.DataFrame) -> Estimate:
     entries = fit_table(table, samples=300, conventions=("6nd",)).compute_multiplier
-    return min(entries, key=lambda entry: abs(np.log(entry.arm_flops / 1e12))).estimate
+    return min(entries, key=lambda entry: abs(np.log(entry.reference_flops / 1e12))).estimate
 
 
 def test_runs_of_one_shape_are_averaged() -> None:
@@ -102,4 +102,4 @@ def test_a_multiplier_of_exact_losses_is_the_true_one_where_a_power_law_holds_ne
     entries = [entry for entry in fits.compute_multiplier if entry.method == "envelope"]
     assert len(entries) >= 4
     for entry in entries:
-        assert entry.multiplier == pytest.approx(true_multiplier(near, entry.arm_flops), rel=0.02)
+        assert entry.multiplier == pytest.approx(true_multiplier(near, entry.reference_flops), rel=0.02)

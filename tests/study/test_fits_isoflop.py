@@ -103,9 +103,9 @@ def test_three_shapes_borrow_the_spread_of_another_fit() -> None:
     arm = in_canonical_order(table[table["objective"] == "arm"])
     noise = noise_of_runs(arm, None, 300, 0)
     alone = fit_isoflop(arm, "6nd", "nats_per_token", noise)
-    lent = fit_isoflop(arm, "6nd", "nats_per_token", noise, lent=Spread(0.003, 10, np.nan))
+    borrowed = fit_isoflop(arm, "6nd", "nats_per_token", noise, borrowed=Spread(0.003, 10, np.nan))
     assert all(np.isnan(budget.n_opt.low) for budget in alone.budgets)  # known errors are not all that there is
-    assert all(budget.n_opt.low < budget.n_opt.value < budget.n_opt.high for budget in lent.budgets)
+    assert all(budget.n_opt.low < budget.n_opt.value < budget.n_opt.high for budget in borrowed.budgets)
     for fits in (fit_table(table, samples=300), fit_table(table.assign(val_stderr=np.nan), samples=300)):
         own = fits.objectives["arm"]
         assert own.parametric

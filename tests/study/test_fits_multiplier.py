@@ -31,7 +31,7 @@ ERRORS = 0.01 * np.random.default_rng(0).standard_normal(2000)
 
 
 def between(arm: Straight, llada: Straight, *flops: float) -> list[Multiplier]:
-    return compute_multipliers("6nd", "envelope", arm, llada, list(flops))
+    return compute_multipliers("llada", "arm", "6nd", "envelope", (llada, arm), list(flops))
 
 
 def test_two_lines_have_the_ratio_that_algebra_gives() -> None:
@@ -56,7 +56,7 @@ def test_beyond_lladas_budgets_is_marked_and_beyond_a_decade_left_out() -> None:
     arm, llada = Straight(3.0, 0.1, ERRORS), Straight(3.3, 0.1, ERRORS)
     inside, marked = between(arm, llada, 1e18, 8e18, 8e19)
     assert (inside.extrapolated, marked.extrapolated) == (False, True)
-    assert marked.arm_flops == 8e18
+    assert marked.reference_flops == 8e18
     (below,) = between(llada, arm, 2e17)
     assert below.multiplier == pytest.approx(1.1**-10)
     assert below.extrapolated
@@ -65,7 +65,11 @@ def test_beyond_lladas_budgets_is_marked_and_beyond_a_decade_left_out() -> None:
 def test_beyond_arms_budgets_is_marked_and_beyond_a_decade_left_out() -> None:
     arm, llada = Straight(3.0, 0.1, ERRORS, (1e18, 2e18)), Straight(3.0, 0.1, ERRORS, (1e15, 1e21))
     found = between(arm, llada, 5e16, 3e17, 1.5e18, 1e19, 3e19)
-    assert [(entry.arm_flops, entry.extrapolated) for entry in found] == [(3e17, True), (1.5e18, False), (1e19, True)]
+    assert [(entry.reference_flops, entry.extrapolated) for entry in found] == [
+        (3e17, True),
+        (1.5e18, False),
+        (1e19, True),
+    ]
 
 
 def test_draws_that_never_get_there_leave_the_end_open() -> None:
@@ -88,7 +92,7 @@ def test_exact_losses_give_the_true_multiplier_by_the_methods_whose_model_holds(
         for method in methods:
             assert len(found[method]) >= 4
             for entry in found[method]:
-                truth = true_multiplier(world, entry.arm_flops)
+                truth = true_multiplier(world, entry.reference_flops)
                 if not entry.extrapolated:
                     assert entry.multiplier == pytest.approx(truth, rel=0.02), (method, entry)
 

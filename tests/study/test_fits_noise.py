@@ -11,7 +11,8 @@ import pytest
 import llada_lightning.study.fits.noise as noise_module
 from helpers.studies import CHINCHILLA, VALLEYS, simulated_study
 from llada_lightning.study.fits import fit_table, noise_of_runs, usable_runs
-from llada_lightning.study.fits.noise import UNKNOWN, Noise, Spread, drawn_tau, fit_linear
+from llada_lightning.study.fits.least_squares import fit_linear
+from llada_lightning.study.fits.noise import UNKNOWN, Noise, Spread, drawn_tau
 from llada_lightning.support.errors import UserError
 
 LINE = np.stack([np.ones(400), np.linspace(-1, 1, 400)], axis=1)
@@ -117,7 +118,7 @@ def bad_covariances(good: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "none of the table's 60 runs is in it": good.add_prefix("x").T.add_prefix("x"),
         "not symmetric": crooked,
         "it is none": negative,
-        "stands in it twice": pd.concat([good, good.iloc[:1]]),
+        "is in it twice": pd.concat([good, good.iloc[:1]]),
         "not finite": good * np.nan,
     }
 

@@ -8,9 +8,9 @@ from scipy.optimize import minimize, minimize_scalar
 
 from helpers.studies import CHINCHILLA, World, simulated_study
 from llada_lightning.study.fits import ParametricFit, fit_parametric
-from llada_lightning.study.fits.estimate import fit_many, huber, log_loss, log_loss_and_jacobian
+from llada_lightning.study.fits.least_squares import fit_many, huber, log_loss, log_loss_and_jacobian
 from llada_lightning.study.fits.noise import noise_of_runs
-from llada_lightning.study.fits.parametric import what_lacks
+from llada_lightning.study.fits.parametric import too_few
 from llada_lightning.study.fits.runs import in_canonical_order
 
 DELTA = 1e-3
@@ -114,10 +114,10 @@ def test_the_frontier_is_the_optimum_under_either_convention() -> None:
 def test_too_few_runs_say_what_is_needed() -> None:
     table, _ = simulated_study(CHINCHILLA, budgets=(1e18,), shapes=5)
     arm = table[table["objective"] == "arm"]
-    assert what_lacks(arm) == "no fit: 5 runs of 5 N and 5 D; at least 6 runs of 3 N and 3 D are needed"
+    assert too_few(arm) == "no fit: 5 runs of 5 N and 5 D; at least 6 runs of 3 N and 3 D are needed"
     two_sizes = table[:6].assign(params_nonembedding=[1e6, 2e6] * 3)
-    assert "6 runs of 2 N" in str(what_lacks(two_sizes))
-    assert what_lacks(simulated_study(CHINCHILLA)[0]) is None
+    assert "6 runs of 2 N" in str(too_few(two_sizes))
+    assert too_few(simulated_study(CHINCHILLA)[0]) is None
 
 
 def test_what_the_data_leave_open_is_said_and_never_crashes() -> None:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_lightning.study.fits import PowerLaw
+from llada_lightning.study.fits.least_squares import power_law
 from llada_lightning.study.fits.noise import Noise
-from llada_lightning.study.fits.power_law import power_law
 from llada_lightning.support.errors import UserError
 
 BUDGETS = np.geomspace(1e15, 1e18, 7)

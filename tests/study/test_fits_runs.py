@@ -126,7 +126,7 @@ def test_results_that_stand_twice_are_counted_once() -> None:
     table, _ = simulated_study(CHINCHILLA)
     doubled = pd.concat([table, table.iloc[[3, 40]]], ignore_index=True)
     fits = fit_table(doubled, samples=200)
-    assert "2 rows left out: their results stand in the table twice (run, steps, seed)" in fits.notes
+    assert "2 rows left out: their results are in the table twice (run, steps, seed)" in fits.notes
     once = fit_table(table, samples=200).as_dict()
     assert {**fits.as_dict(), "notes": fits.notes[1:]} == once
     names = table.assign(run="one name for all")  # as tables of others may have it

@@ -35,7 +35,7 @@ def numbers(fits: StudyFits) -> dict[str, float]:
             assert estimate
             found |= {f"{name} {key} {end}": getattr(estimate, end) for end in ("value", "low", "high")}
     for entry in fits.compute_multiplier:
-        key = f"{entry.convention} {entry.method} {entry.arm_flops:.4g}"
+        key = f"{entry.convention} {entry.method} {entry.reference_flops:.4g}"
         found |= {f"{key} {end}": getattr(entry, end) for end in ("multiplier", "low", "high")}
     return found
 
@@ -90,7 +90,7 @@ def test_a_study_gives_back_its_laws_and_their_multiplier() -> None:
         if entry.method == "envelope" and entry.convention == "6nd":
             assert entry.low < truth < entry.high
             assert entry.low < entry.multiplier < entry.high
-            assert entry.extrapolated == (entry.arm_flops * entry.multiplier > 1.01e13)
+            assert entry.extrapolated == (entry.reference_flops * entry.multiplier > 1.01e13)
 
 
 def test_without_a_common_loss_there_is_no_multiplier() -> None:

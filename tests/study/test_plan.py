@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from llada_lightning.compute.flops import Convention, cost_of_budgets, expected_length
 from llada_lightning.compute.rules import Size, learning_rate
 from llada_lightning.compute.shapes import get_shape
+from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.run import Source
-from llada_lightning.study.plan.grid import CENTRES, GRID_ANCHOR, GRID_STEP, grid_shapes
-from llada_lightning.study.plan.plan import OBJECTIVES, Grid, Machine, Plan, Recipe, Stream, plan_study
+from llada_lightning.study.plan.grid import GRID_ANCHOR, GRID_STEP, grid_shapes
+from llada_lightning.study.plan.plan import Grid, Machine, Plan, Recipe, Stream, plan_study
 from llada_lightning.support.errors import UserError
 
 STREAM = Stream(vocab_size=1024, sequence_length=128)
@@ -46,7 +47,7 @@ def test_the_grid_lies_around_each_objectives_centre_and_is_common_to_all() -> N
     assert set(table.params_nonembedding) <= on_grid
     for (objective, _), rows in table.groupby(["objective", "budget"]):
         assert len(rows) == 5
-        logs = sorted(math.log(ratio / CENTRES[objective], 3) for ratio in rows.tokens_per_param)
+        logs = sorted(math.log(ratio / OBJECTIVES[objective].tokens_per_param, 3) for ratio in rows.tokens_per_param)
         assert abs(logs[2]) < 0.55  # the middle one is at most half a step of the grid away, and rounding
         assert all(0.9 < upper - lower < 1.1 for lower, upper in pairwise(logs))
     by_objective = {name: set(rows["shape"]) for name, rows in table.groupby("objective")}

@@ -21,7 +21,7 @@ from llada_lightning.study.plots import (
     parametric_residuals,
     study_figures,
 )
-from llada_lightning.study.plots import isoflop as optimum
+from llada_lightning.study.plots.optima import optimum
 from llada_lightning.study.plots.style import GREY, METHODS
 from llada_lightning.support.errors import UserError
 
@@ -141,12 +141,12 @@ def test_the_multiplier_has_a_panel_for_each_convention_and_a_point_at_each_budg
 
 
 def sorted_by_flops(entries: list[Multiplier]) -> list[Multiplier]:
-    return sorted(entries, key=lambda entry: (entry.extrapolated, entry.arm_flops))
+    return sorted(entries, key=lambda entry: (entry.extrapolated, entry.reference_flops))
 
 
 def test_an_extrapolated_multiplier_is_dashed_and_hollow(full: Study) -> None:
-    inside = [Multiplier("6nd", "isoflop", flops, 2.0, 1.5, 3.0, False) for flops in (1e17, 1e18)]
-    beyond = Multiplier("6nd", "isoflop", 1e19, 2.5, 1.0, np.inf, True)
+    inside = [Multiplier("llada", "arm", "6nd", "isoflop", flops, 2.0, 1.5, 3.0, False) for flops in (1e17, 1e18)]
+    beyond = Multiplier("llada", "arm", "6nd", "isoflop", 1e19, 2.5, 1.0, np.inf, True)
     fits = replace(full[1], compute_multiplier=[*inside, beyond], multiplier_curve=[*inside, beyond])
     figure = compute_multiplier(fits)
     axes = figure.axes[0]
@@ -159,9 +159,9 @@ def test_an_extrapolated_multiplier_is_dashed_and_hollow(full: Study) -> None:
 
 
 def test_a_doubted_method_is_grey_and_hollow_and_no_power_law_is_drawn_beyond_its_budgets(full: Study) -> None:
-    good = [Multiplier("6nd", "isoflop", flops, 2.0, 1.5, 3.0, False) for flops in (1e17, 1e18)]
+    good = [Multiplier("llada", "arm", "6nd", "isoflop", flops, 2.0, 1.5, 3.0, False) for flops in (1e17, 1e18)]
     bad = [replace(entry, method="envelope", doubt="arm's fit is rejected (p < 0.001)") for entry in good]
-    beyond = replace(bad[0], arm_flops=1e19, extrapolated=True)
+    beyond = replace(bad[0], reference_flops=1e19, extrapolated=True)
     entries = [*good, *bad, beyond]
     figure = compute_multiplier(replace(full[1], compute_multiplier=entries, multiplier_curve=entries))
     axes = figure.axes[0]

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from llada_lightning.study.plots import paper_figure3, write_figure
-from llada_lightning.study.plots.style import METHODS, STYLES, Style, interval_bars, power_of_ten, shades
+from llada_lightning.study.plots.style import METHODS, Style, interval_bars, objective_styles, power_of_ten, shades
 
 LUMINANCE = (0.299, 0.587, 0.114)
 
@@ -29,7 +29,22 @@ def test_a_notebook_shows_a_figure_by_itself() -> None:
     assert paper_figure3()._repr_png_().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("styles", [STYLES, METHODS], ids=["objectives", "methods"])
+VARIANTS = ["arm", "llada", "llada [compat=llada]", "llada [weight_decay=0]"]
+
+
+def test_a_variant_has_the_colour_of_its_objective() -> None:
+    styles = objective_styles(VARIANTS)
+    assert [styles[name].label for name in VARIANTS[:3]] == ["arm (exact)", "llada (bound, NELBO)", (
+        "llada (bound, NELBO) [compat=llada]"
+    )]  # fmt: skip
+    assert {styles[name].color for name in VARIANTS[1:]} == {"#D55E00"} != {styles["arm"].color}
+
+
+@pytest.mark.parametrize(
+    "styles",
+    [objective_styles(VARIANTS[:2]), objective_styles(VARIANTS[1:]), METHODS],
+    ids=["objectives", "variants", "methods"],
+)
 def test_styles_differ_in_line_and_marker_not_in_colour_alone(styles: dict[str, Style]) -> None:
     for one, other in itertools.combinations(styles.values(), 2):
         assert one.line != other.line

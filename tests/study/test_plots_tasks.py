@@ -8,7 +8,7 @@ import pytest
 
 from llada_lightning.compute.flops import CONVENTIONS, Convention
 from llada_lightning.study.plots import paper_figure3, task_accuracy
-from llada_lightning.study.plots.tasks import task_names
+from llada_lightning.study.plots.task_scores import task_names
 from llada_lightning.study.reference import PAPER_TASKS, paper_scalability
 from llada_lightning.support.errors import UserError
 
@@ -44,7 +44,7 @@ def test_figure_3_states_its_convention_and_what_the_total_assumes() -> None:
     assert paper_figure3("6nd").get_supxlabel() == "training FLOPs (6ND)"
     total = paper_figure3("total").get_supxlabel()
     assert total.startswith("training FLOPs (6ND + attention + head)")
-    assert "length 4096" in total and "126,464 words" in total and "every position (assumed)" in total
+    assert "length 4096" in total and "126,464 vocabulary entries" in total and "every position (assumed)" in total
     assert {"arm", "llada", "969m", "5.8b", "6.98b", "guessing"} <= set(words(paper_figure3()))
 
 

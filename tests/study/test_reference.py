@@ -49,7 +49,7 @@ def test_the_total_adds_attention_and_head_of_the_shape_at_length_4096() -> None
     row = paper_scalability().iloc[-1]
     by_hand = 12 * 32 * 4096 * 4096 + 6 * 4096 * 126_464
     assert row["flops_total"] - row["flops_6nd"] == pytest.approx(by_hand * 1975.52e9, rel=1e-12)
-    arm = flops_per_token(PAPER_SHAPES["arm-7b"], 126_464, 4096, "arm")
+    arm = flops_per_token(PAPER_SHAPES["arm-7b"], 126_464, 4096, causal=True)
     assert arm.flops_attention == 6 * 28 * 4096 * 4096  # half of the keys: causal
 
 

@@ -184,6 +184,18 @@ def test_csv_keeps_every_digit(tmp_path_factory: pytest.TempPathFactory, loss: f
     assert list(read_results(path).loc[0, ["val_nats_per_token", "seed"]]) == [loss, seed]
 
 
+def test_records_and_tables_from_before_the_variant_are_read_and_written_again(tmp_path: Path) -> None:
+    """They count as the default recipe of their objective."""
+    old = {key: value for key, value in record("llada", "107k", 1e12, 4.0).items() if key != "variant"}
+    write_records(tmp_path, [old])
+    assert read_records(tmp_path) == [{**old, "variant": None}]
+    path = tmp_path / "results.csv"
+    study().drop(columns="variant").to_csv(path, index=False)
+    table = read_results(path)
+    assert list(table.columns) == list(RESULT_COLUMNS) and table["variant"].isna().all()
+    pd.testing.assert_frame_equal(table, study())
+
+
 def test_further_columns_are_kept(tmp_path: Path) -> None:
     path = write_results(study().assign(mmlu=0.25), tmp_path / "r.csv")
     assert list(read_results(path).columns) == [*RESULT_COLUMNS, "mmlu"]
@@ -262,9 +274,9 @@ def test_wrong_values_are_named_with_their_line(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda lines: [lines[0], "x," + lines[1], *lines[2:]], r"line 2: 37 cells under 36 columns"),
-        (lambda lines: [*lines[:3], lines[3] + ",", *lines[4:]], r"line 4: 37 cells under 36 columns"),
-        (lambda lines: [*lines[:-1], lines[-1][:40]], r"line 13: \d+ cells under 36 columns"),
+        (lambda lines: [lines[0], "x," + lines[1], *lines[2:]], r"line 2: 38 cells under 37 columns"),
+        (lambda lines: [*lines[:3], lines[3] + ",", *lines[4:]], r"line 4: 38 cells under 37 columns"),
+        (lambda lines: [*lines[:-1], lines[-1][:40]], r"line 13: \d+ cells under 37 columns"),
         (lambda lines: [lines[0], '"' + lines[1]], r"line \d+: not CSV"),
         (lambda lines: [f"{lines[0]},run", *(f"{line},x" for line in lines[1:])], "there twice: run"),
         (lambda lines: [*lines, "x" * 200_000], "line 14: not CSV"),

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llada_lightning.data.datasets import TrainingBatch, ValidationBatch, document_numbers, scored_positions
+from llada_lightning.data.datasets import document_numbers
+from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch, scored_positions
 from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule
 
 WORDS, EOS, MASK, LENGTH = 23, 0, 22, 40

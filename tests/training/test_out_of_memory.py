@@ -11,8 +11,8 @@ import torch
 
 from helpers.tiny_runs import fit, fit_arguments, losses, metrics
 from llada_lightning.commands.main import main
-from llada_lightning.data.datasets import BUCKET, TrainingBatch, ValidationBatch
 from llada_lightning.model import Transformer
+from llada_lightning.objectives.batches import BUCKET, TrainingBatch, ValidationBatch
 from llada_lightning.training.memory import is_out_of_memory, worst_case
 
 CPU = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
@@ -56,7 +56,7 @@ def test_the_line_names_what_fits_and_the_run_goes_on_with_it(
     assert line.startswith("error: data.micro_batch: 8 sequences of 32 tokens have no room in memory")
     tried = "as tried" + " with every token masked" * (objective == "llada")
     assert line.endswith(
-        f"2 have, {tried}: give --data.micro_batch 2 --trainer.accumulate_grad_batches 4, and the run goes on from its "
+        f"2 have, {tried}: give --data.micro_batch 2 --trainer.accumulate_grad_batches 4, and the run resumes from its "
         "last checkpoint"
     )
     with monkeypatch.context() as small:

@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_on_another_number_of_processes(
 def test_a_signal_to_one_process_stops_all_at_the_same_step(prepared: Path, tmp_path: Path) -> None:
     stopped = fit_process("arm", prepared, tmp_path / "stopped", *SHARDED, kill_at(13, "SIGTERM", rank=1))
     assert stopped.returncode == 143, stopped.stderr
-    assert stopped.stderr.count("saved step 14; the same command goes on from there") == 1
+    assert stopped.stderr.count("saved step 14; the same command resumes from there") == 1
     folder = tmp_path / "stopped" / "test" / "run"
     assert is_sharded(folder / "checkpoints" / "step=00000014.ckpt")
     fit("arm", prepared, tmp_path / "stopped")

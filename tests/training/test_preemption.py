@@ -31,7 +31,7 @@ def test_a_warned_job_saves_its_step_requeues_and_goes_on(
     whole = fit("llada", prepared, tmp_path / "whole")
     warned = fit_process("llada", prepared, tmp_path / "job", kill_at(13, "SIGUSR1"), variables=slurm)
     assert warned.returncode == 138, warned.stderr
-    assert "saved step 14; the same command goes on from there" in warned.stderr
+    assert "saved step 14; the same command resumes from there" in warned.stderr
     assert "requeued SLURM job 4711" in warned.stderr
     command, *saved = (tmp_path / "asked").read_text().splitlines()
     assert command == "requeue 4711"

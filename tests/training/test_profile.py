@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import Interval
+from torch.profiler import ProfilerActivity, profile
 
 from helpers.tiny_runs import CALLS, MODELS, call_at, fit, fit_arguments, fit_process, metrics
 from llada_lightning.commands.main import main
 from llada_lightning.compute.shapes import Shape
-from llada_lightning.training.phase_clock import PhaseClock, _phase
+from llada_lightning.training.callbacks.profile import PhaseRecorder, _covered, facts_of, phase_of
 from llada_lightning.training.profiles import PHASES
-from llada_lightning.training.trace import read_trace, trace_facts
 
 SHAPE = Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=64)
 # Steps 5 to 7 of 12 are recorded; the validation after step 5 falls between two of them.
@@ -24,7 +31,7 @@ PROFILED = (
     "--trainer.accumulate_grad_batches=2",
     "--trainer.val_check_interval=10",
 )
-VALIDATING = "llada.validation"
+VALIDATION = "[pl][profile]validation"
 FILES = {"trace.json.gz", "summary.json", "summary.md", "phases.png", "phases.svg"}
 
 
@@ -51,35 +58,47 @@ def test_the_phases_make_up_the_step(summary: dict[str, Any]) -> None:
     assert summary["validation_milliseconds"] > 0
 
 
+def spans_of(run: Path) -> dict[str, list[tuple[float, float]]]:
+    """What the trace holds, by name: where each event begins and ends, in microseconds."""
+    with gzip.open(run / "profile" / "trace.json.gz", "rt", encoding="utf-8") as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    found: dict[str, list[tuple[float, float]]] = {}
+    for event in events:
+        found.setdefault(event["name"], []).append((event["ts"], event["ts"] + event["dur"]))
+    return found
+
+
+def within(event: tuple[float, float], spans: list[tuple[float, float]]) -> bool:
+    return any(start <= event[0] and event[1] <= end for start, end in spans)
+
+
 @pytest.mark.parametrize(
-    ("operation", "phase"),
+    ("operation", "action"),
     [
-        ("aten::embedding", "forward"),
-        ("aten::embedding_dense_backward", "backward"),
-        ("aten::_fused_adamw_", "optimizer"),
-        ("aten::linalg_vector_norm", "optimizer"),
+        ("aten::embedding", ".training_step"),
+        ("aten::embedding_dense_backward", ".backward"),
+        ("aten::_fused_adamw_", ".optimizer_step"),
+        ("aten::linalg_vector_norm", ".configure_gradient_clipping"),
     ],
 )
-def test_operations_run_in_their_phase(run: Path, operation: str, phase: str) -> None:
-    """Two micro-batches a step; what the validation between two steps does lies in none of their phases."""
-    events = read_trace(run / "profile" / "trace.json.gz")
-    spans = {name: [event for event in events if event.name == name] for name in (f"llada.{phase}", VALIDATING)}
-    calls = [event for event in events if event.name == operation]
-    for event in calls:
-        assert any(span.start <= event.start and event.end <= span.end for found in spans.values() for span in found)
-    training = [event for event in calls if not any(span.start <= event.start < span.end for span in spans[VALIDATING])]
-    assert len(training) >= 3 and (phase == "optimizer" or len(training) == 2 * 3)
-    assert operation != "aten::embedding" or len(training) < len(calls)
+def test_operations_run_in_their_actions(run: Path, operation: str, action: str) -> None:
+    """Two micro-batches a step; what the validation between two steps does lies in none of their actions."""
+    spans = spans_of(run)
+    actions = [span for name, found in spans.items() if name.endswith(action) for span in found]
+    training = [call for call in spans[operation] if not within(call, spans[VALIDATION])]
+    assert all(within(call, actions) for call in training)
+    assert len(training) >= 3 and ("optimizer" in action or "clipping" in action or len(training) == 2 * 3)
+    assert operation != "aten::embedding" or len(training) < len(spans[operation])
 
 
 def test_operations_are_those_of_training_steps(run: Path, summary: dict[str, Any]) -> None:
-    """Two layers, two micro-batches, three steps; the validation's forward passes are not among them."""
-    facts = trace_facts(read_trace(run / "profile" / "trace.json.gz"), VALIDATING)
-    attention = {found.name: found.calls for found in facts.operations if "_for_cpu" in found.name}
-    assert len(attention) == 2 and set(attention.values()) == {2 * 2 * 3}
-    dearest = [(found.name, found.milliseconds / 3, found.calls / 3) for found in facts.operations[:10]]
-    assert [(found["name"], found["milliseconds"], found["calls"]) for found in summary["operations"]] == dearest
-    assert 0 < sum(found["milliseconds"] for found in summary["operations"]) < summary["step_milliseconds"]
+    """The validation's forward passes are not among them; torch counts a call within one of its name once."""
+    spans = spans_of(run)
+    for found in summary["operations"]:
+        assert 0 < 3 * found["calls"] <= sum(not within(call, spans[VALIDATION]) for call in spans[found["name"]])
+    spent = [found["milliseconds"] for found in summary["operations"]]
+    assert len(spent) == 10 and spent == sorted(spent, reverse=True)
+    assert 0 < sum(spent) < summary["step_milliseconds"]
     assert summary["communication_milliseconds"] == {"total": 0, "alone": 0} and summary["device_busy"] is None
 
 
@@ -174,7 +193,7 @@ def test_each_rank_writes_a_trace_and_communication_is_seen(prepared: Path, tmp_
     assert sum(found["phase_milliseconds"].values()) == pytest.approx(found["step_milliseconds"])
 
 
-# --- the clock --------------------------------------------------------------------------------------------------------
+# --- the recorder -----------------------------------------------------------------------------------------------------
 
 
 class Hours:
@@ -189,14 +208,14 @@ class Hours:
 
 def test_every_moment_belongs_to_one_phase() -> None:
     hours = Hours()
-    clock = PhaseClock(hours)
+    clock = PhaseRecorder([ProfilerActivity.CPU], hours)
 
     def spend(milliseconds: float) -> None:
         hours.seconds += milliseconds / 1e3
 
     spend(1000)
     clock.start("[Callback]StepProfiler.on_train_batch_end")
-    clock.begin_step()
+    clock.begin()
     spend(1)
     clock.stop("[Callback]StepProfiler.on_train_batch_end")
     clock.stop("run_training_epoch")  # begun before the clock was there
@@ -221,10 +240,10 @@ def test_every_moment_belongs_to_one_phase() -> None:
     clock.stop("validation")
     with clock.profile("[Strategy]DDPStrategy.batch_to_device"):
         spend(512)
-    clock.end_step()
+    step = clock.phases()
     spend(1000)
+    clock.teardown(None)
     clock.stop("[Callback]StepProfiler.on_train_batch_end")  # Lightning ends it when the clock has gone
-    [step] = clock.phases()
     assert step == pytest.approx(
         {
             "data": 2,
@@ -241,9 +260,91 @@ def test_every_moment_belongs_to_one_phase() -> None:
 
 @pytest.mark.parametrize("strategy", ["SingleDeviceStrategy", "DDPStrategy", "FullySharded"])
 def test_phases_go_by_the_names_of_lightnings_hooks(strategy: str) -> None:
-    assert _phase(f"[Strategy]{strategy}.training_step", "optimizer") == "forward"
-    assert _phase(f"[Strategy]{strategy}.backward", "optimizer") == "backward"
+    assert phase_of(f"[Strategy]{strategy}.training_step", "optimizer") == "forward"
+    assert phase_of(f"[Strategy]{strategy}.backward", "optimizer") == "backward"
     for module in MODELS.values():
-        assert _phase(f"[LightningModule]{module}.lr_scheduler_step", "loop") == "optimizer"
-        assert _phase(f"[LightningModule]{module}.on_train_batch_start", "loop") == "loop"
-    assert _phase("[Callback]StepCheckpoints.optimizer_step", "optimizer") == "callbacks"
+        assert phase_of(f"[LightningModule]{module}.lr_scheduler_step", "loop") == "optimizer"
+        assert phase_of(f"[LightningModule]{module}.on_train_batch_start", "loop") == "loop"
+    assert phase_of("[Callback]StepCheckpoints.optimizer_step", "optimizer") == "callbacks"
+
+
+# --- what a recording tells, from events written by hand --------------------------------------------------------------
+
+
+def event(
+    name: str, start: float, end: float, *, on_gpu: bool = False, annotation: bool = False, own: float | None = None
+) -> Any:
+    """An event with the attributes of torch's; times in microseconds."""
+    return SimpleNamespace(
+        name=name,
+        time_range=Interval(start, end),
+        device_type=DeviceType.CUDA if on_gpu else DeviceType.CPU,
+        is_user_annotation=annotation,
+        self_cpu_time_total=end - start if own is None else own,
+    )
+
+
+def test_a_callers_time_is_without_what_it_calls() -> None:
+    with profile(activities=[ProfilerActivity.CPU]) as recording:
+        torch.ones(8, 8) @ torch.ones(8, 8)
+    events = recording.events()
+    assert events is not None
+    facts = facts_of(events, steps=1, window=1.0)
+    by_hand = {found.key: found.self_cpu_time_total / 1e3 for found in recording.key_averages()}
+    assert {found["name"]: found["milliseconds"] for found in facts["operations"]} == pytest.approx(by_hand)
+    assert facts["device_busy"] is None
+
+
+def test_communication_of_the_cpu_is_told_by_gloos_threads() -> None:
+    facts = facts_of(
+        [
+            event("aten::mm", 0, 4_000),
+            event("c10d::allreduce_", 4_000, 4_500),
+            event("gloo:all_reduce", 3_000, 9_000, annotation=True),
+            event("aten::add", 8_000, 8_500),
+            event("[pl][profile][Strategy]DDPStrategy.backward", 0, 10_000, annotation=True),
+        ],
+        steps=2,
+        window=20.0,
+    )
+    assert facts["communication_milliseconds"] == {"total": 6 / 2, "alone": (6 - 1 - 0.5) / 2}
+
+
+def test_on_a_gpu_its_kernels_count_and_not_what_asks_for_them() -> None:
+    """Two queues: 6 ms of kernels and a copy, of which 2 ms of nccl run alone."""
+    facts = facts_of(
+        [
+            event("aten::mm", 0, 50),
+            event("gemm", 1_000, 3_000, on_gpu=True),
+            event("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 2_000, 5_000, on_gpu=True),
+            event("nccl:all_reduce", 2_000, 5_900, on_gpu=True, annotation=True),
+            event("Memcpy HtoD (Pinned -> Device)", 6_000, 7_000, on_gpu=True),
+            event("gemm", 8_000, 9_000, on_gpu=True),
+        ],
+        steps=1,
+        window=12.0,
+    )
+    assert facts["operations"][:2] == [
+        {"name": "gemm", "milliseconds": 3, "calls": 2},
+        {"name": "ncclDevKernel_AllReduce_Sum_f32_RING_LL", "milliseconds": 3, "calls": 1},
+    ]
+    assert facts["communication_milliseconds"] == {"total": 3, "alone": 2} and facts["device_busy"] == 6 / 12
+
+
+def test_what_begins_in_a_validation_is_left_out() -> None:
+    facts = facts_of(
+        [
+            event("gemm", 500, 1_500, on_gpu=True),
+            event(VALIDATION, 2_000, 7_000, annotation=True),
+            event("gemm", 5_000, 7_000, on_gpu=True),
+        ],
+        steps=1,
+        window=4.0,
+    )
+    assert facts["operations"] == [{"name": "gemm", "milliseconds": 1, "calls": 1}] and facts["device_busy"] == 1 / 4
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=12))
+def test_covered_time_is_that_of_the_union(spans: list[tuple[int, int]]) -> None:
+    moments = {moment for start, length in spans for moment in range(start, start + length)}
+    assert _covered([event("a", start, start + length) for start, length in spans]) == pytest.approx(len(moments) / 1e3)

@@ -3,8 +3,45 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
-from llada_lightning.training.record import describe_loss, few_documents
+from helpers.tiny_runs import fit, record
+from llada_lightning.data.datamodule import TokenDataModule
+from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule
+from llada_lightning.training.record import describe_loss, few_documents, variant
+
+
+class OfOneRatio(LladaModule):
+    """A module of a user: a setting of its own, and all others by keyword."""
+
+    def __init__(self, ratio: float = 0.5, **others: Any) -> None:
+        super().__init__(**others)
+
+
+def resolved(module: LanguageModule, **settings: Any) -> LanguageModule:
+    module.identity = {"model": {"init_args": settings}}
+    return module
+
+
+def test_a_run_says_which_variant_of_its_objective_it_is(prepared: Path, tmp_path: Path) -> None:
+    short = ("--trainer.max_steps=2", "--model.seed=7", "--model.rope_theta=500000")
+    assert record(fit("arm", prepared, tmp_path / "a", *short))["variant"] == "rope_theta=500000"
+    assert record(fit("llada", prepared, tmp_path / "b", "--trainer.max_steps=2"))["variant"] is None
+    changed = ("--model.optimizer.weight_decay=0", "--model.compat=llada", "--data.mask_eps=0.01")
+    folder = fit("llada", prepared, tmp_path / "c", "--trainer.max_steps=2", *changed)
+    assert record(folder)["variant"] == "compat=llada;mask_eps=0.01;optimizer.weight_decay=0"
+
+
+def test_the_module_and_its_own_settings_are_part_of_the_variant(prepared: Path) -> None:
+    data = TokenDataModule(path=str(prepared), sequence_length=32)
+    name = f"{OfOneRatio.__module__}.OfOneRatio"
+    arm, llada = ArmModule(shape="107k"), OfOneRatio(shape="107k")
+    assert variant(resolved(arm, shape="443k", seed=3, optimizer={"betas": [0.9, 0.95], "eps": 1e-8}), data) is None
+    assert variant(resolved(llada, ratio=0.5, norm_eps=1e-5, compat=None), data) == f"module={name}"
+    assert variant(resolved(llada, ratio=0.25, optimizer={"betas": [0.9, 0.99]}), data) == (
+        f"module={name};optimizer.betas=[0.9,0.99];ratio=0.25"
+    )
 
 
 def test_an_error_that_is_not_known_is_no_number() -> None:

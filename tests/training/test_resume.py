@@ -85,7 +85,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(prepared: Path, tmp_path: P
     whole = fit("arm", prepared, tmp_path / "whole")
     stopped = fit_process("arm", prepared, tmp_path / "stopped", kill_at(13, name))
     assert stopped.returncode == code, stopped.stderr
-    assert "saved step 14; the same command goes on from there" in stopped.stderr
+    assert "saved step 14; the same command resumes from there" in stopped.stderr
     folder = tmp_path / "stopped" / "test" / "run"
     assert (folder / "checkpoints" / "step=00000014.ckpt").exists()  # the step that the signal fell into
     fit("arm", prepared, tmp_path / "stopped")
@@ -146,7 +146,7 @@ def test_a_checkpoint_of_the_run_itself_does_not_take_it_back_at_every_start(
     capsys.readouterr()
     fit("arm", prepared, tmp_path, f"--ckpt_path={folder / 'checkpoints' / 'step=00000010.ckpt'}")
     said = capsys.readouterr().err
-    assert "goes on from its last one" in said
+    assert "resumes from its last one" in said
     assert "going on from" in said and "step=00000024.ckpt" in said
 
 

@@ -16,12 +16,12 @@ from helpers.tiny_runs import MODELS, child_environment, fit, kill_at, losses, r
 from llada_lightning.checkpoints import load_model
 from llada_lightning.commands.main import main
 from llada_lightning.data.chat import Message
-from llada_lightning.data.datasets import TrainingBatch
 from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.data.pairs import PairDataset
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.generation.conversation import conversation_ids
-from llada_lightning.objectives.losses import shift_right
+from llada_lightning.objectives.arm import shift_right
+from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule
 
 SHAPE = {"n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64}

@@ -16,7 +16,7 @@ from torch import Tensor
 from helpers.tiny_runs import fit, fit_arguments, losses, record
 from llada_lightning.commands.main import main
 from llada_lightning.compute.schedule import WSD
-from llada_lightning.data.datasets import TrainingBatch, scored_positions
+from llada_lightning.objectives.batches import TrainingBatch, scored_positions
 from llada_lightning.training import ArmModule, LladaModule
 from llada_lightning.training import speed as module
 from llada_lightning.training.modules import LanguageModule

@@ -15,8 +15,8 @@ from llada_lightning.checkpoints.convert import convert
 from llada_lightning.checkpoints.stored_model import open_checkpoint
 from llada_lightning.commands.main import main
 from llada_lightning.data.chat import Message
-from llada_lightning.data.datasets import ValidationBatch
 from llada_lightning.generation.conversation import conversation_ids
+from llada_lightning.objectives.batches import ValidationBatch
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.modules import ArmModule, LladaModule
 
@@ -139,7 +139,10 @@ def test_llada_sees_the_prefix_of_a_text_and_predicts_none_of_it() -> None:
         noisy_BL = tokens_BL.masked_fill(batch.masked_BL, 2)
         whole_BL = torch.cat([torch.tensor([[7, 8]]).expand(2, -1), noisy_BL], dim=1)
         hidden_BLD = module.model.hidden(whole_BL, causal=False)[:, 2:]
-        torch.testing.assert_close(module._hidden(batch), hidden_BLD.flatten(0, 1))
+        log_probs_BLV = module.model.head(hidden_BLD).index_fill(2, torch.tensor(2), -torch.inf).log_softmax(-1)
+        own_BL = log_probs_BLV.gather(2, tokens_BL[..., None])[..., 0].masked_fill(~batch.masked_BL, 0)
+        expected_B = -own_BL.double().sum(1) * 8 / batch.masked_BL.sum(1)
+        torch.testing.assert_close(module.sequence_nll(batch), expected_B, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 1e-300])

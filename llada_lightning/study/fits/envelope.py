@@ -16,10 +16,9 @@ import numpy.typing as npt
 import pandas as pd
 
 from llada_lightning.compute.flops import Convention
-from llada_lightning.study.fits.estimate import Array
-from llada_lightning.study.fits.noise import UNKNOWN, Noise, Spread, linear_spread
-from llada_lightning.study.fits.power_law import MIN_BUDGETS, PowerLaw, power_law
-from llada_lightning.study.fits.runs import Unit, budget_members, flops_column, is_budget, losses
+from llada_lightning.study.fits.least_squares import MIN_BUDGETS, PowerLaw, linear_spread, power_law
+from llada_lightning.study.fits.noise import UNKNOWN, Noise, Spread
+from llada_lightning.study.fits.runs import Array, Unit, budget_members, flops_column, is_budget, losses
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class EnvelopePoint:
 
 @dataclass(frozen=True)
 class EnvelopeFit:
-    """One objective's envelope and, given enough budgets, the power law through it; else ``note`` says what lacks."""
+    """One objective's envelope and, given enough budgets, the power law through it; else a ``note`` on why not."""
 
     convention: Convention
     points: list[EnvelopePoint]
@@ -138,14 +137,14 @@ def fit_envelope(
     """The envelope of one objective's runs and its power law.
 
     Args:
-        runs: usable runs of one objective.
-        convention: by which FLOPs are counted.
-        planned: by which the runs' budgets are equal (``planned_convention``): a budget's best is the best of equals,
-            whichever FLOPs are then read off it.
-        unit: of the losses.
-        noise: of these runs, in their order.
-        seed: of the draws of the law's own spread.
-        spread: of the runs beyond their known errors; unknown: as the points scatter about the law.
+        runs: The usable runs of one objective.
+        convention: The convention by which FLOPs are counted.
+        planned: The convention by which the runs' budgets are equal (``planned_convention``): a budget's best is the
+            best of equals, whichever FLOPs are then read off it.
+        unit: The unit of the losses.
+        noise: The noise of these runs, in their order.
+        seed: The seed of the draws of the law's own spread.
+        spread: The spread of the runs beyond their known errors. Unknown: the scatter of the points about the law.
     """
     shapes = Candidates.of(runs, planned, unit, noise)
     flops = shapes.means(runs[flops_column(convention)])

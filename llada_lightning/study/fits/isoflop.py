@@ -1,5 +1,4 @@
-"""IsoFLOP: a parabola of log loss in log N at each budget, and the power laws of its optimum
-(Hoffmann et al. 2022, Approach 2)."""
+"""A parabola of log loss in log N at each budget, and the power laws of its optimum (Hoffmann et al. 2022)."""
 
 from __future__ import annotations
 
@@ -12,10 +11,19 @@ import pandas as pd
 from scipy.linalg import block_diag
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
-from llada_lightning.study.fits.estimate import INTERVAL, Array, Estimate, interval
-from llada_lightning.study.fits.noise import UNKNOWN, Noise, Spread, fit_linear, linear_spread, solver
-from llada_lightning.study.fits.power_law import MIN_BUDGETS, PowerLaw, power_law
-from llada_lightning.study.fits.runs import TokenCost, Unit, budget_members, flops_column, is_budget, losses
+from llada_lightning.study.fits.least_squares import (
+    INTERVAL,
+    MIN_BUDGETS,
+    Estimate,
+    PowerLaw,
+    fit_linear,
+    interval,
+    linear_spread,
+    power_law,
+    solver,
+)
+from llada_lightning.study.fits.noise import UNKNOWN, Noise, Spread
+from llada_lightning.study.fits.runs import Array, TokenCost, Unit, budget_members, flops_column, is_budget, losses
 
 MIN_SHAPES = 3
 """A parabola has three parameters."""
@@ -31,7 +39,7 @@ class IsoflopBudget:
     flops: float
     """Geometric mean of the runs' training FLOPs."""
     rows: npt.NDArray[np.intp] = field(repr=False)
-    """Where its runs stand in the objective's table."""
+    """The positions of its runs in the objective's table."""
     runs: tuple[str, ...]
     log_n: Array
     """Of non-embedding parameters, one for each run, as ``losses`` and ``stderr``."""
@@ -153,7 +161,7 @@ class IsoflopFit:
 
 
 @dataclass(frozen=True)
-class _Valley:
+class _Budget:
     """The runs of one budget, before the fit."""
 
     rows: npt.NDArray[np.intp]
@@ -175,16 +183,16 @@ class _Valley:
 
 
 def parabola_spread(runs: pd.DataFrame, convention: Convention, unit: Unit, noise: Noise) -> Spread:
-    """What runs of one objective scatter about their budgets' parabolas, one number for all budgets.
+    """The residual spread of one objective's runs about their budgets' parabolas, one number for all budgets.
 
     Unknown where there are no more runs than the parabolas have parameters.
     """
-    valleys, _ = _valleys(runs, convention, unit)
-    if not valleys:
+    groups, _ = _budgets_of(runs, convention, unit)
+    if not groups:
         return UNKNOWN
-    pooled = noise.take(np.concatenate([valley.rows for valley in valleys]))
-    log_loss = np.concatenate([valley.log_loss for valley in valleys])
-    return linear_spread(block_diag(*(valley.design for valley in valleys)), log_loss, pooled)
+    pooled = noise.take(np.concatenate([group.rows for group in groups]))
+    log_loss = np.concatenate([group.log_loss for group in groups])
+    return linear_spread(block_diag(*(group.design for group in groups)), log_loss, pooled)
 
 
 def fit_isoflop(
@@ -194,54 +202,47 @@ def fit_isoflop(
     noise: Noise,
     seed: int = 0,
     *,
-    lent: Spread = UNKNOWN,
+    borrowed: Spread = UNKNOWN,
 ) -> IsoflopFit:
     """Parabolas of log loss in log N at every budget, and the laws of their optima.
 
     The spread between runs is one number for all budgets: a single budget has too few runs to tell it.
 
     Args:
-        runs: usable runs of one objective.
-        convention: which FLOPs a budget counts. Runs that were planned to be equal by the other convention do not
-            form budgets by this one; the fit then holds a note instead.
-        unit: of the losses.
-        noise: of these runs, in their order.
-        seed: of the draws of the laws' own spread.
-        lent: what such runs scatter by another fit, for parabolas that go through all their points.
+        runs: The usable runs of one objective.
+        convention: The convention by which a budget's FLOPs are counted. Runs that were planned to be equal by the
+            other convention do not form budgets by this one; the fit then holds a note instead.
+        unit: The unit of the losses.
+        noise: The noise of these runs, in their order.
+        seed: The seed of the draws of the laws' own spread.
+        borrowed: The residual spread of another fit, for where this fit has no degrees of freedom.
     """
-    valleys, notes = _valleys(runs, convention, unit)
-    if not valleys:
+    groups, notes = _budgets_of(runs, convention, unit)
+    if not groups:
         return IsoflopFit(convention, [], None, None, None, None, "no fit: " + "; ".join(notes))
-    pooled = noise.take(np.concatenate([valley.rows for valley in valleys]))
-    log_loss = np.concatenate([valley.log_loss for valley in valleys])
-    fit = fit_linear(block_diag(*(valley.design for valley in valleys)), log_loss, pooled, lent=lent)
+    pooled = noise.take(np.concatenate([group.rows for group in groups]))
+    log_loss = np.concatenate([group.log_loss for group in groups])
+    fit = fit_linear(block_diag(*(group.design for group in groups)), log_loss, pooled, borrowed=borrowed)
     if not fit.spread.known:
         notes.append("no intervals: three shapes a budget leave no scatter to judge by; add shapes")
-    # Whether a cubic term moves an optimum is judged by the scatter about cubics: that about parabolas holds the lean.
-    cubic = fit_linear(block_diag(*(valley.cubic_design for valley in valleys)), log_loss, pooled, lent=fit.spread)
-    places = np.split(np.arange(len(log_loss)), np.cumsum([len(valley.rows) for valley in valleys])[:-1])
+    # A cubic term is judged by the scatter about cubics: the scatter about parabolas contains the skew.
+    cubic = fit_linear(block_diag(*(group.cubic_design for group in groups)), log_loss, pooled, borrowed=fit.spread)
+    places = np.split(np.arange(len(log_loss)), np.cumsum([len(group.rows) for group in groups])[:-1])
     weights = pooled.weights(np.nan_to_num(fit.spread.tau))
     cost = TokenCost.of_runs(runs, convention)
-    budgets = [
-        _fit_budget(
-            valley,
-            runs.iloc[valley.rows],
-            unit,
-            cost,
-            weights[own],
-            *(pooled.draws(f.spread, own) for f in (fit, cubic)),
-        )
-        for valley, own in zip(valleys, places, strict=True)
-    ]
+    budgets = []
+    for group, own in zip(groups, places, strict=True):
+        errors = [pooled.draws(found.spread, own) for found in (fit, cubic)]
+        budgets.append(_fit_budget(group, runs.iloc[group.rows], unit, cost, weights[own], *errors))
     return _with_laws(convention, budgets, cost, notes, seed)
 
 
-def _valleys(runs: pd.DataFrame, convention: Convention, unit: Unit) -> tuple[list[_Valley], list[str]]:
-    """The budgets with enough shapes, and what is to be said of the others."""
+def _budgets_of(runs: pd.DataFrame, convention: Convention, unit: Unit) -> tuple[list[_Budget], list[str]]:
+    """The budgets with enough shapes, and notes on the others."""
     flops = runs[flops_column(convention)].to_numpy(float)
     log_n = np.log(runs["params_nonembedding"].to_numpy(float))
     log_loss = np.log(losses(runs, unit)[0])
-    valleys, few, apart = [], [], list[int]()
+    groups, few, apart = [], [], list[int]()
     for rows in budget_members(flops):
         shapes = len(np.unique(log_n[rows]))
         if not is_budget(flops[rows]) or shapes == 1:
@@ -251,55 +252,53 @@ def _valleys(runs: pd.DataFrame, convention: Convention, unit: Unit) -> tuple[li
         else:
             center = float(log_n[rows].mean())
             budget = float(np.exp(np.log(flops[rows]).mean()))
-            valleys.append(_Valley(rows, budget, log_n[rows] - center, center, log_loss[rows]))
+            groups.append(_Budget(rows, budget, log_n[rows] - center, center, log_loss[rows]))
     notes = []
     name = CONVENTION_NAMES[convention]
-    if len(apart) and not valleys:
+    if len(apart) and not groups:
         notes.append(f"runs of several shapes do not share budgets by {name}: they were not planned to be equal by it")
     elif len(apart):
         notes.append(f"{len(apart)} runs left out: by {name} they share no budget with runs of other shapes")
     if few:
         shown = ", ".join(few[:4]) + (", …" if len(few) > 4 else "")
         notes.append(f"budgets (shapes): {shown}; a parabola needs at least {MIN_SHAPES} shapes")
-    return valleys, notes
+    return groups, notes
 
 
 def _fit_budget(
-    valley: _Valley, runs: pd.DataFrame, unit: Unit, cost: TokenCost, weights: Array, errors: Array, cubic_errors: Array
+    group: _Budget, runs: pd.DataFrame, unit: Unit, cost: TokenCost, weights: Array, errors: Array, cubic_errors: Array
 ) -> IsoflopBudget:
-    solve = solver(valley.design, weights)
-    coefficients = solve @ valley.log_loss
+    solve = solver(group.design, weights)
+    coefficients = solve @ group.log_loss
     draws = coefficients + errors @ solve.T
-    x_opt, drawn_x = _vertex(coefficients, valley.x), _vertex(draws, valley.x)
-    log_n, drawn_n = valley.center + float(x_opt), valley.center + _opened(drawn_x, valley.x)
-    log_d, drawn_d = (np.log(valley.flops) - cost(value) for value in (log_n, drawn_n))
+    x_opt, drawn_x = _vertex(coefficients, group.x), _vertex(draws, group.x)
+    log_n, drawn_n = group.center + float(x_opt), group.center + _opened(drawn_x, group.x)
+    log_d, drawn_d = (np.log(group.flops) - cost(value) for value in (log_n, drawn_n))
     n_opt = Estimate.of(float(np.exp(log_n)), np.exp(drawn_n))
-    shifts = _grid_shifts(
-        valley, weights, cubic_errors, float(x_opt), _vertex(coefficients + cubic_errors @ solve.T, valley.x)
-    )
+    drawn_by_cubic = _vertex(coefficients + cubic_errors @ solve.T, group.x)
+    shifts = _grid_shifts(group, weights, cubic_errors, float(x_opt), drawn_by_cubic)
+    moved = [
+        shift
+        for shift in shifts
+        if not shift.covers(0.0) and not n_opt.covers(n_opt.value * float(np.exp(shift.value)))
+    ]
     loss, stderr = losses(runs, unit)
     return IsoflopBudget(
-        flops=valley.flops,
-        rows=valley.rows,
+        flops=group.flops,
+        rows=group.rows,
         runs=tuple(runs["run"].astype(str)),
-        log_n=valley.x + valley.center,
+        log_n=group.x + group.center,
         losses=loss,
         stderr=stderr,
-        center=valley.center,
+        center=group.center,
         coefficients=coefficients,
         n_opt=n_opt,
         d_opt=Estimate.of(float(np.exp(log_d)), np.exp(drawn_d)),
         tokens_per_param=Estimate.of(float(np.exp(log_d - log_n)), np.exp(drawn_d - drawn_n)),
         loss_opt=Estimate.of(float(np.exp(_at(coefficients, x_opt))), np.exp(_at(draws, drawn_x))),
-        interior=bool(coefficients[2] > 0 and valley.x.min() < x_opt < valley.x.max()),
+        interior=bool(coefficients[2] > 0 and group.x.min() < x_opt < group.x.max()),
         grid_sensitivity=_largest(shifts),
-        bias=_largest(
-            [
-                shift
-                for shift in shifts
-                if not shift.covers(0.0) and not n_opt.covers(n_opt.value * float(np.exp(shift.value)))
-            ]
-        ),
+        bias=_largest(moved),
         draws=draws,
     )
 
@@ -327,23 +326,23 @@ def _opened(drawn_x: Array, x: Array) -> Array:
     return np.where(drawn_x >= x.max() + width, np.inf, opened)
 
 
-def _grid_shifts(valley: _Valley, weights: Array, errors: Array, x_opt: float, drawn_x: Array) -> list[Estimate]:
+def _grid_shifts(group: _Budget, weights: Array, errors: Array, x_opt: float, drawn_x: Array) -> list[Estimate]:
     """How far log N_opt moves with a cubic term, and without the outermost shapes, each with its own interval.
 
-    A skewed valley pulls the vertex of a parabola to one side, the more so the further the grid's centre is off.
+    A skewed loss curve pulls the vertex of a parabola to one side, the more so the further the grid's centre is off.
     """
-    sizes = np.unique(valley.x)
+    sizes = np.unique(group.x)
     if len(sizes) < MIN_SHAPES_FOR_CHECK:
         return []
     shifts = []
-    cubic = solver(valley.cubic_design, weights)
-    theta = cubic @ valley.log_loss
-    inner = (valley.x > sizes[0]) & (valley.x < sizes[-1])
-    shorter = solver(valley.design[inner], weights[inner])
-    short_theta = shorter @ valley.log_loss[inner]
+    cubic = solver(group.cubic_design, weights)
+    theta = cubic @ group.log_loss
+    inner = (group.x > sizes[0]) & (group.x < sizes[-1])
+    shorter = solver(group.design[inner], weights[inner])
+    short_theta = shorter @ group.log_loss[inner]
     for other, drawn in (
         (_cubic_minimum(theta), _cubic_minimum(theta + errors @ cubic.T)),
-        (_vertex(short_theta, valley.x), _vertex(short_theta + errors[:, inner] @ shorter.T, valley.x)),
+        (_vertex(short_theta, group.x), _vertex(short_theta + errors[:, inner] @ shorter.T, group.x)),
     ):
         if np.isfinite(other):
             low, high = np.nanpercentile(drawn - drawn_x, INTERVAL)
@@ -361,9 +360,6 @@ def _cubic_minimum(coefficients: Array) -> Array:
     _, first, second, third = np.moveaxis(coefficients, -1, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return -first / (second + np.sqrt(second**2 - 3 * first * third))
-
-
-# --- laws ------------------------------------------------------------------------------------------------------------
 
 
 def _with_laws(
@@ -390,7 +386,7 @@ def _with_laws(
     bent = np.stack([np.ones_like(x), x, x * x], axis=1)
     # Through three optima the curve only interpolates: their own errors are all, or, not known, the line's scatter.
     through = Spread(0.0, 0, np.nan) if noise_loss.known else loss_law.scatter
-    curve = fit_linear(bent, log_loss, noise_loss, lent=through if len(x) == bent.shape[1] else UNKNOWN)
+    curve = fit_linear(bent, log_loss, noise_loss, borrowed=through if len(x) == bent.shape[1] else UNKNOWN)
     return IsoflopFit(
         convention,
         budgets,

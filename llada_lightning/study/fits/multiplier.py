@@ -1,24 +1,23 @@
-"""The compute multiplier: training FLOPs that ``llada`` needs over those that ``arm`` needs for equal loss."""
+"""The compute multiplier: training FLOPs that an objective needs over those that the reference needs, at equal loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations, groupby
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llada_lightning.compute.flops import Convention
-from llada_lightning.study.fits.estimate import Array, Estimate
-from llada_lightning.study.fits.isoflop import LossCurve
-from llada_lightning.study.fits.parametric import ParametricFit
-from llada_lightning.study.fits.power_law import PowerLaw
-
-Method = Literal["envelope", "isoflop", "parametric"]
-METHODS: tuple[Method, ...] = get_args(Method)
+from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
+from llada_lightning.objectives import REFERENCE, ValidationKind, get_objective
+from llada_lightning.study.fits.least_squares import Estimate
+from llada_lightning.study.fits.objective import HeldOut, LossLine, Method, ObjectiveFits
+from llada_lightning.study.fits.runs import Array, base_objective
 
 EXTRAPOLATION = 10.0
-"""How far beyond its budgets an objective may reach a loss for the multiplier to be told."""
+"""How far beyond its budgets an objective may reach a loss for the multiplier to be given."""
 
 DRAWN_DECADES = 3.0
 """How far beyond its budgets a draw is followed."""
@@ -26,21 +25,38 @@ DRAWN_DECADES = 3.0
 POINTS_A_DECADE = 12
 ROUNDING = 1 + 1e-6
 
+NO_COMMON_LOSS = "no common loss"
+"""How the note begins that outweighs all others."""
+
+REJECTED = 0.025
+"""A fit whose lack of fit has a smaller p-value is rejected: 5 % over the two objectives of a multiplier."""
+
 
 @dataclass(frozen=True)
 class Multiplier:
-    """FLOPs of ``llada`` over FLOPs of ``arm`` at the loss that ``arm`` reaches at ``arm_flops``; 95 % interval."""
+    """FLOPs of an objective over FLOPs of the reference at the loss that the reference reaches at ``reference_flops``.
 
+    The interval is at 95 %. Both names are those of ``ObjectiveFits``: with the variant where it is not the default.
+    """
+
+    objective: str
+    reference: str
     convention: Convention
     method: Method
-    arm_flops: float
+    reference_flops: float
     multiplier: float
     low: float
     high: float
     extrapolated: bool
     """Whether one of them reaches that loss only outside of the budgets that its fit goes through (within a decade)."""
     doubt: str | None = None
-    """Why the number is not to be relied on, as ``checks.doubts`` found it; None where nothing was found."""
+    """Why the number is not to be relied on, as ``with_doubts`` found it; None where nothing was found."""
+
+    @property
+    def yardstick(self) -> ValidationKind:
+        """The quantity that is held equal: a bound if the validation loss of one of the two is a bound."""
+        kinds = {get_objective(base_objective(name)).val_kind for name in (self.objective, self.reference)}
+        return "bound" if "bound" in kinds else "exact"
 
     @property
     def trusted(self) -> bool:
@@ -59,63 +75,36 @@ class Multiplier:
         return Estimate(self.multiplier, self.low, self.high)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "trusted": self.trusted, "interval": self.estimate.interval}
-
-
-# --- fitting ---------------------------------------------------------------------------------------------------------
-
-
-class LossLine(Protocol):
-    """The best loss at given training FLOPs by some method, at its point estimate and in every draw."""
-
-    @property
-    def flops_range(self) -> tuple[float, float]: ...
-    def loss(self, flops: npt.ArrayLike) -> Array: ...
-    def drawn(self, flops: npt.ArrayLike) -> Array: ...
-
-
-@dataclass(frozen=True)
-class Line:
-    """A law or curve with the FLOPs of the budgets that it goes through."""
-
-    curve: PowerLaw | LossCurve
-    flops_range: tuple[float, float]
-
-    def loss(self, flops: npt.ArrayLike) -> Array:
-        return self.curve.loss(flops)
-
-    def drawn(self, flops: npt.ArrayLike) -> Array:
-        return self.curve.drawn(flops)
-
-
-@dataclass(frozen=True)
-class FrontierLine:
-    """The parametric law's frontier by one convention."""
-
-    fit: ParametricFit
-    convention: Convention
-
-    @property
-    def flops_range(self) -> tuple[float, float]:
-        return self.fit.flops_ranges[self.convention]
-
-    def loss(self, flops: npt.ArrayLike) -> Array:
-        return self.fit.frontier_loss(self.convention, flops)
-
-    def drawn(self, flops: npt.ArrayLike) -> Array:
-        return self.fit.drawn_frontier(self.convention, flops)
+        """The record in ``fits.json``. The FLOPs of the default reference have their older name, too."""
+        alias = {f"{REFERENCE}_flops": self.reference_flops} if self.reference == REFERENCE else {}
+        found = {**vars(self), "yardstick": self.yardstick, "trusted": self.trusted, "interval": self.estimate.interval}
+        return found | alias
 
 
 def compute_multipliers(
-    convention: Convention, method: Method, arm: LossLine, llada: LossLine, arm_flops: npt.ArrayLike
+    objective: str,
+    reference: str,
+    convention: Convention,
+    method: Method,
+    lines: tuple[LossLine, LossLine],
+    reference_flops: npt.ArrayLike,
 ) -> list[Multiplier]:
-    """The compute multiplier at given FLOPs of ``arm``, joint over the draws of both objectives.
+    """The compute multiplier at given FLOPs of the reference, joint over the draws of both objectives.
 
     Left out is what either objective reaches only more than a decade beyond the budgets of its fit, or never. An
     interval's end that lies more than ``DRAWN_DECADES`` beyond them is open (infinite, or zero).
+
+    Args:
+        objective: The name of the objective.
+        reference: The name of the objective that it is compared with.
+        convention: The convention by which FLOPs are counted.
+        method: The method of both fits.
+        lines: The best loss against FLOPs, of the objective and of the reference.
+        reference_flops: The training FLOPs of the reference (k,).
     """
-    flops = np.asarray(arm_flops, float)
-    low, high = llada.flops_range
+    line, reference_line = lines
+    flops = np.asarray(reference_flops, float)
+    low, high = line.flops_range
     decades = np.log10(high / low) + 2 * DRAWN_DECADES
     log_grid = np.linspace(
         np.log(low) - DRAWN_DECADES * np.log(10),
@@ -123,17 +112,16 @@ def compute_multipliers(
         int(np.ceil(POINTS_A_DECADE * decades)) + 1,
     )
     grid = np.exp(log_grid)
-    needed = np.exp(_first_reached(log_grid, llada.loss(grid)[None], arm.loss(flops)[None]))[0]
-    drawn = np.exp(_first_reached(log_grid, llada.drawn(grid), arm.drawn(flops))) / flops
+    needed = np.exp(_first_reached(log_grid, line.loss(grid)[None], reference_line.loss(flops)[None]))[0]
+    drawn = np.exp(_first_reached(log_grid, line.drawn(grid), reference_line.drawn(flops))) / flops
     found = []
     for number, (given, value) in enumerate(zip(flops, needed, strict=True)):
-        sides = ((arm, given), (llada, value))
-        if all(_within(line, reached, EXTRAPOLATION) for line, reached in sides):
-            estimate = Estimate.of(value / given, drawn[:, number])
-            outside = not all(_within(line, reached, ROUNDING) for line, reached in sides)
-            found.append(
-                Multiplier(convention, method, float(given), estimate.value, estimate.low, estimate.high, outside)
-            )
+        sides = ((reference_line, given), (line, value))
+        if all(_within(side, reached, EXTRAPOLATION) for side, reached in sides):
+            own = Estimate.of(value / given, drawn[:, number])
+            outside = not all(_within(side, reached, ROUNDING) for side, reached in sides)
+            numbers = (float(given), own.value, own.low, own.high)
+            found.append(Multiplier(objective, reference, convention, method, *numbers, outside))
     return found
 
 
@@ -164,3 +152,140 @@ def _first_reached(log_grid: Array, losses: Array, goals: Array) -> Array:
         value = np.where(right == 0, -np.inf, np.where(right == len(log_grid), np.inf, value))
         reached[:, column] = np.where(np.isnan(goal) | np.isnan(best[:, 0]), np.nan, value)
     return reached
+
+
+# --- doubt -----------------------------------------------------------------------------------------------------------
+
+
+def with_doubts(
+    multipliers: list[Multiplier], objectives: Iterable[ObjectiveFits], held_out: list[HeldOut]
+) -> list[Multiplier]:
+    """The same multipliers, each with the reasons to doubt its method by its convention.
+
+    These are: a largest budget that was held out and lies outside of its predicted interval, and a fit that is
+    rejected (``REJECTED``), of either objective; and, of a single multiplier, a power law beyond its budgets.
+    """
+    objectives, found = list(objectives), []
+    for entry in multipliers:
+        pair = (entry.objective, entry.reference)
+        reasons = [
+            f"{own.objective}'s largest budget, held out, is outside of its interval"
+            for own in held_out
+            if (own.method, own.convention) == (entry.method, entry.convention)
+            and own.objective in pair
+            and own.inside is False
+        ]
+        own_fits = [fits for fits in objectives if fits.objective in pair]
+        misfits = [(fits.objective, fits.misfit(entry.method, entry.convention)) for fits in own_fits]
+        reasons += [f"{name}'s fit is rejected (p {_p_value(p)})" for name, p in misfits if p < REJECTED]
+        if not entry.shown:
+            reasons.append("a power law beyond its budgets")
+        found.append(replace(entry, doubt="; ".join(reasons) or None))
+    return found
+
+
+def _p_value(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def no_common_loss(
+    objective: str,
+    reference: str,
+    convention: Convention,
+    fits: Mapping[str, ObjectiveFits],
+    multipliers: list[Multiplier],
+) -> str | None:
+    """That the best losses of two objectives share no value within their budgets, and what is missing.
+
+    Args:
+        objective: The name of the objective.
+        reference: The name of the objective that it is compared with.
+        convention: The convention by which FLOPs are counted.
+        fits: The fits of both.
+        multipliers: The multipliers of all pairs, from which the missing factor of FLOPs is taken.
+    """
+    theirs, own = (fits[name].envelope[convention].points for name in (reference, objective))
+    behind = own[-1].loss > theirs[0].loss
+    if not behind and own[0].loss >= theirs[-1].loss:
+        return None
+    found = [
+        entry
+        for entry in multipliers
+        if (entry.objective, entry.reference, entry.convention) == (objective, reference, convention)
+    ]
+    least = min(
+        (entry for entry in found if behind and entry.shown), key=lambda entry: entry.reference_flops, default=None
+    )
+    factor = least.multiplier * least.reference_flops / own[-1].flops if least else None
+    by = f", by a factor of about {factor:.2g} ({least.method})" if least and factor else ""
+    printed = "; what is printed is extrapolated" if found else ""
+    smaller, larger = (reference, objective) if behind else (objective, reference)
+    return (
+        f"{NO_COMMON_LOSS} by {CONVENTION_NAMES[convention]}: {reference}'s best losses go from {theirs[0].loss:.3f} "
+        f"to {theirs[-1].loss:.3f}, {objective}'s from {own[0].loss:.3f} to {own[-1].loss:.3f}, so no multiplier is "
+        f"measured{printed}; add smaller budgets for {smaller} or larger ones for {larger}{by}"
+    )
+
+
+# --- agreement -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """Two methods whose 95 % intervals of one quantity share no number. Both are known; an infinite end is open."""
+
+    quantity: str
+    objective: str
+    reference: str | None
+    """None where the quantity is none of a pair."""
+    convention: Convention
+    flops: float | None
+    methods: tuple[str, str]
+    values: tuple[float, float]
+    intervals: tuple[tuple[float, float], tuple[float, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def disagreements(objectives: Iterable[ObjectiveFits], multipliers: list[Multiplier]) -> list[Disagreement]:
+    """Where two methods' intervals do not overlap: the exponent of N_opt, and the multiplier at the same budget."""
+    found = []
+    for fits in objectives:
+        for convention, isoflop in fits.isoflop.items():
+            if isoflop.n_law and fits.parametric:
+                estimates = {"isoflop": isoflop.n_law.exponent, "parametric": fits.parametric.n_exponent(convention)}
+                quantity = f"exponent of N_opt, {fits.objective}"
+                found += _apart(quantity, fits.objective, None, convention, None, estimates)
+
+    def point(entry: Multiplier) -> tuple[str, str, Convention, float]:
+        return entry.objective, entry.reference, entry.convention, entry.reference_flops
+
+    for (objective, reference, convention, flops), entries in groupby(sorted(multipliers, key=point), key=point):
+        methods = {entry.method: entry.estimate for entry in entries}
+        found += _apart("compute multiplier", objective, reference, convention, flops, methods)
+    return found
+
+
+def _apart(
+    quantity: str,
+    objective: str,
+    reference: str | None,
+    convention: Convention,
+    flops: float | None,
+    estimates: Mapping[Any, Estimate],
+) -> list[Disagreement]:
+    return [
+        Disagreement(
+            quantity,
+            objective,
+            reference,
+            convention,
+            flops,
+            (one, other),
+            (estimates[one].value, estimates[other].value),
+            ((estimates[one].low, estimates[one].high), (estimates[other].low, estimates[other].high)),
+        )
+        for one, other in combinations(estimates, 2)
+        if not estimates[one].overlaps(estimates[other])
+    ]

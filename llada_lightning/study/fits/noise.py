@@ -11,7 +11,7 @@ dof tau^2 / chi^2_dof, so that few degrees of freedom give wide intervals, as St
 over runs and over each run's own error, and counts no noise twice. A fit that goes through all its points tells no
 spread: it borrows that of another fit (``best_known``), and has no intervals where nothing can be borrowed. Cases are
 not resampled: of five runs of a budget a resample often keeps fewer than the three that a parabola needs, or all on
-one side of its valley.
+one side of its minimum.
 
 Draws are many: 2,000 runs in 4,000 draws are 64 MB for each kind of number. So they are made once, fits take columns of
 them without a copy, and what is computed from them is computed in blocks of draws.
@@ -28,8 +28,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
-from llada_lightning.study.fits.estimate import Array
-from llada_lightning.study.fits.runs import losses
+from llada_lightning.study.fits.runs import Array, losses
 from llada_lightning.support.errors import UserError
 
 NoiseModel = Literal["covariance", "standard errors", "scatter"]
@@ -84,7 +83,7 @@ class Draws:
     """What was drawn for m log losses: three arrays (samples, m), which every fit of them shares."""
 
     errors: Array
-    """From N(0, V). Runs that err together do so in every draw, over both objectives."""
+    """From N(0, V). Runs that err together do so in every draw, over all objectives."""
     normals: Array
     """Standard normals for the spread."""
     uniforms: Array
@@ -171,10 +170,10 @@ class Noise:
         return replace(whole, shares=means**2 @ self.shares)
 
     def shared_within(self, groups: npt.NDArray[np.intp]) -> Noise:
-        """The same with one error of the spread for all losses of a group, as branches of one trunk share theirs.
+        """The same noise with one error of the spread for all losses of a group, such as the branches of a trunk.
 
         Args:
-            groups: number of each loss's group (n,), from 0 on.
+            groups: The number of each loss's group (n,), from 0 on.
         """
         drawn = Draws(self.errors, self.normals[:, groups], self.drawn.uniforms[:, self.columns])
         return replace(self, drawn=drawn, columns=np.arange(len(groups)))
@@ -194,8 +193,8 @@ class Noise:
         Unknown where as many parameters as points leave nothing to judge by.
 
         Args:
-            residuals: of log loss (n,).
-            design: derivatives of the fitted values by the parameters (n, p).
+            residuals: The residuals of log loss (n,).
+            design: The derivatives of the fitted values by the parameters (n, p).
         """
         weights = self.weights()
         root = np.sqrt(weights)
@@ -259,61 +258,21 @@ def drawn_tau(spread: Spread, uniforms: Array) -> Array:
     return spread.tau * np.sqrt(spread.dof / stats.chi2.ppf(uniforms, spread.dof))
 
 
-# --- linear fits -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LinearFit:
-    """Weighted least squares: the parameters (p,), their draws (samples, p), and what the points scatter about it."""
-
-    theta: Array
-    draws: Array
-    spread: Spread
-    residual: float
-    """Root mean square."""
-    solve: Array
-    """theta = solve @ y."""
-
-
-def linear_spread(design: Array, y: Array, noise: Noise) -> Spread:
-    """What points y (n,) scatter beyond their errors about least squares on a design (n, p)."""
-    return noise.spread(y - design @ (solver(design, noise.weights()) @ y), design)
-
-
-def fit_linear(design: Array, y: Array, noise: Noise, *, lent: Spread = UNKNOWN) -> LinearFit:
-    """Least squares of y (n,) on a design (n, p), each point weighed by its own error and the spread beyond it.
-
-    ``lent`` is a spread of other points of the kind, for where these tell none.
-    """
-    spread = best_known(linear_spread(design, y, noise), lent)
-    solve = solver(design, noise.weights(np.nan_to_num(spread.tau)))
-    theta = solve @ y
-    residual = float(np.sqrt(np.mean((y - design @ theta) ** 2)))
-    draws = np.concatenate([block @ solve.T for block in noise.blocks_of_draws(spread)])
-    return LinearFit(theta, theta + draws, spread, residual, solve)
-
-
-def solver(design: Array, weights: Array) -> Array:
-    """Weighted least squares as a matrix (p, n): theta = solver @ y."""
-    root = np.sqrt(weights)
-    return np.asarray(np.linalg.pinv(root[:, None] * design) * root, np.float64)
-
-
 # --- of a results table ----------------------------------------------------------------------------------------------
 
 
 def noise_of_runs(runs: pd.DataFrame, covariance: pd.DataFrame | None, samples: int, seed: int) -> Noise:
-    """The noise of a results table's runs, both objectives at once.
+    """The noise of a results table's runs, all objectives at once.
 
     Args:
-        runs: usable runs.
-        covariance: of all the runs' ``val_nats_per_token`` in nats^2, index and columns ``run@steps``; None: by the
-            table's standard errors, or, where one of them is missing or zero, by the scatter alone.
-        samples: bootstrap draws.
-        seed: of the draws.
+        runs: The usable runs.
+        covariance: The covariance of all the runs' ``val_nats_per_token`` in nats^2, index and columns ``run@steps``.
+            None: the table's standard errors, or, where one of them is missing or zero, the scatter alone.
+        samples: The number of bootstrap draws.
+        seed: The seed of the draws.
 
     Raises:
-        UserError: the covariance is none.
+        UserError: The matrix is no covariance.
     """
     loss, stderr = losses(runs, "nats_per_token")
     if covariance is not None:
@@ -348,7 +307,7 @@ def _matching(covariance: pd.DataFrame, runs: pd.DataFrame) -> Array:
     names = run_names(runs)
     assert not runs_without(covariance, runs)
     if covariance.index.has_duplicates or covariance.columns.has_duplicates:
-        raise UserError("covariance: a run's name stands in it twice; write it again")
+        raise UserError("covariance: a run's name is in it twice; write it again")
     matrix = covariance.loc[names, names].to_numpy(float)
     largest = np.max(np.abs(matrix)) if np.all(np.isfinite(matrix)) else np.nan
     if not (largest > 0 and np.allclose(matrix, matrix.T, atol=1e-9 * largest)):

@@ -1,28 +1,73 @@
-"""All fits of one objective's runs."""
+"""All fits of one objective's runs, and its largest budget as fits without that budget predict it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from llada_lightning.compute.flops import Convention
-from llada_lightning.study.fits.envelope import EnvelopeFit, fit_envelope
-from llada_lightning.study.fits.isoflop import IsoflopFit, LossCurve, fit_isoflop, parabola_spread
-from llada_lightning.study.fits.multiplier import FrontierLine, Line, LossLine, Method
-from llada_lightning.study.fits.noise import UNKNOWN, Noise, Spread, best_known
-from llada_lightning.study.fits.parametric import ParametricFit, fit_parametric, what_lacks
-from llada_lightning.study.fits.power_law import PowerLaw
-from llada_lightning.study.fits.runs import Unit, planned_convention
+from llada_lightning.study.fits.envelope import Candidates, EnvelopeFit, fit_envelope
+from llada_lightning.study.fits.isoflop import MIN_SHAPES, IsoflopFit, LossCurve, fit_isoflop, parabola_spread
+from llada_lightning.study.fits.least_squares import Estimate, PowerLaw, interval
+from llada_lightning.study.fits.noise import UNKNOWN, Noise, Spread, best_known, drawn_tau
+from llada_lightning.study.fits.parametric import ParametricFit, fit_parametric, too_few
+from llada_lightning.study.fits.runs import Array, Unit, budget_members, flops_column, planned_convention
+
+Method = Literal["envelope", "isoflop", "parametric"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+class LossLine(Protocol):
+    """The best loss at given training FLOPs by some method, at its point estimate and in every draw."""
+
+    @property
+    def flops_range(self) -> tuple[float, float]: ...
+    def loss(self, flops: npt.ArrayLike) -> Array: ...
+    def drawn(self, flops: npt.ArrayLike) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Line:
+    """A law or curve with the FLOPs of the budgets that it goes through."""
+
+    curve: PowerLaw | LossCurve
+    flops_range: tuple[float, float]
+
+    def loss(self, flops: npt.ArrayLike) -> Array:
+        return self.curve.loss(flops)
+
+    def drawn(self, flops: npt.ArrayLike) -> Array:
+        return self.curve.drawn(flops)
+
+
+@dataclass(frozen=True)
+class FrontierLine:
+    """The parametric law's frontier by one convention."""
+
+    fit: ParametricFit
+    convention: Convention
+
+    @property
+    def flops_range(self) -> tuple[float, float]:
+        return self.fit.flops_ranges[self.convention]
+
+    def loss(self, flops: npt.ArrayLike) -> Array:
+        return self.fit.frontier_loss(self.convention, flops)
+
+    def drawn(self, flops: npt.ArrayLike) -> Array:
+        return self.fit.drawn_frontier(self.convention, flops)
 
 
 @dataclass(frozen=True)
 class ObjectiveFits:
-    """One objective by all methods; ``parametric`` is None where there are too few runs, and its note says so."""
+    """One objective by all methods; ``parametric`` is None where there are too few runs, as its note explains."""
 
     objective: str
+    """The name of the objective, with the variant in brackets where it is not the default recipe."""
     envelope: dict[Convention, EnvelopeFit]
     isoflop: dict[Convention, IsoflopFit]
     parametric: ParametricFit | None
@@ -52,7 +97,7 @@ class ObjectiveFits:
         return fit.misfit if fit else np.nan
 
     def notes(self) -> list[str]:
-        """What is to be said of the fits, each with the fit's name."""
+        """The notes of the fits, each with the name of its fit."""
         found = [
             f"{self.objective}, {method}, {convention}: {fit.note}"
             for method, fits in (("envelope", self.envelope), ("isoflop", self.isoflop))
@@ -85,31 +130,168 @@ def fit_objective(
     noise: Noise,
     seed: int = 0,
     *,
-    lent: Spread = UNKNOWN,
+    borrowed: Spread = UNKNOWN,
 ) -> ObjectiveFits:
     """Every method on one objective's runs.
 
     Args:
-        objective: ``arm`` or ``llada``.
-        runs: its usable runs.
-        conventions: by which its FLOPs are counted.
-        unit: of the losses.
-        noise: of these runs, in their order.
-        seed: of the draws of the laws' own spread.
-        lent: the other objective's scatter about its parabolas, for where this one's go through all their points.
+        objective: The name of the objective, with its variant.
+        runs: The usable runs of the objective.
+        conventions: The conventions by which the FLOPs are counted.
+        unit: The unit of the losses.
+        noise: The noise of these runs, in their order.
+        seed: The seed of the draws of the laws' own spread.
+        borrowed: The residual spread of the parabolas of another objective, for where the parabolas of this one have
+            no degrees of freedom.
     """
-    lacking = what_lacks(runs)
+    lacking = too_few(runs)
     planned = planned_convention(runs, conventions)
     own = parabola_spread(runs, planned, unit, noise)
-    by_parabolas = best_known(own, lent)
+    by_parabolas = best_known(own, borrowed)
     parametric = None if lacking else fit_parametric(runs, conventions, unit, noise, parabolas=by_parabolas)
-    lent = best_known(lent, parametric.scatter if parametric else UNKNOWN)
-    spread = best_known(own, lent)
+    borrowed = best_known(borrowed, parametric.scatter if parametric else UNKNOWN)
+    spread = best_known(own, borrowed)
     return ObjectiveFits(
         objective,
         {name: fit_envelope(runs, name, planned, unit, noise, seed, spread=spread) for name in conventions},
-        {name: fit_isoflop(runs, name, unit, noise, seed, lent=lent) for name in conventions},
+        {name: fit_isoflop(runs, name, unit, noise, seed, borrowed=borrowed) for name in conventions},
         parametric,
         lacking,
         spread,
+    )
+
+
+# --- held-out --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The loss at the largest budget as a fit without that budget predicts it; 95 % interval for the observation."""
+
+    objective: str
+    convention: Convention
+    method: Method
+    flops: float
+    observed: float
+    predicted: float
+    low: float
+    high: float
+    relative_error: float
+    """Predicted over observed, less one."""
+    inside: bool | None
+    """Whether the observation is in the interval; None where there is none."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "interval": Estimate(self.predicted, self.low, self.high).interval}
+
+
+@dataclass(frozen=True)
+class _Observation:
+    """What a budget that was held out shows: FLOPs, log loss, and true less observed in every draw (samples,)."""
+
+    flops: float
+    log_loss: float
+    errors: Array
+
+
+def hold_out(
+    runs: pd.DataFrame, fits: ObjectiveFits, unit: Unit, noise: Noise, seed: int = 0, *, borrowed: Spread = UNKNOWN
+) -> list[HeldOut]:
+    """Fits the smaller budgets of one objective and predicts the loss at the largest, by each method and convention.
+
+    Held out is the largest budget of enough shapes for a parabola, if there is one; what is larger is left out too.
+    The observation is the optimum of the budget's parabola, or its best shape where there is none (and for the
+    envelope). The interval is for the observation: it holds the errors of prediction and observation, drawn jointly,
+    so that an error that all runs share does not count, and the residuals of the method's law. Methods that have no
+    fit of the smaller budgets are left out.
+
+    Args:
+        runs: The usable runs of one objective.
+        fits: The fits of all of them.
+        unit: The unit of the losses.
+        noise: The noise of these runs, in their order.
+        seed: The seed, as for ``fit_objective``.
+        borrowed: The spread of another fit, as for ``fit_objective``.
+    """
+    conventions = tuple(fits.envelope)
+    planned = planned_convention(runs, conventions)
+    held, rest = _divided(runs, planned)
+    if not len(rest):
+        return []
+    smaller = runs.iloc[rest].reset_index(drop=True)
+    fewer = fit_objective(fits.objective, smaller, conventions, unit, noise.take(rest), seed, borrowed=borrowed)
+    budget = Candidates.of(runs.iloc[held].reset_index(drop=True), planned, unit, noise.take(held))
+    generator = np.random.default_rng(seed)
+    normals, uniforms = generator.standard_normal(noise.samples), generator.uniform(size=noise.samples)
+    results = []
+    for convention in conventions:
+        spread = best_known(fewer.spread, fewer.envelope[convention].spread)
+        best = _best_shape(budget, runs.iloc[held], convention, spread)
+        optimum = _optimum(fits.isoflop[convention], held) or best
+        for method in METHODS:
+            line = fewer.line(method, convention)
+            if line:
+                observation = best if method == "envelope" else optimum
+                missed = drawn_tau(_beyond(fewer, method, convention), uniforms) * normals
+                results.append(_held_out(fits.objective, convention, method, line, observation, missed))
+    return results
+
+
+def _divided(runs: pd.DataFrame, planned: Convention) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Row positions of the budget to be held out, and of all that are smaller."""
+    budgets = budget_members(runs[flops_column(planned)])
+    sizes = runs["params_nonembedding"].to_numpy(float)
+    wide = [number for number, rows in enumerate(budgets) if len(np.unique(sizes[rows])) >= MIN_SHAPES]
+    last = wide[-1] if wide else len(budgets) - 1
+    return budgets[last], np.sort(np.concatenate([np.empty(0, np.intp), *budgets[:last]]))
+
+
+def _beyond(fits: ObjectiveFits, method: Method, convention: Convention) -> Spread:
+    """The residual spread of a method's law, beyond the errors of its points and the spread of runs."""
+    if method == "envelope":
+        law = fits.envelope[convention].law
+        return law.scatter if law else UNKNOWN
+    if method == "isoflop":
+        curve = fits.isoflop[convention].loss_curve
+        return curve.scatter if curve else UNKNOWN
+    assert fits.parametric
+    own, runs = fits.parametric.scatter, fits.spread
+    return replace(own, tau=float(np.sqrt(max(0.0, own.tau**2 - runs.tau**2))) if runs.known else own.tau)
+
+
+def _best_shape(budget: Candidates, runs: pd.DataFrame, convention: Convention, spread: Spread) -> _Observation:
+    everything = np.arange(len(budget.rows))
+    best = budget.best(everything)
+    flops = float(runs[flops_column(convention)].to_numpy(float)[budget.rows[best]].mean())
+    return _Observation(flops, float(budget.log_loss[best]), budget.errors(everything, spread))
+
+
+def _optimum(fit: IsoflopFit, held: npt.NDArray[np.intp]) -> _Observation | None:
+    for budget in fit.budgets:
+        if budget.interior and set(budget.rows) == set(held):
+            value = float(np.log(budget.loss_opt.value))
+            return _Observation(budget.flops, value, budget.drawn_log_loss_opt - value)
+    return None
+
+
+def _held_out(
+    objective: str, convention: Convention, method: Method, line: LossLine, observation: _Observation, missed: Array
+) -> HeldOut:
+    flops = np.array([observation.flops])
+    predicted = float(np.log(line.loss(flops)[0]))
+    prediction_errors = np.log(line.drawn(flops)[:, 0]) - predicted
+    errors = prediction_errors - observation.errors + missed
+    low, high = (float(np.exp(end)) for end in interval(predicted + errors))
+    observed = float(np.exp(observation.log_loss))
+    return HeldOut(
+        objective,
+        convention,
+        method,
+        observation.flops,
+        observed,
+        float(np.exp(predicted)),
+        low,
+        high,
+        relative_error=float(np.expm1(predicted - observation.log_loss)),
+        inside=low <= observed <= high if np.isfinite(low + high) else None,
     )

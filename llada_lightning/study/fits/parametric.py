@@ -15,9 +15,8 @@ import pandas as pd
 from scipy.optimize import least_squares, nnls
 
 from llada_lightning.compute.flops import Convention
-from llada_lightning.study.fits.estimate import (
+from llada_lightning.study.fits.least_squares import (
     PARAMETERS,
-    Array,
     Estimate,
     fit_many,
     huber,
@@ -26,7 +25,7 @@ from llada_lightning.study.fits.estimate import (
     log_loss_and_jacobian,
 )
 from llada_lightning.study.fits.noise import UNKNOWN, Noise, Spread, blocks
-from llada_lightning.study.fits.runs import TokenCost, Unit, flops_column, losses
+from llada_lightning.study.fits.runs import Array, TokenCost, Unit, flops_column, losses
 
 HUBER_DELTA = 1e-3
 """Of the residuals of log loss, as Hoffmann et al. 2022 have it."""
@@ -206,7 +205,7 @@ class ParametricFit:
 # --- fitting ---------------------------------------------------------------------------------------------------------
 
 
-def what_lacks(runs: pd.DataFrame) -> str | None:
+def too_few(runs: pd.DataFrame) -> str | None:
     """Why these runs of one objective are too few for the law, and what is needed; None if they are enough."""
     sizes, tokens = (_distinct(runs[column]) for column in ("params_nonembedding", "tokens"))
     if len(runs) >= MIN_RUNS and min(sizes, tokens) >= MIN_SIZES:
@@ -235,14 +234,14 @@ def fit_parametric(
     """The parametric law of one objective's runs.
 
     Args:
-        runs: usable runs of one objective, enough of them (``what_lacks``).
-        conventions: of FLOPs by which the frontier may be asked for.
-        unit: of the losses.
-        noise: of these runs, in their order.
-        parabolas: the spread of runs about the parabolas of their budgets, which assume less: the law is tested by it.
-        huber_delta: where residuals of log loss begin to count linearly.
+        runs: The usable runs of one objective, enough of them (``too_few``).
+        conventions: The conventions of FLOPs by which the frontier can be asked for.
+        unit: The unit of the losses.
+        noise: The noise of these runs, in their order.
+        parabolas: The spread of runs about the parabolas of their budgets, which assume less: the law is tested by it.
+        huber_delta: The residual of log loss from which on the loss is linear.
     """
-    assert what_lacks(runs) is None
+    assert too_few(runs) is None
     log_n, log_d = (np.log(runs[column].to_numpy(float)) for column in ("params_nonembedding", "tokens"))
     log_n0, log_d0 = float(log_n.mean()), float(log_d.mean())
     x, z = log_n - log_n0, log_d - log_d0
@@ -331,18 +330,18 @@ def _starts(x: Array, z: Array, y: Array) -> list[Array]:
 
 
 def _unidentified(draws: Array, converged: npt.NDArray[np.bool_], lowest: float, gradient: float) -> str | None:
-    """What the data leave open, in words; None if nothing."""
-    words = []
+    """Which parameters the data do not determine, as a note; None if they determine all."""
+    found = []
     for name, column in (("alpha", 2), ("beta", 4)):
         exponents = np.exp(draws[:, column])
         away = float(np.mean((exponents < SANE_EXPONENTS[0]) | (exponents > SANE_EXPONENTS[1])))
         if away > RUNAWAY_SHARE:
-            words.append(f"{name} runs away in {away:.0%} of the draws")
+            found.append(f"{name} runs away in {away:.0%} of the draws")
     vanished = float(np.mean(draws[:, 0] < lowest + np.log(SMALLEST_E)))
     if vanished > RUNAWAY_SHARE:
-        words.append(f"E vanishes in {vanished:.0%} of the draws")
+        found.append(f"E vanishes in {vanished:.0%} of the draws")
     if gradient > 1e-4:
-        words.append(f"the optimum was not reached (relative gradient {gradient:.1e})")
+        found.append(f"the optimum was not reached (relative gradient {gradient:.1e})")
     if np.mean(converged) < 1 - RUNAWAY_SHARE:
-        words.append(f"{1 - np.mean(converged):.0%} of the draws did not converge")
-    return f"not identified: {'; '.join(words)}" if words else None
+        found.append(f"{1 - np.mean(converged):.0%} of the draws did not converge")
+    return f"not identified: {'; '.join(found)}" if found else None

@@ -10,25 +10,62 @@ import numpy.typing as npt
 import pandas as pd
 
 from llada_lightning.compute.flops import CONVENTIONS, Convention
+from llada_lightning.objectives import OBJECTIVES, get_objective
 from llada_lightning.records import DONE
-from llada_lightning.study.fits.estimate import Array
 from llada_lightning.support.errors import UserError
+
+Array = npt.NDArray[np.float64]
 
 Unit = Literal["nats_per_token", "bits_per_byte"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 UNIT_NAMES: dict[Unit, str] = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
 
-OBJECTIVES = ("arm", "llada")
-VAL_KINDS = {"arm": "exact", "llada": "bound"}
-
 BUDGET_TOLERANCE = 1.1
 """Runs whose FLOPs differ by less than this factor belong to one budget: whole steps cannot hit it exactly."""
 
 
+# --- objectives and their variants -----------------------------------------------------------------------------------
+
+
+def named_variants(table: pd.DataFrame) -> pd.DataFrame:
+    """The same table with the variant in the name of the objective, such as `llada [weight_decay=0]`.
+
+    So a variant is an objective of its own in every fit and figure, and rows that differ in it are never pooled. A
+    run of the default recipe keeps the name of its objective; `optimizer.` is left out.
+    """
+    if "variant" not in table or not (variants := table["variant"].fillna("").astype(object)).any():
+        return table
+    shown = variants.str.replace(r"(^|;)optimizer[.]", r"\1", regex=True)
+    names = [
+        f"{base_objective(name)} [{variant}]" if variant and not pd.isna(name) else name
+        for name, variant in zip(table["objective"], shown, strict=True)
+    ]
+    return table.assign(objective=pd.Series(names, table.index, table["objective"].dtype))
+
+
+def base_objective(name: str) -> str:
+    """The objective of a name that may hold a variant: `llada` of `llada [weight_decay=0]`."""
+    return name.partition(" [")[0]
+
+
+def objective_names(table: pd.DataFrame) -> list[str]:
+    """The names in a table, in the order of the table of objectives, each before its variants."""
+    order = {name: number for number, name in enumerate(OBJECTIVES)}
+    return sorted(
+        table["objective"].dropna().unique(), key=lambda name: (order.get(base_objective(name), len(order)), name)
+    )
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
 def usable_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """The finished runs with a finite loss, each once: the only ones that a fit may see."""
-    runs = finished_runs(table)
-    return runs[~_stands_twice(runs)].reset_index(drop=True)
+    """The finished runs with a finite loss, each once: the only ones that a fit may see.
+
+    Their objectives are named as by ``named_variants``.
+    """
+    runs = named_variants(finished_runs(table))
+    return runs[~_repeated(runs)].reset_index(drop=True)
 
 
 def finished_runs(table: pd.DataFrame) -> pd.DataFrame:
@@ -37,8 +74,8 @@ def finished_runs(table: pd.DataFrame) -> pd.DataFrame:
     return table[(table["status"] == DONE).fillna(False).to_numpy(bool) & finite].reset_index(drop=True)
 
 
-def _stands_twice(runs: pd.DataFrame) -> npt.NDArray[np.bool_]:
-    """Rows whose result stands above them already, as tables joined by hand have them.
+def _repeated(runs: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """Rows whose result an earlier row holds, as in tables that were joined by hand.
 
     Equal are objective, run, steps, seed, N and D; where a table gives no seeds, the loss must be equal too.
     """
@@ -47,22 +84,23 @@ def _stands_twice(runs: pd.DataFrame) -> npt.NDArray[np.bool_]:
 
 
 def check_comparable(table: pd.DataFrame) -> None:
-    """Raises UserError where the losses of a table cannot stand on one axis.
+    """Raises UserError where the losses of a table cannot be compared.
 
-    That is: several tokenizers, data fingerprints or sequence lengths, an unknown objective, or a ``val_kind`` that
-    is not the objective's own (``arm`` is exact, ``llada`` a bound).
+    That is: several tokenizers, data fingerprints or sequence lengths, an objective that the table of objectives does
+    not know, or a ``val_kind`` that is not the objective's own.
     """
     for column in ("tokenizer", "data_fingerprint", "sequence_length"):
         kinds = sorted(table[column].dropna().unique())
         if len(kinds) > 1:
             raise UserError(f"results: {column} is mixed ({', '.join(map(str, kinds))}); collect runs on the same data")
     for objective, kind in table[["objective", "val_kind"]].drop_duplicates().itertuples(index=False):
-        if pd.isna(objective) or objective not in OBJECTIVES:
+        if pd.isna(objective) or base_objective(objective) not in OBJECTIVES:
             run = table.loc[table["objective"].eq(objective) | table["objective"].isna(), "run"].iloc[0]
             known = ", ".join(OBJECTIVES)
             raise UserError(f"results: objective {objective!r} of {run} is not known; it is one of {known}")
-        if pd.isna(kind) or kind != VAL_KINDS[objective]:
-            raise UserError(f"results: val_kind of {objective} is {kind!r}; it must be {VAL_KINDS[objective]!r}")
+        own = get_objective(base_objective(objective)).val_kind
+        if pd.isna(kind) or kind != own:
+            raise UserError(f"results: val_kind of {objective} is {kind!r}; it must be {own!r}")
 
 
 def check_complete(runs: pd.DataFrame, unit: Unit) -> None:
@@ -199,7 +237,7 @@ class TokenCost:
         order = np.argsort(log_n, kind="stable")
         near = np.cumsum(np.diff(log_n[order], prepend=log_n[order[0]]) > SAME_SIZE)
         knots, costs = (np.bincount(near, values[order]) / np.bincount(near) for values in (log_n, log_cost))
-        # One shape says nothing of others but that FLOPs grow with N.
+        # One shape tells of others only that FLOPs grow with N.
         slope = np.polyfit(knots, costs, 1)[0] if len(knots) > 1 else 1.0
         return cls(knots, costs, float(np.clip(slope, *SANE_SLOPES)))
 

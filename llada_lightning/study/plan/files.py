@@ -15,13 +15,12 @@ import yaml
 
 from llada_lightning.compute.flops import CONVENTION_NAMES
 from llada_lightning.compute.shapes import shape_name
+from llada_lightning.objectives import get_objective
 from llada_lightning.study.plan.plan import Plan
 from llada_lightning.study.plan.trunk import Branch, Trunk
 from llada_lightning.support.errors import UserError
-from llada_lightning.support.files import written_atomically
+from llada_lightning.support.files import expanded, written_atomically
 from llada_lightning.support.printing import shortened
-
-_MODULES: Mapping[str, str] = {"arm": "ArmModule", "llada": "LladaModule"}
 
 TIME_MARGIN = 1.5
 """A job's time limit over the plan's hours: validation, checkpoints and the start are not counted there."""
@@ -64,13 +63,19 @@ def run_config(plan: Plan, trunk: Trunk, branches: Sequence[Branch], destination
     config: dict[str, Any] = {
         "seed_everything": trunk.seed,
         "budget": {"flops": budgets if len(budgets) > 1 else budgets[0], "convention": plan.convention},
-        "model": {"class_path": _MODULES[trunk.objective], "init_args": model},
+        "model": {"class_path": _class_path(trunk.objective), "init_args": model},
         "data": {"class_path": "TokenDataModule", "init_args": data},
         "run": {"study": destination.study},
     }
     if plan.machine.micro_batch is not None or trunk.accumulation > 1:
         config["trainer"] = {"accumulate_grad_batches": trunk.accumulation}
     return config
+
+
+def _class_path(objective: str) -> str:
+    """How a configuration names the module of an objective: those of the package by their class alone."""
+    path = get_objective(objective).module
+    return path.rpartition(".")[2] if path.startswith("llada_lightning.") else path
 
 
 def sweep_text(plan: Plan, destination: Destination, name: str, command: Sequence[str]) -> str:
@@ -148,6 +153,40 @@ def describe_totals(plan: Plan) -> list[str]:
             f"hours: {totals['device_hours']:.3g} {of}-hours; {totals['wall_hours']:.3g} hours one run after another"
         )
     return lines
+
+
+def write_files(
+    plan: Plan, destination: Destination, command: Sequence[str], out: str | None, slurm: str | None
+) -> dict[str, Path]:
+    """Write the files that a user asked for.
+
+    Args:
+        plan: The plan.
+        destination: What the runs of the sweep need beside the plan.
+        command: The command that made the plan, for the head of the files.
+        out: The path of the sweep file, which ends in `.yaml`.
+        slurm: The path of the SLURM job array.
+
+    Returns:
+        The paths of the written files by `sweep`, `table` and `slurm`; empty without ``out``.
+
+    Raises:
+        UserError: A path does not fit, or a file cannot be written.
+    """
+    if out is None:
+        if slurm is not None:
+            raise UserError("plan: --slurm runs a sweep; give --out too")
+        return {}
+    sweep = expanded(out)
+    if sweep.suffix not in (".yaml", ".yml"):
+        raise UserError(f"plan: --out {sweep} must end in .yaml")
+    script = None if slurm is None else expanded(slurm)
+    if script is not None and script.resolve() in (sweep.resolve(), sweep.with_suffix(".csv").resolve()):
+        raise UserError(f"plan: --slurm {slurm} is the sweep's own file or its table's; choose another name")
+    if destination.data is None:
+        raise UserError("plan: --out needs the data that the runs read; give --data DIR, or --base with data.path")
+    table = write_sweep(sweep, plan, destination, command, script)
+    return {"sweep": sweep, "table": table, **({} if script is None else {"slurm": script})}
 
 
 def write_sweep(

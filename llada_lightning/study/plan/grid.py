@@ -7,20 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from llada_lightning.compute.flops import Convention, Objective
+from llada_lightning.compute.flops import Convention
 from llada_lightning.compute.shapes import Shape, get_shape, proposable_shapes, propose_shape, shape_name
 from llada_lightning.objectives import get_objective
 from llada_lightning.run import Stream
 from llada_lightning.support.errors import UserError
-
-CENTRES: Mapping[Objective, float] = {"arm": 25.0, "llada": 105.0}
-"""Tokens per non-embedding parameter at the centre of each objective's IsoFLOP grid.
-
-From published IsoFLOP losses (133 runs on C4, 3e18 to 3e20 FLOPs, github.com/chen-hao-chao/mdm-prime-v2; parabolas in
-ln N at each of seven budgets). The N printed there is nominal, 12 x layers x width^2, and leaves out the third matrix
-of SwiGLU: true N is 4/3 of it, so that true ratios are 3/4 of the nominal 34 (`arm`, 26 to 41 over the budgets) and 143
-(`llada`, 93 to 176; geometric means), 26 and 107. Both fall slightly with the budget; rounded down for that. Hoffmann
-et al. 2022 found 20 for `arm`, embeddings counted. A grid of five covers a factor of 9 to either side."""
 
 GRID_STEP = math.sqrt(3)
 GRID_ANCHOR = 85e6
@@ -37,15 +28,19 @@ class Grid:
 
     Args:
         points: shapes at each budget.
-        centres: tokens per non-embedding parameter at the centre.
+        centres: The tokens per non-embedding parameter at the centre; by default as in the table of objectives.
         shapes: exactly these at every budget instead, by name.
         tokens_per_param: these ratios at every budget instead, for all objectives.
     """
 
     points: int = 5
-    centres: Mapping[Objective, float] = field(default_factory=lambda: CENTRES)
+    centres: Mapping[str, float] = field(default_factory=dict)
     shapes: Sequence[str | Shape] = ()
     tokens_per_param: Sequence[float] = ()
+
+    def centre(self, objective: str) -> float:
+        """The tokens per non-embedding parameter at the centre of an objective."""
+        return self.centres.get(objective, get_objective(objective).tokens_per_param)
 
     def check(self) -> None:
         """Refuse what is no grid.
@@ -74,9 +69,7 @@ def grid_shapes() -> tuple[Shape, ...]:
     return tuple(dict.fromkeys(propose_shape(size) for size in sizes))
 
 
-def shapes_at(
-    budget: float, objective: Objective, grid: Grid, stream: Stream, convention: Convention
-) -> tuple[Shape, ...]:
+def shapes_at(budget: float, objective: str, grid: Grid, stream: Stream, convention: Convention) -> tuple[Shape, ...]:
     """The shapes that are trained with one budget, by rising N.
 
     Raises:
@@ -95,7 +88,7 @@ def shapes_at(
     elif grid.tokens_per_param:
         chosen = [min(proposable_shapes(), key=distance(ratio)) for ratio in grid.tokens_per_param]
     else:
-        chosen = sorted(grid_shapes(), key=distance(grid.centres[objective]))[: grid.points]
+        chosen = sorted(grid_shapes(), key=distance(grid.centre(objective)))[: grid.points]
     different = sorted(set(chosen), key=lambda shape: shape.params_nonembedding)
     if len(different) < MIN_SHAPES:
         names = ", ".join(shape_name(shape) for shape in different)

@@ -5,29 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from llada_lightning.compute.flops import Convention
 from llada_lightning.compute.shapes import format_count, get_shape
+from llada_lightning.objectives import REFERENCE, Objective, get_objective
 from llada_lightning.study.plan.files import describe_totals
 from llada_lightning.study.plan.plan import Plan
 
 WIDTH = 100
-
-TUNED_RATE = 0.3
-"""The factor of the rule's learning rate that both studies of docs/study.md took for ``llada``."""
-
-MULTIPLIERS: dict[Convention, list[tuple[float, float, str]]] = {
-    "6nd": [
-        (5e13, 38, "docs/study.md, H100, 6ND, at 5e13 FLOPs of llada"),
-        (6e19, 20, "the published table, 6ND, at 6e19 FLOPs of llada"),
-    ],
-    "total": [(1.4e14, 20, "docs/study.md, H100, 6ND + attention + head, at 1.4e14 FLOPs of llada")],
-}
-"""Measured compute multipliers: FLOPs of ``llada``, multiplier, where it was read off. Each is its study's least."""
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -43,33 +30,36 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def lessons(plan: Plan) -> list[str]:
-    """What our own studies found that bears on a plan, one line each: ``llada``'s rate, and losses in common."""
-    return [*_rate(plan), *_common_loss(plan)]
+    """What our own studies found that bears on a plan, one line each: tuned learning rates, and losses in common."""
+    objectives = [get_objective(name) for name in plan.objectives]
+    return [line for objective in objectives for line in (*_rate(plan, objective), *_common_loss(plan, objective))]
 
 
-def _rate(plan: Plan) -> list[str]:
-    recipe = plan.recipe
-    scaled = recipe.lr_scale.get("llada", 1.0) != 1.0
-    if "llada" not in plan.objectives or recipe.lr is not None or recipe.lr_rule != "deepseek" or scaled:
+def _rate(plan: Plan, objective: Objective) -> list[str]:
+    recipe, name, tuned = plan.recipe, objective.name, objective.lr_scale
+    scaled = recipe.lr_scale.get(name, 1.0) != 1.0
+    if tuned == 1.0 or recipe.lr is not None or recipe.lr_rule != "deepseek" or scaled:
         return []
     return [
-        "llada's best learning rate was about 0.3 times the rule's in both of our studies (0.31 on the H100, "
-        f"0.25 to 0.5 on two cores; docs/study.md): --lr-scale-llada {TUNED_RATE}"
+        f"{name}'s best learning rate was about {tuned:g} times the rule's {objective.lr_scale_source}: "
+        f"--lr-scale-{name} {tuned:g}"
     ]
 
 
-def _common_loss(plan: Plan) -> list[str]:
-    if set(plan.objectives) != {"arm", "llada"}:
+def _common_loss(plan: Plan, objective: Objective) -> list[str]:
+    measured = objective.multipliers.get(plan.convention, ())
+    if not measured or REFERENCE not in plan.objectives:
         return []
-    least, most = plan.budgets[0], plan.budgets[-1]
-    _, multiplier, source = min(MULTIPLIERS[plan.convention], key=lambda own: abs(math.log(own[0] / most)))
+    name, least, most = objective.name, plan.budgets[0], plan.budgets[-1]
+    _, multiplier, source = min(measured, key=lambda own: abs(math.log(own[0] / most)))
     missing = multiplier * least / most
     if missing <= 1:
         return []
     return [
-        f"these budgets may share no loss: they span a factor of {most / least:.3g}, and llada needs about "
-        f"{multiplier:g} times arm's FLOPs for arm's loss ({source}). A factor of {missing:.2g} is missing: plan arm "
-        f"from {least / missing:.2g} or llada up to {most * missing:.2g} FLOPs (--objectives)"
+        f"these budgets may share no loss: they span a factor of {most / least:.3g}, and {name} needs about "
+        f"{multiplier:g} times {REFERENCE}'s FLOPs for {REFERENCE}'s loss ({source}). A factor of {missing:.2g} is "
+        f"missing: plan {REFERENCE} from {least / missing:.2g} or {name} up to {most * missing:.2g} FLOPs "
+        "(--objectives)"
     ]
 
 
@@ -117,4 +107,4 @@ def _ratio(value: float) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "n/a" if value is None or pd.isna(value) else format(value, form)
+    return "n/a" if value is None or math.isnan(value) else format(value, form)

@@ -7,13 +7,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from llada_lightning.compute.flops import Convention, Objective, check_budgets
+from llada_lightning.compute.flops import Convention, check_budgets
 from llada_lightning.compute.hardware import Machine
 from llada_lightning.compute.shapes import MAX_WIDTH, Shape, check_vocabulary, shape_name
+from llada_lightning.objectives import OBJECTIVES, get_objective
 from llada_lightning.run import MIN_STEPS, Stream
 from llada_lightning.settings import check_seed
 from llada_lightning.study.plan.grid import Grid, shapes_at
@@ -21,12 +20,10 @@ from llada_lightning.study.plan.trunk import Branch, Recipe, Trunk, plan_trunk
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import shortened
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 __all__ = ["Grid", "Machine", "Plan", "Recipe", "Stream", "plan_study"]
-
-OBJECTIVES: tuple[Objective, ...] = ("arm", "llada")
-
-MAX_EPOCHS = 4.0
-"""Up to four passes over the data are about as good as new data for `arm` (Muennighoff et al. 2023)."""
 
 _GIB = 2**30
 
@@ -36,7 +33,7 @@ class Plan:
     """A study before it is run: what :func:`plan_study` gives."""
 
     budgets: tuple[float, ...]
-    objectives: tuple[Objective, ...]
+    objectives: tuple[str, ...]
     stream: Stream
     convention: Convention
     recipe: Recipe
@@ -61,6 +58,8 @@ class Plan:
         FLOPs, hours and tokens are those of the result's own steps, as a separate run would need them; ``memory_gib``
         is of one device, ``epochs`` the passes over the data, ``trunk`` the run that serves the budget.
         """
+        import pandas as pd  # takes half a second: `llada plan --help` needs none of it
+
         return pd.DataFrame([self._row(trunk, branch) for trunk in self.trunks for branch in trunk.branches])
 
     def _row(self, trunk: Trunk, branch: Branch) -> dict[str, Any]:
@@ -168,13 +167,16 @@ class Plan:
         return [f"the profiles' peak memory is {ends} x what this plan would have estimated for them"]
 
     def _repeated_data(self, table: pd.DataFrame) -> list[str]:
-        repeated = table[(table.objective == "arm") & (table.epochs.astype(float) > MAX_EPOCHS)]
-        if repeated.empty:
-            return []
-        return [
-            f"{len(repeated)} results of arm read the data up to {repeated.epochs.max():.1f} times; beyond "
-            f"{MAX_EPOCHS:.0f} times new data is worth more (Muennighoff et al. 2023)"
-        ]
+        found = []
+        for name in self.objectives:
+            most = get_objective(name).max_epochs
+            repeated = table[(table.objective == name) & (table.epochs.astype(float) > (most or math.inf))]
+            if not repeated.empty:
+                found.append(
+                    f"{len(repeated)} results of {name} read the data up to {repeated.epochs.max():.1f} times; beyond "
+                    f"{most:.0f} times new data is worth more (Muennighoff et al. 2023)"
+                )
+        return found
 
     def _lost_centres(self, table: pd.DataFrame) -> list[str]:
         if self.grid.shapes or self.grid.tokens_per_param:
@@ -182,7 +184,7 @@ class Plan:
         found = []
         for objective, budget in itertools.product(self.objectives, self.budgets):
             ratios = table[(table.objective == objective) & (table.budget == budget)].tokens_per_param
-            centre = self.grid.centres[objective]
+            centre = self.grid.centre(objective)
             if not ratios.min() <= centre <= ratios.max():
                 side = f"above {ratios.max():.3g}" if centre > ratios.max() else f"below {ratios.min():.3g}"
                 found.append(
@@ -204,7 +206,7 @@ def plan_study(
     budgets: Iterable[float],
     stream: Stream,
     *,
-    objectives: Sequence[Objective] = OBJECTIVES,
+    objectives: Sequence[str] | None = None,
     grid: Grid | None = None,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
@@ -217,7 +219,7 @@ def plan_study(
     Args:
         budgets: training FLOPs, in any order.
         stream: vocabulary, sequence length, and the data if it is known.
-        objectives: ``arm``, ``llada`` or both.
+        objectives: The names of the objectives; None: all of the table.
         grid: how shapes are chosen.
         recipe: how hyperparameters follow.
         machine: where it is to run, for memory and hours.
@@ -229,6 +231,7 @@ def plan_study(
         UserError: names what does not fit: a budget below one step, fewer than three shapes, numbers out of range.
     """
     grid, recipe, machine = grid or Grid(), recipe or Recipe(), machine or Machine()
+    objectives = list(OBJECTIVES) if objectives is None else objectives
     ordered = _checked_budgets(budgets)
     for what, values in {"objectives": objectives, "seeds": seeds}.items():
         if not values or len(set(values)) < len(values):

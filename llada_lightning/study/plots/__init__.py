@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from llada_lightning.study.plots.isoflop import isoflop_curves, optimum
-from llada_lightning.study.plots.multiplier import compute_multiplier
-from llada_lightning.study.plots.parametric import parametric_residuals
-from llada_lightning.study.plots.plan import plan_grid
-from llada_lightning.study.plots.scaling import scaling_curve
-from llada_lightning.study.plots.study import draw_study, study_figures
+from llada_lightning.study.plots.draw import draw_study, plan_grid, study_figures
+from llada_lightning.study.plots.loss import isoflop_curves, parametric_residuals, scaling_curve
+from llada_lightning.study.plots.optima import compute_multiplier, optimum
 from llada_lightning.study.plots.style import write_figure
-from llada_lightning.study.plots.tasks import paper_figure3, task_accuracy
+from llada_lightning.study.plots.task_scores import paper_figure3, task_accuracy
 
 __all__ = [
     "compute_multiplier",

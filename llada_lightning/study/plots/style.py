@@ -26,9 +26,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
 from llada_lightning.compute.shapes import format_count
+from llada_lightning.objectives import get_objective
 from llada_lightning.study.fits import Estimate, StudyFits
+from llada_lightning.study.fits.runs import base_objective
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import written_atomically
+
+LineStyle = Literal["-", "--", "-.", ":"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Style:
 
     label: str
     color: str
-    line: Literal["-", "--", "-.", ":"]
+    line: LineStyle
     marker: str = "o"
     filled: bool = True
 
@@ -54,12 +58,6 @@ class Style:
         )  # fmt: skip
 
 
-STYLES = {
-    "arm": Style("arm (exact)", "#0072B2", "-", "o", filled=True),
-    "llada": Style("llada (bound, NELBO)", "#D55E00", "--", "s", filled=False),
-}
-"""The two objectives, and what a legend says of their losses."""
-
 METHODS = {
     "envelope": Style("envelope", "#000000", "-", "o"),
     "isoflop": Style("IsoFLOP", "#009E73", "--", "s"),
@@ -70,8 +68,27 @@ METHODS = {
 CHANCE = Style("guessing", "#8A8A8A", ":")
 
 MARKERS = "osD^vPX*<>phd8"
+LINES: tuple[LineStyle, ...] = ("-", "--", "-.", ":")
 INK, GREY, GRID = "#222222", "#8A8A8A", "#E4E4E4"
 PNG_DPI, NOTEBOOK_DPI = 160, 90
+
+
+def objective_styles(names: Iterable[str]) -> dict[str, Style]:
+    """The styles of some objectives, as the table of objectives gives them.
+
+    Args:
+        names: The names of objectives, as ``named_variants`` gives them. The variants of an objective have its colour,
+            each with another line and another marker.
+    """
+    styles: dict[str, Style] = {}
+    for name in names:
+        base = base_objective(name)
+        own, number = get_objective(base), sum(base_objective(other) == base for other in styles)
+        line = LINES[(LINES.index(own.line) + number) % len(LINES)]
+        markers = own.marker + MARKERS.replace(own.marker, "")
+        marker = markers[number % len(markers)]
+        styles[name] = Style(own.label + name.removeprefix(base), own.colour, line, marker, own.filled)
+    return styles
 
 
 class StudyFigure(Figure):
@@ -135,7 +152,7 @@ def dress(axes: Axes) -> None:
 
 
 def flops_label(convention: Convention, whose: str = "training FLOPs") -> str:
-    """What stands below an axis of FLOPs."""
+    """The label of an axis of FLOPs."""
     return f"{whose} ({CONVENTION_NAMES[convention]})"
 
 
@@ -202,7 +219,7 @@ def interval_bars(value: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLike)
 
 
 def shades(color: str, count: int) -> list[Any]:
-    """A colour from light to full, for budgets from the cheapest to the dearest."""
+    """A colour from light to full, for budgets from the least to the most expensive."""
     full = np.array(to_rgb(color))
     return [tuple(1 + (full - 1) * share) for share in np.linspace(0.45, 1, count)] if count > 1 else [color]
 
@@ -219,7 +236,7 @@ def note(text: str) -> Line2D:
 
 
 def marker_handle(marker: str, label: str, *, filled: bool = True) -> Line2D:
-    """A marker in a legend, in grey: it stands for both objectives."""
+    """A marker in a legend, in grey: it is that of all objectives."""
     face = GREY if filled else "white"
     return Line2D([], [], linestyle="", marker=marker, color=GREY, markerfacecolor=face, markersize=5.5, label=label)
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from llada_lightning.compute.flops import Objective, flops_per_token
+from llada_lightning.compute.flops import attention_flops_per_token, head_flops_per_token
 from llada_lightning.compute.shapes import PAPER_SHAPES, PAPER_VOCAB_SIZE
+from llada_lightning.objectives import get_objective
 from llada_lightning.records import DONE
 from llada_lightning.study.results import table_of_records
 
@@ -28,26 +29,24 @@ def paper_scalability() -> pd.DataFrame:
         ``model`` (as printed), ``objective``, ``shape`` (a name of ``PAPER_SHAPES``), ``params_nonembedding`` (of that
         shape; Table 5 prints three digits), ``tokens``, ``flops_6nd`` (as printed), ``flops_attention``,
         ``flops_head``, ``flops_total`` (ours: see below), and for each task ``task_<name>``, the score in percent,
-        missing where the paper prints a dash. Counts are floats: 6ND overflows a 64-bit integer. ARM stands first.
+        missing where the paper prints a dash. Counts are floats: 6ND overflows a 64-bit integer. ARM comes first.
 
     The paper counts 6ND only. Attention and head are computed by ``compute.flops`` from the shapes of Table 5 at length
-    4096 and 126 464 words, with logits at every position (``logit_share`` 1): the paper does not say whether LLaDA's
-    were computed at masked positions only, which would halve its head. The 1 % of LLaDA's sequences that were shorter
-    are counted as whole ones.
+    4096 and 126 464 vocabulary entries, with logits at every position: the paper does not say whether LLaDA's were
+    computed at masked positions only, which would halve its head. The 1 % of LLaDA's sequences that were shorter are
+    counted as whole ones.
     """
     tables = [_printed("table19.csv", "arm"), _printed("table18.csv", "llada")]
     return pd.concat(tables, ignore_index=True)
 
 
-def _printed(file: str, objective: Objective) -> pd.DataFrame:
+def _printed(file: str, objective: str) -> pd.DataFrame:
     printed = pd.read_csv(str(files(__name__) / file), na_values=["-"])
     shapes = printed["Model"].str.lower().str.replace(" ", "-")
     tokens = printed["Training Tokens"].str.removesuffix("B").astype(float) * 1e9
-    counts = [
-        flops_per_token(PAPER_SHAPES[shape], PAPER_VOCAB_SIZE, PAPER_SEQUENCE_LENGTH, objective) * number
-        for shape, number in zip(shapes, tokens, strict=True)
-    ]
-    attention, head = [count.flops_attention for count in counts], [count.flops_head for count in counts]
+    causal, sizes = get_objective(objective).causal, [PAPER_SHAPES[shape] for shape in shapes]
+    attention = [attention_flops_per_token(size, PAPER_SEQUENCE_LENGTH, causal=causal) for size in sizes]
+    head = [head_flops_per_token(size, PAPER_VOCAB_SIZE) for size in sizes]
     table = pd.DataFrame({
         "model": printed["Model"].astype("string"),
         "objective": pd.Series(objective, printed.index, "string"),
@@ -55,8 +54,8 @@ def _printed(file: str, objective: Objective) -> pd.DataFrame:
         "params_nonembedding": [float(PAPER_SHAPES[shape].params_nonembedding) for shape in shapes],
         "tokens": tokens.round(),
         "flops_6nd": printed["FLOPs"].astype(float),
-        "flops_attention": attention,
-        "flops_head": head,
+        "flops_attention": attention * tokens,
+        "flops_head": head * tokens,
     })  # fmt: skip
     table["flops_total"] = table[["flops_6nd", "flops_attention", "flops_head"]].sum(axis=1)
     return table.assign(**{f"task_{name}": printed[title].astype(float) for name, title in PAPER_TASKS.items()})
@@ -93,6 +92,6 @@ def _published_record(objective: str, flops: float, params: int, loss: float) ->
         "tokenizer": "gpt2",
         "vocab_size": 50_257,
         "val_nats_per_token": loss,
-        "val_kind": "exact" if objective == "arm" else "bound",
+        "val_kind": get_objective(objective).val_kind,
         "status": DONE,
     }

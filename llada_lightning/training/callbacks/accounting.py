@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from llada_lightning.compute.flops import TrainingFlops
 from llada_lightning.compute.hardware import peak_flops
-from llada_lightning.data.datasets import TrainingBatch
+from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.training.modules import LanguageModule
 
 _WINDOW = 20
@@ -23,7 +23,7 @@ class Accounting(Callback):
     """Tokens, FLOPs by the three counts, achieved FLOP/s, MFU, peak memory; counters survive with the checkpoint.
 
     Args:
-        per_token: training FLOPs of a token.
+        per_token: The training FLOPs of a token.
 
     Attributes:
         tokens: training tokens so far, padding not counted.

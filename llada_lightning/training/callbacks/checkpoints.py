@@ -30,7 +30,8 @@ from llada_lightning.checkpoints.sharded_checkpoints import (
 )
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.signals import say
-from llada_lightning.training.parallel import Agreement, saves_shards
+from llada_lightning.training.lightning_internals import keeping_the_logs_place, writes_shards
+from llada_lightning.training.parallel import Agreement
 
 BEST = "best.ckpt"
 """A link to the checkpoint with the lowest validation loss."""
@@ -74,12 +75,12 @@ def _written_or_gone(partial: Path, target: Path) -> Iterator[None]:
         discard(partial)
         raise UserError(
             f"checkpoint: '{target}' cannot be written ({refusal.strerror}); the ones before it are whole: free space "
-            "or mend the folder, and the same command goes on from the last of them"
+            "or repair the folder, and the same command resumes from the last of them"
         ) from error
 
 
 def _of_the_disk(error: BaseException) -> OSError | None:
-    """What the disk said; torch's writer goes on to complain of its own state, with that as the context."""
+    """What the disk said; torch's writer then complains of its own state, with that as the context."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     seen: BaseException | None = error
@@ -93,11 +94,11 @@ class CheckpointPlan:
     """When checkpoints are written, and which ones stay.
 
     Args:
-        every_steps: steps between them.
-        every_seconds: the longest time between them; None: steps alone decide.
-        keep: the last ones to keep.
-        keep_best: keep the one with the lowest validation loss, too; `best.ckpt` is a link to it.
-        forks: steps whose checkpoints stay beside these.
+        every_steps: The number of steps between checkpoints.
+        every_seconds: The longest time between checkpoints; None: only the steps count.
+        keep: The number of last checkpoints that are kept.
+        keep_best: Whether the one with the lowest validation loss is kept, too; `best.ckpt` is a link to it.
+        forks: The steps whose checkpoints are kept beside these.
     """
 
     every_steps: int
@@ -111,12 +112,12 @@ class StepCheckpoints(Checkpoint):
     """Checkpoints by steps and by time, at the end, and where a signal asks the run to leave.
 
     A checkpoint is written when all of its step is: after the step's validation, if it has one, and after its row of
-    metrics.csv. So a run that goes on from it misses nothing in its record. Where a signal cuts a validation short, the
-    step is saved at once, and its validation is made up for before the run goes on.
+    metrics.csv. So a run that resumes from it misses nothing in its record. Where a signal cuts a validation short, the
+    step is saved at once, and its validation is made up for before the run continues.
 
     Args:
-        folder: where they go.
-        plan: when, and which stay.
+        folder: The folder of the checkpoints.
+        plan: When checkpoints are written, and which are kept.
     """
 
     def __init__(self, folder: Path, plan: CheckpointPlan) -> None:
@@ -196,13 +197,13 @@ class StepCheckpoints(Checkpoint):
             self._validation_due = self._validation_due and bool(trainer.validating)
             self.on_train_end(trainer, pl_module)
             if trainer.is_global_zero:
-                print(f"saved step {trainer.global_step}; the same command goes on from there", file=sys.stderr)
+                print(f"saved step {trainer.global_step}; the same command resumes from there", file=sys.stderr)
 
     def _save(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
             logger.save()
         target = checkpoint_of_step(self._folder, trainer.global_step)
-        if saves_shards(trainer.strategy):
+        if writes_shards(trainer.strategy):
             partial = target.with_name(target.name + PARTIAL)
             with _written_or_gone(partial, target):
                 trainer.save_checkpoint(partial)  # ends when all processes have written
@@ -241,9 +242,7 @@ def link_best(checkpoint: Path) -> None:
 
 def run_validation(trainer: Trainer) -> None:
     """Validate between two steps, as Lightning does at its intervals."""
-    connector = trainer._logger_connector
-    first = connector._first_loop_iter
-    trainer.validating = True
-    trainer.fit_loop.epoch_loop.val_loop.run()
-    trainer.training = True
-    connector._first_loop_iter = first
+    with keeping_the_logs_place(trainer):
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True

@@ -29,12 +29,12 @@ class EvaluateTasks(Callback):
     joins the results table, also where ``limit`` made it rough: its ``n`` says so.
 
     Args:
-        tasks: of lm-evaluation-harness.
-        every_n_steps: optimizer steps between evaluations.
-        include_path: a folder with task files of yours.
-        limit: the first documents of each task only.
-        shots: examples in the prompt; null: as the task says.
-        monte_carlo: masks of a continuation of several tokens (`llada`).
+        tasks: The names of tasks of lm-evaluation-harness.
+        every_n_steps: The number of optimizer steps between evaluations.
+        include_path: A folder with your own task files.
+        limit: The number of documents of each task, from its first; null: all of them.
+        shots: The number of examples in the prompt; null: as the task says.
+        monte_carlo: The number of masks for a continuation of several tokens (`llada`).
     """
 
     def __init__(
@@ -107,6 +107,7 @@ def _language_model(trainer: Trainer, module: LanguageModule) -> LanguageModel:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     folder = next(iter(data.weights))
     assert module.eos_token_id is not None
+    starts_with_eos = module.facts.starts_with_eos and module.text_prefix_ids is None
     return LanguageModel(
         objective=module.objective,
         model=module.model,
@@ -114,7 +115,7 @@ def _language_model(trainer: Trainer, module: LanguageModule) -> LanguageModel:
         eos_token_id=module.eos_token_id,
         context_length=data.sequence_length,
         tokenizer=tokenizer_from_text(read_tokenizer_text(folder), TOKENIZER_NAME),
-        start_token_id=module.eos_token_id if module.objective == "arm" and module.text_prefix_ids is None else None,
+        start_token_id=module.eos_token_id if starts_with_eos else None,
         text_prefix_ids=tuple(module.text_prefix_ids or ()),
         end_token_ids=() if module.weights is None else tuple(inherited(module.weights)["end_token_ids"]),
         compat=module.compat,

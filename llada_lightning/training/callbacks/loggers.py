@@ -57,7 +57,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The resolved configuration stands in config.yaml."""
+        """The resolved configuration is in config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -82,7 +82,7 @@ class MetricsCSV(Logger):
         self.save()
 
     def _open(self, step: int) -> dict[str, Any]:
-        """Keep the rows before ``step``; return that step's row as it stands."""
+        """Keep the rows before ``step``; return that step's row as it is."""
         rows = read_rows(self._path)
         self._columns = list(dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)]))
         self._write([row for row in rows if int(row["step"]) < step])
@@ -204,7 +204,7 @@ def _never_in_the_way(method: Callable[Concatenate[SafeWandbLogger, P], None]) -
                 wandb.teardown()
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             say(
-                f"warning: W&B is lost ({reason}); the run goes on, metrics.csv and result.json stay complete, and "
+                f"warning: W&B is lost ({reason}); the run continues, metrics.csv and result.json stay complete, and "
                 f"what W&B had until now can be sent by: wandb sync {self.save_dir}/wandb/*run-*"
             )
 
@@ -239,7 +239,7 @@ class SafeWandbLogger(WandbLogger):
     @rank_zero_only
     @_never_in_the_way
     def update_summary(self, values: dict[str, Any]) -> None:
-        """The figures that stand for the run in W&B's tables."""
+        """The figures that represent the run in W&B's tables."""
         self.experiment.summary.update(values)
 
     @rank_zero_only
@@ -257,7 +257,7 @@ def wandb_logger(
 ) -> SafeWandbLogger | None:
     """The logger of a run, started; None where neither a project nor a sweep's agent asks for one.
 
-    The id follows from the run's configuration, so a restarted run goes on in the same curves. Where W&B cannot be
+    The id follows from the run's configuration, so a restarted run continues the same curves. Where W&B cannot be
     reached the run is logged offline, into ``folder/wandb``, from where ``wandb sync`` sends it later.
 
     Raises:

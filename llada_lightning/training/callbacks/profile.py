@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity
 
 from llada_lightning.compute.hardware import training_memory_bytes
 from llada_lightning.compute.shapes import shape_name
-from llada_lightning.data.datasets import TrainingBatch
+from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.settings import Profile
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import write_json, written_atomically
@@ -21,28 +28,127 @@ from llada_lightning.support.signals import say
 from llada_lightning.training.callbacks.accounting import Accounting, peak_memory_bytes
 from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.parallel import FullySharded, tensor_parallel
-from llada_lightning.training.phase_clock import ANNOTATION, VALIDATION, PhaseClock, stopwatch
 from llada_lightning.training.profiles import PHASES, SUMMARY_FILE, page
 from llada_lightning.training.record import describe_devices, git_commit, versions
-from llada_lightning.training.trace import TraceFacts, read_trace, trace_facts
 
+VALIDATION = "validation"
+"""Between two training steps, and no part of either."""
 _OPERATIONS = 10
-"""How many of the dearest operations are named."""
+"""Number of most expensive operations that are named."""
+_COMMUNICATION = re.compile(r"nccl|rccl|gloo|c10d|record_param_comms", re.IGNORECASE)
+_PHASE_OF_HOOK = {
+    "train_dataloader_next": "data",
+    "batch_to_device": "transfer",
+    "training_step": "forward",
+    "backward": "backward",
+    "optimizer_step": "optimizer",
+    "optimizer_zero_grad": "optimizer",
+    "configure_gradient_clipping": "optimizer",
+    "lr_scheduler_step": "optimizer",
+}
+
+Mark = Any
+"""A moment: seconds of the host's clock, or an event in the GPU's queue."""
+
+
+def stopwatch(device: torch.device) -> Callable[[], Mark]:
+    """Returns what notes a moment on a device without waiting for it.
+
+    A GPU works behind the host. There a moment is an event in its queue, and a phase is the time between two of them:
+    what the host does while the GPU is busy costs nothing, and what the GPU waits for costs what it waits.
+    """
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def now() -> Mark:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    return now
+
+
+def milliseconds(start: Mark, end: Mark) -> float:
+    """Returns the time between two moments; waits until those of a GPU are over."""
+    if isinstance(start, float):
+        return 1e3 * (end - start)
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+class PhaseRecorder(PyTorchProfiler):
+    """Lightning's recorder, which also notes each change of phase: every moment belongs to exactly one phase.
+
+    It records from its first action to :meth:`teardown`.
+
+    Args:
+        activities: What torch's profiler records.
+        now: Notes a moment (:func:`stopwatch`).
+    """
+
+    def __init__(self, activities: Iterable[ProfilerActivity], now: Callable[[], Mark]) -> None:
+        super().__init__(activities=list(activities), schedule=None, record_module_names=False)
+        self.STEP_FUNCTIONS = set()  # Lightning would count micro-batches and validation steps
+        self._now = now
+        self._actions = [("", "loop")]
+        self._notes: list[tuple[str, Mark]] | None = None
+
+    def start(self, action_name: str) -> None:
+        super().start(action_name)
+        self._actions.append((action_name, phase_of(action_name, self._actions[-1][1])))
+        self._note()
+
+    def stop(self, action_name: str) -> None:
+        super().stop(action_name)
+        # Lightning also ends what it began before this recorder was there.
+        found = [place for place, (name, _) in enumerate(self._actions) if name == action_name]
+        if found:
+            del self._actions[found[-1]]
+        self._note()
+
+    def begin(self) -> None:
+        """Begins the first step; the recording must be on, because this is what takes long."""
+        self._notes = []
+        self._note()
+
+    def phases(self) -> dict[str, float]:
+        """Ends the last step and returns the milliseconds of each phase in all steps."""
+        assert self._notes is not None
+        notes, self._notes = [*self._notes, ("", self._now())], None
+        spent = dict.fromkeys((*PHASES, VALIDATION), 0.0)
+        for (phase, start), (_, end) in pairwise(notes):
+            spent[phase] += milliseconds(start, end)
+        return spent
+
+    def _note(self) -> None:
+        phase = self._actions[-1][1]
+        if self._notes is not None and (not self._notes or self._notes[-1][0] != phase):
+            self._notes.append((phase, self._now()))
+
+
+def phase_of(action: str, enclosing: str) -> str:
+    """Returns the phase of an action by the name that Lightning gives it, such as `[Strategy]DDPStrategy.backward`."""
+    if VALIDATION in (action, enclosing):
+        return VALIDATION
+    if action.startswith("[Callback]"):
+        return "callbacks"
+    return _PHASE_OF_HOOK.get(action.rpartition(".")[2], enclosing)
 
 
 def profiling(
     settings: Profile, folder: Path, last_step: int, accounting: Accounting, profiler: Profiler | str | None = None
 ) -> list[Callback]:
-    """The callback that the settings ask for; none where they ask for none.
+    """Returns the callback that the settings ask for; none where they ask for none.
 
     Args:
-        folder: of the run.
-        last_step: where the fit ends.
-        accounting: must stand before it.
-        profiler: of the trainer's settings.
+        settings: Number of steps to pass, and to record.
+        folder: The folder of the run.
+        last_step: The step at which the fit ends.
+        accounting: The accounting of the fit, which must come before it in the list of callbacks.
+        profiler: The profiler of the trainer's settings.
 
     Raises:
-        UserError: the settings make no profile.
+        UserError: The settings make no profile.
     """
     if settings.steps < 0:
         raise UserError(f"profile.steps: {settings.steps} must be at least 1, or 0 for no profile")
@@ -66,19 +172,18 @@ class StepProfiler(Callback):
     The second half of the steps passed tells the run's speed without the profiler; the last of them warms it up.
 
     Args:
-        settings: how many steps to pass, and to record.
-        folder: where the files go.
-        accounting: its clock and counts; must stand before this callback.
+        settings: Number of steps to pass, and to record.
+        folder: The folder of the files.
+        accounting: Clock and counts of the fit; it must come before this callback.
     """
 
     def __init__(self, settings: Profile, folder: Path, accounting: Accounting) -> None:
         self._steps, self._after, self._folder, self._accounting = settings.steps, settings.after, folder, accounting
         self._step = self._first = 0
         self._over = False
-        self._clock: PhaseClock | None = None
-        self._recorder: profile | None = None
+        self._recorder: PhaseRecorder | None = None
         self._replaced: Profiler | None = None
-        self._before: tuple[float, int] | None = None
+        self._before: tuple[float, int] = (0.0, 0)
         self._unprofiled: dict[str, float] | None = None
         self._tokens = 0
 
@@ -93,20 +198,20 @@ class StepProfiler(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TrainingBatch, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._step:
+        if self._over or trainer.global_step == self._step:
             return
         self._step = trainer.global_step
         self._after_a_step(trainer)
-        if not self._over and self._step - self._first == self._after + self._steps:
+        if self._step - self._first == self._after + self._steps:
             self._finish(trainer, pl_module, batch)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._clock is not None:
-            self._clock.start(VALIDATION)
+        if self._recorder is not None:
+            self._recorder.start(VALIDATION)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._clock is not None:
-            self._clock.stop(VALIDATION)
+        if self._recorder is not None:
+            self._recorder.stop(VALIDATION)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave(trainer)
@@ -116,62 +221,63 @@ class StepProfiler(Callback):
 
     def _after_a_step(self, trainer: Trainer) -> None:
         done = self._step - self._first
-        if self._over or done > self._after + self._steps:
+        if self._over or done > self._after:
             return
-        if done > self._after:
-            assert self._clock is not None and self._recorder is not None
-            self._clock.end_step()
         if done == self._after // 2:
             self._before = self._accounting.settled(trainer)
         if done == self._after - 1:
-            self._measure_unprofiled(trainer)
-            self._recorder = _recorder(trainer, self._steps)
-            self._recorder.start()
+            (start, tokens), (end, tokens_then) = self._before, self._accounting.settled(trainer)
+            if tokens_then > tokens:
+                self._unprofiled = self._accounting.rates(trainer, (tokens_then - tokens) / (end - start))
+            self._record(trainer)
         if done == self._after:
-            self._attach(trainer)
-        if done >= self._after and done < self._after + self._steps:
-            assert self._clock is not None and self._recorder is not None
-            self._recorder.step()
-            self._clock.begin_step()
+            _, self._tokens = self._accounting.settled(trainer)
+            self._leave(trainer)  # this recording only warmed the profiler up
+            recorder = self._record(trainer)
+            self._accounting.leave_out()
+            recorder.begin()
 
-    def _measure_unprofiled(self, trainer: Trainer) -> None:
-        assert self._before is not None
-        (start, tokens), (end, tokens_then) = self._before, self._accounting.settled(trainer)
-        if tokens_then > tokens:
-            self._unprofiled = self._accounting.rates(trainer, (tokens_then - tokens) / (end - start))
+    def _record(self, trainer: Trainer) -> PhaseRecorder:
+        device = trainer.strategy.root_device
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        self._recorder, self._over = PhaseRecorder(activities, stopwatch(device)), False
+        with self._recorder.profile("start of the profiler"):
+            self._replaced, trainer.profiler = trainer.profiler, self._recorder  # type: ignore[attr-defined]
+        return self._recorder
 
-    def _attach(self, trainer: Trainer) -> None:
-        _, self._tokens = self._accounting.settled(trainer)
-        self._clock = PhaseClock(stopwatch(trainer.strategy.root_device))
-        self._replaced, trainer.profiler = trainer.profiler, self._clock  # type: ignore[attr-defined]
+    def _leave(self, trainer: Trainer) -> None:
+        """Ends the recording and gives Lightning its own profiler back."""
+        self._over = True
+        if self._recorder is not None:
+            trainer.profiler = self._replaced  # type: ignore[attr-defined]
+            self._recorder.teardown(None)
+            self._recorder = None
 
     def _finish(self, trainer: Trainer, module: LightningModule, batch: TrainingBatch) -> None:
-        assert isinstance(module, LanguageModule) and self._clock is not None and self._recorder is not None
+        recorder = self._recorder
+        assert isinstance(module, LanguageModule) and recorder is not None
+        spent = recorder.phases()
         _, tokens = self._accounting.settled(trainer)
-        clock, recorder, self._recorder = self._clock, self._recorder, None
-        recorder.stop()
+        recording = recorder.profiler
         self._leave(trainer)
+        assert isinstance(recording, torch.profiler.profile) and recorder.function_events is not None
         rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
-        trace = self._folder / f"trace{rank}.json.gz"
-        with written_atomically(trace) as temporary:
-            recorder.export_chrome_trace(str(temporary))
+        with written_atomically(self._folder / f"trace{rank}.json.gz") as temporary:
+            recording.export_chrome_trace(str(temporary))
         if not trainer.is_global_zero:
             return
-        steps = clock.phases()
-        mean = {phase: sum(step[phase] for step in steps) / len(steps) for phase in PHASES}
-        seconds = sum(mean.values()) * len(steps) / 1e3
-        profiled = self._accounting.rates(trainer, (tokens - self._tokens) / seconds)
+        window = sum(spent[phase] for phase in PHASES)
         summary = {
             **_setting(trainer, module, batch),
             "steps": [self._first + self._after + 1, self._step],
             "flops_per_token": asdict(self._accounting.per_token),
             "unprofiled": self._unprofiled,
-            "profiled": profiled,
+            "profiled": self._accounting.rates(trainer, 1e3 * (tokens - self._tokens) / window),
             **_memory(trainer, module, batch),
-            "step_milliseconds": sum(mean.values()),
-            "phase_milliseconds": mean,
-            "validation_milliseconds": sum(step[VALIDATION] for step in steps),
-            **_traced(trace_facts(read_trace(trace), ANNOTATION + VALIDATION), len(steps), 1e3 * seconds),
+            "step_milliseconds": window / self._steps,
+            "phase_milliseconds": {phase: spent[phase] / self._steps for phase in PHASES},
+            "validation_milliseconds": spent[VALIDATION],
+            **facts_of(recorder.function_events, self._steps, window),
             "versions": versions(),
             "git_commit": git_commit(),
         }
@@ -187,23 +293,6 @@ class StepProfiler(Callback):
         with written_atomically(self._folder / "summary.md") as temporary:
             temporary.write_text(page(summary), encoding="utf-8")
         write_figure(step_phases(summary["phase_milliseconds"], PHASES), self._folder, "phases")
-
-    def _leave(self, trainer: Trainer) -> None:
-        """Give Lightning its own profiler back, and end a recording that was broken off."""
-        self._over = True
-        if self._replaced is not None:
-            trainer.profiler, self._replaced = self._replaced, None  # type: ignore[attr-defined]
-        if self._recorder is not None:
-            self._recorder.stop()
-        self._clock = self._recorder = None
-
-
-def _recorder(trainer: Trainer, steps: int) -> profile:
-    """torch's profiler, of whose first step nothing is kept."""
-    activities = [ProfilerActivity.CPU]
-    if trainer.strategy.root_device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    return profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=steps, repeat=1))
 
 
 def _setting(trainer: Trainer, module: LanguageModule, batch: TrainingBatch) -> dict[str, Any]:
@@ -244,17 +333,46 @@ def _memory(trainer: Trainer, module: LanguageModule, batch: TrainingBatch) -> d
     return {"peak_memory_bytes": peak_memory_bytes(device), "estimated_memory_bytes": estimate}
 
 
-def _traced(facts: TraceFacts, steps: int, window: float) -> dict[str, Any]:
-    """What the trace tells, for one step; ``window`` is all steps' milliseconds."""
-    operations = [
-        {"name": found.name, "milliseconds": found.milliseconds / steps, "calls": found.calls / steps}
-        for found in facts.operations[:_OPERATIONS]
-    ]
+def facts_of(events: Iterable[FunctionEvent], steps: int, window: float) -> dict[str, Any]:
+    """Returns what a recording tells of one step: operations, communication, how busy the GPU is.
+
+    The operations are the kernels where there are any, else those of the CPU; the time of one is without what it calls.
+    What begins within a validation does not count: its two ends wait for the GPU.
+
+    Args:
+        events: The recorded events.
+        steps: Number of steps that were recorded.
+        window: Duration of all steps in milliseconds.
+    """
+    events = list(events)
+    validations = [e.time_range for e in events if e.name == f"[pl][profile]{VALIDATION}"]
+    events = [e for e in events if not any(v.start <= e.time_range.start < v.end for v in validations)]
+    own = [event for event in events if not event.is_user_annotation]
+    on_device = [event for event in own if event.device_type != DeviceType.CPU]
+    work = on_device or own
+    # gloo works in threads of its own, and what it does there is an annotation.
+    communicating = [event for event in on_device or events if _COMMUNICATION.search(event.name)]
+    computing = [event for event in work if not _COMMUNICATION.search(event.name)]
+    spent, calls = Counter[str](), Counter(event.name for event in work)
+    for event in work:
+        spent[event.name] += event.time_range.elapsed_us() if on_device else event.self_cpu_time_total
     return {
         "communication_milliseconds": {
-            "total": facts.communication / steps,
-            "alone": facts.communication_alone / steps,
+            "total": _covered(communicating) / steps,
+            "alone": (_covered([*communicating, *computing]) - _covered(computing)) / steps,
         },
-        "device_busy": None if facts.device_busy is None else facts.device_busy / window,
-        "operations": operations,
+        "device_busy": _covered(on_device) / window if on_device else None,
+        "operations": [
+            {"name": name, "milliseconds": microseconds / 1e3 / steps, "calls": calls[name] / steps}
+            for name, microseconds in spent.most_common(_OPERATIONS)
+        ],
     }
+
+
+def _covered(events: Iterable[FunctionEvent]) -> float:
+    """Returns the milliseconds in which at least one of the events is under way."""
+    total, until = 0.0, float("-inf")
+    for span in sorted((event.time_range for event in events), key=lambda span: span.start):
+        total += max(0.0, span.end - max(span.start, until))
+        until = max(until, span.end)
+    return total / 1e3

@@ -23,8 +23,8 @@ class BudgetProgress(ProgressBar):
     """A live line on a terminal; elsewhere about ten plain lines a run. All on stderr.
 
     Args:
-        title: names the run: objective and shape.
-        accounting: the callback that has the figures; must stand before this one.
+        title: The name of the run: objective and shape.
+        accounting: The callback that has the figures. It must come before this one.
     """
 
     def __init__(self, title: str, accounting: Accounting) -> None:
@@ -85,7 +85,7 @@ class BudgetProgress(ProgressBar):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop()
         if self._enabled and isinstance(exception, KeyboardInterrupt):
-            print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+            print("stopped at once; the same command resumes from the last checkpoint", file=sys.stderr)
 
     def _stop(self) -> None:
         if self._progress is not None:

@@ -1,0 +1,21 @@
+"""``llada fit``, ``validate``, ``test`` and ``predict``: the commands of LightningCLI."""
+
+from __future__ import annotations
+
+from llada_lightning.support.libraries import quiet_libraries
+
+
+def main(argv: list[str]) -> int:
+    """Run one of the four commands.
+
+    Args:
+        argv: The name of the command, and its arguments.
+
+    Raises:
+        UserError: A setting is refused, or the run cannot be started or resumed.
+    """
+    quiet_libraries()
+    from llada_lightning.training.fit import LladaCLI
+
+    LladaCLI(argv)
+    return 0

@@ -1,0 +1,115 @@
+"""What the loss of an objective is computed from: the batches, and the model that is trained."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+BUCKET = 64
+"""Counts of scored positions are rounded up to multiples of it: fewer shapes, of a size that GPUs multiply well."""
+
+
+class TrainingBatch(NamedTuple):
+    """A micro-batch of B sequences of length L.
+
+    Attributes:
+        tokens_BL: (B, L) int64; EOS where padded.
+        attention_mask_BL: (B, L) bool, False where padded; None where every sequence is full.
+        masked_BL: (B, L) bool: what the forward process masks, padding never. `arm` leaves it unread.
+        p_B: (B,) float32: the probability with which each sequence's tokens were masked.
+        ordinals_B: (B,) int64.
+        scored_M: (M,) int64: where masked tokens lie in the flattened (B L), then zeros up to a multiple of ``BUCKET``.
+            Known to the host, so that the device is not waited for.
+        scored: how many of them are masked tokens.
+        denominator: The tokens of the global batch over the number of its micro-batches. A loss is a weighted sum over
+            it. The mean over micro-batches and ranks, which Lightning and DDP take, is then the loss per token of the
+            global batch, however it was split.
+        global_tokens: tokens of the global batch, padding not counted.
+        documents_BL: (B, L) int64: the document of its sequence that each token belongs to; None: attention crosses
+            documents.
+        response_BL: (B, L) bool: the response and the one EOS that ends it, which are what `arm` learns of a pair;
+            None: there is no prompt, and every token is learned.
+        response_lengths_B: (B,) int64: tokens that the forward process may mask, padding EOS included (Eq. 5); None
+            with ``response_BL``. Each response's loss is divided by its own length, and ``denominator`` is B.
+    """
+
+    tokens_BL: Tensor
+    attention_mask_BL: Tensor | None
+    masked_BL: Tensor
+    p_B: Tensor
+    ordinals_B: Tensor
+    scored_M: Tensor
+    scored: int
+    denominator: float
+    global_tokens: int
+    documents_BL: Tensor | None = None
+    response_BL: Tensor | None = None
+    response_lengths_B: Tensor | None = None
+
+    def rows(self, rows: slice, masked_BL: Tensor | None = None) -> TrainingBatch:
+        """Some of the sequences, masked as they are or as given (of these rows); the denominator stays."""
+        own = [name for name in self._fields if name.endswith(("_B", "_BL"))]
+        cut: dict[str, Any] = {name: getattr(self, name) for name in own}
+        cut = {name: None if value is None else value[rows] for name, value in cut.items()}
+        if masked_BL is not None:
+            cut["masked_BL"] = masked_BL
+        scored_M, scored = scored_positions(cut["masked_BL"])
+        return self._replace(**cut, scored_M=scored_M, scored=scored)
+
+
+def scored_positions(masked_BL: Tensor) -> tuple[Tensor, int]:
+    """``TrainingBatch.scored_M`` and ``scored`` of a mask."""
+    positions_M = masked_BL.flatten().nonzero()[:, 0]
+    filled = -(-len(positions_M) // BUCKET) * BUCKET
+    return torch.nn.functional.pad(positions_M, (0, filled - len(positions_M))), len(positions_M)
+
+
+class ValidationBatch(NamedTuple):
+    """B sequences of length L.
+
+    Attributes:
+        tokens_BL: (B, L) int64.
+        masked_BL: (B, L) bool: exactly l masked a row (Eq. 14).
+        counted_B: (B,) bool, False where a row only fills up the batch of a rank that ran out.
+        documents_B: (B,) int64: equal for sequences that begin in the same document.
+        documents_BL, attention_mask_BL, response_BL: as in :class:`TrainingBatch`; ``masked_BL`` masks responses only.
+    """
+
+    tokens_BL: Tensor
+    masked_BL: Tensor
+    counted_B: Tensor
+    documents_B: Tensor
+    documents_BL: Tensor | None = None
+    attention_mask_BL: Tensor | None = None
+    response_BL: Tensor | None = None
+
+    def scored_counts(self) -> Tensor:
+        """(B,) int64: tokens whose likelihood is asked for."""
+        if self.response_BL is None:
+            return torch.full_like(self.documents_B, self.tokens_BL.shape[1])
+        return self.response_BL.sum(dim=1)
+
+
+class Predictor(Protocol):
+    """What a loss asks of the model that is trained: the base class of all modules provides it."""
+
+    mask_token_id: int | None
+
+    def start_ids(self, batch: TrainingBatch | ValidationBatch) -> tuple[int, ...]:
+        """The token ids before the sequences of a batch, none of which is predicted."""
+
+    def hidden_after(
+        self,
+        start_ids: tuple[int, ...],
+        inputs_BL: Tensor,
+        documents_BL: Tensor | None,
+        attention_mask_BL: Tensor | None = None,
+        *,
+        causal: bool,
+    ) -> Tensor:
+        """(B, L, D): the normalised residual stream of inputs that see the token ids before them."""
+
+    def head_nll(self, hidden_MD: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted sum of negative log-likelihoods, with a gradient, and each of them (M,), in nats."""

@@ -1,0 +1,299 @@
+"""Fits by least squares: numbers with intervals, linear fits, power laws, and many Huber fits of L(N, D) at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from llada_lightning.study.fits.noise import UNKNOWN, Noise, Spread, best_known
+from llada_lightning.study.fits.runs import Array
+from llada_lightning.support.errors import UserError
+
+INTERVAL = (2.5, 97.5)
+"""Percentiles of a 95 % interval."""
+
+Interval = Literal["known", "open", "unknown"]
+"""Open: an end is infinite, or zero where only zero bounds it."""
+
+
+def interval(draws: npt.ArrayLike) -> tuple[Array, Array]:
+    """Lower and upper end of the 95 % interval over the first axis; NaN where a draw is NaN.
+
+    An end is a draw, not a mean of two: draws may be infinite where the data put no bound.
+    """
+    low, high = np.percentile(np.asarray(draws, float), INTERVAL, axis=0, method="nearest")
+    return low, high
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A fitted value and the ends of its 95 % interval: infinite where open, NaN where nothing is known of it."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, value: float, draws: npt.ArrayLike) -> Estimate:
+        low, high = interval(draws)
+        return cls(float(value), float(low), float(high))
+
+    def overlaps(self, other: Estimate) -> bool:
+        """Whether the intervals share a number; true where one of them is not known."""
+        return not (self.low > other.high or other.low > self.high)
+
+    def covers(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    @property
+    def interval(self) -> Interval:
+        """What JSON's null does not tell: whether an end is open, or not known."""
+        if math.isnan(self.low) or math.isnan(self.high):
+            return "unknown"
+        return "open" if math.isinf(self.low) or math.isinf(self.high) or self.low == 0 else "known"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "low": self.low, "high": self.high, "interval": self.interval}
+
+
+# --- linear fits -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """Weighted least squares: the parameters (p,), their draws (samples, p), and the residual spread."""
+
+    theta: Array
+    draws: Array
+    spread: Spread
+    residual: float
+    """Root mean square."""
+    solve: Array
+    """theta = solve @ y."""
+
+
+def linear_spread(design: Array, y: Array, noise: Noise) -> Spread:
+    """The residual spread of points y (n,), beyond their errors, about least squares on a design (n, p)."""
+    return noise.spread(y - design @ (solver(design, noise.weights()) @ y), design)
+
+
+def fit_linear(design: Array, y: Array, noise: Noise, *, borrowed: Spread = UNKNOWN) -> LinearFit:
+    """Least squares of y (n,) on a design (n, p), each point weighed by its own error and the spread beyond it.
+
+    ``borrowed`` is the spread of other points of the kind, for where this fit has no degrees of freedom.
+    """
+    spread = best_known(linear_spread(design, y, noise), borrowed)
+    solve = solver(design, noise.weights(np.nan_to_num(spread.tau)))
+    theta = solve @ y
+    residual = float(np.sqrt(np.mean((y - design @ theta) ** 2)))
+    draws = np.concatenate([block @ solve.T for block in noise.blocks_of_draws(spread)])
+    return LinearFit(theta, theta + draws, spread, residual, solve)
+
+
+def solver(design: Array, weights: Array) -> Array:
+    """Weighted least squares as a matrix (p, n): theta = solver @ y."""
+    root = np.sqrt(weights)
+    return np.asarray(np.linalg.pinv(root[:, None] * design) * root, np.float64)
+
+
+# --- power laws -------------------------------------------------------------------------------------------------------
+
+MIN_BUDGETS = 3
+"""A line has two parameters: with fewer than three budgets nothing is left to judge it by."""
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """y = a * (C / c0)^(sign b): a loss falls with training FLOPs C (sign -1), an optimum of N or D grows (+1)."""
+
+    a: float
+    b: float
+    c0: float
+    interval_a: tuple[float, float]
+    interval_b: tuple[float, float]
+    residual: float
+    """Root mean square of the residuals of log y."""
+    scatter: Spread
+    """Of log y beyond the errors that are known."""
+    misfit: float
+    """p-value of the test of lack of fit (``Noise.misfit``); NaN where it cannot be made."""
+    draws: Array = field(repr=False, compare=False)
+    """Bootstrapped (log a, b), one row a draw."""
+    sign: Literal[-1, 1] = -1
+
+    @property
+    def exponent(self) -> Estimate:
+        """b with its interval."""
+        return Estimate(self.b, *self.interval_b)
+
+    @property
+    def spread(self) -> float:
+        """tau of the noise model."""
+        return self.scatter.tau
+
+    def value(self, flops: npt.ArrayLike) -> Array:
+        """y at given training FLOPs."""
+        return self.a * (np.asarray(flops, float) / self.c0) ** (self.sign * self.b)
+
+    loss = value
+
+    def drawn(self, flops: npt.ArrayLike) -> Array:
+        """y at given FLOPs in every draw: (samples, *flops.shape)."""
+        distance = self.sign * np.log(np.atleast_1d(np.asarray(flops, float)) / self.c0)
+        return np.exp(self.draws[:, :1] + self.draws[:, 1:] * distance)
+
+    def band(self, flops: npt.ArrayLike) -> tuple[Array, Array]:
+        """Lower and upper end of the 95 % interval of y at given FLOPs."""
+        return interval(self.drawn(flops))
+
+    def as_dict(self) -> dict[str, Any]:
+        names = ("a", "b", "c0", "interval_a", "interval_b", "residual", "spread", "misfit")
+        return {"sign": self.sign, **{name: getattr(self, name) for name in names}, "interval": self.exponent.interval}
+
+
+def check_budgets(count: int) -> None:
+    """Raises UserError where a power law is asked of fewer than three budgets."""
+    if count < MIN_BUDGETS:
+        missing = MIN_BUDGETS - count
+        raise UserError(
+            f"fit: {count} budgets, a power law needs at least {MIN_BUDGETS}; run {missing} more budget"
+            + ("s" if missing > 1 else "")
+        )
+
+
+def power_law(log_c: Array, log_y: Array, noise: Noise, *, sign: Literal[-1, 1] = -1) -> PowerLaw:
+    """A power law through points whose log y errs by ``noise``.
+
+    Raises:
+        UserError: fewer than three points.
+    """
+    check_budgets(len(log_c))
+    log_c0 = float(log_c.mean())  # where a and b are nearly uncorrelated
+    design = np.stack([np.ones_like(log_c), sign * (log_c - log_c0)], axis=1)
+    fit = fit_linear(design, log_y, noise)
+    low, high = interval(fit.draws)
+    return PowerLaw(
+        a=float(np.exp(fit.theta[0])),
+        b=float(fit.theta[1]),
+        c0=float(np.exp(log_c0)),
+        interval_a=(float(np.exp(low[0])), float(np.exp(high[0]))),
+        interval_b=(float(low[1]), float(high[1])),
+        residual=fit.residual,
+        scatter=fit.spread,
+        misfit=noise.misfit(log_y, design),
+        draws=fit.draws,
+        sign=sign,
+    )
+
+
+# --- many Huber fits ------------------------------------------------------------------------------------------------
+
+PARAMETERS = 5
+"""theta = (log E, log A, log alpha, log B, log beta) with N and D in units of their geometric means: all are of order
+one, and any real number is allowed."""
+
+_LONGEST_STEP = 1.0
+_TOLERANCE = 1e-10
+_MOST_DAMPING = 1e10
+
+
+def log_loss(theta: Array, log_n: Array, log_d: Array) -> Array:
+    """log L: theta (..., 5) and log N, log D (..., n) give (..., n)."""
+    return np.log(np.sum(_terms(theta, log_n, log_d), axis=0))
+
+
+def _terms(theta: Array, log_n: Array, log_d: Array) -> Array:
+    e, a, log_alpha, b, log_beta = np.moveaxis(theta, -1, 0)[..., None]
+    with np.errstate(over="ignore"):
+        return np.exp(np.stack(np.broadcast_arrays(e, a - np.exp(log_alpha) * log_n, b - np.exp(log_beta) * log_d)))
+
+
+def log_loss_and_jacobian(theta: Array, log_n: Array, log_d: Array) -> tuple[Array, Array]:
+    """log L (S, n) and its derivatives by theta (S, n, 5), for theta (S, 5)."""
+    terms = _terms(theta, log_n, log_d)
+    total = terms.sum(axis=0)
+    share = terms / total
+    alpha_n, beta_d = (np.exp(theta[:, [i]]) * size for i, size in ((2, log_n), (4, log_d)))
+    jacobian = np.stack([share[0], share[1], -alpha_n * share[1], share[2], -beta_d * share[2]], axis=-1)
+    return np.log(total), jacobian
+
+
+def huber(residuals: Array, delta: float) -> Array:
+    """r^2 / 2 within delta, delta (|r| - delta / 2) beyond."""
+    size = np.abs(residuals)
+    return np.where(size < delta, size**2 / 2, delta * (size - delta / 2))
+
+
+def fit_many(
+    start: Array,
+    log_losses: Array,
+    log_n: Array,
+    log_d: Array,
+    delta: float,
+    *,
+    weights: Array | None = None,
+    most_steps: int = 300,
+) -> tuple[Array, npt.NDArray[np.bool_]]:
+    """Levenberg-Marquardt on the sum of Huber losses, vectorised over the fits.
+
+    The damped matrix is H + lambda M: H is the Hessian of the points within delta (Gauss-Newton), M that of the
+    quadratic which lies above the Huber loss everywhere (iteratively reweighted least squares). Large lambda gives the
+    safe step of the latter, small lambda Newton's.
+
+    Args:
+        start: The parameters to begin with (S, 5).
+        log_losses: The log losses that each fit is of (S, n).
+        log_n: The logarithm of N over its geometric mean (n,).
+        log_d: The logarithm of D over its geometric mean (n,).
+        delta: The residual from which on the Huber loss is linear; infinite for least squares.
+        weights: The weights of the squares (n,), for least squares; equal by default.
+        most_steps: The number of steps after which a fit counts as not converged.
+
+    Returns:
+        The parameters (S, 5), and which fits converged (S,).
+    """
+    root = np.ones(len(log_n)) if weights is None else np.sqrt(weights / weights.mean())
+    theta = np.array(start, float)
+    converged = np.zeros(len(theta), bool)
+    damping = np.ones(len(theta))
+    active = np.arange(len(theta))
+    for _ in range(most_steps):
+        now, goal = theta[active], log_losses[active]
+        fitted, jacobian = log_loss_and_jacobian(now, log_n, log_d)
+        residuals = root * (fitted - goal)
+        value = huber(residuals, delta).sum(axis=1)
+        step, gain = _step(residuals, root[:, None] * jacobian, damping[active], delta)
+        moved = now + step
+        drop = value - huber(root * (log_loss(moved, log_n, log_d) - goal), delta).sum(axis=1)
+        better = drop > 0
+        theta[active[better]] = moved[better]
+        damping[active] = np.clip(damping[active] * np.where(better, 0.25, 6.0), 1e-9, 2 * _MOST_DAMPING)
+        small = np.maximum(np.abs(drop), gain) <= _TOLERANCE * (value + 1e-300)
+        done = small | (damping[active] > _MOST_DAMPING) | (value < 1e-26)
+        converged[active[done]] = True
+        active = active[~done]
+        if not len(active):
+            break
+    return theta, converged
+
+
+def _step(residuals: Array, jacobian: Array, damping: Array, delta: float) -> tuple[Array, Array]:
+    """The damped step (S, 5), and the gain by the quadratic model (S,)."""
+    size = np.abs(residuals)
+    within = (size < delta).astype(float)
+    above = np.minimum(1.0, delta / np.maximum(size, 1e-300)) if np.isfinite(delta) else np.ones_like(size)
+    pull = np.clip(residuals, -delta, delta)
+    weights = within + damping[:, None] * above
+    transposed = np.swapaxes(jacobian, 1, 2)
+    gradient = (transposed @ pull[:, :, None])[:, :, 0]
+    matrix = transposed @ (weights[:, :, None] * jacobian)
+    floor = 1e-12 * (1 + damping)[:, None] * (1 + np.trace(matrix, axis1=1, axis2=2)[:, None])
+    matrix[:, np.arange(PARAMETERS), np.arange(PARAMETERS)] += floor
+    step = -np.asarray(np.linalg.solve(matrix, gradient[:, :, None])[:, :, 0], np.float64)
+    step *= np.minimum(1.0, _LONGEST_STEP / np.maximum(np.abs(step).max(axis=1), 1e-300))[:, None]
+    gain = np.asarray(-np.sum(gradient * step, axis=1) / 2, np.float64)
+    return step, gain

@@ -1,0 +1,177 @@
+"""The base configuration of a plan: what a plan reads from it, and the settings that it must not have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llada_lightning.run import DataFacts, Source, Stream, sequences_read
+from llada_lightning.support.command_line import refuse_unusable
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import shortened
+from llada_lightning.support.reading import read_yaml
+
+_DECIDED = {
+    "budget": ("flops", "tokens"),
+    "trainer": ("max_steps",),
+    "schedule": ("decay_steps", "decay_tokens", "plateaus", "total_steps"),
+}
+"""The settings that would change what the plan has counted."""
+
+_CHOSEN = {
+    "schedule": {"lr": "lr", "warmup_steps": "warmup_steps", "decay_fraction": "decay_fraction"},
+    "data": {"global_batch": "batch"},
+    "model": {"shape": "shapes"},
+}
+"""The settings that the plan writes for every run, each with its option: the plan would overrule those of the base."""
+
+_FULL_NAMES = {
+    "schedule": "model.init_args.schedule",
+    "data": "data.init_args",
+    "model": "model.init_args",
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The sections of a base configuration that a plan reads.
+
+    Args:
+        budget: The section `budget`.
+        run: The section `run`.
+        trainer: The section `trainer`.
+        model: The section `model.init_args`.
+        data: The section `data.init_args`.
+        schedule: The section `model.init_args.schedule`.
+    """
+
+    budget: Mapping[str, Any]
+    run: Mapping[str, Any]
+    trainer: Mapping[str, Any]
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    schedule: Mapping[str, Any]
+
+    def number(self, section: str, key: str) -> float | None:
+        """The number that a section gives for a key, or None.
+
+        Raises:
+            UserError: The value is not a finite number.
+        """
+        value = getattr(self, section).get(key)
+        try:
+            number = None if value is None else float(value)  # YAML 1.1 reads 1e-3 as a string
+        except (TypeError, ValueError):
+            number = math.nan
+        if number is not None and not math.isfinite(number):
+            raise UserError(f"base: {section}.init_args.{key} {value!r} is not a number; give one, or leave it out")
+        return number
+
+    def count(self, section: str, key: str) -> int | None:
+        """The positive whole number that a section gives for a key, or None.
+
+        Raises:
+            UserError: The value is not such a number.
+        """
+        number = self.number(section, key)
+        if number is not None and not (number.is_integer() and number >= 1):
+            raise UserError(f"base: {section}.init_args.{key} {number:g} is not a whole number from 1 on; fix it")
+        return None if number is None else int(number)
+
+
+def read_base(path: Path | str | None, chosen: Mapping[str, Any]) -> Base:
+    """Read the base configuration of a plan.
+
+    Args:
+        path: The path of the YAML file. None stands for an empty configuration.
+        chosen: The values of the plan's options, by the names of the options.
+
+    Raises:
+        UserError: The file cannot be read, sets what the plan decides, or sets a value that the plan would overrule.
+    """
+    content: Any = {} if path is None else read_yaml(path) or {}
+    refuse_unusable(content, "base")
+    if not isinstance(content, dict):
+        raise UserError(f"plan: --base {path} holds no mapping; give one of llada fit's")
+    model, data = (_section(_section(content, name), "init_args") for name in ("model", "data"))
+    base = Base(
+        budget=_section(content, "budget"),
+        run=_section(content, "run"),
+        trainer=_section(content, "trainer"),
+        model=model,
+        data=data,
+        schedule=_section(model, "schedule"),
+    )
+    for section, keys in _DECIDED.items():
+        for key in keys:
+            if getattr(base, section).get(key) not in (None, [], -1):
+                where = _FULL_NAMES.get(section, section)
+                raise UserError(f"plan: --base {path} sets {where}.{key}, which the plan decides; leave it out")
+    for section, options in _CHOSEN.items():
+        for key, option in options.items():
+            value = getattr(base, section).get(key)
+            if value is not None and not _is_same(value, chosen[option]):
+                raise UserError(
+                    f"plan: --base {path} sets {_FULL_NAMES[section]}.{key} to {shortened(value, 80)}, which the plan "
+                    f"would overrule; leave it out, or give the plan the same by --{option.replace('_', '-')}"
+                )
+    return base
+
+
+def planned_stream(base: Base, facts: DataFacts | None, vocab_size: int | None, sequence_length: int) -> Stream:
+    """The training stream of a plan's runs.
+
+    Args:
+        base: The base configuration.
+        facts: The facts of the prepared data, where its path is known.
+        vocab_size: The number of vocabulary entries of the model. The data's by default.
+        sequence_length: The number of tokens in a sequence.
+
+    Raises:
+        UserError: The vocabulary is not known, or is smaller than the data's.
+    """
+    if facts is not None and vocab_size is not None and vocab_size < facts.vocab_size:
+        raise UserError(f"plan: --vocab-size {vocab_size} is below the data's {facts.vocab_size} words; leave it out")
+    if vocab_size is None and facts is None:
+        raise UserError("plan: the vocabulary is not known; give --data DIR, or --vocab-size")
+    length_share, mask_eps = base.number("data", "random_length_share"), base.number("data", "mask_eps")
+    sources: tuple[Source, ...] = ()
+    if facts is not None:  # a limit on distinct tokens leaves fewer sequences of each source
+        present, weights = [each.sequences for each in facts.sources], [each.weight for each in facts.sources]
+        left = sequences_read(present, weights, sequence_length, base.count("data", "train_tokens"))
+        sources = tuple(Source(weight, sequences) for weight, sequences in zip(weights, left, strict=True))
+        vocab_size = facts.vocab_size if vocab_size is None else vocab_size
+    assert vocab_size is not None
+    return Stream(
+        vocab_size,
+        sequence_length,
+        random_length_share=Stream.random_length_share if length_share is None else length_share,
+        mask_eps=Stream.mask_eps if mask_eps is None else mask_eps,
+        sources=sources,
+    )
+
+
+def check_data_path(path: Any) -> None:
+    """Raise UserError unless a path is a string, a mapping from folders to positive weights, or None."""
+    weights = list(path.values()) if isinstance(path, dict) else []
+    is_mixture = weights and all(isinstance(weight, (int, float)) and weight > 0 for weight in weights)
+    if path is not None and not isinstance(path, str) and not is_mixture:
+        given = shortened(repr(path))
+        raise UserError(
+            f"base: data.init_args.path {given} is neither a folder nor a mapping from folders to weights above 0"
+        )
+
+
+def _is_same(value: Any, chosen: Any) -> bool:
+    try:
+        return float(value) == float(chosen)  # YAML 1.1 reads 1e-3 as a string
+    except (TypeError, ValueError):
+        return [value] == chosen  # of shapes
+
+
+def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = content.get(name)
+    return section if isinstance(section, dict) else {}

@@ -1,0 +1,279 @@
+"""Figures of what the fits give: the optimum of a budget, and the compute multiplier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from llada_lightning.compute.flops import Convention
+from llada_lightning.study.fits import (
+    BUDGET_TOLERANCE,
+    IsoflopBudget,
+    IsoflopFit,
+    Multiplier,
+    ObjectiveFits,
+    ParametricFit,
+    StudyFits,
+)
+from llada_lightning.study.plots.style import (
+    GREY,
+    INK,
+    METHODS,
+    StudyFigure,
+    Style,
+    check_counted,
+    dress,
+    exponent_text,
+    flops_axis,
+    flops_label,
+    hold_limits,
+    interval_bars,
+    label_counts,
+    new_figure,
+    note,
+    objective_styles,
+    side_legend,
+)
+from llada_lightning.support.errors import UserError
+
+_TITLES = ("parameters N at the optimum", "tokens D at the optimum", "tokens per parameter D/N")
+
+
+def optimum(fits: StudyFits, convention: Convention = "6nd") -> StudyFigure:
+    """N_opt, D_opt and tokens per parameter against the budget, all objectives.
+
+    IsoFLOP optima are points with 95 % intervals (those outside of the grid are left out), the lines their power laws;
+    the bands with a dotted middle are the parametric frontier and its 95 %, over the budgets that it was fitted on.
+
+    Raises:
+        UserError: the table lacks the FLOPs of this convention.
+    """
+    check_counted(fits, convention)
+    figure = new_figure(11.4, 3.6)
+    panels = figure.subplots(1, 3)
+    styles = objective_styles(fits.objectives)
+    for objective, fit in fits.objectives.items():
+        _draw_isoflop(panels, _interior(fit, convention), fit.isoflop[convention], styles[objective])
+        if fit.parametric is not None and _has_frontier(fit, convention):
+            _draw_frontier(panels, fit.parametric, styles[objective], convention)
+    for panel, title in zip(panels, _TITLES, strict=True):
+        panel.set_title(title, fontsize=10, color=INK)
+        panel.set_yscale("log")
+        flops_axis(panel)
+        hold_limits(panel, np.concatenate([np.ravel(line.get_ydata()) for line in panel.get_lines()]), 10)
+        label_counts(panel.yaxis, panel.get_ylim())
+        dress(panel)
+    figure.supxlabel(flops_label(convention), fontsize=10, color=INK)
+    side_legend(figure, _optimum_legend(fits, convention))
+    return figure
+
+
+def has_optimum(fits: StudyFits, convention: Convention) -> bool:
+    """Whether there is anything to draw: an IsoFLOP optimum inside of its grid, or a frontier over some budgets."""
+    return any(_interior(fit, convention) or _has_frontier(fit, convention) for fit in fits.objectives.values())
+
+
+def _interior(fit: ObjectiveFits, convention: Convention) -> list[IsoflopBudget]:
+    return [budget for budget in fit.isoflop[convention].budgets if budget.interior]
+
+
+def _has_frontier(fit: ObjectiveFits, convention: Convention) -> bool:
+    """A frontier over the budgets fitted on is a line only where they differ, and known only where the fit is."""
+    if fit.parametric is None or not fit.parametric.identified:
+        return False
+    low, high = fit.parametric.flops_ranges[convention]
+    return high > low * BUDGET_TOLERANCE
+
+
+def _draw_isoflop(panels: Sequence[Axes], budgets: list[IsoflopBudget], fit: IsoflopFit, style: Style) -> None:
+    if not budgets:
+        return
+    flops = np.array([budget.flops for budget in budgets])
+    for panel, name in zip(panels, ("n_opt", "d_opt", "tokens_per_param"), strict=True):
+        estimates = [getattr(budget, name) for budget in budgets]
+        values = [estimate.value for estimate in estimates]
+        lows, highs = [estimate.low for estimate in estimates], [estimate.high for estimate in estimates]
+        panel.errorbar(
+            flops,
+            values,
+            yerr=interval_bars(values, lows, highs),
+            fmt=style.marker,
+            color=style.color,
+            markerfacecolor=style.face,
+            markersize=5,
+            elinewidth=1.1,
+            capsize=3,
+            zorder=4,
+        )
+    if fit.n_law is None or fit.d_law is None:
+        return
+    line = np.geomspace(flops.min(), flops.max(), 50)
+    n, d = fit.n_law.value(line), fit.d_law.value(line)
+    for panel, optima in zip(panels, (n, d, d / n), strict=True):
+        panel.plot(line, optima, style.line, color=style.color, linewidth=1.6, zorder=3)
+
+
+def _draw_frontier(panels: Sequence[Axes], fit: ParametricFit, style: Style, convention: Convention) -> None:
+    flops = np.geomspace(*fit.flops_ranges[convention], 50)
+    frontier = fit.frontier(convention, flops)
+    bands = [
+        (frontier.n_opt, frontier.n_low, frontier.n_high),
+        (frontier.d_opt, frontier.d_low, frontier.d_high),
+        # At given FLOPs more parameters are fewer tokens: the ends of N and D belong together crosswise.
+        (frontier.d_opt / frontier.n_opt, frontier.d_low / frontier.n_high, frontier.d_high / frontier.n_low),
+    ]
+    for panel, (middle, low, high) in zip(panels, bands, strict=True):
+        panel.plot(flops, middle, ":", color=style.color, linewidth=1.6, zorder=2)
+        panel.fill_between(flops, low, high, color=style.color, alpha=0.16, linewidth=0, zorder=1)
+
+
+def _optimum_legend(fits: StudyFits, convention: Convention) -> list[list[Artist]]:
+    groups: list[list[Artist]] = []
+    styles = objective_styles(fits.objectives)
+    for objective, fit in fits.objectives.items():
+        fitted = fit.isoflop[convention]
+        texts = [
+            exponent_text(symbol, law.exponent)
+            for symbol, law in (("N", fitted.n_law), ("D", fitted.d_law))
+            if law is not None
+        ]
+        style = styles[objective]
+        marker = style.marker if _interior(fit, convention) else ""
+        groups.append([style.handle("\n".join([objective, *texts]), marker=marker)])
+    members = fits.objectives.values()
+    isoflop = any(_interior(fit, convention) for fit in members)
+    frontier = any(_has_frontier(fit, convention) for fit in members)
+    middle = Line2D([], [], color=GREY, linestyle=":", linewidth=1.6, label="parametric frontier")
+    band = Patch(color=GREY, alpha=0.3, linewidth=0, label="its 95 %")
+    laws = any(fit.isoflop[convention].n_law is not None for fit in members)
+    points = note("points, lines: IsoFLOP" if laws else "points: IsoFLOP")
+    ends = note("bars and [ ]: 95 %" if laws else "bars: 95 %")
+    return [*groups, [points, ends] if isoflop else [], [middle, band] if frontier else []]
+
+
+# --- the compute multiplier ------------------------------------------------------------------------------------------
+
+_DODGE = {"envelope": 1 / 1.05, "isoflop": 1.0, "parametric": 1.05}
+"""Factors by which points of one budget are set side by side, or their bars would hide each other."""
+
+
+def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None = None) -> StudyFigure:
+    """FLOPs that an objective needs over FLOPs that the reference needs for equal loss, by method.
+
+    Points are at the reference's budgets, with 95 % intervals; lines and bands go between, dashed and without a band's
+    fill where one of the two reaches the loss only outside of the budgets of its fit. What is not to be relied on (a
+    fit that is rejected, or fails its held-out test) is grey and hollow. One row an objective, one panel a convention.
+
+    Args:
+        fits: The fits of a study with the reference and another objective.
+        conventions: The conventions of the panels; all that have a multiplier by default.
+
+    Raises:
+        UserError: No method gives a multiplier.
+    """
+    entries = [entry for entry in fits.compute_multiplier + fits.multiplier_curve if entry.shown]
+    present = [name for name in fits.conventions if any(entry.convention == name for entry in entries)]
+    drawn = [name for name in conventions or present if name in present]
+    shown = [entry for entry in entries if entry.convention in drawn]
+    names = [name for name in fits.compared if any(entry.objective == name for entry in shown)]
+    if not names:
+        raise UserError("figure: no compute multiplier; it needs two objectives, each with three budgets or more")
+    figure = new_figure(3.9 * len(drawn) + 2.4, 4.0 * len(names))
+    rows = figure.subplots(len(names), len(drawn), sharey="row", squeeze=False)
+    for panels, name in zip(rows, names, strict=True):
+        own = [entry for entry in shown if entry.objective == name]
+        for panel, convention in zip(panels, drawn, strict=True):
+            for method, style in METHODS.items():
+                curve, points = (
+                    _of(kept, name, convention, method) for kept in (fits.multiplier_curve, fits.compute_multiplier)
+                )
+                if not all(entry.trusted for entry in curve + points):
+                    style = replace(style, color=GREY, filled=False)
+                _draw_multipliers(panel, curve, style)
+                _draw_points(panel, points, style, _DODGE[method])
+            panel.set_xlabel(flops_label(convention, f"training FLOPs of {fits.reference}"), color=INK)
+            flops_axis(panel)
+            dress(panel)
+        panels[0].set_yscale("log")
+        panels[0].set_ylim(*_limits(own))
+        panels[0].yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 3, 5), numticks=20))
+        panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        panels[0].yaxis.set_minor_formatter(NullFormatter())
+        panels[0].set_ylabel(f"compute multiplier of {name}", color=INK)
+        for panel in panels:
+            if panel.get_ylim()[0] < 1:
+                panel.axhline(1, color=GREY, linewidth=1, zorder=1)
+    side_legend(figure, _multiplier_legend(shown))
+    return figure
+
+
+def _of(entries: Sequence[Multiplier], objective: str, convention: Convention, method: str) -> list[Multiplier]:
+    wanted = (objective, convention, method)
+    chosen = [own for own in entries if (own.objective, own.convention, own.method) == wanted and own.shown]
+    return sorted(chosen, key=lambda entry: entry.reference_flops)
+
+
+def _draw_points(axes: Axes, entries: list[Multiplier], style: Style, dodge: float) -> None:
+    for extrapolated in (False, True):
+        members = [entry for entry in entries if entry.extrapolated == extrapolated]
+        if not members:
+            continue
+        values = [entry.multiplier for entry in members]
+        lows, highs = [entry.low for entry in members], [entry.high for entry in members]
+        axes.errorbar(
+            [entry.reference_flops * dodge for entry in members],
+            values,
+            yerr=interval_bars(values, lows, np.where(np.isfinite(highs), highs, 1e12)),
+            fmt=style.marker,
+            color=style.color,
+            markerfacecolor="white" if extrapolated else style.face,
+            markersize=5,
+            elinewidth=1.1,
+            capsize=3,
+            zorder=4,
+        )
+
+
+def _draw_multipliers(axes: Axes, entries: list[Multiplier], style: Style) -> None:
+    if not entries:
+        return
+    flops, values = (
+        np.array([getattr(entry, name) for entry in entries]) for name in ("reference_flops", "multiplier")
+    )
+    lows, highs = (np.array([getattr(entry, name) for entry in entries]) for name in ("low", "high"))
+    inside = np.array([not entry.extrapolated for entry in entries])
+    highs = np.where(np.isfinite(highs), highs, 1e12)
+    axes.plot(flops, values, "--", color=style.color, linewidth=1, zorder=2)
+    axes.plot(flops, np.where(inside, values, np.nan), "-", color=style.color, linewidth=1.8, zorder=3)
+    axes.fill_between(flops, lows, highs, where=inside.tolist(), color=style.color, alpha=0.14, linewidth=0, zorder=1)
+
+
+def _limits(entries: Sequence[Multiplier]) -> tuple[float, float]:
+    """Around everything finite, but no further than a factor of 3 from the points: open intervals leave the panel."""
+    values = np.array([entry.multiplier for entry in entries])
+    ends = np.array([[entry.low, entry.high] for entry in entries]).ravel()
+    ends = ends[np.isfinite(ends) & (ends > 0)]
+    low, high = values.min(), values.max()
+    return max(min(low, ends.min(initial=low)), low / 3) / 1.15, min(max(high, ends.max(initial=high)), high * 3) * 1.15
+
+
+def _multiplier_legend(entries: Sequence[Multiplier]) -> list[list[Line2D]]:
+    present = {entry.method for entry in entries}
+    methods = [
+        Line2D([], [], color=style.color, linewidth=1.8, marker=style.marker, markersize=5, label=style.label)
+        for name, style in METHODS.items()
+        if name in present
+    ]
+    beyond = [Line2D([], [], color=GREY, linewidth=1, linestyle="--", marker="o", markerfacecolor="white",
+                     markersize=5, label="beyond a fit's\nbudgets")]  # fmt: skip
+    doubted = [Line2D([], [], color=GREY, linewidth=1.8, marker="o", markerfacecolor="white", markersize=5,
+                      label="grey: fit rejected, or\nheld-out test failed")]  # fmt: skip
+    extrapolated, doubt = any(entry.extrapolated for entry in entries), any(not entry.trusted for entry in entries)
+    return [methods, (beyond if extrapolated else []) + (doubted if doubt else []), [note("bars, bands: 95 %")]]

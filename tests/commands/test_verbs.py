@@ -1,0 +1,106 @@
+"""The table of verbs, and how little the command imports before it answers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib import import_module
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+
+from llada_lightning import __version__
+from llada_lightning.commands import FORMER_VERBS, VERBS
+from llada_lightning.commands.main import main
+
+README = Path(__file__).parents[2] / "README.md"
+NO_VERBS = {"__init__", "main", "model_options"}
+"""The files of commands/ that are no verbs."""
+
+HEAVY = ("torch", "lightning", "pandas", "scipy", "matplotlib", "wandb", "litdata", "tokenizers")
+
+
+def test_each_verb_has_a_file_and_each_file_a_verb() -> None:
+    import llada_lightning.commands as package
+
+    files = {path.stem for path in Path(str(package.__file__)).parent.glob("*.py")}
+    assert files - NO_VERBS == {verb.file for verb in VERBS}
+    for verb in VERBS:
+        assert callable(import_module(f"llada_lightning.commands.{verb.file}").main)
+    names = [verb.name for verb in VERBS]
+    assert len(set(names)) == len(names) and not set(names) & set(FORMER_VERBS)
+
+
+def test_help_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert re.findall(r"^  (\w+) +(.+)$", text, re.MULTILINE) == [(verb.name, verb.help) for verb in VERBS]
+    assert max(map(len, text.splitlines())) <= 100
+    groups = [group for group, _ in groupby(VERBS, lambda verb: verb.group)]
+    assert re.findall(r"^([a-z ]+):$", text, re.MULTILINE) == groups and len(set(groups)) == len(groups)
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+
+
+def test_the_readme_has_the_same_table() -> None:
+    rows = re.search(r"^\| verb \| what it does \|\n\|[-| ]+\n((?:\|.*\n)+)", README.read_text(), re.MULTILINE)
+    if rows is None:
+        pytest.skip("README.md has no table of verbs")
+    assert re.findall(r"^\| `(\w+)` \| (.+?) \|$", rows[1], re.MULTILINE) == [(verb.name, verb.help) for verb in VERBS]
+
+
+@pytest.mark.parametrize("verb", [verb.name for verb in VERBS])
+def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    assert "usage:" in capsys.readouterr().out.lower()
+
+
+def test_help_waits_for_no_heavy_library() -> None:
+    """That of every verb but Lightning's own; one process asks them all, one after another."""
+    asked = [["--help"], ["--version"], *([verb.name, "--help"] for verb in VERBS if verb.file != "fit")]
+    script = (
+        "import sys\nfrom llada_lightning.commands.main import main\n"
+        f"for arguments in {asked}:\n"
+        "    assert main(arguments) == 0\n"
+        f"    print('imported:', *arguments, *(name for name in {HEAVY} if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    said = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("imported:")]
+    assert said == asked
+
+
+def test_help_of_fit_waits_for_torch_and_lightning_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """And it lists the options that a process lists which has imported everything."""
+    done = _in_a_new_process(
+        'heavy = ("torch._dynamo.utils", "torchmetrics.functional", "matplotlib", "pandas", "scipy", "litdata")\n'
+        "print('imported:', *(name for name in heavy if name in sys.modules), file=sys.stderr)"
+    )
+    assert done.stderr == "imported:\n"
+    assert main(["fit", "--help"]) == 0
+    listed = [re.findall(r"^  (--[\w.]+)", text, re.MULTILINE) for text in (done.stdout, capsys.readouterr().out)]
+    assert listed[0] == listed[1] and "--budget.flops" in listed[0]
+
+
+@pytest.mark.slow
+def test_what_help_leaves_out_is_there_when_it_is_asked_for() -> None:
+    _in_a_new_process(
+        "import torch, torchmetrics\n"
+        "mean = torchmetrics.MeanMetric()\n"
+        "mean.update(torch.tensor([1.0, 2.0]))\n"
+        "assert mean.compute() == 1.5 and isinstance(mean, torchmetrics.metric.Metric)\n"
+        "assert mean.plot() and torchmetrics.utilities.plot.plot_curve and not hasattr(torchmetrics, 'nothing')\n"
+        "assert not isinstance(mean, torch._dynamo.OptimizedModule) and torch._dynamo.config.recompile_limit\n"
+    )
+
+
+def _in_a_new_process(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code after `llada fit --help` in a process that does nothing else."""
+    script = (
+        "import sys\nfrom llada_lightning.commands.main import entry_point\n"
+        "sys.argv = ['llada', 'fit', '--help']\n"
+        "try:\n    entry_point()\nexcept SystemExit as leave:\n    assert leave.code == 0\n"
+    )
+    return subprocess.run([sys.executable, "-c", script + code], capture_output=True, text=True, check=True)
