@@ -29,7 +29,6 @@ FLOORS = (
 """From the lowest to the highest. A floor may import itself and the floors below."""
 
 NOT_YET = {
-    "data.sft": {"checkpoints.tokenizer_files"},
     "training.callbacks.profile": {"study.plots.profile", "study.plots.style"},
 }
 """Imports that go up and are on their way out."""
