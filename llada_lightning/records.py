@@ -132,7 +132,7 @@ def write_validation(folder: Path | str, steps: int, documents: Sequence[tuple[i
     Args:
         folder: The folder of the run; made if it does not exist.
         steps: The number of optimizer steps of the validated weights.
-        documents: (document, its sequences, their mean in nats per token) of every validation document.
+        documents: The document, its number of sequences and their mean in nats per token, of every validation document.
     """
     import pandas as pd
 

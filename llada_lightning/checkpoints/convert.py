@@ -32,9 +32,9 @@ class Written:
     """What was written.
 
     Args:
-        tensors, parameters, bytes: of the weights.
-        dtype: of the weights; of mixed ones, the widest.
-        files: all of the folder's.
+        tensors, parameters, bytes: The numbers of tensors, parameters and bytes of the weights.
+        dtype: The type of the weights; of mixed ones, the widest.
+        files: The names of all files of the folder.
     """
 
     tensors: int
@@ -55,12 +55,12 @@ def convert(
     """Writes a folder, which appears when it is complete.
 
     Args:
-        model: opened, not read: its weights go through memory one file at a time.
-        out: a folder that is not there, or is empty.
-        to: the layout.
-        dtype: of the weights; as stored by default.
-        max_shard_bytes: of one file.
-        progress: is told the bytes of each file that has been written.
+        model: The opened model. Its weights are not read yet: they go through memory one file at a time.
+        out: The folder to write, which does not exist or is empty.
+        to: The layout.
+        dtype: The type of the weights; None: as stored.
+        max_shard_bytes: The largest size of one file, in bytes.
+        progress: The function that is called with the number of bytes of each file that has been written.
 
     Raises:
         UserError: the layout is of another objective, or ``out`` is taken or cannot be written.

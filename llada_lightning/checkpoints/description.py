@@ -32,19 +32,20 @@ class Description:
 
     Args:
         objective: The name of the objective, such as `llada`.
-        shape: the dimensions.
-        vocab_size: rows of the embedding and of the output head.
-        eos_token_id: ends a text.
-        mask_token_id: [MASK]; None where an `arm` has none.
-        context_length: the most tokens, prompt and answer together, that it was trained on.
-        rope_theta: base of the rotary frequencies.
-        norm_eps: within the root of every RMSNorm.
-        end_token_ids: every token that ends an answer; EOS is always one.
-        start_token_id: stands before every sequence, as in the training of an `arm` of ours.
-        text_prefix_ids: stand before a text, as its tokenizer puts BOS before one; None: as the tokenizer says.
-        compat: `llada` where [MASK] had a logit in training.
-        bos_token_id, pad_token_id: as other programs are told; nothing here uses them.
-        source: the run, its step and the hash of its identity, where they are known.
+        shape: The dimensions of the model.
+        vocab_size: The number of rows of the embedding and of the output head.
+        eos_token_id: The id of EOS, which ends a text.
+        mask_token_id: The id of [MASK]; None where an `arm` has none.
+        context_length: The largest number of tokens, prompt and answer together, that it was trained on.
+        rope_theta: The base of the rotary frequencies.
+        norm_eps: The number that is added within the root of every RMSNorm.
+        end_token_ids: The ids of all tokens that end an answer; EOS is always one of them.
+        start_token_id: The id of the token before every sequence, as in the training of our `arm`; None: no such token.
+        text_prefix_ids: The token ids before a text, such as the BOS that a tokenizer puts before one; None: those that
+            the tokenizer adds.
+        compat: The objective whose released code is followed: `llada` where [MASK] had a logit in training.
+        bos_token_id, pad_token_id: The ids as they are written for other programs; nothing here uses them.
+        source: The run, its step and the hash of its identity, where they are known.
 
     Raises:
         UserError: a value is of the wrong kind, an id lies outside of the vocabulary, or [MASK] is missing where the
@@ -104,9 +105,9 @@ class Description:
         """The description that a file gives.
 
         Args:
-            where: the file, for people.
-            shape: its name or dimensions, see ``get_shape``.
-            values: the others, as they were found.
+            where: The name of the file, for messages.
+            shape: The name of the shape or its dimensions, see ``get_shape``.
+            values: The other fields, as they were found.
 
         Raises:
             UserError: as of the class and of the shape; it names the file.
@@ -200,8 +201,8 @@ class ConfigFile:
     """The values of a JSON file, and errors that name it.
 
     Args:
-        path: of the file.
-        values: what it holds.
+        path: The path of the file.
+        values: The values that the file holds.
     """
 
     path: Path
@@ -284,8 +285,8 @@ class ConfigFile:
         """Refuse a model whose mathematics is another one than our Transformer's.
 
         Args:
-            required: for each key the values that are ours; null is what the key's absence is.
-            absent: what the absence of a key means, where it is not one of ours.
+            required: The values of each key that are ours; null is the absence of the key.
+            absent: The values that the absence of a key means, where that is not one of ours.
 
         Raises:
             UserError: names the key and its value.
@@ -305,8 +306,8 @@ def read_generation_ends(folder: Path, vocab_size: int) -> tuple[int, ...]:
     """The ids in ``generation_config.json`` that end an answer; none without the file.
 
     Args:
-        folder: of the model.
-        vocab_size: of the model.
+        folder: The folder of the model.
+        vocab_size: The number of vocabulary entries of the model.
 
     Raises:
         UserError: the file cannot be read, or an id lies outside of the vocabulary.

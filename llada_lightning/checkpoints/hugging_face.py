@@ -75,8 +75,9 @@ def read_llada(config: ConfigFile, named: Mapping[str, int]) -> Description:
     """The description of a Hugging Face LLaDA folder.
 
     Args:
-        config: its ``config.json``.
-        named: ids of ``mask_token`` and ``eos_token`` by its tokenizer, where ``config.json`` does not say.
+        config: The ``config.json`` of the model.
+        named: The ids of ``mask_token`` and ``eos_token`` by its tokenizer, for a ``config.json`` that does not hold
+            them.
 
     Raises:
         UserError: a value is missing, or the model is not our Transformer.
@@ -128,8 +129,8 @@ def write_llada(description: Description, dtype: str) -> dict[str, Any]:
     """``config.json`` of the GSAI-ML/LLaDA-8B layout: every key that the released code reads.
 
     Args:
-        description: of a `llada`.
-        dtype: of the weights, torch's name.
+        description: The description of a `llada`.
+        dtype: The type of the weights, by torch's name.
     """
     shape = description.shape
     return {
@@ -212,8 +213,8 @@ def write_llama(description: Description, dtype: str) -> dict[str, Any]:
     """``config.json`` of transformers' Llama, for its versions 4 and 5.
 
     Args:
-        description: of an `arm`.
-        dtype: of the weights, torch's name.
+        description: The description of an `arm`.
+        dtype: The type of the weights, by torch's name.
     """
     shape = description.shape
     return {

@@ -34,19 +34,21 @@ class LanguageModel:
 
     Args:
         objective: The name of the objective, such as `llada`.
-        model: THE Transformer, in evaluation mode.
-        mask_token_id: [MASK]; None where an `arm` has none.
-        eos_token_id: ends a text.
-        context_length: the most tokens, prompt and answer together, that it was trained on.
-        tokenizer: None where its folder holds none; then prompts are token ids.
-        end_token_ids: every token that ends an answer: EOS, and the end of a turn where a chat model has one.
-        start_token_id: stands before every sequence, as in the model's training: EOS for an `arm` of ours. None:
-            nothing does.
-        text_prefix_ids: stand before a prompt that is given as text, as a Llama's tokenizer puts its BOS there.
-        compat: `llada` where [MASK] had a logit in training, as in the authors' released code.
-        chat_template: Jinja, None where there is none.
-        special_tokens: by their names in a chat template, such as ``bos_token``, as the tokenizer's files name them.
-        name: for people: the path it was read from.
+        model: The Transformer, in evaluation mode.
+        mask_token_id: The id of [MASK]; None where an `arm` has none.
+        eos_token_id: The id of EOS, which ends a text.
+        context_length: The largest number of tokens, prompt and answer together, that it was trained on.
+        tokenizer: The tokenizer; None where the folder holds none: then prompts are token ids.
+        end_token_ids: The ids of all tokens that end an answer: EOS, and the end of a turn where a chat model has one.
+        start_token_id: The id of the token before every sequence, as in the model's training: EOS for our `arm`; None:
+            no such token.
+        text_prefix_ids: The token ids before a prompt that is given as text, such as the BOS that a Llama's tokenizer
+            adds.
+        compat: The objective whose released code is followed: `llada` where [MASK] had a logit in training.
+        chat_template: The chat template in Jinja; None where there is none.
+        special_tokens: The special tokens by their names in a chat template, such as ``bos_token``, as in the
+            tokenizer's files.
+        name: The path that the model was read from, for messages.
     """
 
     objective: str
@@ -108,7 +110,7 @@ class LanguageModel:
         """Logits of every position as the weights give them, [MASK]'s included.
 
         Args:
-            tokens_BL: (B, L) int64; nothing is put before it.
+            tokens_BL: (B, L) int64; no token is put before it.
             attention_mask_BL: (B, L), False or 0 where a token is padding, on either side.
 
         Returns:
@@ -200,11 +202,12 @@ def load_model(
     Nothing in a checkpoint is run.
 
     Args:
-        path: a run's folder, or a branch's (the last checkpoint counts); a training checkpoint, one file or sharded; an
-            inference folder of ours; a Hugging Face LLaDA or Llama folder.
-        tokenizer: to take instead of the checkpoint's: a ``tokenizer.json``, a folder with one, a name on the hub.
-        device: CUDA's where there is one, else the CPU, by default.
-        dtype: of the weights, such as `bfloat16`; as stored by default.
+        path: The folder of a run or of a branch (the last checkpoint counts); a training checkpoint, one file or
+            sharded; our inference folder; a Hugging Face LLaDA or Llama folder.
+        tokenizer: The tokenizer to use instead of the checkpoint's: a ``tokenizer.json``, a folder with one, a name on
+            the hub.
+        device: The device; None: CUDA's where there is one, else the CPU.
+        dtype: The type of the weights, such as `bfloat16`; None: as stored.
 
     Raises:
         UserError: the path holds no checkpoint, or one that is not whole, of another architecture, or of a tokenizer

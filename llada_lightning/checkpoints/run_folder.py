@@ -111,7 +111,7 @@ def digest(value: Any) -> str:
     """sha256 over nested dicts and sequences of tensors and plain values: names, types, shapes and every bit.
 
     Args:
-        value: in which a function stands for the value that it returns.
+        value: The value; a function in it counts as the value that it returns.
     """
     found = hashlib.sha256()
     _feed(found.update, value)
@@ -154,7 +154,7 @@ def damage(checkpoint: Path) -> str | None:
     Reads all of it, once a process and state of the files (about 3 GB/s from the page cache); runs nothing.
 
     Args:
-        checkpoint: a file, or the folder of a sharded one.
+        checkpoint: The path of a file, or of the folder of a sharded checkpoint.
     """
     files = sorted(checkpoint.iterdir()) if checkpoint.is_dir() else [checkpoint]
     stats = [(path, path.stat()) for path in files if path.is_file()]
@@ -186,8 +186,8 @@ def whole_checkpoint(folder: Path, before: int | None = None) -> tuple[Path | No
     """The checkpoint of the highest step that is whole, and those of higher steps with what is wrong with them.
 
     Args:
-        folder: of checkpoints.
-        before: only those of lower steps than this count; None: all.
+        folder: The folder of the checkpoints.
+        before: The step below which checkpoints count; None: all count.
     """
     damaged: dict[Path, str] = {}
     for step, checkpoint in sorted(checkpoints_by_step(folder).items(), reverse=True):

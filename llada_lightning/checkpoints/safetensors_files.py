@@ -128,11 +128,11 @@ def write_folder(
     that can be viewed.
 
     Args:
-        folder: to write into.
-        weights: by the names that they get.
-        dtype: to store them in; None: as each is.
-        max_shard_bytes: of a file's tensors; a larger tensor gets a file of its own.
-        progress: is told the bytes of each file that has been written.
+        folder: The folder to write into.
+        weights: The weights by the names under which they are written.
+        dtype: The type to store them in; None: the type that each has.
+        max_shard_bytes: The largest size of a file's tensors, in bytes; a larger tensor gets a file of its own.
+        progress: The function that is called with the number of bytes of each file that has been written.
 
     Returns:
         The files' names.

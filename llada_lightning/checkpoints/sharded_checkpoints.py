@@ -80,8 +80,8 @@ class ShardedCheckpointReader(dcp.FileSystemReader):
         """Reads, in place, the value of each full name, or of each nested one; a tensor's room is given.
 
         Args:
-            values: to be filled.
-            together: with the other processes of the run, each its shards.
+            values: The values that are filled.
+            together: Whether all processes of the run read, each its shards.
 
         Raises:
             UserError: a shard is missing or damaged, or holds other things than plain values and tensors.
@@ -154,7 +154,7 @@ def read_sharded(folder: Path) -> dict[str, Any]:
     """A sharded checkpoint as the file that one process would have written: whole tensors, moments by number.
 
     Args:
-        folder: that any number of processes wrote.
+        folder: The folder, which any number of processes wrote.
 
     Returns:
         What Lightning's checkpoint files hold, on the CPU. Nothing is exchanged with other processes.
@@ -211,8 +211,8 @@ def by_name(saved: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """An optimizer's state as ``Optimizer.state_dict`` makes it, keyed by its parameters' names.
 
     Args:
-        saved: keyed by numbers.
-        names: of the parameters, in the order of the optimizer's groups.
+        saved: The state, keyed by the numbers of the parameters.
+        names: The names of the parameters, in the order of the optimizer's groups.
     """
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     named = dict(zip(numbers, names, strict=True))

@@ -53,12 +53,12 @@ class StoredModel:
     """A checkpoint that is whole and fits its description.
 
     Args:
-        path: of the checkpoint; of a run's folder, the one that was chosen.
-        kind: a checkpoint of `llada fit`, or a folder by the names of `llada convert --to`.
-        description: everything but weights and tokenizer.
-        weights: by our names.
-        tokenizer: None where there is none.
-        auto_map: of a Hugging Face folder that names modelling code: which class stands where.
+        path: The path of the checkpoint; of a run's folder, that of the chosen checkpoint.
+        kind: The kind of the checkpoint: of `llada fit`, or a folder by the names of `llada convert --to`.
+        description: The description: everything but weights and tokenizer.
+        weights: The weights by our names.
+        tokenizer: The tokenizer; None where there is none.
+        auto_map: The ``auto_map`` of a Hugging Face folder that names modelling code: the place of each class.
     """
 
     path: Path
@@ -96,9 +96,10 @@ def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> St
     """Finds out what a path holds, and checks that it is whole.
 
     Args:
-        path: a run's folder (its last checkpoint counts), or a branch's; a training checkpoint, one file or sharded; an
-            inference folder of ours; a Hugging Face LLaDA or Llama folder.
-        tokenizer: to take instead of the checkpoint's: a ``tokenizer.json``, a folder with one, a name on the hub.
+        path: The folder of a run or of a branch (the last checkpoint counts); a training checkpoint, one file or
+            sharded; our inference folder; a Hugging Face LLaDA or Llama folder.
+        tokenizer: The tokenizer to use instead of the checkpoint's: a ``tokenizer.json``, a folder with one, a name on
+            the hub.
 
     Raises:
         UserError: it is none of these, is not whole, or its parts do not fit together.

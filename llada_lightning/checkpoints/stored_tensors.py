@@ -29,9 +29,10 @@ class StoredTensor:
     """A tensor in a file.
 
     Args:
-        shape: its dimensions.
-        dtype: as stored.
-        read: gives it, on the CPU; a view of the file where its format allows that, so not to be written to.
+        shape: The dimensions of the tensor.
+        dtype: The type in which it is stored.
+        read: The function that returns it, on the CPU; as a view of the file where its format allows that, so not to be
+            written to.
     """
 
     shape: tuple[int, ...]
@@ -56,11 +57,11 @@ def weights_of(
     Reading one that holds NaN or infinite numbers raises UserError: a model with such weights would still sample.
 
     Args:
-        stored: by the layout's names.
-        layout: of the names.
-        model: whose weights they are, on the meta device.
-        where: they lie, for people.
-        tied: the output head is the embedding; a head that is stored as well is left out.
+        stored: The stored tensors by the layout's names.
+        layout: The layout of the names.
+        model: The Transformer, on the meta device, whose weights they are.
+        where: The place of the weights, for messages.
+        tied: Whether the output head is the embedding; a head that is stored as well is left out.
 
     Raises:
         UserError: tensors are missing, are too many, have another shape, or hold other than floating-point numbers.
@@ -156,11 +157,11 @@ class Layout:
     """How a checkpoint names its weights.
 
     Args:
-        title: for people.
-        whole_model: our names -> theirs, without `.weight`, of what is there once.
-        block: likewise, within a block.
-        blocks: what stands before a block's number.
-        ignored: ends of names that hold no weights, such as tables that follow from the configuration.
+        title: The name of the layout, for messages.
+        whole_model: The map from our names to theirs, without `.weight`, of the weights outside the blocks.
+        block: The map from our names to theirs, without `.weight`, of the weights within a block.
+        blocks: The part of a name before a block's number.
+        ignored: The ends of names that hold no weights, such as tables that follow from the configuration.
     """
 
     title: str

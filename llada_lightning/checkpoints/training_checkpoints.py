@@ -32,7 +32,7 @@ def read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], str
     """What a checkpoint of `llada fit` holds of its model.
 
     Args:
-        path: a file, or the folder of a sharded one.
+        path: The path of a file, or of the folder of a sharded checkpoint.
 
     Returns:
         The description, the weights by their names in the file, and the fingerprint of the run's tokenizer.
@@ -117,9 +117,9 @@ def run_tokenizer(checkpoint: Path, description: Description, fingerprint: str) 
     """The tokenizer that a run was trained with: beside the checkpoint, of the run's folder, or of its data.
 
     Args:
-        checkpoint: of the run.
-        description: of its model.
-        fingerprint: of its tokenizer.
+        checkpoint: The checkpoint of the run.
+        description: The description of its model.
+        fingerprint: The fingerprint of its tokenizer.
 
     Returns:
         None where there is none, or only others; of the others, a line on stderr names the first.

@@ -105,9 +105,9 @@ def entry_point() -> None:
     """What the console script calls: the process ends with the command."""
     asked = [verb for verb in VERBS if sys.argv[1:] in ([verb.name, "--help"], [verb.name, "-h"])]
     if asked and asked[0].file == "fit":
-        from llada_lightning.support.libraries import leave_out_the_compiler
+        from llada_lightning.support.libraries import prepare_for_help
 
-        leave_out_the_compiler()
+        prepare_for_help()
     sys.exit(main())
 
 

@@ -32,9 +32,9 @@ class Loaded:
     """A benchmark with its data.
 
     Args:
-        benchmark: what is measured.
-        tasks: as ``TaskManager.load`` gives them.
-        parts: the task objects of the whole tree.
+        benchmark: The benchmark that is measured.
+        tasks: The tasks, as ``TaskManager.load`` returns them.
+        parts: The task objects of the whole tree.
     """
 
     benchmark: Benchmark
@@ -50,9 +50,9 @@ def task_manager(
     Reading lm-evaluation-harness's own thousands of tasks takes seconds: left out where the folder holds all.
 
     Args:
-        benchmarks: What is measured.
+        benchmarks: The benchmarks that are measured.
         include_path: A folder with task files of the user.
-        metadata: What the functions that make a task's documents are told.
+        metadata: The options for the functions that make a task's documents.
 
     Raises:
         UserError: a task is unknown, or the folder is not there.
@@ -168,12 +168,13 @@ def measure(
     """Runs a benchmark; of a tag, which has no score of its own, one outcome for each task. Nothing off the first rank.
 
     Args:
-        model: its sampling, and its guidance where that is said, are set to the benchmark's.
-        loaded: the benchmark.
-        limit: the first documents of each task only.
-        chat: prompts through the chat template.
+        model: The model. Its sampling, and its guidance where the benchmark sets one, are set to those of the
+            benchmark.
+        loaded: The benchmark.
+        limit: The number of documents of each task, taken from its beginning; None: all.
+        chat: Whether the prompts go through the chat template.
         sampling: The settings that go before the benchmark's, as those of :class:`HarnessModel`.
-        unsafe_code: whether tasks may execute, in the sandbox, what the model wrote.
+        unsafe_code: Whether tasks may execute, in the sandbox, what the model wrote.
 
     Raises:
         UserError: the task has no such metric, or as the model's methods.

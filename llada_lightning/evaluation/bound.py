@@ -39,11 +39,11 @@ class Bound:
     """The lower bound of one request as far as it is known; more samples can be added.
 
     Args:
-        request: with a continuation of L >= 0 tokens.
-        samples: masks of the first round, at least 1.
-        seed: of the noise.
-        enumerate_masks: score all masks where these are no more than the samples to draw.
-        all_up_to: score all masks at once where these are no more than this, however few samples are asked for.
+        request: The request, with a continuation of L >= 0 tokens.
+        samples: The number of masks of the first round, at least 1.
+        seed: The seed of the noise.
+        enumerate_masks: Whether all masks are scored where there are no more of them than samples to draw.
+        all_up_to: The number of masks up to which all of them are scored at once, however few samples are asked for.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ class Bound:
         """Takes in what the model gave for planned masks.
 
         Args:
-            masks_NL: as planned.
-            log_probs_NL: (N, L) nats, 0 where not masked.
+            masks_NL: (N, L) The masks, as planned.
+            log_probs_NL: (N, L) The log-probabilities in nats, 0 where not masked.
         """
         assert not self.exact
         counts_N, sums_N = masks_NL.sum(axis=1), log_probs_NL.sum(axis=1)
@@ -168,12 +168,12 @@ def replicate_masks(seed: int, key: int, replicate: int, samples: int, length: i
     follow each other around one random order of the continuation, so every token is masked about as often as any other.
 
     Args:
-        seed: of the noise.
-        key: of the request (64 bits).
-        replicate: ordinal of the replicate.
-        samples: K, masks in the replicate.
-        length: L, tokens of the continuation.
-        counts: consecutive l to draw from, within 1..L.
+        seed: The seed of the noise.
+        key: The key of the request (64 bits).
+        replicate: The ordinal of the replicate.
+        samples: K, the number of masks in the replicate.
+        length: L, the number of tokens of the continuation.
+        counts: The consecutive values of l to draw from, within 1..L.
 
     Returns:
         (K, L) bool, True where masked.

@@ -29,10 +29,10 @@ class Row:
     """One sequence through the model, and the tokens whose log-probability is wanted.
 
     Args:
-        tokens: (T,) input ids.
-        positions: (M,) where in ``tokens`` the wanted logits are.
-        targets: (M,) ids whose log-probability is wanted there.
-        prompt_length: tokens at the left that guidance replaces by [MASK].
+        tokens: (T,) The input ids.
+        positions: (M,) The positions in ``tokens`` of the wanted logits.
+        targets: (M,) The ids whose log-probability is wanted there.
+        prompt_length: The number of tokens at the left that guidance replaces by [MASK].
     """
 
     tokens: IntArray
@@ -45,10 +45,11 @@ class Scorer:
     """Runs rows through a model.
 
     Args:
-        lm: the model.
-        cfg_scale: w of Eq. 16; 0: no guidance.
-        batch_tokens: tokens, padding and the unguided branch included, of one pass; by default what suits the device.
-        progress: told of every row done.
+        lm: The model.
+        cfg_scale: The scale w of Eq. 16; 0: no guidance.
+        batch_tokens: The number of tokens of one pass, padding and the unguided branch included; None: a number that
+            suits the device.
+        progress: The progress bar, which advances with every row.
     """
 
     def __init__(
@@ -129,8 +130,8 @@ class ScoringProgress:
     """Rows done and to do, their rate and the time left, on stderr; a context manager.
 
     Args:
-        enabled: None: where stderr is a terminal.
-        what: is done.
+        enabled: Whether the bar is shown; None: where stderr is a terminal.
+        what: The name of the work, shown beside the bar.
     """
 
     def __init__(self, enabled: bool | None = False, what: str = "scoring") -> None:

@@ -55,19 +55,20 @@ class HarnessModel(LM):
     ``infill: true``: `llada` fills a gap, and `arm` is refused.
 
     Args:
-        lm: the model.
-        monte_carlo: masks of each continuation of several tokens, at least 1; `arm` and one token are exact.
-        sampling: The settings that go before what a task says: those of a :class:`Sampling` that are not its defaults,
-            or settings by their names. Those that `arm` cannot have are left out for it. `length` replaces the task's
-            `max_gen_toks`.
-        infill: `llada` fills the gap between the fields `prompt` and `suffix` of a document (texts, or lists of texts
-            that are encoded one by one) with as many tokens as its `canonical_solution` has. An `arm` continues.
-        greedy: whether greedy decoding is tried in `loglikelihood`.
-        cfg_scale: w of classifier-free guidance (Eq. 16) in likelihoods.
-        seed: of masks and of samples.
-        batch_size: prompts sampled together.
-        batch_tokens: tokens of one pass of scoring; by default what suits the device.
-        progress: bars on stderr; None: where that is a terminal.
+        lm: The model.
+        monte_carlo: The number of masks of each continuation of several tokens, at least 1. With an `arm`, and for one
+            token, the value is exact.
+        sampling: The settings that take precedence over those of a task: those of a :class:`Sampling` that are not its
+            defaults, or settings by their names. Those that `arm` cannot have are left out for it. `length` replaces
+            the task's `max_gen_toks`.
+        infill: Whether `llada` fills the gap between the fields `prompt` and `suffix` of a document (texts, or lists of
+            texts that are encoded one by one) with as many tokens as its `canonical_solution` has. An `arm` continues.
+        greedy: Whether greedy decoding is tried in `loglikelihood`.
+        cfg_scale: The scale w of classifier-free guidance (Eq. 16) in likelihoods.
+        seed: The seed of masks and of samples.
+        batch_size: The number of prompts sampled together.
+        batch_tokens: The number of tokens of one pass of scoring; None: a number that suits the device.
+        progress: Whether progress bars are shown on stderr; None: where that is a terminal.
 
     Raises:
         UserError: a Monte Carlo count or batch size below 1, or no tokenizer.

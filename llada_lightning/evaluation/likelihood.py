@@ -42,23 +42,25 @@ def log_likelihood(
     scored once.
 
     Args:
-        lm: the model.
-        requests: pairs of ids: prompt, continuation.
-        samples: masks that are drawn for each continuation; the masks of l = 1 (where there are no more than twice the
-            samples) and of l = L are scored in addition.
-        target_stderr: nats; samples are doubled for each request until its standard error is no more. The first round
-            has at least 16 samples then: the error of fewer replicates is too rough to stop by. Because the data decide
-            when to stop, the mean is no longer exactly unbiased, and the error by which sampling stops is a little too
-            small on the average.
-        max_samples: where doubling ends, in whole multiples of the first round; by default 32 times as many.
-            `Score.samples` tells what was drawn, `Score.stderr` what was reached.
-        exact: score all masks where that takes no more of them than the samples; without it they are always drawn.
-        cfg_scale: w of unsupervised classifier-free guidance (Eq. 16); its unconditional branch has [MASK]s for a
-            prompt. Only `llada` has it.
-        seed: of the masks.
-        truncate: `left` cuts prompts that do not fit the context; `Score.truncated` tells by how many tokens.
-        batch_tokens: tokens of one forward pass, padding included; by default what suits the device.
-        progress: a bar on stderr; None: where that is a terminal.
+        lm: The model.
+        requests: The pairs of token ids: (prompt, continuation).
+        samples: The number of masks that are drawn for each continuation. The masks of l = 1 (where there are no more
+            than twice the samples) and of l = L are scored in addition.
+        target_stderr: The standard error to reach, in nats. The samples of each request are doubled until its standard
+            error is no more. The first round then has at least 16 samples: the error of fewer replicates is too rough
+            to stop by. Because the data decide when to stop, the mean is no longer exactly unbiased, and the error by
+            which sampling stops is a little too small on the average.
+        max_samples: The number of samples where doubling ends, in whole multiples of the first round; None: 32 times as
+            many. `Score.samples` holds the number that was drawn, `Score.stderr` the error that was reached.
+        exact: Whether all masks are scored where there are no more of them than samples; otherwise masks are always
+            drawn.
+        cfg_scale: The scale w of unsupervised classifier-free guidance (Eq. 16). Its unconditional branch has [MASK]s
+            for a prompt. Only `llada` has it.
+        seed: The seed of the masks.
+        truncate: The handling of prompts that do not fit the context. `left` cuts them; `Score.truncated` holds the
+            number of tokens cut.
+        batch_tokens: The number of tokens of one forward pass, padding included; None: a number that suits the device.
+        progress: Whether a progress bar is shown on stderr; None: where that is a terminal.
 
     Raises:
         UserError: no model, a request that is no pair, no token of the vocabulary, [MASK] within a

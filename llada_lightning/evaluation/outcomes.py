@@ -22,15 +22,15 @@ class Outcome:
     """What a benchmark gave.
 
     Args:
-        name: in our tables.
-        task: of lm-evaluation-harness.
-        metric: the one that counts, ``metric,filter``.
-        value: of it, as lm-evaluation-harness gives it.
-        stderr: its standard error over documents; NaN where there is none. Of `llada` the scatter of the Monte Carlo
-            estimates is part of it only as far as it makes answers right or wrong.
-        n: documents.
-        shots: examples in the prompt; None where the tasks of a group differ.
-        metrics: every metric's value and standard error.
+        name: The name in our tables.
+        task: The task of lm-evaluation-harness.
+        metric: The metric that counts, as ``metric,filter``.
+        value: The value of the metric, as lm-evaluation-harness returns it.
+        stderr: The standard error of the value over documents; NaN where there is none. For `llada` it includes the
+            scatter of the Monte Carlo estimates only as far as that makes answers right or wrong.
+        n: The number of documents.
+        shots: The number of examples in the prompt; None where the tasks of a group differ.
+        metrics: The value and the standard error of every metric.
         parts: The metrics of each task of a group.
         sampling: The settings of the answers or of the likelihoods as they were used. Where the requests of a task
             differ, as in the length of an answer, the least and the greatest value.
@@ -69,7 +69,7 @@ def best_rows(outcomes: Sequence[Outcome], groups: dict[str, str]) -> list[Outco
     It is chosen by the very values that it shows, so it is optimistic.
 
     Args:
-        outcomes: Those of every row.
+        outcomes: The outcomes of every row.
         groups: The group of each row that has one, by the name of the row.
     """
     best: dict[tuple[str, str], Outcome] = {}

@@ -22,15 +22,16 @@ class Pair:
     """A prompt and what may follow it.
 
     Args:
-        prompt: ids, cut where it was too long.
-        continuations: ids; one, or each of the choices.
-        written_bytes: UTF-8 bytes of each continuation as it was written, by which lm-evaluation-harness compares
-            choices; None where it was written as ids and there is no tokenizer.
-        scored_bytes: of each continuation with the white space that moved to it, as its ids say; None likewise.
-        is_choice: whether the line had choices.
-        answer: index of the right choice, where the line has it.
-        truncated: tokens cut from the prompt's left.
-        lost_bytes: those of ``scored_bytes``, of all continuations together, that the ids do not give back.
+        prompt: The token ids of the prompt, cut where it was too long.
+        continuations: The token ids of the one continuation, or of each of the choices.
+        written_bytes: The number of UTF-8 bytes of each continuation as it was written, by which lm-evaluation-harness
+            compares choices; None where it was written as ids and there is no tokenizer.
+        scored_bytes: The number of UTF-8 bytes of the ids of each continuation, with the white space that moved to it;
+            None likewise.
+        is_choice: Whether the line had choices.
+        answer: The index of the right choice, where the line has it.
+        truncated: The number of tokens cut from the prompt's left.
+        lost_bytes: The number of ``scored_bytes``, of all continuations together, that the ids do not give back.
     """
 
     prompt: list[int]

@@ -187,7 +187,7 @@ def reversal_documents(
     of the pair has a gap where the other half is. With `chat` the paper's question is asked.
 
     Args:
-        direction: `forward` asks for the second half, `backward` for the first.
+        direction: The half that is asked for: the second with `forward`, the first with `backward`.
         infill: Whether a gap is filled.
         chat: Whether the prompts go through the chat template.
         metadata: The options `pairs`, `joiner` and `end`.

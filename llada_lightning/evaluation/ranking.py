@@ -44,10 +44,10 @@ class Ranking:
     """The candidates of one question.
 
     Args:
-        best: index of the candidate with the highest value; of equal ones the first.
-        settled: whether every other one is worse at the confidence asked for.
-        scores: of each candidate; those that were out early have fewer samples.
-        values: what was compared: the mean by the normalisation, nats (per token, per byte).
+        best: The index of the candidate with the highest value; of equal ones the first.
+        settled: Whether every other candidate is worse at the confidence asked for.
+        scores: The score of each candidate. Candidates that were ruled out early have fewer samples.
+        values: The values that were compared: the mean by the normalisation, in nats (per token, per byte).
     """
 
     best: int
@@ -99,15 +99,17 @@ def rank_candidates(
     """The best candidate of each question, sampled until it is settled.
 
     Args:
-        lm: the model; with an `arm` every value is exact and nothing is sampled.
-        questions: ids of a prompt, and of each of its candidates.
-        confidence: the least probability with which the winner is the one with the highest value of Eq. 6.
-        normalisation: what is compared: the log-likelihood, or that per token, or per byte.
-        byte_lengths: bytes of each candidate, for `byte`; by default of its text as the tokenizer gives it.
-        samples: of the first look, at least 16; doubled for each that follows.
-        max_samples: after which a question is left open, with its best so far.
-        truncate: `left` cuts the prompt of a question by what its longest candidate needs.
-        cfg_scale, seed, batch_tokens, progress: as for :func:`likelihood.log_likelihood`.
+        lm: The model. With an `arm` every value is exact and nothing is sampled.
+        questions: The token ids of a prompt, and of each of its candidates.
+        confidence: The least probability with which the winner is the candidate with the highest value of Eq. 6.
+        normalisation: The value that is compared: the log-likelihood, or that per token, or per byte.
+        byte_lengths: The number of bytes of each candidate, for `byte`; None: those of its text as the tokenizer
+            decodes it.
+        samples: The number of samples of the first look, at least 16; doubled for each look that follows.
+        max_samples: The number of samples after which a question is left open, with its best candidate so far.
+        truncate: The handling of prompts that do not fit the context. `left` cuts the prompt of a question by what its
+            longest candidate needs.
+        cfg_scale, seed, batch_tokens, progress: The same settings as in :func:`likelihood.log_likelihood`.
 
     Raises:
         UserError: as there; no candidates; an empty one; one without text under a normalisation.
@@ -163,10 +165,11 @@ def rank_scores(scores: list[Score], sizes: FloatArray, contenders: Sequence[int
     """The ranking of candidates as they are scored.
 
     Args:
-        scores: of each candidate.
-        sizes: what each is divided by.
-        contenders: who is still in; by default all. Settled are one contender, exact scores, and one score given
-            several times, as equal requests have it: no sample can part these.
+        scores: The score of each candidate.
+        sizes: The number by which the score of each candidate is divided.
+        contenders: The indices of the candidates that are not ruled out; None: all. A ranking is settled with one
+            contender, with exact scores, and with one score given several times, as for equal requests, which no sample
+            can separate.
     """
     values = [score.mean / size for score, size in zip(scores, sizes.tolist(), strict=True)]
     left = list(range(len(scores)) if contenders is None else contenders)

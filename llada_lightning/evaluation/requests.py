@@ -30,15 +30,18 @@ class Score:
     """The log-likelihood of a continuation given its prompt.
 
     Args:
-        mean: nats. `arm`: the value itself. `llada`: of the lower bound, Eq. 6 with its sign changed; an unbiased
-            estimate (nearly so where a target decided when to stop), or the bound itself where `exact`.
-        stderr: standard error of `mean` by Monte Carlo, nats: 0 where `exact`, NaN where one sample tells none.
-        exact: no Monte Carlo error is left. A bound may be exact and still be a bound: see `method`.
-        samples: masks that were drawn; all there are where enumerated; 1 for `arm`; 0 where nothing is to be scored.
-        tokens: of the continuation.
-        method: `autoregressive` and `one pass` (one token of `llada`) are the model's own log-likelihood;
-            `enumerated` (over all masks) and `monte carlo` are of the bound; `empty`: no token, so 0.
-        truncated: tokens cut from the prompt's left.
+        mean: The value in nats. For `arm` it is the log-likelihood itself. For `llada` it is the lower bound, Eq. 6
+            with its sign changed: an unbiased estimate (nearly so where a target decided when to stop), or the bound
+            itself where `exact`.
+        stderr: The standard error of `mean` by Monte Carlo, in nats: 0 where `exact`, NaN where there is only one
+            sample.
+        exact: Whether no Monte Carlo error is left. A bound may be exact and still be a bound: see `method`.
+        samples: The number of masks that were drawn; all of them where enumerated; 1 for `arm`; 0 where there is
+            nothing to score.
+        tokens: The number of tokens of the continuation.
+        method: The method: `autoregressive` and `one pass` (one token of `llada`) give the model's own log-likelihood;
+            `enumerated` (over all masks) and `monte carlo` give the bound; `empty`: no token, so 0.
+        truncated: The number of tokens cut from the prompt's left.
     """
 
     mean: float
@@ -60,9 +63,9 @@ class Request:
     """A continuation to score given its prompt; equal requests are scored once.
 
     Args:
-        prompt: ids.
-        continuation: ids.
-        truncated: tokens cut from the prompt's left.
+        prompt: The token ids of the prompt.
+        continuation: The token ids of the continuation.
+        truncated: The number of tokens cut from the prompt's left.
     """
 
     prompt: tuple[int, ...]
@@ -101,10 +104,10 @@ def encode_pair(lm: LanguageModel, prompt: Written, continuation: Written, name:
     is encoded by itself. So the prompt's ids are the same for every continuation.
 
     Args:
-        lm: the model.
-        prompt: may be empty.
-        continuation: may not.
-        name: of the pair, for the message.
+        lm: The model.
+        prompt: The prompt, which may be empty.
+        continuation: The continuation, which may not be empty.
+        name: The name of the pair, for the message.
 
     Raises:
         UserError: there is no tokenizer, or the continuation is empty or has no token: its probability would be one.
@@ -161,12 +164,12 @@ def check_request(
     """The request, once it is known that the model can score it.
 
     Args:
-        lm: the model.
-        prompt: ids, may be empty.
-        continuation: ids, may be empty.
-        truncate: `left` cuts the left of a prompt that does not fit the model's context with its continuation; what
-            the tokenizer puts before a text (BOS) stays in front.
-        name: of the request, for the message.
+        lm: The model.
+        prompt: The token ids of the prompt, which may be empty.
+        continuation: The token ids of the continuation, which may be empty.
+        truncate: The handling of a prompt that does not fit the model's context with its continuation. `left` cuts its
+            left; what the tokenizer puts before a text (BOS) stays in front.
+        name: The name of the request, for the message.
 
     Raises:
         UserError: an id outside of the vocabulary, [MASK] within the continuation, more tokens than the context.
@@ -197,9 +200,9 @@ def check_question(
     """The requests of one prompt's candidates; the prompt is cut for the longest one, so that it is the same for all.
 
     Args:
-        lm, prompt, truncate: as :func:`check_request`.
-        candidates: ids of each.
-        names: of the candidates, for the message.
+        lm, prompt, truncate: The same arguments as in :func:`check_request`.
+        candidates: The token ids of each candidate.
+        names: The names of the candidates, for the message.
 
     Raises:
         UserError: as there.
@@ -220,8 +223,8 @@ def monte_carlo_stderr(requests: Sequence[tuple[Ids, Ids]], scores: Sequence[Sco
     the scatter over seeds of their mean was 0.93 of what this says.
 
     Args:
-        requests: (prompt, continuation), the prompt as it was scored.
-        scores: of each.
+        requests: The pairs (prompt, continuation), with the prompt as it was scored.
+        scores: The score of each request.
     """
     shared: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
     for (prompt, continuation), score in zip(requests, scores, strict=True):

@@ -24,17 +24,20 @@ class RollingScore:
     """The negative log-likelihood of texts, every token scored once.
 
     Args:
-        nats_per_token: mean over all tokens of all texts.
-        stderr: its standard error over documents, nats; it holds the Monte Carlo error too. NaN with one document.
-        monte_carlo_stderr: the part of it that more samples would take away; NaN with one sample, 0 where exact.
-        perplexity: exp of nats_per_token.
-        bits_per_byte: None where the bytes are not known.
-        bits_per_byte_stderr: over documents, for the ratio of bits and bytes; None where the bytes are not known.
-        kind: `exact` for `arm`; `bound`, an upper one, for `llada`.
-        tokens, documents, windows: how many.
-        bytes: of the texts in UTF-8, where known.
-        window: most tokens of a pass, context and scored ones together.
-        context: tokens before the scored ones of every window but a document's first, which has none.
+        nats_per_token: The mean over all tokens of all texts, in nats per token.
+        stderr: The standard error of that mean over documents, in nats; it includes the Monte Carlo error. NaN with one
+            document.
+        monte_carlo_stderr: The part of the standard error that more samples would take away; NaN with one sample, 0
+            where exact.
+        perplexity: The exponential of ``nats_per_token``.
+        bits_per_byte: The bits per UTF-8 byte; None where the bytes are not known.
+        bits_per_byte_stderr: The standard error over documents of the ratio of bits and bytes; None where the bytes are
+            not known.
+        kind: The kind of the value: `exact` for `arm`; `bound`, an upper one, for `llada`.
+        tokens, documents, windows: The numbers of tokens, documents and windows.
+        bytes: The number of bytes of the texts in UTF-8; None where it is not known.
+        window: The largest number of tokens of a pass, context and scored ones together.
+        context: The number of tokens before the scored ones of every window but a document's first, which has none.
     """
 
     nats_per_token: float
@@ -67,12 +70,12 @@ def rolling_log_likelihood(
     scored once. With stride = window (the default) windows are disjoint and know nothing of each other.
 
     Args:
-        lm: the model.
-        texts_ids: ids of each document; empty ones are passed over.
-        window: at most, and by default, the context length.
-        stride: 1..window.
-        text_bytes: UTF-8 bytes of each document, for bits per byte.
-        options: of :func:`likelihood.log_likelihood`, for the windows.
+        lm: The model.
+        texts_ids: The token ids of each document; empty documents are skipped.
+        window: The largest number of tokens of a pass, at most the context length; None: the context length.
+        stride: The number of tokens from one window to the next, 1..window; None: the window.
+        text_bytes: The number of UTF-8 bytes of each document, for bits per byte.
+        options: The options of :func:`likelihood.log_likelihood`, for the windows.
 
     Raises:
         UserError: a window or a stride out of range, no token at all, or as that function.
@@ -120,9 +123,9 @@ def document_log_likelihoods(lm: LanguageModel, texts_ids: Sequence[Ids], **opti
     """The log-likelihood of each text, nats, in disjoint windows of the context length; 0 of an empty one.
 
     Args:
-        lm: the model.
-        texts_ids: ids of each document.
-        options: of :func:`likelihood.log_likelihood`, for the windows.
+        lm: The model.
+        texts_ids: The token ids of each document.
+        options: The options of :func:`likelihood.log_likelihood`, for the windows.
 
     Raises:
         UserError: as that function.

@@ -53,12 +53,12 @@ class Limits:
     """What a program may use, and what its tests may.
 
     Args:
-        seconds: time on the clock, of program and tests together.
-        cpu_seconds: CPU time of each process.
-        memory_bytes: address space of each process.
-        file_bytes: size of each file that it writes.
-        folder_bytes: size of all files together.
-        processes: processes of the user, the program's own included.
+        seconds: The wall-clock time of program and tests together, in seconds.
+        cpu_seconds: The CPU time of each process, in seconds.
+        memory_bytes: The size of the address space of each process, in bytes.
+        file_bytes: The size of each file that it writes, in bytes.
+        folder_bytes: The size of all files together, in bytes.
+        processes: The number of processes of the user, the program's own included.
     """
 
     seconds: float = 10.0
@@ -74,8 +74,8 @@ class ProgramResult:
     """How a program ended.
 
     Args:
-        verdict: `passed`: its tests ran to their last line.
-        errors: the end of the traceback of its tests.
+        verdict: The verdict; `passed`: its tests ran to their last line.
+        errors: The end of the traceback of its tests.
     """
 
     verdict: Verdict
@@ -86,12 +86,12 @@ def run_program(program: str, limits: Limits = Limits(), tests: str = "") -> Pro
     """Runs Python source, and then tests that call what it defines.
 
     Args:
-        program: source; nothing in it can tell that the tests passed.
-        limits: of both.
-        tests: source that uses names of the program, such as HumanEval's `check(candidate)` or MBPP's
+        program: The source of the program. Nothing in it can report that the tests passed.
+        limits: The limits of program and tests.
+        tests: The source of the tests, which use names of the program, such as HumanEval's `check(candidate)` or MBPP's
             `assert f(1) == 2`. Arguments and results are copies: numbers, text, containers, and a few values of the
             standard library. Any other object is asked by its name and equals nothing but itself. Without tests the
-            program's own word decides: that it ran to its last line.
+            program itself decides: it passes when it ran to its last line.
     """
     command, until = _isolation(), time.monotonic() + limits.seconds
     with ExitStack() as processes, TemporaryFile("w+") as order:
@@ -225,9 +225,9 @@ class SandboxedCodeEval:
         """The mean of pass@k over problems.
 
         Args:
-            references: tests of each problem.
-            predictions: candidates of each problem.
-            k: of pass@k; those above the number of candidates are left out.
+            references: The tests of each problem.
+            predictions: The candidates of each problem.
+            k: The values of k of pass@k; those above the number of candidates are left out.
 
         Returns:
             ``pass@k`` for each k, and the verdicts of each problem.

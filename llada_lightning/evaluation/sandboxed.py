@@ -45,8 +45,8 @@ def confine(shown: list[str], folder: str) -> None:
     """Give up, for good, all files but a few and all rights; in namespaces of its own.
 
     Args:
-        shown: paths that stay visible, read only.
-        folder: mount options of the working folder, a tmpfs.
+        shown: The paths that stay visible, read only.
+        folder: The mount options of the working folder, a tmpfs.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     _private_root(libc, shown, folder)
@@ -214,11 +214,11 @@ class Peer:
     """One end of the pipes: asks for operations on the other's objects, and meanwhile answers what the other asks.
 
     Args:
-        incoming: messages from the other process: JSON after its length of 4 bytes.
-        outgoing: messages to it.
-        operations: what the other process may ask for, by name.
-        guarded: the other process may ask for it of objects that it was given only, and of no class: it could make one
-            here that equals everything.
+        incoming: The stream of messages from the other process: JSON after its length of 4 bytes.
+        outgoing: The stream of messages to the other process.
+        operations: The operations that the other process may ask for, by name.
+        guarded: Whether the other process may ask for operations only on objects that it was given, and on no class:
+            with a class it could make an object here that equals everything.
     """
 
     def __init__(
@@ -393,8 +393,8 @@ def run_the_tests(incoming: int, outgoing: int) -> None:
     """Judge the program at the other end, and write the verdict to stdout: "passed", or a traceback's end.
 
     Args:
-        incoming: descriptor of what the program answers.
-        outgoing: descriptor of what it is asked.
+        incoming: The descriptor from which the program's answers are read.
+        outgoing: The descriptor to which questions to the program are written.
     """
     order, said = json.load(sys.stdin), os.dup(1)
     _silence(0, 1, 2)
@@ -418,8 +418,8 @@ def names_for(tests: ast.Module, offered: dict[str, str], get: Callable[[str], A
     imported anew, and one of the standard library is what its name says.
 
     Args:
-        offered: names that the program defines, with the names of those that are modules.
-        get: the program's value of a name.
+        offered: The names that the program defines, with the module names of those that are modules.
+        get: The function that returns the program's value of a name.
     """
     names = {node.id for node in ast.walk(tests) if isinstance(node, ast.Name)} & offered.keys()
     bases = {

@@ -34,12 +34,12 @@ class Benchmark:
     """One row of a suite.
 
     Args:
-        name: in our tables: a results table's column is ``task_<name>``.
-        task: of lm-evaluation-harness: a task, a group or a tag.
-        metric: of that task, as ``metric,filter``; None: its first.
-        shots: examples in the prompt; None: as the task says.
-        sampling: of the answers, where they are generated.
-        infill: `llada` fills the gap between the fields `prompt` and `suffix`.
+        name: The name in our tables. The column of a results table is ``task_<name>``.
+        task: The name in lm-evaluation-harness of a task, a group or a tag.
+        metric: The metric of that task, as ``metric,filter``; None: its first.
+        shots: The number of examples in the prompt; None: the number that the task sets.
+        sampling: The sampling settings of the answers, where they are generated.
+        infill: Whether `llada` fills the gap between the fields `prompt` and `suffix`.
         row: The name of the row of a table of settings; None elsewhere.
         group: The group of that row: of each group the best row is shown as well.
     """
@@ -59,8 +59,8 @@ class Suite:
     """Benchmarks that are measured together.
 
     Args:
-        benchmarks: in the paper's order.
-        chat: prompts go through the checkpoint's chat template.
+        benchmarks: The benchmarks, in the paper's order.
+        chat: Whether the prompts go through the checkpoint's chat template.
     """
 
     benchmarks: tuple[Benchmark, ...]

@@ -39,8 +39,8 @@ def take_over(config: Namespace, objective: str) -> None:
     Every field of ``Description`` that inference reads is taken here, or by :func:`inherited`, or refused.
 
     Args:
-        config: of the run, whose model names weights.
-        objective: of the model that is configured.
+        config: The configuration of the run, whose model names weights.
+        objective: The objective of the model that is configured.
 
     Raises:
         UserError: it is no checkpoint, is of another objective, or a setting contradicts it.

@@ -26,7 +26,8 @@ class MemoryAdvice(Callback):
     """When memory runs out in a step, finds the largest micro-batch that a step has room for.
 
     Attributes:
-        advice: one line for the user: what was tried, what fits, and the settings; None until memory has run out.
+        advice: The advice in one line for the user: what was tried, what fits, and the settings; None until memory has
+            run out.
     """
 
     def __init__(self) -> None:

@@ -40,9 +40,9 @@ class AdamW:
     """AdamW (Loshchilov & Hutter 2019).
 
     Args:
-        betas: decay rates of the moments; (0.9, 0.95) as GPT-3 and Llama.
-        eps: added to the root of the second moment.
-        weight_decay: on matrices only (paper, B.2: 0.1); norms' gains get none.
+        betas: The decay rates of the moments; (0.9, 0.95) as GPT-3 and Llama.
+        eps: The number that is added to the root of the second moment.
+        weight_decay: The weight decay, on matrices only (paper, B.2: 0.1); norms' gains get none.
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
@@ -54,20 +54,21 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
     """What both objectives share.
 
     Args:
-        shape: a name (`llada-8b`, `443k`) or the five dimensions of ``compute.shapes.Shape``.
-        vocab_size: words of embedding and head; null: of the data's tokenizer.
-        mask_token_id: [MASK]; null: of the data's tokenizer.
-        eos_token_id: EOS; null: of the data's tokenizer.
-        rope_theta: base of the rotary frequencies.
-        norm_eps: number that is added within the root of every RMSNorm.
-        text_prefix_ids: token ids that stand before a text, such as the BOS of a Llama, in place of the EOS that an
-            `arm` of ours has before every sequence; a dialogue begins as its template writes it. null: those of
-            `weights`, else as ours.
-        optimizer: AdamW's settings.
-        schedule: the learning rate.
-        compat: `llada` lets [MASK] have a logit, as the authors' released code does.
-        weights: a checkpoint of any kind to start from, whose shape and vocabulary are taken; null: weights are drawn.
-        seed: of the initial weights; null: the run's seed.
+        shape: The name of a shape (`llada-8b`, `443k`) or the five dimensions of ``compute.shapes.Shape``.
+        vocab_size: The number of vocabulary entries of embedding and head; null: that of the data's tokenizer.
+        mask_token_id: The id of [MASK]; null: that of the data's tokenizer.
+        eos_token_id: The id of EOS; null: that of the data's tokenizer.
+        rope_theta: The base of the rotary frequencies.
+        norm_eps: The number that is added within the root of every RMSNorm.
+        text_prefix_ids: The token ids before a text, such as the BOS of a Llama, in place of the EOS that our `arm` has
+            before every sequence. A dialogue begins as its template writes it. null: those of `weights`, else as in our
+            own runs.
+        optimizer: The settings of AdamW.
+        schedule: The schedule of the learning rate.
+        compat: The objective whose released code is followed: with `llada`, [MASK] has a logit.
+        weights: The path of a checkpoint of any kind to start from, whose shape and vocabulary are taken; null: weights
+            are drawn.
+        seed: The seed of the initial weights; null: the run's seed.
     """
 
     objective: ClassVar[str]

@@ -51,15 +51,15 @@ class SequenceReplay:
     """A sequence of the step.
 
     Attributes:
-        source: folder of its corpus.
-        item: its number there.
-        length: tokens, padding not counted.
+        source: The folder of its corpus.
+        item: The number of the item there.
+        length: The number of tokens, padding not counted.
         t: The mask ratio; null where nothing is masked (`arm`), as the next two.
-        p: mask probability.
-        masked: tokens masked.
-        loss: its part of the step's loss, in nats per token of the global batch.
-        finite: whether that is a number.
-        text: its beginning.
+        p: The mask probability.
+        masked: The number of masked tokens.
+        loss: The part of the step's loss, in nats per token of the global batch.
+        finite: Whether the loss is a finite number.
+        text: The beginning of the text.
     """
 
     ordinal: int
@@ -79,12 +79,12 @@ class StepReplay:
     """A step made again.
 
     Attributes:
-        loss: nats per token of the global batch, before the update.
-        grad_norm: before clipping.
-        skipped: the guard skips the update.
-        seen_loss: what the run has written of this step; None where it has not logged it.
-        seen_grad_norm: likewise.
-        sequences: in order of ordinal.
+        loss: The loss in nats per token of the global batch, before the update.
+        grad_norm: The gradient norm before clipping.
+        skipped: Whether the guard skips the update.
+        seen_loss: The loss that the run has written of this step; None where it has not logged it.
+        seen_grad_norm: The gradient norm that the run has written of this step; None where it has not logged it.
+        sequences: The sequences, in order of their ordinals.
     """
 
     step: int
@@ -104,9 +104,9 @@ def replay_step(folder: Path, step: int, settings: Sequence[str] = ()) -> StepRe
     run's own callbacks are left out.
 
     Args:
-        folder: of a run, or of one of its branches.
-        step: counted from 1, as in `metrics.csv`.
-        settings: more arguments of `llada fit`, such as another accelerator or a smaller micro-batch.
+        folder: The folder of a run, or of one of its branches.
+        step: The step, counted from 1, as in `metrics.csv`.
+        settings: The further arguments of `llada fit`, such as another accelerator or a smaller micro-batch.
 
     Raises:
         UserError: no folder of a run, no such step, or its start or its data cannot be read.
