@@ -20,7 +20,7 @@ def objective(reference: Path) -> str:
     return str(record(reference)["objective"])
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_accumulation_and_workers_give_the_same_curve(
     reference: Path, prepared: Path, tmp_path: Path, workers: int
 ) -> None:
