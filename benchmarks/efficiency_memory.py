@@ -23,7 +23,7 @@ from llada_lightning.checkpoints.description import Description
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.checkpoints.stored_tensors import dtype_named
 from llada_lightning.compute.shapes import Shape
-from llada_lightning.generation.sampling import generate
+from llada_lightning.generation.sampler import generate
 from llada_lightning.support.errors import UserError
 
 LLADA_STEPS = 4

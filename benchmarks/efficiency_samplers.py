@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.generation.sampling import generate
+from llada_lightning.generation.sampler import generate
 from llada_lightning.support.errors import UserError
 
 

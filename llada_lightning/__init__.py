@@ -7,8 +7,9 @@ __version__ = "0.1.0"
 
 # Imported when asked for: the command's light verbs start without pandas and torch.
 _HOMES = {
+    "Sampling": "llada_lightning.generation.sampling",
     "fit": "llada_lightning.training.plain",
-    "generate": "llada_lightning.generation.sampling",
+    "generate": "llada_lightning.generation.sampler",
     "load_model": "llada_lightning.checkpoints.language_model",
     "log_likelihood": "llada_lightning.evaluation.likelihood",
     "read_results": "llada_lightning.study.results",

@@ -53,7 +53,7 @@ def write_records(folder: Path | str, records: Sequence[dict[str, Any]]) -> Path
     """Writes a run's ``result.json``: at no time is a part of it to be seen.
 
     Args:
-        folder: the run's folder; made if it is not there.
+        folder: The folder of the run; made if it does not exist.
         records: One record for each budget reached, each with the keys ``RESULT_COLUMNS``. Older records may lack
             ``LATER_COLUMNS``.
 
@@ -88,12 +88,12 @@ def read_records(folder: Path | str) -> list[dict[str, Any]]:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether a run can go on from it: it says of which run it is, and after how many steps."""
+    """Whether a run can resume from it: it names its run, and the number of its steps."""
     return isinstance(value, dict) and isinstance(value.get("steps"), int) and "run" in value
 
 
 def is_done(folder: Path | str) -> bool:
-    """Whether the run of this folder has finished: every budget has a record, and every record says so.
+    """Whether the run of this folder has finished: every budget has a record of a finished run.
 
     A run that diverged has finished too: the same configuration would diverge again.
     """
@@ -105,7 +105,7 @@ def is_done(folder: Path | str) -> bool:
 
 
 def expected_records(folder: Path | str) -> int:
-    """The number of budgets that the run of this folder is to reach: at least 1, also where no config.yaml says it.
+    """The number of budgets that the run of this folder is to reach: at least 1, also where there is no config.yaml.
 
     Raises:
         UserError: its config.yaml cannot be read.
@@ -130,8 +130,8 @@ def write_validation(folder: Path | str, steps: int, documents: Sequence[tuple[i
     """Writes the validation loss of each document after ``steps``; rows of other steps stay. Atomic.
 
     Args:
-        folder: the run's folder; made if it is not there.
-        steps: optimizer steps of the validated weights.
+        folder: The folder of the run; made if it does not exist.
+        steps: The number of optimizer steps of the validated weights.
         documents: (document, its sequences, their mean in nats per token) of every validation document.
     """
     import pandas as pd
@@ -161,9 +161,9 @@ def read_typed_csv(path: Path, types: Mapping[str, Any], fix: str) -> pd.DataFra
     """A CSV file of a run's folder, with exactly the given columns; numbers to the last digit.
 
     Args:
-        path: the file.
-        types: column -> its type, in the file's order.
-        fix: what to do about a damaged file, for the error.
+        path: The path of the file.
+        types: The type of each column, in the order of the file.
+        fix: The advice for a damaged file, for the error.
 
     Raises:
         UserError: there is no such file, or it is damaged.
@@ -196,8 +196,8 @@ def write_evaluations(folder: Path | str, rows: Sequence[dict[str, Any]]) -> Pat
     """Adds rows to a run's evaluations; those of the same step and task replace the ones before. Atomic.
 
     Args:
-        folder: the run's folder.
-        rows: with exactly the keys ``EVALUATION_COLUMNS``.
+        folder: The folder of the run.
+        rows: The rows, each with exactly the keys ``EVALUATION_COLUMNS``.
 
     Raises:
         UserError: the file that is there is damaged.

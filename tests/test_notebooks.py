@@ -57,4 +57,4 @@ def test_a_committed_notebook_is_small_and_names_no_machine(path: Path) -> None:
 
 def test_the_notebooks_are_there() -> None:
     names = {path.stem for path in NOTEBOOKS}
-    assert names >= {"paper_figure3", "published_isoflop", "your_study", "plan_a_study", "study"}
+    assert names >= {"paper_figure3", "published_isoflop", "your_study", "plan_a_study", "study", "own_objective"}

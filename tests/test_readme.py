@@ -1,26 +1,39 @@
-"""Every command of the README is run here, or is a target of the Makefile that CI or the quickstart's test runs."""
+"""Every command of the README and of the documents is run here, or is a target of the Makefile that CI runs."""
 
 from __future__ import annotations
 
 import io
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
+import llada_lightning
+from llada_lightning.commands import VERBS
 from llada_lightning.commands.main import main
 from llada_lightning.study.results import read_results
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    for line in block.strip().splitlines()
-]
-PYTHON = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+PACKAGE = Path(llada_lightning.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TOUR = ("cli", "sampling", "sft", "evaluation", "python")
+"""The documents that follow one another: what one makes the next ones use."""
+
+
+def document(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[str]:
+    return [line for block in blocks(text, "bash") for line in block.strip().splitlines()]
 
 
 def recipe(target: str) -> list[str]:
@@ -33,59 +46,117 @@ def run_llada(line: str) -> int:
     return main(shlex.split(line.split("-m llada_lightning", 1)[-1].removeprefix("llada")))
 
 
+def run_document(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Run the commands of a document, then its Python; returns what each printed."""
+    printed = {}
+    monkeypatch.setattr("sys.stdin", io.StringIO("def read(\n/exit\n"))  # what `llada chat` reads
+    for line in commands(document(name)):
+        assert run_llada(line) == 0, capsys.readouterr().err
+        printed[line] = capsys.readouterr().out
+    for block in blocks(document(name), "python"):
+        exec(compile(block, f"{name}.md", "exec"), {})
+        printed[block] = capsys.readouterr().out
+    return printed
+
+
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder from where README's paths lead to this checkout's files."""
+    """A folder from where the paths of the documents lead to this checkout's files."""
     for name in ("experiments", "sweeps"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_every_command_is_known_to_these_tests() -> None:
-    assert {line.split()[0] for line in COMMANDS} == {"make", "llada"}
-    assert [line for line in COMMANDS if line.startswith("make")] == ["make quickstart", "make test"]
+# --- what the README says of the code --------------------------------------------------------------------------------
 
 
-def test_ci_runs_the_readmes_test_command() -> None:
-    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] in COMMANDS
+def test_the_readme_is_short_and_its_commands_are_those_of_the_makefile() -> None:
+    assert len(README.splitlines()) < 200
+    assert commands(README) == ["make quickstart", "make test"]
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] in commands(README)
 
 
-def test_the_tour_by_hand(checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every `llada` command in README's order: two runs by hand, a planned study, the published one."""
-    tour = [line for line in COMMANDS if line.startswith("llada")]
-    assert [line.split()[1] for line in tour] == [
-        "prepare", "fit", "fit", "validate", "collect", "curves", "fit", "prepare", "replay",
-        "generate", "generate", "generate", "generate", "chat",
-        "score", "score", "score", "convert", "convert", "generate",
-        "fit", "evaluate", "evaluate", "prepare", "evaluate", "evaluate", "prepare",
-        "plan", "sweep", "sweep", "collect", "curves", "curves", "fit",
-    ]  # fmt: skip
-    said = {}
-    monkeypatch.setattr("sys.stdin", io.StringIO("def read(\n/exit\n"))  # what `llada chat` reads
-    for line in tour:
-        assert run_llada(line) == 0, capsys.readouterr().err
-        said[line] = capsys.readouterr().out
-    assert "6 runs: 6 done" in next(out for line, out in said.items() if "sweep show" in line)
-    runs = checkout / "runs"
-    for study, rows in {"tour": 2, "small": 18}.items():
-        table = read_results(runs / study / "results.csv")
-        assert len(table) == rows
-        assert dict(table[["objective", "val_kind"]].drop_duplicates().to_numpy()) == {"arm": "exact", "llada": "bound"}
-    for study in ("tour", "small", "published"):
-        assert (runs / study / "scaling.png").stat().st_size > 10_000
-        assert (runs / study / "fits.json").exists()
-    assert (runs / "published" / "multiplier.png").exists()
-    assert "<html" in (runs / "tour" / "read.html").read_text()
-    assert "tokens/s" in (runs / "tour" / "profiled" / "profile" / "summary.md").read_text()
-    exec(compile(PYTHON, "README.md", "exec"), {})
-    assert len(capsys.readouterr().out.splitlines()) == 3
+def test_the_readme_has_the_table_of_verbs() -> None:
+    rows = re.findall(r"^\| `([a-z]+)` \| (.+) \|$", README.partition("## What a number means")[0], re.MULTILINE)
+    assert rows == [(verb.name, verb.help) for verb in VERBS]
 
 
+def test_the_readmes_file_tree_is_the_package() -> None:
+    lines = re.findall(r"^(│? *)[├└]── (\S+?)/? +\S", README, re.MULTILINE)
+    top = [name for indent, name in lines if not indent]
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert sorted(top) == sorted(folders | {path.name for path in PACKAGE.glob("*.py") if path.name[0] != "_"})
+    below = {name for indent, name in lines if indent}
+    assert below == {path.parent.name for path in (PACKAGE / "study").glob("*/__init__.py")}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))])
+def test_the_files_that_a_document_names_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (path.parent / link).exists(), link
+    for name in re.findall(r"`([\w/]+\.py)(?:::\w+)?`", text):
+        if "/" in name:
+            assert (PACKAGE / name).exists() or (ROOT / name).exists(), name
+
+
+def test_every_command_of_the_documents_is_run() -> None:
+    with_commands = {path.stem for path in (ROOT / "docs").glob("*.md") if blocks(path.read_text(), "bash")}
+    assert with_commands <= {*TOUR, "study-howto", "speed", "extending"}  # the last: tests/test_extending.py
+    shown = {line.split()[1] for name in (*TOUR, "study-howto") for line in commands(document(name))}
+    assert shown | {"test", "predict", "launch"} == {verb.name for verb in VERBS}
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def test_the_tour_from_a_corpus_to_text(
+    checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The documents from cli.md to python.md, in one folder, and the settings that speed.md shows."""
+    printed = {name: run_document(name, capsys, monkeypatch) for name in TOUR}
+    tour = checkout / "runs" / "tour"
+    table = read_results(tour / "results.csv")
+    assert dict(table[["objective", "val_kind"]].to_numpy()) == {"arm": "exact", "llada": "bound"}
+    assert (tour / "scaling.png").stat().st_size > 10_000
+    assert (tour / "fits.json").exists()
+    assert "<html" in (tour / "read.html").read_text()
+    assert "tokens/s" in (tour / "profiled" / "profile" / "summary.md").read_text()
+    checkpoint, trained, record, results = list(printed["python"].values())
+    assert len(checkpoint.splitlines()) == 3
+    assert trained.splitlines()[-1] == "llada"
+    assert record.split()[-1] == "bound"
+    assert len(results.splitlines()) == 3
+
+    shutil.copy(tour / "llada" / "config.yaml", "run.yaml")
+    for line in commands(document("speed")):  # many devices: only resolved here
+        if line.startswith("llada fit"):
+            assert run_llada(f"{line} --print_config") == 0, capsys.readouterr().err
+        else:
+            assert line.startswith(("make bench", "llada plan")), line
+
+
+@pytest.mark.slow
+def test_the_study_by_hand(checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_llada(commands(document("cli"))[0]) == 0
+    capsys.readouterr()
+    printed = run_document("study-howto", capsys, monkeypatch)
+    assert "6 runs: 6 done" in next(out for line, out in printed.items() if "sweep show" in line)
+    table = read_results(checkout / "runs" / "small" / "results.csv")
+    assert len(table) == 18
+    assert dict(table[["objective", "val_kind"]].drop_duplicates().to_numpy()) == {"arm": "exact", "llada": "bound"}
+    for study in ("small", "published"):
+        assert (checkout / "runs" / study / "scaling.png").stat().st_size > 10_000
+        assert (checkout / "runs" / study / "fits.json").exists()
+    assert (checkout / "runs" / "published" / "multiplier.png").exists()
+
+
+@pytest.mark.slow
 def test_the_quickstart_in_small(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its four commands as they stand in the Makefile, with smaller budgets and one shape in the sweep file."""
-    commands = [line for line in recipe("quickstart") if "-m llada_lightning" in line]
-    assert [line.split("llada_lightning ")[1].split()[0] for line in commands] == [
+    """Its four commands as the Makefile has them, with smaller budgets and one shape in the sweep file."""
+    steps = [line for line in recipe("quickstart") if "-m llada_lightning" in line]
+    assert [line.split("llada_lightning ")[1].split()[0] for line in steps] == [
         "prepare", "sweep", "collect", "curves",
     ]  # fmt: skip
     sweep = yaml.safe_load((ROOT / "sweeps" / "quickstart.yaml").read_text())
@@ -95,11 +166,11 @@ def test_the_quickstart_in_small(checkout: Path, capsys: pytest.CaptureFixture[s
     (checkout / "sweeps").unlink()
     (checkout / "sweeps").mkdir()
     (checkout / "sweeps" / "quickstart.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
-    for line in commands:
+    for line in steps:
         assert run_llada(line) == 0, capsys.readouterr().err
     assert (checkout / "runs" / "quickstart" / "scaling.png").exists()
     table = read_results(checkout / "runs" / "quickstart" / "results.csv")
     assert len(table) == 6
     capsys.readouterr()
-    assert run_llada(commands[1]) == 0
+    assert run_llada(steps[1]) == 0
     assert "6 done before" in capsys.readouterr().out

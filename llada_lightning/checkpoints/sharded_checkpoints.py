@@ -22,13 +22,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.torch_internals import index_names, set_nested
 
 META = "meta.pt"
 """What is no tensor: step, loops, callbacks, identity."""
@@ -112,8 +111,7 @@ class _IndexUnpickler(pickle.Unpickler):
     _OTHERS = {  # noqa: RUF012 (read only)
         ("builtins", "getattr"): _enum_member,
         ("torch", "Size"): torch.Size,
-        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
+        **index_names(),
         ("pathlib", "PosixPath"): Path,  # where it was written; for the record, and never opened
         ("pathlib._local", "PosixPath"): Path,
     }
@@ -133,7 +131,7 @@ class _Planner(dcp.DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         # The library's own method runs what it reads; here nothing but plain values and tensors pass.
         plain = torch.load(value, weights_only=True)
-        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], plain)
+        set_nested(self.original_state_dict, self.mappings[read_item.dest_index.fqn], plain)
 
 
 @contextmanager

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llada_lightning.commands import model_options as shared
+from llada_lightning.generation.prompts import check_text, fitting_ids
+from llada_lightning.generation.sampling import DEFAULT_LENGTH, Sampling, default_length
 from llada_lightning.support.command_line import CommandParser
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import people_console
@@ -37,7 +40,7 @@ def chat_parser() -> CommandParser:
     )
     shared.add_model_options(parser)
     parser.add_argument("--system", type=str, default=None, help="message that stands before the conversation")
-    shared.add_sampling_options(parser)
+    shared.add_sampling_options(parser.add_argument_group("sampling"))
     return parser
 
 
@@ -52,7 +55,8 @@ def main(argv: list[str]) -> int:
     options = vars(chat_parser().parse_args(argv))
     if sys.stdin is None:
         raise UserError("chat: stdin is closed; start it in a terminal, or pipe lines in")
-    chat = Chat(shared.load(options), options, options["system"])
+    sampling = Sampling(**shared.given_settings(options))
+    chat = Chat(shared.load(options), sampling, options["system"])
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):  # where there is none, lines cannot be edited
@@ -89,30 +93,28 @@ class Chat:
     """A conversation that goes on.
 
     Args:
-        lm: the model.
-        options: of the command line; the sampler's may change on the way.
-        system: the message before the conversation, if any.
+        lm: The model.
+        sampling: The settings of the sampler, which `/set` changes.
+        system: The message before the conversation, if any.
 
     Raises:
         UserError: the model has no tokenizer, or the settings do not go together.
     """
 
-    def __init__(self, lm: LanguageModel, options: dict[str, Any], system: str | None = None) -> None:
+    def __init__(self, lm: LanguageModel, sampling: Sampling, system: str | None = None) -> None:
         from llada_lightning.data.chat import Message
         from llada_lightning.generation.drawing import Aligner, Turn
-        from llada_lightning.generation.settings import DEFAULT_LENGTH
 
         lm.encode("")
         self._lm = lm
-        self._options = dict(options)
         self._aligner = Aligner(lm.tokenizer)
         self._begin = [] if system is None else [Message("system", system)]
         self._messages: list[Message] = list(self._begin)
         self._turns: list[Turn] = []
         self._console, self._aside = people_console(), people_console(stderr=True)
-        self._check_settings()
-        length = self._settings()["length"]
-        if options["length"] is None and length < DEFAULT_LENGTH:
+        self._change(sampling)
+        length = self._sampling.length
+        if sampling.length is None and length is not None and length < DEFAULT_LENGTH:
             self.note(f"length is {length}: half of the context of {lm.context_length} tokens")
         if lm.chat_template is None:
             self.note("no chat template: the model continues plain text")
@@ -144,28 +146,26 @@ class Chat:
 
     def _ask(self, text: str) -> None:
         from llada_lightning.data.chat import Message
-        from llada_lightning.generation.conversation import fitting_ids
         from llada_lightning.generation.drawing import answer, coloured, question
-        from llada_lightning.generation.prompt_files import check_text
         from llada_lightning.generation.unfold import Unfolding
 
         check_text(text)
-        settings = self._settings()
+        assert self._sampling.length is not None
         messages = [*self._messages, Message("user", text)]
-        ids, left_out = fitting_ids(self._lm, messages, settings["length"])
+        ids, left_out = fitting_ids(self._lm, messages, self._sampling.length)
         if left_out:
             turns = "the oldest turn is" if left_out == 1 else f"the {left_out} oldest turns are"
             self.note(f"the context of {self._lm.context_length} tokens is full: {turns} left out")
-        grows, asked = shared.strategy_of(self._lm, settings) != "diffusion", len(self._turns) // 2
+        grows, asked = self._sampling.strategy_for(self._lm) != "diffusion", len(self._turns) // 2
         with Unfolding(self._aligner, [text], self._console, grows=grows) as unfolding:
-            generation = shared.sample(self._lm, [ids], settings, first=asked, on_step=unfolding.observe)
+            generation = shared.sample(self._lm, [ids], self._sampling, first=asked, on_step=unfolding.observe)
         assert generation.text is not None
         if self._console.is_terminal:
             steps = generation.step_of_token[0]
             self._console.print(coloured(self._aligner, generation.tokens[0], steps, max(steps, default=0)))
         else:
             print(generation.text[0], flush=True)
-        self.note(shared.facts(self._lm, settings, generation))
+        self.note(generation.facts)
         self._messages = [*messages, Message("assistant", generation.text[0])]
         self._turns += [question(text), answer(generation, 0, self._aligner, self._lm.objective)]
 
@@ -177,8 +177,7 @@ class Chat:
         self.note("the conversation begins anew")
 
     def _tell(self, _: str) -> None:
-        settings = self._settings()
-        self.note("\n".join(f"{name:<20} {'-' if value in (None, []) else value}" for name, value in settings.items()))
+        self.note("\n".join(f"{name:<20} {self._shown(name)}" for name in shared.SAMPLING))
 
     def _set(self, rest: str) -> None:
         try:
@@ -188,31 +187,23 @@ class Chat:
         name = name.replace("-", "_")
         if name not in shared.SAMPLING:
             raise UserError(f"/set: '{name}' is no setting; choose from {', '.join(shared.SAMPLING)}")
-        before = self._options
-        self._options = {**before, name: _parsed(name, values)}
-        try:
-            self._check_settings()
-        except UserError:
-            self._options = before
-            raise
-        value = self._settings()[name]
-        self.note(f"{name} is {'-' if value in (None, []) else value}")
+        self._change(replace(self._given, **{name: _parsed(name, values)}))
+        self.note(f"{name} is {self._shown(name)}")
 
-    def _settings(self) -> dict[str, Any]:
-        """Of the sampler; a length that nobody gave leaves half of the context to the conversation."""
-        from llada_lightning.generation.settings import default_length
+    def _change(self, given: Sampling) -> None:
+        """Takes settings over, once checked. A length that nobody gave leaves half of the context to the conversation.
 
-        settings = shared.sampling_settings(self._options)
-        if settings["length"] is None:
-            settings["length"] = default_length(self._lm.context_length // 2, settings["block_length"])
-        return settings
+        Raises:
+            UserError: The settings do not go with the model.
+        """
+        length = given.length or default_length(self._lm.context_length // 2, given.block_length)
+        sampling = replace(given, length=length)
+        sampling.resolved(self._lm)
+        self._given, self._sampling = given, sampling
 
-    def _check_settings(self) -> None:
-        from llada_lightning.generation.settings import resolve_settings
-
-        settings = self._settings()
-        del settings["seed"]
-        resolve_settings(self._lm, infill=False, **settings)
+    def _shown(self, name: str) -> str:
+        value = getattr(self._sampling, name)
+        return "-" if value in (None, ()) else str(list(value) if isinstance(value, tuple) else value)
 
     def _draw(self, rest: str) -> None:
         from llada_lightning.generation.drawing import Dialogue, check_drawing_path, write_drawing
@@ -226,14 +217,16 @@ class Chat:
 
 def _parsed(name: str, values: list[str]) -> Any:
     """The value of a setting as the command line reads it; its default where there is none."""
-    parser = CommandParser(prog="/set")
-    shared.add_sampling_options(parser)
-    option = f"--{name.replace('_', '-')}"
-    if name == "zero_eos_confidence":  # a flag
+    default = getattr(Sampling(), name)
+    if isinstance(default, bool):  # a flag
         if values not in ([], ["true"], ["false"]):
             raise UserError(f"/set {name}: {' '.join(values)} given; it is true or false")
         return values == ["true"]
+    parser = CommandParser(prog="/set")
+    shared.add_sampling_options(parser, [name])
+    option = f"--{name.replace('_', '-')}"
     try:
-        return vars(parser.parse_args([part for value in values for part in (option, value)]))[name]
+        options = vars(parser.parse_args([part for value in values for part in (option, value)]))
     except UserError as error:
         raise UserError(str(error).removesuffix("; see '/set --help'")) from error
+    return shared.given_settings(options, [name]).get(name, default)

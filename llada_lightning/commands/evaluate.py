@@ -8,12 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada_lightning.commands.model_options import CACHES, REMASKINGS, STRATEGIES, add_model_options, load
+from llada_lightning.commands.model_options import (
+    SAMPLING,
+    add_model_options,
+    add_sampling_options,
+    given_settings,
+    load,
+)
 from llada_lightning.data.manifest import loss_note
 from llada_lightning.evaluation.outcomes import Outcome, best_rows, outcome_table, row_table
 from llada_lightning.evaluation.suites import ABLATIONS, SUITES, Ablation, Benchmark, Suite, suite_named
+from llada_lightning.generation.sampling import only_left_to_right
 from llada_lightning.support.cluster import launched
-from llada_lightning.support.command_line import CommandParser, add_json, print_json, unescaped
+from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, require_replaceable, write_json
 from llada_lightning.support.printing import people_console, shortened, warn
@@ -22,10 +29,9 @@ if TYPE_CHECKING:
     from llada_lightning.evaluation.benchmarks import Loaded
     from llada_lightning.evaluation.harness import HarnessModel
 
-_SAMPLING = (
-    "length", "steps", "block_length", "strategy", "remasking", "temperature", "top_k", "top_p", "threshold",
-    "zero_eos_confidence", "cfg_scale", "stop", "cache", "compat",
-)  # fmt: skip
+_ANSWERS = tuple(name for name in SAMPLING if name not in ("cfg_scale", "seed"))
+"""The settings of the sampler that only answers have; guidance and the seed are also those of likelihoods."""
+
 _MONTE_CARLO = 128
 
 
@@ -76,31 +82,10 @@ def evaluate_parser() -> CommandParser:
     )
     how.add_argument("--batch-tokens", type=int | None, default=None, help="tokens of one forward pass")
     answers = parser.add_argument_group("answers", "instead of what the suite or task says")
-    answers.add_argument("--length", type=int | None, default=None, help="tokens of an answer")
-    answers.add_argument("--steps", type=int | None, default=None, help="of an answer (llada)")
-    answers.add_argument("--block-length", type=int | None, default=None, help="tokens denoised together (llada)")
-    answers.add_argument("--strategy", choices=STRATEGIES, default=None, help="llada; see llada generate --help")
-    answers.add_argument("--remasking", choices=REMASKINGS, default=None, help="llada")
-    answers.add_argument("--temperature", type=float | None, default=None, help="0 takes the likeliest token")
-    answers.add_argument("--top-k", type=int | None, default=None, help="draw from the k likeliest tokens")
-    answers.add_argument(
-        "--top-p", type=float | None, default=None, help="draw from the likeliest that hold this share"
-    )
-    answers.add_argument("--threshold", type=float | None, default=None, help="instead of steps (llada)")
-    answers.add_argument("--zero-eos-confidence", action="store_true", help="predictions of EOS are kept last (llada)")
-    answers.add_argument(
-        "--stop",
-        type=str,
-        action="append",
-        default=None,
-        metavar="TEXT",
-        help="ends an answer, too; may be given again",
-    )
-    answers.add_argument("--cache", choices=CACHES, default=None, help="see llada generate --help")
-    answers.add_argument("--compat", choices=("llada",), default=None, help="sample as the authors' released code does")
+    add_sampling_options(answers, _ANSWERS, unset=True)
     answers.add_argument("--batch-size", type=int, default=8, help="prompts sampled together")
     both = parser.add_argument_group("both")
-    both.add_argument("--cfg-scale", type=float | None, default=None, help="w of guidance (Eq. 16), llada")
+    add_sampling_options(both, ["cfg_scale"], unset=True)
     both.add_argument("--seed", type=int, default=0, help="of masks and samples")
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=str | None, default=None, metavar="FILE", help="JSON with every metric")
@@ -223,9 +208,10 @@ def _named_tasks(options: Any) -> tuple[Benchmark, ...]:
 
 def _check_varied(ablation: Ablation, model: HarnessModel, loaded: list[Loaded]) -> None:
     """Whether the table asks something of this model and these tasks."""
-    if model.lm.causal:
+    if only_left_to_right(model.lm):
         raise UserError(
-            f"'{model.lm.name}' is an arm, which has no {ablation.question} to vary; give a llada checkpoint"
+            f"'{model.lm.name}' is an {model.lm.objective}, which has no {ablation.question} to vary; "
+            "give a llada checkpoint"
         )
     for each in loaded:
         generated = any(part.OUTPUT_TYPE == "generate_until" for part in each.parts)
@@ -330,10 +316,7 @@ def _sandbox(options: Any) -> dict[str, Any]:
 
 def _said(options: Any) -> dict[str, Any]:
     """The settings of sampling that the options say."""
-    said = {name: options[name] for name in _SAMPLING if options[name] is not None and options[name] is not False}
-    if "stop" in said:
-        said["stop"] = [unescaped(text) for text in said["stop"]]
-    return said
+    return given_settings(options, (*_ANSWERS, "cfg_scale"))
 
 
 def _join_run(options: Any, outcomes: list[Outcome], chat: bool) -> Path | None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from llada_lightning.commands import model_options as shared
-from llada_lightning.generation.prompt_files import Prompt, given_prompts, holds_gap, with_gaps
+from llada_lightning.generation.prompts import Prompt, given_prompts, holds_gap, with_gaps
+from llada_lightning.generation.sampling import DEFAULT_LENGTH, Generation, Sampling
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, require_replaceable, strict_json, written_atomically
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llada_lightning.checkpoints import LanguageModel
-    from llada_lightning.generation.result import Generation
 
 
 def generate_parser() -> CommandParser:
@@ -51,7 +51,7 @@ def generate_parser() -> CommandParser:
         help="fill gaps anywhere in the prompts: [MASK:12] in a text is a gap of 12 tokens, [MASK] (or the tokenizer's "
         "own mask token) of one; the gaps say the length",
     )
-    shared.add_sampling_options(parser)
+    shared.add_sampling_options(parser.add_argument_group("sampling"))
     parser.add_argument("--batch-size", type=int | None, default=None, help="prompts at a time; by default all")
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -75,25 +75,24 @@ def main(argv: list[str]) -> int:
     given = given_prompts(options["prompt"] or [], options["prompts_file"])
     if options["batch_size"] is not None and options["batch_size"] < 1:
         raise UserError(f"--batch-size {options['batch_size']}: give at least 1, or leave it out")
+    sampling = Sampling(**shared.given_settings(options), infill=options["infill"])
     lm = shared.load(options)
-    settings = shared.sampling_settings(options) | {"infill": options["infill"]}
-    prompts = given or [_nothing(lm, settings)]
+    prompts = given or [_nothing(lm, sampling)]
     if not options["infill"] and any(isinstance(prompt, str) and holds_gap(prompt) for prompt in prompts):
         _note("note: [MASK] in a prompt is read as plain text; --infill fills it")
     console = people_console()
-    generation = _sample(lm, prompts, settings, options["batch_size"], console, quiet=options["json"])
-    facts = shared.facts(lm, settings, generation)
+    generation = _sample(lm, prompts, sampling, options["batch_size"], console, quiet=options["json"])
     if options["length"] is None and not options["infill"]:
         _note_length(lm, generation)
     if options["json"]:
         print_json(record(lm, options["checkpoint"], prompts, generation))
     else:
         _print_answers(lm, prompts, generation, console)
-        _note(facts, style="dim")
+        _note(generation.facts, style="dim")
     if out is not None:
         _write_answers(out, record(lm, options["checkpoint"], prompts, generation))
     if picture is not None:
-        _draw(picture, lm, prompts, generation, facts)
+        _draw(picture, lm, prompts, generation)
     return 0
 
 
@@ -103,8 +102,6 @@ def _note(text: str, style: str | None = None) -> None:
 
 
 def _note_length(lm: LanguageModel, generation: Generation) -> None:
-    from llada_lightning.generation.settings import DEFAULT_LENGTH
-
     length = generation.settings["length"]
     if length < DEFAULT_LENGTH:
         _note(f"note: --length {length}: the context of {lm.context_length} tokens leaves no more of {DEFAULT_LENGTH}")
@@ -127,8 +124,8 @@ def _targets(options: dict[str, Any]) -> tuple[Path | None, Path | None]:
     return picture, out
 
 
-def _nothing(lm: LanguageModel, settings: dict[str, Any]) -> Prompt:
-    if settings["infill"]:
+def _nothing(lm: LanguageModel, sampling: Sampling) -> Prompt:
+    if sampling.infill:
         raise UserError("--infill: no prompt given; give a text with a gap, such as 'one [MASK:3] four'")
     return "" if lm.tokenizer is not None else []
 
@@ -136,7 +133,7 @@ def _nothing(lm: LanguageModel, settings: dict[str, Any]) -> Prompt:
 def _sample(
     lm: LanguageModel,
     prompts: list[Prompt],
-    settings: dict[str, Any],
+    sampling: Sampling,
     batch_size: int | None,
     console: Console,
     *,
@@ -145,14 +142,14 @@ def _sample(
     from llada_lightning.generation.drawing import Aligner
     from llada_lightning.generation.unfold import Unfolding
 
-    if settings["infill"] and lm.tokenizer is not None and lm.mask_token_id is not None:
+    if sampling.infill and lm.tokenizer is not None and lm.mask_token_id is not None:
         mask_token = str(lm.tokenizer.id_to_token(lm.mask_token_id))
         prompts = [with_gaps(prompt, mask_token) if isinstance(prompt, str) else prompt for prompt in prompts]
     if quiet or not console.is_terminal:
-        return shared.sample(lm, prompts, settings, batch_size=batch_size)
-    names, grows = [_shown(prompt) for prompt in prompts], shared.strategy_of(lm, settings) != "diffusion"
+        return shared.sample(lm, prompts, sampling, batch_size=batch_size)
+    names, grows = [_shown(prompt) for prompt in prompts], sampling.strategy_for(lm) != "diffusion"
     with Unfolding(Aligner(lm.tokenizer), names, console, grows=grows) as unfolding:
-        return shared.sample(lm, prompts, settings, batch_size=batch_size, on_step=unfolding.observe)
+        return shared.sample(lm, prompts, sampling, batch_size=batch_size, on_step=unfolding.observe)
 
 
 def _shown(prompt: Prompt) -> str:
@@ -181,22 +178,15 @@ def _print_answers(lm: LanguageModel, prompts: list[Prompt], generation: Generat
 
 def record(lm: LanguageModel, checkpoint: str, prompts: list[Prompt], generation: Generation) -> dict[str, Any]:
     """Answers in plain values: what ``--json`` prints. Lists run over the prompts."""
+    lists = {name: value for name, value in vars(generation).items() if name not in ("prompts", "settings")}
     return {
         "checkpoint": checkpoint,
         "objective": lm.objective,
         "settings": generation.settings,
         "prompts": prompts,
         "prompt_tokens": generation.prompts,
-        "text": generation.text,
-        "tokens": generation.tokens,
-        "step_of_token": generation.step_of_token,
-        "confidence": generation.confidence,
-        "finish": generation.finish,
-        "steps": generation.steps,
-        "forward_passes": generation.forward_passes,
-        "seconds": generation.seconds,
+        **lists,
         "tokens_per_second": generation.tokens_per_second,
-        "cache": generation.cache,
     }
 
 
@@ -216,9 +206,9 @@ def _write_answers(path: Path, whole: dict[str, Any]) -> None:
         raise UserError(f"--out '{path}' cannot be written ({error.strerror}); choose another file") from error
 
 
-def _draw(path: Path, lm: LanguageModel, prompts: list[Prompt], generation: Generation, facts: str) -> None:
+def _draw(path: Path, lm: LanguageModel, prompts: list[Prompt], generation: Generation) -> None:
     from llada_lightning.generation.drawing import Aligner, Dialogue, answer, question, write_drawing
 
     aligner = Aligner(lm.tokenizer)
     turns = [[question(_shown(p)), answer(generation, i, aligner, lm.objective)] for i, p in enumerate(prompts)]
-    write_drawing(path, [Dialogue(pair, facts) for pair in turns])
+    write_drawing(path, [Dialogue(pair, generation.facts) for pair in turns])

@@ -1,6 +1,6 @@
 """Corpora: where documents come from. Everything streams; memory holds one document, never the corpus.
 
-A source is written as one word on the command line:
+A source is written as one argument of the command line:
 
 - ``python-stdlib``: the running interpreter's own library, a corpus that every machine has;
 - a text file, a JSONL file (``.jsonl``, ``.ndjson``, ``.json`` with one object a line), or a folder of such files, read
@@ -9,6 +9,8 @@ A source is written as one word on the command line:
 - ``igsm:COUNT[@SEED]``: generated mathematics problems with their solutions, the same for the same seed;
 - ``facts:COUNT[@SEED]``: invented facts, each stated in one order only, the same for the same seed;
 - ``hf:NAME[:CONFIG][@SPLIT]``: a dataset of the Hugging Face hub, or ``hf:FOLDER[@SPLIT]``: one on this machine.
+
+Sources that make their own documents are rows of :data:`SOURCES`; `docs/extending.md` adds one.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llada_lightning.data.facts_corpus import FACTS, FactsSource, facts_source
+from llada_lightning.data.facts_corpus import FACTS, facts_source
 from llada_lightning.data.facts_corpus import VERSION as FACTS_VERSION
 from llada_lightning.data.igsm import VERSION as IGSM_VERSION
-from llada_lightning.data.igsm import IgsmSource, igsm_source
+from llada_lightning.data.igsm import igsm_source
 from llada_lightning.data.text_files import (
     READ_ERRORS,
     Meter,
@@ -137,7 +139,7 @@ class FileCorpus(Corpus):
             except UnreadableError:
                 self.skipped += 1
             except READ_ERRORS as error:
-                raise UserError(f"{path}: cannot be read ({error}); mend or remove the file") from error
+                raise UserError(f"{path}: cannot be read ({error}); repair or remove the file") from error
 
 
 class DatasetCorpus(Corpus):
@@ -228,15 +230,19 @@ class DatasetCorpus(Corpus):
 
 
 class GeneratedCorpus(Corpus):
-    """Documents that a program makes, known by their number, their seed and the program's version."""
+    """Documents that a program makes.
 
-    def __init__(self, kind: str, source: IgsmSource | FactsSource, version: int) -> None:
-        self._source = source
-        facts = {"kind": kind, "count": source.count, "seed": source.seed, "version": version}
+    Args:
+        facts: What tells these documents from others: the kind of source, its arguments, the version of the program.
+        generate: A function that gives the documents from the first one on, the same in every call.
+    """
+
+    def __init__(self, facts: dict[str, Any], generate: Callable[[], Iterator[str]]) -> None:
+        self._generate = generate
         self.identity = {**facts, "digest": digest_of(facts)}
 
     def documents(self) -> Iterator[str]:
-        return self._source.documents()
+        return self._generate()
 
 
 def _local_dataset(path: Path) -> dict[str, Any]:
@@ -275,7 +281,7 @@ def file_identity(list_files: FileLister, facts: dict[str, Any]) -> dict[str, An
                 file.seek(max(len(head), size - _SAMPLED_BYTES))
                 tail = file.read()
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); mend or remove the file") from error
+            raise UserError(f"{path}: cannot be read ({error.strerror}); repair or remove the file") from error
         digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
         digest.update(hashlib.sha256(head + tail).digest())
         count += 1
@@ -295,7 +301,7 @@ def list_folder(
             # With a slash behind the folders, the order by name is the order of the relative paths.
             named = sorted((entry.name + "/" * entry.is_dir(follow_symlinks=False), entry.path) for entry in entries)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); mend or remove the folder") from error
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); repair or remove the folder") from error
     for name, path in named:
         if name.startswith(".") or not keep(name):
             continue
@@ -331,7 +337,9 @@ def _python_documents(path: Path, meter: Meter) -> Iterator[str]:
     yield text
 
 
-def _stdlib_corpus() -> FileCorpus:
+def _stdlib_corpus(source: str) -> FileCorpus:
+    if source != PYTHON_STDLIB:
+        raise UserError(f"source '{source}' is not known; write {PYTHON_STDLIB} alone")
     root = Path(sysconfig.get_paths()["stdlib"])
 
     def wanted(name: str) -> bool:
@@ -340,6 +348,43 @@ def _stdlib_corpus() -> FileCorpus:
     # Beside the version the files count: some distributions leave out the library's tests.
     facts = {"kind": PYTHON_STDLIB, "python": f"{platform.python_implementation()} {platform.python_version()}"}
     return FileCorpus(lambda: list_folder(root, keep=wanted), _python_documents, skip_binary=False, facts=facts)
+
+
+def _igsm_corpus(source: str) -> GeneratedCorpus:
+    made = igsm_source(source)
+    facts = {"kind": IGSM, "count": made.count, "seed": made.seed, "version": IGSM_VERSION}
+    return GeneratedCorpus(facts, made.documents)
+
+
+def _facts_corpus(source: str) -> GeneratedCorpus:
+    made = facts_source(source)
+    facts = {"kind": FACTS, "count": made.count, "seed": made.seed, "version": FACTS_VERSION}
+    return GeneratedCorpus(facts, made.documents)
+
+
+SOURCES: dict[str, Callable[[str], Corpus]] = {
+    PYTHON_STDLIB: _stdlib_corpus,
+    IGSM: _igsm_corpus,
+    FACTS: _facts_corpus,
+}
+"""The sources that make their own documents: the part of the argument before the first colon -> a function of the whole
+argument that opens the corpus. Files and datasets are none of them: they have fields and separators."""
+
+
+def register(prefix: str, opener: Callable[[str], Corpus]) -> None:
+    """Add a source to the table.
+
+    Args:
+        prefix: The part of the argument before the first colon.
+        opener: A function of the whole argument, such as ``squares:100``, that opens the corpus. It raises
+            :class:`UserError` where the argument is written in another way.
+
+    Raises:
+        UserError: Another source has this prefix.
+    """
+    if prefix == HUB_PREFIX.removesuffix(":") or SOURCES.get(prefix, opener) is not opener:
+        raise UserError(f"source: the prefix '{prefix}' has a source already; choose another prefix")
+    SOURCES[prefix] = opener
 
 
 @dataclass(frozen=True)
@@ -358,29 +403,26 @@ class _FileReader:
 
 
 def open_corpus(source: str, *, text_field: str = "text", document_separator: str | None = None) -> Corpus:
-    """The corpus that a source's word names.
+    """The corpus that an argument names.
 
     Args:
-        source: see this module's beginning.
-        text_field: the field (JSONL) or column (dataset) that holds the text.
-        document_separator: splits each text file, and each text of JSONL or of a dataset, into documents; without it a
-            text is one document.
+        source: The argument, written as at the beginning of this module.
+        text_field: The field (JSONL) or column (dataset) that holds the text.
+        document_separator: The text between two documents of a text file, or of a text of JSONL or of a dataset.
+            None: a text is one document.
 
     Raises:
-        UserError: the source is unknown or cannot be listed, or has documents that no separator splits.
+        UserError: The source is not known or cannot be listed, or its documents cannot be split by a separator.
     """
     if document_separator == "":
         raise UserError("document separator '' is empty; give at least one character, or leave it out")
-    if document_separator is not None and source.partition(":")[0] in (PYTHON_STDLIB, IGSM, FACTS):
-        raise UserError(f"--document-separator does nothing with the source '{source}'; leave it out")
-    if source == PYTHON_STDLIB:
-        return _stdlib_corpus()
+    opener = SOURCES.get(source.partition(":")[0])
+    if opener is not None:
+        if document_separator is not None:
+            raise UserError(f"--document-separator does nothing with the source '{source}'; leave it out")
+        return opener(source)
     if source.startswith(HUB_PREFIX):
         return DatasetCorpus(source[len(HUB_PREFIX) :], text_field, document_separator)
-    if source.partition(":")[0] == IGSM:
-        return GeneratedCorpus(IGSM, igsm_source(source), IGSM_VERSION)
-    if source.partition(":")[0] == FACTS:
-        return GeneratedCorpus(FACTS, facts_source(source), FACTS_VERSION)
     path = expanded(source)
     if path.suffix in _TABLE_SUFFIXES:
         raise UserError(f"source '{source}': tables are read as datasets; write '{HUB_PREFIX}{source}'")

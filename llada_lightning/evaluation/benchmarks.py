@@ -17,10 +17,11 @@ from lm_eval import simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
-from llada_lightning.evaluation.harness import HarnessModel
+from llada_lightning.evaluation.harness import HarnessModel, said
 from llada_lightning.evaluation.outcomes import Outcome, merged_settings
 from llada_lightning.evaluation.sandbox import sandboxed_code_eval
 from llada_lightning.evaluation.suites import Benchmark
+from llada_lightning.generation.sampling import Sampling
 from llada_lightning.support.errors import UserError
 
 OUR_TASKS = Path(__file__).parent / "tasks"
@@ -161,7 +162,7 @@ def measure(
     *,
     limit: int | None = None,
     chat: bool = False,
-    sampling: Mapping[str, Any] | None = None,
+    sampling: Sampling | Mapping[str, Any] | None = None,
     unsafe_code: bool = False,
 ) -> list[Outcome]:
     """Runs a benchmark; of a tag, which has no score of its own, one outcome for each task. Nothing off the first rank.
@@ -171,14 +172,14 @@ def measure(
         loaded: the benchmark.
         limit: the first documents of each task only.
         chat: prompts through the chat template.
-        sampling: goes before the benchmark's.
+        sampling: The settings that go before the benchmark's, as those of :class:`HarnessModel`.
         unsafe_code: whether tasks may execute, in the sandbox, what the model wrote.
 
     Raises:
         UserError: the task has no such metric, or as the model's methods.
     """
     benchmark = loaded.benchmark
-    model.sampling = benchmark.sampling | dict(sampling or {})
+    model.sampling = benchmark.sampling | said(sampling)
     guidance = {name: value for name, value in model.sampling.items() if name == "cfg_scale"}
     if guidance:
         model.cfg_scale = guidance["cfg_scale"]
@@ -202,8 +203,8 @@ def measure(
         )
     if found is None:
         return []
-    sampling = merged_settings(model.used or [guidance])  # used: where answers were sampled
-    return [replace(each, sampling=sampling) for each in _outcomes(benchmark, found)]
+    used = merged_settings(model.used or [guidance])  # used: where answers were sampled
+    return [replace(each, sampling=used) for each in _outcomes(benchmark, found)]
 
 
 def _outcomes(benchmark: Benchmark, found: Mapping[str, Any]) -> Iterator[Outcome]:

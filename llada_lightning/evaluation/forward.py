@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.evaluation.requests import FloatArray
-from llada_lightning.generation.tokens import guide
+from llada_lightning.generation.predictor import guide
 from llada_lightning.model.head import token_nll
 from llada_lightning.support.printing import people_console
 

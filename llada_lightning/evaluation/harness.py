@@ -21,10 +21,15 @@ from llada_lightning.evaluation.forward import ScoringProgress
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.requests import encode_pair, encode_text, encode_with_gap
 from llada_lightning.evaluation.rolling import document_log_likelihoods
-from llada_lightning.generation.conversation import conversation_ids
-from llada_lightning.generation.result import Generation
-from llada_lightning.generation.sampling import generate
-from llada_lightning.generation.settings import default_length
+from llada_lightning.generation.prompts import conversation_ids
+from llada_lightning.generation.sampler import generate
+from llada_lightning.generation.sampling import (
+    OF_EVERY_STRATEGY,
+    Generation,
+    Sampling,
+    default_length,
+    only_left_to_right,
+)
 from llada_lightning.support.errors import UserError
 
 MONTE_CARLO = 128
@@ -33,7 +38,6 @@ MONTE_CARLO = 128
 DEFAULT_LENGTH = 256
 """Tokens of an answer where neither the task nor the user says: as lm-evaluation-harness's own models."""
 
-_OF_BOTH = frozenset({"length", "temperature", "top_k", "top_p", "stop", "cache"})
 _INFILL_LACKS = frozenset({"length", "steps", "block_length", "stop", "strategy", "cache"})
 
 
@@ -53,8 +57,9 @@ class HarnessModel(LM):
     Args:
         lm: the model.
         monte_carlo: masks of each continuation of several tokens, at least 1; `arm` and one token are exact.
-        sampling: keyword arguments of ``generate`` that go before what a task says. Those that `arm` cannot have are
-            left out for it. `length` replaces the task's `max_gen_toks`.
+        sampling: The settings that go before what a task says: those of a :class:`Sampling` that are not its defaults,
+            or settings by their names. Those that `arm` cannot have are left out for it. `length` replaces the task's
+            `max_gen_toks`.
         infill: `llada` fills the gap between the fields `prompt` and `suffix` of a document (texts, or lists of texts
             that are encoded one by one) with as many tokens as its `canonical_solution` has. An `arm` continues.
         greedy: whether greedy decoding is tried in `loglikelihood`.
@@ -73,7 +78,7 @@ class HarnessModel(LM):
         lm: LanguageModel,
         *,
         monte_carlo: int = MONTE_CARLO,
-        sampling: Mapping[str, Any] | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
         infill: bool = False,
         greedy: bool = False,
         cfg_scale: float = 0.0,
@@ -87,7 +92,7 @@ class HarnessModel(LM):
             if count < 1:
                 raise UserError(f"{name} is {count}; it must be at least 1")
         lm.encode("")  # says that there is no tokenizer
-        self.lm, self.sampling, self.infill, self.greedy = lm, dict(sampling or {}), infill, greedy
+        self.lm, self.sampling, self.infill, self.greedy = lm, said(sampling), infill, greedy
         self.batch_size, self.progress, self.seed = batch_size, progress, seed
         self._scoring: dict[str, Any] = {
             "samples": monte_carlo, "cfg_scale": cfg_scale, "seed": seed, "batch_tokens": batch_tokens,
@@ -208,7 +213,9 @@ class HarnessModel(LM):
         if task.get("do_sample"):
             settings |= {name: task[name] for name in ("top_k", "top_p") if task.get(name) is not None}
             settings["temperature"] = float(task.get("temperature") or 1.0)
-        settings |= {k: v for k, v in self.sampling.items() if not self.lm.causal or k in _OF_BOTH}
+        settings |= {
+            k: v for k, v in self.sampling.items() if not only_left_to_right(self.lm) or k in OF_EVERY_STRATEGY
+        }
         if answer_length is not None:
             settings["length"] = answer_length
         elif not task.get("truncate", True):
@@ -232,23 +239,23 @@ class HarnessModel(LM):
 
     def _remember(self, settings: Mapping[str, Any]) -> None:
         used = {name: value for name, value in settings.items() if name != "stop" and value is not None}
-        if not self.lm.causal and "threshold" not in used:
+        if not only_left_to_right(self.lm) and "threshold" not in used:
             used.setdefault("steps", used["length"])
         self.used.append(used)
 
     def _generate(self, prompts: list[list[int]], **settings: Any) -> Generation:
         if settings.get("compat") is not None:  # the released sampler draws from torch's generator
             torch.manual_seed(self.seed)
-        return generate(self.lm, prompts, seed=self.seed, **settings)
+        return generate(self.lm, prompts, **{"seed": self.seed, **settings})
 
     def _fills(self, request: Instance) -> bool:
         wanted = request.args[1].get("infill", False)
-        if wanted and self.lm.causal:
+        if wanted and only_left_to_right(self.lm):
             raise UserError(
-                f"task '{request.task_name}': '{self.lm.name}' is an arm, which sees nothing behind a gap; take a task "
-                "without infill"
+                f"task '{request.task_name}': '{self.lm.name}' is an {self.lm.objective}, which sees nothing behind a "
+                "gap; take a task without infill"
             )
-        return (wanted or self.infill) and not self.lm.causal and "suffix" in request.doc
+        return (wanted or self.infill) and not only_left_to_right(self.lm) and "suffix" in request.doc
 
     def _filled(self, requests: Sequence[Instance]) -> Iterator[list[str]]:
         """What is between prompt and suffix, a batch at a time."""
@@ -271,7 +278,7 @@ class HarnessModel(LM):
         A Llama that is given nothing begins with its BOS.
         """
         prefix = list(self.lm.text_prefix_ids)
-        if not prompt and self.lm.causal and self.lm.start_token_id is None:
+        if not prompt and only_left_to_right(self.lm) and self.lm.start_token_id is None:
             return (prefix or [self.lm.eos_token_id])[:1]
         excess = len(prompt) + length - self.lm.context_length
         if excess <= 0:
@@ -335,6 +342,11 @@ class HarnessModel(LM):
         """Waits for all processes."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def said(sampling: Sampling | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings that go before what a task says, by their names."""
+    return sampling.changes if isinstance(sampling, Sampling) else dict(sampling or {})
 
 
 def _named(request: Instance) -> str:

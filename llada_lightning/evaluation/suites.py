@@ -25,8 +25,8 @@ from typing import Any, Literal
 
 from llada_lightning.support.errors import UserError
 
-Sampling = dict[str, Any]
-"""Keyword arguments of ``generate``; `length` and `steps` count tokens and steps of an answer."""
+Settings = dict[str, Any]
+"""Settings of ``generation.Sampling`` that a benchmark says, by their names; the others are left to the task."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Benchmark:
     task: str
     metric: str | None = None
     shots: int | None = None
-    sampling: Sampling = field(default_factory=dict)
+    sampling: Settings = field(default_factory=dict)
     infill: bool = False
     row: str | None = None
     group: str | None = None
@@ -71,7 +71,7 @@ BASE = {"length": 1024, "steps": 1024, "remasking": "low_confidence"}
 """Pure diffusion, one token a step (B.6)."""
 
 
-def _instruct(length: int, zero_eos: bool = False) -> Sampling:
+def _instruct(length: int, zero_eos: bool = False) -> Settings:
     """As many steps as tokens; EOS kept last where B.4 says so."""
     return {"length": length, "steps": length, "remasking": "low_confidence", "zero_eos_confidence": zero_eos}
 
@@ -135,7 +135,7 @@ class Row:
     """
 
     name: str
-    sampling: Sampling
+    sampling: Settings
     group: str | None = None
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llada_lightning.generation.result import Snapshot
+from llada_lightning.checkpoints.language_model import LanguageModel
+from llada_lightning.generation.sampling import Snapshot
 
 STILL_MASKED = -1
 
@@ -105,6 +107,15 @@ class Canvas:
         masked_BA = self.masked_BL[:, self.answer :]
         ends_BA = torch.isin(self.tokens_BL[:, self.answer :], ends) & ~masked_BA
         return (ends_BA & (masked_BA.cumsum(1) == 0)).any(1)
+
+    def holds_stop(self, lm: LanguageModel, stop: Sequence[str]) -> Tensor:
+        """(B,) bool: the text of an answer, up to what is still masked, holds a stop string."""
+        whole_BA = self.masked_BL[:, self.answer :].cumsum(dim=1) == 0
+        answers = [
+            lm.decode(row[whole].tolist())
+            for row, whole in zip(self.tokens_BL[:, self.answer :], whole_BA, strict=True)
+        ]
+        return torch.tensor([any(text in answer for text in stop) for answer in answers], device=lm.device)
 
     def snapshot(self, step: int, steps: int, first: int) -> Snapshot:
         """The answers as they stand."""

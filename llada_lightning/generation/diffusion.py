@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.generation import remasking
+from llada_lightning.generation import reveal
 from llada_lightning.generation.canvas import Canvas
-from llada_lightning.generation.finish import holds_stop
-from llada_lightning.generation.noise import Noise
-from llada_lightning.generation.prediction import predict_tokens
-from llada_lightning.generation.predictor import Predictor
-from llada_lightning.generation.settings import Settings
+from llada_lightning.generation.predictor import Noise, Predictor, predict_tokens
+from llada_lightning.generation.sampling import Sampling
 
 
 def denoise(denoiser: Denoiser, on_step: Callable[[int], None]) -> int:
@@ -30,7 +27,7 @@ def denoise(denoiser: Denoiser, on_step: Callable[[int], None]) -> int:
     canvas, settings = denoiser.canvas, denoiser.settings
     steps_before = 0
     # Texts with gaps are one block: of all columns, of which what is not masked stays.
-    size = canvas.length if settings.infill else settings.block_length
+    size = canvas.length if settings.infill or settings.block_length is None else settings.block_length
     for begin in range(canvas.answer, canvas.length, size):
         denoiser.open_block(begin, begin + size)
         steps_done = 0
@@ -66,9 +63,10 @@ class Denoiser:
     takes_every_step = False
     """Whether also a step that unmasks nothing asks the model."""
 
-    def __init__(self, lm: LanguageModel, canvas: Canvas, settings: Settings, noise: Noise) -> None:
+    def __init__(self, lm: LanguageModel, canvas: Canvas, settings: Sampling, noise: Noise) -> None:
         self.lm, self.canvas, self.settings, self.noise = lm, canvas, settings, noise
         self.predictor = Predictor(lm, canvas, settings)
+        self.rule = reveal.RULES[settings.remasking]
         self.done_B = torch.zeros(len(canvas.tokens_BL), dtype=torch.bool, device=lm.device)
         self.steps_B = torch.zeros(len(canvas.tokens_BL), dtype=torch.int64, device=lm.device)
         self.rows: Rows | None = None
@@ -79,7 +77,7 @@ class Denoiser:
         rows_R = (~self.done_B & (masked_B > 0)).nonzero()[:, 0]
         masked_R, steps = masked_B[rows_R], self.settings.steps_per_block
         if steps is not None:
-            self.steps_B.fill_((begin - self.canvas.answer) // self.settings.block_length * steps)
+            self.steps_B.fill_((begin - self.canvas.answer) // (end - begin) * steps)
         # One token a step where nothing else is said: of texts with gaps each has its own number of them.
         self.rows = Rows(rows_R, masked_R, masked_R if steps is None else torch.full_like(masked_R, steps))
         if not len(rows_R):
@@ -132,7 +130,7 @@ class Denoiser:
 
     def counts(self, rows: Rows, step: int) -> Tensor:
         """(R,) tokens that the schedule unmasks in a step."""
-        return remasking.counts_to_keep(rows.masked_R, step, rows.steps_R)
+        return reveal.counts_to_keep(rows.masked_R, step, rows.steps_R)
 
     def before_predicting(
         self, rows: Rows, candidates_RK: Tensor, counts_R: Tensor, step: int
@@ -140,21 +138,21 @@ class Denoiser:
         """What this step unmasks, where that does not depend on the predictions; and what has to be predicted."""
         if self.settings.threshold is not None:
             return None, candidates_RK
-        if not self.settings.random:
+        if self.rule.choice is None:
             return None, candidates_RK & (counts_R > 0)[:, None]
-        uniform_RK = self.noise.uniform(rows.rows_R, candidates_RK, self.begin)
-        if self.settings.remasking == "random":
-            chosen_RK = remasking.by_the_reverse_process(uniform_RK, candidates_RK, step, rows.steps_R)
-        else:
-            chosen_RK = remasking.most_confident(uniform_RK, candidates_RK, counts_R)
+
+        def uniform() -> Tensor:
+            return self.noise.uniform(rows.rows_R, candidates_RK, self.begin)
+
+        chosen_RK = self.rule.choice(reveal.State(candidates_RK, counts_R, step, rows.steps_R, uniform))
         return chosen_RK, chosen_RK
 
     def surest(self, rows: Rows, candidates_RK: Tensor, confidence_M: Tensor, counts_R: Tensor) -> Tensor:
         """(R, K) bool: the predictions that stay, by their confidence."""
         confidence_RK = self.spread(candidates_RK, confidence_M)
         if self.settings.threshold is not None:
-            return remasking.above_threshold(confidence_RK, candidates_RK, self.settings.threshold)
-        return remasking.most_confident(remasking.without_rounding(confidence_RK), candidates_RK, counts_R)
+            return reveal.above_threshold(confidence_RK, candidates_RK, self.settings.threshold)
+        return reveal.most_confident(reveal.without_rounding(confidence_RK), candidates_RK, counts_R)
 
     def spread(self, candidates_RK: Tensor, confidence_M: Tensor) -> Tensor:
         """(R, K) float32 of M confidences; -inf where nothing was predicted."""
@@ -169,7 +167,7 @@ class Denoiser:
         if not self.settings.infill:
             self.done_B |= self.canvas.ended(self.lm.end_token_ids)
             if self.settings.stop and not bool(masked_BK[~self.done_B].any()):
-                self.done_B |= holds_stop(self.lm, self.canvas, self.settings.stop)
+                self.done_B |= self.canvas.holds_stop(self.lm, self.settings.stop)
         rows_R = self.rows.rows_R
         goes_on_R = ~self.done_B[rows_R] & masked_BK[rows_R].any(dim=1)
         if bool(goes_on_R.all()):
@@ -177,3 +175,39 @@ class Denoiser:
         index_R = goes_on_R.nonzero()[:, 0]
         self.predictor.keep_rows(index_R)
         self.rows = self.rows.only(index_R) if len(index_R) else None
+
+
+class ReleasedDenoiser(Denoiser):
+    """As the authors' released sampler, for ``compat="llada"``.
+
+    Reads off the tokens what is masked, so that a drawn [MASK] is predicted again, and takes all steps of a block.
+
+    The number of tokens to unmask is that of the block; candidates are also the [MASK]s that earlier blocks have left.
+    """
+
+    takes_every_step = True
+
+    def first_column(self, begin: int) -> int:
+        return int(self.canvas.masked_BL.any(dim=0).nonzero()[0])
+
+    def counts(self, rows: Rows, step: int) -> Tensor:
+        return reveal.released_counts_to_keep(rows.masked_R, step, rows.steps_R)
+
+    def before_predicting(
+        self, rows: Rows, candidates_RK: Tensor, counts_R: Tensor, step: int
+    ) -> tuple[Tensor | None, Tensor]:
+        return None, candidates_RK
+
+    def surest(self, rows: Rows, candidates_RK: Tensor, confidence_M: Tensor, counts_R: Tensor) -> Tensor:
+        if self.rule.choice is not None:  # chance is a confidence
+            confidence_RK = self.noise.uniform(rows.rows_R, candidates_RK, self.begin)
+        else:
+            confidence_RK = self.spread(candidates_RK, confidence_M)
+        return reveal.released_choice(confidence_RK, candidates_RK, counts_R, self.begin, self.canvas.length)
+
+    def after(self, step: int) -> None:
+        canvas = self.canvas
+        canvas.masked_BL = canvas.tokens_BL.eq(self.predictor.mask_token_id) & ~canvas.given_BL
+        canvas.step_BL[canvas.masked_BL], canvas.confidence_BL[canvas.masked_BL] = -1, 0.0
+        if step == self.settings.steps_per_block:
+            self.rows = None

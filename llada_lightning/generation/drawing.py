@@ -23,7 +23,7 @@ from rich.text import Text
 from tokenizers import Tokenizer
 
 from llada_lightning.data.encoding import decode, encode
-from llada_lightning.generation.result import Generation
+from llada_lightning.generation.sampling import Generation
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, require_replaceable, written_atomically
 from llada_lightning.support.printing import recording_console, visible

@@ -1,15 +1,27 @@
-"""The mask predictor's logits of a block, with guidance and with caches."""
+"""The predictions of a step: the Transformer's logits of a block, with guidance and with caches, and tokens drawn from
+them, by noise that is each prompt's own, so that an answer does not depend on the rest of the batch."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.generation.canvas import Canvas
-from llada_lightning.generation.settings import Settings
-from llada_lightning.generation.tokens import guide
+from llada_lightning.generation.reveal import RULES
+from llada_lightning.generation.sampling import Sampling
 from llada_lightning.model.attention import KeyValueCache
+from llada_lightning.objectives.noise import Stream, random_words
+
+LOWEST = -1e3
+"""A confidence below all others, and above that of what must not be chosen."""
+
+LOGITS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}
+"""Logits that are made and used before the next are: on a CPU what fits its caches, elsewhere the memory."""
 
 
 class Predictor:
@@ -20,7 +32,7 @@ class Predictor:
     would have changed with the block: an approximation (Wu et al. 2025).
     """
 
-    def __init__(self, lm: LanguageModel, canvas: Canvas, settings: Settings) -> None:
+    def __init__(self, lm: LanguageModel, canvas: Canvas, settings: Sampling) -> None:
         assert lm.mask_token_id is not None
         self._lm, self._canvas, self._settings = lm, canvas, settings
         self.mask_token_id = lm.mask_token_id
@@ -94,3 +106,179 @@ class Predictor:
 
 def _rows(x_BL: Tensor | None, rows_R: Tensor, begin: int, end: int) -> Tensor | None:
     return None if x_BL is None else x_BL[rows_R, begin:end]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of M masked positions.
+
+    Args:
+        tokens_M: int64.
+        probability_M: float32, that the model gives each token.
+        confidence_M: float32, by which predictions are kept or masked again.
+    """
+
+    tokens_M: Tensor
+    probability_M: Tensor
+    confidence_M: Tensor
+
+
+def predict_tokens(
+    hidden_GMD: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
+    words: int,
+    place: tuple[Tensor, Tensor],
+    settings: Sampling,
+    noise: Noise,
+    end_token_ids: tuple[int, ...],
+) -> Prediction:
+    """Predict M tokens, some at a time: all their logits would be the largest tensor of all.
+
+    Args:
+        hidden_GMD: what ``logits_of`` takes, (G, m, D) to (m, V).
+        words: V.
+        place: rows and columns of the canvas, (M,) int64 each.
+    """
+    count = hidden_GMD.shape[1]
+    at_once = max(1, LOGITS_AT_ONCE.get(hidden_GMD.device.type, 1 << 26) // words)
+    if settings.compat is not None:
+        at_once = max(1, count)  # its noise is drawn once a step, also where nothing is left to predict
+    parts = [
+        _predict(
+            logits_of(hidden_GMD[:, begin : begin + at_once]),
+            place[0][begin : begin + at_once],
+            place[1][begin : begin + at_once],
+            settings,
+            noise,
+            end_token_ids,
+        )
+        for begin in range(0, max(1, count), at_once)
+    ]
+    return Prediction(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _predict(
+    logits_MV: Tensor,
+    rows_M: Tensor,
+    columns_M: Tensor,
+    settings: Sampling,
+    noise: Noise,
+    end_token_ids: tuple[int, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, their probabilities and confidences, each (M,)."""
+    gumbel_MV, allowed_MV = None, logits_MV
+    if settings.temperature > 0:
+        gumbel_MV = noise.gumbel(rows_M, columns_M, logits_MV.shape[1])
+        allowed_MV = likeliest(logits_MV, settings.temperature, settings.top_k, settings.top_p)
+    tokens_M = draw_tokens(allowed_MV, settings.temperature, gumbel_MV)
+    probability_M = probability(logits_MV, tokens_M)
+    rule = RULES[settings.remasking]
+    confidence_M = probability_M if rule.confidence is None else rule.confidence(logits_MV, probability_M)
+    if settings.zero_eos_confidence and settings.compat is None:
+        ends_E = torch.tensor(end_token_ids, device=tokens_M.device)
+        confidence_M = confidence_M.masked_fill(torch.isin(tokens_M, ends_E), LOWEST)
+    elif settings.zero_eos_confidence:
+        # Released: once the tokens are drawn, the end of a turn loses its logit, and EOS at temperature 0 alone.
+        eos, *others = end_token_ids
+        logits_MV[:, [eos, *others] if settings.temperature == 0 else others] = -torch.inf
+        confidence_M = probability(logits_MV, tokens_M)
+    return tokens_M, probability_M.float(), confidence_M.float()
+
+
+def guide(logits_MV: Tensor, unconditional_MV: Tensor, scale: float) -> Tensor:
+    """Unsupervised classifier-free guidance (Eq. 16): p(r | prompt)^(1 + w) / p(r | masks)^w, unnormalised."""
+    return unconditional_MV + (1 + scale) * (logits_MV - unconditional_MV)
+
+
+def draw_tokens(logits_MV: Tensor, temperature: float, gumbel_MV: Tensor | None) -> Tensor:
+    """(M,) int64: the likeliest token, or one drawn by the Gumbel-max trick in float64.
+
+    Args:
+        logits_MV: float32; -inf for what must not be drawn.
+        temperature: 0 for the likeliest.
+        gumbel_MV: float64 standard Gumbel noise, where the temperature is not 0.
+    """
+    if gumbel_MV is None:
+        return logits_MV.argmax(dim=-1)
+    return (logits_MV.double() + temperature * gumbel_MV).argmax(dim=-1)
+
+
+def likeliest(logits_MV: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """The logits with -inf for all but the ``top_k`` likeliest, and the fewest that hold ``top_p`` of what is left.
+
+    ``top_p`` counts the probabilities at ``temperature``, from which is drawn.
+    """
+    if top_k is not None and top_k < logits_MV.shape[-1]:
+        values_MK, order_MK = logits_MV.topk(top_k, dim=-1)  # of equals only as many as asked for
+        logits_MV = torch.full_like(logits_MV, -torch.inf).scatter(1, order_MK, values_MK)
+    if top_p is not None and top_p < 1 and temperature > 0:
+        sorted_MV, order_MV = logits_MV.sort(dim=-1, descending=True)
+        p_MV = (sorted_MV.double() / temperature).softmax(dim=-1)
+        superfluous_MV = p_MV.cumsum(dim=-1) - p_MV >= top_p  # those before hold the share already
+        superfluous_MV = torch.zeros_like(superfluous_MV).scatter(1, order_MV, superfluous_MV)
+        logits_MV = logits_MV.masked_fill(superfluous_MV, -torch.inf)
+    return logits_MV
+
+
+def probability(logits_MV: Tensor, tokens_M: Tensor) -> Tensor:
+    """(M,) float32: the model's probability of each token."""
+    return logits_MV.softmax(dim=-1).gather(1, tokens_M[:, None])[:, 0]
+
+
+class Noise(Protocol):
+    """What a sampler draws. Rows are numbers within the batch, in ascending order."""
+
+    def gumbel(self, rows_M: Tensor, columns_M: Tensor, words: int) -> Tensor:
+        """(M, words) float64, standard Gumbel, for M positions."""
+
+    def uniform(self, rows_R: Tensor, candidates_RK: Tensor, begin: int) -> Tensor:
+        """(R, K), uniform on [0, 1) where ``candidates_RK`` is, for the columns from ``begin`` on of R rows."""
+
+
+class NoiseByPrompt:
+    """A generator for each prompt, keyed by (seed, number of the prompt).
+
+    Args:
+        seed: of the whole call.
+        first: number of the batch's first prompt.
+        batch: prompts.
+        device: where the noise is drawn; other kinds of device draw other noise.
+    """
+
+    def __init__(self, seed: int, first: int, batch: int, device: torch.device) -> None:
+        keys = [int(random_words(seed, Stream.GENERATION, first + row, 1)[0] >> 1) for row in range(batch)]
+        self._generators = [torch.Generator(device).manual_seed(key) for key in keys]
+        self._device = device
+
+    def gumbel(self, rows_M: Tensor, columns_M: Tensor, words: int) -> Tensor:
+        # Below float64 the tails of the noise are cut, which lowers the temperature (Zheng et al. 2024).
+        noise_MV = torch.empty(len(rows_M), words, dtype=torch.float64, device=self._device)
+        for place, row in enumerate(rows_M.tolist()):  # one by one: however many are asked for at a time
+            noise_MV[place].exponential_(generator=self._generators[row])
+        return -noise_MV.log()
+
+    def uniform(self, rows_R: Tensor, candidates_RK: Tensor, begin: int) -> Tensor:
+        noise_RK = torch.zeros(candidates_RK.shape, dtype=torch.float64, device=self._device)
+        counts = candidates_RK.sum(dim=1).tolist()
+        noise_RK[candidates_RK] = torch.cat(
+            [
+                torch.empty(count, dtype=torch.float64, device=self._device).uniform_(generator=self._generators[row])
+                for row, count in zip(rows_R.tolist(), counts, strict=True)
+            ]
+        )
+        return noise_RK
+
+
+class ReleasedNoise:
+    """The draws of the authors' released code: of the whole canvas, from torch's own generator, in its order."""
+
+    def __init__(self, batch: int, length: int, device: torch.device) -> None:
+        self._batch, self._length, self._device = batch, length, device
+
+    def gumbel(self, rows_M: Tensor, columns_M: Tensor, words: int) -> Tensor:
+        uniform_BLV = torch.rand(self._batch, self._length, words, dtype=torch.float64, device=self._device)
+        return -torch.log(-torch.log(uniform_BLV[rows_M, columns_M]))
+
+    def uniform(self, rows_R: Tensor, candidates_RK: Tensor, begin: int) -> Tensor:
+        end = begin + candidates_RK.shape[1]
+        return torch.rand(self._batch, self._length, device=self._device)[rows_R, begin:end]

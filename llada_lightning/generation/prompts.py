@@ -1,19 +1,40 @@
-"""Prompts of every form to token ids, checked."""
+"""Prompts of every form, from Python, from a command line and of a conversation, to token ids, checked."""
 
 from __future__ import annotations
 
+import os
+import re
+import stat
+import sys
 from collections.abc import Iterable, Sequence
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from llada_lightning.checkpoints.language_model import LanguageModel
+from llada_lightning.data.text_files import REFUSED_BESIDE_PROMPTS, UnreadFields
+from llada_lightning.generation.sampling import only_left_to_right
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import expanded
+from llada_lightning.support.printing import shortened
+from llada_lightning.support.reading import MAX_TEXT_BYTES, parse_json, read_text
 
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | np.ndarray[Any, Any]
+if TYPE_CHECKING:  # commands read prompts before they load torch
+    from torch import Tensor
+
+    from llada_lightning.checkpoints.language_model import LanguageModel
+    from llada_lightning.data.chat import Message
+
+Prompts: TypeAlias = "str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | np.ndarray[Any, Any]"
+
+Prompt = str | list[int]
+
+STDIN = "-"
+
+_GAP = re.compile(r"\[MASK(?::(\d+))?\]")
+_MOST_IN_A_GAP = 1 << 20
+
+# --- from Python ------------------------------------------------------------------------------------------------------
 
 
 def prompt_ids(
@@ -30,11 +51,15 @@ def prompt_ids(
     Raises:
         UserError: an id is outside of the vocabulary, or [MASK] is where it must not be.
     """
-    if infill and lm.causal:
-        raise UserError(f"infill: '{lm.name}' is an arm, which cannot see what stands behind a gap; leave it out")
+    if infill and only_left_to_right(lm):
+        raise UserError(
+            f"infill: '{lm.name}' is an {lm.objective}, which cannot see what stands behind a gap; leave it out"
+        )
+    import torch
+
     if isinstance(prompts, np.ndarray):
         prompts = torch.from_numpy(prompts)
-    if isinstance(prompts, Tensor):
+    if isinstance(prompts, torch.Tensor):
         rows = _rows(prompts, attention_mask)
     elif attention_mask is not None:
         raise UserError("attention_mask: given with prompts that are no tensor; lists of ids need none")
@@ -107,7 +132,7 @@ def _check(lm: LanguageModel, row: list[int], number: int, infill: bool) -> None
             f"prompt {number}: holds [MASK] (id {lm.mask_token_id}) {gaps} times; fill such gaps with infill, or take "
             "it out"
         )
-    if lm.causal and not row and lm.start_token_id is None:
+    if only_left_to_right(lm) and not row and lm.start_token_id is None:
         raise UserError(
             f"prompt {number}: an empty one gives '{lm.name}' nothing to begin with; give at least one token"
         )
@@ -132,10 +157,10 @@ def check_context(lm: LanguageModel, rows: list[list[int]], length: int) -> None
             what += f" and {length} of the answer are {len(row) + length},"
         else:
             what += " are"
-        mend = f"shorten the prompt by {length - room} tokens"
+        fix = f"shorten the prompt by {length - room} tokens"
         if length and room > 0:
-            mend += f" or set length to at most {room}"
-        raise UserError(f"prompt {i}: {what} more than the {lm.context_length} that '{lm.name}' was trained on; {mend}")
+            fix += f" or set length to at most {room}"
+        raise UserError(f"prompt {i}: {what} more than the {lm.context_length} that '{lm.name}' was trained on; {fix}")
 
 
 def as_batches(rows: list[Any], size: int | None) -> list[tuple[int, list[Any]]]:
@@ -144,3 +169,148 @@ def as_batches(rows: list[Any], size: int | None) -> list[tuple[int, list[Any]]]
         raise UserError(f"batch_size: {size} given; it must be a whole number of at least 1")
     size = size or len(rows)
     return [(first, rows[first : first + size]) for first in range(0, len(rows), size)]
+
+
+# --- from a command line ----------------------------------------------------------------------------------------------
+
+
+def given_prompts(texts: Sequence[str], file: str | None) -> list[Prompt]:
+    """The prompts in the order of options, then file; what is piped in where neither is given; else none.
+
+    Args:
+        texts: of ``--prompt``; `-` stands for what comes on stdin.
+        file: of ``--prompts-file``.
+
+    Raises:
+        UserError: the file is missing, empty, or not of its kind; a text is not UTF-8.
+    """
+    prompts: list[Prompt] = [_from_stdin() if text == STDIN else text for text in texts]
+    if file is not None:
+        prompts += read_prompts(file)
+    if not prompts and _piped():
+        prompts = [_from_stdin()]
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            check_text(prompt)
+    return prompts
+
+
+def check_text(text: str) -> None:
+    """Raises UserError where a text holds bytes that are no characters: Python keeps such as halves of pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"prompt: character {error.start + 1} is not UTF-8; convert the text") from error
+
+
+def _from_stdin() -> str:
+    if sys.stdin is None:
+        raise UserError("prompt: stdin is closed; pipe a text in, or give --prompt TEXT")
+    try:
+        text = sys.stdin.read(MAX_TEXT_BYTES + 1)
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt: what comes on stdin is not UTF-8 ({error.reason}); convert it") from error
+    except OSError as error:
+        raise UserError(f"prompt: stdin cannot be read ({error.strerror or error}); pipe a text in") from error
+    if len(text) > MAX_TEXT_BYTES:
+        raise UserError(f"prompt: stdin has more than {MAX_TEXT_BYTES:,} characters; pipe a shorter text in")
+    return text.removeprefix("\ufeff").removesuffix("\n")  # the byte order mark, and the line end of echo
+
+
+def _piped() -> bool:
+    """Whether stdin is a pipe or a file: a socket or a null device, as under schedulers, holds no prompt."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # none, closed, or not of the system
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def read_prompts(file: str) -> list[Prompt]:
+    """The prompts of a `.txt`, one a line, or of a `.jsonl`, each line's `prompt`: a text, or a list of token ids.
+
+    Raises:
+        UserError: the file is missing, empty, or not of its kind; says which line.
+    """
+    path = expanded(file)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"prompts file '{file}': its ending is neither .txt nor .jsonl; give one of them")
+    # A prompt may hold the other ends of lines of Unicode.
+    lines = [line.removesuffix("\r") for line in read_text(path, pipe=True).split("\n")]
+    shown = f"prompts file '{shortened(file)}'"
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UserError(f"{shown} holds no prompt; write one a line")
+    if path.suffix == ".txt":
+        return [line for _, line in numbered]
+    unread = UnreadFields()
+    prompts = [_json_prompt(line, number, f"{shown}, line {number}", unread) for number, line in numbered]
+    unread.note(shown)
+    return prompts
+
+
+def _json_prompt(line: str, number: int, where: str, unread: UnreadFields) -> Prompt:
+    record = parse_json(line, where, number)
+    fields = record if isinstance(record, dict) else {}
+    unread.add_row(fields, ("prompt",), where, REFUSED_BESIDE_PROMPTS)
+    prompt = fields.get("prompt")
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+        return prompt
+    raise UserError(f'{where}: "prompt" is neither a text nor a list of token ids; write {{"prompt": "…"}}')
+
+
+def holds_gap(text: str) -> bool:
+    """Whether a text has a gap as :func:`with_gaps` knows it."""
+    return _GAP.search(text) is not None
+
+
+def with_gaps(text: str, mask_token: str) -> str:
+    """The text with each `[MASK:12]` as 12 times the mask token, and `[MASK]` as one.
+
+    Raises:
+        UserError: a gap of no token, or of more than any model takes.
+    """
+
+    def gap(found: re.Match[str]) -> str:
+        count = int(found[1] or 1)
+        if not 0 < count <= _MOST_IN_A_GAP:
+            raise UserError(f"prompt: the gap {found[0]} has {count} tokens; give from 1 to {_MOST_IN_A_GAP}")
+        return mask_token * count
+
+    return _GAP.sub(gap, text)
+
+
+# --- of a conversation ------------------------------------------------------------------------------------------------
+
+
+def conversation_ids(lm: LanguageModel, messages: Sequence[Message]) -> list[int]:
+    """The prompt that asks for the next answer.
+
+    Args:
+        lm: with a chat template, or without: then the messages are joined by new lines.
+        messages: the last one is the user's.
+
+    Raises:
+        UserError: there is no tokenizer, or the template is broken or refuses the messages.
+    """
+    if lm.dialogue is None:
+        return lm.encode_prompt("".join(f"{message.content}\n" for message in messages))
+    return lm.dialogue.ids(messages)
+
+
+def fitting_ids(lm: LanguageModel, messages: Sequence[Message], length: int) -> tuple[list[int], int]:
+    """The prompt of the newest turns that leave room for an answer of ``length`` tokens, and how many were left out.
+
+    A turn is a question and its answer. The system's message and the last question stay, also where they do not fit:
+    the sampler refuses these.
+    """
+    system = [message for message in messages if message.role == "system"]
+    said = [message for message in messages if message.role != "system"]
+    left_out = 0
+    while True:
+        ids = conversation_ids(lm, system + said[2 * left_out :])
+        if len(ids) + length <= lm.context_length or len(said) <= 2 * (left_out + 1):
+            return ids, left_out
+        left_out += 1

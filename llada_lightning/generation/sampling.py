@@ -1,181 +1,378 @@
-"""`generate`: answers to prompts by any sampler, from any model."""
+"""The settings of the sampler, and what a sampler returns. Importable without torch."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from typing import Literal
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
-from torch import Tensor
-
-from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.generation.autoregressive import write
-from llada_lightning.generation.canvas import Canvas
-from llada_lightning.generation.diffusion import Denoiser, denoise
-from llada_lightning.generation.finish import cut, text_before
-from llada_lightning.generation.noise import Noise, NoiseByPrompt, ReleasedNoise
-from llada_lightning.generation.prompts import Prompts, as_batches, check_context, prompt_ids
-from llada_lightning.generation.released import ReleasedDenoiser
-from llada_lightning.generation.result import Finish, Generation, Observer
-from llada_lightning.generation.settings import Cache, Remasking, Settings, Strategy, default_length, resolve_settings
+from llada_lightning.generation.reveal import RULES
 from llada_lightning.support.errors import UserError
 
+if TYPE_CHECKING:
+    from llada_lightning.checkpoints.language_model import LanguageModel
 
-@torch.inference_mode()
-def generate(
-    lm: LanguageModel,
-    prompts: Prompts,
-    *,
-    length: int | None = None,
-    steps: int | None = None,
-    block_length: int | None = None,
-    strategy: Strategy | None = None,
-    remasking: Remasking = "low_confidence",
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    cfg_scale: float = 0.0,
-    threshold: float | None = None,
-    zero_eos_confidence: bool = False,
-    stop: str | Sequence[str] | None = (),
-    infill: bool = False,
-    cache: Cache | None = None,
-    attention_mask: Tensor | None = None,
-    seed: int = 0,
-    first: int = 0,
-    batch_size: int | None = None,
-    compat: Literal["llada"] | None = None,
-    on_step: Observer | None = None,
-) -> Generation:
-    """Sample an answer to each prompt.
+Strategy = Literal["diffusion", "block_diffusion", "autoregressive"]
+Cache = Literal["none", "kv", "prefix", "dual"]
+Finish = Literal["eos", "stop", "length"]
 
-    An answer depends on its prompt, the settings, the seed and the prompt's number (its place in the list), and on
-    nothing else of the batch, but for rounding: a tie within it, next to unknown in float32, may fall another way in
-    bfloat16. Tokens behind EOS are discarded.
+DEFAULT_LENGTH = 128
+"""The number of tokens of an answer where the context has room for it."""
+
+OF_EVERY_STRATEGY = frozenset({"length", "temperature", "top_k", "top_p", "stop", "cache", "seed"})
+"""The settings that mean something from left to right, too. The others are those of masked diffusion."""
+
+
+def only_left_to_right(lm: LanguageModel) -> bool:
+    """Whether a model can only write one token after the other: its objective has no masks to denoise."""
+    return not lm.facts.masks
+
+
+@dataclass(frozen=True)
+class Sampling:
+    r"""The settings by which answers are sampled.
+
+    What is left out follows from the model and its prompts (:meth:`resolved`). `llada generate`, `llada chat` and
+    `llada evaluate` have an option for each setting but `infill`, with the text below.
 
     Args:
-        lm: as ``load_model`` gives it.
-        prompts: a text, texts, lists of ids, or a tensor (B, P); an empty one writes from nothing.
-        length: tokens of the answer; by default 128, or what the context leaves of that beside the longest prompt. With
-            ``infill`` the prompts say it.
-        steps: of the whole generation, evenly spread over its blocks; by default one for each token.
-        block_length: divides ``length``; by default all of it.
-        strategy: see :class:`~llada_lightning.generation.settings.Settings`, also for what follows; by default
-            `diffusion` for `llada`, `autoregressive` for `arm`.
-        attention_mask: (B, P), where a tensor of prompts is padded, on either side.
-        seed: of the noise.
-        first: number of the first prompt, from 0: prompt i of a batch gets its answer alone with ``first=i``.
-        batch_size: prompts at a time; by default all.
-        compat: `llada` repeats the authors' released sampler token for token, [MASK]'s logit and torch's generator
-            included (``seed`` is not used: call ``torch.manual_seed``; an answer depends on its batch), and discards
-            nothing.
-        on_step: called after every step that unmasked something.
+        length: The largest number of tokens of an answer; with `diffusion` the exact number, EOS and what follows it
+            included. By default 128, or what the context leaves of that. With `infill` the gaps say it.
+        steps: The number of steps of the whole answer, spread evenly over its blocks; by default one for each token.
+        block_length: The number of tokens that are denoised together, a divisor of the length; by default all of them.
+            Blocks follow one another from left to right.
+        strategy: `diffusion`: of a fixed length, in one block, or in several from left to right; `block_diffusion`:
+            grows block by block until EOS; `autoregressive`: grows token by token (paper, Fig. 4). By default
+            `diffusion` for a masked diffusion model such as `llada`, `autoregressive` for `arm`.
+        remasking: The reveal rule: which predictions stay at the end of a step. Those of the highest probability
+            (`low_confidence`, Algorithm 5), of the widest margin to the second candidate (`margin`), or of the lowest
+            entropy (`entropy`); or by chance, each with the probability of the reverse process (`random`, Algorithm 4),
+            or the scheduled number of them (`random_count`).
+        temperature: The temperature of the Gumbel noise, at most 1e4; 0 takes the likeliest token.
+        top_k: The number of the likeliest tokens to draw from.
+        top_p: The share of the probability that the likeliest tokens to draw from hold.
+        cfg_scale: The weight w of unsupervised classifier-free guidance (Eq. 16); 0 is none, above it a pass costs two.
+        threshold: The confidence above which every prediction is kept, at least one a step, instead of a number of
+            steps.
+        zero_eos_confidence: Whether predictions of EOS are kept last (paper, B.4).
+        stop: A text that ends an answer; there can be several. On the command line, '\n' is a new line.
+        infill: Whether the prompts hold [MASK]s, and these are what is filled.
+        cache: The cache of keys and values. `kv`: of `arm`, exact. `prefix`, `dual`: what is before a block of `llada`,
+            or before and behind it, is computed once a block, which is approximate.
+        seed: The seed of the noise, which depends on the number of the prompt as well.
+        compat: `llada` samples as the authors' released code does; an answer then depends on its batch.
 
     Raises:
-        UserError: a setting or a prompt that cannot be, see there.
+        UserError: A value is not known or out of its range, or two settings do not go together.
     """
-    if not isinstance(lm, LanguageModel):
-        raise UserError(f"lm: {str(lm)[:60]!r} given for the model; give what load_model returns of it")
-    rows = prompt_ids(lm, prompts, attention_mask, infill)
-    if first < 0:
-        raise UserError(f"first: {first} given; prompts are numbered from 0")
-    if infill:
-        if length is not None:
-            raise UserError(f"length: {length} given; the gaps of a text say how many tokens are filled; leave it out")
-        length = max(row.count(-1 if lm.mask_token_id is None else lm.mask_token_id) for row in rows)
-    elif length is None:
-        length = default_length(lm.context_length - max(map(len, rows)), block_length)
-    settings = resolve_settings(
-        lm,
-        length=length,
-        steps=steps,
-        block_length=block_length,
-        strategy=strategy,
-        remasking=remasking,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        cfg_scale=cfg_scale,
-        threshold=threshold,
-        zero_eos_confidence=zero_eos_confidence,
-        stop=stop,
-        infill=infill,
-        cache=cache,
-        compat=compat,
-    )
-    check_context(lm, rows, 0 if infill else length)
-    began = time.perf_counter()
-    parts = [_batch(lm, part, settings, seed, first, start, on_step) for start, part in as_batches(rows, batch_size)]
-    _synchronise(lm.device)
-    seconds = time.perf_counter() - began
-    answers = [answer for _, canvas in parts for answer in _answers(lm, canvas, settings)]
-    tokens, step_of_token, confidence, finish = (list(column) for column in zip(*answers, strict=True))
-    return Generation(
-        prompts=rows,
-        tokens=tokens,
-        text=None if lm.tokenizer is None else [text_before(lm.decode(ids), settings.stop) for ids in tokens],
-        step_of_token=step_of_token,
-        confidence=confidence,
-        finish=finish,
-        steps=max(int(canvas.step_BL.max()) for _, canvas in parts),
-        forward_passes=sum(passes for passes, _ in parts),
-        seconds=seconds,
-        cache=settings.cache,
-        settings=vars(settings) | {"seed": seed, "first": first},
-    )
+
+    length: int | None = None
+    steps: int | None = None
+    block_length: int | None = None
+    strategy: Strategy | None = None
+    remasking: str = "low_confidence"
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    cfg_scale: float = 0.0
+    threshold: float | None = None
+    zero_eos_confidence: bool = False
+    stop: Sequence[str] = ()
+    infill: bool = False
+    cache: Cache | None = None
+    seed: int = 0
+    compat: Literal["llada"] | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        for name, choices in choices_of_settings().items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise UserError(f"{name}: '{value}' is not known; choose from {', '.join(choices)}")
+        for name in ("length", "steps", "block_length", "top_k"):
+            _check_whole(name, getattr(self, name))
+        if not 0 <= self.temperature <= 1e4:
+            raise UserError(f"temperature: {self.temperature} given; it must lie between 0 (greedy) and 1e4")
+        for name in ("top_p", "threshold"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise UserError(f"{name}: {share} given; it must lie in (0, 1]")
+        if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
+            raise UserError(f"cfg_scale: {self.cfg_scale} given; it must be 0 (no guidance) or above")
+        if any(not isinstance(text, str) or not text for text in stop):
+            raise UserError("stop: an empty string is in every text; give strings of at least one character")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuses settings that do not go together, whatever the model."""
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            name = "top_p" if self.top_k is None else "top_k"
+            raise UserError(
+                f"{name}: {getattr(self, name)} does nothing at temperature 0, which takes the likeliest token; give a "
+                "temperature above 0, or leave it out"
+            )
+        if self.steps is not None and self.threshold is not None:
+            raise UserError(
+                f"steps: {self.steps} given with threshold {self.threshold}, which decides their number; leave one out"
+            )
+        rule = RULES[self.remasking]
+        if rule.confidence is None and (self.zero_eos_confidence or self.threshold is not None):
+            name = "zero_eos_confidence" if self.zero_eos_confidence else "threshold"
+            raise UserError(f"{name}: remasking '{self.remasking}' knows no confidence; take low_confidence")
+        if self.threshold is not None and not rule.threshold:
+            raise UserError(
+                f"threshold: the confidence of remasking '{self.remasking}' is no share of 1; take low_confidence"
+            )
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The settings that are not the defaults, by their names."""
+        return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
+
+    @property
+    def grows(self) -> bool:
+        """Whether the answer grows, so that what follows is not there yet."""
+        return self.strategy != "diffusion"
+
+    @property
+    def steps_per_block(self) -> int | None:
+        """The number of steps of a block, of resolved settings; None where a threshold or the gaps decide."""
+        assert self.length is not None and self.block_length is not None
+        return None if self.steps is None else self.steps // (self.length // self.block_length)
+
+    @property
+    def most_steps(self) -> int:
+        """The largest possible number of steps, of resolved settings."""
+        assert self.length is not None
+        return self.length if self.steps is None else self.steps
+
+    def strategy_for(self, lm: LanguageModel) -> Strategy:
+        """The strategy that is given, or else the default of a model."""
+        return self.strategy or ("autoregressive" if only_left_to_right(lm) else "diffusion")
+
+    def resolved(self, lm: LanguageModel) -> Sampling:
+        """The settings as they run, checked: what was given, and what follows from it and the model.
+
+        ``steps`` stays None where a threshold decides, or where each text with gaps has as many steps as gaps.
+
+        Raises:
+            UserError: A setting does not go with the model or with the length.
+        """
+        assert self.length is not None
+        strategy = self.strategy_for(lm)
+        block_length, steps = self.block_length, self.steps
+        if strategy == "autoregressive":
+            if block_length not in (None, 1, self.length):
+                raise UserError(
+                    f"block_length: {block_length} given; autoregressive sampling takes one token at a time; leave it "
+                    "out"
+                )
+            if steps not in (None, self.length):
+                raise UserError(
+                    f"steps: {steps} given; autoregressive sampling takes {self.length}, one for each token; leave it "
+                    "out"
+                )
+            block_length = 1
+        elif self.infill and block_length is not None:
+            raise UserError(f"block_length: {block_length} given; infilling takes all gaps of a text together")
+        block_length = block_length or self.length
+        if self.length % block_length:
+            raise UserError(
+                f"block_length: {block_length} does not divide length {self.length}; the nearest lengths are "
+                f"{_nearest(self.length, block_length)}"
+            )
+        blocks = self.length // block_length
+        if steps is not None and steps % blocks:
+            raise UserError(
+                f"steps: {steps} do not divide evenly into {blocks} blocks; the nearest are {_nearest(steps, blocks)}"
+            )
+        if steps is None and not self.infill and self.threshold is None:
+            steps = self.length
+        cache = self.cache or ("kv" if only_left_to_right(lm) else "none")
+        settings = replace(self, strategy=strategy, block_length=block_length, steps=steps, cache=cache)
+        settings._check_stop(lm)
+        settings._check_model(lm)
+        if strategy == "block_diffusion" and self.block_length is None:
+            raise UserError(
+                "block_length: not given; block_diffusion grows by so many tokens at a time; give 32, as the paper"
+            )
+        return settings
+
+    def _check_stop(self, lm: LanguageModel) -> None:
+        """Refuses a text that no answer of the model can hold."""
+        if not self.stop:
+            return
+        if lm.tokenizer is None:
+            raise UserError(f"stop: {self.stop[0]!r} given, but '{lm.name}' has no tokenizer that could spell it")
+        special = [token.content for token in lm.tokenizer.get_added_tokens_decoder().values() if token.special]
+        for text in self.stop:
+            if any(token in text for token in special):
+                raise UserError(
+                    f"stop: {text!r} holds a special token, which is never part of an answer's text; leave it out (the "
+                    "end of a text ends an answer by itself)"
+                )
+
+    def _check_model(self, lm: LanguageModel) -> None:
+        """Refuses what the samplers of a model do not have."""
+        if only_left_to_right(lm):
+            self._refuse(
+                f"'{lm.name}' is an {lm.objective}, which writes one token after the other",
+                strategy=self.strategy != "autoregressive",
+                infill=self.infill,
+                cfg_scale=self.cfg_scale > 0,
+                threshold=self.threshold is not None,
+                remasking=self.remasking != "low_confidence",
+                zero_eos_confidence=self.zero_eos_confidence,
+                cache=self.cache not in ("none", "kv"),
+                compat=self.compat is not None,
+            )
+            return
+        if self.cache == "kv":
+            raise UserError(
+                f"cache: 'kv' is exact under causal attention only; {lm.objective} has prefix and dual (approximate)"
+            )
+        if self.infill:
+            self._refuse(
+                "infilling denoises all of a given text, without caches",
+                strategy=self.grows,
+                cache=self.cache != "none",
+                stop=bool(self.stop),
+            )
+        if self.compat is not None:
+            self._refuse(
+                "the released sampler, which compat 'llada' repeats, has no such thing",
+                strategy=self.grows,
+                remasking=not RULES[self.remasking].released,
+                top_k=self.top_k is not None,
+                top_p=self.top_p is not None,
+                threshold=self.threshold is not None,
+                cache=self.cache != "none",
+                stop=bool(self.stop),
+                infill=self.infill,
+            )
+
+    def _refuse(self, why: str, **wrong: bool) -> None:
+        """Raises UserError for the first setting that is wrong."""
+        for name in (name for name, refused in wrong.items() if refused):
+            value = getattr(self, name)
+            shown = name if value is True else f"{name} '{value}'" if isinstance(value, str) else f"{name} {value}"
+            raise UserError(f"{shown}: {why}; leave it out")
 
 
-def _batch(
-    lm: LanguageModel,
-    rows: list[list[int]],
-    settings: Settings,
-    seed: int,
-    first: int,
-    start: int,
-    on_step: Observer | None,
-) -> tuple[int, Canvas]:
-    """Sample one batch; returns its forward passes and its canvas."""
-    if settings.infill:
-        assert lm.mask_token_id is not None
-        canvas = Canvas.with_gaps(rows, lm.mask_token_id, lm.device)
-    else:
-        canvas = Canvas.of([_begun(lm, row) for row in rows], settings.length, lm.mask_token_id or 0, lm.device)
-    noise: Noise = NoiseByPrompt(seed, first + start, len(rows), lm.device)
-    if settings.compat is not None:
-        noise = ReleasedNoise(len(rows), canvas.length, lm.device)
-
-    def show(step: int) -> None:
-        if on_step is not None:
-            on_step(canvas.snapshot(step, settings.most_steps, start))
-
-    if lm.causal:
-        return write(lm, canvas, settings, noise, show), canvas
-    kind = Denoiser if settings.compat is None else ReleasedDenoiser
-    return denoise(kind(lm, canvas, settings, noise), show), canvas
+def choices_of_settings() -> dict[str, tuple[str, ...]]:
+    """The values that the settings with a fixed set of values can have; registered reveal rules are among them."""
+    return {
+        "strategy": get_args(Strategy),
+        "remasking": tuple(RULES),
+        "cache": get_args(Cache),
+        "compat": ("llada",),
+    }
 
 
-def _begun(lm: LanguageModel, row: list[int]) -> list[int]:
-    """A prompt as the model sees it: an `arm` of ours has learnt to begin with EOS."""
-    return row if lm.start_token_id is None else [lm.start_token_id, *row]
+def default_length(room: int, block_length: int | None) -> int:
+    """The length of an answer where none is given: what the room leaves of 128 tokens, in whole blocks, at least one.
+
+    Raises:
+        UserError: The length of a block is no whole number of at least 1.
+    """
+    _check_whole("block_length", block_length)
+    block = block_length or 1
+    return DEFAULT_LENGTH if room >= DEFAULT_LENGTH else max(block, room // block * block)
 
 
-def _answers(
-    lm: LanguageModel, canvas: Canvas, settings: Settings
-) -> list[tuple[list[int], list[int], list[float], Finish]]:
-    """Tokens, steps, confidences and what ended it, of each answer."""
-    answers: list[tuple[list[int], list[int], list[float], Finish]] = []
-    columns = (canvas.tokens_BL, canvas.step_BL, canvas.confidence_BL)
-    for padding, *lists in zip(canvas.padding_B.tolist(), *(x.tolist() for x in columns), strict=True):
-        start = max(canvas.answer, padding)
-        tokens, steps, confidence = (values[start:] for values in lists)
-        count, finish = (len(tokens), "length")
-        if not settings.infill and settings.compat is None:
-            count, finish = cut(lm, tokens, settings.stop)
-        answers.append((tokens[:count], steps[:count], confidence[:count], finish))  # type: ignore[arg-type]
-    return answers
+def _check_whole(name: str, value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise UserError(f"{name}: {value!r} given; it must be a whole number of at least 1")
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _nearest(value: int, divisor: int) -> str:
+    below = value // divisor * divisor
+    return f"{below} and {below + divisor}" if below else str(divisor)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answers to a batch of prompts. Lists run over prompts, then over the tokens of the answer.
+
+    Args:
+        prompts: The ids of each prompt.
+        tokens: The ids of each answer, up to and with the token that ended it. Where gaps of a text were filled, the
+            ids of the whole text.
+        text: The text of each answer, special tokens and what follows a stop string left out; None without a
+            tokenizer.
+        step_of_token: The sampling step, from 1, at which each token appeared; 0 for a token that was given; -1 for a
+            [MASK] that the released sampler drew and left.
+        confidence: The probability that the model gave each token when it appeared (before temperature, top-k and
+            top-p; after guidance); 1 for a token that was given.
+        finish: What ended each answer: a token of the model, a stop string, or the length.
+        steps: The largest number of steps that an answer took; that of the schedule is in ``settings``.
+        forward_passes: The number of passes of the model over (what was left of) the batch. With guidance one pass
+            holds each sequence twice, with and without its prompt, and so costs what two do.
+        seconds: The wall-clock time of the sampling.
+        cache: The cache: `none` (exact), `kv` (exact, of `arm`), `prefix` or `dual` (approximate).
+        settings: The settings as they ran (:class:`Sampling`), and the number of the first prompt.
+    """
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    text: list[str] | None
+    step_of_token: list[list[int]]
+    confidence: list[list[float]]
+    finish: list[Finish]
+    steps: int
+    forward_passes: int
+    seconds: float
+    cache: str = "none"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The number of tokens that were made, not given, per second of wall-clock time."""
+        return sum(step != 0 for steps in self.step_of_token for step in steps) / self.seconds
+
+    @property
+    def facts(self) -> str:
+        """One line: how the answers were sampled, how fast, and what ended them."""
+        run = Sampling(**{name: value for name, value in self.settings.items() if name != "first"})
+        parts, speed = [str(run.strategy)], self.tokens_per_second
+        if run.strategy != "autoregressive":
+            if run.block_length != run.length:
+                parts.append(f"blocks of {run.block_length}")
+            parts.append(run.remasking)
+            parts.append(f"{self.steps} steps" if run.threshold is None else f"threshold {run.threshold:g}")
+        parts += [
+            f"{self.forward_passes} forward passes{' (each with and without the prompt)' if run.cfg_scale > 0 else ''}",
+            f"{speed:,.0f} tokens/s" if speed >= 100 else f"{speed:.3g} tokens/s",
+            f"cache {self.cache}{' (approximate)' if self.cache in ('prefix', 'dual') else ''}",
+        ]
+        if run.compat is not None:
+            parts.append(f"compat {run.compat}")
+        if not run.infill:  # a gap ends where it ends
+            kinds = list(dict.fromkeys(self.finish))
+            counts = kinds if len(kinds) == 1 else [f"{self.finish.count(kind)} {kind}" for kind in kinds]
+            parts.append(f"finish {' '.join(counts)}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The answers half-way.
+
+    Args:
+        tokens: The ids so far, one list a prompt; [MASK] where ``step_of_token`` is -1.
+        step_of_token: As in :class:`Generation`; -1 where the token is still masked.
+        step: The number of steps done.
+        steps: The number of steps of the schedule.
+        first: The number of the prompt that the first list belongs to, where prompts go in several batches.
+    """
+
+    tokens: list[list[int]]
+    step_of_token: list[list[int]]
+    step: int
+    steps: int
+    first: int = 0
+
+
+Observer = Callable[[Snapshot], None]

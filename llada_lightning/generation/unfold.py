@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from llada_lightning.generation.drawing import BLOCK, Aligner, coloured
-from llada_lightning.generation.result import Snapshot
+from llada_lightning.generation.sampling import Snapshot
 from llada_lightning.support.printing import visible
 
 _SECONDS_BETWEEN_FRAMES = 1 / 15

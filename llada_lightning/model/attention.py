@@ -29,11 +29,11 @@ from typing import Any, Literal, cast, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.torch_internals import sdpa_backend
 
 Backend = Literal["sdpa", "flash", "flex"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -175,11 +175,8 @@ def sdpa_kernel(
     q = torch.zeros(1, 2, 128, head_dim, device=device, dtype=dtype, requires_grad=training)
     k = q[:, :1] if grouped and not masked else q  # with a mask, ``sdpa`` repeats them
     mask = torch.ones(1, 1, 1, 128, dtype=torch.bool, device=device) if masked else None
-    try:
-        choice = torch._fused_sdp_choice(q, k, k, attn_mask=mask, enable_gqa=k is not q)
-    except (AttributeError, NotImplementedError):  # a private name of torch's; not every device has it
-        return "unknown"
-    return _KERNEL_NAMES.get(SDPBackend(choice).name, SDPBackend(choice).name.lower())
+    backend = sdpa_backend(q, k, k, mask, grouped=k is not q)
+    return "unknown" if backend is None else _KERNEL_NAMES.get(backend.name, backend.name.lower())
 
 
 _KERNEL_NAMES = {

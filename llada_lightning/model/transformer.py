@@ -30,6 +30,7 @@ from llada_lightning.model.attention import (
 from llada_lightning.model.head import OutputHead
 from llada_lightning.model.patterns import Pattern
 from llada_lightning.model.sharding import fill
+from llada_lightning.support.torch_internals import ATTENTION_PRODUCTS
 
 NORM_EPS = 1e-5
 ROPE_THETA = 10_000.0
@@ -96,15 +97,7 @@ class Block(nn.Module):
         return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD))
 
 
-_aten = torch.ops.aten
-_PRODUCTS = {
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-}
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, *ATTENTION_PRODUCTS}
 """What takes most of a block's time."""
 
 

@@ -45,8 +45,8 @@ class Duplicate:
     """One run and budget found in two places; only the record in ``kept`` is in the table.
 
     Args:
-        difference: of the two losses, without sign, in nats per token; NaN where one is not a number.
-        relative: the same over the kept loss.
+        difference: The absolute difference of the two losses in nats per token; NaN where one is not a number.
+        relative: The difference over the kept loss.
     """
 
     run: str
@@ -184,7 +184,7 @@ def collect(sources: Iterable[Path | str]) -> tuple[pd.DataFrame, CollectReport]
     """One row for each record of the run folders at or below the paths, and of the W&B projects.
 
     Args:
-        sources: paths, and W&B projects as ``wandb:ENTITY/PROJECT``. Folders are read first.
+        sources: The paths, and W&B projects as ``wandb:ENTITY/PROJECT``. Folders are read first.
 
     Returns:
         The table, sorted by objective, FLOPs and size, and a report that names every run which is unfinished, damaged,
@@ -218,7 +218,7 @@ def find_run_folders(paths: Iterable[Path | str]) -> tuple[list[Path], dict[str,
     """The run folders at or below the paths, and what is not searched.
 
     A folder that holds ``config.yaml`` or ``result.json`` is a run's. Within a run, and within the folders of other
-    programs, ``config.yaml`` alone says nothing: there another file of a run must stand beside it.
+    programs, ``config.yaml`` alone proves nothing: there another file of a run must lie beside it.
 
     Returns:
         The run folders, each once, in order of name; and folder -> why it may hold runs that are not among them: it is
@@ -247,7 +247,7 @@ class _Search:
 
     def walk(self, root: Path) -> None:
         self._roots.append(root.resolve())
-        strict: set[str] = set()  # folders in which config.yaml alone says nothing
+        strict: set[str] = set()  # folders in which config.yaml alone proves nothing
         hidden: set[str] = set()
         for folder, subfolders, files in os.walk(root, onerror=self._refused):
             is_run = _is_run([*files, *subfolders], folder in strict)

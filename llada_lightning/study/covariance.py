@@ -55,9 +55,9 @@ class CovarianceReport:
     """What became of the covariance file.
 
     Args:
-        path: the file; None if it was not written.
-        rows: results in it.
-        left_out: why -> the results (``run@steps``) that are not in it.
+        path: The path of the file; None if it was not written.
+        rows: The number of results in it.
+        left_out: The results (``run@steps``) that are not in it, by the reason.
     """
 
     path: str | None = None
@@ -98,7 +98,7 @@ def _covariance_of_deviations(deviations_GR: np.ndarray) -> np.ndarray:
 
 
 def covariance_path(results: Path) -> Path:
-    """Where the covariance of a table's losses stands: ``results.covariance.csv`` beside ``results.csv``."""
+    """The path of the covariance of a table's losses: ``results.covariance.csv`` beside ``results.csv``."""
     return results.with_name(f"{results.stem}.covariance.csv")
 
 
@@ -110,8 +110,8 @@ def write_covariance(rows: Sequence[Row], results: Path | str) -> CovarianceRepo
     table.
 
     Args:
-        rows: of the results table.
-        results: the table's path.
+        rows: The rows of the results table.
+        results: The path of the table.
 
     Returns:
         Where the file is, and which rows are not in it, and why.

@@ -51,7 +51,7 @@ def typed_record(record: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The keys ``RESULT_COLUMNS`` of a record, each of its column's type or None; the word "NaN" becomes the number.
 
     Args:
-        source: where the record stands, for the error.
+        source: The place of the record, for the error.
 
     Raises:
         UserError: a value is not of its column's type.
@@ -114,7 +114,7 @@ def read_results(path: Path | str) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The table and, for each row, where it stands.
+    """The table and, for each row, its place in the file.
 
     All cells are text: a run's identity of digits, or a shape called 1e5, must not become a number. pandas takes the
     first column for names of rows where a row has one cell too many, and fills rows that are too short; here both are
@@ -160,7 +160,7 @@ def _read_parquet(path: Path) -> tuple[pd.DataFrame, list[str]]:
     try:
         table = _with_pyarrow(path, lambda: pd.read_parquet(path))
     except (ArithmeticError, LookupError, NotImplementedError, OSError, TypeError, ValueError) as error:
-        # pyarrow says of a damaged file what it stumbled over
+        # pyarrow tells of a damaged file which part of it cannot be read
         reason = shortened(error)
         raise UserError(f"{path}: not a parquet table ({reason}); write it again with `llada collect`") from error
     return table, [f"'{shortened(path)}', row {n}" for n in range(1, len(table) + 1)]
@@ -182,8 +182,8 @@ def _typed(table: pd.DataFrame, places: Sequence[str]) -> pd.DataFrame:
     """The table with the types of ``RESULT_COLUMNS``.
 
     Args:
-        table: of any types.
-        places: where each row stands, for errors.
+        table: The table, with columns of any types.
+        places: The place of each row, for errors.
     """
     return table.assign(**{column: _typed_column(table[column], places) for column in RESULT_COLUMNS})
 

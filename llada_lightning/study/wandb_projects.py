@@ -17,7 +17,7 @@ from llada_lightning.support.errors import UserError
 from llada_lightning.support.reading import parse_json
 
 PREFIX = "wandb:"
-"""How an argument says that it is a W&B project: ``wandb:ENTITY/PROJECT``."""
+"""The beginning of an argument that is a W&B project: ``wandb:ENTITY/PROJECT``."""
 
 FINISHED = "finished"
 
@@ -34,11 +34,11 @@ class ProjectRun:
 
     Args:
         where: ``wandb:ENTITY/PROJECT/ID``, with the run's display name.
-        state: as W&B says it: finished, running, crashed, failed, killed, …
-        ours: whether ``llada fit`` made it.
-        records: what its summary holds of it, as it stands there.
-        budgets: the number of records that its configuration promises.
-        damage: why its records cannot be read; None if they can.
+        state: The state by W&B: finished, running, crashed, failed, killed, …
+        ours: Whether ``llada fit`` made it.
+        records: The records in its summary, unchanged.
+        budgets: The number of records that its configuration asks for.
+        damage: The reason why its records cannot be read; None if they can.
     """
 
     where: str
@@ -98,7 +98,7 @@ def _listed_records(value: Any) -> list[Mapping[str, Any]]:
 
 @contextmanager
 def _one_line_errors(source: str, wandb: Any) -> Iterator[None]:
-    """What wandb says of accounts, networks and names, as a user's mistake of one line."""
+    """Errors of wandb about accounts, networks and names, as a user's mistake of one line."""
     try:
         yield
     except (wandb.errors.Error, ValueError, OSError) as error:  # a project that is not there is a ValueError

@@ -249,7 +249,9 @@ def _shared_store() -> Any:
     import torch.distributed as dist
 
     if dist.is_initialized():
-        return dist.distributed_c10d._get_default_store()
+        from llada_lightning.support.torch_internals import default_store
+
+        return default_store()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         try:
             return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)

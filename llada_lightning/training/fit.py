@@ -6,12 +6,12 @@ import json
 import os
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NoReturn, Union, get_args
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace
 from lightning import Callback, Trainer, seed_everything
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -30,6 +30,7 @@ from llada_lightning.support.cluster import agreed_launch
 from llada_lightning.support.command_line import one_line, refuse_unusable
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import strict_json, written_atomically
+from llada_lightning.support.jsonargparse_internals import whole_numbers_first
 from llada_lightning.support.locks import check_unlocked, run_lock
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import MAX_YAML_BYTES, check_yaml, read_text
@@ -46,9 +47,10 @@ from llada_lightning.training.callbacks.progress import BudgetProgress, Evaluati
 from llada_lightning.training.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.training.devices import check_devices
 from llada_lightning.training.guard import BadNumbers, DivergedError, UpdateGuard
+from llada_lightning.training.lightning_internals import HookedCLI, writes_shards
 from llada_lightning.training.memory import MemoryAdvice
 from llada_lightning.training.modules import LanguageModule
-from llada_lightning.training.parallel import check_parallel, launched_settings, leads_its_group, replicas, saves_shards
+from llada_lightning.training.parallel import check_parallel, launched_settings, leads_its_group, replicas
 from llada_lightning.training.phases import Phase, phases_of
 from llada_lightning.training.record import (
     describe_loss,
@@ -77,7 +79,7 @@ class RunIsDone(SystemExit):
         super().__init__(0)
 
 
-class LladaCLI(LightningCLI):
+class LladaCLI(HookedCLI):
     """Adds budget, run folder and W&B; resolves the configuration before anything is built.
 
     Args:
@@ -124,10 +126,7 @@ class LladaCLI(LightningCLI):
         self.config = parser.parse_args(class_first(args))
         refuse_unusable(self.config[self.config["subcommand"]], "")
 
-    def _parse_ckpt_path(self) -> None:
-        """A checkpoint's hyperparameters never replace what the user wrote: they are compared with it on loading."""
-
-    def _set_seed(self) -> None:
+    def set_seed(self) -> None:
         if self._execute:
             check_seed("seed_everything", self.settings.seed_everything)
             seed_everything(self.settings.seed_everything, workers=True, verbose=False)
@@ -230,8 +229,7 @@ class LladaCLI(LightningCLI):
         if self.wandb is not None:
             self.wandb.log_hyperparams(yaml.safe_load(self.resolved))
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+    def subcommand_arguments(self, subcommand: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("ckpt_path") is not None:
             given = Path(kwargs["ckpt_path"])
             check_identity(model_identity(saved_identity(given)), model_identity(self.identity))
@@ -251,7 +249,7 @@ class LladaCLI(LightningCLI):
             (path.parent for path in given if path.name == CONFIG and (path.parent / CHECKPOINTS).is_dir()), None
         )
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_subcommand(self, subcommand: str) -> None:
         if not self._execute:
             return
         try:
@@ -264,10 +262,10 @@ class LladaCLI(LightningCLI):
 
     def _run_resolved(self, subcommand: str) -> None:
         if subcommand != "fit":
-            super()._run_subcommand(subcommand)
+            super().run_subcommand(subcommand)
             return
         self.datamodule.exact_micro_batch(replicas(self.trainer), self.trainer.accumulate_grad_batches)
-        if self.settings.run.async_checkpoints and saves_shards(self.trainer.strategy):
+        if self.settings.run.async_checkpoints and writes_shards(self.trainer.strategy):
             raise UserError("run.async_checkpoints: true given, but this strategy writes shards; leave it out")
         with run_lock(self.folder, self.launch, self.trainer.is_global_zero):
             with leaving_at_a_steps_end(self.leave):
@@ -452,20 +450,6 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(one_line(message, "llada fit")) from ex
-
-
-def whole_numbers_first(parser: LightningArgumentParser) -> None:
-    """Read `1` as a whole number wherever an option takes whole numbers and floats, as its declaration says.
-
-    Python gives `Optional[Union[int, float]]` the order of the first such type that was made, by whatever library was
-    imported first. The parser takes the first type that fits, so `1` would become 1.0, and a run's name another.
-    """
-    for action in parser._actions:
-        kinds = list(get_args(getattr(action, "_typehint", None)))
-        if int in kinds and float in kinds and kinds.index(float) < kinds.index(int):
-            first, second = kinds.index(float), kinds.index(int)
-            kinds[first], kinds[second] = int, float
-            action._typehint = Union[tuple(kinds)]  # type: ignore[attr-defined]  # noqa: UP007 (keeps the order)
 
 
 def class_first(args: list[str]) -> list[str]:

@@ -25,7 +25,6 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -50,6 +49,7 @@ from llada_lightning.model.transformer import Block
 from llada_lightning.support.cluster import Launch, device_count
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.signals import say
+from llada_lightning.training.lightning_internals import forks_processes
 from llada_lightning.training.tensor_parallel import check_degree, parallelise
 
 
@@ -171,11 +171,6 @@ def launched_settings(launch: Launch | None, devices: Any, plugins: list[Any]) -
     return {**sizes, "plugins": [*plugins, SLURMEnvironment(auto_requeue=False)]}
 
 
-def saves_shards(strategy: Strategy) -> bool:
-    """Whether each process writes its part of a checkpoint, which then is a folder."""
-    return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
-
-
 def check_strategy(strategy: Strategy) -> None:
     """Refuse another strategy than one device, replicas, and our sharding.
 
@@ -188,7 +183,7 @@ def check_strategy(strategy: Strategy) -> None:
     """
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FullySharded)):
         raise UserError(f"trainer.strategy: {type(strategy).__name__} given; use --trainer.strategy=fsdp2 (or ddp)")
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+    if forks_processes(strategy):
         raise UserError("trainer.strategy: spawned or forked processes keep what they train to themselves; use ddp")
 
 

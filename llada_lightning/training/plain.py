@@ -25,6 +25,7 @@ from llada_lightning.settings import Budget
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.configuration import fill_vocabulary, identity, resolve_length
 from llada_lightning.training.first_weights import take_over
+from llada_lightning.training.lightning_internals import replaces_samplers
 from llada_lightning.training.modules import LanguageModule
 
 
@@ -90,7 +91,7 @@ def resolve_from_python(module: LanguageModule, trainer: Trainer) -> None:
     if trainer.training:
         if trainer.max_steps < 1 and data.wanted_steps is None:
             raise UserError("trainer: nothing says how long to train; give Trainer(max_steps=...)")
-        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        if trainer.world_size > 1 and replaces_samplers(trainer):
             raise UserError("trainer: the data module divides its batches itself; give use_distributed_sampler=False")
         schedule = resolve_length(config, data).schedules[0]
         trainer.fit_loop.epoch_loop.max_steps = config.trainer.max_steps

@@ -16,6 +16,7 @@ from llada_lightning.model import Transformer
 from llada_lightning.model.attention import Backend, check_backend
 from llada_lightning.model.transformer import Block, Recompute
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.torch_internals import has_cpp_compiler, has_triton
 
 _FP8_CAPABILITY = (8, 9)
 """The first GPUs that multiply 8-bit floats: Ada and Hopper."""
@@ -103,16 +104,8 @@ def apply_speed(model: Transformer, speed: Speed, whole_blocks: bool = True) -> 
 def compiler_trouble(device: torch.device) -> str | None:
     """Why torch.compile cannot work here, or None."""
     if device.type == "cuda":
-        from torch.utils._triton import has_triton
-
         return None if has_triton() else "Triton is missing, or does not know this GPU"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except Exception:  # of no documented kind: InvalidCxxCompiler, CalledProcessError, ...
-        return "there is no C++ compiler here (install g++, or name one in CXX)"
-    return None
+    return None if has_cpp_compiler() else "there is no C++ compiler here (install g++, or name one in CXX)"
 
 
 def _check_fp8(device: torch.device, sharded: bool) -> None:

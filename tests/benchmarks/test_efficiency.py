@@ -25,7 +25,7 @@ from llada_lightning.checkpoints.language_model import LanguageModel, load_model
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.data.manifest import read_manifest
 from llada_lightning.data.prepare import prepare
-from llada_lightning.generation.sampling import generate
+from llada_lightning.generation.sampler import generate
 from llada_lightning.support.errors import UserError
 
 TOY = ["--length", "8", "--steps", "4", "8", "--block-length", "4", "--batch", "2", "--prompts-count", "4"]

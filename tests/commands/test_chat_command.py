@@ -13,8 +13,8 @@ from llada_lightning.commands import model_options as options
 from llada_lightning.commands.chat import Chat, chat_parser
 from llada_lightning.commands.main import main
 from llada_lightning.data.chat import Message
-from llada_lightning.generation import generate
-from llada_lightning.generation.conversation import conversation_ids
+from llada_lightning.generation import Sampling, generate
+from llada_lightning.generation.prompts import conversation_ids
 from llada_lightning.support.errors import UserError
 
 Captured = pytest.CaptureFixture[str]
@@ -34,7 +34,8 @@ def chat(monkeypatch: pytest.MonkeyPatch):
 
 
 def begun(lm: LanguageModel, *arguments: str) -> Chat:
-    return Chat(lm, vars(chat_parser().parse_args(["small", f"--length={LENGTH}", *arguments])))
+    given = options.given_settings(vars(chat_parser().parse_args(["small", f"--length={LENGTH}", *arguments])))
+    return Chat(lm, Sampling(**given))
 
 
 def answer(lm: LanguageModel, *said: str, first: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 from pathlib import Path
@@ -14,8 +13,8 @@ from llada_lightning.checkpoints import LanguageModel
 from llada_lightning.commands import model_options as options
 from llada_lightning.commands.generate import generate_parser
 from llada_lightning.commands.main import main
-from llada_lightning.generation import generate
-from llada_lightning.generation.settings import CACHES, REMASKINGS, STRATEGIES
+from llada_lightning.commands.model_options import given_settings
+from llada_lightning.generation import Sampling, generate
 
 Captured = pytest.CaptureFixture[str]
 FEW = ["--length", "8", "--steps", "4"]
@@ -29,15 +28,15 @@ def lm(monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
     return made["small"]
 
 
-def test_options_and_defaults_are_those_of_the_function() -> None:
-    parameters = inspect.signature(generate).parameters
-    defaults = vars(generate_parser().parse_args(["x"]))
-    elsewhere = {"lm", "prompts", "attention_mask", "first", "on_step"}
-    for name, parameter in parameters.items():
-        if name not in elsewhere:
-            assert (defaults[name] or ()) == (parameter.default or ()), name
-    assert set(options.SAMPLING) == set(parameters) - elsewhere - {"infill", "batch_size"}
-    assert (options.STRATEGIES, options.REMASKINGS, options.CACHES) == (STRATEGIES, REMASKINGS, CACHES)
+def test_options_defaults_and_texts_are_those_of_the_settings(capsys: Captured) -> None:
+    options = vars(generate_parser().parse_args(["x"]))
+    assert Sampling(**given_settings(options)) == Sampling()
+    assert vars(Sampling()).keys() - options.keys() == set()
+    with pytest.raises(SystemExit):
+        generate_parser().parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--zero-eos-confidence Whether predictions of EOS are kept last (paper, B.4)" in text
+    assert "{low_confidence,margin,entropy,random,random_count}" in text
 
 
 def test_an_answer_is_printed_and_a_line_of_facts_beside_it(lm: LanguageModel, capsys: Captured) -> None:
@@ -54,20 +53,20 @@ def test_every_setting_reaches_the_sampler(lm: LanguageModel, monkeypatch: pytes
     seen: dict[str, object] = {}
 
     def sampler(*given: object, **settings: object) -> object:
-        seen.update(settings, prompts=given[1])
+        seen.update(settings, prompts=given[1], sampling=given[2])
         return generate(lm, ["one", "two"], length=1)
 
-    monkeypatch.setattr("llada_lightning.generation.sampling.generate", sampler)
+    monkeypatch.setattr("llada_lightning.generation.sampler.generate", sampler)
     wanted = {
         "length": 16, "steps": 8, "block_length": 4, "strategy": "block_diffusion", "remasking": "margin",
-        "temperature": 0.5, "top_k": 3, "top_p": 0.9, "cfg_scale": 1.5, "threshold": 0.7, "cache": "dual", "seed": 7,
-        "compat": "llada", "batch_size": 2,
+        "temperature": 0.5, "top_k": 3, "top_p": 0.9, "cfg_scale": 1.5, "cache": "dual", "seed": 7,
+        "compat": "llada",
     }  # fmt: skip
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in wanted.items()]
     stop = ["--stop", r"\n\n", "--stop", "null", "--zero-eos-confidence"]
-    assert main(["generate", "small", "--prompt", "null", "--prompt", "12", *arguments, *stop]) == 0
-    more = {"stop": ["\n\n", "null"], "zero_eos_confidence": True, "infill": False, "prompts": ["null", "12"]}
-    assert seen == wanted | more
+    assert main(["generate", "small", "--prompt", "null", "--prompt", "12", "--batch-size=2", *arguments, *stop]) == 0
+    sampling = Sampling(**wanted, stop=["\n\n", "null"], zero_eos_confidence=True)  # type: ignore[arg-type]
+    assert seen == {"batch_size": 2, "prompts": ["null", "12"], "sampling": sampling}
 
 
 def test_json_is_strict_and_whole(lm: LanguageModel, capsys: Captured) -> None:

@@ -16,7 +16,7 @@ from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
 from llada_lightning.data.chat import ChatTemplate, Message
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.data.tokenizers import load_tokenizer, train_tokenizer
-from llada_lightning.generation.conversation import conversation_ids
+from llada_lightning.generation.prompts import conversation_ids
 from llada_lightning.support.errors import UserError
 
 START, END, USER, ASSISTANT = "<|im_start|>", "<|im_end|>", "<｜User｜>", "<｜Assistant｜>"

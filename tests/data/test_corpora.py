@@ -264,7 +264,7 @@ def test_a_folder_that_goes_away_is_named(tmp_path: Path) -> None:
     stream = documents(str(tmp_path / "text"))
     assert next(stream) == "a"
     shutil.rmtree(tmp_path / "text" / "b")
-    with pytest.raises(UserError, match=r"text/b: cannot be read \(No such file or directory\); mend or remove"):
+    with pytest.raises(UserError, match=r"text/b: cannot be read \(No such file or directory\); repair or remove"):
         next(stream)
 
 

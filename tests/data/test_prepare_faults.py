@@ -198,7 +198,7 @@ SOURCE_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "gets a file": (lambda text: shutil.copy(text / "0.jsonl", text / "0b.jsonl"), "changed while it was being read"),
     "loses a file": (lambda text: (text / "3.jsonl").unlink(), "changed while it was being read"),
-    "goes away": (shutil.rmtree, "cannot be read (No such file or directory); mend or remove the f"),
+    "goes away": (shutil.rmtree, "cannot be read (No such file or directory); repair or remove the f"),
 }
 
 
@@ -240,7 +240,7 @@ def test_a_disk_error_in_the_middle_of_a_source(
 ) -> None:
     monkeypatch.setattr(text_files, "_decompressed", lambda raw, _: FailingStream(raw))
     line = refused(corpus, tmp_path / "out", small_tokenizer, capsys)
-    assert f"error: {corpus}/0.jsonl: cannot be read ([Errno 5] Input/output error); mend or remove the file" in line
+    assert f"error: {corpus}/0.jsonl: cannot be read ([Errno 5] Input/output error); repair or remove the file" in line
 
 
 @pytest.mark.parametrize("number", [20, 60])

@@ -32,7 +32,7 @@ from llada_lightning.evaluation.benchmarks import OUR_TASKS, Outcome, load_bench
 from llada_lightning.evaluation.harness import HarnessModel
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.suites import SUITES, Benchmark
-from llada_lightning.generation.sampling import generate
+from llada_lightning.generation.sampler import generate
 from llada_lightning.support.errors import UserError
 
 OBJECTIVES = ("arm", "llada")

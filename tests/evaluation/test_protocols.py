@@ -33,8 +33,8 @@ from llada_lightning.evaluation.harness import HarnessModel
 from llada_lightning.evaluation.outcomes import Outcome
 from llada_lightning.evaluation.protocols import SYSTEM, answer_in, read_pairs, reversal_documents, shots
 from llada_lightning.evaluation.suites import Benchmark
-from llada_lightning.generation.conversation import conversation_ids
-from llada_lightning.generation.sampling import generate
+from llada_lightning.generation.prompts import conversation_ids
+from llada_lightning.generation.sampler import generate
 from llada_lightning.model import Transformer
 from llada_lightning.support.errors import UserError
 

@@ -20,7 +20,7 @@ from llada_lightning.commands.main import main
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.outcomes import Outcome, best_rows
 from llada_lightning.evaluation.suites import ABLATIONS, Benchmark
-from llada_lightning.generation.sampling import generate
+from llada_lightning.generation.sampler import generate
 from llada_lightning.support.errors import UserError
 
 QUESTIONS = [f"after {n} comes" for n in range(6)]

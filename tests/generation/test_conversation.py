@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.speaking_models import BEGIN, CHAT_TEMPLATE, HEADER, HEADER_END, TURN_END, speaking_model, tokenizer
 from llada_lightning.data.chat import Message
-from llada_lightning.generation.conversation import conversation_ids, fitting_ids
+from llada_lightning.generation.prompts import conversation_ids, fitting_ids
 from llada_lightning.support.errors import UserError
 
 SPECIAL = [BEGIN, HEADER, HEADER_END, TURN_END, "[EOS]", "[MASK]"]

@@ -24,7 +24,7 @@ from llada_lightning.generation.drawing import (
     shade,
     write_drawing,
 )
-from llada_lightning.generation.result import Generation
+from llada_lightning.generation.sampling import Generation
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import visible
 

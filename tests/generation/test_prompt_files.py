@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llada_lightning.generation import prompt_files as prompt_sources
-from llada_lightning.generation.prompt_files import given_prompts, read_prompts, with_gaps
+from llada_lightning.generation import prompts as prompt_sources
+from llada_lightning.generation.prompts import given_prompts, read_prompts, with_gaps
 from llada_lightning.support.errors import UserError
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from helpers.sampler_toys import MASK, WORDS, ToyPredictor, letters, random_model, toy
-from llada_lightning.generation import generate
+from llada_lightning.generation import Sampling, generate
 from llada_lightning.support.errors import UserError
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -31,7 +33,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("llada", {"cfg_scale": -0.5}, "cfg_scale: -0.5"),
     ("llada", {"threshold": 0.0}, "threshold: 0.0"),
     ("llada", {"threshold": 0.9, "steps": 8}, "leave one out"),
-    ("llada", {"threshold": 0.9, "remasking": "entropy"}, "an entropy has not"),
+    (
+        "llada",
+        {"threshold": 0.9, "remasking": "entropy"},
+        "threshold: the confidence of remasking 'entropy' is no share of 1",
+    ),
     ("llada", {"threshold": 0.9, "remasking": "random"}, "knows no confidence"),
     ("llada", {"zero_eos_confidence": True, "remasking": "random_count"}, "knows no confidence"),
     ("llada", {"stop": [""]}, "stop: an empty string"),
@@ -99,6 +105,30 @@ def test_prompts_that_cannot_be(prompts: Any, settings: dict[str, Any], words: s
     with pytest.raises(UserError) as caught:
         generate(random_model(), prompts, **settings)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_settings_in_one_object_or_by_their_names() -> None:
+    lm, prompts = random_model(), [[5, 6, 7], [8]]
+    settings: dict[str, Any] = {"length": 8, "steps": 4, "temperature": 1.0, "seed": 3}
+    whole = generate(lm, prompts, Sampling(**settings))
+    assert whole.tokens == generate(lm, prompts, **settings).tokens
+    assert whole.tokens == generate(lm, prompts, Sampling(**{**settings, "steps": 8}), steps=4).tokens
+    expected = {"strategy": "diffusion", "block_length": 8, "cache": "none", "first": 0}
+    assert whole.settings == vars(Sampling(**settings)) | expected
+    with pytest.raises(TypeError, match="lenght"):
+        generate(lm, prompts, lenght=8)
+
+
+def test_settings_are_checked_before_there_is_a_model() -> None:
+    assert Sampling(stop="ab") == Sampling(stop=["ab"]) and hash(Sampling(stop=["ab"]))
+    assert Sampling(seed=1, stop="a").changes == {"seed": 1, "stop": ("a",)}
+    with pytest.raises(UserError, match="temperature: -1 given"):
+        Sampling(temperature=-1)
+
+
+def test_settings_and_the_names_of_rules_need_no_torch() -> None:
+    code = "import sys; from llada_lightning import Sampling; Sampling(remasking='entropy'); "
+    assert subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"]).returncode == 0
 
 
 def test_prompts_of_every_form() -> None:

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from helpers.sampler_toys import EOS, MASK, ScriptedPredictor, letters, random_model, toy
-from llada_lightning.generation import Snapshot, generate
+from llada_lightning.generation import Sampling, Snapshot, generate
 from llada_lightning.generation.canvas import Canvas
 from llada_lightning.generation.predictor import Predictor
-from llada_lightning.generation.settings import resolve_settings
 from llada_lightning.support.errors import UserError
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [4] * 12, []]
@@ -123,11 +122,7 @@ def test_a_cache_of_what_has_not_changed_is_exact_and_reads_less(
 ) -> None:
     """The second pass over a block that is as it was gives what the first gave, also once a row has left."""
     lm = random_model()
-    settings = resolve_settings(
-        lm, length=32, steps=None, block_length=8, strategy=None, remasking="low_confidence", temperature=0.0,
-        top_k=None, top_p=None, cfg_scale=cfg_scale, threshold=None, zero_eos_confidence=False, stop=None,
-        infill=False, cache=cache, compat=None,
-    )  # fmt: skip
+    settings = Sampling(length=32, block_length=8, cfg_scale=cfg_scale, cache=cache).resolved(lm)  # type: ignore[arg-type]
     canvas = Canvas.of(PROMPTS[:3], 32, MASK, lm.device)
     predictor, begin = Predictor(lm, canvas, settings), canvas.answer + 8
     read: list[tuple[int, ...]] = []

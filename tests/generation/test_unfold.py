@@ -11,7 +11,7 @@ from rich.style import Style
 
 from helpers.speaking_models import tokenizer
 from llada_lightning.generation.drawing import BLOCK, Aligner, coloured, shade
-from llada_lightning.generation.result import Snapshot
+from llada_lightning.generation.sampling import Snapshot
 from llada_lightning.generation.unfold import Unfolding
 
 

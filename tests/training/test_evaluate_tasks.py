@@ -21,13 +21,14 @@ from llada_lightning.support.errors import UserError
 from llada_lightning.training.callbacks.evaluate_tasks import EvaluateTasks
 
 
-@pytest.mark.parametrize("objective", ["arm", "llada"])
+@pytest.mark.parametrize("objective", [pytest.param("arm", marks=pytest.mark.slow), "llada"])
 def test_scores_in_training_are_those_of_the_checkpoint(
     prepared: Path, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     choice_task(tmp_path / "tasks")
     arguments = {"tasks": ["local_choice"], "every_n_steps": 2, "include_path": str(tmp_path / "tasks")}
+    arguments |= {"sampling": {"length": 4}}
     where = "llada_lightning.training.callbacks.evaluate_tasks.EvaluateTasks"
     callback = json.dumps([{"class_path": where, "init_args": arguments}])
     run = fit(objective, prepared, tmp_path / "with", "--trainer.max_steps=4", f"--trainer.callbacks={callback}")
@@ -35,6 +36,9 @@ def test_scores_in_training_are_those_of_the_checkpoint(
     assert losses(run) == losses(plain)
     rows = read_evaluations(run)
     assert rows["steps"].tolist() == [2, 4]
+    assert json.loads(rows["settings"].tolist()[0]) == {
+        "monte_carlo": 16, "limit": 200, "in_training": True, "length": 4
+    }  # fmt: skip
     capsys.readouterr()
     command = ["evaluate", str(run), "--tasks", "local_choice", "--include-path", str(tmp_path / "tasks"), "--quiet"]
     assert main([*command, "--monte-carlo", "16", "--json"]) == 0

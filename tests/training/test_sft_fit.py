@@ -19,7 +19,7 @@ from llada_lightning.data.chat import Message
 from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.data.pairs import PairDataset
 from llada_lightning.data.sft import SftDataModule
-from llada_lightning.generation.conversation import conversation_ids
+from llada_lightning.generation.prompts import conversation_ids
 from llada_lightning.objectives.arm import shift_right
 from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule

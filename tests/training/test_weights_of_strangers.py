@@ -15,7 +15,7 @@ from llada_lightning.checkpoints.convert import convert
 from llada_lightning.checkpoints.stored_model import open_checkpoint
 from llada_lightning.commands.main import main
 from llada_lightning.data.chat import Message
-from llada_lightning.generation.conversation import conversation_ids
+from llada_lightning.generation.prompts import conversation_ids
 from llada_lightning.objectives.batches import ValidationBatch
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.modules import ArmModule, LladaModule

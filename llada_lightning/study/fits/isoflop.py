@@ -362,9 +362,6 @@ def _cubic_minimum(coefficients: Array) -> Array:
         return -first / (second + np.sqrt(second**2 - 3 * first * third))
 
 
-# --- laws ------------------------------------------------------------------------------------------------------------
-
-
 def _with_laws(
     convention: Convention, budgets: list[IsoflopBudget], cost: TokenCost, notes: list[str], seed: int
 ) -> IsoflopFit:

@@ -282,7 +282,7 @@ def fit_many(
 
 
 def _step(residuals: Array, jacobian: Array, damping: Array, delta: float) -> tuple[Array, Array]:
-    """The damped step (S, 5), and what the quadratic model says that it gains (S,)."""
+    """The damped step (S, 5), and the gain by the quadratic model (S,)."""
     size = np.abs(residuals)
     within = (size < delta).astype(float)
     above = np.minimum(1.0, delta / np.maximum(size, 1e-300)) if np.isfinite(delta) else np.ones_like(size)

@@ -64,7 +64,7 @@ class FrontierLine:
 
 @dataclass(frozen=True)
 class ObjectiveFits:
-    """One objective by all methods; ``parametric`` is None where there are too few runs, and its note says so."""
+    """One objective by all methods; ``parametric`` is None where there are too few runs, as its note explains."""
 
     objective: str
     """The name of the objective, with the variant in brackets where it is not the default recipe."""

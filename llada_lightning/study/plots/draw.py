@@ -27,7 +27,9 @@ from llada_lightning.study.plots.task_scores import task_accuracy, task_names
 
 
 def study_figures(table: pd.DataFrame, fits: StudyFits, convention: Convention = "6nd") -> dict[str, StudyFigure]:
-    """The figures that a study has the data for, by name: what lacks its fit is left out, and ``fits`` says why.
+    """The figures that a study has the data for, by name.
+
+    A figure without its fit is left out, and the notes of ``fits`` tell why.
 
     ``scaling`` always; ``isoflop`` with three shapes at a budget; ``optimum`` where there is one; ``multiplier`` (its
     panels are the conventions) and ``parametric`` with such fits; ``tasks`` with columns ``task_<name>``.

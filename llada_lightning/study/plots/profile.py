@@ -9,15 +9,15 @@ from llada_lightning.study.plots.style import GREY, INK, StudyFigure, new_figure
 _COLORS = ("#F0E442", "#CC79A7", "#56B4E9", "#E69F00", "#009E73", "#D55E00", GREY)
 """Okabe and Ito's, none used twice."""
 _NAMED_FROM = 0.05
-"""Share of the step from which a part's figure stands on its bar."""
+"""The smallest share of the step whose percentage is written on its bar."""
 
 
 def step_phases(milliseconds: Mapping[str, float], labels: Mapping[str, str]) -> StudyFigure:
     """One bar: a step, each of its phases as long as it takes.
 
     Args:
-        milliseconds: of each phase, in the order of a step.
-        labels: what each is called.
+        milliseconds: The duration of each phase, in the order of a step.
+        labels: The label of each phase.
     """
     figure = new_figure(8.0, 1.9)
     axes = figure.subplots()

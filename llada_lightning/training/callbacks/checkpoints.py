@@ -30,7 +30,8 @@ from llada_lightning.checkpoints.sharded_checkpoints import (
 )
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.signals import say
-from llada_lightning.training.parallel import Agreement, saves_shards
+from llada_lightning.training.lightning_internals import keeping_the_logs_place, writes_shards
+from llada_lightning.training.parallel import Agreement
 
 BEST = "best.ckpt"
 """A link to the checkpoint with the lowest validation loss."""
@@ -202,7 +203,7 @@ class StepCheckpoints(Checkpoint):
         for logger in trainer.loggers:
             logger.save()
         target = checkpoint_of_step(self._folder, trainer.global_step)
-        if saves_shards(trainer.strategy):
+        if writes_shards(trainer.strategy):
             partial = target.with_name(target.name + PARTIAL)
             with _written_or_gone(partial, target):
                 trainer.save_checkpoint(partial)  # ends when all processes have written
@@ -241,9 +242,7 @@ def link_best(checkpoint: Path) -> None:
 
 def run_validation(trainer: Trainer) -> None:
     """Validate between two steps, as Lightning does at its intervals."""
-    connector = trainer._logger_connector
-    first = connector._first_loop_iter
-    trainer.validating = True
-    trainer.fit_loop.epoch_loop.val_loop.run()
-    trainer.training = True
-    connector._first_loop_iter = first
+    with keeping_the_logs_place(trainer):
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True

@@ -14,6 +14,7 @@ from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.checkpoints.run_folder import BRANCHES
 from llada_lightning.data.manifest import TOKENIZER_NAME, read_tokenizer_text
 from llada_lightning.data.tokenizers import tokenizer_from_text
+from llada_lightning.generation.sampling import Sampling
 from llada_lightning.records import write_evaluations
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.callbacks.accounting import Accounting
@@ -35,6 +36,7 @@ class EvaluateTasks(Callback):
         limit: The number of documents of each task, from its first; null: all of them.
         shots: The number of examples in the prompt; null: as the task says.
         monte_carlo: The number of masks for a continuation of several tokens (`llada`).
+        sampling: The settings of answers: those that are not the defaults go before what the task says.
     """
 
     def __init__(
@@ -45,13 +47,14 @@ class EvaluateTasks(Callback):
         limit: int | None = 200,
         shots: int | None = None,
         monte_carlo: int = 16,
+        sampling: Sampling | None = None,
     ) -> None:
         for name, count in (("every_n_steps", every_n_steps), ("monte_carlo", monte_carlo), ("limit", limit)):
             if count is not None and count < 1:
                 raise UserError(f"EvaluateTasks: {name} is {count}; it must be at least 1")
         self._tasks, self._every, self._limit = list(tasks), every_n_steps, limit
         self._include_path = None if include_path is None else Path(include_path)
-        self._shots, self._monte_carlo = shots, monte_carlo
+        self._shots, self._monte_carlo, self._sampling = shots, monte_carlo, sampling
         self._loaded: list[Any] = []
         self._measured_step = -1
 
@@ -97,8 +100,13 @@ class EvaluateTasks(Callback):
         from llada_lightning.evaluation.harness import HarnessModel
 
         model = HarnessModel(_language_model(trainer, module), monte_carlo=self._monte_carlo)
-        outcomes = [each for loaded in self._loaded for each in measure(model, loaded, limit=self._limit)]
-        settings = json.dumps({"monte_carlo": self._monte_carlo, "limit": self._limit, "in_training": True})
+        outcomes = [
+            each
+            for loaded in self._loaded
+            for each in measure(model, loaded, limit=self._limit, sampling=self._sampling)
+        ]
+        said = {} if self._sampling is None else self._sampling.changes
+        settings = json.dumps({"monte_carlo": self._monte_carlo, "limit": self._limit, "in_training": True} | said)
         return [outcome.as_row(step, settings) for outcome in outcomes if outcome.is_share]
 
 

@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from llada_lightning.support.signals import SIGNALS, LeaveRequest
+from llada_lightning.training.lightning_internals import leave_at_the_steps_end, replace_sigterm_check
 from llada_lightning.training.parallel import Agreement
 
 
@@ -60,7 +61,7 @@ class LeaveTogether(Callback):
         strongest = self._agreement.maximum(-1 if received is None else SIGNALS.index(received))
         if strongest >= 0:
             self._request.agreed = SIGNALS[strongest]
-            trainer._signal_connector.received_sigterm = True
+            leave_at_the_steps_end(trainer)
 
 
 def _spare_lightnings_own(trainer: Trainer) -> None:
@@ -71,6 +72,4 @@ def _spare_lightnings_own(trainer: Trainer) -> None:
         if trainer.received_sigterm:
             raise SIGTERMException
 
-    loop = trainer.fit_loop.epoch_loop
-    if hasattr(loop, "_broadcast_sigterm_tensor"):
-        loop._broadcast_sigterm_tensor = leave_as_agreed  # type: ignore[method-assign]
+    replace_sigterm_check(trainer, leave_as_agreed)

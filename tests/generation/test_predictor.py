@@ -1,16 +1,13 @@
-"""From logits to tokens: noise, nucleus, guidance, confidences."""
+"""From logits to tokens: noise, nucleus, guidance."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llada_lightning.generation.noise import NoiseByPrompt
-from llada_lightning.generation.tokens import confidence, draw_tokens, guide, likeliest, probability
+from llada_lightning.generation.predictor import NoiseByPrompt, draw_tokens, guide, likeliest
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]])
 
@@ -73,14 +70,3 @@ def test_guidance_is_equation_16(w: float, pairs: list[tuple[float, float]]) -> 
     )
     ratio = with_prompt.exp() ** (1 + w) / without.exp() ** w
     torch.testing.assert_close(guide(with_prompt, without, w).softmax(-1), ratio / ratio.sum())
-
-
-def test_confidences_by_hand() -> None:
-    logits = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.35, 0.25]]).log()
-    tokens = torch.tensor([0, 2])
-    p = probability(logits, tokens)
-    torch.testing.assert_close(p, torch.tensor([0.5, 0.25]))
-    torch.testing.assert_close(confidence(logits, p, "low_confidence"), p)
-    torch.testing.assert_close(confidence(logits, p, "margin"), torch.tensor([0.2, 0.05]))
-    entropy = -sum(x * math.log(x) for x in (0.5, 0.3, 0.2))
-    assert float(confidence(logits, p, "entropy")[0]) == pytest.approx(-entropy, rel=1e-5)

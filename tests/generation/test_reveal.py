@@ -6,19 +6,29 @@ import math
 from fractions import Fraction
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llada_lightning.generation.released import released_counts_to_keep
-from llada_lightning.generation.remasking import (
+from helpers.sampler_toys import random_model
+from llada_lightning.commands.generate import generate_parser
+from llada_lightning.generation import Sampling, generate
+from llada_lightning.generation.predictor import probability
+from llada_lightning.generation.reveal import (
+    RULES,
+    Rule,
+    State,
     above_threshold,
     by_the_reverse_process,
     counts_to_keep,
     most_confident,
+    register,
+    released_counts_to_keep,
     without_rounding,
 )
+from llada_lightning.support.errors import UserError
 
 counts = st.integers(0, 300)
 steps = st.integers(1, 300)
@@ -90,7 +100,8 @@ def test_random_remasking_keeps_s_over_t_in_expectation() -> None:
     masked, seen = torch.ones(1, tokens, dtype=torch.bool), []
     for step in range(1, N + 1):
         uniform = torch.rand(1, tokens, generator=generator, dtype=torch.float64)
-        chosen = by_the_reverse_process(uniform, masked, step, torch.tensor([N]))
+        state = State(masked, torch.tensor([0]), step, torch.tensor([N]), lambda noise=uniform: noise)  # type: ignore[misc]
+        chosen = by_the_reverse_process(state)
         t, s = (N - step + 1) / N, (N - step) / N
         left = int(masked.sum())
         assert abs(int((masked & ~chosen).sum()) - left * s / t) <= 4 * math.sqrt(left * s / t * (1 - s / t)) + 1e-9
@@ -98,3 +109,42 @@ def test_random_remasking_keeps_s_over_t_in_expectation() -> None:
         masked &= ~chosen
     assert not masked.any()
     assert chi_square(torch.tensor(seen), torch.full((N,), tokens / N)) < 24.3  # 7 degrees of freedom, p = 0.001
+
+
+def test_confidences_by_hand() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.35, 0.25]]).log()
+    tokens = torch.tensor([0, 2])
+    p = probability(logits, tokens)
+    torch.testing.assert_close(p, torch.tensor([0.5, 0.25]))
+    confidences = {name: rule.confidence(logits, p) for name, rule in RULES.items() if rule.confidence is not None}
+    assert list(confidences) == ["low_confidence", "margin", "entropy"]
+    torch.testing.assert_close(confidences["low_confidence"], p)
+    torch.testing.assert_close(confidences["margin"], torch.tensor([0.2, 0.05]))
+    entropy = -sum(x * math.log(x) for x in (0.5, 0.3, 0.2))
+    assert float(confidences["entropy"][0]) == pytest.approx(-entropy, rel=1e-5)
+
+
+def left_to_right(state: State) -> Tensor:
+    return state.candidates_RK & (state.candidates_RK.cumsum(1) <= state.counts_R[:, None])
+
+
+def test_a_rule_of_a_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One function and one row: the sampler, its settings and the command line know it."""
+    monkeypatch.setitem(RULES, "left_to_right", Rule(choice=left_to_right))
+    lm = random_model()
+    found = generate(lm, [[5, 6, 7], [8]], Sampling(length=12, steps=4, remasking="left_to_right"))
+    for steps in found.step_of_token:
+        assert steps == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4][: len(steps)]
+    same = generate(lm, [[5, 6, 7], [8]], length=12, steps=4, strategy="block_diffusion", block_length=3)
+    assert found.forward_passes == same.forward_passes
+    assert generate_parser().parse_args(["x", "--remasking", "left_to_right"]).remasking == "left_to_right"
+    with pytest.raises(UserError, match="has no such thing"):
+        generate(lm, [[5]], length=4, remasking="left_to_right", compat="llada")
+    with pytest.raises(UserError, match="threshold: remasking 'left_to_right' knows no confidence"):
+        Sampling(remasking="left_to_right", threshold=0.9)
+
+
+def test_a_name_belongs_to_one_rule() -> None:
+    register("margin", RULES["margin"])  # a file that is imported twice does no harm
+    with pytest.raises(UserError, match="reveal rule 'margin': there is another one of this name"):
+        register("margin", Rule(choice=left_to_right))

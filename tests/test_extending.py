@@ -1,0 +1,77 @@
+"""The examples of docs/extending.md: each module is written to a file, and the commands run in their order."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llada_lightning.commands.main import main
+from llada_lightning.compute.rules import LEARNING_RATE_RULES
+from llada_lightning.data import corpora
+from llada_lightning.generation import reveal
+from llada_lightning.objectives import OBJECTIVES
+from llada_lightning.support.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+PARTS = re.split(r"^## ", (ROOT / "docs" / "extending.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+MODULES = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", "".join(PARTS), re.DOTALL | re.MULTILINE))
+TABLES = (OBJECTIVES, corpora.SOURCES, reveal.RULES, LEARNING_RATE_RULES)
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Iterator[Path]:
+    """A folder with the modules and the data of the page; afterwards the tables are as they were."""
+    kept = [dict(table) for table in TABLES]
+    for name, text in MODULES.items():
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tour").symlink_to(prepared)
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for table, rows in zip(TABLES, kept, strict=True):
+        table.clear()
+        table.update(rows)  # type: ignore[arg-type]
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+def test_the_examples_run(modules: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = {}
+    for part in PARTS:
+        for block in re.findall(r"^```bash\n(.*?)^```", part, re.DOTALL | re.MULTILINE):
+            for line in block.strip().splitlines():
+                if line.startswith("export "):
+                    name, _, value = line.removeprefix("export ").partition("=")
+                    monkeypatch.setenv(name, value if name != "PYTHONPATH" else f"{modules}:{os.environ[name]}")
+                    continue
+                assert main(shlex.split(line)[1:]) == 0, f"{line}\n{capsys.readouterr().err}"
+                printed[line.split("--study")[0]] = capsys.readouterr().out
+    assert set(os.environ["LLADA_PLUGINS"].split(",")) == set(MODULES)
+
+    [record] = json.loads(Path("runs/mine/clipped/result.json").read_text())
+    assert (record["objective"], record["val_kind"], record["status"]) == ("clipped", "bound", "done")
+    planned = yaml.safe_load(Path("runs/mine.yaml").read_text())["parameters"]["config"]["values"]
+    assert any("my_objective.ClippedModule" in config for config in planned)
+    assert json.loads(Path("data/squares/manifest.json").read_text())["source"]["kind"] == "squares"
+    answer = json.loads(next(out for line, out in printed.items() if "right_to_left" in line))
+    [steps] = answer["step_of_token"]
+    assert steps == sorted(steps, reverse=True) and len(set(steps)) == 8
+    rate = yaml.safe_load(Path("runs/mine/rate/config.yaml").read_text())["model"]["init_args"]["schedule"]["lr"]
+    [record] = json.loads(Path("runs/mine/rate/result.json").read_text())
+    assert rate == pytest.approx(record["params_nonembedding"] ** -0.5, rel=5e-3)
+
+
+def test_a_name_that_a_table_has_is_refused(modules: Path) -> None:
+    for name in ("igsm", "hf"):
+        with pytest.raises(UserError, match=f"source: the prefix '{name}' has a source already"):
+            corpora.register(name, lambda source: corpora.open_corpus("python-stdlib"))
