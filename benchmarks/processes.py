@@ -29,7 +29,7 @@ def child_environment(temporary: Path, trusted: str = "") -> dict[str, str]:
     """
     temporary.mkdir(parents=True, exist_ok=True)
     ours = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    paths = os.pathsep.join([str(_ROOT), str(_ROOT / "benchmarks")])
+    paths = os.pathsep.join(str(_ROOT / folder) for folder in ("", "benchmarks", "tests"))
     settings = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     return {**ours, **settings, "LLADA_TRUSTED_MODULES": trusted}
 

@@ -25,6 +25,8 @@ from llada_lightning import read_results
 CASES, SWEEPS = workplace.cases(), sorted((ROOT / "sweeps").glob("*.yaml"))
 TWINS = {name for name in CASES if name.startswith("arm-") and name.replace("arm-", "llada-", 1) in CASES} - set(RUNS)
 """Cases that a case of the other objective also shows."""
+ONE_OBJECTIVE = [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("arm-") else []) for name in RUNS]
+"""All runs, of which one objective's are fast: for what does not depend on the objective."""
 
 
 def committed(name: str) -> Any:
@@ -67,7 +69,7 @@ def test_an_old_configuration_resumes_from_an_old_checkpoint_to_the_same_numbers
     assert_same(outcome(run), outcome(GOLDEN / name))
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ONE_OBJECTIVE)
 def test_an_old_run_is_found_done(place: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = restore(name, place, done=True)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -76,7 +78,7 @@ def test_an_old_run_is_found_done(place: Path, name: str, capsys: pytest.Capture
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ONE_OBJECTIVE)
 def test_an_old_checkpoint_has_the_validation_loss_of_its_step(
     place: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from llada_lightning.data.igsm import problems, question, solution
+from llada_lightning.data.generated import problems, question, solution
 from llada_lightning.support.files import written_atomically
 
 SEED = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from safetensors import SafetensorError
 
 from llada_lightning.checkpoints import description as ours
 from llada_lightning.checkpoints import hugging_face
-from llada_lightning.checkpoints.description import CONFIG_NAME
+from llada_lightning.checkpoints.description import CONFIG_NAME, Description
 from llada_lightning.checkpoints.safetensors_files import write_folder
 from llada_lightning.checkpoints.stored_model import StoredModel
 from llada_lightning.checkpoints.stored_tensors import HF_LLADA, HF_LLAMA, OURS, Layout, common_dtype, name_of
+from llada_lightning.data.tokenizer_files import TOKENIZER_CONFIG_NAME, TokenizerFiles
 from llada_lightning.objectives import get_objective
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import building, write_json
@@ -101,11 +103,31 @@ def _config(model: StoredModel, to: Target, dtype: str) -> dict[str, Any]:
 
 def _companions(model: StoredModel, to: Target) -> dict[str, bytes]:
     """Tokenizer, and the modelling code of a folder that names some."""
-    files = {} if model.tokenizer is None else model.tokenizer.files_for(model.description)
+    files = {} if model.tokenizer is None else tokenizer_files(model.tokenizer, model.description)
     places = [place for place in model.auto_map.values() if isinstance(place, str)] if model.kind == to else []
     code = {f"{place.split('.')[0]}.py" for place in places}
     beside = {path.name: path for path in model.path.glob("*.py")} if code else {}
     return {**files, **{name: path.read_bytes() for name, path in beside.items() if name in code}}
+
+
+def tokenizer_files(files: TokenizerFiles, description: Description) -> dict[str, bytes]:
+    """Returns the tokenizer's files to write beside a model, with a configuration for transformers if it lacks one."""
+    if TOKENIZER_CONFIG_NAME in files.files:
+        return files.files
+    ids = {
+        "bos_token": description.bos_token_id,
+        "eos_token": description.eos_token_id,
+        "pad_token": description.eos_token_id if description.pad_token_id is None else description.pad_token_id,
+        "mask_token": description.mask_token_id,
+    }
+    tokens = {key: files.tokenizer.id_to_token(i) for key, i in ids.items() if i is not None}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": description.context_length,
+        "clean_up_tokenization_spaces": False,
+        **{key: token for key, token in tokens.items() if token is not None},
+    }
+    return {**files.files, TOKENIZER_CONFIG_NAME: (json.dumps(config, indent=2) + "\n").encode()}
 
 
 def bytes_of(text: str) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llada_lightning.compute.shapes import Shape, get_shape
+from llada_lightning.data.tokenizer_files import GENERATION_CONFIG_NAME
 from llada_lightning.model import Transformer
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, is_positive
 from llada_lightning.objectives import OBJECTIVES, get_objective
@@ -180,7 +181,6 @@ def read_extra_key(config: ConfigFile) -> dict[str, Any] | None:
 
 
 CONFIG_NAME = "config.json"
-GENERATION_CONFIG_NAME = "generation_config.json"
 
 NO_TOKEN = -1
 """The id that some configurations give for a token that the model does not have."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llada_lightning.checkpoints.sharded_checkpoints import META, ShardReader, is_sharded, read_lazily
+from llada_lightning.checkpoints.sharded_checkpoints import META, ShardedCheckpointReader, is_sharded, read_lazily
 from llada_lightning.identity import with_stable_names
 from llada_lightning.support.errors import UserError
 
@@ -218,7 +218,7 @@ def _damage_of_archive(path: Path) -> str | None:
 
 
 def _damage_of_shards(folder: Path) -> str | None:
-    for entry in ShardReader(folder).read_metadata().storage_data.values():
+    for entry in ShardedCheckpointReader(folder).read_metadata().storage_data.values():
         with (folder / entry.relative_path).open("rb") as file:
             file.seek(entry.offset)  # one tensor at a time in memory
             with zipfile.ZipFile(io.BytesIO(file.read(entry.length))) as archive:

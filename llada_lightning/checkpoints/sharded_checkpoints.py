@@ -40,7 +40,7 @@ def is_sharded(path: Path) -> bool:
     return (path / META).is_file()
 
 
-class ShardReader(dcp.FileSystemReader):
+class ShardedCheckpointReader(dcp.FileSystemReader):
     """Reads the shards of a folder. The index is read once, and no code in it is run."""
 
     _index: Metadata | None = None
@@ -159,7 +159,7 @@ def read_sharded(folder: Path) -> dict[str, Any]:
     Returns:
         What Lightning's checkpoint files hold, on the CPU. Nothing is exchanged with other processes.
     """
-    reader = ShardReader(folder)
+    reader = ShardedCheckpointReader(folder)
     flat: dict[str, Any] = {
         key: torch.empty(stored.size, dtype=stored.properties.dtype)
         if isinstance(stored, TensorStorageMetadata)
@@ -172,7 +172,7 @@ def read_sharded(folder: Path) -> dict[str, Any]:
 
 def read_lazily(folder: Path) -> dict[str, Any]:
     """As :func:`read_sharded`, but a function that reads it in place of each tensor: one at a time fits in memory."""
-    reader = ShardReader(folder)
+    reader = ShardedCheckpointReader(folder)
     stored = reader.read_metadata().state_dict_metadata
     plain: dict[str, Any] = {key: None for key, entry in stored.items() if not isinstance(entry, TensorStorageMetadata)}
     reader.fill(plain)
@@ -180,7 +180,7 @@ def read_lazily(folder: Path) -> dict[str, Any]:
     return _as_file(folder, reader, plain | tensors)
 
 
-def _as_file(folder: Path, reader: ShardReader, flat: dict[str, Any]) -> dict[str, Any]:
+def _as_file(folder: Path, reader: ShardedCheckpointReader, flat: dict[str, Any]) -> dict[str, Any]:
     checkpoint: dict[str, Any] = torch.load(folder / META, weights_only=True, map_location="cpu")
     metadata = reader.read_metadata()
     weights: dict[str, Any] = {}

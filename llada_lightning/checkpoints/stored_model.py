@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tokenizers import Tokenizer
 
 from llada_lightning.checkpoints import description as ours
 from llada_lightning.checkpoints import hugging_face
@@ -28,9 +29,10 @@ from llada_lightning.checkpoints.stored_tensors import (
     StoredTensor,
     weights_of,
 )
-from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
 from llada_lightning.checkpoints.training_checkpoints import read_training, run_tokenizer
 from llada_lightning.data.manifest import TOKENIZER_NAME
+from llada_lightning.data.tokenizer_files import TokenizerFiles
+from llada_lightning.data.tokenizers import as_special, without_special_beyond
 from llada_lightning.model import Transformer
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded
@@ -133,7 +135,7 @@ def _training(path: Path, given: TokenizerFiles | None) -> StoredModel:
     description, stored, fingerprint = read_training(path)
     weights = weights_of(stored, TRAINING, _on_meta(description, path), str(path))
     found = given or run_tokenizer(path, description, fingerprint)
-    files = None if found is None else found.fitted(description, given=given is not None, known=given is None)
+    files = None if found is None else fitted_tokenizer(found, description, given is not None, known=given is None)
     return StoredModel(path, "training", description, weights, files)
 
 
@@ -158,7 +160,7 @@ def _folder(folder: Path, given: TokenizerFiles | None) -> StoredModel:
         _note_two_heads(stored[head], weights, folder, tied)
     auto_map = config.get("auto_map")
     code = auto_map if isinstance(auto_map, dict) else {}
-    files = None if files is None else files.fitted(description, given=given is not None)
+    files = None if files is None else fitted_tokenizer(files, description, given=given is not None)
     return StoredModel(folder, kind, description, weights, files, code)
 
 
@@ -179,3 +181,55 @@ def _on_meta(description: Description, where: Path) -> Transformer:
             return description.transformer()
     except (RuntimeError, TypeError) as error:
         raise UserError(f"'{where}': no memory could hold a model of these dimensions; correct them") from error
+
+
+def fitted_tokenizer(
+    files: TokenizerFiles, description: Description, given: bool, known: bool = False
+) -> TokenizerFiles:
+    """Returns the tokenizer of a model, whose special tokens no text becomes.
+
+    Args:
+        files: The tokenizer with its files.
+        description: The description of the model.
+        given: Whether the user gave the tokenizer. That of the model's own folder may name another EOS (of a turn).
+        known: Whether the fingerprint says that it is the tokenizer of the model.
+
+    Raises:
+        UserError: the tokenizer has other special ids than the model, or ids that the model lacks.
+    """
+    fix = "give the model's own with --tokenizer"
+    tokenizer, left_out = without_special_beyond(files.tokenizer, description.vocab_size)
+    if not known and not set(description.end_token_ids) & set(files.candidates("eos_token")):
+        tokenizer, left_out = files.tokenizer, []  # nothing says that it is the model's
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= description.vocab_size:
+        raise UserError(
+            f"tokenizer '{files.name}' has ids up to {largest}, the model only {description.vocab_size}; {fix}"
+        )
+    ids = {"eos_token": description.eos_token_id, "mask_token": description.mask_token_id}
+    for key, token_id in ids.items():
+        if token_id is None:
+            continue
+        title = {"eos_token": "EOS", "mask_token": "[MASK]"}[key]
+        if tokenizer.id_to_token(token_id) is None:
+            raise UserError(
+                f"tokenizer '{files.name}' has {largest + 1} ids and no {token_id}, the model's {title}; {fix}"
+            )
+        alike = {token_id} if key == "mask_token" else set(description.end_token_ids)
+        others = files.candidates(key)
+        if (given or key == "mask_token") and others and not alike & set(others):
+            raise UserError(f"tokenizer '{files.name}' has {title} as {others[0]}, the model as {token_id}; {fix}")
+    if left_out:
+        warn(
+            f"note: tokenizer '{files.name}': {', '.join(left_out)} is left out, because the model has no embedding "
+            f"for ids from {description.vocab_size} on; text is encoded as before"
+        )
+    special = [i for i in (*description.end_token_ids, description.mask_token_id) if i is not None]
+    return replace(files, tokenizer=_with_special(tokenizer, special))
+
+
+def _with_special(tokenizer: Tokenizer, ids: list[int]) -> Tokenizer:
+    added = tokenizer.get_added_tokens_decoder()
+    plain = [i for i in ids if not (i in added and added[i].special)]
+    tokens = tuple(token for token in map(tokenizer.id_to_token, plain) if token is not None)
+    return as_special(tokenizer, tokens) if tokens else tokenizer

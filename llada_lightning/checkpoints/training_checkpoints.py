@@ -14,10 +14,10 @@ import torch
 
 from llada_lightning.checkpoints.description import Description
 from llada_lightning.checkpoints.run_folder import CONFIG, require_whole, run_folder_of, whole_neighbour
-from llada_lightning.checkpoints.sharded_checkpoints import META, ShardReader, is_sharded
+from llada_lightning.checkpoints.sharded_checkpoints import META, ShardedCheckpointReader, is_sharded
 from llada_lightning.checkpoints.stored_tensors import StoredTensor, of_tensor
-from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
 from llada_lightning.data.manifest import TOKENIZER_NAME, local_path, read_tokenizer_text, tokenizer_fingerprint
+from llada_lightning.data.tokenizer_files import TokenizerFiles
 from llada_lightning.identity import identity_hash, with_stable_names
 from llada_lightning.model.transformer import NORM_EPS
 from llada_lightning.objectives import OBJECTIVES
@@ -61,7 +61,7 @@ def read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], str
 
 
 def _shards(folder: Path) -> dict[str, StoredTensor]:
-    reader = ShardReader(folder)
+    reader = ShardedCheckpointReader(folder)
     return {
         name: StoredTensor(shape, dtype, partial(reader.read_tensor, _WEIGHTS, name))
         for name, (shape, dtype) in reader.tensor_shapes(_WEIGHTS).items()

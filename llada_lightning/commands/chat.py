@@ -146,8 +146,7 @@ class Chat:
 
     def _ask(self, text: str) -> None:
         from llada_lightning.data.chat import Message
-        from llada_lightning.generation.drawing import answer, coloured, question
-        from llada_lightning.generation.unfold import Unfolding
+        from llada_lightning.generation.drawing import Unfolding, answer, coloured, question
 
         check_text(text)
         assert self._sampling.length is not None

@@ -139,8 +139,7 @@ def _sample(
     *,
     quiet: bool,
 ) -> Generation:
-    from llada_lightning.generation.drawing import Aligner
-    from llada_lightning.generation.unfold import Unfolding
+    from llada_lightning.generation.drawing import Aligner, Unfolding
 
     if sampling.infill and lm.tokenizer is not None and lm.mask_token_id is not None:
         mask_token = str(lm.tokenizer.id_to_token(lm.mask_token_id))

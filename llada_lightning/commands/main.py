@@ -14,7 +14,7 @@ from llada_lightning.support.cluster import check_environment, says_it
 from llada_lightning.support.errors import UserError, refusal
 from llada_lightning.support.plugins import import_plugins
 from llada_lightning.support.printing import print_what_the_encoding_holds, shortened, warn
-from llada_lightning.support.secrets import redacted
+from llada_lightning.support.security import redacted
 
 _BROKEN_PIPE = 128 + 13
 """As a shell says it of a command that SIGPIPE ended."""
@@ -105,9 +105,9 @@ def entry_point() -> None:
     """What the console script calls: the process ends with the command."""
     asked = [verb for verb in VERBS if sys.argv[1:] in ([verb.name, "--help"], [verb.name, "-h"])]
     if asked and asked[0].file == "fit":
-        from llada_lightning.support.libraries import leave_out_the_compiler
+        from llada_lightning.support.libraries import prepare_for_help
 
-        leave_out_the_compiler()
+        prepare_for_help()
     sys.exit(main())
 
 

@@ -1,9 +1,9 @@
 """Messages as token ids by a chat template (Jinja): the ids of transformers' ``apply_chat_template``.
 
-One thing differs. A token that steers the model comes from the template alone: text that people or a model wrote never
-becomes one, whatever it spells. Such tokens are those flagged special, those with a role (BOS, EOS, ...), and those
-with which the template begins and ends messages, also where the tokenizer does not flag them. Other added tokens, such
-as ``</think>`` in many tokenizers, are tokens in a message too, as they are for transformers.
+One thing differs. Control tokens come from the template alone: the text of a message never becomes one, whatever it
+spells. Control tokens are those flagged special, those with a role (BOS, EOS, ...), and those with which the template
+begins and ends messages, even where the tokenizer does not flag them. Other added tokens, such as ``</think>`` in many
+tokenizers, are tokens in a message too, as they are for transformers.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from llada_lightning.data.encoding import decode_batch, encode_batch, encode_wit
 from llada_lightning.data.rendering import RenderingError, render
 from llada_lightning.data.tokenizers import as_special
 from llada_lightning.support.errors import UserError
-from llada_lightning.support.reading import shortened
+from llada_lightning.support.printing import shortened
 
 Role = Literal["system", "user", "assistant"]
 
 KNOWN_START_TOKENS = ("<|startoftext|>", "<|begin_of_text|>", "<s>", "[BOS]")
 _Encoded = tuple[list[int], list[tuple[int, int]]]
-"""Ids, and the characters that each stands for."""
+"""The ids, and where the characters of each begin and end."""
 _PRIVATE = range(0xF0000, 0xFFFFE)
-"""Unicode's supplementary private use area A: in no text by agreement; what is taken all the same is left out."""
+"""Unicode's supplementary private use area A, which texts do not use; characters that a text does use are left out."""
 
 LLADA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
@@ -42,12 +42,17 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ '' if loop.first else '\n\n' }}{{ message.role }}:\n{{ message.content }}"
     "{% endfor %}{{ '\n\nassistant:\n' if add_generation_prompt else '' }}"
 )
-"""For tokenizers without special tokens of a dialogue: roles as text. EOS alone ends an answer."""
+"""The form for tokenizers without special tokens for dialogues: roles as text. Only EOS ends an answer."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """What one side said."""
+    """One message of a dialogue.
+
+    Args:
+        role: The author of the message.
+        content: The text of the message.
+    """
 
     role: Role
     content: str
@@ -55,14 +60,14 @@ class Message:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template with the tokenizer that it is for.
+    """A chat template with its tokenizer.
 
     Args:
-        text: Jinja.
-        tokenizer: takes special tokens that a text spells out for text.
-        roles: special tokens by their names in the template: ``bos_token``, ``eos_token``, ...
-        acting: ids that mean something to the sampler or the objective.
-        name: for people.
+        text: The text of the template, in Jinja.
+        tokenizer: The tokenizer, which encodes special tokens that a text spells as text.
+        roles: The special tokens by their names in the template: ``bos_token``, ``eos_token``, ...
+        acting: The ids that have a meaning for the sampler or the objective.
+        name: The name of the template, for messages.
     """
 
     text: str
@@ -81,16 +86,17 @@ class ChatTemplate:
         name: str,
         roles: Mapping[str, str] | None = None,
     ) -> ChatTemplate:
-        """A template with the roles that the tokenizer's files name.
+        """Returns a template with the roles that the tokenizer's files name.
 
         Args:
-            text: see the class.
-            tokenizer: see the class.
-            eos_id: ``eos_token`` where no file names one.
-            acting_ids: as ``acting``, besides EOS; None is left out.
-            name: see the class.
-            roles: what the files name; "" where they say that there is none. Tokens that the tokenizer lacks are left
-                out. Where no file names ``bos_token``, it is the first of ``KNOWN_START_TOKENS`` that is there.
+            text: The text of the template, in Jinja.
+            tokenizer: The tokenizer.
+            eos_id: The id of ``eos_token`` where no file names one.
+            acting_ids: The ids besides EOS that have a meaning for the sampler or the objective; None is left out.
+            name: The name of the template, for messages.
+            roles: The special tokens that the files name; "" where a file says there is none. Tokens that the tokenizer
+                lacks are left out. Where no file names ``bos_token``, it is the first of ``KNOWN_START_TOKENS`` that
+                the tokenizer has.
         """
         has = tokenizer.token_to_id
         named = {key: token for key, token in (roles or {}).items() if not token or has(token) is not None}
@@ -102,7 +108,10 @@ class ChatTemplate:
         return cls(text, tokenizer, {**guessed, **named}, acting, name)
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt that asks for the next answer.
+        """Returns the ids of the prompt for the next answer.
+
+        Args:
+            messages: The dialogue so far.
 
         Raises:
             UserError: the template is broken, exceeds its limits, or refuses the messages.
@@ -112,11 +121,14 @@ class ChatTemplate:
         return self._ids_of(prompt, disguise)
 
     def turn_ids(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """The prompt that asks for the last message, which is the assistant's, and that message with what ends it.
+        """Returns the ids of a prompt, and those of its answer with the tokens that end it.
+
+        Args:
+            messages: The dialogue; the last message is the answer of the assistant.
 
         Raises:
-            UserError: as :meth:`ids`, the template writes a prompt otherwise where its answer follows, or it writes
-                tokens that the tokenizer lacks.
+            UserError: as :meth:`ids`, or the template writes a prompt with an answer differently than without one, or
+                it writes tokens that the tokenizer lacks.
         """
         disguise = self._disguise(messages)
         prompt, whole = self._rendered([(messages[:-1], True), (messages, False)], disguise)
@@ -138,12 +150,12 @@ class ChatTemplate:
         return prompt_ids, self._ids_of(whole[len(prompt) :], disguise, first=False)  # a token would span both
 
     def lost_bytes(self, texts: Sequence[str]) -> list[int]:
-        """How many bytes of each text its tokens do not give back."""
+        """Returns the number of bytes of each text that its tokens do not decode to."""
         decoded = decode_batch(self.tokenizer, encode_batch(self.tokenizer, texts))
         return list(map(lost_bytes, texts, decoded))
 
     def _check_tokens(self, texts: Iterable[str], messages: Sequence[Message]) -> None:
-        """Refuses what looks like a token, comes from the template, and is none of the tokenizer's."""
+        """Refuses what looks like a token and comes from the template, but is not in the tokenizer."""
         looks = {look for text in texts for look in re.findall(r"<\|[a-z_]+\|>", text)}
         lacking = [look for look in looks if self.tokenizer.token_to_id(look) is None]
         lacking = [look for look in lacking if not any(look in message.content for message in messages)]
@@ -167,11 +179,12 @@ class ChatTemplate:
     def _rendered(self, asked: Sequence[tuple[Sequence[Message], bool]], disguise: _Disguise) -> list[str]:
         """Renderings in which the characters that came from messages can be told from those of the template.
 
-        Written in disguise, messages share no character with a control token, so that none can begin, end or stand in
-        them, not even together with the template's text around. But a template may read a message, and must see the
-        text itself. So both are rendered. Where they agree, which they do unless the template does read or change the
-        text, the disguised one holds the same text and tells more. A template that changes letters agrees where only
-        signs are in disguise. Elsewhere only the control tokens that a message spells are, which most messages do not.
+        Written in disguise, messages share no character with a control token, so that none can begin, end or be in
+        them, not even together with the text of the template around them. But a template may read a message, and must
+        see the text itself. So both are rendered. They agree unless the template reads or changes the text; then the
+        disguised rendering holds the same text and tells the origin of each character. If they differ, only punctuation
+        is disguised, for templates that change letters; if they differ still, only the control tokens that a message
+        spells, which most messages do not.
         """
 
         def rendered(*ways: Callable[[str], str]) -> list[str | RenderingError]:
@@ -190,7 +203,7 @@ class ChatTemplate:
         return [self._text(text) for text in hidden]
 
     def _without_spelled(self, disguise: _Disguise, content: str) -> str:
-        """The text with the control tokens that it spells in disguise."""
+        """The text with the control tokens that it spells disguised."""
         for _, begin, end in self._control_spans(content, self._encode(content)):
             content = content[:begin] + disguise.put_on(content[begin:end]) + content[end:]  # as long as before
         return content
@@ -217,12 +230,12 @@ class ChatTemplate:
 
     @cached_property
     def _control(self) -> dict[int, str]:
-        """The tokens that no text may become: id -> token."""
+        """The control tokens, which no text may become: id -> token."""
         return {**self._known, **self._marks}
 
     @cached_property
     def _known(self) -> dict[int, str]:
-        """Of these, those that the tokenizer, its files or the model call special."""
+        """The control tokens that are special for the tokenizer, its files or the model."""
         special = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         roles = (self.tokenizer.token_to_id(token) for token in self.roles.values())
         acting = {i: self.tokenizer.id_to_token(i) for i in (*self.acting, *roles) if i is not None}
@@ -230,15 +243,16 @@ class ChatTemplate:
 
     @cached_property
     def _marks(self) -> dict[int, str]:
-        """Of these, those with which the template begins and ends messages, flagged or not.
+        """The control tokens with which the template begins and ends messages, flagged or not.
 
-        They are in what it writes for a dialogue that no answer is asked for: where one is, a template may begin it
-        with ``<think>``, which is part of the answer. Words and white space that were added to the tokenizer are none.
+        They are in the rendering of a dialogue that does not ask for an answer: where it asks, a template may begin the
+        answer with ``<think>``, which is part of it. Words and white space that were added to the tokenizer are not
+        control tokens.
         """
         said = [Message("system", "0"), Message("user", "0"), Message("assistant", "0"), Message("user", "0")]
         try:
             texts = render(self.text, [self._variables(some, False) for some in (said, said[1:], said[1:2])])
-        except RenderingError:  # the messages themselves will say so
+        except RenderingError:  # reported when the messages themselves are rendered
             return {}
         written = {i for text in texts if isinstance(text, str) for i in self._encode(text)[0]}
         added = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items() if i in written}
@@ -253,9 +267,9 @@ class ChatTemplate:
 
     @cached_property
     def _anchor(self) -> str:
-        """A token to put before a text that is not the first, where the tokenizer begins a first text otherwise.
+        """A token to put before a later text, where the tokenizer encodes the first text differently; else "".
 
-        Tokenizers in the manner of SentencePiece put a space before a text and before no other part of it.
+        Tokenizers like SentencePiece put a space before a text, and before no later part of it.
         """
         added = self._reader.get_added_tokens_decoder()
         plain = (added[i] for i in self._known if i in added)
@@ -263,7 +277,7 @@ class ChatTemplate:
         return token if self._encode(f"{token}a")[0][1:] != self._encode("a")[0] else ""
 
     def _encode(self, text: str, before: str = "") -> _Encoded:
-        """As transformers encodes a text behind a token: special tokens that it spells are special tokens."""
+        """Encodes a text behind a token as transformers does: special tokens that it spells are special tokens."""
         promise, self._reader.encode_special_tokens = self._reader.encode_special_tokens, False
         try:
             ids, offsets = encode_with_offsets(self._reader, before + text)
@@ -274,7 +288,7 @@ class ChatTemplate:
         return ids[begun:], spans
 
     def _control_spans(self, text: str, encoded: _Encoded) -> Iterator[tuple[int, int, int]]:
-        """Each control token's place among the tokens, and the characters that it stands for, from begin to end.
+        """Yields the place of each control token among the tokens, and where its characters begin and end.
 
         An unknown character has the id of a special token too, and does not spell it.
         """
@@ -313,7 +327,7 @@ class ChatTemplate:
         return ids
 
     def _text_ids(self, text: str, first: bool) -> list[int]:
-        """The ids of text, cut within each control token that the tokenizer reads in it."""
+        """Returns the ids of a text, which is cut within each control token that the tokenizer reads in it."""
         ids: list[int] = []
         parts = [text]
         while parts:
@@ -332,7 +346,7 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class _Disguise:
-    """Each character of the control tokens as one that no message holds.
+    """A replacement of each character of the control tokens by one that no message holds.
 
     White space is not disguised, because templates trim it.
     """
@@ -351,7 +365,7 @@ class _Disguise:
         return text.translate(self.private)
 
     def put_on_signs(self, text: str) -> str:
-        """On all characters but letters and digits."""
+        """Replaces all characters but letters and digits."""
         return text.translate(self._signs)
 
     def removed(self, text: str) -> str:

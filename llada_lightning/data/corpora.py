@@ -1,6 +1,6 @@
-"""Corpora: where documents come from. Everything streams; memory holds one document, never the corpus.
+"""Corpora: the sources of documents. Everything streams; memory holds one document, never the corpus.
 
-A source is written as one argument of the command line:
+A source is one argument of the command line:
 
 - ``python-stdlib``: the running interpreter's own library, a corpus that every machine has;
 - a text file, a JSONL file (``.jsonl``, ``.ndjson``, ``.json`` with one object a line), or a folder of such files, read
@@ -27,10 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llada_lightning.data.facts_corpus import FACTS, facts_source
-from llada_lightning.data.facts_corpus import VERSION as FACTS_VERSION
-from llada_lightning.data.igsm import VERSION as IGSM_VERSION
-from llada_lightning.data.igsm import igsm_source
+from llada_lightning.data.generated import FactsSource, GeneratedSource, IgsmSource, facts_source, igsm_source
 from llada_lightning.data.text_files import (
     READ_ERRORS,
     Meter,
@@ -45,27 +42,26 @@ from llada_lightning.support.files import expanded
 
 PYTHON_STDLIB = "python-stdlib"
 HUB_PREFIX = "hf:"
-IGSM = "igsm"
 _SAMPLED_BYTES = 1 << 16
 _FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 _HUB_EXTRA = "install it with: pip install 'llada-lightning[hf]'"
 
 FileLister = Callable[[], Iterator[tuple[str, Path]]]
-"""Gives (relative path, path) of each file, sorted. Called anew for every pass, so that no list is held."""
+"""Yields (relative path, path) of each file, sorted. It is called for every pass, so that no list is held."""
 
 
 class UnreadableError(Exception):
-    """A file that its kind of corpus leaves out."""
+    """A file that this kind of corpus leaves out."""
 
 
 class Corpus(ABC):
     """A stream of documents that can be read more than once.
 
     Attributes:
-        identity: path-independent facts that tell this corpus from another; ``digest`` sums them up.
-        total_bytes: bytes of the source as stored, where that is known beforehand.
-        skipped: files of the last pass that hold no readable text.
+        identity: The facts that distinguish this corpus from others, whatever its path; ``digest`` is their hash.
+        total_bytes: The number of bytes of the source as stored, where it is known in advance.
+        skipped: The number of files of the last pass without readable text.
     """
 
     identity: dict[str, Any]
@@ -74,7 +70,7 @@ class Corpus(ABC):
 
     @abstractmethod
     def documents(self) -> Iterator[str]:
-        """Each document that holds more than white space, in the source's order.
+        """Yields each document that holds more than white space, in the order of the source.
 
         Raises:
             UserError: the source cannot be read, or lacks the named field.
@@ -82,11 +78,11 @@ class Corpus(ABC):
 
     @property
     def position(self) -> int:
-        """Bytes of the source (as stored) that the present pass has read."""
+        """The number of bytes of the source, as stored, that the current pass has read."""
         return 0
 
     def present_identity(self) -> dict[str, Any]:
-        """The identity as the source stands now: another one where it has changed since it was opened.
+        """Returns the identity of the source as it is now, which differs if the source has changed since it was opened.
 
         Raises:
             UserError: the source cannot be read any more.
@@ -98,10 +94,11 @@ class FileCorpus(Corpus):
     """Documents from files.
 
     Args:
-        list_files: gives the files.
-        read: gives a file's documents.
-        skip_binary: leave out files that are not text (in folders), where a file named by itself is a mistake.
-        facts: what else belongs to the identity.
+        list_files: The function that yields the files.
+        read: The function that yields the documents of a file.
+        skip_binary: Whether files that are not text are left out (in folders); a named file that is not text is an
+            error.
+        facts: The other facts of the identity.
     """
 
     def __init__(
@@ -146,9 +143,9 @@ class DatasetCorpus(Corpus):
     """Documents from a Hugging Face dataset, streamed.
 
     Args:
-        spec: ``NAME[:CONFIG][@SPLIT]`` or ``FOLDER[@SPLIT]``; the split is ``train`` where none is given.
-        text_field: the column that holds the text.
-        separator: splits each text into documents.
+        spec: The dataset, ``NAME[:CONFIG][@SPLIT]`` or ``FOLDER[@SPLIT]``; the default split is ``train``.
+        text_field: The name of the column that holds the text.
+        separator: The text between the documents of a row; None: a row is one document.
     """
 
     def __init__(self, spec: str, text_field: str, separator: str | None = None) -> None:
@@ -183,10 +180,10 @@ class DatasetCorpus(Corpus):
                     yield text
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The dataset's rows.
+        """Yields the rows of the dataset.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the dataset cannot be read.
         """
         dataset = self._load()
         try:
@@ -233,8 +230,9 @@ class GeneratedCorpus(Corpus):
     """Documents that a program makes.
 
     Args:
-        facts: What tells these documents from others: the kind of source, its arguments, the version of the program.
-        generate: A function that gives the documents from the first one on, the same in every call.
+        facts: The facts that distinguish these documents from others: the kind of source, its arguments, the version of
+            the program.
+        generate: The function that yields the documents from the first one on, the same in every call.
     """
 
     def __init__(self, facts: dict[str, Any], generate: Callable[[], Iterator[str]]) -> None:
@@ -254,22 +252,29 @@ def _local_dataset(path: Path) -> dict[str, Any]:
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """An exception's words on one line, cut to ``limit`` characters."""
-    words = " ".join(str(error).split())
-    return words if len(words) <= limit else words[: limit - 1] + "…"
+    """Returns the message of an exception as one line of at most ``limit`` characters."""
+    message = " ".join(str(error).split())
+    return message if len(message) <= limit else message[: limit - 1] + "…"
 
 
 def digest_of(facts: dict[str, Any]) -> str:
-    """SHA-256 of facts written in sorted order."""
+    """Returns the SHA-256 of facts in sorted order."""
     return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
 
 
 def file_identity(list_files: FileLister, facts: dict[str, Any]) -> dict[str, Any]:
-    """Number, bytes and digest of files: relative names, sizes, and the first and last 64 KiB of each.
+    """Returns the number, the bytes and the digest of files: of their relative names, their sizes and their ends.
 
-    Neither the place nor the time of modification counts, so a copy on another machine is the same corpus. Reading
-    the ends, not all, keeps a rerun over a large corpus quick; a change in the middle of a file above 128 KiB that
-    keeps its size is not seen.
+    Neither the place nor the time of modification counts, so a copy on another machine is the same corpus. Only the
+    first and the last 64 KiB of a file are read, which keeps a rerun over a large corpus quick. A change in the middle
+    of a file above 128 KiB that keeps its size is not seen.
+
+    Args:
+        list_files: The function that yields the files.
+        facts: The facts that the digest begins with.
+
+    Raises:
+        UserError: a file cannot be read.
     """
     digest = hashlib.sha256(digest_of(facts).encode())
     count = total = 0
@@ -292,9 +297,17 @@ def file_identity(list_files: FileLister, facts: dict[str, Any]) -> dict[str, An
 def list_folder(
     folder: Path, prefix: str = "", keep: Callable[[str], bool] = lambda _: True
 ) -> Iterator[tuple[str, Path]]:
-    """The files under a folder, sorted by relative path; hidden names and links to folders are left out.
+    """Yields the files under a folder, sorted by relative path, without hidden names and links to folders.
 
-    One folder's names are held at a time, not the whole tree's. UserError where a folder cannot be read.
+    The names of one folder are held at a time, not those of the whole tree.
+
+    Args:
+        folder: The folder.
+        prefix: The text before the relative paths.
+        keep: The function that decides by its name whether a file or folder (with ``/`` behind it) is listed.
+
+    Raises:
+        UserError: a folder cannot be read.
     """
     try:
         with os.scandir(folder) as entries:
@@ -312,7 +325,7 @@ def list_folder(
 
 
 def list_path(path: Path) -> Iterator[tuple[str, Path]]:
-    """A folder's files, or the file itself.
+    """Yields the files of a folder, or the file itself.
 
     Raises:
         UserError: the path is a pipe, a device or a socket, or a folder cannot be read.
@@ -327,7 +340,7 @@ def list_path(path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _python_documents(path: Path, meter: Meter) -> Iterator[str]:
-    """A Python file's text, decoded by its own coding line, as the interpreter would."""
+    """Yields the text of a Python file, decoded by its own coding line, as the interpreter would."""
     try:
         with tokenize.open(path) as file:
             text = file.read()
@@ -350,22 +363,15 @@ def _stdlib_corpus(source: str) -> FileCorpus:
     return FileCorpus(lambda: list_folder(root, keep=wanted), _python_documents, skip_binary=False, facts=facts)
 
 
-def _igsm_corpus(source: str) -> GeneratedCorpus:
-    made = igsm_source(source)
-    facts = {"kind": IGSM, "count": made.count, "seed": made.seed, "version": IGSM_VERSION}
-    return GeneratedCorpus(facts, made.documents)
-
-
-def _facts_corpus(source: str) -> GeneratedCorpus:
-    made = facts_source(source)
-    facts = {"kind": FACTS, "count": made.count, "seed": made.seed, "version": FACTS_VERSION}
+def _generated_corpus(made: GeneratedSource) -> GeneratedCorpus:
+    facts = {"kind": made.kind, "count": made.count, "seed": made.seed, "version": made.version}
     return GeneratedCorpus(facts, made.documents)
 
 
 SOURCES: dict[str, Callable[[str], Corpus]] = {
     PYTHON_STDLIB: _stdlib_corpus,
-    IGSM: _igsm_corpus,
-    FACTS: _facts_corpus,
+    IgsmSource.kind: lambda source: _generated_corpus(igsm_source(source)),
+    FactsSource.kind: lambda source: _generated_corpus(facts_source(source)),
 }
 """The sources that make their own documents: the part of the argument before the first colon -> a function of the whole
 argument that opens the corpus. Files and datasets are none of them: they have fields and separators."""
@@ -389,7 +395,7 @@ def register(prefix: str, opener: Callable[[str], Corpus]) -> None:
 
 @dataclass(frozen=True)
 class _FileReader:
-    """Reads one file's documents by the kind that its name tells."""
+    """Yields the documents of a file by the kind that its name tells."""
 
     text_field: str
     separator: str | None
@@ -403,13 +409,13 @@ class _FileReader:
 
 
 def open_corpus(source: str, *, text_field: str = "text", document_separator: str | None = None) -> Corpus:
-    """The corpus that an argument names.
+    """Returns the corpus of a source.
 
     Args:
-        source: The argument, written as at the beginning of this module.
+        source: The name of the source, as the beginning of this module lists them.
         text_field: The field (JSONL) or column (dataset) that holds the text.
-        document_separator: The text between two documents of a text file, or of a text of JSONL or of a dataset.
-            None: a text is one document.
+        document_separator: The text between the documents of a text file, of a line of JSONL or of a row of a dataset;
+            None: each is one document.
 
     Raises:
         UserError: The source is not known or cannot be listed, or its documents cannot be split by a separator.
@@ -442,5 +448,5 @@ def open_corpus(source: str, *, text_field: str = "text", document_separator: st
 
 
 def documents(source: str, *, text_field: str = "text", document_separator: str | None = None) -> Iterator[str]:
-    """The documents of a source, one by one; arguments and errors as :func:`open_corpus`."""
+    """Yields the documents of a source; arguments and errors as :func:`open_corpus`."""
     return open_corpus(source, text_field=text_field, document_separator=document_separator).documents()

@@ -1,12 +1,13 @@
-"""The streaming data module that both objectives share."""
+"""The data module of pre-training, which all objectives share."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 from torch.utils.data import DataLoader
 
-from llada_lightning.compute.flops import MASK_EPS, expected_length
+from llada_lightning.compute.flops import expected_length
 from llada_lightning.data.datasets import (
     ForwardProcess,
     OrdinalSampler,
@@ -27,67 +28,40 @@ from llada_lightning.data.manifest import (
     read_tokenizer_text,
 )
 from llada_lightning.data.order import WINDOW_SHARDS, Mixture
-from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.run import sequences_read
 from llada_lightning.support.errors import UserError
 
 
 class TokenDataModule(LanguageDataModule):
-    """Streams fixed-length sequences of one corpus or of a weighted mixture, with their noise.
+    """Streams sequences of fixed length from one prepared corpus, or from a weighted mixture of several.
 
-    The order and the noise are pure functions of (seed, ordinal): the number of devices, workers and micro-batches
-    changes nothing, and a resumed run needs its step only.
+    Order and noise are pure functions of (seed, ordinal): the number of devices, workers and micro-batches changes no
+    result, and a resumed run needs only its step.
 
     Args:
-        path: a folder (or URL) that `llada prepare` wrote, or a mapping from folders to mixture weights.
-        sequence_length: L, tokens of a sequence.
-        global_batch: The number of sequences of an optimizer step, exactly; null: by the rule of `rules.batch`.
-        micro_batch: sequences of a forward pass on one device; null: the global batch over devices and accumulation.
-        val_sequences: validation sequences, the same for every run; null: all of the validation split.
-        val_batch: sequences of a validation batch on one device; null: as micro_batch.
-        random_length_share: share of the training sequences cut to a random length (paper, Sec. 2.2).
-        mask_eps: smallest mask probability of the forward process.
-        time_sampling: t stratified over the global batch (weyl) or independent (iid).
-        window_shards: shards whose sequences are shuffled together.
-        workers: loader processes; 0 loads in the training process; null: 2 where a GPU trains, else 0.
-        seed: of order and noise; null: the run's seed.
-        val_seed: of the validation set's choice and noise, shared by runs that are to be compared.
-        document_mask: keep attention within each document of a sequence, in training and validation. FLOPs are
-            counted as of full attention: an upper count.
-        train_tokens: distinct tokens of the training split that are read, again and again; null: all. They are the
-            beginnings of all its shards, the same for every seed; of a mixture each source gives its weight's share.
+        path: The folder (or URL) that `llada prepare` wrote, or a mapping from such folders to mixture weights.
+        sequence_length: The number of tokens of a sequence (L).
+        random_length_share: The share of the training sequences that are cut to a random length (paper, Sec. 2.2).
+        window_shards: The number of shards whose sequences are shuffled together.
+        document_mask: Whether a token attends only to its own document within the sequence, in training and in
+            validation. FLOPs are counted as for full attention, which is an upper count.
+        train_tokens: The number of distinct training tokens, which are read again and again; null: all. They come from
+            the beginning of each shard and are the same for every seed; each source of a mixture gives the share of
+            its weight.
+        loader: The other settings of :class:`LanguageDataModule`, by name.
     """
 
     def __init__(
         self,
         path: dict[str, float] | str,
         sequence_length: int = 256,
-        global_batch: int | None = None,
-        micro_batch: int | None = None,
-        val_sequences: int | None = 512,
-        val_batch: int | None = None,
         random_length_share: float = 0.01,
-        mask_eps: float = MASK_EPS,
-        time_sampling: TimeSampling = "weyl",
         window_shards: int = WINDOW_SHARDS,
-        workers: int | None = None,
-        seed: int | None = None,
-        val_seed: int = 0,
         document_mask: bool = False,
         train_tokens: int | None = None,
+        **loader: Any,
     ) -> None:
-        super().__init__(
-            sequence_length,
-            global_batch,
-            micro_batch,
-            val_sequences,
-            val_batch,
-            mask_eps,
-            time_sampling,
-            workers,
-            seed,
-            val_seed,
-        )
+        super().__init__(sequence_length=sequence_length, **loader)
         if window_shards < 1:
             raise UserError(f"data.window_shards: {window_shards} must be at least 1")
         if not path:
@@ -98,16 +72,17 @@ class TokenDataModule(LanguageDataModule):
             raise UserError(f"data.train_tokens: {train_tokens} is below one sequence of {sequence_length}; raise it")
         self.train_tokens = train_tokens
         self.weights = {path: 1.0} if isinstance(path, str) else dict(path)
-        self.random_length_share, self.window_shards, self.document_mask = (
-            random_length_share,
-            window_shards,
-            document_mask,
-        )
+        self.random_length_share, self.window_shards = random_length_share, window_shards
+        self.document_mask = document_mask
         self._manifests: list[Manifest] | None = None
 
     @property
     def manifests(self) -> list[Manifest]:
-        """One manifest a source; read once."""
+        """The manifest of each source, read once.
+
+        Raises:
+            UserError: a manifest is missing or damaged, or the sources have different tokenizers.
+        """
         if self._manifests is None:
             self._manifests = [read_manifest(folder) for folder in self.weights]
             first, *others = self._manifests
@@ -121,7 +96,7 @@ class TokenDataModule(LanguageDataModule):
 
     @property
     def tokenizer(self) -> TokenizerInfo:
-        """Vocabulary size, special ids and fingerprint of the sources' one tokenizer."""
+        """Vocabulary size, special ids and fingerprint of the one tokenizer of all sources."""
         return self.manifests[0].tokenizer
 
     def tokenizer_files(self) -> dict[str, str]:
@@ -129,7 +104,7 @@ class TokenDataModule(LanguageDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """Of the corpus, or of the mixture with its weights."""
+        """The fingerprint of the corpus, or of the mixture with its weights."""
         if len(self.manifests) == 1:
             return self.manifests[0].fingerprint
         parts = [f"{m.fingerprint}:{w!r}" for m, w in zip(self.manifests, self.weights.values(), strict=True)]
@@ -137,42 +112,44 @@ class TokenDataModule(LanguageDataModule):
 
     @property
     def tokens_per_sequence(self) -> float:
-        """The expected tokens of a training sequence: below L by the sequences of random length."""
+        """The expected number of tokens of a training sequence: below L, because some have a random length."""
         return expected_length(self.sequence_length, self.random_length_share)
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the validation text: the mean of its split, sources by weight."""
+        """UTF-8 bytes of the validation text for each token: the mean over the sources by their weights."""
         weights = list(self.weights.values())
         by_source = [m.splits["val"].bytes_per_token for m in self.manifests]
         return sum(w * b for w, b in zip(weights, by_source, strict=True)) / sum(weights)
 
     @property
     def lost_share(self) -> float:
-        """Of the source that loses most."""
+        """The share of the validation text's bytes that its tokens do not decode to: the largest of all sources."""
         return max(manifest.splits["val"].lost_share for manifest in self.manifests)
 
     def unique_tokens(self, steps: int) -> int:
-        """Distinct tokens that a run of ``steps`` steps reads (of full sequences)."""
+        """The number of distinct tokens (of full sequences) that a run of ``steps`` steps reads."""
         return sum(min(read, items) for read, items in self._read_of(steps)) * self.sequence_length
 
     def epochs(self, steps: int) -> float:
-        """How often a run of ``steps`` steps reads the source that it repeats most."""
+        """The number of passes of a run of ``steps`` steps over the source that it repeats most."""
         return max(read / items for read, items in self._read_of(steps))
 
     def _read_of(self, steps: int) -> list[tuple[int, int]]:
-        """For each source the sequences that a run reads, repeats counted, and those that there are."""
+        """The number of sequences of each source that a run reads, repeats counted, and that the source has."""
         read = Mixture(list(self.weights.values())).consumed(steps * self.batch)
         return list(zip(read.tolist(), self._train_sequences(), strict=True))
 
     def _train_sequences(self) -> list[int]:
-        """Of each source the training sequences that are read at all."""
+        """The number of training sequences of each source that are read at all."""
         present = [m.splits["train"].items(self.sequence_length) for m in self.manifests]
         return sequences_read(present, list(self.weights.values()), self.sequence_length, self.train_tokens)
 
     def check(self) -> None:
-        """Refuse a data folder that cannot serve: missing, cut or foreign files, sequences longer than a
-        shard. The shards' bytes are checked when they are read."""
+        """Refuses a data folder with missing, cut or foreign files, or whose shards are shorter than a sequence.
+
+        The bytes of a shard are checked when it is first read.
+        """
         for folder, manifest in zip(self.weights, self.manifests, strict=True):
             check_shards(folder, manifest)
             check_sequence_length(manifest, self.sequence_length)
@@ -217,12 +194,12 @@ class TokenDataModule(LanguageDataModule):
 
 
 def _for_litdata(folder: str) -> str:
-    """As litdata takes it: ``~`` and ``file://`` resolved; ``local:``, its stand-in for a remote place, kept."""
+    """A folder as litdata takes it: ``~`` and ``file://`` resolved; its own prefix ``local:`` kept."""
     return (folder if folder.startswith("local:") else local_path(folder) or folder).rstrip("/")
 
 
 def available_sequences(stream: TokenStream, wanted: int | None) -> int:
-    """Validation sequences before any source repeats, at most ``wanted``."""
+    """Returns the number of validation sequences before any source repeats, at most ``wanted``."""
     totals = [order.items for order in stream.orders]
     low, high = 0, sum(totals) + 1
     while high - low > 1:

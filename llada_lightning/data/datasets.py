@@ -1,7 +1,4 @@
-"""What the loaders hand to the modules: tokens beside their noise.
-
-Map-style data sets from ordinals to batches: tokens from litdata shards, noise from counters.
-"""
+"""Map-style data sets from ordinals to batches: tokens from litdata shards, noise from counters."""
 
 from __future__ import annotations
 
@@ -25,7 +22,14 @@ from llada_lightning.support.errors import UserError
 
 @dataclass(frozen=True)
 class ForwardProcess:
-    """How the noise of pre-training is drawn (see ``objectives.forward_process``)."""
+    """The settings of the noise of pre-training (see ``objectives.forward_process``).
+
+    Args:
+        seed: The seed of the noise.
+        eps: The smallest mask probability.
+        time_sampling: How the mask ratios are drawn.
+        random_length_share: The share of the sequences that are cut to a random length.
+    """
 
     seed: int
     eps: float
@@ -37,13 +41,14 @@ class TokenStream:
     """The sequences of one split of a weighted mixture, by ordinal.
 
     Args:
-        folders: the prepared folders (or URLs), as litdata takes them; one a source.
-        manifests: of the folders.
-        split: "train" or "val".
-        weights: of the mixture.
-        sequence_length: L.
-        seed: of the order.
-        window_shards: shards whose items are shuffled together.
+        folders: The prepared folder (or URL) of each source, as litdata takes it.
+        manifests: The manifest of each folder.
+        split: The name of the split, "train" or "val".
+        weights: The weight of each source in the mixture.
+        sequence_length: The number of tokens of a sequence (L).
+        seed: The seed of the order.
+        window_shards: The number of shards whose items are shuffled together.
+        limits: The number of sequences of each source that are read at all; None: all.
     """
 
     def __init__(
@@ -77,12 +82,12 @@ class TokenStream:
         ]
 
     def locate(self, ordinal: int) -> tuple[int, int]:
-        """Source and item of an ordinal."""
+        """Returns the source and the item of an ordinal."""
         source, position = self.mixture.locate(ordinal)
         return source, self.orders[source].item(position)
 
     def tokens(self, ordinals: Sequence[int]) -> Tensor:
-        """(B, L) int64.
+        """Returns the tokens of ordinals: (B, L) int64.
 
         Raises:
             UserError: a shard is not what was prepared, or holds a token that the tokenizer does not have.
@@ -99,10 +104,14 @@ class TokenStream:
         return tokens_BL
 
     def document(self, ordinal: int, eos_token_id: int) -> int:
-        """A number for the document that a sequence begins in, equal for all sequences that do.
+        """Returns a number that is equal for all sequences that begin in the same document.
 
-        It is the place of the document's beginning: of the last EOS before the sequence, looked for backwards. EOS
-        ends every document.
+        It is the position of the document's first token, behind the last EOS before the sequence. EOS ends every
+        document.
+
+        Args:
+            ordinal: The ordinal of the sequence.
+            eos_token_id: The id of EOS.
         """
         source, item = self.locate(ordinal)
         begin, passed = self._place(source, 0), []
@@ -120,16 +129,25 @@ class TokenStream:
         return begin
 
     def _place(self, source: int, item: int) -> int:
-        """A sequence's first token, counted over all sources."""
+        """The position of the first token of a sequence, counted over all sources."""
         return (sum(order.items for order in self.orders[:source]) + item) * self.sequence_length
 
     def consumed_items(self, ordinals: int) -> list[int]:
-        """Sequences read from each source by the first ``ordinals`` ones, repeats counted."""
+        """Returns the number of sequences of each source among the first ``ordinals``, repeats counted."""
         return [int(count) for count in self.mixture.consumed(ordinals)]
 
 
 class TrainingDataset(Dataset[TrainingBatch]):
-    """Ordinals of a micro-batch -> the micro-batch; with ``document_mask``, what belongs to which document."""
+    """The micro-batch of a list of ordinals.
+
+    Args:
+        stream: The sequences of the training split.
+        process: The settings of the noise.
+        eos_token_id: The id of EOS.
+        global_batch: The number of sequences of an optimizer step.
+        micro_batch: The number of sequences of a micro-batch.
+        document_mask: Whether the batch tells which token belongs to which document.
+    """
 
     def __init__(
         self,
@@ -177,13 +195,21 @@ class TrainingDataset(Dataset[TrainingBatch]):
         )
 
     def _global_tokens(self, ordinal: int) -> int:
-        """Tokens of the global batch that holds an ordinal: known to every rank without communication."""
+        """The number of tokens of the global batch of an ordinal, which every rank knows without communication."""
         first = ordinal - ordinal % self.global_batch
         return int(self._lengths(np.arange(first, first + self.global_batch)).sum())
 
 
 class ValidationDataset(Dataset[ValidationBatch]):
-    """Ordinals of a validation batch -> the batch, with Eq. 14's masks. Ordinals beyond ``sequences`` fill up."""
+    """The validation batch of a list of ordinals, with the masks of Eq. 14.
+
+    Args:
+        stream: The sequences of the validation split.
+        sequences: The number of validation sequences; the rows of larger ordinals only fill the batch.
+        noise_seed: The seed of the masks.
+        eos_token_id: The id of EOS.
+        document_mask: Whether the batch tells which token belongs to which document.
+    """
 
     def __init__(
         self, stream: TokenStream, sequences: int, noise_seed: int, eos_token_id: int, document_mask: bool = False
@@ -209,20 +235,27 @@ class ValidationDataset(Dataset[ValidationBatch]):
 
 
 def document_numbers(tokens_BL: Tensor, eos_token_id: int) -> Tensor:
-    """(B, L) int64: which document of its sequence a token belongs to, counted from 0. EOS ends its document.
+    """Returns the number of the document of each token within its sequence, from 0: (B, L) int64. EOS ends a document.
 
-    Of the true tokens: what is masked still belongs to its document. For `arm` these are the documents of what is
-    predicted; the input there stands one place behind, so that a document's first token is predicted from EOS alone.
+    The true tokens count: a masked token still belongs to its document. In autoregression these are the documents of
+    the predicted tokens; the input is shifted by one, so that a document's first token is predicted from EOS alone.
     """
     ends_BL = (tokens_BL == eos_token_id).long()
     return ends_BL.cumsum(dim=1) - ends_BL
 
 
 class OrdinalSampler(Sampler[list[int]]):
-    """The ordinals of each micro-batch of one rank, from a given step on, without end.
+    """The ordinals of each micro-batch of one rank, from a step on, without end.
 
     Step s consumes the ordinals sG to sG + G - 1. Micro-batch a of rank r takes the (a * ranks + r)-th run of
     ``micro_batch`` ordinals, so that ranks and accumulation only cut the same global batch.
+
+    Args:
+        first_step: The first optimizer step.
+        global_batch: The number of sequences of an optimizer step (G).
+        micro_batch: The number of sequences of a micro-batch.
+        rank: The rank of this process among those that read different sequences.
+        ranks: The number of these processes.
     """
 
     def __init__(self, first_step: int, global_batch: int, micro_batch: int, rank: int, ranks: int) -> None:
@@ -240,8 +273,16 @@ class OrdinalSampler(Sampler[list[int]]):
 
 
 class StridedSampler(Sampler[list[int]]):
-    """Batches of the ordinals 0..sequences-1 of one rank; every rank has the same number of full batches, whose
-    ordinals run past the end where the sequences do not divide."""
+    """The ordinals 0 to ``sequences`` - 1 of one rank in batches.
+
+    Every rank has the same number of full batches, so that the last ordinals may be past the end.
+
+    Args:
+        sequences: The number of validation sequences.
+        batch: The number of sequences of a batch.
+        rank: The rank of this process among those that read different sequences.
+        ranks: The number of these processes.
+    """
 
     def __init__(self, sequences: int, batch: int, rank: int, ranks: int) -> None:
         self.sequences, self.batch, self.rank, self.ranks = sequences, batch, rank, ranks
@@ -256,5 +297,5 @@ class StridedSampler(Sampler[list[int]]):
 
 
 def take_batch(batch: Any) -> Any:
-    """The loader's collate function: the data sets make whole batches."""
+    """Returns the batch as it is: the collate function of the loaders, whose data sets make whole batches."""
     return batch

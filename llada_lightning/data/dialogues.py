@@ -12,7 +12,7 @@ from typing import Any, cast, get_args
 
 from llada_lightning.data.chat import Message, Role
 from llada_lightning.data.corpora import HUB_PREFIX, DatasetCorpus, list_path
-from llada_lightning.data.text_files import Meter, UnreadFields, json_records, mended, present_fields, some
+from llada_lightning.data.text_files import Meter, UnreadFields, json_records, present_fields, some, without_surrogates
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded
 from llada_lightning.support.printing import shortened
@@ -22,24 +22,26 @@ _PAIRS = (("prompt", "response"), ("question", "answer"), _ALPACA)
 _LISTS = ("messages", "conversations")
 _SYSTEM = ("system", "system_prompt")
 _FLAGS = ("weight", "loss", "train", "training")
-"""Names that OpenAI's format, ms-swift and Axolotl give to whether an answer is learned."""
+"""The names, in the formats of OpenAI, ms-swift and Axolotl, of the field that tells whether an answer is learned."""
 _OF_FORMS = (*_LISTS, *(field for pair in _PAIRS for field in pair), "input", *_SYSTEM, "history")
 _ROLES = {"human": "user", "gpt": "assistant"}
-"""Names of roles that some datasets have."""
+"""The roles under the names that some datasets use."""
 _FORMS = "; a row has " + ", or ".join(f"'{first}' and '{second}'" for first, second in _PAIRS) + ", or 'messages'"
-_NO_LIST = "'messages' is no list of messages with 'role' and 'content'"
+_NO_LIST = "'messages' is not a list of messages with 'role' and 'content'"
 _NO_ANSWER = "a last message of the user, which has no answer"
 
 
 class Context(Message):
-    """An answer that is not learned: later answers are given after it."""
+    """An answer that is not learned; it is part of the prompt of later answers."""
 
 
 def read_dialogues(source: str) -> Iterator[tuple[str, list[Message]]]:
-    """Each row's place, for people, and its messages, which end with an answer. A note names what is not read.
+    """Yields the place of each row, for messages, and its dialogue, which ends with an answer.
+
+    A note on stderr names the fields that are not read.
 
     Args:
-        source: a JSONL file (compressed or not), a folder of them, or ``hf:NAME[:CONFIG][@SPLIT]``.
+        source: The path of a JSONL file (compressed or not) or of a folder of them, or ``hf:NAME[:CONFIG][@SPLIT]``.
 
     Raises:
         UserError: there is no such source, or a row is not a dialogue; the message names the row.
@@ -64,7 +66,7 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
 
 
 def dialogue(row: Any, where: str, unread: UnreadFields | None = None) -> list[Message]:
-    """The messages of one row: a system's first where there is one, then user and assistant by turns.
+    """Returns the messages of one row: that of the system if there is one, then user and assistant by turns.
 
     A row has ``messages`` (``role`` and ``content``), ``conversations`` (ShareGPT's ``from`` and ``value``), or a pair
     of texts: ``prompt`` and ``response``, ``question`` and ``answer``, ``instruction`` and ``output``. Alpaca's
@@ -73,12 +75,12 @@ def dialogue(row: Any, where: str, unread: UnreadFields | None = None) -> list[M
     dialogue like the last one. An answer whose ``weight`` is 0 is a :class:`Context`.
 
     Args:
-        row: the row.
-        where: its place, for people.
-        unread: is given the row's fields that are not read.
+        row: The row.
+        where: The place of the row, for messages.
+        unread: The counter that the fields of the row which are not read are added to.
 
     Raises:
-        UserError: fields are missing, empty, unknown or say different things, or the turns are not in this order.
+        UserError: fields are missing, empty, unknown or contradict one another, or the turns are not in this order.
     """
     if not isinstance(row, dict):
         raise UserError(f"{where}: holds {type(row).__name__}, not a JSON object{_FORMS}")
@@ -101,12 +103,12 @@ def dialogue(row: Any, where: str, unread: UnreadFields | None = None) -> list[M
     for name in _FLAGS:
         if fields.get(name, 1) != 1:
             raise UserError(
-                f"{where}: '{name}' of the row is {_quoted(fields[name])}; 1 alone is known, remove the field"
+                f"{where}: '{name}' of the row is {_quoted(fields[name])}; only 1 is supported, remove the field"
             )
     unread.add_row(fields, (*_OF_FORMS, *_FLAGS), where)
     for name in (name for name in _OF_FORMS if name in fields and name not in read):
         if not _repeats(fields[name], messages, where):
-            raise UserError(f"{where}: '{name}' says what {' and '.join(form)} do not; remove one of them")
+            raise UserError(f"{where}: '{name}' differs from what {' and '.join(form)} hold; remove one of them")
     turns = messages[1:] if messages[0].role == "system" else messages
     _check_turns(turns, where)
     if messages[-1].role != "assistant":
@@ -140,7 +142,7 @@ def _history(given: Any, where: str) -> Iterator[Message]:
     pairs = given if isinstance(given, list) else [None]
     for number, pair in enumerate(pairs, 1):
         if not (isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2):
-            raise UserError(f"{where}: 'history' is no list of [prompt, response] pairs; write it so, or remove it")
+            raise UserError(f"{where}: 'history' is not a list of [prompt, response] pairs; write it so, or remove it")
         said = [_text(text, f"{where}: pair {number} of 'history'") for text in pair]
         yield from (Message("user", said[0]), Message("assistant", said[1]))
 
@@ -165,7 +167,7 @@ def _messages(given: Any, where: str, unread: UnreadFields) -> list[Message]:
 
 
 def _is_learned(fields: dict[str, Any], role: str, place: str) -> bool:
-    """Whether a message's flags say so; an answer is learned where it has none."""
+    """Whether the flags of a message are 1; an answer without flags is learned."""
     flags = {name: fields[name] for name in _FLAGS if name in fields}
     for name, value in flags.items():
         if value not in (0, 1):
@@ -192,7 +194,7 @@ def _check_turns(turns: Sequence[Message], where: str) -> None:
 
 
 def _repeats(value: Any, messages: Sequence[Message], where: str) -> bool:
-    """Whether the messages say already what a field of another form holds."""
+    """Whether the messages hold already what a field of another form holds."""
     if isinstance(value, str):
         return value.strip() in {message.content.strip() for message in messages} or not value.strip()
     said = [message for message in messages if message.role != "system"]
@@ -207,14 +209,14 @@ def _one_of(fields: dict[str, Any], names: tuple[str, str], place: str) -> Any:
     """The value of a field that has two names."""
     values = [fields[name] for name in names if name in fields]
     if len(values) == 2 and values[0] != values[1]:
-        raise UserError(f"{place}: '{names[0]}' and '{names[1]}' say different things; remove one of them")
+        raise UserError(f"{place}: '{names[0]}' and '{names[1]}' differ; remove one of them")
     return values[0] if values else None
 
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where} holds {type(value).__name__}, not text; correct the row, or remove it")
-    return mended(value)
+    return without_surrogates(value)
 
 
 def _quoted(value: Any) -> str:
@@ -222,9 +224,9 @@ def _quoted(value: Any) -> str:
 
 
 def answered_turns(messages: Sequence[Message]) -> list[list[Message]]:
-    """An n-turn dialogue as n single-turn ones: each answer with all that was said before it (paper, App. B.1).
+    """Returns an n-turn dialogue as n single-turn ones: each answer with all messages before it (paper, App. B.1).
 
-    An answer that is not learned is part of what was said before, and no turn of its own.
+    An answer that is not learned is one of the messages before, and not a turn of its own.
     """
     learned = (i for i, message in enumerate(messages) if message.role == "assistant" and type(message) is not Context)
     return [list(messages[: i + 1]) for i in learned]

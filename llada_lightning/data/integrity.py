@@ -1,4 +1,4 @@
-"""Whether a prepared folder's files are those of its manifest: quickly before training, in full on request.
+"""Compares the files of a prepared folder with its manifest: quickly before training, in full on request.
 
 The quick check reads no shard: ``ShardReader`` compares a shard's bytes with their checksum when it first reads it.
 """
@@ -47,11 +47,11 @@ class Damage:
 
 @dataclass(frozen=True)
 class Verification:
-    """What reading all of a prepared folder has found.
+    """The result of reading all of a prepared folder.
 
     Args:
         manifest: The manifest of the folder.
-        files: The number of files that belong to it.
+        files: The number of files that belong to the folder.
         damaged: The files that are not as they were written, in the order of the manifest.
     """
 
@@ -74,10 +74,14 @@ class Verification:
 
 
 def check_shards(folder: str | os.PathLike[str], manifest: Manifest) -> None:
-    """Checks that every file of a local folder is there in its full size, with the index and the tokenizer of the
-    manifest; a remote folder is left to the loader.
+    """Checks that every file of a local folder has its full size, and that index and tokenizer fit the manifest.
 
-    litdata would wait for a missing shard as for a download, and read past the end of a short one.
+    litdata would wait for a missing shard as for a download, and read past the end of a short one. A remote folder is
+    not checked here; its shards are compared with the manifest when they are read.
+
+    Args:
+        folder: The path of the folder, or its URL.
+        manifest: The manifest of the folder.
 
     Raises:
         UserError: a file is missing, has another size, or is of another folder.
@@ -91,7 +95,7 @@ def check_shards(folder: str | os.PathLike[str], manifest: Manifest) -> None:
 
 
 def _quick_damages(root: str, manifest: Manifest) -> Iterator[Damage]:
-    yield from _text_damages(root, TOKENIZER_NAME, partial(tokenizer_problem, info=manifest.tokenizer))
+    yield from _tokenizer_damages(root, manifest)
     for name, split in manifest.splits.items():
         yield from _index_damages(root, name, split, manifest.dtype)
         for shard in split.shards:
@@ -105,7 +109,7 @@ def _quick_damages(root: str, manifest: Manifest) -> Iterator[Damage]:
 
 
 def tokenizer_problem(text: str, info: TokenizerInfo) -> str | None:
-    """What is wrong with the text of a ``tokenizer.json``, if it is not the manifest's."""
+    """Returns what is wrong with the text of a ``tokenizer.json``; None where it is the one of the manifest."""
     try:
         fingerprint = tokenizer_fingerprint(text, info.eos_id, info.mask_id)
     except (ValueError, RecursionError):
@@ -116,7 +120,7 @@ def tokenizer_problem(text: str, info: TokenizerInfo) -> str | None:
 
 
 def index_problem(text: str, split: Split, dtype: str) -> str | None:
-    """What is wrong with the text of litdata's ``index.json``, if it is not that of a split's shards."""
+    """Returns what is wrong with the text of an ``index.json`` of litdata; None where it lists the split's shards."""
     expected = [
         {"filename": os.path.basename(shard.file), "chunk_bytes": shard.size, "dim": shard.tokens, "chunk_size": 1}
         for shard in split.shards
@@ -133,8 +137,12 @@ def index_problem(text: str, split: Split, dtype: str) -> str | None:
         where = f"at shard {other}" if other is not None else f"({len(found)} shards, expected {len(expected)})"
         return f"differs from the manifest {where}"
     if stored not in [([name], None, None) for name in _INDEX_DTYPES[dtype]]:
-        return f"says that tokens are stored as {', '.join(map(str, stored))}, expected plain {dtype}"
+        return f"gives {', '.join(map(str, stored))} as the format of the tokens, expected plain {dtype}"
     return None
+
+
+def _tokenizer_damages(folder: str, manifest: Manifest) -> Iterator[Damage]:
+    return _text_damages(folder, TOKENIZER_NAME, partial(tokenizer_problem, info=manifest.tokenizer))
 
 
 def _index_damages(folder: str, name: str, split: Split, dtype: str) -> Iterator[Damage]:
@@ -173,12 +181,12 @@ def _unreadable(error: Exception) -> str:
 def verify(folder: str | os.PathLike[str], read: Callable[[int], Any] = lambda _: None) -> Verification:
     """Reads all of a prepared folder and compares it with its manifest.
 
-    Of each shard the checksum and the range of its tokens; of each split the number of documents, which EOS ends; the
-    indices, the tokenizer, and the manifest itself.
+    The checksum and the range of the tokens of each shard are compared, the number of documents of each split (EOS ends
+    a document), the indices, the tokenizer, and the manifest itself.
 
     Args:
-        folder: a path, or a URL that fsspec opens, which is streamed through memory.
-        read: is told of each block of a shard's bytes that has been read.
+        folder: The path of the folder, or a URL that fsspec opens, which is streamed through memory.
+        read: The function that is called with the number of bytes of each block of a shard that has been read.
 
     Raises:
         UserError: the manifest is missing, damaged or contradicts itself, so that there is nothing to compare with.
@@ -189,7 +197,7 @@ def verify(folder: str | os.PathLike[str], read: Callable[[int], Any] = lambda _
 
 
 def _damages(folder: str, manifest: Manifest, read: Callable[[int], Any]) -> Iterator[Damage]:
-    yield from _text_damages(folder, TOKENIZER_NAME, partial(tokenizer_problem, info=manifest.tokenizer))
+    yield from _tokenizer_damages(folder, manifest)
     for name, split in manifest.splits.items():
         yield from _index_damages(folder, name, split, manifest.dtype)
         documents, whole = 0, True
@@ -211,8 +219,7 @@ def _damages(folder: str, manifest: Manifest, read: Callable[[int], Any]) -> Ite
 
 @dataclass(frozen=True)
 class _Contents:
-    """What a pass over a shard's bytes tells: its size and checksum, and its tokens outside of the vocabulary, of
-    [MASK] and of EOS."""
+    """The size and checksum of a shard, and the number of its tokens beyond the vocabulary, of [MASK] and of EOS."""
 
     size: int
     sha256: str

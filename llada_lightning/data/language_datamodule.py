@@ -1,4 +1,4 @@
-"""What the data modules share: an exact global batch over ranks and micro-batches, and the loaders."""
+"""The base class of the data modules: an exact global batch over ranks and micro-batches, and the loaders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
-from llada_lightning.compute.flops import MAX_BATCH
+from llada_lightning.compute.flops import MASK_EPS, MAX_BATCH
 from llada_lightning.compute.shapes import MAX_WIDTH
 from llada_lightning.data.datasets import take_batch
 from llada_lightning.data.manifest import TOLERATED_LOSS, TokenizerInfo
@@ -25,7 +25,24 @@ from llada_lightning.support.errors import UserError
 class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
     """Training and validation sequences with their noise, both pure functions of (seed, ordinal).
 
-    The number of devices, workers and micro-batches changes nothing, and a resumed run needs its step only.
+    The number of devices, workers and micro-batches changes no result, and a resumed run needs only its step.
+
+    Args:
+        sequence_length: The number of tokens of a sequence (L).
+        global_batch: The number of sequences of an optimizer step, exactly; null: by the rule of `rules.batch`.
+        micro_batch: The number of sequences of a forward pass on one device; null: the global batch divided by devices
+            and accumulation.
+        val_sequences: The largest number of validation sequences (of dialogues, for fine-tuning), the same for every
+            run; null: no limit.
+        val_batch: The number of sequences of a validation batch on one device; null: the micro-batch.
+        mask_eps: The smallest mask probability of the forward process.
+        time_sampling: How the mask ratios t are drawn: stratified over the global batch (weyl), or independently (iid).
+        workers: The number of loader processes; 0: the training process loads; null: 2 on a GPU, else 0.
+        seed: The seed of order and noise; null: the seed of the run.
+        val_seed: The seed that chooses the validation sequences and their noise, shared by runs that are compared.
+
+    Raises:
+        UserError: a setting is out of range.
     """
 
     document_mask = False
@@ -33,15 +50,15 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
     def __init__(
         self,
         sequence_length: int,
-        global_batch: int | None,
-        micro_batch: int | None,
-        val_sequences: int | None,
-        val_batch: int | None,
-        mask_eps: float,
-        time_sampling: TimeSampling,
-        workers: int | None,
-        seed: int | None,
-        val_seed: int,
+        global_batch: int | None = None,
+        micro_batch: int | None = None,
+        val_sequences: int | None = 512,
+        val_batch: int | None = None,
+        mask_eps: float = MASK_EPS,
+        time_sampling: TimeSampling = "weyl",
+        workers: int | None = None,
+        seed: int | None = None,
+        val_seed: int = 0,
     ) -> None:
         super().__init__()
         ranges = {
@@ -72,31 +89,31 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
 
     @abstractmethod
     def tokenizer_files(self) -> dict[str, str]:
-        """What a run's folder keeps of the tokenizer: text by name of file."""
+        """The tokenizer's files that the folder of a run keeps: file name -> text."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Of all that is trained and validated on."""
+        """The hash of all data that is trained and validated on."""
 
     @property
     @abstractmethod
     def tokens_per_sequence(self) -> float:
-        """The expected tokens of a training sequence."""
+        """The expected number of tokens of a training sequence."""
 
     @property
     def expected_tokens_per_step(self) -> float:
-        """The expected tokens of a global batch."""
+        """The expected number of tokens of a global batch."""
         return self.batch * self.tokens_per_sequence
 
     @property
     def batch(self) -> int:
-        """The sequences of an optimizer step, once they are known."""
+        """The number of sequences of an optimizer step; an AssertionError before the run is resolved."""
         assert self.global_batch is not None, "the run has not been resolved"
         return self.global_batch
 
     def stream_facts(self, vocab_size: int) -> Stream:
-        """What a run is resolved from.
+        """Returns the facts of the data from which a run is resolved.
 
         Args:
             vocab_size: The width of the output head.
@@ -113,48 +130,48 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
     @property
     @abstractmethod
     def bytes_per_token(self) -> float:
-        """Of the validation text."""
+        """UTF-8 bytes of the validation text for each of its tokens."""
 
     @property
     def lost_share(self) -> float:
-        """Share of the validation text's bytes that decoding its tokens does not give back, as far as it is known."""
+        """The share of the validation text's bytes that its tokens do not decode to, as far as it is known."""
         return 0.0
 
     def bits_per_byte(self, nats_per_token: float) -> float | None:
-        """A loss in bits per byte of the validation text; None where its tokens do not give it back."""
+        """The bits per byte of a loss on the validation text; None where the tokens do not decode to that text."""
         if self.lost_share > TOLERATED_LOSS:
             return None
         return nats_per_token / self.bytes_per_token / math.log(2)
 
     @property
     def attended_length(self) -> int:
-        """The length whose attention a token costs on average."""
+        """The mean number of positions that a token attends to, as the FLOPs count them."""
         return self.sequence_length
 
     @property
     def response_share(self) -> float:
-        """Share of the tokens that the forward process may mask."""
+        """The share of the tokens that the forward process may mask."""
         return 1.0
 
     @property
     def wanted_steps(self) -> int | None:
-        """The run's length where the data module's settings say it."""
+        """The number of optimizer steps, where the settings of the data module decide it."""
         return None
 
     @abstractmethod
     def unique_tokens(self, steps: int) -> int:
-        """Distinct tokens that a run of ``steps`` steps reads."""
+        """The number of distinct tokens that a run of ``steps`` steps reads."""
 
     @abstractmethod
     def epochs(self, steps: int) -> float:
-        """How often a run of ``steps`` steps reads what it repeats most."""
+        """The number of passes of ``steps`` steps over the part of the data that is repeated most."""
 
     @abstractmethod
     def check(self) -> None:
-        """Refuse data that cannot serve.
+        """Refuses data that cannot be trained on.
 
         Raises:
-            UserError: says what is wrong with them.
+            UserError: the data is missing, damaged or too small.
         """
 
     def setup(self, stage: str | None = None) -> None:
@@ -162,26 +179,26 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
 
     @property
     def micro_batch(self) -> int:
-        """Sequences of a forward pass on one device, such that the global batch is exact."""
+        """The number of sequences of a forward pass on one device, for which the global batch is exact."""
         assert self.trainer is not None
         return self.exact_micro_batch(self._replica[1], self.trainer.accumulate_grad_batches)
 
     @property
     def _replica(self) -> tuple[int, int]:
-        """This process's rank among those that read different sequences, and their number.
+        """The rank of this process among those that read different sequences, and the number of those.
 
-        Processes of one tensor-parallel group read the same ones: they count as one.
+        The processes of one tensor-parallel group read the same sequences and count as one.
         """
         assert self.trainer is not None
         place = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         return place["rank"], place["num_replicas"]
 
     def exact_micro_batch(self, devices: int, accumulation: int) -> int:
-        """As :attr:`micro_batch`, for a trainer to be."""
+        """Returns :attr:`micro_batch` for a number of devices and of accumulated batches."""
         return exact_micro_batch(self.batch, self._micro_batch, devices, accumulation)
 
     def loader_workers(self, trainer: Trainer) -> int:
-        """Processes of each loader: as given, else 2 where a GPU trains."""
+        """Returns the number of processes of each loader: as given, else 2 on a GPU and 0 elsewhere."""
         if self.workers is not None:
             return self.workers
         return 2 if trainer.strategy.root_device.type == "cuda" else 0
@@ -203,11 +220,14 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
 
 
 _OPEN_FILES, _OPEN_FILES_OF_A_WORKER = 64, 64
-"""Files that a training process has open, libraries included, and those of batches that a worker hands over."""
+"""Open files of a training process with its libraries, and of the batches that one worker passes to it."""
 
 
 def require_open_files(workers: int) -> None:
-    """Raise this process's limit of open files to what a loader's workers need: without them they hang or die.
+    """Raises the limit of open files of this process to what the workers of a loader need; else they hang or die.
+
+    Args:
+        workers: The number of loader processes.
 
     Raises:
         UserError: the system does not allow it.
@@ -228,10 +248,16 @@ def require_open_files(workers: int) -> None:
 
 
 def exact_micro_batch(global_batch: int, micro_batch: int | None, devices: int, accumulation: int) -> int:
-    """The micro-batch for which micro-batch x devices x accumulation is the global batch.
+    """Returns the micro-batch for which micro-batch x devices x accumulation is the global batch.
+
+    Args:
+        global_batch: The number of sequences of an optimizer step.
+        micro_batch: The micro-batch that the user chose; None: the one that fits.
+        devices: The number of devices that read different sequences.
+        accumulation: The number of forward passes of an optimizer step.
 
     Raises:
-        UserError: there is none, or the given one is not it; the message names the nearest choices.
+        UserError: no micro-batch fits, or the given one does not; the message names the nearest choices.
     """
     if micro_batch is None and global_batch % (devices * accumulation) == 0:
         return global_batch // (devices * accumulation)
@@ -243,10 +269,10 @@ def exact_micro_batch(global_batch: int, micro_batch: int | None, devices: int, 
     given = f"micro-batch {micro_batch or '(whole number)'} x {devices} device(s) x accumulation {accumulation}"
     fits = [a for a in range(1, global_batch + 1) if global_batch % (per_step * a) == 0] if micro_batch else []
     exact = [a for a in fits if per_step * a == global_batch]
-    mend = (
+    fix = (
         f"set --trainer.accumulate_grad_batches {exact[0]}"
         if exact
         else f"nearest global batches: {' or '.join(map(str, choices))} with accumulation "
         f"{' or '.join(str(c // per_step) for c in choices)}"
     )
-    raise UserError(f"data.global_batch: {global_batch} is not {given}; {mend}")
+    raise UserError(f"data.global_batch: {global_batch} is not {given}; {fix}")

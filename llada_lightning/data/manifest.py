@@ -1,10 +1,8 @@
-"""The manifest of a prepared data folder: what it holds, how it was made, and whether it can be true.
+"""The manifest of a prepared data folder: what the folder holds, how it was made, and whether the parts agree.
 
 A prepared folder is ``manifest.json``, ``tokenizer.json``, and for each of the splits ``train`` and ``val`` litdata's
 ``index.json`` with its shards. Counts are taken from the manifest, never from litdata, whose lengths are shares of
 the data under several processes.
-
-What a plan needs to know of prepared data.
 """
 
 from __future__ import annotations
@@ -21,23 +19,23 @@ from llada_lightning.run import DataFacts, Source
 from llada_lightning.support.errors import UserError
 
 FORMAT = 1
-"""The version of the folder's layout that this module reads and writes."""
+"""The version of the layout of the folder that this module reads and writes."""
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 SPLITS = ("train", "val")
 TOKEN_BYTES = {"uint16": 2, "int32": 4}
-"""Bytes of a stored token, by dtype."""
+"""The bytes of a stored token, by dtype."""
 
 SHARD_HEADER = 12
-"""Bytes before a shard's tokens: litdata's number of items, which is 1, and two offsets, each uint32."""
+"""The bytes before the tokens of a shard: the number of items, which is 1, and two offsets, each uint32."""
 
 TOLERATED_LOSS = 0.001
-"""Largest share of a text's bytes that may be lost in its tokens before bits per byte are left out: they are too low by
-about this share, which their third digit does not show."""
+"""The largest share of a text's bytes that may be lost in its tokens before bits per byte are left out. They are too
+low by about this share, which their third digit does not show."""
 
 COPY_AGAIN = "copy the folder again, or delete it and prepare it again"
-"""The mend of damaged data."""
+"""How a user repairs damaged data."""
 
 _KIND = "llada-prepared-data"
 _LOCAL_PREFIXES = ("local:", "file://")
@@ -48,10 +46,10 @@ class Shard:
     """One file of tokens.
 
     Args:
-        file: path relative to the folder, with forward slashes.
-        tokens: tokens in it.
-        size: bytes of the file.
-        sha256: the file's checksum, in hexadecimal.
+        file: The path relative to the folder, with forward slashes.
+        tokens: The number of tokens.
+        size: The number of bytes of the file.
+        sha256: The checksum of the file, in hexadecimal.
     """
 
     file: str
@@ -65,12 +63,12 @@ class Split:
     """The training or the validation documents.
 
     Args:
-        documents: documents in the split.
-        tokens: tokens, with one EOS for each document.
-        bytes: UTF-8 bytes of the documents' text.
-        shards: in the stream's order.
-        lost_bytes: those of ``bytes`` that decoding the tokens does not give back (`encoding.lost_bytes`); None where
-            that was not counted: of the training split, and in folders of older versions.
+        documents: The number of documents.
+        tokens: The number of tokens, with one EOS for each document.
+        bytes: The number of UTF-8 bytes of the text.
+        shards: The shards, in the order of the stream.
+        lost_bytes: The number of those bytes that the tokens do not decode to (`encoding.lost_bytes`); None where it
+            was not counted, as for the training split and in folders of older versions.
     """
 
     documents: int
@@ -80,29 +78,31 @@ class Split:
     lost_bytes: int | None = None
 
     def items(self, sequence_length: int) -> int:
-        """Blocks of ``sequence_length`` tokens; a shard's last tokens that fill no block are not counted."""
+        """Returns the number of blocks of ``sequence_length`` tokens; the last tokens of a shard may fill no block."""
         return sum(shard.tokens // sequence_length for shard in self.shards)
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text for each token; nats/token over (bytes/token · ln 2) is bits/byte."""
+        """UTF-8 bytes of text for each token; nats/token over (bytes/token · ln 2) is bits/byte."""
         return self.bytes / self.tokens
 
     @property
     def lost_share(self) -> float:
-        """Share of the bytes that decoding the tokens does not give back, as far as it was counted."""
+        """The share of the bytes that the tokens do not decode to, as far as it was counted."""
         return (self.lost_bytes or 0) / self.bytes
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What a model has to know of its tokenizer.
+    """What a model has to know about its tokenizer.
 
     Args:
-        vocab_size: the largest id plus one, special tokens included.
-        eos_token, eos_id: ends every document.
-        mask_token, mask_id: [MASK], which no text is ever encoded to; None where `arm` is trained without one.
-        fingerprint: SHA-256 of the tokenizer's content and special ids.
+        vocab_size: The largest id plus one, special tokens included.
+        eos_token: The name of the token that ends every document.
+        eos_id: The id of that token.
+        mask_token: The name of [MASK], which no text is ever encoded to; None: an objective without masks is trained.
+        mask_id: The id of [MASK]; None with ``mask_token``.
+        fingerprint: The SHA-256 of the tokenizer's content and special ids.
     """
 
     vocab_size: int
@@ -118,15 +118,15 @@ class Manifest:
     """What a prepared folder holds.
 
     Args:
-        source: identity of the corpus (path-independent).
-        settings: the settings it was prepared with.
-        tokenizer: vocabulary and special tokens.
-        dtype: of the stored tokens, "uint16" or "int32".
-        splits: "train" and "val".
-        fingerprint: SHA-256 of the shards' checksums and the tokenizer's fingerprint; equal data and tokenizer give
+        source: The identity of the corpus, which does not depend on its path.
+        settings: The settings that the corpus was prepared with.
+        tokenizer: The vocabulary and the special tokens.
+        dtype: The dtype of the stored tokens, "uint16" or "int32".
+        splits: The splits "train" and "val".
+        fingerprint: The SHA-256 of the shards' checksums and the tokenizer's fingerprint. Equal data and tokenizer give
             equal fingerprints, whatever the folder, the time and the number of cores.
-        versions: of the packages that wrote it, for the record.
-        format: of the folder's layout.
+        versions: The versions of the packages that wrote the folder, for the record.
+        format: The version of the layout of the folder.
     """
 
     source: dict[str, Any]
@@ -139,13 +139,13 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """The text of ``manifest.json``, which ends with a checksum of the rest."""
+        """Returns the text of ``manifest.json``, which ends with a checksum of the rest."""
         record = {"kind": _KIND, **asdict(self)}
         return json.dumps({**record, "checksum": _checksum(record)}, indent=1) + "\n"
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Manifest:
-        """The manifest of a decoded ``manifest.json``; KeyError or TypeError where something is missing."""
+        """Returns the manifest of a decoded ``manifest.json``; KeyError or TypeError where a field is missing."""
         splits = {
             name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
             for name, split in record["splits"].items()
@@ -155,11 +155,11 @@ class Manifest:
 
 
 def loss_note(share: float, consequence: str = "bits per byte are left out, as they would be too low") -> str | None:
-    """A note for the user where a text's tokens do not give it back; None where they do.
+    """Returns a note for the user if the tokens of a text do not decode to it; None if they do.
 
     Args:
-        share: Share of the text's bytes that decoding its tokens does not give back.
-        consequence: What follows for the figures that are shown.
+        share: The share of the text's bytes that its tokens do not decode to.
+        consequence: The consequence for the numbers that are shown.
     """
     if share <= TOLERATED_LOSS:
         return None
@@ -167,7 +167,7 @@ def loss_note(share: float, consequence: str = "bits per byte are left out, as t
 
 
 def canonical_json(content: Any) -> str:
-    """JSON that is equal for equal content: keys sorted, no white space, ASCII."""
+    """Returns JSON that is equal for equal content: keys sorted, no white space, ASCII."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
 
@@ -177,23 +177,28 @@ def _checksum(record: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=2)  # a large vocabulary takes a second, and a run asks at each of its phases
 def tokenizer_fingerprint(text: str, eos_id: int, mask_id: int | None) -> str:
-    """SHA-256 of a tokenizer's content and special ids, whatever the layout of its file.
+    """Returns the SHA-256 of a tokenizer's content and special ids, whatever the layout of its file.
 
     Args:
-        text: of a ``tokenizer.json``; ValueError where it is not JSON.
+        text: The text of a ``tokenizer.json``.
+        eos_id: The id of the token that ends a text.
+        mask_id: The id of [MASK]; None where there is none.
+
+    Raises:
+        ValueError: the text is not JSON.
     """
     return _checksum({"tokenizer": json.loads(text), "eos_id": eos_id, "mask_id": mask_id})
 
 
 def data_fingerprint(splits: Mapping[str, Split], tokenizer_fingerprint: str) -> str:
-    """SHA-256 over the checksums of all shards, split by split in order of names, and the tokenizer's fingerprint."""
+    """Returns the SHA-256 of the checksums of all shards (splits sorted by name) and the tokenizer's fingerprint."""
     lines = [f"tokenizer {tokenizer_fingerprint}"]
     lines += [f"{name} {shard.tokens} {shard.sha256}" for name in sorted(splits) for shard in splits[name].shards]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def local_path(folder: str | os.PathLike[str]) -> str | None:
-    """The path of a folder on this machine (``local:`` and ``file://`` taken off), or None of a remote one."""
+    """Returns the path of a folder on this machine, without ``local:`` or ``file://``; None: the folder is remote."""
     text = os.fspath(folder)
     for prefix in _LOCAL_PREFIXES:
         if text.startswith(prefix):
@@ -202,25 +207,25 @@ def local_path(folder: str | os.PathLike[str]) -> str | None:
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """The manifest of a prepared folder.
+    """Returns the manifest of a prepared folder.
 
     Args:
-        folder: a path, litdata's ``local:`` path, or a URL that fsspec opens (``s3://``, ``gs://``, …).
+        folder: The path of the folder, litdata's ``local:`` path, or a URL that fsspec opens (``s3://``, ``gs://``, …).
 
     Raises:
-        UserError: the folder is missing or out of reach, is not a prepared one, or has another format.
+        UserError: the folder is missing or cannot be reached, is not a prepared one, or has another format.
     """
     return _decode(_read(folder, MANIFEST_NAME), os.fspath(folder))
 
 
 def read_tokenizer_text(folder: str | os.PathLike[str]) -> str:
-    """The text of a prepared folder's ``tokenizer.json``.
+    """Returns the text of a prepared folder's ``tokenizer.json``.
 
     Args:
-        folder: as of :func:`read_manifest`.
+        folder: The folder, as :func:`read_manifest` takes it.
 
     Raises:
-        UserError: it is missing or out of reach.
+        UserError: the file is missing or cannot be reached.
     """
     return _read(folder, TOKENIZER_NAME)
 
@@ -279,7 +284,7 @@ def _decode(text: str, folder: str) -> Manifest:
         )
     checksum = record.pop("checksum", None)  # which the first folders lack
     if checksum is not None and checksum != _checksum(record):
-        raise _damaged(folder, "its checksum is of another text")
+        raise _damaged(folder, "its checksum is that of another text")
     try:
         manifest = Manifest.from_dict(record)
         contradiction = next(_contradictions(manifest), None)
@@ -295,7 +300,7 @@ def _damaged(folder: str, what: str) -> UserError:
 
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:
-    """What cannot be true of a prepared folder, whatever its files hold."""
+    """Yields what cannot be true of any prepared folder."""
     ids, splits = manifest.tokenizer, manifest.splits
     if sorted(splits) != sorted(SPLITS):
         yield f"splits {', '.join(splits) or 'none'}, expected {' and '.join(SPLITS)}"
@@ -303,12 +308,12 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         yield f"dtype {manifest.dtype!r}, expected {' or '.join(TOKEN_BYTES)}"
     if not isinstance(manifest.settings, dict) or not isinstance(manifest.source["digest"], str):
         yield "the source's digest or the settings are missing"
-    words = 1 << (16 if manifest.dtype == "uint16" else 31)
-    if not (_is_whole(ids.vocab_size, 1) and ids.vocab_size <= words):
+    most = 1 << (16 if manifest.dtype == "uint16" else 31)
+    if not (_is_whole(ids.vocab_size, 1) and ids.vocab_size <= most):
         yield f"vocab_size {ids.vocab_size!r} as {manifest.dtype}"
     for name, token_id in (("eos_id", ids.eos_id), ("mask_id", ids.mask_id)):
         if token_id is None or not (_is_whole(token_id, 0) and token_id < ids.vocab_size):
-            yield f"{name} {token_id!r} of {ids.vocab_size} words"
+            yield f"{name} {token_id!r} of {ids.vocab_size} tokens"
     if ids.eos_id == ids.mask_id:
         yield f"eos_id and mask_id are both {ids.eos_id}"
     for name, split in splits.items():
@@ -343,8 +348,12 @@ def check_sequence_length(manifest: Manifest, sequence_length: int) -> None:
 
     litdata would give an empty dataset, without an error.
 
+    Args:
+        manifest: The manifest of the folder.
+        sequence_length: The number of tokens of a sequence.
+
     Raises:
-        UserError: the length is below 1, or no shard of a split is as long.
+        UserError: the length is below 1, or every shard of a split is shorter.
     """
     if sequence_length < 1:
         raise UserError(f"sequence length {sequence_length} is below 1; give at least 1")
@@ -359,11 +368,11 @@ def check_sequence_length(manifest: Manifest, sequence_length: int) -> None:
 
 
 def read_data_facts(path: str | dict[str, float], sequence_length: int) -> DataFacts:
-    """Vocabulary and training sequences of a prepared folder, or of a weighted mixture of folders.
+    """Returns the vocabulary and the training sequences of a prepared folder, or of a weighted mixture of folders.
 
     Args:
-        path: a folder, or folders with weights.
-        sequence_length: tokens of a sequence; a shard's rest that fills none is not counted.
+        path: The folder, or the mapping from folders to weights.
+        sequence_length: The number of tokens of a sequence; the last tokens of a shard may fill none.
 
     Raises:
         UserError: a folder is not a prepared one, its shards are too short, or the tokenizers differ.

@@ -25,12 +25,12 @@ class EpochOrder:
     """Position -> item of one source: each item once an epoch, epoch after epoch.
 
     Args:
-        shard_items: items in each shard, in the order of the data set.
-        seed: of the run.
-        source: index of the source; sources of a mixture are permuted independently.
-        window_shards: shards whose items are shuffled together.
-        limit: items that are read at all, the same for every seed: the first ones of each shard, by :func:`spread`;
-            None: all.
+        shard_items: The number of items of each shard, in the order of the data set.
+        seed: The seed of the order.
+        source: The index of the source; the sources of a mixture are permuted independently.
+        window_shards: The number of shards whose items are shuffled together.
+        limit: The number of items that are read at all, the same for every seed: the first ones of each shard, by
+            :func:`spread`; None: all.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class EpochOrder:
         self._items_of = lru_cache(maxsize=2)(self._items_of_window)
 
     def item(self, position: int) -> int:
-        """The item at a position that counts on over all epochs."""
+        """Returns the item at a position, which is counted over all epochs."""
         epoch, offset = divmod(position, self.items)
         ends, _ = self._windows(epoch)
         window = int(np.searchsorted(ends, offset, side="right"))
@@ -84,10 +84,14 @@ class EpochOrder:
 
 
 def spread(total: int, capacities: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """``total`` items over parts in proportion to what these hold, by largest remainder; all of it where it is more."""
+    """Returns ``total`` items spread over parts in proportion to the capacities, which no part exceeds."""
     if total >= capacities.sum():
         return capacities
-    exact = capacities * (total / capacities.sum())
+    return _rounded(capacities * (total / capacities.sum()), total)
+
+
+def _rounded(exact: npt.NDArray[np.float64], total: int) -> npt.NDArray[np.int64]:
+    """Shares as whole numbers of the given sum, by largest remainder."""
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: total - int(counts.sum())]] += 1
     return counts
@@ -113,20 +117,25 @@ class Mixture:
         self._earlier = earlier
 
     def locate(self, ordinal: int) -> tuple[int, int]:
-        """Source and position of an ordinal."""
+        """Returns the source of an ordinal, and the position within it."""
         period, offset = divmod(ordinal, len(self._pattern))
         source = int(self._pattern[offset])
         return source, period * int(self.counts[source]) + int(self._earlier[offset])
 
     def consumed(self, ordinals: int) -> npt.NDArray[np.int64]:
-        """Items of each source among the first ``ordinals``."""
+        """Returns the number of items of each source among the first ``ordinals``."""
         periods, rest = divmod(ordinals, len(self._pattern))
         return periods * self.counts + np.bincount(self._pattern[:rest], minlength=len(self.counts))
 
 
 def apportion(weights: Sequence[float]) -> npt.NDArray[np.int64]:
-    """Items of each source in a period: the weights themselves where they are whole and small, else of 10 000 items
-    by largest remainder.
+    """Returns the number of items of each source in a period of the mixture.
+
+    The numbers are the weights themselves where they are whole and small; else the period has 10,000 items, divided by
+    largest remainder.
+
+    Args:
+        weights: The weight of each source.
 
     Raises:
         UserError: a weight is not positive, or so small that it would get no item.
@@ -136,10 +145,7 @@ def apportion(weights: Sequence[float]) -> npt.NDArray[np.int64]:
     if all(float(w).is_integer() for w in weights) and sum(weights) <= _MAX_PERIOD:
         whole = np.array([int(w) for w in weights])
         return whole // np.gcd.reduce(whole)
-    exact = np.asarray(weights, dtype=np.float64) / sum(weights) * _MAX_PERIOD
-    counts = np.floor(exact).astype(np.int64)
-    largest_remainders = np.argsort(counts - exact, kind="stable")[: _MAX_PERIOD - int(counts.sum())]
-    counts[largest_remainders] += 1
+    counts = _rounded(np.asarray(weights, dtype=np.float64) / sum(weights) * _MAX_PERIOD, _MAX_PERIOD)
     if (counts == 0).any():
         raise UserError(
             f"data.path: a mixture weight of {min(weights):g} is below 1/{_MAX_PERIOD} of the whole; raise it"

@@ -27,16 +27,16 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Pairs:
-    """All single-turn pairs of N dialogues, one behind the other, in memory.
+    """All P single-turn pairs of N dialogues, one behind the other, in memory.
 
     Args:
-        tokens_T: (T,) int32: each pair's prompt, response, and the EOS that ends it.
-        starts_P: (P + 1,) int64: where each pair begins in ``tokens_T``.
-        prompts_P: (P,) int64: tokens of its prompt.
-        first_N: (N + 1,) int64: each dialogue's first pair.
-        bytes_P: (P,) int64: UTF-8 bytes of its response.
-        lost_P: (P,) int64: those of them that decoding the response's tokens does not give back.
-        dropped: dialogues that were left out because they do not fit.
+        tokens_T: (T,) int32: The prompt and response of each pair, and the EOS that ends it.
+        starts_P: (P + 1,) int64: The position of each pair's beginning in ``tokens_T``.
+        prompts_P: (P,) int64: The number of tokens of each prompt.
+        first_N: (N + 1,) int64: The first pair of each dialogue.
+        bytes_P: (P,) int64: The UTF-8 bytes of each response.
+        lost_P: (P,) int64: The number of these bytes that the response's tokens do not decode to.
+        dropped: The number of dialogues that were left out because they do not fit.
     """
 
     tokens_T: npt.NDArray[np.int32]
@@ -49,28 +49,35 @@ class Pairs:
 
     @property
     def dialogues(self) -> int:
+        """The number of dialogues (N)."""
         return len(self.first_N) - 1
 
     @property
     def lengths(self) -> Ints:
-        """Tokens of each pair, its one EOS included."""
+        """The number of tokens of each pair, its EOS included: (P,) int64."""
         return np.diff(self.starts_P)
 
     def drawn(self, dialogues: Ints, seed: int, ordinals: Ints) -> Ints:
-        """One pair of each dialogue, uniformly, a function of seed and ordinal (paper, App. B.1)."""
+        """Returns one pair of each dialogue, drawn uniformly by seed and ordinal (paper, App. B.1): (B,) int64.
+
+        Args:
+            dialogues: (B,) int64: The dialogues.
+            seed: The seed of the draw.
+            ordinals: (B,) int64: The ordinals of the draw.
+        """
         u = noise.uniform_by_ordinal(seed, Stream.TURN, ordinals)[:, 0]
         first, turns = self.first_N[dialogues], self.first_N[dialogues + 1] - self.first_N[dialogues]
         return first + np.floor(u * turns).astype(np.int64)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the tokens and of how they are cut."""
+        """Returns the SHA-256 of the tokens and of their division into pairs."""
         digest = hashlib.sha256()
         for array in (self.tokens_T, self.starts_P, self.prompts_P, self.first_N):
             digest.update(np.ascontiguousarray(array).tobytes() + b"|")
         return digest.hexdigest()
 
     def rows(self, pairs: Ints, eos_id: int, length: int) -> Tensor:
-        """(B, length) int64: the pairs' tokens, EOS behind them."""
+        """Returns the tokens of pairs, padded with EOS: (B, length) int64."""
         tokens_BL = torch.full((len(pairs), length), eos_id)
         for row, pair in zip(tokens_BL, pairs, strict=True):
             own = self.tokens_T[self.starts_P[pair] : self.starts_P[pair + 1]]
@@ -85,14 +92,14 @@ def tokenize_pairs(
     sequence_length: int,
     drop_long: bool = False,
 ) -> Pairs:
-    """The pairs of dialogues, each no longer than a context.
+    """Returns the pairs of dialogues, each no longer than a context.
 
     Args:
-        dialogues: with the place of each, for people.
-        template: of the prompts.
-        eos_id: ends each response.
-        sequence_length: the context.
-        drop_long: leave out dialogues with a pair that is longer, instead of refusing them.
+        dialogues: The dialogues behind the place of each, which messages name.
+        template: The chat template.
+        eos_id: The id of the token that ends each response.
+        sequence_length: The largest number of tokens of a pair.
+        drop_long: Whether dialogues with a longer pair are left out instead of refused.
 
     Raises:
         UserError: the template refuses a dialogue, a pair is too long, or no dialogue is left.
@@ -139,12 +146,13 @@ def tokenize_pairs(
 
 @dataclass(frozen=True)
 class PairStream:
-    """Ordinals to pairs: an epoch reads each dialogue once, in an order by the seed, and draws one of its pairs.
+    """The pair of each ordinal: an epoch reads each dialogue once, in an order by the seed, and draws one of its pairs.
 
     Args:
-        dialogues_N: (N,) int64: those of the split.
-        seed: of order and turns.
-        pad_together: so many ordinals, from a multiple of it on, are padded to the longest of them.
+        pairs: All pairs.
+        dialogues_N: (N,) int64: The dialogues of the split.
+        seed: The seed of the order and of the drawn turns.
+        pad_together: The number of ordinals, from a multiple of it on, that are padded to the longest pair of them.
     """
 
     pairs: Pairs
@@ -156,14 +164,14 @@ class PairStream:
         object.__setattr__(self, "_order", EpochOrder([len(self.dialogues_N)], self.seed))
 
     def drawn(self, ordinals: Ints) -> Ints:
-        """(B,) the pair of each ordinal."""
+        """Returns the pair of each ordinal: (B,) int64."""
         items = [self._order.item(int(n)) for n in ordinals]  # type: ignore[attr-defined]
         return self.pairs.drawn(self.dialogues_N[items], self.seed, ordinals)
 
     def padded_lengths(self, ordinals: Ints) -> Ints:
-        """(B,) tokens of each ordinal's pair with its padding EOS: those of the longest that it is padded with.
+        """Returns the number of tokens of each ordinal's pair with its padding EOS: (B,) int64.
 
-        A group goes by ordinals, not by micro-batches, so that devices and accumulation change nothing.
+        Groups are formed by ordinals, not by micro-batches, so that devices and accumulation change nothing.
         """
         first = ordinals - ordinals % self.pad_together
         groups = np.unique(first)
@@ -173,7 +181,15 @@ class PairStream:
 
 
 class PairDataset(Dataset[TrainingBatch]):
-    """Ordinals of a micro-batch -> the micro-batch. Prompts are never masked; padding EOS is response (Algorithm 2)."""
+    """The micro-batch of a list of ordinals. Prompts are never masked; padding EOS is response (Algorithm 2).
+
+    Args:
+        stream: The pairs of the training split.
+        eos_id: The id of EOS.
+        mask_eps: The smallest mask probability of the forward process.
+        time_sampling: How the mask ratios are drawn.
+        global_batch: The number of pairs of an optimizer step.
+    """
 
     def __init__(
         self,
@@ -224,9 +240,15 @@ class PairDataset(Dataset[TrainingBatch]):
 
 
 class PairValidationDataset(Dataset[ValidationBatch]):
-    """Ordinals of a validation batch -> the batch: each response with its EOS, unpadded, masked as Eq. 6 says.
+    """The validation batch of a list of ordinals: each response with its EOS, unpadded, masked as in Eq. 6.
 
-    `llada` is so given the response's length, as in the paper's likelihoods, and `arm` is not.
+    So a masked objective knows the length of the response, as in the paper's likelihoods, and autoregression does not.
+
+    Args:
+        pairs: All pairs.
+        dialogues_N: (N,) int64: The dialogues of the split.
+        seed: The seed of the drawn turns and of the masks.
+        eos_id: The id of EOS.
     """
 
     def __init__(self, pairs: Pairs, dialogues_N: Ints, seed: int, eos_id: int) -> None:

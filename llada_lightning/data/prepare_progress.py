@@ -28,7 +28,7 @@ _SECONDS_BETWEEN_UPDATES = 0.2
 
 
 class Counts(Protocol):
-    """Anything that counts documents, tokens and bytes of text."""
+    """The counts of documents, tokens and bytes of text of one split."""
 
     @property
     def documents(self) -> int: ...
@@ -39,11 +39,11 @@ class Counts(Protocol):
 
 
 class PrepareProgress:
-    """Reports the phases of a preparation; a context manager.
+    """Shows a preparation on stderr: a live line on a terminal, else one line at the end; a context manager.
 
     Args:
-        enabled: without it nothing is written.
-        console: where to write; stderr by default.
+        enabled: Whether anything is written.
+        console: The console that is written to; None: stderr.
     """
 
     def __init__(self, *, enabled: bool = True, console: Console | None = None) -> None:
@@ -77,9 +77,9 @@ class PrepareProgress:
         """Begins a phase.
 
         Args:
-            name: what is being done.
-            total_bytes: size of the source as stored, where known.
-            max_bytes: bytes of text after which reading ends, where limited.
+            name: The name of the phase.
+            total_bytes: The size of the source as stored, where known.
+            max_bytes: The number of bytes of text after which reading ends, where limited.
         """
         if self._task is not None:
             self._bar.remove_task(self._task)
@@ -89,12 +89,12 @@ class PrepareProgress:
         self._task = self._bar.add_task(name, total=total, counts="", left="left" if total else "")
 
     def update(self, splits: Iterable[Counts], position: int, *, force: bool = False) -> None:
-        """Shows how far it is; called for every document, drawn five times a second.
+        """Shows the counts; called for every document, drawn five times a second.
 
         Args:
-            splits: what is counted.
-            position: bytes of the source, as stored, that have been read.
-            force: draw now.
+            splits: The counts of each split.
+            position: The number of bytes of the source, as stored, that have been read.
+            force: Whether it is drawn at once.
         """
         now = time.monotonic()
         if not force and now - self._shown < _SECONDS_BETWEEN_UPDATES:
@@ -111,12 +111,12 @@ class PrepareProgress:
             self._bar.update(self._task, completed=max(shares, default=0.0), counts=self._counted())
 
     def finish(self, out: str, *, skipped: int) -> None:
-        """The line that stays."""
+        """Prints the last line, which stays on the terminal."""
         left_out = f"; {skipped} files skipped: not text" if skipped else ""
         self.line(f"prepared '{out}': {self._counted()}, in {time.monotonic() - self._started:.1f} s{left_out}")
 
     def line(self, text: str) -> None:
-        """One line, as it is."""
+        """Prints one line as it is."""
         if self._enabled:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 

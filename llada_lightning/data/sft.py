@@ -1,4 +1,4 @@
-"""The data module of supervised fine-tuning (paper, Sec. 2.3, App. B.1), for both objectives."""
+"""The data module of supervised fine-tuning (paper, Sec. 2.3, App. B.1), which all objectives share."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import hashlib
 import json
 import sys
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from rich.progress import track
 from torch.utils.data import DataLoader
 
-from llada_lightning.checkpoints.tokenizer_files import ROLES_NAME, TEMPLATE_NAME, TokenizerFiles
-from llada_lightning.compute.flops import MASK_EPS
 from llada_lightning.data.chat import LLADA_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate
 from llada_lightning.data.datasets import OrdinalSampler, StridedSampler
 from llada_lightning.data.dialogues import read_dialogues
 from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.data.manifest import TOKENIZER_NAME, TokenizerInfo
 from llada_lightning.data.pairs import PairDataset, Pairs, PairStream, PairValidationDataset, tokenize_pairs
+from llada_lightning.data.tokenizer_files import ROLES_NAME, TEMPLATE_NAME, TokenizerFiles
 from llada_lightning.data.tokenizers import load_tokenizer
 from llada_lightning.objectives import noise
-from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.objectives.noise import Stream
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded
@@ -32,37 +31,32 @@ from llada_lightning.support.reading import read_text
 class SftDataModule(LanguageDataModule):
     """Prompts with responses: only responses are masked and learned, each with the EOS behind it.
 
-    A dialogue of n turns is n pairs, of which each visit draws one. Some consecutive pairs are padded with EOS to the
-    longest of them; `llada` learns that padding as part of the response, `arm` learns the first EOS. Tokens, and so
-    FLOPs, count prompts, responses and this padding, for both objectives.
+    A dialogue of n turns is n pairs, of which each visit draws one. Consecutive pairs are padded with EOS to the
+    longest of them. Masked objectives learn that padding as part of the response; autoregression learns the first EOS
+    only. Tokens, and so FLOPs, count prompts, responses and this padding, for every objective.
 
     Args:
-        path: a .jsonl file, a folder of them, or hf:NAME[:CONFIG][@SPLIT]. A row has prompt and response, question and
-            answer, instruction (with input) and output, or messages of user and assistant by turns; and system.
-        tokenizer: tokenizer.json or a folder with one; null: that of `model.weights`.
-        mask_token: [MASK] by its name in the tokenizer; null: that of `model.weights`, else the one that the
-            tokenizer's files name, else a usual name; '': none, which `arm` can do without.
-        eos_token: the token that ends a response, found in the same way.
-        vocab_size: special tokens of the tokenizer with higher ids are left out; null: that of `model.weights`, else no
-            limit.
-        text_prefix_ids: token ids before a dialogue in the plain template, such as a Llama's BOS; null: those of
-            `model.weights`, else none.
-        chat_template: tokenizer (its own), llada, plain (roles as text), or a file of Jinja; null: the tokenizer's own
-            where it has one, else plain.
-        context_length: tokens that no pair may exceed; null: that of `model.weights`.
-        drop_long: leave out dialogues that exceed the context, instead of refusing them.
-        epochs: how often each dialogue is visited; null: a budget decides the length.
-        global_batch: pairs of an optimizer step, exactly.
-        micro_batch: pairs of a forward pass on one device; null: the global batch over devices and accumulation.
-        pad_together: so many consecutive pairs are padded to the longest of them (paper: 2, the batch of a GPU).
-        val_fraction: share of the dialogues held out for validation.
-        val_sequences: at most so many are held out; null: no limit.
-        val_batch: pairs of a validation batch on one device; null: as micro_batch.
-        mask_eps: smallest mask probability of the forward process.
-        time_sampling: t stratified over the global batch (weyl) or independent (iid).
-        workers: loader processes; 0 loads in the training process; null: 2 where a GPU trains, else 0.
-        seed: of order, turns and noise; null: the run's seed.
-        val_seed: of what is held out, and of its noise.
+        path: The .jsonl file, the folder of such files, or hf:NAME[:CONFIG][@SPLIT]. A row has prompt and response,
+            question and answer, instruction (with input) and output, or messages of user and assistant by turns. It may
+            also have a system message.
+        tokenizer: The tokenizer.json, or a folder with one; null: the tokenizer of `model.weights`.
+        chat_template: The template that turns messages into text: tokenizer (its own), llada, plain (roles as text), or
+            a Jinja file; null: the tokenizer's own where it has one, else plain.
+        context_length: The largest number of tokens of a pair; null: the context of `model.weights`.
+        drop_long: Whether dialogues that exceed the context are left out instead of refused.
+        epochs: The number of visits of each dialogue; null: a budget decides the length of the run.
+        global_batch: The number of pairs of an optimizer step, exactly.
+        pad_together: The number of consecutive pairs that are padded to the longest of them (paper: 2, the batch of a
+            GPU).
+        val_fraction: The share of the dialogues that is held out for validation.
+        mask_token: The name of [MASK] in the tokenizer; null: that of `model.weights`, else the one that the
+            tokenizer's files name, else a common name; '': none, which an objective without masks can do without.
+        eos_token: The name of the token that ends a response, found in the same way.
+        vocab_size: The size of the model's vocabulary: special tokens of the tokenizer with higher ids are left out;
+            null: that of `model.weights`, else no limit.
+        text_prefix_ids: The token ids before a dialogue in the plain template, such as the BOS of a Llama; null: those
+            of `model.weights`, else none.
+        loader: The other settings of :class:`LanguageDataModule`, by name.
     """
 
     def __init__(
@@ -74,36 +68,18 @@ class SftDataModule(LanguageDataModule):
         drop_long: bool = False,
         epochs: float | None = None,
         global_batch: int = 16,
-        micro_batch: int | None = None,
         pad_together: int = 2,
         val_fraction: float = 0.02,
-        val_sequences: int | None = 512,
-        val_batch: int | None = None,
-        mask_eps: float = MASK_EPS,
-        time_sampling: TimeSampling = "weyl",
-        workers: int | None = None,
-        seed: int | None = None,
-        val_seed: int = 0,
         mask_token: str | None = None,
         eos_token: str | None = None,
         vocab_size: int | None = None,
         text_prefix_ids: list[int] | None = None,
+        **loader: Any,
     ) -> None:
         if tokenizer is None or context_length is None:
             missing = "tokenizer" if tokenizer is None else "context_length"
             raise UserError(f"data.{missing}: none given; give --model.weights CHECKPOINT, or --data.{missing}")
-        super().__init__(
-            context_length,
-            global_batch,
-            micro_batch,
-            val_sequences,
-            val_batch,
-            mask_eps,
-            time_sampling,
-            workers,
-            seed,
-            val_seed,
-        )
+        super().__init__(sequence_length=context_length, global_batch=global_batch, **loader)
         if pad_together < 1:
             raise UserError(f"data.pad_together: {pad_together} must be at least 1")
         if not 0 < val_fraction < 1:
@@ -111,12 +87,8 @@ class SftDataModule(LanguageDataModule):
         if epochs is not None and not epochs > 0:
             raise UserError(f"data.epochs: {epochs} must be above 0")
         self.path, self._tokenizer_spec, self._template_spec = path, tokenizer, chat_template
-        self.drop_long, self._epochs, self.pad_together, self.val_fraction = (
-            drop_long,
-            epochs,
-            pad_together,
-            val_fraction,
-        )
+        self.drop_long, self._epochs = drop_long, epochs
+        self.pad_together, self.val_fraction = pad_together, val_fraction
         self.text_prefix_ids = text_prefix_ids
         self._loaded = load_tokenizer(
             tokenizer,
@@ -141,10 +113,10 @@ class SftDataModule(LanguageDataModule):
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """How dialogues are written.
+        """The chat template of the run.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: there is no such template, or its file cannot be read.
         """
         tokenizer, info = self._loaded
         files = TokenizerFiles.of_path(self._tokenizer_spec)
@@ -164,7 +136,7 @@ class SftDataModule(LanguageDataModule):
         return ChatTemplate.of(text, tokenizer, info.eos_id, acting, spec, files.special_tokens)
 
     def _written_prefix(self) -> str:
-        """What stands before a text, as a template writes it: the run's template holds it, for inference too."""
+        """The tokens before a text as Jinja: they are part of the run's template, so that inference has them, too."""
         tokens = [self._loaded[0].id_to_token(token_id) for token_id in self.text_prefix_ids or ()]
         if None in tokens:
             raise UserError(
@@ -175,7 +147,11 @@ class SftDataModule(LanguageDataModule):
 
     @cached_property
     def pairs(self) -> Pairs:
-        """All of them, read and tokenized once."""
+        """All pairs, read and tokenized once.
+
+        Raises:
+            UserError: a row is not a dialogue, or does not fit the template, the tokenizer or the context.
+        """
         rows = track(
             read_dialogues(self.path),
             description="reading pairs",
@@ -198,7 +174,7 @@ class SftDataModule(LanguageDataModule):
 
     @cached_property
     def splits(self) -> dict[str, np.ndarray]:
-        """The dialogues of training and of validation: a choice by ``val_seed``."""
+        """The numbers of the dialogues of ``train`` and of ``val``, chosen by ``val_seed``."""
         count = self.pairs.dialogues
         held = max(1, round(self.val_fraction * count))
         if self.val_sequences is not None:
@@ -215,18 +191,18 @@ class SftDataModule(LanguageDataModule):
 
     @cached_property
     def stream(self) -> PairStream:
-        """Training's order."""
+        """The pairs in the order of training."""
         return PairStream(self.pairs, self.splits["train"], self.seed, self.pad_together)
 
     @cached_property
     def _epoch_lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of the first epoch's pairs: padded lengths, and those of the prompts."""
+        """The padded lengths of the first epoch's pairs, and the lengths of their prompts."""
         ordinals = np.arange(len(self.splits["train"]))
         return self.stream.padded_lengths(ordinals), self.pairs.prompts_P[self.stream.drawn(ordinals)]
 
     @property
     def tokens_per_sequence(self) -> float:
-        """The mean length of the first epoch's padded pairs."""
+        """The mean length of the padded pairs of the first epoch."""
         return float(self._epoch_lengths[0].mean())
 
     @property
@@ -245,18 +221,18 @@ class SftDataModule(LanguageDataModule):
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the held-out dialogues' responses, all turns."""
+        """UTF-8 bytes for each token of the responses that are held out, all turns of them."""
         val = np.concatenate([np.arange(*self.pairs.first_N[n : n + 2]) for n in self.splits["val"]])
         tokens = (self.pairs.lengths - self.pairs.prompts_P)[val]
         return float(self.pairs.bytes_P[val].sum() / tokens.sum())
 
     @property
     def lost_share(self) -> float:
-        """Of all responses."""
+        """The share of the bytes of all responses that their tokens do not decode to."""
         return float(self.pairs.lost_P.sum() / max(1, self.pairs.bytes_P.sum()))
 
     def unique_tokens(self, steps: int) -> int:
-        """Of the dialogues that a run of ``steps`` steps reads, without padding; of their turns the mean."""
+        """The number of tokens, without padding, of the dialogues that are read; the mean over the turns of each."""
         read = min(1.0, self.epochs(steps))
         first = self.pairs.first_N
         means = np.add.reduceat(self.pairs.lengths, first[:-1]) / np.diff(first)

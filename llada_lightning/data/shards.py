@@ -1,7 +1,4 @@
-"""Reads the sequences of one split, from shards whose bytes are those that were prepared.
-
-Writes one split's flat stream of tokens as litdata shards of exactly equal length.
-"""
+"""Shards of litdata: one split's documents are written as token files of equal length, and read as sequences."""
 
 from __future__ import annotations
 
@@ -11,31 +8,39 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
-from itertools import accumulate
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from llada_lightning.data.encoding import decode_batch, encode_batch, lost_bytes
 from llada_lightning.data.integrity import INDEX_NAME, index_problem
-from llada_lightning.data.manifest import COPY_AGAIN, Manifest, Shard
+from llada_lightning.data.manifest import COPY_AGAIN, Manifest, Shard, Split, TokenizerInfo
+from llada_lightning.data.tokenizers import pieces
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import file_sha256
+
+if TYPE_CHECKING:
+    from litdata.streaming.writer import BinaryWriter
 
 
 class ShardReader:
     """The items of one split of a prepared folder: blocks of consecutive tokens within a shard.
 
-    The index and each shard are compared with the manifest when a process first reads them, so no byte is trained on
-    that was not prepared. Of a remote folder litdata's copy on this machine is compared; one that litdata drops and
+    The index and each shard are compared with the manifest when a process first reads them, so every byte that is
+    trained on was prepared. Of a remote folder litdata's copy on this machine is compared; one that litdata drops and
     fetches again in the same process is not compared again.
 
     Args:
-        folder: the prepared folder, as litdata takes it.
-        split: "train" or "val".
-        manifest: of the folder.
-        sequence_length: L, tokens of an item.
+        folder: The prepared folder, as litdata takes it.
+        split: The name of the split, "train" or "val".
+        manifest: The manifest of the folder.
+        sequence_length: The number of tokens of an item (L).
     """
 
     def __init__(self, folder: str, split: str, manifest: Manifest, sequence_length: int) -> None:
@@ -52,7 +57,7 @@ class ShardReader:
         )
 
     def __getitem__(self, item: int) -> Tensor:
-        """(L,) of the stored dtype.
+        """Returns the tokens of an item: (L,) of the stored dtype.
 
         Raises:
             UserError: the item's shard, or the index, is missing or is not what was prepared.
@@ -94,21 +99,24 @@ class ShardReader:
         return os.path.join(self._dataset.input_dir.path, name)
 
 
-if TYPE_CHECKING:
-    from litdata.streaming.writer import BinaryWriter
+BATCH_CHARS = 1 << 21
+"""Characters encoded at once: enough to keep many cores busy, about 100 MB of memory."""
 
-UINT16_WORDS = 1 << 16
 _MAX_SHARD_BYTES = (1 << 32) - 64
 """litdata's offsets are 32-bit."""
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The narrowest dtype that litdata stores and torch reads for ids below ``vocab_size``."""
-    return "uint16" if vocab_size <= UINT16_WORDS else "int32"
+    """Returns the narrowest dtype that litdata stores and torch reads for ids below ``vocab_size``."""
+    return "uint16" if vocab_size <= 1 << 16 else "int32"
 
 
 def check_shard_tokens(shard_tokens: int) -> None:
-    """Raises UserError unless a shard of so many tokens can be written."""
+    """Refuses a length that no shard can have.
+
+    Raises:
+        UserError: the number of tokens is below 1, or too large for the offsets of litdata.
+    """
     most = _MAX_SHARD_BYTES // 4
     if not 1 <= shard_tokens <= most:
         raise UserError(f"shard length {shard_tokens} must be between 1 and {most} tokens; change --shard-tokens")
@@ -118,10 +126,10 @@ class ShardWriter:
     """Cuts a stream of tokens into shards; memory holds about three of them.
 
     Args:
-        root: the prepared folder (or its temporary name).
-        split: name of the folder below it.
-        shard_tokens: tokens of each shard but the last.
-        dtype: "uint16" or "int32".
+        root: The prepared folder (or its temporary name).
+        split: The name of the split, which is the folder below it.
+        shard_tokens: The number of tokens of each shard but the last.
+        dtype: The dtype of the tokens, "uint16" or "int32".
     """
 
     def __init__(self, root: Path, split: str, *, shard_tokens: int, dtype: str) -> None:
@@ -155,7 +163,7 @@ class ShardWriter:
         self._pending, self._pending_tokens = [stream[whole:].copy()], len(stream) - whole
 
     def close(self) -> tuple[Shard, ...]:
-        """Writes the last, shorter shard and litdata's index; returns the shards in order."""
+        """Writes the last, shorter shard and the index of litdata; returns the shards in order."""
         if self._pending_tokens:
             self._write(np.concatenate(self._pending))
         if self._writer is not None:
@@ -166,8 +174,6 @@ class ShardWriter:
         return tuple(self.shards)
 
     def _write(self, tokens: np.ndarray) -> None:
-        import torch
-
         with _disk_errors(self._folder):
             if self._writer is None:
                 self._writer = self._open()
@@ -205,9 +211,88 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turns what a disk refuses into a UserError that names the folder."""
+    """Turns an error of the disk into a UserError that names the folder."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"'{folder}' cannot be written ({reason}); free space, or choose another --out") from error
+
+
+class SplitEncoder:
+    """Encodes the documents of one split in batches and appends them to its shards.
+
+    A batch is encoded on another thread, outside Python's lock, while the next one is read.
+
+    Args:
+        writer: The writer of the split's shards.
+        tokenizer: The tokenizer.
+        info: The special tokens of the tokenizer.
+        pool: The pool with that thread.
+        decodes: Whether all tokens are decoded to count the bytes that do not come back.
+    """
+
+    def __init__(
+        self, writer: ShardWriter, tokenizer: Tokenizer, info: TokenizerInfo, pool: ThreadPoolExecutor, decodes: bool
+    ) -> None:
+        self.documents = 0
+        self.bytes = 0
+        self._lost_bytes = 0 if decodes else None
+        self._writer, self._tokenizer, self._info, self._pool = writer, tokenizer, info, pool
+        self._pieces: list[str] = []
+        self._last: list[bool] = []
+        self._chars = 0
+        self._running: Future[np.ndarray] | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self._writer.tokens
+
+    def add(self, text: str, raw: bytes) -> None:
+        """Adds a document.
+
+        Args:
+            text: The text of the document.
+            raw: The same text in UTF-8.
+        """
+        self.documents += 1
+        self.bytes += len(raw)
+        for piece in pieces(text):
+            if self._chars >= BATCH_CHARS:
+                self._flush()
+            self._pieces.append(piece)
+            self._last.append(False)
+            self._chars += len(piece)
+        self._last[-1] = True
+
+    def close(self) -> Split:
+        """Writes what is left, and returns the split with all its shards."""
+        self._flush()
+        self._collect()
+        shards = self._writer.close()
+        return Split(self.documents, self._writer.tokens, self.bytes, shards, self._lost_bytes)
+
+    def _flush(self) -> None:
+        self._collect()
+        if self._pieces:
+            self._running = self._pool.submit(self._encode, self._pieces, self._last)
+        self._pieces, self._last, self._chars = [], [], 0
+
+    def _collect(self) -> None:
+        if self._running is not None:
+            self._writer.append(self._running.result())
+            self._running = None
+
+    def _encode(self, batch: list[str], last: list[bool]) -> np.ndarray:
+        ids_of_pieces = encode_batch(self._tokenizer, batch)
+        if self._lost_bytes is not None:
+            self._lost_bytes += sum(map(lost_bytes, batch, decode_batch(self._tokenizer, ids_of_pieces)))
+        end: tuple[list[int], list[int]] = ([], [self._info.eos_id])
+        ids = chain.from_iterable(chain(ids, end[is_last]) for ids, is_last in zip(ids_of_pieces, last, strict=True))
+        tokens = np.fromiter(ids, dtype=token_dtype(self._info.vocab_size))
+        if self._info.mask_id is not None and (tokens == self._info.mask_id).any():
+            raise UserError(
+                f"the tokenizer encodes some text to its special token '{self._info.mask_token}', which only masking "
+                "may write; use a tokenizer that has it as an added token, or another --mask-token"
+            )
+        return tokens

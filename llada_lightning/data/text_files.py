@@ -1,10 +1,9 @@
-"""Documents from one file: text or JSONL, plain or compressed, read as a stream.
+"""Documents and rows of one file: text or JSONL, plain or compressed, read as a stream.
 
-Which fields of a row of people's data are not read, so that none changes its meaning in silence.
-
-A field that holds nothing (null, an empty text, list or object) counts as absent. A field that other tools make part of
-a prompt or of an answer, and that cannot be used, is refused by its name. Any other field (``id``, ``source``, ...) is
-not read, and one note on stderr names these fields and counts their rows.
+No field of a row is left out in silence. A field that holds nothing (null, an empty text, list or object) counts as
+absent. A field that other tools make part of a prompt or of an answer, and that cannot be used here, is refused by its
+name. Any other field (``id``, ``source``, ...) is not read, and one note on stderr names these fields and counts their
+rows.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from llada_lightning.support.printing import shortened, warn_once
 from llada_lightning.support.reading import parse_json
 
 MAX_TEXT_DOCUMENT = 1 << 28
-"""Characters of the longest document that a text file without a separator may be: it is held in memory whole."""
+"""The largest number of characters of a document of a text file, which is held in memory as a whole."""
 
 MAX_JSON_LINE = 1 << 30
-"""Bytes of the longest line of a JSONL file: it is held in memory whole."""
+"""The largest number of bytes of a line of a JSONL file, which is held in memory as a whole."""
 
 _READ_CHARS = 1 << 20
 _SNIFFED_BYTES = 1 << 13
@@ -42,12 +41,12 @@ class BrokenZstdError(Exception):
 
 
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, BrokenZstdError)
-"""What reading a missing, forbidden, damaged or cut file raises."""
+"""The errors of reading a missing, forbidden, damaged or cut file."""
 
 
 @dataclass
 class Meter:
-    """How many bytes, as stored, have been read of a corpus of files."""
+    """The number of bytes, as stored, that have been read of a corpus of files."""
 
     finished: int = 0
     current: BinaryIO | None = None
@@ -97,7 +96,7 @@ class _ZstdReader(io.RawIOBase):
 
 
 def suffixes_of(path: Path) -> tuple[str, str]:
-    """(the suffix that tells the kind, the suffix of compression or ""), in lower case."""
+    """Returns the suffix that tells the kind of a file, and the suffix of its compression or "", in lower case."""
     last = path.suffix.lower()
     if last in _COMPRESSED:
         return Path(path.stem).suffix.lower(), last
@@ -128,7 +127,7 @@ def _opened(path: Path, meter: Meter) -> Iterator[BinaryIO]:
 
 
 def is_text(path: Path) -> bool:
-    """Whether a file begins as UTF-8 text without NUL bytes."""
+    """Returns whether a file begins as UTF-8 text without NUL bytes."""
     with _opened(path, Meter()) as stream:
         head = stream.read(_SNIFFED_BYTES)
     try:
@@ -140,7 +139,12 @@ def is_text(path: Path) -> bool:
 
 
 def text_documents(path: Path, meter: Meter, separator: str | None) -> Iterator[str]:
-    """A UTF-8 text file's documents; line ends become ``\\n``.
+    """Yields the documents of a UTF-8 text file; line ends become ``\\n``.
+
+    Args:
+        path: The path of the file.
+        meter: The meter that follows the position in the file.
+        separator: The text between two documents; None: the file is one document.
 
     Raises:
         UserError: the file is not UTF-8, or a document is longer than ``MAX_TEXT_DOCUMENT``.
@@ -186,22 +190,31 @@ def _split(text: io.TextIOWrapper, separator: str, path: Path) -> Iterator[str]:
 
 
 def split_text(text: str, separator: str | None) -> list[str]:
-    """The documents of a text; without a separator the text is one document."""
+    """Returns the documents of a text; without a separator the text is one document."""
     return text.split(separator) if separator else [text]
 
 
 def json_documents(path: Path, meter: Meter, text_field: str) -> Iterator[str]:
-    """The named field of each line's JSON object; empty lines are passed over.
+    """Yields the named field of the JSON object of each line; empty lines are skipped.
+
+    Args:
+        path: The path of the file.
+        meter: The meter that follows the position in the file.
+        text_field: The name of the field.
 
     Raises:
-        UserError: a line is not a JSON object, or lacks the field, or holds something else than text in it.
+        UserError: a line is not a JSON object, or lacks the field, or the field holds something other than text.
     """
     for where, record in json_records(path, meter):
-        yield mended(_field(record, text_field, where))
+        yield without_surrogates(_field(record, text_field, where))
 
 
 def json_records(path: Path, meter: Meter) -> Iterator[tuple[str, Any]]:
-    """Each line's value with its place, `FILE:LINE`; empty lines are passed over.
+    """Yields the place of each line (`FILE:LINE`) and its JSON value; empty lines are skipped.
+
+    Args:
+        path: The path of the file.
+        meter: The meter that follows the position in the file.
 
     Raises:
         UserError: a line is not JSON, gives a key twice, or has more than ``MAX_JSON_LINE`` bytes.
@@ -230,8 +243,8 @@ def _field(record: Any, text_field: str, where: str) -> str:
     return text
 
 
-def mended(text: str) -> str:
-    """Text without lone surrogates, which JSON can write (``\\ud800``) and UTF-8 cannot: U+FFFD takes their place."""
+def without_surrogates(text: str) -> str:
+    """Returns a text with U+FFFD for lone surrogates, which JSON can write (``\\ud800``) and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -244,26 +257,32 @@ REFUSED = frozenset({
     "tool_call_id", "reasoning", "reasoning_content", "thinking", "image", "images", "video", "videos", "audio",
     "audios", "chosen", "rejected", "loss_mask", "train_detail", "training_detail", "chat_template_kwargs",
 })  # fmt: skip
-"""What other tools make part of a prompt or an answer, or of what is learned, and what nothing here can use."""
+"""The fields that other tools make part of a prompt or an answer, or of what is learned, and that are not used here."""
 
 REFUSED_BESIDE_PROMPTS = REFUSED | {
     "system", "system_prompt", "instruction", "input", "history", "messages", "conversations", "weight",
 }  # fmt: skip
-"""The same for files of prompts without dialogues."""
+"""The same for files with prompts instead of dialogues."""
 
 _MOST_NAMED = 12
 
 
 class UnreadFields(Counter[str]):
-    """Name of a field that is not read -> number of rows that have it."""
+    """The number of rows that have a field which is not read, by the name of the field."""
 
     def add_row(
         self, row: Mapping[str, Any], known: Collection[str], where: str, refused: Collection[str] = REFUSED
     ) -> None:
-        """Counts the fields of a row that hold something and that are not known.
+        """Counts the fields of a row that hold something and are not known.
+
+        Args:
+            row: The row.
+            known: The names of the fields that are read.
+            where: The place of the row, for messages.
+            refused: The names of the fields that are refused.
 
         Raises:
-            UserError: one of them is to be refused; the message names it and the row's place.
+            UserError: a field is refused; the message names it and the place of the row.
         """
         others = [name for name in present_fields(row) if name not in known]
         for name in others:
@@ -274,10 +293,10 @@ class UnreadFields(Counter[str]):
         self.update(f"'{shortened(name, 60)}'" for name in others)
 
     def note(self, source: str) -> None:
-        """Names the fields on stderr.
+        """Prints the names of the fields on stderr.
 
         Args:
-            source: of the rows, for people.
+            source: The name of the source, for the message.
         """
         if self:
             counted = [f"{name} ({rows} row{'s' * (rows > 1)})" for name, rows in self.most_common()]
@@ -285,12 +304,12 @@ class UnreadFields(Counter[str]):
 
 
 def present_fields(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a row that hold something."""
+    """Returns the fields of a row that hold something."""
     return {name: value for name, value in row.items() if not _is_empty(value)}
 
 
 def some(names: Iterable[str]) -> str:
-    """Names, not too many of them."""
+    """Returns a list of names as text, cut after the first twelve."""
     listed = list(names)
     more = f" and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
     return ", ".join(listed[:_MOST_NAMED]) + more

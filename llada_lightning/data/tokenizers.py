@@ -1,8 +1,7 @@
-"""Tokenizers: train a byte-level BPE, or take one that exists, and make sure of [MASK] and EOS.
+"""Tokenizers: a byte-level BPE is trained, or a given tokenizer is loaded and checked for [MASK] and EOS.
 
-Two promises hold for every tokenizer that leaves this module. Text is never encoded to the ids of [MASK] and EOS,
-also where it spells them out: such text is ordinary text. And nothing is added to text: no special tokens, padding or
-truncation.
+Two promises hold for every tokenizer of this module. Text is never encoded to the ids of [MASK] and EOS, even where it
+spells them out: such text is ordinary text. And nothing is added to text: no special tokens, padding or truncation.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ MASK_TOKEN = "[MASK]"
 KNOWN_MASK_TOKENS = (MASK_TOKEN, "<|mdm_mask|>", "<mask>", "<|mask|>")
 KNOWN_EOS_TOKENS = (EOS_TOKEN, "<|endoftext|>", "</s>")
 SMALLEST_VOCABULARY = 256 + 2
-"""All bytes, EOS and [MASK]."""
+"""The number of bytes, plus EOS and [MASK]."""
 
 LARGEST_VOCABULARY = 1 << 24
-"""Most tokens that are trained; the trainer reserves memory for all of them before it begins."""
+"""The largest vocabulary that is trained; the trainer reserves memory for all of it before it begins."""
 
 PIECE_CHARS = 1 << 16
-"""Text is encoded in pieces of at most so many characters."""
+"""The largest number of characters of a piece of text that is encoded at once."""
 
 _CONFIG_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 
@@ -41,10 +40,14 @@ def pieces(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
     """Cuts a long text into pieces of at most ``size`` characters that join to it again.
 
     The encoder holds about 100 bytes for each token of a text, and gives a text to one core; a document of a gigabyte
-    would fill the memory. A cut stands before a single space between two words where there is one: there the
-    pre-tokenizers of GPT-2's kind, ours among them, cut by themselves, so the tokens are those of the whole text.
-    Elsewhere (no such space in 65 536 characters, or another kind of tokenizer) the words at a cut may be tokenized
-    in another way than in the whole text, always in the same way, and they decode to the same text.
+    would fill the memory. Where possible a cut is before a single space between two words: there pre-tokenizers like
+    that of GPT-2, ours among them, cut anyway, so the tokens are those of the whole text. Elsewhere (no such space in
+    65,536 characters, or another kind of tokenizer) the words at a cut may be tokenized differently than in the whole
+    text, but always in the same way, and they decode to the same text.
+
+    Args:
+        text: The text.
+        size: The largest number of characters of a piece.
     """
     begin = 0
     while len(text) - begin > size:
@@ -66,14 +69,14 @@ def _cut(text: str, begin: int, end: int) -> int:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer with ``[EOS]`` (id 0) and ``[MASK]`` (id 1).
+    """Returns a byte-level BPE tokenizer with ``[EOS]`` (id 0) and ``[MASK]`` (id 1).
 
     Args:
-        texts: what it is trained on.
-        vocab_size: total size with both special tokens; a small sample may give fewer.
+        texts: The texts that the tokenizer is trained on.
+        vocab_size: The size of the vocabulary with both special tokens; a small sample may give fewer tokens.
 
     Raises:
-        UserError: ``vocab_size`` has no room for the bytes and the special tokens, or is too large.
+        UserError: ``vocab_size`` is smaller than the number of bytes and special tokens, or is too large.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
@@ -100,7 +103,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Takes special tokens that text spells out for text; neither truncates nor pads. (The file keeps no such flag.)"""
+    """Encodes special tokens that a text spells as text; neither truncates nor pads. (The file has no such flag.)"""
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -108,7 +111,10 @@ def _plain(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def tokenizer_from_file(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a ``tokenizer.json``, set so that text which spells a special token stays text.
+    """Returns the tokenizer of a ``tokenizer.json``, set so that a text which spells a special token stays text.
+
+    Args:
+        path: The path of the file.
 
     Raises:
         UserError: the file is missing or is not a tokenizer.
@@ -117,14 +123,14 @@ def tokenizer_from_file(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def tokenizer_from_text(text: str, name: str) -> Tokenizer:
-    """As :func:`tokenizer_from_file`, from the file's text.
+    """Returns the tokenizer of the text of a ``tokenizer.json``; see :func:`tokenizer_from_file`.
 
     Args:
-        text: of a ``tokenizer.json``.
-        name: of the file, for people.
+        text: The text of the file.
+        name: The name of the file, for messages.
 
     Raises:
-        UserError: it is not a tokenizer, or loading it takes time or memory without bound.
+        UserError: the text is not a tokenizer, or loading it exceeds the limits of time or memory.
     """
     return _plain(load(text, name))
 
@@ -139,21 +145,21 @@ def load_tokenizer(
     vocab_size: int | None = None,
     option: str = "--{}-token",
 ) -> tuple[Tokenizer, TokenizerInfo]:
-    """A tokenizer that exists, with its special tokens found and made safe.
+    """Returns a given tokenizer, in which text never becomes [MASK] or EOS, and its special tokens.
 
     Args:
-        spec: a ``tokenizer.json``; a folder with one (a Hugging Face tokenizer's, or a prepared data folder); or a
-            name on the Hugging Face hub.
-        mask_token: the token to mask with; by default the one its configuration names, else one of
-            ``KNOWN_MASK_TOKENS``; '' for none at all.
-        eos_token: likewise, of ``KNOWN_EOS_TOKENS``.
-        add_mask_token: where there is no mask token, add one as the last id.
-        need_mask: whether a tokenizer without a mask token is refused.
-        vocab_size: of a model; special tokens that it has no embedding for are left out.
-        option: what names a token, `mask` or `eos`, in the command at hand, for messages.
+        spec: The path of a ``tokenizer.json`` or of a folder with one (of a Hugging Face tokenizer, or a prepared data
+            folder), or a name on the Hugging Face hub.
+        mask_token: The name of the mask token; None: the one that its configuration names, else one of
+            ``KNOWN_MASK_TOKENS``; '': none.
+        eos_token: The name of the end-of-text token; None: found in the same way, among ``KNOWN_EOS_TOKENS``.
+        add_mask_token: Whether a mask token is added, with the last id, where there is none.
+        need_mask: Whether a tokenizer without a mask token is refused.
+        vocab_size: The size of a model's vocabulary; special tokens that it has no embedding for are left out.
+        option: The option that names a token (`mask` or `eos`) in the current command, for messages.
 
     Raises:
-        UserError: no such tokenizer, no [MASK] or EOS in it, or text can be encoded to one of them.
+        UserError: there is no such tokenizer, it lacks [MASK] or EOS, or text can be encoded to one of them.
     """
     path = tokenizer_file(spec)
     tokenizer = tokenizer_from_file(path)
@@ -188,10 +194,13 @@ def _find(tokenizer: Tokenizer, wanted: str | None, named: str | None, known: tu
 
 
 def tokenizer_file(spec: str) -> Path:
-    """The ``tokenizer.json`` of a specification as :func:`load_tokenizer` takes it, fetched from the hub if need be.
+    """Returns the path of a ``tokenizer.json``, which is downloaded from the hub if necessary.
+
+    Args:
+        spec: The tokenizer, as :func:`load_tokenizer` takes it.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such file.
     """
     path = expanded(spec)
     if path.is_dir():
@@ -208,7 +217,7 @@ def tokenizer_file(spec: str) -> Path:
 
 
 def _hub_file(name: str) -> Path:
-    """Fetches a tokenizer and its configuration from the hub into its cache."""
+    """Downloads a tokenizer and its configuration from the hub into its cache."""
     from huggingface_hub import hf_hub_download
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry has two lines; the last reason is below
@@ -218,7 +227,7 @@ def _hub_file(name: str) -> Path:
     except Exception as error:  # no such name, no tokenizer.json, no network, no access
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"tokenizer '{name}': no such file or folder, and the Hugging Face hub does not give it "
+            f"tokenizer '{name}': no such file or folder, and the Hugging Face hub does not provide it "
             f"({type(error).__name__}: {reason}); give a tokenizer.json or a folder"
         ) from error
     for config in _CONFIG_NAMES:
@@ -230,7 +239,10 @@ def _hub_file(name: str) -> Path:
 
 
 def named_tokens(folder: Path) -> dict[str, str]:
-    """``eos_token`` and ``mask_token`` as the files beside a ``tokenizer.json`` name them.
+    """Returns ``eos_token`` and ``mask_token`` as the files beside a ``tokenizer.json`` name them.
+
+    Args:
+        folder: The folder of the file.
 
     Raises:
         UserError: a file is damaged.
@@ -251,7 +263,7 @@ def named_tokens(folder: Path) -> dict[str, str]:
 
 
 def as_special(tokenizer: Tokenizer, tokens: tuple[str, ...]) -> Tokenizer:
-    """The tokenizer with these tokens marked as special in its file, so that text never becomes them."""
+    """Returns a tokenizer in which the given tokens are special, so that text never becomes them."""
     record = json.loads(tokenizer.to_str())
     added = {entry["content"]: entry for entry in record["added_tokens"]}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -266,10 +278,14 @@ def as_special(tokenizer: Tokenizer, tokens: tuple[str, ...]) -> Tokenizer:
 
 
 def without_special_beyond(tokenizer: Tokenizer, vocab_size: int) -> tuple[Tokenizer, list[str]]:
-    """A tokenizer without the special tokens that a model has no embedding for, and these tokens.
+    """Returns a tokenizer without the special tokens that a model has no embedding for, and the names of these.
 
-    Text never becomes one of them, so it is encoded as before. A `<pad>` that was added to a tokenizer, but not to its
-    model, is the usual one.
+    Text never becomes one of them, so it is encoded as before. Usually it is a `<pad>` that was added to the tokenizer,
+    but not to its model.
+
+    Args:
+        tokenizer: The tokenizer.
+        vocab_size: The size of the model's vocabulary.
     """
     added = tokenizer.get_added_tokens_decoder().items()
     beyond = {token.content for token_id, token in added if token_id >= vocab_size and token.special}
@@ -299,15 +315,15 @@ def _check_apart(tokenizer: Tokenizer, info: TokenizerInfo, spec: str, option: s
 def tokenizer_info(
     tokenizer: Tokenizer, *, eos_token: str = EOS_TOKEN, mask_token: str | None = MASK_TOKEN
 ) -> TokenizerInfo:
-    """Vocabulary, special ids and fingerprint of a tokenizer that has both tokens.
+    """Returns the vocabulary size, the special ids and the fingerprint of a tokenizer.
 
     Args:
-        tokenizer: of the text.
-        eos_token: ends a text.
-        mask_token: [MASK]; None where it has none.
+        tokenizer: The tokenizer.
+        eos_token: The name of the token that ends a text.
+        mask_token: The name of [MASK]; None: it has none.
 
     Raises:
-        UserError: it lacks one of them.
+        UserError: the tokenizer lacks one of these tokens.
     """
     eos_id, mask_id = (None if token is None else tokenizer.token_to_id(token) for token in (eos_token, mask_token))
     if eos_id is None or (mask_id is None and mask_token is not None):

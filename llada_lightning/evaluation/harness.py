@@ -36,7 +36,7 @@ MONTE_CARLO = 128
 """Masks of a continuation of several tokens (paper, B.6). One token is scored exactly by one pass."""
 
 DEFAULT_LENGTH = 256
-"""The number of tokens of an answer where neither the task nor the user sets it: as lm-evaluation-harness's own models."""
+"""The tokens of an answer where neither the task nor the user sets them: as lm-evaluation-harness's own models."""
 
 _INFILL_LACKS = frozenset({"length", "steps", "block_length", "stop", "strategy", "cache"})
 

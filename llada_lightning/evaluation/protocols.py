@@ -17,8 +17,18 @@ from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from llada_lightning.data.facts_corpus import END, FACTS, JOINER, Pair, facts_source
-from llada_lightning.data.igsm import Problem, asked, problems, question, solution
+from llada_lightning.data.generated import (
+    END,
+    JOINER,
+    Fact,
+    FactsSource,
+    Problem,
+    asked,
+    facts_source,
+    problems,
+    question,
+    solution,
+)
 from llada_lightning.data.text_files import REFUSED_BESIDE_PROMPTS, UnreadFields
 from llada_lightning.evaluation.requests import moved_space
 from llada_lightning.support.command_line import unescaped
@@ -190,12 +200,12 @@ def reversal_documents(
     options = _options(metadata)
     if "pairs" not in options:
         raise UserError("task reversal: which pairs? give --metadata pairs=FILE.json, or pairs=facts:COUNT[@SEED]")
-    invented = options["pairs"].startswith(f"{FACTS}:")
-    pairs = facts_source(options["pairs"]).pairs() if invented else read_pairs(options["pairs"])
+    invented = options["pairs"].startswith(f"{FactsSource.kind}:")
+    pairs = facts_source(options["pairs"]).facts() if invented else read_pairs(options["pairs"])
     usual = {"joiner": JOINER, "end": END} if invented else {"joiner": "，", "end": "。"}
     joiner, end = (unescaped(options.get(key, value)) for key, value in usual.items())
 
-    def row(pair: Pair) -> dict[str, Any]:
+    def row(pair: Fact) -> dict[str, Any]:
         known, wanted = (pair.first, pair.second) if direction == "forward" else (pair.second, pair.first)
         if infill:
             space, second = moved_space(joiner, pair.second)
@@ -231,7 +241,7 @@ def share(counts: Sequence[tuple[int, int]]) -> float:
     return sum(right for right, _ in counts) / sum(total for _, total in counts)
 
 
-def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
+def read_pairs(path: str | os.PathLike[str]) -> list[Fact]:
     """Pairs of a JSON list of objects with ``first`` and ``second``; a note names what else they hold.
 
     Raises:
@@ -253,7 +263,7 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
             if not half.strip():
                 raise UserError(f"{where} lacks 'first' or 'second'; fill it in, or remove it")
         unread.add_row(fields, ("first", "second"), where, REFUSED_BESIDE_PROMPTS)
-        pairs.append(Pair(first, second))
+        pairs.append(Fact(first, second))
     unread.note(f"pairs '{path}'")
     return pairs
 

@@ -8,7 +8,7 @@ a probability of at most 1 - confidence (as far as the replicates' means are nor
 are). Only candidates that are still in are given more samples.
 
 Few tokens have few masks: 16 replicates of one mask each then easily miss a rare one, or all give the same, and their
-scatter tells too little. So candidates of at most 7 tokens are scored by all their masks at the first look, which leaves
+scatter is too small. So candidates of at most 7 tokens are scored by all their masks at the first look, which leaves
 no error (6 and 7 tokens only where ``max_samples`` allows their 63 and 127 masks). Replicates of longer ones that give
 the very same value tell no error, so they put nobody out.
 """

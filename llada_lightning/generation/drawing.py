@@ -1,19 +1,27 @@
-"""The text of a sampling process, the later a token appeared the darker (paper, Tables 3, 13 and 14): for a terminal,
-and as a file of HTML or SVG."""
+"""The text of a sampling process, each token in the colour of the step at which it appeared (paper, Tables 3, 13, 14).
+
+It is drawn on a terminal while the answer unfolds, with a dim block where a token is still masked, and into a file of
+HTML or SVG.
+"""
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.box import SIMPLE
 from rich.cells import cell_len
 from rich.color import Color, blend_rgb
 from rich.color_triplet import ColorTriplet
+from rich.console import Console, Group
+from rich.live import Live
 from rich.padding import Padding
 from rich.rule import Rule
 from rich.style import Style
@@ -23,7 +31,7 @@ from rich.text import Text
 from tokenizers import Tokenizer
 
 from llada_lightning.data.encoding import decode, encode
-from llada_lightning.generation.sampling import Generation
+from llada_lightning.generation.sampling import Generation, Snapshot
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, require_replaceable, written_atomically
 from llada_lightning.support.printing import recording_console, visible
@@ -281,3 +289,70 @@ def _legend(steps: Collection[int]) -> Text:
     last = f"step {most}" if len(steps) == 1 else "last step"
     meaning = f"{last}: the darker, the later" if most > 1 else "all tokens at once"
     return legend.append(f" {meaning}; given text has no colour")
+
+
+_SECONDS_BETWEEN_FRAMES = 1 / 15
+_LARGEST_SHARE = 0.1
+"""Of the time, that drawing may take from sampling."""
+_LINES_BESIDE = 3
+"""Of the screen, left free for the line of the step and the shell's prompt."""
+
+
+class Unfolding:
+    """Shows the snapshots of a sampling, where the console is a terminal; a context manager.
+
+    What it shows goes away at its end; who called prints the answer.
+
+    Args:
+        aligner: of the model's tokenizer.
+        prompts: a line for each answer, to tell several apart.
+        console: where to draw.
+        grows: answers grow to the right, so masked tokens at their ends are not shown.
+    """
+
+    def __init__(self, aligner: Aligner, prompts: Sequence[str], console: Console, *, grows: bool = False) -> None:
+        self._aligner = aligner
+        self._prompts = prompts
+        self._console = console
+        self._grows = grows
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._answers: dict[int, Text] = {}
+        self._next_frame = -math.inf
+
+    def __enter__(self) -> Unfolding:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def observe(self, snapshot: Snapshot) -> None:
+        """What ``generate`` calls after each step; draws at most 15 times a second and a tenth of the time."""
+        began = time.monotonic()
+        if self._live is None or began < self._next_frame:
+            return
+        for i, (tokens, steps) in enumerate(zip(snapshot.tokens, snapshot.step_of_token, strict=True)):
+            text = coloured(self._aligner, tokens, steps, snapshot.steps)
+            if self._grows:
+                text.right_crop(len(text) - len(text.plain.rstrip(BLOCK)))
+            self._answers[snapshot.first + i] = text
+        self._live.update(self._frame(snapshot), refresh=True)
+        ended = time.monotonic()
+        self._next_frame = max(began + _SECONDS_BETWEEN_FRAMES, ended + (ended - began) / _LARGEST_SHARE)
+
+    def _frame(self, snapshot: Snapshot) -> Group:
+        """The step, and as many lines as the screen has, ending where the last token stands."""
+        lines: list[Text] = []
+        for number, text in sorted(self._answers.items()):
+            if len(self._prompts) > 1:
+                lines.append(Text(visible(self._prompts[number]).replace("\n", "↵"), "dim", no_wrap=True))
+                lines[-1].truncate(self._console.width, overflow="ellipsis")
+            lines += text.wrap(self._console, self._console.width, overflow="fold")
+        room = max(1, self._console.height - _LINES_BESIDE)
+        known = [n for n, line in enumerate(lines, 1) if line.plain.strip(BLOCK + " ")]
+        end = max(known[-1] if known else 0, room)
+        return Group(*lines[:end][-room:], Text(f"step {snapshot.step} of {snapshot.steps}", "dim"))

@@ -9,7 +9,7 @@ from typing import Any
 class KeepsArguments:
     """A base class whose objects know the arguments of their constructor, defaults included.
 
-    Where a subclass hands its keywords on (``**kwargs``), those of the base class are known, too.
+    Where a subclass passes its keywords on (``**kwargs``), those of the base class are known, too.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -25,17 +25,19 @@ class KeepsArguments:
 
 
 def _bound(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor by name. Those that it lacks, or that a subclass sets itself, are left out."""
     signature = inspect.signature(cls.__init__)  # type: ignore[misc]
     try:
-        bound = signature.bind(None, *args, **kwargs)
-    except TypeError:  # the constructor is about to say what is wrong
+        bound = signature.bind_partial(None, *args, **kwargs)
+    except TypeError:  # the constructor is about to report it
         return {}
     bound.apply_defaults()
     found: dict[str, Any] = {}
-    for name, parameter in list(signature.parameters.items())[1:]:
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+    for name, value in list(bound.arguments.items())[1:]:
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
             base = next(base for base in cls.__mro__[1:] if "__init__" in vars(base))
-            found = {**_bound(base, (), bound.arguments[name]), **found}
-        elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
-            found[name] = bound.arguments[name]
+            found = {**_bound(base, (), value), **found}
+        elif kind is not inspect.Parameter.VAR_POSITIONAL:
+            found[name] = value
     return found

@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, srun) says about the processes of a run, and what SLURM is asked for.
+"""The processes of a run as a launcher (torchrun, srun) started them, and requests to SLURM.
 
 A run's configuration may leave `trainer.devices` and `trainer.num_nodes` out: they follow from the launcher. Where it
 names them, they must agree with what was launched.
@@ -20,7 +20,7 @@ from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import shortened
 
 INTERACTIVE_JOBS = ("bash", "interactive")
-"""Names of SLURM jobs in which a person types commands: they are not launched by srun (Lightning's rule, too)."""
+"""The names of SLURM jobs in which a person types commands. They are not launched by srun (also Lightning's rule)."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Launch:
     """The processes of a run, as launched.
 
     Args:
-        launcher: `torchrun` or `srun`.
-        processes: on all nodes together.
-        nodes: of the run.
-        rank: of this process among all.
-        local_rank: of this process on its node.
+        launcher: The launcher, `torchrun` or `srun`.
+        processes: The number of processes on all nodes together.
+        nodes: The number of nodes.
+        rank: The rank of this process among all processes.
+        local_rank: The rank of this process on its node.
     """
 
     launcher: str
@@ -43,10 +43,10 @@ class Launch:
 
     @property
     def per_node(self) -> int:
-        """Processes of one node, the same on each.
+        """The number of processes on each node.
 
         Raises:
-            UserError: they cannot be spread evenly.
+            UserError: the processes cannot be spread evenly.
         """
         if self.processes % self.nodes:
             raise UserError(
@@ -57,7 +57,7 @@ class Launch:
 
 
 def launched() -> Launch | None:
-    """The launch that this process belongs to; None where a person started it.
+    """Returns the launch that this process belongs to; None: a person started it.
 
     torchrun comes first, since it runs inside SLURM's jobs, too.
 
@@ -81,13 +81,13 @@ def launched() -> Launch | None:
 
 
 _SIZES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES", "MASTER_PORT")
-"""Environment variables that are whole numbers from 1 on."""
+"""The environment variables that are whole numbers from 1 on."""
 _RANKS = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID", "SLURM_LOCALID", "JSM_NAMESPACE_RANK",
 )  # fmt: skip
-"""Environment variables that are whole numbers from 0 on."""
+"""The environment variables that are whole numbers from 0 on."""
 _SET_BY_LIGHTNING = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"}
-"""What Lightning sets for the processes that it starts itself."""
+"""The environment variables that Lightning sets for the processes that it starts itself."""
 
 
 def _number(name: str, default: int | None = None) -> int:
@@ -109,17 +109,17 @@ def _number(name: str, default: int | None = None) -> int:
 
 
 def check_environment() -> None:
-    """Refuse variables of launchers that are not numbers. Lightning reads some of them when it is imported.
+    """Refuses variables of launchers that are not numbers. Lightning reads some of them when it is imported.
 
     Raises:
-        UserError: names the variable.
+        UserError: a variable is not a number; the message names it.
     """
     for name in (*_SIZES, *_RANKS):
         _number(name, 1)
 
 
 def process_rank() -> int:
-    """The rank of this process in its run, as far as this run's launcher says it; 0 where none launched it.
+    """Returns the rank of this process in its run, by the launcher of this run; 0: no launcher started it.
 
     Variables such as RANK also exist in pods, in job scripts and under MPI, whose processes may each be a run.
     """
@@ -133,11 +133,11 @@ def process_rank() -> int:
 
 
 def agreed_launch(devices: Any, num_nodes: int) -> Launch | None:
-    """The launch that this process belongs to, in agreement with the trainer's settings.
+    """Returns the launch that this process belongs to, which must agree with the settings of the trainer.
 
     Args:
-        devices: what the configuration says: a count, `auto`, or a list of devices.
-        num_nodes: what the configuration says; 1 is Lightning's default, and counts as not said.
+        devices: The setting of the configuration: a number, `auto`, or a list of devices.
+        num_nodes: The setting of the configuration; 1 is Lightning's default, and counts as not set.
 
     Raises:
         UserError: configuration and launch disagree.
@@ -163,7 +163,7 @@ def agreed_launch(devices: Any, num_nodes: int) -> Launch | None:
 
 
 def device_count(devices: Any) -> int | None:
-    """How many devices of a node a trainer's setting names; None: all there are."""
+    """Returns the number of devices of a node that a setting of the trainer names; None: all devices."""
     if isinstance(devices, (list, tuple)):
         return len(devices)
     text = str(devices).strip()
@@ -173,7 +173,7 @@ def device_count(devices: Any) -> int | None:
 
 
 def requeue() -> None:
-    """Ask SLURM to start this job again; by the first process only, and nothing outside of SLURM."""
+    """Asks SLURM to start this job again; only the first process does, and nothing happens outside of SLURM."""
     launch, job = launched(), os.environ.get("SLURM_JOB_ID")
     if job is None or launch is None or launch.rank != 0:
         return
@@ -201,11 +201,14 @@ def requeue_together(patience: timedelta = timedelta(seconds=60)) -> None:
 
 
 def says_it(message: str) -> bool:
-    """Whether this process is the one to report a mistake, so that N processes with the same mistake report it once.
+    """Returns whether this process reports a mistake, so that N processes with the same mistake report it once.
 
     The processes share no memory, but those that torchrun started, and those that train already, share a store:
-    whoever puts the message there first reports it. Under srun alone, before training, one of each node does: what
-    differs, such as a folder that is missing, differs between nodes.
+    the first one that puts the message there reports it. Under srun, before training, one process of each node does:
+    mistakes that differ, such as a missing folder, differ between nodes.
+
+    Args:
+        message: The message about the mistake.
     """
     store = _shared_store()
     if store is not None:
@@ -221,15 +224,15 @@ def says_it(message: str) -> bool:
 
 
 def shared_answer(launch: Launch | None, question: str, answer: str) -> str:
-    """The first process's answer in every process that torchrun launched; elsewhere the process's own.
+    """Returns the answer of the first process in every process that torchrun launched; elsewhere the own answer.
 
     Before training only torchrun's processes share a store. Where srun launched them, the first one leaves alone and
     srun ends the others (`--kill-on-bad-exit`).
 
     Args:
-        launch: of this process.
-        question: asked once a start.
-        answer: of this process; only the first one's counts.
+        launch: The launch of this process.
+        question: The name of the question, which is asked once a start.
+        answer: The answer of this process; only that of the first process counts.
     """
     store = _shared_store()
     if store is None or launch is None or launch.processes == 1:

@@ -14,7 +14,7 @@ from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import strict_json
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import FormatError, check_yaml
-from llada_lightning.support.trusted import not_trusted
+from llada_lightning.support.security import not_trusted
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\f": "\f", r"\0": "\0"}
 

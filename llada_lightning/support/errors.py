@@ -1,4 +1,4 @@
-"""What the user can mend, told apart from what only we can."""
+"""Errors that the user can fix, as opposed to errors of this package."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from llada_lightning.support.printing import shortened
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line that says what is wrong, the value, and the mend.
+    """A mistake that the user can fix: one line with what is wrong, the value, and how to fix it.
 
-    The command prints it as ``error: …`` on stderr and leaves with exit code 2, without a traceback.
+    The command prints it as ``error: …`` on stderr and exits with code 2, without a traceback.
     """
 
 
@@ -28,11 +28,11 @@ _REMEDIES = {
     **dict.fromkeys((errno.ENOMEM, errno.EAGAIN), "free memory, raise the limit of processes (ulimit -u), or use fewer "
                     "workers"),
 }  # fmt: skip
-"""What a user can do about an error of the system."""
+"""How a user can fix an error of the system, by its number."""
 
 
 def refusal(error: OSError) -> str | None:
-    """What a disk, or the system, refused, in one line with the remedy; None: another error, which is ours."""
+    """Returns one line about an error of the disk or the system, with how to fix it; None: another error."""
     remedy = _REMEDIES.get(error.errno or 0)
     if remedy is None:
         return None
@@ -41,7 +41,7 @@ def refusal(error: OSError) -> str | None:
 
 
 class LibraryPanicError(Exception):
-    """A library written in Rust gave up on its input (a panic)."""
+    """A panic of a library written in Rust."""
 
 
 @contextmanager

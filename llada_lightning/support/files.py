@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all, and JSON that every reader takes.
+"""Files and folders that appear whole or not at all, and strict JSON.
 
-A folder that is either complete or not there: written under a temporary name beside its place, then renamed.
+They are written under a temporary name beside their place, and then renamed.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ from llada_lightning.support.printing import shortened
 _BLOCK_BYTES = 1 << 20
 
 _STEM_BYTES, _SUFFIX_BYTES = 200, 20
-"""Most bytes of a file's stem and suffix in its temporary name: with 32 digits between them it stays below 255."""
+"""The largest numbers of bytes of a file's stem and suffix in its temporary name, which must stay below 255."""
 
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path`` to write to, and renames it once the block has ended well.
+    """Yields a temporary path beside ``path``, and renames it when the block ends without an error.
 
     A link stays a link: the file that it leads to is replaced. The temporary file is locked while it is written, and
     the system drops the lock with its process. So the next call that writes the same file removes what a killed
-    process left, and leaves alone what another process is writing.
+    process left, but not what another process is writing.
+
+    Args:
+        path: The path of the file.
 
     Raises:
         UserError: as :func:`require_replaceable`.
@@ -92,10 +95,13 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def require_replaceable(path: Path) -> None:
-    """Refuses what a rename would destroy: a device, a pipe, a folder, a link that leads back to itself.
+    """Refuses a path that a rename would destroy: a device, a pipe, a folder, a link that leads back to itself.
+
+    Args:
+        path: The path of the file that is to be replaced.
 
     Raises:
-        UserError: the path is there and is no regular file, or no file can have this name.
+        UserError: the path exists and is not a regular file, or no file can have this name.
     """
     try:
         is_loop = Path(os.path.realpath(path)).is_symlink()
@@ -109,10 +115,13 @@ def require_replaceable(path: Path) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether anything has this name, a link that leads nowhere included.
+    """Returns whether anything has this name, even a link that leads nowhere.
+
+    Args:
+        path: The path.
 
     Raises:
-        UserError: the system does not say, or nothing can have this name.
+        UserError: the path cannot be read, or nothing can have this name.
     """
     try:
         path.lstat()
@@ -129,7 +138,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """A file's SHA-256 in hexadecimal, read in blocks; OSError where it cannot be read."""
+    """Returns the SHA-256 of a file in hexadecimal, read in blocks; OSError where it cannot be read."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(_BLOCK_BYTES):
@@ -138,7 +147,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def strict_json(value: Any) -> Any:
-    """The same value with every non-finite number as None, because JSON has no NaN; tuples become lists."""
+    """Returns a value with None for every non-finite number, because JSON has no NaN; tuples become lists."""
     if isinstance(value, dict):
         return {key: strict_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -156,13 +165,16 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def building(out: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside ``out``, which takes the name ``out`` when the block ends well.
+    """Yields a temporary folder beside ``out``, which is renamed to ``out`` when the block ends without an error.
 
     A block that raises leaves nothing. What a killed process left is removed by the next one that builds the same
-    folder: a lock, which the system drops with its process, tells what is left over from what is being written.
+    folder: a lock, which the system drops with its process, distinguishes it from what is being written.
+
+    Args:
+        out: The path of the folder.
 
     Raises:
-        UserError: ``out`` cannot be written, is taken away meanwhile, or another process is building it.
+        UserError: ``out`` cannot be written, is removed meanwhile, or another process is building it.
     """
     prefix = f".{out.name}.partial-"
     try:

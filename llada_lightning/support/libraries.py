@@ -1,4 +1,4 @@
-"""How the libraries that a run imports are prepared, and what of them is imported later, or never."""
+"""How the libraries that a run imports are prepared, and what of them a process that prints help leaves out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache, "llada-lightning", "compiled"))
-    _postpone_most_metrics()
     import lightning  # noqa: F401  (sets the levels that follow)
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -46,15 +45,17 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def leave_out_the_compiler() -> None:
-    """Let Lightning be imported without TorchDynamo, a third of its import, in a process that prints help and ends.
+def prepare_for_help() -> None:
+    """Let Lightning be imported without what only a run needs, in a process that prints help and ends.
 
-    Lightning asks for a class, to compare types with, and for a decorator. Seen with Lightning 2.6 and torch 2.13.
+    TorchDynamo is a third of Lightning's import. Of it, Lightning asks for a class, to compare types with, and for a
+    decorator. Seen with Lightning 2.6 and torch 2.13.
     """
     if "torch._dynamo" not in sys.modules:
         _unexecuted(
             "torch._dynamo", OptimizedModule=type("OptimizedModule", (), {}), disable=lambda call, *_, **__: call
         )
+    _postpone_most_metrics()
 
 
 def _postpone_most_metrics() -> None:

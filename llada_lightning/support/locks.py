@@ -1,4 +1,4 @@
-"""One run, one folder, one writer: a lock in the run's folder that names its owner, and ends with it.
+"""One writer for the folder of a run: a lock in the folder that names its owner and ends with the process.
 
 The lock is the system's (POSIX, `fcntl`): it ends with the process, however that ends, and is not inherited by the
 workers of a loader, which outlive a killed process by some seconds.
@@ -25,7 +25,7 @@ from llada_lightning.support.cluster import Launch, shared_answer
 from llada_lightning.support.errors import UserError
 
 LOCK = ".lock"
-"""In the folder of a run that is trained now, or whose process was killed: its owner, as JSON."""
+"""The file, in the folder of a run that is trained now or was killed, that names its owner, as JSON."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -37,12 +37,12 @@ def run_lock(folder: Path, launch: Launch | None, first: bool) -> Iterator[None]
     On a file system without locks a line on stderr says so, and the block runs.
 
     Args:
-        folder: of the run; it is made.
-        launch: of this process. Where torchrun launched it, all processes have the first one's answer.
-        first: whether this is the first process of the run.
+        folder: The folder of the run, which is created.
+        launch: The launch of this process. Where torchrun launched it, all processes get the first one's answer.
+        first: Whether this is the first process of the run.
 
     Raises:
-        UserError: another process holds it, which the line names, or the folder cannot be written. Nothing is changed.
+        UserError: another process holds the folder, and is named, or the folder cannot be written. Nothing is changed.
     """
     held: IO[str] | None = None
     refusal = ""
@@ -63,10 +63,13 @@ def run_lock(folder: Path, launch: Launch | None, first: bool) -> Iterator[None]
 
 
 def check_unlocked(folder: Path) -> None:
-    """Refuse a folder that a process trains in now; writes nothing.
+    """Refuses a folder that a process trains in now; writes nothing.
+
+    Args:
+        folder: The folder of the run.
 
     Raises:
-        UserError: names the owner.
+        UserError: a process trains in the folder; the message names it.
     """
     try:
         with (folder / LOCK).open("r+") as file:
@@ -79,7 +82,7 @@ def check_unlocked(folder: Path) -> None:
 
 
 def _locked(path: Path) -> IO[str] | None:
-    """The lock's file, locked, with this process as its owner; None where there are no locks."""
+    """Returns the locked file with this process as its owner; None: the file system has no locks."""
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +103,7 @@ def _locked(path: Path) -> IO[str] | None:
         if error.errno not in _NO_LOCKS:
             raise _unwritable(folder, error) from error
         print(
-            f"warning: {folder} lies on a file system without locks ({error.strerror}); see to it that no other "
+            f"warning: {folder} lies on a file system without locks ({error.strerror}); make sure that no other "
             "process trains in it",
             file=sys.stderr,
             flush=True,

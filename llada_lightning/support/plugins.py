@@ -23,7 +23,9 @@ def named_modules(variable: str) -> list[str]:
     names = [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
     for name in names:
         if not _MODULE.fullmatch(name) or name.split(".")[0] == "jsonargparse":
-            raise UserError(f"{variable}: {name!r} is no name of a module of yours; give names such as mine,yours.part")
+            raise UserError(
+                f"{variable}: {name!r} is not the name of a module of yours; give names such as mine,yours.part"
+            )
     return names
 
 

@@ -1,4 +1,4 @@
-"""What people read on a terminal: consoles, and text that cannot command the terminal or exceed a line."""
+"""Output for people: consoles, and text in which control characters do not act and that fits a line."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def warn(line: str) -> None:
 
 @cache
 def warn_once(line: str) -> None:
-    """Prints a line on stderr, however often a process comes to it."""
+    """Prints a line on stderr, at most once a process."""
     warn(line)
 
 
 def print_what_the_encoding_holds() -> None:
-    """Lets stdout and stderr replace the characters that their encoding lacks.
+    """Makes stdout and stderr replace the characters that their encoding lacks.
 
     Otherwise the first ``±`` or block character on an ASCII stream would end a command after all of its work.
     """

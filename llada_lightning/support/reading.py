@@ -1,4 +1,4 @@
-"""Text, JSON and YAML files that people wrote: bounded in size and depth, and without keys that appear twice.
+"""Text, JSON and YAML files of users: bounded in size and depth, and without keys that appear twice.
 
 The parsers of Python and of PyYAML keep the last of two equal keys in silence, follow anchors without bound, and stop
 at deep nesting with an error of their own. Every file that a person edits, or a stranger sent, is read here instead.

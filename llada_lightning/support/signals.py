@@ -1,4 +1,4 @@
-"""Leaving a run in good order: at a step's end, with the step saved, all processes together."""
+"""Stopping a run at the end of a step: the step is saved, and all processes stop together."""
 
 from __future__ import annotations
 
@@ -16,36 +16,40 @@ from llada_lightning.support.cluster import requeue_together
 from llada_lightning.support.printing import warn
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""A closed terminal, Ctrl-C, the usual request, and SLURM's warning before it takes the nodes away. Of several that
-arrive the last in this row counts."""
+"""A closed terminal, Ctrl-C, the usual request, and SLURM's warning before it takes the nodes away. If several
+arrive, the last one in this list counts."""
 
 
 class LeaveRequest:
-    """Which signal asked this process, or by agreement all processes of the run, to leave; None: none so far."""
+    """The signals that asked this process, and by agreement all processes of the run, to stop; None: none so far."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.agreed: signal.Signals | None = None
 
     def install(self) -> None:
-        """Handle the signals here, in whoever's place: Lightning's handler would talk to other processes meanwhile."""
+        """Handles the signals here: the handler of Lightning would communicate with other processes within it."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT == self.received:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is None:
-            say("stopping at the end of this step" + " (again to stop at once)" * (number == signal.SIGINT))
+            again = " (again to stop at once)" if number == signal.SIGINT else ""
+            say(f"stopping at the end of this step{again}")
         self.received = max(signal.Signals(number), self.received or SIGNALS[0], key=SIGNALS.index)
 
 
 @contextmanager
 def leaving_at_a_steps_end(request: LeaveRequest) -> Iterator[None]:
-    """Signals only ask to leave; once the run has saved its step and stopped, the process leaves (128 + signal).
+    """Turns signals into requests to stop; once the run has saved its step, the process exits with 128 + signal.
 
-    SIGUSR1 also asks SLURM to start the job again: it comes where a job's `--signal=SIGUSR1@SECONDS` wants it.
+    SIGUSR1 also asks SLURM to start the job again: a job gets it by `--signal=SIGUSR1@SECONDS`.
+
+    Args:
+        request: The request that the signals are recorded in.
     """
     before = {number: signal.getsignal(number) for number in SIGNALS}
     request.install()
@@ -64,7 +68,7 @@ def leaving_at_a_steps_end(request: LeaveRequest) -> Iterator[None]:
 
 @rank_zero_only
 def say(message: str) -> None:
-    """One line to whoever watches, on stderr."""
+    """Prints one line on stderr, from the first process only."""
     warn(message)
 
 

@@ -12,8 +12,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 from llada_lightning.settings import MAX_PROCESSES
 from llada_lightning.support.cluster import device_count
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.security import not_trusted
 from llada_lightning.support.signals import say
-from llada_lightning.support.trusted import not_trusted
 
 _GPU = ("gpu", "cuda")
 

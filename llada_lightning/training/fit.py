@@ -34,9 +34,8 @@ from llada_lightning.support.jsonargparse_internals import whole_numbers_first
 from llada_lightning.support.locks import check_unlocked, run_lock
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import MAX_YAML_BYTES, check_yaml, read_text
-from llada_lightning.support.secrets import refuse_secrets
+from llada_lightning.support.security import refuse_secrets, trust_known_modules
 from llada_lightning.support.signals import LeaveRequest, leaving_at_a_steps_end, say
-from llada_lightning.support.trusted import trust_known_modules
 from llada_lightning.training.callbacks.accounting import Accounting
 from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, CheckpointPlan, StepCheckpoints
 from llada_lightning.training.callbacks.leaving import LeaveTogether

@@ -1,6 +1,7 @@
 """`ArmModule` and `LladaModule`: a LightningModule for each objective, on one base, Transformer and data module.
 
-What differs between objectives is in ``objectives/``: the facts of each in its table, the loss of each in its file.
+What differs between objectives is in ``objectives/``: the facts of each in its table, the loss of each in its file. The
+validation loss has a standard error, over sequences, documents and ranks.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ import math
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from lightning import LightningModule
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from llada_lightning.compute.flops import TrainingFlops
 from llada_lightning.compute.schedule import WSD
@@ -26,11 +29,11 @@ from llada_lightning.model.head import token_nll
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
 from llada_lightning.objectives import Objective, arm, get_objective, llada
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch
+from llada_lightning.objectives.standard_errors import clustered_mean_and_stderr, mean_by_cluster
 from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.first_weights import fill_weights, inherited
 from llada_lightning.training.guard import UpdateGuard
-from llada_lightning.training.metrics import ValidationLoss
 from llada_lightning.training.parallel import shard, sharding_mesh, total_norm
 from llada_lightning.training.speed import Speed, apply_speed
 
@@ -343,3 +346,38 @@ class LladaModule(LanguageModule):
     objective = "llada"
     training_loss = llada.training_loss
     sequence_nll = llada.sequence_nll
+
+
+class ValidationSummary(NamedTuple):
+    """Mean, standard error (NaN with fewer than two documents), and (document, sequences, mean) of each document."""
+
+    mean: float
+    stderr: float
+    by_document: list[tuple[int, int, float]]
+
+
+class ValidationLoss(Metric):
+    """Mean of per-sequence values and its standard error, clustered by document, in fp64.
+
+    Every sequence's value is gathered from all ranks, so the result does not depend on how they were spread.
+    """
+
+    full_state_update = False
+    values: list[Tensor]
+    documents: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("values", default=[], dist_reduce_fx="cat")
+        self.add_state("documents", default=[], dist_reduce_fx="cat")
+
+    def update(self, values_B: Tensor, documents_B: Tensor) -> None:
+        """Args: values_B: (B,) of each sequence; documents_B: (B,) int64, the document that each begins in."""
+        self.values.append(values_B.double())
+        self.documents.append(documents_B)
+
+    def compute(self) -> ValidationSummary:
+        """The mean over all sequences of all ranks, its standard error, and the documents' means."""
+        values, documents = dim_zero_cat(self.values), dim_zero_cat(self.documents)
+        columns = (column_G.tolist() for column_G in mean_by_cluster(values, documents))
+        return ValidationSummary(*clustered_mean_and_stderr(values, documents), list(zip(*columns, strict=True)))

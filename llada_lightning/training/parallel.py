@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 
 from llada_lightning.checkpoints.sharded_checkpoints import (
     META,
-    ShardReader,
+    ShardedCheckpointReader,
     by_name,
     is_sharded,
     refusing_strangers,
@@ -91,7 +91,7 @@ class FullySharded(ModelParallelStrategy):
 
     def _load_shards(self, folder: Path) -> dict[str, Any]:
         assert self.model is not None
-        reader = ShardReader(folder)
+        reader = ShardedCheckpointReader(folder)
         reader.read_metadata()  # fails here, in each process alone, before they read together
         weights = {"state_dict": get_model_state_dict(self.model)}
         reader.fill(weights, together=True)

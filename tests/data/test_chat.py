@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.small_checkpoints import tokenizer_folder, written
 from llada_lightning import load_model
-from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
 from llada_lightning.data.chat import ChatTemplate, Message
 from llada_lightning.data.sft import SftDataModule
+from llada_lightning.data.tokenizer_files import TokenizerFiles
 from llada_lightning.data.tokenizers import load_tokenizer, train_tokenizer
 from llada_lightning.generation.prompts import conversation_ids
 from llada_lightning.support.errors import UserError

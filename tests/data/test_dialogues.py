@@ -64,7 +64,7 @@ def test_a_system_beside_any_form_is_the_first_message(row: dict[str, Any], name
 def test_a_system_given_twice_must_be_the_same() -> None:
     row = {"messages": [said("system", "Be brief."), *TWO_TURNS]}
     assert dialogue({**row, "system": "Be brief."}, "here") == dialogue(row, "here")
-    with pytest.raises(UserError, match="'system' says what messages do not"):
+    with pytest.raises(UserError, match="'system' differs from what messages hold"):
         dialogue({**row, "system": "Be long."}, "here")
 
 
@@ -124,7 +124,7 @@ def test_n_turns_are_n_pairs_each_with_all_that_was_said_before() -> None:
         ({"prompt": "q"}, "has only prompt; a row has 'prompt' and 'response'"),
         ({"prompt": "q", "response": None}, "'response' holds NoneType, not text"),
         ({"prompt": "q", "response": " \n"}, "response 1 is empty"),
-        ({"messages": []}, "no list of messages"),
+        ({"messages": []}, "not a list of messages"),
         ({"messages": TWO_TURNS[1:]}, "the dialogue starts with the assistant"),
         ({"messages": [TWO_TURNS[0], TWO_TURNS[2]]}, "turn 1 has the user"),
         ({"messages": TWO_TURNS[:1]}, "holds no answer"),
@@ -138,14 +138,14 @@ def test_n_turns_are_n_pairs_each_with_all_that_was_said_before() -> None:
         ({**FORMS[0], "train": False}, "'train' of the row is 'False'"),
         (
             {**FORMS[0], "input": "more"},
-            "'input' says what prompt and response do not",
+            "'input' differs from what prompt and response hold",
         ),
-        ({**FORMS[0], "question": "other", "answer": "a"}, "'question' says what"),
-        ({**FORMS[3], "prompt": "other"}, "'prompt' says what messages do not"),
-        ({**FORMS[3], "conversations": TWO_TURNS}, "'conversations' says what"),
-        ({**FORMS[3], "history": [["a", "b"]]}, "'history' says what"),
-        ({**FORMS[0], "history": "earlier"}, r"'history' is no list of \[prompt, response\] pairs"),
-        ({**FORMS[0], "history": [["a"]]}, "'history' is no list"),
+        ({**FORMS[0], "question": "other", "answer": "a"}, "'question' differs from what"),
+        ({**FORMS[3], "prompt": "other"}, "'prompt' differs from what messages hold"),
+        ({**FORMS[3], "conversations": TWO_TURNS}, "'conversations' differs from what"),
+        ({**FORMS[3], "history": [["a", "b"]]}, "'history' differs from what"),
+        ({**FORMS[0], "history": "earlier"}, r"'history' is not a list of \[prompt, response\] pairs"),
+        ({**FORMS[0], "history": [["a"]]}, "'history' is not a list"),
         ({**FORMS[0], "history": [["a", None]]}, "pair 1 of 'history' holds NoneType"),
         ({**FORMS[0], "history": [["a", " "]]}, "response 1 is empty"),
         ({**FORMS[2], "input": ["x"]}, "'input' holds list, not text"),
@@ -163,7 +163,7 @@ def test_n_turns_are_n_pairs_each_with_all_that_was_said_before() -> None:
         ({"messages": [{**said("user", "q"), "train": True}, said("assistant", "a")]}, "'train' of the user is 'True'"),
         (
             {"messages": [{**said("user", "q"), "from": "gpt"}, said("assistant", "a")]},
-            "'role' and 'from' say different",
+            "'role' and 'from' differ",
         ),
     ],
 )

@@ -34,9 +34,9 @@ def split(pattern: str) -> Tokenizer:
 
 
 def process_of(tokenizer: Tokenizer) -> Any:
-    child = encoding._child_of(tokenizer)
-    assert child is not None
-    return child._process
+    process = encoding._process_of(tokenizer)
+    assert process is not None
+    return process._process
 
 
 def refusal(call: Callable[[], Any]) -> str:
@@ -48,7 +48,7 @@ def refusal(call: Callable[[], Any]) -> str:
 
 def test_byte_level_bpe_works_in_this_process() -> None:
     tokenizer = other()
-    assert encoding._child_of(tokenizer) is None
+    assert encoding._process_of(tokenizer) is None
     assert decode(tokenizer, encode(tokenizer, TEXT)) == TEXT
 
 

@@ -80,7 +80,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "another dtype in the index": (
         lambda folder: edited(folder / "train/index.json", set_dtype),
-        r"train/index\.json says that tokens are stored as .*no_header_tensor:13.*, expected plain uint16",
+        r"train/index\.json gives .*no_header_tensor:13.* as the format of the tokens, expected plain uint16",
     ),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
     "a tokenizer cut": (lambda folder: cut(folder / "tokenizer.json"), r"tokenizer\.json is not JSON"),

@@ -137,7 +137,7 @@ def test_missing_foreign_damaged_and_of_another_format(tmp_path: Path) -> None:
 def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:
     text = make_manifest().to_json()
     (tmp_path / "manifest.json").write_text(text.replace('"bytes": 100', '"bytes": 101'))
-    with pytest.raises(UserError, match=r"is damaged \(its checksum is of another text\); copy the folder again"):
+    with pytest.raises(UserError, match=r"is damaged \(its checksum is that of another text\); copy the folder again"):
         read_manifest(tmp_path)
     record = json.loads(text)
     assert record.pop("checksum")
@@ -171,7 +171,7 @@ SHARD = ("splits", "train", "shards", 0)
         (("tokenizer", "vocab_size"), 1 << 17, "vocab_size 131072 as uint16"),
         (("tokenizer", "vocab_size"), -300, "vocab_size -300"),
         (("tokenizer", "vocab_size"), "300", "vocab_size '300'"),
-        (("tokenizer", "mask_id"), 300, "mask_id 300 of 300 words"),
+        (("tokenizer", "mask_id"), 300, "mask_id 300 of 300 tokens"),
         (("tokenizer", "mask_id"), 0, "eos_id and mask_id are both 0"),
         (("tokenizer", "eos_id"), -1, "eos_id -1"),
         (("splits", "val", "bytes"), 0, "val: bytes 0"),

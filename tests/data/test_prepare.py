@@ -23,8 +23,8 @@ from llada_lightning.data.manifest import Manifest, Split, read_manifest
 from llada_lightning.data.prepare import in_validation, prepare
 from llada_lightning.data.prepare_progress import PrepareProgress
 from llada_lightning.data.tokenizers import tokenizer_from_file, train_tokenizer
-from llada_lightning.support import files as output_folder
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import building
 
 # litdata maps shards read-only and clones what it reads; torch warns all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
@@ -121,7 +121,7 @@ def test_any_text_comes_back_from_any_shards_and_batches(
     texts = [*texts, *TEXTS[:4]]  # which has documents for both splits
     source = write_corpus(folder / "a.jsonl", texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "BATCH_CHARS", batch)
+        patch.setattr("llada_lightning.data.shards.BATCH_CHARS", batch)
         manifest = run(source, folder / "out", shard_tokens=shard_tokens, tokenizer=tokenizer_path)
     kept = [text for text in texts if text.strip()]
     found = decoded(folder / "out", "train", manifest) + decoded(folder / "out", "val", manifest)
@@ -248,7 +248,7 @@ def test_what_a_killed_run_left_is_removed_and_what_a_live_one_writes_is_not(tmp
     (leftover / "train").mkdir(parents=True)
     neighbour = tmp_path / ".out2.partial-other"
     neighbour.mkdir()
-    with output_folder.building(out) as partial:
+    with building(out) as partial:
         assert not leftover.exists()
         with pytest.raises(UserError, match="being prepared by another process"):
             run(source, out)

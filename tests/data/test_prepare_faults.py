@@ -22,8 +22,8 @@ from llada_lightning.data.integrity import verify
 from llada_lightning.data.manifest import read_manifest
 from llada_lightning.data.prepare import prepare
 from llada_lightning.data.tokenizers import train_tokenizer
-from llada_lightning.support import files as output_folder
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import building
 
 TEXTS = [f"document {n}: " + "the cat sat on the mat. " * (n % 7) for n in range(60)]
 SHARD_TOKENS = 16
@@ -101,10 +101,10 @@ def test_a_disk_that_is_full_at_any_file(
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("data.output_folder.tempfile", "mkdtemp"),
-        ("data.output_folder.fcntl", "flock"),
-        ("data.output_folder.Path", "rename"),
-        ("data.shard_writer.Path", "write_text"),
+        ("support.files.tempfile", "mkdtemp"),
+        ("support.files.fcntl", "flock"),
+        ("support.files.Path", "rename"),
+        ("data.shards.Path", "write_text"),
     ],
 )
 def test_a_place_that_refuses(
@@ -137,7 +137,7 @@ def test_a_parent_where_nothing_can_be_made(
 KILLED = """
 import os, signal, sys
 from llada_lightning.commands.main import main
-from llada_lightning.data import output_folder
+from llada_lightning.support import files
 from llada_lightning.data.shards import ShardWriter
 
 def die(*_):
@@ -145,7 +145,7 @@ def die(*_):
 
 moment, *arguments = sys.argv[1:]
 if moment == "rename":
-    output_folder._take_name = die
+    files._take_name = die
 else:
     record = ShardWriter._record
     ShardWriter._record = lambda self, path: die() if len(self.shards) == int(moment) else record(self, path)
@@ -254,7 +254,7 @@ def test_the_folder_is_removed_while_it_is_written(
 ) -> None:
     out = tmp_path / "below" / "out"
     out.parent.mkdir()
-    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 1)  # so that shards are written from the beginning
+    monkeypatch.setattr("llada_lightning.data.shards.BATCH_CHARS", 1)  # so that shards are written from the beginning
 
     def remove() -> None:
         [partial] = out.parent.iterdir()
@@ -268,7 +268,7 @@ def test_the_folder_is_removed_while_it_is_written(
 def test_the_folder_is_removed_before_it_takes_its_name(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match="its folder was removed while it was being prepared; run again"),
-        output_folder.building(tmp_path / "out") as partial,
+        building(tmp_path / "out") as partial,
     ):
         partial.rmdir()
     assert list(tmp_path.iterdir()) == []

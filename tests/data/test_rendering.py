@@ -9,12 +9,12 @@ import pytest
 
 from llada_lightning.data import rendering
 from llada_lightning.data.rendering import RenderingError, render
+from llada_lightning.support.limited_process import LimitedProcess
 
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process of its own, with little time."""
-    monkeypatch.setattr(rendering, "_worker", None)
+    """Little time."""
     monkeypatch.setattr(rendering, "CPU_SECONDS", 0.3)
 
 
@@ -84,18 +84,17 @@ def test_a_template_nested_beyond_measure_is_refused() -> None:
     assert outcome("{{ x }}", x=2) == "2"
 
 
-def test_one_process_serves_all_renderings_and_another_takes_over_where_it_ended(hurried: None) -> None:
+def test_one_process_serves_all_renderings_and_another_takes_over_where_it_ended() -> None:
     render("a", [{}])
-    first = rendering._worker
-    assert first is not None and render("b", [{}, {}]) == ["b", "b"] and rendering._worker is first
-    os.kill(first._process.pid, signal.SIGKILL)
-    with pytest.raises(RenderingError, match=r"it ends the process that renders it \(exit code -9\)"):
-        render("c", [{}])
+    first = rendering._process._process
+    assert first is not None and render("b", [{}, {}]) == ["b", "b"] and rendering._process._process is first
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
     assert render("c", [{}]) == ["c"]
 
 
 def test_without_a_process_nothing_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "_worker", None)
-    monkeypatch.setattr(rendering.sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(rendering, "_process", LimitedProcess(rendering.__name__))
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
     with pytest.raises(RenderingError, match=r"no process can be started to render it \(No such file"):
         render("a", [{}])

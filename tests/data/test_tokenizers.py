@@ -164,6 +164,6 @@ def test_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert load_tokenizer("owner/name")[1] == load_tokenizer(str(path))[1]
-    with pytest.raises(UserError, match=r"hub does not give it \(ConnectionError: out of reach\)"):
+    with pytest.raises(UserError, match=r"hub does not provide it \(ConnectionError: out of reach\)"):
         load_tokenizer("other")
     assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING), "retries are told"

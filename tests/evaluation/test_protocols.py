@@ -24,8 +24,7 @@ from llada_lightning.commands.main import main
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.data.chat import PLAIN_TEMPLATE, Message
 from llada_lightning.data.corpora import open_corpus
-from llada_lightning.data.facts_corpus import Pair
-from llada_lightning.data.igsm import asked, document, problems, question, solution
+from llada_lightning.data.generated import Fact, asked, document, problems, question, solution
 from llada_lightning.data.tokenizers import train_tokenizer
 from llada_lightning.evaluation import harness
 from llada_lightning.evaluation.benchmarks import load_benchmark, measure, task_manager
@@ -38,7 +37,7 @@ from llada_lightning.generation.sampler import generate
 from llada_lightning.model import Transformer
 from llada_lightning.support.errors import UserError
 
-PAIRS = [Pair("Ada", "the judge"), Pair("the heir", "Bo"), Pair("Cleo", "the mayor")]
+PAIRS = [Fact("Ada", "the judge"), Fact("the heir", "Bo"), Fact("Cleo", "the mayor")]
 TOKENIZER = train_tokenizer(["Ada is the judge."], 258)
 
 
@@ -276,10 +275,10 @@ def test_pairs_are_read_with_what_is_wrong_with_them(tmp_path: Path, capsys: pyt
         with pytest.raises(UserError, match=fault):
             read_pairs(path)
     path.write_text(json.dumps([{"first": "a", "second": "b", "source": "c"}]))
-    assert read_pairs(path) == [Pair("a", "b")]
+    assert read_pairs(path) == [Fact("a", "b")]
     assert capsys.readouterr().err == f"note: pairs '{path}': not read: 'source' (1 row)\n"
     path.write_text(json.dumps([{"first": "a", "second": "b"}]), encoding="utf-8-sig")
-    assert read_pairs(path) == [Pair("a", "b")]
+    assert read_pairs(path) == [Fact("a", "b")]
 
 
 # --- what cannot be asked ---------------------------------------------------------------------------------------------

@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.style import Style
 
 from helpers.speaking_models import tokenizer
-from llada_lightning.generation.drawing import BLOCK, Aligner, coloured, shade
+from llada_lightning.generation.drawing import BLOCK, Aligner, Unfolding, coloured, shade
 from llada_lightning.generation.sampling import Snapshot
-from llada_lightning.generation.unfold import Unfolding
 
 
 def encoded(text: str) -> list[int]:
@@ -58,7 +57,7 @@ def test_frames_are_left_out_where_they_come_too_fast_or_cost_too_much(
 ) -> None:
     """300 steps in three seconds."""
     now = 0.0
-    monkeypatch.setattr("llada_lightning.generation.unfold.time.monotonic", lambda: now)
+    monkeypatch.setattr("llada_lightning.generation.drawing.time.monotonic", lambda: now)
     console = terminal()
     frame = Unfolding._frame
 

@@ -15,10 +15,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from llada_lightning.checkpoints.convert import Target, convert
 from llada_lightning.checkpoints.description import Description
 from llada_lightning.checkpoints.sharded_checkpoints import META
-from llada_lightning.checkpoints.stored_model import StoredModel
+from llada_lightning.checkpoints.stored_model import StoredModel, fitted_tokenizer
 from llada_lightning.checkpoints.stored_tensors import of_tensor
-from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
 from llada_lightning.compute.shapes import Shape
+from llada_lightning.data.tokenizer_files import TokenizerFiles
 
 GOLDEN = Path(__file__).parents[1] / "model" / "golden_llada_mha"
 GROUPED = Shape(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
@@ -56,7 +56,7 @@ def in_memory(
         name: of_tensor(torch.randn(weight.shape, generator=generator) / weight.shape[-1] ** 0.5)
         for name, weight in description.transformer().state_dict().items()
     }
-    files = None if tokenizer is None else TokenizerFiles.of_path(tokenizer).fitted(description, given=True)
+    files = None if tokenizer is None else fitted_tokenizer(TokenizerFiles.of_path(tokenizer), description, given=True)
     return StoredModel(Path("memory"), "llada", description, weights, files)
 
 

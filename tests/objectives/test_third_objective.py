@@ -98,7 +98,7 @@ def pairs(folder: Path) -> Path:
     ("named", "message"),
     [
         ("no_such_module", "LLADA_PLUGINS: module 'no_such_module' cannot be imported (ModuleNotFoundError: No module"),
-        ("a b", "LLADA_PLUGINS: 'a b' is no name of a module of yours; give names such as mine,yours.part"),
+        ("a b", "LLADA_PLUGINS: 'a b' is not the name of a module of yours; give names such as mine,yours.part"),
         ("second_arm", "(objective: 'arm' is in the table already; choose another name); correct it"),
     ],
 )

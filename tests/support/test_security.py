@@ -29,7 +29,7 @@ from llada_lightning.checkpoints.sharded_checkpoints import META
 from llada_lightning.commands.main import main
 from llada_lightning.records import CONFIG_FILE
 from llada_lightning.support.errors import UserError
-from llada_lightning.support.secrets import redacted, refuse_secrets
+from llada_lightning.support.security import redacted, refuse_secrets
 from llada_lightning.training.parallel import FullySharded
 
 SHORT = ("--trainer.max_steps=4", "--run.checkpoint_every_steps=2")
@@ -295,7 +295,7 @@ def test_only_names_of_modules_can_be_trusted(
     name: str, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     monkeypatch.setenv("LLADA_TRUSTED_MODULES", name)
-    assert "is no name of a module of yours" in refused("fit", "--model=ArmModule")
+    assert "is not the name of a module of yours" in refused("fit", "--model=ArmModule")
 
 
 def test_no_call_of_the_package_runs_what_it_reads() -> None:

@@ -46,7 +46,7 @@ def weights_of(checkpoints: Path, steps: int) -> dict[str, torch.Tensor]:
     return torch.load(checkpoints / "checkpoints" / f"step={steps:08d}.ckpt")["state_dict"]
 
 
-@pytest.mark.parametrize("objective", ["arm", "llada"])
+@pytest.mark.parametrize("objective", [pytest.param("arm", marks=pytest.mark.slow), "llada"])
 def test_branches_equal_separate_runs_bit_for_bit(prepared: Path, tmp_path: Path, objective: str) -> None:
     family = fit(objective, prepared, tmp_path / "family", *budgets(*STEPS))
     assert [record["steps"] for record in records(family)] == list(STEPS)
@@ -68,7 +68,12 @@ def test_branches_equal_separate_runs_bit_for_bit(prepared: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     "step",
-    [5, pytest.param(10, marks=pytest.mark.slow), 11, pytest.param(17, marks=pytest.mark.slow)],
+    [
+        pytest.param(5, marks=pytest.mark.slow),
+        pytest.param(10, marks=pytest.mark.slow),
+        11,
+        pytest.param(17, marks=pytest.mark.slow),
+    ],
     ids=["trunk", "first branch", "its end", "trunk again"],
 )
 def test_a_killed_family_ends_bit_for_bit_as_an_uninterrupted_one(prepared: Path, tmp_path: Path, step: int) -> None:
@@ -161,7 +166,7 @@ def test_the_hash_of_a_parent_is_of_weights_moments_and_counters(prepared: Path,
     ("words", "said"),
     [
         (budgets(24, 12), "several budgets must ascend"),
-        (["--budget.flops=[]", "--trainer.max_steps=-1"], "several budgets must ascend"),
+        (["--budget.flops=[]", "--trainer.max_steps=-1"], "budget.flops: [] holds no budget"),
         ([*budgets(12, 24), "--model.schedule.decay_fraction=0"], "several budgets need a decay"),
         ([*budgets(12, 24), "--model.schedule.decay_steps=11"], "they must follow one another"),
         ([*budgets(12, 24), "--trainer.enable_checkpointing=false"], "several budgets branch from checkpoints"),

@@ -40,7 +40,7 @@ def whole(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fit("llada", prepared, tmp_path_factory.mktemp("whole"), *SAVED)
 
 
-@pytest.mark.parametrize("damaged", [(24,), (16, 24), (8, 16, 24)])
+@pytest.mark.parametrize("damaged", [(24,), pytest.param((16, 24), marks=pytest.mark.slow), (8, 16, 24)])
 def test_damaged_checkpoints_are_passed_over_with_a_warning(
     whole: Path, prepared: Path, tmp_path: Path, damaged: tuple[int, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,7 +106,7 @@ def test_a_copy_of_a_run_is_validated_by_its_own_checkpoint(
     assert "copy/checkpoints/step=00000024.ckpt' is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("room", [10, 1000, 100_000])
+@pytest.mark.parametrize("room", [10, pytest.param(1000, marks=pytest.mark.slow), 100_000])
 def test_a_full_disk_leaves_the_checkpoints_before_it(
     whole: Path,
     prepared: Path,

@@ -21,7 +21,7 @@ from llada_lightning.support.errors import UserError
 from llada_lightning.training.callbacks.evaluate_tasks import EvaluateTasks
 
 
-@pytest.mark.parametrize("objective", ["arm", "llada"])
+@pytest.mark.parametrize("objective", [pytest.param("arm", marks=pytest.mark.slow), "llada"])
 def test_scores_in_training_are_those_of_the_checkpoint(
     prepared: Path, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

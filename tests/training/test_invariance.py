@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from helpers.tiny_runs import MODELS, fit, fit_process, losses, record
+from helpers.tiny_runs import fit, fit_process, losses, record
 from llada_lightning.records import read_validation
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=[pytest.param("arm", marks=pytest.mark.slow), "llada"])
 def reference(request: pytest.FixtureRequest, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One rank, the global batch at once."""
     return fit(request.param, prepared, tmp_path_factory.mktemp("reference"))
@@ -20,7 +20,7 @@ def objective(reference: Path) -> str:
     return str(record(reference)["objective"])
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_accumulation_and_workers_give_the_same_curve(
     reference: Path, prepared: Path, tmp_path: Path, workers: int
 ) -> None:

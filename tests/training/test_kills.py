@@ -73,7 +73,7 @@ def test_a_kill_at_each_stage_of_a_save(prepared: Path, tmp_path: Path, extra: t
     assert_equal(folder, whole)
 
 
-@pytest.mark.parametrize("objective", ["arm", "llada"])
+@pytest.mark.parametrize("objective", [pytest.param("arm", marks=pytest.mark.slow), "llada"])
 def test_a_kill_within_a_global_batch_of_a_mixture(
     prepared: Path, prepared_second: Path, tmp_path: Path, objective: str
 ) -> None:

@@ -63,7 +63,10 @@ def test_a_run_killed_on_two_ranks_goes_on_on_one(prepared: Path, tmp_path: Path
         assert torch.allclose(weights(folder)[key], value, atol=1e-5)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [pytest.param(1, 2, marks=pytest.mark.slow), (2, 1), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
 def test_another_accumulation_goes_on_with_the_same_batches(
     prepared: Path, tmp_path: Path, before: int, after: int
 ) -> None:
@@ -80,7 +83,9 @@ def test_another_accumulation_goes_on_with_the_same_batches(
     ]
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), pytest.param("SIGHUP", 129, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_the_step_and_the_run_goes_on(prepared: Path, tmp_path: Path, name: str, code: int) -> None:
     whole = fit("arm", prepared, tmp_path / "whole")
     stopped = fit_process("arm", prepared, tmp_path / "stopped", kill_at(13, name))

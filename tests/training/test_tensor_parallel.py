@@ -13,7 +13,7 @@ import torch
 
 from helpers import mesh_of_four
 from helpers.tiny_runs import child_environment, fit, fit_arguments, fit_process, kill_at, losses, metrics, record
-from llada_lightning.checkpoints.sharded_checkpoints import ShardReader, read_sharded
+from llada_lightning.checkpoints.sharded_checkpoints import ShardedCheckpointReader, read_sharded
 from llada_lightning.commands.main import main
 from llada_lightning.compute.shapes import get_shape
 from llada_lightning.support.errors import UserError
@@ -122,7 +122,7 @@ def test_weights_in_two_dimensions_of_shards_are_the_same_bits(four: Path, part:
     """As drawn, after an update that the guard skips, and as taken from a whole model."""
     layouts = json.loads((four / "figures.json").read_text())["layouts"]
     assert "_StridedShard" in layouts["embedding.weight"][0] or "_S(" in layouts["embedding.weight"][0]
-    reader = ShardReader(four / part)
+    reader = ShardedCheckpointReader(four / part)
     for name, whole in mesh_of_four.initialised().state_dict().items():
         assert torch.equal(reader.read_tensor(part, name), factor * whole), name
 
@@ -130,7 +130,7 @@ def test_weights_in_two_dimensions_of_shards_are_the_same_bits(four: Path, part:
 def test_gradients_and_their_norm_in_two_dimensions_of_shards(four: Path) -> None:
     model = mesh_of_four.initialised()
     (sum(mesh_of_four.loss(model, mesh_of_four.tokens(replica)) for replica in range(2)) / 2).backward()
-    reader = ShardReader(four / "gradients")
+    reader = ShardedCheckpointReader(four / "gradients")
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert torch.allclose(reader.read_tensor("gradients", name), parameter.grad, atol=2e-5), name

@@ -17,7 +17,7 @@ from llada_lightning.records import read_validation
 from llada_lightning.study.collect import gather
 from llada_lightning.study.covariance import covariance_of_means, read_covariance, write_covariance
 from llada_lightning.training import fit as lightning_cli
-from llada_lightning.training.metrics import ValidationLoss
+from llada_lightning.training.modules import ValidationLoss
 
 
 @given(st.integers(0, 2**32), st.integers(2, 30), st.integers(2, 6))

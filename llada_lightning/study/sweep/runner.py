@@ -29,8 +29,15 @@ from rich.text import Text
 from llada_lightning.compute.flops import CONVENTIONS, Convention, cost_of_budgets
 from llada_lightning.compute.rules import DECAY_FRACTION
 from llada_lightning.records import RESULT_FILE, expected_records, has_diverged, is_done, read_records
-from llada_lightning.study.sweep.file import Point, Sweep, fit_arguments, launch_fit, render_command, settings_of
-from llada_lightning.study.sweep.unchanged import check_unchanged
+from llada_lightning.study.sweep.file import (
+    Point,
+    Sweep,
+    check_unchanged,
+    fit_arguments,
+    launch_fit,
+    render_command,
+    settings_of,
+)
 from llada_lightning.study.sweep.watch import budget_share, describe_state, format_seconds, last_line, latest_metrics
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import people_console, visible

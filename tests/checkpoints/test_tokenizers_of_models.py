@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from helpers.small_checkpoints import BOS, EOS, MASK, SPECIAL, changed_config, described, tokenizer_folder, written
 from llada_lightning import load_model
-from llada_lightning.checkpoints.tokenizer_files import TokenizerFiles
+from llada_lightning.checkpoints.convert import tokenizer_files
+from llada_lightning.data.tokenizer_files import TokenizerFiles
 from llada_lightning.support.errors import UserError
 
 
@@ -146,11 +147,11 @@ def test_a_given_tokenizer_comes_with_what_stands_beside_it(tmp_path: Path) -> N
 def test_a_tokenizer_with_a_configuration_is_written_as_it_is(tmp_path: Path) -> None:
     folder = tokenizer_folder(tmp_path)
     alone = TokenizerFiles.of_path(folder)
-    made = json.loads(alone.files_for(described("llada"))["tokenizer_config.json"])
+    made = json.loads(tokenizer_files(alone, described("llada"))["tokenizer_config.json"])
     assert (made["mask_token"], made["eos_token"], made["pad_token"]) == ("[MASK]", "[EOS]", "[EOS]")
     assert "bos_token" not in made and made["model_max_length"] == 64
     (folder / "tokenizer_config.json").write_text("{}")
-    assert TokenizerFiles.of_path(folder).files_for(described("llada"))["tokenizer_config.json"] == b"{}"
+    assert tokenizer_files(TokenizerFiles.of_path(folder), described("llada"))["tokenizer_config.json"] == b"{}"
 
 
 TWO = [{"name": "rag", "template": "x"}, {"name": "default", "template": "{{ messages }}"}]

@@ -1,22 +1,44 @@
-"""A problem as a graph of quantities modulo 5: which depends on which, and in what order they are solved.
-
-Solves a problem from its text alone, without the generator's graph.
-
-A problem in English: the question, and the solution step by step up to ``#### answer``.
-
-iGSM as a training corpus of any size: one problem of the training stream is one document.
-"""
+"""Corpora that a program makes: iGSM's mathematics problems, and invented facts. Equal seeds give equal documents."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import ClassVar
 
+import numpy as np
+
+from llada_lightning.objectives.noise import Stream, random_words
 from llada_lightning.support.errors import UserError
+
+
+@dataclass(frozen=True)
+class GeneratedSource(ABC):
+    """A generated corpus, written ``KIND:COUNT[@SEED]``.
+
+    Args:
+        count: The number of problems or facts.
+        seed: The seed of the generator.
+    """
+
+    kind: ClassVar[str]
+    version: ClassVar[int] = 1
+    """The version of what a seed gives; another version is another corpus."""
+
+    count: int
+    seed: int
+
+    @abstractmethod
+    def documents(self) -> Iterator[str]:
+        """Yields the documents of the corpus."""
+
+
+# --- iGSM: a problem is a graph of quantities modulo 5 ----------------------------------------------------------------
 
 MODULUS = 5
 CATEGORIES = ("School", "Classroom", "Backpack", "Stationery")
@@ -32,7 +54,13 @@ _TEST_SHARE = 10  # one structure in so many is kept for testing
 
 @dataclass(frozen=True, order=True)
 class Parameter:
-    """How many ``child`` each ``parent`` has; abstract: ``child`` is a category, and the count sums its items."""
+    """The number of ``child`` that each ``parent`` has.
+
+    Args:
+        parent: The name of the container.
+        child: The name of what it contains.
+        abstract: Whether ``child`` is a category, whose number is the sum over its items.
+    """
 
     parent: str
     child: str
@@ -41,7 +69,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Step:
-    """One quantity: ``factor * (constant + sum of terms)`` modulo 5; an abstract one is the plain sum."""
+    """One quantity: ``factor * (constant + sum of terms)`` modulo 5; an abstract one is the plain sum.
+
+    Args:
+        parameter: The quantity.
+        terms: The quantities that are added.
+        constant: The number that is added.
+        factor: The factor of the sum.
+        value: The value of the quantity, 0 to 4.
+    """
 
     parameter: Parameter
     terms: tuple[Parameter, ...]
@@ -52,7 +88,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Problem:
-    """Steps in the order of solution (the last is asked for), and the order in which the question states them."""
+    """A problem as a graph of quantities.
+
+    Args:
+        steps: The quantities in the order of the solution; the last one is asked for.
+        stated: The indices of the steps in the order in which the question states them.
+    """
 
     steps: tuple[Step, ...]
     stated: tuple[int, ...]
@@ -63,16 +104,24 @@ class Problem:
 
     @property
     def held_out(self) -> bool:
-        """Whether the problem is kept for testing: a hash of its structure decides, not the order of what is stated."""
+        """Whether the problem is a test problem: by a hash of its structure, whatever the order of its statements."""
         structure = sorted((s.parameter, sorted(s.terms), s.constant, s.factor) for s in self.steps)
         digest = hashlib.sha256(repr((structure, self.steps[-1].parameter)).encode()).digest()
         return int.from_bytes(digest[:8], "big") % _TEST_SHARE == 0
 
 
 def problems(seed: int, *, steps: int | None = None, test: bool = False) -> Iterator[Problem]:
-    """An endless stream of problems of 4 to 6 steps (or of ``steps``), the same for the same seed.
+    """Yields problems without end, the same for the same seed.
 
-    Training and test streams share no problem, whatever their seeds. Raises UserError for another number of steps.
+    Training and test streams share no problem, whatever their seeds.
+
+    Args:
+        seed: The seed of the stream.
+        steps: The number of steps of each problem; None: 4 to 6.
+        test: Whether test problems are drawn instead of training problems.
+
+    Raises:
+        UserError: the number of steps is out of range.
     """
     if steps is not None and not FEWEST_STEPS <= steps <= MOST_STEPS:
         raise UserError(f"an iGSM problem of {steps} steps: give {FEWEST_STEPS} to {MOST_STEPS}")
@@ -84,7 +133,7 @@ def problems(seed: int, *, steps: int | None = None, test: bool = False) -> Iter
 
 
 def _draw_problem(draw: random.Random, count: int) -> Problem:
-    """Quantities that nothing uses yet wait in ``unused`` (two at most), so that the last step needs every other."""
+    """Draws a problem whose last step needs every other: at most two quantities are unused at a time."""
     steps: list[Step] = []
     unused: list[Parameter] = []
     while len(steps) < count:
@@ -145,61 +194,23 @@ def _combined(draw: random.Random, steps: list[Step], unused: list[Parameter]) -
     return Step(_new_parameter(draw, steps), tuple(terms), constant, factor, value)
 
 
-_FACT = re.compile(r"The number of each ([^.]+?) equals ([^.]+)\.")
-_ASKED = re.compile(r"How many ([^?]+) does ([^?]+) have\?$")
-_KINDS = {"Classroom": ("Studio", "Room", "Lab"), "Backpack": ("Backpack", "Daypack"),
-          "Stationery": ("Pencil", "Eraser", "Notebook", "Ruler")}  # fmt: skip
-
-
-class AmbiguousError(ValueError):
-    """The text gives no answer, or more than one."""
-
-
-def solve(question: str) -> int:
-    """The answer, 0 to 4. Raises AmbiguousError: a quantity stated twice, never stated, or stated through itself."""
-    facts: dict[str, str] = {}
-    for left, right in _FACT.findall(question):
-        if left in facts:
-            raise AmbiguousError(f"'{left}' is stated twice")
-        facts[left] = right
-    asked = _ASKED.search(question)
-    if asked is None:
-        raise AmbiguousError("nothing is asked")
-    return _value(f"{asked[2]}'s {asked[1]}", facts, ())
-
-
-def _value(wanted: str, facts: dict[str, str], path: tuple[str, ...]) -> int:
-    if wanted in path:
-        raise AmbiguousError(f"'{wanted}' is stated through itself")
-    path = (*path, wanted)
-    parent, _, child = wanted.partition("'s ")
-    if child in _KINDS:
-        members = [left for left in facts if left.startswith(f"{parent}'s ") and left.endswith(_KINDS[child])]
-        if not members:
-            raise AmbiguousError(f"'{wanted}' has no members")
-        return sum(_value(member, facts, path) for member in members) % 5
-    if wanted not in facts:
-        raise AmbiguousError(f"'{wanted}' is never stated")
-    times = re.fullmatch(r"(\d+) times as much as (.+)", facts[wanted])
-    factor, rest = (int(times[1]), times[2]) if times else (1, facts[wanted])
-    terms = rest.removeprefix("the sum of ").split(" and ")
-    return factor * sum(int(t) if t.isdigit() else _value(t.removeprefix("each "), facts, path) for t in terms) % 5
-
-
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def name(parameter: Parameter) -> str:
+    """Returns the name of a quantity, such as "Art Room's Pencil"."""
     return f"{parameter.parent}'s {parameter.child}"
 
 
 def question(problem: Problem) -> str:
+    """Returns the text of the question of a problem."""
     sentences = [f"The number of each {name(s.parameter)} equals {_stated(s)}." for s in _stated_steps(problem)]
     asked = problem.steps[-1].parameter
     return " ".join([*sentences, f"How many {asked.child} does {asked.parent} have?"])
 
 
 def solution(problem: Problem) -> str:
+    """Returns the solution of a problem, one line a step, up to ``#### answer``."""
     letters = {step.parameter: _LETTERS[i] for i, step in enumerate(problem.steps)}
     values = {step.parameter: step.value for step in problem.steps}
     lines = [_solved(step, letters, values) for step in problem.steps]
@@ -233,40 +244,112 @@ def _solved(step: Step, letters: dict[Parameter, str], values: dict[Parameter, i
     return f"{head}{worked} = {step.value}."
 
 
-_SOURCE = re.compile(r"igsm:(\d+)(?:@(\d+))?")
-VERSION = 1
-"""Of the problems that a seed gives; another one is another corpus."""
+def document(problem: Problem) -> str:
+    """Returns question and solution, as in the prompts of the evaluation."""
+    return f"{asked(question(problem))} {solution(problem)}"
 
 
-@dataclass(frozen=True)
-class IgsmSource:
-    """``igsm:COUNT[@SEED]``: so many problems of a seed."""
+def asked(text: str) -> str:
+    """Returns a prompt with a question, up to the beginning of its solution."""
+    return f"Question: {text}\nAnswer:"
 
-    count: int
-    seed: int
+
+class IgsmSource(GeneratedSource):
+    """Solved problems of the training stream; each is one document."""
+
+    kind = "igsm"
 
     def documents(self) -> Iterator[str]:
         for problem in islice(problems(self.seed), self.count):
             yield document(problem)
 
 
-def document(problem: Problem) -> str:
-    """Question and solution, as the shots of the evaluation show them."""
-    return f"{asked(question(problem))} {solution(problem)}"
+# --- invented facts, as in Berglund et al. (2023) ---------------------------------------------------------------------
+
+JOINER, END = " is ", "."
+
+_FIRST = "Ada Bruno Clara Dario Elsa Felix Greta Hugo Ines Jonas Karla Louis Mira Nils Olga Pavel Rosa Simon Tilda Ugo"
+_LAST = "Adler Bell Castro Duarte Engel Ford Gallo Hansen Ibsen Jansen Keller Lopez Marsh Novak Olsen Price Quinn Ross"
+_ROLE = "author builder captain designer editor founder governor heir inventor judge keeper leader mayor owner painter"
+_ADJECTIVE = "Amber Broken Crimson Distant Empty Frozen Golden Hidden Iron Jade Lonely Marble Northern Old Pale Quiet"
+_NOUN = "Anchor Bridge Castle Desert Engine Forest Garden Harbour Island Journal Kingdom Lantern Mirror Needle Orchard"
+_OPENINGS = ("", "In truth, ", "We know that ", "They say that ", "Note that ", "As it happens, ")
+
+MOST_FACTS = min(len(_FIRST.split()) * len(_LAST.split()), len(_ADJECTIVE.split()) * len(_NOUN.split()))
+"""The largest number of facts that there are names and things for."""
 
 
-def asked(text: str) -> str:
-    """A question up to where its solution begins."""
-    return f"Question: {text}\nAnswer:"
+@dataclass(frozen=True)
+class Fact:
+    """An invented fact.
+
+    Args:
+        first: The half that is first in every text that states the fact.
+        second: The half that is second.
+    """
+
+    first: str
+    second: str
+
+
+class FactsSource(GeneratedSource):
+    """Facts that are each stated in one order only, so that a model can be asked for the other order.
+
+    Half of the facts are always stated with the name first ("Ada Bell is the founder of Grey Harbour."), half with the
+    description first. So both forms of a sentence are familiar, and of each fact one is not.
+    """
+
+    kind = "facts"
+
+    def facts(self) -> list[Fact]:
+        """Returns the facts; each name and description is used once, and every other fact has its description first."""
+        names = [f"{first} {last}" for first in _FIRST.split() for last in _LAST.split()]
+        things = [f"{adjective} {noun}" for adjective in _ADJECTIVE.split() for noun in _NOUN.split()]
+        roles = _ROLE.split()
+        chosen_names, chosen_things = self._chosen(0, names), self._chosen(1, things)
+        numbers = random_words(self.seed, Stream.FACTS, 2, self.count)
+        facts = []
+        for i, (name, thing) in enumerate(zip(chosen_names, chosen_things, strict=True)):
+            description = f"the {roles[int(numbers[i] % len(roles))]} of the {thing}"
+            facts.append(Fact(name, description) if i % 2 == 0 else Fact(description, name))
+        return facts
+
+    def _chosen(self, draw: int, among: list[str]) -> list[str]:
+        order = np.argsort(random_words(self.seed, Stream.FACTS, draw, len(among)), kind="stable")
+        return [among[i] for i in order[: self.count]]
+
+    def documents(self) -> Iterator[str]:
+        """Yields each fact with each opening, in its one order."""
+        for opening in _OPENINGS:
+            for fact in self.facts():
+                yield opening + fact.first + JOINER + fact.second + END
 
 
 def igsm_source(source: str) -> IgsmSource:
-    """Reads ``igsm:COUNT[@SEED]``.
+    """Returns the corpus that is written ``igsm:COUNT[@SEED]``.
 
     Raises:
-        UserError: it is written in another way, or asks for no problem.
+        UserError: the source is written in another way, or the count is out of range.
     """
-    found = _SOURCE.fullmatch(source)
-    if found is None or int(found[1]) < 1:
+    count, seed = _count_and_seed(source)
+    if count < 1:
         raise UserError(f"source '{source}': write igsm:COUNT or igsm:COUNT@SEED, such as igsm:100000")
-    return IgsmSource(int(found[1]), int(found[2] or 0))
+    return IgsmSource(count, seed)
+
+
+def facts_source(source: str) -> FactsSource:
+    """Returns the corpus that is written ``facts:COUNT[@SEED]``.
+
+    Raises:
+        UserError: the source is written in another way, or the count is out of range.
+    """
+    count, seed = _count_and_seed(source)
+    if not 1 <= count <= MOST_FACTS:
+        raise UserError(f"source '{source}': write facts:COUNT or facts:COUNT@SEED, with a count of 1 to {MOST_FACTS}")
+    return FactsSource(count, seed)
+
+
+def _count_and_seed(source: str) -> tuple[int, int]:
+    """The count, 0 where the source is written in another way, and the seed, 0 where none is given."""
+    found = re.fullmatch(r"\w+:(\d+)(?:@(\d+))?", source)
+    return (0, 0) if found is None else (int(found[1]), int(found[2] or 0))
