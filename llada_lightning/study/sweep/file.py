@@ -1,8 +1,8 @@
 """A W&B sweep file, expanded into the commands of its runs as ``wandb agent`` would render them.
 
 The same file serves ``wandb sweep`` with ``wandb agent`` and ``llada sweep run`` on this machine
-(``study/sweep/runner.py``). The format is W&B's: https://docs.wandb.ai/guides/sweeps/define-sweep-configuration. A study
-keeps a copy of the file that it was begun with, so that an edit half-way is noticed.
+(``study/sweep/runner.py``). The format is W&B's: https://docs.wandb.ai/guides/sweeps/define-sweep-configuration. A
+study keeps a copy of the file that it was begun with, so that an edit half-way is noticed.
 """
 
 from __future__ import annotations
