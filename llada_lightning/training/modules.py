@@ -243,7 +243,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         check_history(saved, self.identity, checkpoint["global_step"])
         if "guard" in checkpoint:  # older ones have none
             self.guard.load_state_dict(checkpoint["guard"])
-        # Lightning counts micro-batches and steps where the count divides by the accumulation. A run may go on with
+        # Lightning counts micro-batches and steps where the count divides by the accumulation. A run may resume with
         # another accumulation, so the count is what it would be had the run had it from the start.
         batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

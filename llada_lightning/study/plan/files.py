@@ -226,7 +226,7 @@ _BATCH_SCRIPT = """\
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=SIGUSR1@120
-# At the signal a run saves its step and asks SLURM to queue its task again, which then goes on from there.
+# At the signal a run saves its step and asks SLURM to queue its task again, which then resumes from there.
 exec srun --kill-on-bad-exit=1 llada sweep run {sweep} --index "$SLURM_ARRAY_TASK_ID"
 """
 

@@ -1,7 +1,7 @@
 """Runs the points of a sweep as processes of this machine: some at once, finished ones skipped, safe to stop.
 
 The sweep keeps no state of its own. A run is done when its folder's ``result.json`` says so, and an unfinished one
-goes on from its own checkpoint; so the same command, given again, does what is left.
+resumes from its own checkpoint; so the same command, given again, does what is left.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def run_sweep(
     console: Console | None = None,
     grace_seconds: float = 30.0,
 ) -> SweepOutcome:
-    """Runs what is left of a sweep, ``jobs`` runs at once, and goes on after a failed run.
+    """Runs what is left of a sweep, ``jobs`` runs at once, and continues after a failed run.
 
     Ctrl-C, SIGTERM and SIGHUP ask the running fits to save and leave, and kill what is left of their process groups
     after ``grace_seconds``, or at once at a second signal. Each run's output is appended to
