@@ -74,7 +74,7 @@ test-lowest:  ## the tests with the lowest supported versions of the dependencie
 	$(MAKE) setup VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 	.venv-lowest/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test-slow: setup  ## the tests that take minutes: coverage of the fits' intervals in full
+test-slow: setup  ## the tests that take minutes: kills, soaks, coverage of the fits' intervals in full
 	$(BIN)/python -m pytest -m slow
 
 lint: setup  ## ruff and mypy

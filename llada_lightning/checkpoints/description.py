@@ -225,9 +225,9 @@ class ConfigFile:
         value = self.values.get(key)
         return absent if value is None else value
 
-    def mistake(self, key: str, mend: str) -> UserError:
+    def mistake(self, key: str, fix: str) -> UserError:
         """The error for a value that cannot be used; it names the file."""
-        return UserError(f"'{self.path}': {mistake(key, self.values.get(key), mend)}")
+        return UserError(f"'{self.path}': {mistake(key, self.values.get(key), fix)}")
 
     def whole(self, key: str, absent: int | None = None, least: int = 1) -> int:
         """A whole number.

@@ -170,8 +170,8 @@ def require_whole(checkpoint: Path) -> None:
     found = damage(checkpoint)
     if found is not None:
         whole = whole_neighbour(checkpoint)
-        mend = "take another one" if whole is None else f"take '{whole}', which is whole"
-        raise UserError(f"checkpoint: '{checkpoint}' is damaged ({found}) or of another program; {mend}")
+        fix = "take another one" if whole is None else f"take '{whole}', which is whole"
+        raise UserError(f"checkpoint: '{checkpoint}' is damaged ({found}) or of another program; {fix}")
 
 
 def whole_neighbour(checkpoint: Path) -> Path | None:

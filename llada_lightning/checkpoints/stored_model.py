@@ -107,10 +107,10 @@ def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> St
     path = expanded(path)
     given = None if tokenizer is None else TokenizerFiles.of_path(tokenizer)
     if not path.exists():
-        mend = "give a run's folder, a checkpoint, or a converted folder"
+        fix = "give a run's folder, a checkpoint, or a converted folder"
         if len(path.parts) == 2 and not path.parent.exists():  # owner/name
-            mend += f"; a model of the Hugging Face hub is fetched first: hf download {path} --local-dir {path.name}"
-        raise UserError(f"checkpoint '{path}' does not exist; {mend}")
+            fix += f"; a model of the Hugging Face hub is fetched first: hf download {path} --local-dir {path.name}"
+        raise UserError(f"checkpoint '{path}' does not exist; {fix}")
     if path.is_file() and path.suffix == ".safetensors":
         raise UserError(f"'{path}' holds weights only; give the folder, with its {CONFIG_NAME}")
     if path.is_file() or is_sharded(path):

@@ -56,8 +56,8 @@ def read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], str
     except (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, BadZipFile) as error:
         whole = whole_neighbour(path)
         usual = "give a run's folder, one of its checkpoints, or a folder with config.json and safetensors"
-        mend = usual if whole is None else f"give '{whole}', which is whole"
-        raise UserError(f"'{path}' is not a checkpoint of llada fit, or is damaged; {mend}") from error
+        fix = usual if whole is None else f"give '{whole}', which is whole"
+        raise UserError(f"'{path}' is not a checkpoint of llada fit, or is damaged; {fix}") from error
 
 
 def _shards(folder: Path) -> dict[str, StoredTensor]:

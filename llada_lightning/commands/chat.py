@@ -36,7 +36,7 @@ def chat_parser() -> CommandParser:
         prog="llada chat",
         description="A conversation with a checkpoint, by its chat template; without one the model continues the "
         "plain text. /help lists what can be done in it. Lines piped in are the user's; a mistake in one ends it, "
-        "as nobody is there to mend it, with exit code 2.",
+        "as nobody is there to correct it, with exit code 2.",
     )
     shared.add_model_options(parser)
     parser.add_argument("--system", type=str, default=None, help="message that stands before the conversation")
@@ -90,7 +90,7 @@ def _line(prompt: str) -> str:
 
 
 class Chat:
-    """A conversation that goes on.
+    """A conversation that continues.
 
     Args:
         lm: The model.

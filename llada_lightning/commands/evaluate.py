@@ -72,7 +72,7 @@ def evaluate_parser() -> CommandParser:
     what.add_argument("--limit", type=int | None, default=None, help="the first documents of each task only, for a try")
     what.add_argument("--chat", action="store_true", help="prompts through the checkpoint's chat template")
     what.add_argument("--unsafe-code", action="store_true", help="let tasks run what the model writes, in a sandbox")
-    what.add_argument("--skip-missing", action="store_true", help="go on without tasks that cannot be loaded")
+    what.add_argument("--skip-missing", action="store_true", help="continue without tasks that cannot be loaded")
     how = parser.add_argument_group("likelihoods")
     how.add_argument(
         "--monte-carlo",

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     141 where nobody reads stdout any more.
 
     Args:
-        argv: the arguments after `llada`; those of the process by default.
+        argv: The arguments after `llada`; by default those of the process.
     """
     print_what_the_encoding_holds()
     code = _outcome(sys.argv[1:] if argv is None else list(argv))

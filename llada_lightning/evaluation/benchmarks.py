@@ -69,8 +69,8 @@ def task_manager(
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            mend = f"did you mean {', '.join(near)}?" if near else "see `lm-eval ls tasks`, or give --include-path"
-            raise UserError(f"task '{name}' is not known to lm-evaluation-harness; {mend}")
+            fix = f"did you mean {', '.join(near)}?" if near else "see `lm-eval ls tasks`, or give --include-path"
+            raise UserError(f"task '{name}' is not known to lm-evaluation-harness; {fix}")
     return manager
 
 

@@ -186,10 +186,10 @@ def check_request(
     prefix = lm.text_prefix_ids if prompt[: len(lm.text_prefix_ids)] == lm.text_prefix_ids else ()
     fits = excess <= len(prompt) - len(prefix)
     if truncate is None or not fits:
-        mend = "shorten the prompt, or cut it with truncate 'left'" if fits else "shorten it"
+        fix = "shorten the prompt, or cut it with truncate 'left'" if fits else "shorten it"
         raise UserError(
             f"{name}: a prompt of {len(prompt)} and a continuation of {len(continuation)} tokens exceed the context of "
-            f"{lm.context_length}; {mend}"
+            f"{lm.context_length}; {fix}"
         )
     return Request(prefix + prompt[len(prefix) + excess :], continuation, truncated=excess)
 

@@ -21,13 +21,13 @@ class Canvas:
     What is masked is carried here and never read off the tokens.
 
     Args:
-        tokens_BL: int64.
-        masked_BL: bool, what is still to be predicted.
-        given_BL: bool, the prompts: what classifier-free guidance masks.
-        padding_B: int64, columns of padding before each sequence.
-        step_BL: int64, the step at which each token appeared; 0 where given, -1 where still masked.
-        confidence_BL: float32, probability of each token when it appeared.
-        answer: the first column of the answers.
+        tokens_BL: (B, L) int64, the tokens.
+        masked_BL: (B, L) bool, whether a position is still to be predicted.
+        given_BL: (B, L) bool, whether a position is a prompt's, which classifier-free guidance masks.
+        padding_B: (B,) int64, the columns of padding before each sequence.
+        step_BL: (B, L) int64, the step at which each token appeared; 0 where given, -1 where still masked.
+        confidence_BL: (B, L) float32, the probability of each token when it appeared.
+        answer: The first column of the answers.
     """
 
     tokens_BL: Tensor

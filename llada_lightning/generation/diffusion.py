@@ -21,8 +21,8 @@ def denoise(denoiser: Denoiser, on_step: Callable[[int], None]) -> int:
     A row whose answer has ended leaves the batch: what is still masked behind its EOS would be discarded.
 
     Args:
-        denoiser: of a canvas that nothing has been done on.
-        on_step: called with the number of each step that unmasked something.
+        denoiser: The denoiser of a canvas whose answers are all masked.
+        on_step: A function that is called with the number of each step that revealed something.
     """
     canvas, settings = denoiser.canvas, denoiser.settings
     steps_before = 0
@@ -44,9 +44,9 @@ class Rows:
     """The rows of the batch that a block still works on.
 
     Args:
-        rows_R: int64, where they stand in the canvas.
-        masked_R: int64, tokens of the block that were masked when it began.
-        steps_R: int64, steps of the block.
+        rows_R: (R,) int64, their rows of the canvas.
+        masked_R: (R,) int64, the tokens of the block that were masked when it began.
+        steps_R: (R,) int64, the steps of the block.
     """
 
     rows_R: Tensor
@@ -90,7 +90,7 @@ class Denoiser:
         """One step from t to s; False where it unmasks nothing, and so needs no prediction.
 
         Args:
-            step: within the block, from 1.
+            step: The number of the step within the block, from 1.
         """
         assert self.rows is not None
         rows = self.rows

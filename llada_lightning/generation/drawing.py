@@ -304,10 +304,10 @@ class Unfolding:
     What it shows goes away at its end; who called prints the answer.
 
     Args:
-        aligner: of the model's tokenizer.
-        prompts: a line for each answer, to tell several apart.
-        console: where to draw.
-        grows: answers grow to the right, so masked tokens at their ends are not shown.
+        aligner: The aligner of the model's tokenizer.
+        prompts: A line for each answer, which tells several apart.
+        console: The console to draw on.
+        grows: Whether answers grow to the right, so that masked tokens at their ends are not shown.
     """
 
     def __init__(self, aligner: Aligner, prompts: Sequence[str], console: Console, *, grows: bool = False) -> None:

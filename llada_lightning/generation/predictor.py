@@ -113,9 +113,9 @@ class Prediction:
     """Of M masked positions.
 
     Args:
-        tokens_M: int64.
-        probability_M: float32, that the model gives each token.
-        confidence_M: float32, by which predictions are kept or masked again.
+        tokens_M: (M,) int64, the drawn tokens.
+        probability_M: (M,) float32, the probability that the model gives each token.
+        confidence_M: (M,) float32, the confidence by which predictions are kept or masked again.
     """
 
     tokens_M: Tensor
@@ -135,9 +135,9 @@ def predict_tokens(
     """Predict M tokens, some at a time: all their logits would be the largest tensor of all.
 
     Args:
-        hidden_GMD: what ``logits_of`` takes, (G, m, D) to (m, V).
+        hidden_GMD: The hidden states that ``logits_of`` takes, (G, m, D) to (m, V).
         words: V.
-        place: rows and columns of the canvas, (M,) int64 each.
+        place: The rows and the columns of the canvas, (M,) int64 each.
     """
     count = hidden_GMD.shape[1]
     at_once = max(1, LOGITS_AT_ONCE.get(hidden_GMD.device.type, 1 << 26) // words)
@@ -194,9 +194,9 @@ def draw_tokens(logits_MV: Tensor, temperature: float, gumbel_MV: Tensor | None)
     """(M,) int64: the likeliest token, or one drawn by the Gumbel-max trick in float64.
 
     Args:
-        logits_MV: float32; -inf for what must not be drawn.
+        logits_MV: (M, V) float32; -inf for what must not be drawn.
         temperature: 0 for the likeliest.
-        gumbel_MV: float64 standard Gumbel noise, where the temperature is not 0.
+        gumbel_MV: (M, V) float64, standard Gumbel noise, where the temperature is not 0.
     """
     if gumbel_MV is None:
         return logits_MV.argmax(dim=-1)
@@ -239,10 +239,10 @@ class NoiseByPrompt:
     """A generator for each prompt, keyed by (seed, number of the prompt).
 
     Args:
-        seed: of the whole call.
-        first: number of the batch's first prompt.
-        batch: prompts.
-        device: where the noise is drawn; other kinds of device draw other noise.
+        seed: The seed of the whole call.
+        first: The number of the first prompt of the batch.
+        batch: The number of prompts.
+        device: The device that draws the noise. Other kinds of device draw other noise.
     """
 
     def __init__(self, seed: int, first: int, batch: int, device: torch.device) -> None:

@@ -43,10 +43,10 @@ def prompt_ids(
     """The ids of each prompt, padding taken off.
 
     Args:
-        lm: whose tokenizer reads text.
-        prompts: a text, texts, ids of one prompt, ids of several, or a tensor (B, P).
+        lm: The model, whose tokenizer reads text.
+        prompts: A text, several texts, the ids of one prompt or of several, or a tensor (B, P).
         attention_mask: (B, P), 0 or False where a tensor of prompts is padded, on either side.
-        infill: prompts hold [MASK]s; in a text its token, as the tokenizer spells it, stands for one masked token.
+        infill: Whether prompts hold [MASK]s. In a text, the token as the tokenizer spells it is one masked token.
 
     Raises:
         UserError: an id is outside of the vocabulary, or [MASK] is where it must not be.
@@ -178,8 +178,8 @@ def given_prompts(texts: Sequence[str], file: str | None) -> list[Prompt]:
     """The prompts in the order of options, then file; what is piped in where neither is given; else none.
 
     Args:
-        texts: of ``--prompt``; `-` stands for what comes on stdin.
-        file: of ``--prompts-file``.
+        texts: The texts of ``--prompt``; `-` is what comes on stdin.
+        file: The path of ``--prompts-file``.
 
     Raises:
         UserError: the file is missing, empty, or not of its kind; a text is not UTF-8.
@@ -289,8 +289,8 @@ def conversation_ids(lm: LanguageModel, messages: Sequence[Message]) -> list[int
     """The prompt that asks for the next answer.
 
     Args:
-        lm: with a chat template, or without: then the messages are joined by new lines.
-        messages: the last one is the user's.
+        lm: The model. Without a chat template, the messages are joined by new lines.
+        messages: The messages, of which the last one is the user's.
 
     Raises:
         UserError: there is no tokenizer, or the template is broken or refuses the messages.

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llada_lightning.commands.main import main, quiet_libraries
+from llada_lightning.commands.main import main
 from llada_lightning.identity import as_hashed
+from llada_lightning.support.libraries import quiet_libraries
 from llada_lightning.training.fit import LladaCLI
 
 __all__ = ["LONE_FIT_RULES", "Resolved", "main", "resolved"]

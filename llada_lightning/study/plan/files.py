@@ -31,10 +31,10 @@ class Destination:
     """What the runs of a sweep need beside the plan.
 
     Args:
-        study: the folder of their results.
-        data: the path of the prepared data, or a mixture's folders with weights; None: the base names it.
-        base: a configuration under every run's own settings.
-        vocab_size: words of the model where they are not the tokenizer's.
+        study: The folder of their results.
+        data: The path of the prepared data, or the folders of a mixture with weights; None: the base names it.
+        base: A configuration that lies under the settings of every run.
+        vocab_size: The vocabulary size of the model where it is not the tokenizer's.
     """
 
     study: str
@@ -85,10 +85,10 @@ def sweep_text(plan: Plan, destination: Destination, name: str, command: Sequenc
     over the base.
 
     Args:
-        plan: the study.
-        destination: what the runs need beside it.
-        name: of the sweep.
-        command: that made the plan, for the head of the file.
+        plan: The planned study.
+        destination: What the runs need beside the plan.
+        name: The name of the sweep.
+        command: The command that made the plan, for the head of the file.
     """
     configs = [run_config(plan, trunk, branches, destination) for trunk, branches in plan.runs()]
     base = ["--config", destination.base] if destination.base else []
@@ -226,7 +226,7 @@ _BATCH_SCRIPT = """\
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=SIGUSR1@120
-# At the signal a run saves its step and asks SLURM to queue its task again, which then goes on from there.
+# At the signal a run saves its step and asks SLURM to queue its task again, which then resumes from there.
 exec srun --kill-on-bad-exit=1 llada sweep run {sweep} --index "$SLURM_ARRAY_TASK_ID"
 """
 
@@ -235,10 +235,10 @@ def slurm_text(plan: Plan, sweep: Path, script: Path, command: Sequence[str]) ->
     """A SLURM job array with one task for each run of a sweep; near its time limit a task saves and queues again.
 
     Args:
-        plan: the study.
-        sweep: the sweep file.
-        script: where this text will stand.
-        command: that made the plan, for the head of the file.
+        plan: The planned study.
+        sweep: The path of the sweep file.
+        script: The path that this text is written to.
+        command: The command that made the plan, for the head of the file.
     """
     devices = plan.machine.devices
     resources = f"#SBATCH --ntasks-per-node={devices}\n#SBATCH --gpus-per-node={devices}\n"

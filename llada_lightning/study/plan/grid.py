@@ -27,10 +27,10 @@ class Grid:
     """How shapes are chosen: by default ``points`` sizes around each objective's centre.
 
     Args:
-        points: shapes at each budget.
+        points: The number of shapes at each budget.
         centres: The tokens per non-embedding parameter at the centre; by default as in the table of objectives.
-        shapes: exactly these at every budget instead, by name.
-        tokens_per_param: these ratios at every budget instead, for all objectives.
+        shapes: The names of exactly these shapes, at every budget.
+        tokens_per_param: Exactly these ratios, at every budget and for all objectives.
     """
 
     points: int = 5

@@ -217,15 +217,15 @@ def plan_study(
     """Plans a study: every shape of the grid at every budget, for every objective.
 
     Args:
-        budgets: training FLOPs, in any order.
-        stream: vocabulary, sequence length, and the data if it is known.
+        budgets: The training FLOPs of each budget, in any order.
+        stream: The vocabulary, the sequence length, and the data if it is known.
         objectives: The names of the objectives; None: all of the table.
-        grid: how shapes are chosen.
-        recipe: how hyperparameters follow.
-        machine: where it is to run, for memory and hours.
-        convention: which FLOPs a budget counts, and so which are equal between objectives.
-        seeds: each run once for each of them.
-        separate: a run for each budget instead of trunks with branches; the same rates, batches and warmups.
+        grid: How shapes are chosen.
+        recipe: How hyperparameters follow.
+        machine: The machine that runs it, for memory and hours.
+        convention: Which FLOPs a budget counts, and so which are equal between objectives.
+        seeds: The seeds. There is a run for each of them.
+        separate: Whether each budget is a run of its own instead of a branch, with the same rates, batches and warmups.
 
     Raises:
         UserError: names what does not fit: a budget below one step, fewer than three shapes, numbers out of range.

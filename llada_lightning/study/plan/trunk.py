@@ -26,12 +26,13 @@ class Recipe:
     """How learning rate, batch, warmup and decay follow from size and budget; a number replaces its rule.
 
     Args:
-        lr_rule, batch_rule: names of ``compute.rules``.
-        lr: peak learning rate of all runs.
-        lr_scale: of each objective, times the rule's or the given rate: the rules were fitted to autoregressive models.
-        batch: global batch of all runs, in sequences.
-        warmup_steps: of all runs.
-        decay_fraction: share of a run's steps over which the rate falls.
+        lr_rule: The name of a learning rate rule of ``compute.rules``.
+        batch_rule: The name of a batch rule of ``compute.rules``.
+        lr: The peak learning rate of all runs.
+        lr_scale: A factor on the rate for each objective: the rules were fitted to autoregressive models.
+        batch: The global batch of all runs, in sequences.
+        warmup_steps: The warmup steps of all runs.
+        decay_fraction: The share of the steps of a run over which the rate falls.
     """
 
     lr_rule: str = "deepseek"
@@ -85,10 +86,10 @@ class Trunk:
     """All budgets of one objective, shape and seed, with the settings that they share.
 
     Args:
-        per_step: (expected) training FLOPs of one step.
-        accumulation: micro-batches of a step on one device.
-        memory: peak bytes of one device.
-        branches: by rising budget.
+        per_step: The expected training FLOPs of one step.
+        accumulation: The number of micro-batches of a step on one device.
+        memory: The peak memory of one device, in bytes.
+        branches: The branches by rising budget.
     """
 
     objective: str

@@ -1,8 +1,8 @@
 """A W&B sweep file, expanded into the commands of its runs as ``wandb agent`` would render them.
 
 The same file serves ``wandb sweep`` with ``wandb agent`` and ``llada sweep run`` on this machine
-(``study/sweep/runner.py``). The format is W&B's: https://docs.wandb.ai/guides/sweeps/define-sweep-configuration. A study
-keeps a copy of the file that it was begun with, so that an edit half-way is noticed.
+(``study/sweep/runner.py``). The format is W&B's: https://docs.wandb.ai/guides/sweeps/define-sweep-configuration. A
+study keeps a copy of the file that it was begun with, so that an edit half-way is noticed.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Sweep:
     """A sweep file, expanded.
 
     Args:
-        name: what the file calls the sweep, else the file's own name.
-        program: what ``${program}`` stands for.
-        command: the command with its macros, ``${args}`` last.
-        points: the runs, in the grid's order.
-        path: the file, where there is one.
+        name: The name that the file gives the sweep, else the name of the file.
+        program: The value of ``${program}``.
+        command: The command with its macros, ``${args}`` last.
+        points: The runs, in the order of the grid.
+        path: The path of the file, where there is one.
     """
 
     name: str
@@ -101,7 +101,7 @@ def expand_grid(parameters: Any) -> list[Point]:
     """Every combination of the parameters' values: in the file's order, the last parameter fastest.
 
     Args:
-        parameters: name -> ``{value: …}``, ``{values: […]}``, or ``{parameters: {…}}``, which nests and gives its
+        parameters: The name -> ``{value: …}``, ``{values: […]}``, or ``{parameters: {…}}``, which nests and gives its
             parameter a dict as value, as in W&B.
 
     Raises:
@@ -233,10 +233,10 @@ def check_unchanged(sweep: Sweep, study: Path, *, by_index: bool = False, edited
     the others as if they belonged to one design: that is refused, unless it is said to be meant.
 
     Args:
-        sweep: as read from its file.
-        study: the folder of the study's runs.
-        by_index: runs are named by their number, so those that there were must keep theirs.
-        edited: the change is meant.
+        sweep: The sweep as it is read from its file.
+        study: The folder of the study's runs.
+        by_index: Whether runs are named by their number, so that earlier ones must keep theirs.
+        edited: Whether the change is meant.
 
     Returns:
         The number of runs that were added to the file since the study was begun.

@@ -1,7 +1,7 @@
 """Runs the points of a sweep as processes of this machine: some at once, finished ones skipped, safe to stop.
 
 The sweep keeps no state of its own. A run is done when its folder's ``result.json`` says so, and an unfinished one
-goes on from its own checkpoint; so the same command, given again, does what is left.
+resumes from its own checkpoint; so the same command, given again, does what is left.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ def plan_runs(sweep: Sweep, run_folder: RunFolder, extra: Sequence[str] = ()) ->
     """The sweep's runs in order, each folder once: points that describe the same run are run once.
 
     Args:
-        sweep: the sweep.
-        run_folder: from ``fit`` and its arguments to the run's folder.
-        extra: arguments appended to every run's.
+        sweep: The sweep.
+        run_folder: A function from ``fit`` and its arguments to the folder of the run.
+        extra: The arguments that are appended to those of every run.
 
     Raises:
         UserError: a command is not ``llada fit``, or ``run_folder`` refuses its arguments.
@@ -131,7 +131,7 @@ def run_sweep(
     console: Console | None = None,
     grace_seconds: float = 30.0,
 ) -> SweepOutcome:
-    """Runs what is left of a sweep, ``jobs`` runs at once, and goes on after a failed run.
+    """Runs what is left of a sweep, ``jobs`` runs at once, and continues after a failed run.
 
     Ctrl-C, SIGTERM and SIGHUP ask the running fits to save and leave, and kill what is left of their process groups
     after ``grace_seconds``, or at once at a second signal. Each run's output is appended to
@@ -139,14 +139,14 @@ def run_sweep(
     processor's cores among the jobs.
 
     Args:
-        sweep: the sweep.
-        run_folder: from ``fit`` and its arguments to the run's folder.
-        jobs: runs at once.
-        extra: arguments appended to every run's.
-        edited: the file was changed since the study was begun, and this is meant.
-        launch: from ``fit`` and its arguments to the command that is run.
-        console: where progress goes; stderr by default.
-        grace_seconds: time for a stopped fit to save its checkpoint.
+        sweep: The sweep.
+        run_folder: A function from ``fit`` and its arguments to the folder of the run.
+        jobs: The number of runs at once.
+        extra: The arguments that are appended to those of every run.
+        edited: Whether a change of the file since the study was begun is meant.
+        launch: A function from ``fit`` and its arguments to the command that is run.
+        console: The console of the progress; by default stderr.
+        grace_seconds: The time that a stopped fit has to save its checkpoint, in seconds.
 
     Raises:
         UserError: ``jobs`` is below 1, a run's arguments are refused, or the file was edited (before anything is run).
