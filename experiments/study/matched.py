@@ -19,8 +19,8 @@ import pandas as pd
 from llada_lightning.compute.flops import Convention
 from llada_lightning.study.fits import Estimate, Noise, flops_column
 from llada_lightning.study.fits.envelope import Candidates
-from llada_lightning.study.fits.noise import Spread
 from llada_lightning.study.fits.runs import budget_members
+from llada_lightning.study.fits.uncertainty import Spread
 
 Array = npt.NDArray[np.float64]
 

@@ -11,7 +11,7 @@ import pandas as pd
 import matched
 from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
 from llada_lightning.study.fits import Estimate, budget_groups, flops_column, noise_of_runs
-from llada_lightning.study.fits.noise import Spread
+from llada_lightning.study.fits.uncertainty import Spread
 from report_text import flops, grid, interval
 
 OBJECTIVES = ("arm", "llada")

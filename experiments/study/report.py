@@ -35,8 +35,8 @@ from llada_lightning.study.fits import (
     fit_table,
     run_names,
 )
-from llada_lightning.study.fits.noise import Spread
 from llada_lightning.study.fits.runs import planned_flops
+from llada_lightning.study.fits.uncertainty import Spread
 from llada_lightning.study.reference import published_isoflop
 from llada_lightning.study.results import read_results
 from llada_lightning.support.files import written_atomically

@@ -14,9 +14,9 @@ from llada_lightning.data.manifest import read_data_facts
 from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.settings import check_folder_name
 from llada_lightning.study.plan.base import Base, check_data_path, planned_stream, read_base
-from llada_lightning.study.plan.files import Destination, write_files
 from llada_lightning.study.plan.grid import Grid
 from llada_lightning.study.plan.lessons import lessons, print_plan
+from llada_lightning.study.plan.outputs import Destination, write_files
 from llada_lightning.study.plan.plan import Plan, plan_study
 from llada_lightning.study.plan.trunk import Recipe
 from llada_lightning.support.command_line import CommandParser, add_json, print_json

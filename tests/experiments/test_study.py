@@ -27,7 +27,7 @@ from llada_lightning.compute.rules import Size, learning_rate
 from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.objectives.llada import nll_bound
 from llada_lightning.study.fits import Noise
-from llada_lightning.study.fits.noise import Spread
+from llada_lightning.study.fits.uncertainty import Spread
 from llada_lightning.study.sweep.file import fit_arguments, read_sweep, render_command
 
 ROOT = Path(__file__).parents[2]

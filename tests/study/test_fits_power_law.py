@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llada_lightning.study.fits import PowerLaw
 from llada_lightning.study.fits.least_squares import power_law
-from llada_lightning.study.fits.noise import Noise
+from llada_lightning.study.fits.uncertainty import Noise
 from llada_lightning.support.errors import UserError
 
 BUDGETS = np.geomspace(1e15, 1e18, 7)

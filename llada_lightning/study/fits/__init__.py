@@ -9,7 +9,6 @@ from llada_lightning.study.fits.fit_table import StudyFits, fit_table
 from llada_lightning.study.fits.isoflop import MIN_SHAPES, IsoflopBudget, IsoflopFit, LossCurve, fit_isoflop
 from llada_lightning.study.fits.least_squares import INTERVAL, MIN_BUDGETS, Estimate, PowerLaw
 from llada_lightning.study.fits.multiplier import Disagreement, Multiplier, compute_multipliers
-from llada_lightning.study.fits.noise import NOISE_MODELS, Noise, NoiseModel, noise_of_runs, run_names
 from llada_lightning.study.fits.objective import METHODS, HeldOut, Method, ObjectiveFits, fit_objective
 from llada_lightning.study.fits.parametric import HUBER_DELTA, Frontier, ParametricFit, fit_parametric
 from llada_lightning.study.fits.runs import (
@@ -26,6 +25,7 @@ from llada_lightning.study.fits.runs import (
     objective_names,
     usable_runs,
 )
+from llada_lightning.study.fits.uncertainty import NOISE_MODELS, Noise, NoiseModel, noise_of_runs, run_names
 
 __all__ = [
     "BUDGET_TOLERANCE", "HUBER_DELTA", "INTERVAL", "METHODS", "MIN_BUDGETS", "MIN_SHAPES", "NOISE_MODELS", "UNITS",

@@ -22,7 +22,6 @@ from llada_lightning.study.fits.multiplier import (
     no_common_loss,
     with_doubts,
 )
-from llada_lightning.study.fits.noise import NOISE_MODELS, NoiseModel, best_known, noise_of_runs, runs_without
 from llada_lightning.study.fits.objective import METHODS, HeldOut, ObjectiveFits, fit_objective, hold_out
 from llada_lightning.study.fits.parametric import EXPONENT_GRID, HUBER_DELTA, STARTS
 from llada_lightning.study.fits.runs import (
@@ -38,6 +37,7 @@ from llada_lightning.study.fits.runs import (
     planned_convention,
     usable_runs,
 )
+from llada_lightning.study.fits.uncertainty import NOISE_MODELS, NoiseModel, best_known, noise_of_runs, runs_without
 from llada_lightning.support.errors import UserError
 
 CURVE_POINTS = 25

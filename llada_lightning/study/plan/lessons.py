@@ -11,7 +11,7 @@ from rich.table import Table
 
 from llada_lightning.compute.shapes import format_count, get_shape
 from llada_lightning.objectives import REFERENCE, Objective, get_objective
-from llada_lightning.study.plan.files import describe_totals
+from llada_lightning.study.plan.outputs import describe_totals
 from llada_lightning.study.plan.plan import Plan
 
 WIDTH = 100

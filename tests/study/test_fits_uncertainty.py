@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import llada_lightning.study.fits.noise as noise_module
+import llada_lightning.study.fits.uncertainty as noise_module
 from helpers.studies import CHINCHILLA, VALLEYS, simulated_study
 from llada_lightning.study.fits import fit_table, noise_of_runs, usable_runs
 from llada_lightning.study.fits.least_squares import fit_linear
-from llada_lightning.study.fits.noise import UNKNOWN, Noise, Spread, drawn_tau
+from llada_lightning.study.fits.uncertainty import UNKNOWN, Noise, Spread, drawn_tau
 from llada_lightning.support.errors import UserError
 
 LINE = np.stack([np.ones(400), np.linspace(-1, 1, 400)], axis=1)
