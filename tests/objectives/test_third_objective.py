@@ -147,7 +147,7 @@ NAMES = {
     "generation.sampling": "compat `llada`",
     "identity": "the names in the hashed text of an identity, which never change",
     "objectives": "the table",
-    "study.plan.files": "the name of the program",
+    "study.plan.outputs": "the name of the program",
     "study.reference": "the published numbers of the two",
     "study.sweep.file": "the name of the program",
     "training.modules": "the two module classes, and compat `llada`",
