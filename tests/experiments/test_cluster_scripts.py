@@ -76,7 +76,10 @@ def run_configuration(data: Path, root: Path, path: Path) -> Path:
     shape = {"n_layers": 1, "d_model": 16, "n_heads": 1, "n_kv_heads": 1, "d_ff": 32}
     settings = {
         "model": {"class_path": "LladaModule", "init_args": {"shape": shape}},
-        "data": {"class_path": "TokenDataModule", "init_args": {"path": str(data), "sequence_length": 32}},
+        "data": {
+            "class_path": "TokenDataModule",
+            "init_args": {"path": str(data), "sequence_length": 32, "global_batch": 16},
+        },
         "trainer": {"max_steps": 4, "precision": "32-true"},
         "run": {"root": str(root), "study": "cluster", "name": "run"},
     }
