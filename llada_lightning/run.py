@@ -222,12 +222,6 @@ class Run:
         """The expected training FLOPs of an optimizer step."""
         return self.spec.per_token * self.tokens_per_step
 
-    @property
-    def flops_6nd(self) -> list[float]:
-        """The training FLOPs of each budget by 6ND, as they are in the name of the run."""
-        per_step = flops_6nd(self.spec.shape.params_nonembedding, self.tokens_per_step)
-        return [per_step * steps for steps in self.steps]
-
 
 def resolve(spec: Spec) -> Run:
     """What follows from a specification: batch, steps, rate, warmup and decay of every budget.

@@ -72,10 +72,15 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 class RunIsDone(SystemExit):
-    """The run of a command is done: there is nothing to do, and the command ends with exit code 0."""
+    """The run of a command is done: there is nothing to do, and the command ends with exit code 0.
 
-    def __init__(self) -> None:
+    Args:
+        folder: The folder of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
         super().__init__(0)
+        self.folder = folder
 
 
 class LladaCLI(HookedCLI):
@@ -377,7 +382,7 @@ class LladaCLI(HookedCLI):
         if len(records) == len(names):
             for record in records:
                 say(f"{self.folder} is done ({describe_result(record)}); nothing to do")
-            raise RunIsDone
+            raise RunIsDone(self.folder)
         done = {record["run"] for record in records}
         damaged: dict[Path, str] = {}
         for phase, following in zip_longest(self.phases, self.phases[1:]):

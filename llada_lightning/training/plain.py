@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -49,9 +48,10 @@ def fit(**settings: Any) -> list[dict[str, Any]]:
     from llada_lightning.training.fit import LladaCLI, RunIsDone
 
     arguments = [word for name, value in settings.items() for word in _words(name, value)]
-    folder = LladaCLI(["fit", *arguments], execute=False).folder
-    with suppress(RunIsDone):
-        LladaCLI(["fit", *arguments])
+    try:
+        folder = LladaCLI(["fit", *arguments]).folder
+    except RunIsDone as done:
+        folder = done.folder
     return read_records(folder)
 
 

@@ -45,13 +45,6 @@ def test_help_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert __version__ in capsys.readouterr().out
 
 
-def test_the_readme_has_the_same_table() -> None:
-    rows = re.search(r"^\| verb \| what it does \|\n\|[-| ]+\n((?:\|.*\n)+)", README.read_text(), re.MULTILINE)
-    if rows is None:
-        pytest.skip("README.md has no table of verbs")
-    assert re.findall(r"^\| `(\w+)` \| (.+?) \|$", rows[1], re.MULTILINE) == [(verb.name, verb.help) for verb in VERBS]
-
-
 @pytest.mark.parametrize("verb", [verb.name for verb in VERBS])
 def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
