@@ -15,7 +15,6 @@ from llada_lightning import __version__
 from llada_lightning.commands import FORMER_VERBS, VERBS
 from llada_lightning.commands.main import main
 
-README = Path(__file__).parents[2] / "README.md"
 NO_VERBS = {"__init__", "main", "model_options"}
 """The files of commands/ that are no verbs."""
 
