@@ -52,7 +52,9 @@ def test_the_examples_run(modules: Path, monkeypatch: pytest.MonkeyPatch, capsys
             for line in block.strip().splitlines():
                 if line.startswith("export "):
                     name, _, value = line.removeprefix("export ").partition("=")
-                    monkeypatch.setenv(name, value if name != "PYTHONPATH" else f"{modules}:{os.environ[name]}")
+                    if name == "PYTHONPATH":  # the fits of the sweep find the modules, and this package, by it
+                        value = os.pathsep.join([str(modules), *filter(None, [os.environ.get(name)])])
+                    monkeypatch.setenv(name, value)
                     continue
                 assert main(shlex.split(line)[1:]) == 0, f"{line}\n{capsys.readouterr().err}"
                 printed[line.split("--study")[0]] = capsys.readouterr().out
