@@ -163,14 +163,6 @@ def check_context(lm: LanguageModel, rows: list[list[int]], length: int) -> None
         raise UserError(f"prompt {i}: {what} more than the {lm.context_length} that '{lm.name}' was trained on; {fix}")
 
 
-def as_batches(rows: list[Any], size: int | None) -> list[tuple[int, list[Any]]]:
-    """Batches of at most ``size`` in order, each with the number of its first row."""
-    if size is not None and (not isinstance(size, int) or size < 1):
-        raise UserError(f"batch_size: {size} given; it must be a whole number of at least 1")
-    size = size or len(rows)
-    return [(first, rows[first : first + size]) for first in range(0, len(rows), size)]
-
-
 # --- from a command line ----------------------------------------------------------------------------------------------
 
 

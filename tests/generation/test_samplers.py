@@ -11,8 +11,7 @@ import torch
 
 from helpers.sampler_toys import EOS, MASK, ScriptedPredictor, letters, random_model, toy
 from llada_lightning.generation import Sampling, Snapshot, generate
-from llada_lightning.generation.canvas import Canvas
-from llada_lightning.generation.predictor import Predictor
+from llada_lightning.generation.predictor import BlockPredictor, Canvas
 from llada_lightning.support.errors import UserError
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [4] * 12, []]
@@ -124,7 +123,7 @@ def test_a_cache_of_what_has_not_changed_is_exact_and_reads_less(
     lm = random_model()
     settings = Sampling(length=32, block_length=8, cfg_scale=cfg_scale, cache=cache).resolved(lm)  # type: ignore[arg-type]
     canvas = Canvas.of(PROMPTS[:3], 32, MASK, lm.device)
-    predictor, begin = Predictor(lm, canvas, settings), canvas.answer + 8
+    predictor, begin = BlockPredictor(lm, canvas, settings), canvas.answer + 8
     read: list[tuple[int, ...]] = []
     hidden = lm.model.hidden
     monkeypatch.setattr(lm.model, "hidden", lambda x, **more: (read.append(tuple(x.shape)), hidden(x, **more))[1])
