@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from llada_lightning.generation.prompts import Prompt, given_prompts, holds_gap,
 from llada_lightning.generation.sampling import DEFAULT_LENGTH, Generation, Sampling
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
-from llada_lightning.support.files import expanded, require_replaceable, strict_json, written_atomically
+from llada_lightning.support.files import expanded, require_replaceable
 from llada_lightning.support.printing import people_console, visible
 
 if TYPE_CHECKING:
@@ -193,16 +192,11 @@ def _write_answers(path: Path, whole: dict[str, Any]) -> None:
     """One line a prompt: what is its own, then what is common to all."""
     lists = ("prompts", "prompt_tokens", "text", "tokens", "step_of_token", "confidence", "finish")
     common = {name: whole[name] for name in ("checkpoint", "objective", "settings", "cache")}
-    lines = []
+    records = []
     for i in range(len(whole["prompts"])):
         own = {name: None if whole[name] is None else whole[name][i] for name in lists}
-        own = {"prompt": own.pop("prompts"), **own}
-        lines.append(json.dumps(strict_json(own | common), allow_nan=False, ensure_ascii=False) + "\n")
-    try:
-        with written_atomically(path) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out '{path}' cannot be written ({error.strerror}); choose another file") from error
+        records.append({"prompt": own.pop("prompts"), **own, **common})
+    shared.write_lines(path, records)
 
 
 def _draw(path: Path, lm: LanguageModel, prompts: list[Prompt], generation: Generation) -> None:

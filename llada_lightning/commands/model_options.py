@@ -1,15 +1,20 @@
-"""The options that `llada generate`, `chat`, `evaluate` and `score` share: of the model, and of the sampler."""
+"""What `llada generate`, `chat`, `evaluate` and `score` share: options of the model and of the sampler, and `--out`."""
 
 from __future__ import annotations
 
 import inspect
+import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from llada_lightning.generation.sampling import Sampling, choices_of_settings
 from llada_lightning.support.command_line import CommandParser, unescaped
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import require_replaceable, strict_json, written_atomically
 
 if TYPE_CHECKING:
     from llada_lightning.checkpoints import LanguageModel
@@ -93,3 +98,23 @@ def sample(lm: LanguageModel, prompts: Any, sampling: Sampling, **more: Any) -> 
     if sampling.compat is not None:
         torch.manual_seed(sampling.seed)
     return generate(lm, prompts, sampling, **more)
+
+
+def check_out(command: str, out: Path) -> None:
+    """Raises UserError, before hours of work, where results cannot be written to the file of `--out`."""
+    require_replaceable(out)
+    folder = Path(os.path.realpath(out)).parent  # a link's own folder does not matter
+    if not folder.is_dir():
+        raise UserError(f"{command}: --out {out}: there is no folder {folder}; make it, or choose another file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{command}: --out {out} cannot be written into {folder}; choose another file")
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Writes the file of `--out`, a JSON object a line; raises UserError where the system refuses it."""
+    lines = [json.dumps(strict_json(record), allow_nan=False, ensure_ascii=False) + "\n" for record in records]
+    try:
+        with written_atomically(path) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out '{path}' cannot be written ({error.strerror}); choose another file") from error

@@ -17,10 +17,8 @@ from torch import Tensor, stack
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.data.chat import Message
 from llada_lightning.data.encoding import decode
-from llada_lightning.evaluation.forward import ScoringProgress
-from llada_lightning.evaluation.likelihood import log_likelihood
+from llada_lightning.evaluation.likelihood import ScoringProgress, document_log_likelihoods, log_likelihood
 from llada_lightning.evaluation.requests import encode_pair, encode_text, encode_with_gap
-from llada_lightning.evaluation.rolling import document_log_likelihoods
 from llada_lightning.generation.prompts import conversation_ids
 from llada_lightning.generation.sampler import generate
 from llada_lightning.generation.sampling import (

@@ -10,8 +10,7 @@ import pytest
 
 from helpers.small_models import random_model
 from helpers.small_tokenizers import letters, written
-from llada_lightning.evaluation.pairs_file import read_pairs
-from llada_lightning.evaluation.requests import encode_pair
+from llada_lightning.evaluation.requests import encode_pair, read_pairs
 from llada_lightning.support.errors import UserError
 
 LM = replace(random_model(), tokenizer=letters())
