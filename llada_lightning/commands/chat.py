@@ -39,7 +39,7 @@ def chat_parser() -> CommandParser:
         "as nobody is there to correct it, with exit code 2.",
     )
     shared.add_model_options(parser)
-    parser.add_argument("--system", type=str, default=None, help="message that stands before the conversation")
+    parser.add_argument("--system", type=str, help="message that stands before the conversation")
     shared.add_sampling_options(parser.add_argument_group("sampling"))
     return parser
 

@@ -44,15 +44,11 @@ def convert_parser() -> CommandParser:
         help="ours; GSAI-ML/LLaDA-8B's layout (for llada); transformers' Llama (for arm)",
     )
     parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default=None,
-        help="of the weights; as stored by default, bit for bit",
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; as stored by default, bit for bit"
     )
     parser.add_argument(
         "--tokenizer",
         type=str,
-        default=None,
         help="to take instead of the checkpoint's: tokenizer.json, a folder with one, or a name on the hub",
     )
     parser.add_argument("--max-shard-size", type=str, default="5GB", help="of a file of weights, such as 200MB")

@@ -43,18 +43,20 @@ def evaluate_parser() -> CommandParser:
         "igsm_5, igsm_6), reversal and reversal_infill (each with _forward and _backward).",
     )
     add_model_options(parser)
-    what = parser.add_argument_group("what is measured", "a suite, tasks, or tasks under each row of an ablate- suite")
+    add = parser.add_argument_group(
+        "what is measured", "a suite, tasks, or tasks under each row of an ablate- suite"
+    ).add_argument
     tables = ", ".join(f"{name} (Table {each.table})" for name, each in ABLATIONS.items())
-    what.add_argument("--suite", type=str | None, default=None, help=f"of the paper: {', '.join(SUITES)}, {tables}")
-    what.add_argument("--tasks", type=str | None, default=None, help="names of lm-evaluation-harness, or ours: a,b,c")
-    what.add_argument(
+    add("--suite", type=str | None, help=f"of the paper: {', '.join(SUITES)}, {tables}")
+    add("--tasks", type=str | None, help="names of lm-evaluation-harness, or ours: a,b,c")
+    add(
         "--values",
         type=float,
         nargs="+",
         default=[],
         help="instead of the scales, block lengths or lengths of an ablate- suite",
     )
-    what.add_argument(
+    add(
         "--metadata",
         type=str,
         nargs="+",
@@ -63,33 +65,29 @@ def evaluate_parser() -> CommandParser:
         help="for the tasks: pairs=FILE.json or pairs=facts:COUNT[@SEED], joiner and end of reversal; problems, "
         "problem_seed and system=false of igsm; of other tasks what they read",
     )
-    what.add_argument(
-        "--include-path", type=str | None, default=None, metavar="DIR", help="folder with task YAML files of yours"
-    )
-    what.add_argument(
-        "--shots", type=int | None, default=None, help="examples in the prompt; as the suite or task says"
-    )
-    what.add_argument("--limit", type=int | None, default=None, help="the first documents of each task only, for a try")
-    what.add_argument("--chat", action="store_true", help="prompts through the checkpoint's chat template")
-    what.add_argument("--unsafe-code", action="store_true", help="let tasks run what the model writes, in a sandbox")
-    what.add_argument("--skip-missing", action="store_true", help="continue without tasks that cannot be loaded")
-    how = parser.add_argument_group("likelihoods")
-    how.add_argument(
+    add("--include-path", type=str | None, metavar="DIR", help="folder with task YAML files of yours")
+    add("--shots", type=int | None, help="examples in the prompt; as the suite or task says")
+    add("--limit", type=int | None, help="the first documents of each task only, for a try")
+    add("--chat", action="store_true", help="prompts through the checkpoint's chat template")
+    add("--unsafe-code", action="store_true", help="let tasks run what the model writes, in a sandbox")
+    add("--skip-missing", action="store_true", help="continue without tasks that cannot be loaded")
+    add = parser.add_argument_group("likelihoods").add_argument
+    add(
         "--monte-carlo",
         type=int,
         default=_MONTE_CARLO,
         help="masks of a continuation of several tokens (llada); one token is exact by one pass",
     )
-    how.add_argument("--batch-tokens", type=int | None, default=None, help="tokens of one forward pass")
+    add("--batch-tokens", type=int | None, help="tokens of one forward pass")
     answers = parser.add_argument_group("answers", "instead of what the suite or task says")
     add_sampling_options(answers, _ANSWERS, unset=True)
     answers.add_argument("--batch-size", type=int, default=8, help="prompts sampled together")
     both = parser.add_argument_group("both")
     add_sampling_options(both, ["cfg_scale"], unset=True)
     both.add_argument("--seed", type=int, default=0, help="of masks and samples")
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", type=str | None, default=None, metavar="FILE", help="JSON with every metric")
-    output.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=str | None, metavar="FILE", help="JSON with every metric")
+    add("--quiet", action="store_true", help="no progress on stderr")
     add_json(parser)
     return parser
 

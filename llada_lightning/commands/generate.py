@@ -28,35 +28,33 @@ def generate_parser() -> CommandParser:
         description="Answers of a checkpoint to prompts; on a terminal they unfold while they are denoised.",
     )
     shared.add_model_options(parser)
-    prompts = parser.add_argument_group("prompts", "without any, and nothing piped in, text is written from nothing")
-    prompts.add_argument(
+    add = parser.add_argument_group(
+        "prompts", "without any, and nothing piped in, text is written from nothing"
+    ).add_argument
+    add(
         "--prompt",
         type=str,
         action="append",
-        default=None,
         metavar="TEXT",
         help="may be given again; - reads one prompt from stdin, as does piping without any prompt",
     )
-    prompts.add_argument(
+    add(
         "--prompts-file",
         type=str,
-        default=None,
         metavar="FILE",
         help='.txt: one a line; .jsonl: {"prompt": "a text"} or {"prompt": [token ids]} a line',
     )
-    prompts.add_argument(
+    add(
         "--infill",
         action="store_true",
         help="fill gaps anywhere in the prompts: [MASK:12] in a text is a gap of 12 tokens, [MASK] (or the tokenizer's "
         "own mask token) of one; the gaps say the length",
     )
     shared.add_sampling_options(parser.add_argument_group("sampling"))
-    parser.add_argument("--batch-size", type=int | None, default=None, help="prompts at a time; by default all")
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--picture", type=str, default=None, metavar="FILE", help="draw the process, darker = later: .html, .svg"
-    )
-    output.add_argument("--out", type=str, default=None, metavar="FILE", help=".jsonl with one answer a line")
+    parser.add_argument("--batch-size", type=int | None, help="prompts at a time; by default all")
+    add = parser.add_argument_group("output").add_argument
+    add("--picture", type=str, metavar="FILE", help="draw the process, darker = later: .html, .svg")
+    add("--out", type=str, metavar="FILE", help=".jsonl with one answer a line")
     add_json(parser)
     return parser
 

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         prog="llada launch",
         description="Resolve a run once, then start it on many processes: `llada launch -- fit --config …`.",
     )
-    parser.add_argument("--launcher", type=str, default=None, help=f"in a SLURM job '{SRUN}', else none by default")
+    parser.add_argument("--launcher", type=str, help=f"in a SLURM job '{SRUN}', else none by default")
     options = parser.parse_args(argv[:cut])
     arguments = argv[cut + 1 :]
     if arguments[:1] != ["fit"]:

@@ -34,14 +34,10 @@ def add_model_options(parser: CommandParser) -> None:
         metavar="CKPT",
         help="run folder, .ckpt, folder of `llada convert`, or Hugging Face folder of LLaDA or Llama",
     )
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--tokenizer", type=str, default=None, help="instead of the checkpoint's: tokenizer.json, folder"
-    )
-    model.add_argument(
-        "--device", type=str, default=None, help="cpu, cuda, cuda:1 …; by default a GPU where there is one"
-    )
-    model.add_argument("--dtype", choices=DTYPES, default=None, help="of the weights; by default as they are stored")
+    add = parser.add_argument_group("model").add_argument
+    add("--tokenizer", type=str, help="instead of the checkpoint's: tokenizer.json, folder")
+    add("--device", type=str, help="cpu, cuda, cuda:1 …; by default a GPU where there is one")
+    add("--dtype", choices=DTYPES, help="of the weights; by default as they are stored")
 
 
 def add_sampling_options(group: Any, names: Iterable[str] = SAMPLING, *, unset: bool = False) -> None:

@@ -60,7 +60,6 @@ def _parser() -> CommandParser:
     add(
         "--budget-convention",
         choices=CONVENTIONS,
-        default=None,
         help="FLOPs that a budget counts; 6nd unless the base says otherwise",
     )
     add("--seeds", type=int, nargs="+", default=[0], help="each run once for each of them")
@@ -75,27 +74,26 @@ def _parser() -> CommandParser:
 
     add("--lr-rule", choices=LEARNING_RATE_RULES, default="deepseek", help="learning rate by size, tokens and budget")
     add("--batch-rule", choices=BATCH_RULES, default="deepseek", help="global batch by tokens or budget")
-    add("--lr", type=float, default=None, help="one learning rate for all runs instead")
+    add("--lr", type=float, help="one learning rate for all runs instead")
     for name in OBJECTIVES:
         add(f"--lr-scale-{name}", type=float, default=1.0, metavar="X", help="times the learning rate")
-    add("--batch", type=int, default=None, metavar="SEQUENCES", help="one global batch for all runs instead")
+    add("--batch", type=int, metavar="SEQUENCES", help="one global batch for all runs instead")
     add(
         "--warmup-steps",
         type=int,
-        default=None,
         help="for all runs; default 5 % of the mean length, at most 2000 and a quarter of the shortest run",
     )
     add("--decay-fraction", type=float, default=DECAY_FRACTION, help="share of each run over which the rate falls")
 
-    add("--base", type=str, default=None, metavar="YAML", help="configuration under every run's own settings")
-    add("--data", type=str, default=None, metavar="DIR", help="prepared data: says vocabulary and epochs")
-    add("--vocab-size", type=int, default=None, help="words of the model; default: the data's tokenizer")
-    add("--sequence-length", type=int, default=None, help="tokens of a sequence (default 256)")
-    add("--study", type=str, default=None, help="folder of the results; default: the sweep's name")
+    add("--base", type=str, metavar="YAML", help="configuration under every run's own settings")
+    add("--data", type=str, metavar="DIR", help="prepared data: says vocabulary and epochs")
+    add("--vocab-size", type=int, help="words of the model; default: the data's tokenizer")
+    add("--sequence-length", type=int, help="tokens of a sequence (default 256)")
+    add("--study", type=str, help="folder of the results; default: the sweep's name")
 
-    add("--device", type=str, default=None, metavar="NAME", help="such as H100: for memory, and for hours with --mfu")
+    add("--device", type=str, metavar="NAME", help="such as H100: for memory, and for hours with --mfu")
     add("--devices", type=int, default=1, help="devices of one run")
-    add("--mfu", type=float, default=None, help="share of the device's peak that training achieves")
+    add("--mfu", type=float, help="share of the device's peak that training achieves")
     add(
         "--measured",
         type=str,
@@ -104,11 +102,11 @@ def _parser() -> CommandParser:
         metavar="FILE",
         help="hours by the throughput of results tables, or of profiles' summary.json",
     )
-    add("--micro-batch", type=int, default=None, help="sequences of a device's forward pass; default: what fits")
+    add("--micro-batch", type=int, help="sequences of a device's forward pass; default: what fits")
     add("--sharded", action="store_true", help="FSDP divides the states among the devices")
 
-    add("--out", type=str, default=None, metavar="YAML", help="sweep to write; its table goes beside it as CSV")
-    add("--slurm", type=str, default=None, metavar="SBATCH", help="job array over the sweep to write")
+    add("--out", type=str, metavar="YAML", help="sweep to write; its table goes beside it as CSV")
+    add("--slurm", type=str, metavar="SBATCH", help="job array over the sweep to write")
     add_json(parser)
     return parser
 

@@ -23,51 +23,42 @@ def score_parser() -> CommandParser:
         description="Log-likelihood in nats: exact for arm, the lower bound of Eq. 6 for llada.",
     )
     add_model_options(parser)
-    what = parser.add_argument_group("what is scored", "one of the two")
-    what.add_argument(
+    add = parser.add_argument_group("what is scored", "one of the two").add_argument
+    add(
         "--pairs",
         type=str | None,
-        default=None,
         metavar="FILE",
         help='JSONL: {"prompt": …, "continuation": …}, or {"prompt": …, "choices": […], "answer": 0}; texts or lists '
         "of token ids. White space at a prompt's end moves to the continuation",
     )
-    what.add_argument(
+    add(
         "--text",
         type=str | None,
-        default=None,
         metavar="PATH",
         help="perplexity of long texts: a text file (one document), JSONL, or a folder of them, read as `llada prepare "
         "--source` reads them",
     )
-    what.add_argument("--text-field", type=str | None, default=None, help="field of --text's JSONL with the text; text")
-    what.add_argument("--window", type=int | None, default=None, help="tokens of a pass over --text; the context")
-    what.add_argument(
-        "--stride", type=int | None, default=None, help="new tokens of a window; the rest is context; the window"
-    )
-    what.add_argument("--truncate", choices=("left",), default=None, help="cut the left of prompts beyond the context")
-    how = parser.add_argument_group("how")
-    how.add_argument(
+    add("--text-field", type=str | None, help="field of --text's JSONL with the text; text")
+    add("--window", type=int | None, help="tokens of a pass over --text; the context")
+    add("--stride", type=int | None, help="new tokens of a window; the rest is context; the window")
+    add("--truncate", choices=("left",), help="cut the left of prompts beyond the context")
+    add = parser.add_argument_group("how").add_argument
+    add(
         "--samples",
         type=int | None,
-        default=None,
         help=f"masks of each continuation (llada), {_FIXED_SAMPLES}; the first {REPLICATES} with --confidence; one has "
         "no standard error",
     )
-    how.add_argument("--target-stderr", type=float | None, default=None, help="sample on until this error, in nats")
-    how.add_argument(
-        "--confidence", type=float | None, default=None, help="choices: sample on until the best is sure, as 0.99"
-    )
-    how.add_argument("--max-samples", type=int | None, default=None, help="where sampling on ends")
-    how.add_argument(
-        "--normalisation", choices=("none", "token", "byte"), default=None, help="choices: compare values per this"
-    )
-    how.add_argument("--cfg-scale", type=float, default=0.0, help="w of classifier-free guidance (Eq. 16), llada")
-    how.add_argument("--seed", type=int, default=0, help="of the masks")
-    how.add_argument("--batch-tokens", type=int | None, default=None, help="tokens of one forward pass")
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", type=str | None, default=None, metavar="FILE", help="JSONL: a result a line")
-    output.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add("--target-stderr", type=float | None, help="sample on until this error, in nats")
+    add("--confidence", type=float | None, help="choices: sample on until the best is sure, as 0.99")
+    add("--max-samples", type=int | None, help="where sampling on ends")
+    add("--normalisation", choices=("none", "token", "byte"), help="choices: compare values per this")
+    add("--cfg-scale", type=float, default=0.0, help="w of classifier-free guidance (Eq. 16), llada")
+    add("--seed", type=int, default=0, help="of the masks")
+    add("--batch-tokens", type=int | None, help="tokens of one forward pass")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=str | None, metavar="FILE", help="JSONL: a result a line")
+    add("--quiet", action="store_true", help="no progress on stderr")
     add_json(parser)
     return parser
 

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("file", type=str, metavar="FILE", help="W&B sweep file, method grid, command `llada fit …`")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument(
-        "--index", type=int | None, default=None, help="run only this one (from 0), in this process: a job array's task"
+        "--index", type=int | None, help="run only this one (from 0), in this process: a job array's task"
     )
     parser.add_argument("--edited", action="store_true", help="the file was changed half-way, and that is meant")
     add_json(parser)
