@@ -27,7 +27,9 @@ from llada_lightning.generation.sampling import (
     Sampling,
     default_length,
     only_left_to_right,
+    spelled_specials,
 )
+from llada_lightning.support.cluster import launched
 from llada_lightning.support.errors import UserError
 
 MONTE_CARLO = 128
@@ -93,7 +95,7 @@ class HarnessModel(LM):
         lm.encode("")  # raises where there is no tokenizer
         self.lm, self.sampling, self.infill, self.greedy = lm, said(sampling), infill, greedy
         self.batch_size, self.progress, self.seed = batch_size, progress, seed
-        self._scoring: dict[str, Any] = {
+        self.scoring: dict[str, Any] = {
             "samples": monte_carlo, "cfg_scale": cfg_scale, "seed": seed, "batch_tokens": batch_tokens,
             "progress": progress,
         }  # fmt: skip
@@ -104,21 +106,12 @@ class HarnessModel(LM):
         if dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
-    @property
-    def cfg_scale(self) -> float:
-        """w of guidance in likelihoods."""
-        return float(self._scoring["cfg_scale"])
-
-    @cfg_scale.setter
-    def cfg_scale(self, value: float) -> None:
-        self._scoring["cfg_scale"] = value
-
     # --- likelihoods --------------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(nats, greedy) of each (context, continuation); contexts that do not fit are cut at their left."""
         pairs = [self._pair(request.args[0], request.args[1], _named(request)) for request in requests]
-        scores = log_likelihood(self.lm, pairs, truncate="left", **self._scoring)
+        scores = log_likelihood(self.lm, pairs, truncate="left", **self.scoring)
         greedy = self._greedy(pairs) if self.greedy else [False] * len(pairs)
         return [(score.mean, flag) for score, flag in zip(scores, greedy, strict=True)]
 
@@ -131,10 +124,9 @@ class HarnessModel(LM):
         texts = [encode_text(self.lm, request.args[0], _named(request)) for request in requests]
         lost = sum(map(self.lm.lost_bytes, written)) / max(1, sum(len(text.encode()) for text in written))
         self.lost_share = max(self.lost_share, lost)
-        return document_log_likelihoods(self.lm, texts, **self._scoring)
+        return document_log_likelihoods(self.lm, texts, **self.scoring)
 
     def _pair(self, context: str, continuation: str, name: str = "request") -> tuple[list[int], list[int]]:
-        """Ids of both."""
         return encode_pair(self.lm, self._chats.get(context, context), continuation, name)
 
     def _greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
@@ -154,24 +146,20 @@ class HarnessModel(LM):
 
         :attr:`used` is told of the settings under which they were sampled.
         """
+        groups: dict[str, list[int]] = {}  # of requests that share their settings
+        for i, request in enumerate(requests):
+            key = f"{request.args[1]!r} {self._fills(request)} {self._answer_length(request)}"
+            groups.setdefault(key, []).append(i)
         answers = [""] * len(requests)
         with ScoringProgress(self.progress, "answers") as bar:
             bar.expect(len(requests))
-            for members in self._groups(requests):
+            for members in groups.values():
                 group, places = [requests[i] for i in members], iter(members)
                 for texts in self._filled(group) if self._fills(group[0]) else self._answered(group, members):
                     for text in texts:
                         answers[next(places)] = text
                     bar.advance(len(texts))
         return answers
-
-    def _groups(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
-        """Numbers of requests that share their settings, in order."""
-        groups: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            key = f"{request.args[1]!r} {self._fills(request)} {self._answer_length(request)}"
-            groups.setdefault(key, []).append(i)
-        yield from groups.values()
 
     def _answer_length(self, request: Instance) -> int | None:
         """Tokens of the right answer, where the task gives an answer just these."""
@@ -198,7 +186,7 @@ class HarnessModel(LM):
     ) -> dict[str, Any]:
         """The keyword arguments of ``generate`` for a task.
 
-        An answer takes at most half of the context, so that its prompt has room. Steps are then no more than tokens.
+        An answer takes at most half of the context, so that its prompt has room.
         Stop strings that hold a special token are left out: no answer's text does.
 
         Args:
@@ -212,29 +200,25 @@ class HarnessModel(LM):
         if task.get("do_sample"):
             settings |= {name: task[name] for name in ("top_k", "top_p") if task.get(name) is not None}
             settings["temperature"] = float(task.get("temperature") or 1.0)
-        settings |= {
-            k: v for k, v in self.sampling.items() if not only_left_to_right(self.lm) or k in OF_EVERY_STRATEGY
-        }
+        causal = only_left_to_right(self.lm)
+        settings |= {name: v for name, v in self.sampling.items() if not causal or name in OF_EVERY_STRATEGY}
         if answer_length is not None:
             settings["length"] = answer_length
         elif not task.get("truncate", True):
             room = self.lm.context_length - longest_prompt
             settings.setdefault("length", default_length(room, settings.get("block_length")))
-        else:
-            self._shorten(settings)
+        else:  # half of the context at most, and no more steps than tokens
+            settings.setdefault("length", DEFAULT_LENGTH)
+            block = settings.get("block_length") or 1
+            most = max(block, self.lm.context_length // 2 // block * block)
+            if settings["length"] > most:
+                settings["length"] = most
+                if settings.get("steps") is not None:
+                    settings["steps"] = min(settings["steps"], most)
         until = task.get("until") or []
         stops = [*([until] if isinstance(until, str) else until), *settings.get("stop", ())]
-        return settings | {"stop": [text for text in stops if text and not self._holds_special(text)]}
-
-    def _shorten(self, settings: dict[str, Any]) -> None:
-        """Limits the length of an answer to half of the context."""
-        settings.setdefault("length", DEFAULT_LENGTH)
-        block = settings.get("block_length") or 1
-        most = max(block, self.lm.context_length // 2 // block * block)
-        if settings["length"] > most:
-            settings["length"] = most
-            if settings.get("steps") is not None:
-                settings["steps"] = min(settings["steps"], most)
+        special = spelled_specials(self.lm)
+        return settings | {"stop": [text for text in stops if text and not any(token in text for token in special)]}
 
     def _remember(self, settings: Mapping[str, Any]) -> None:
         used = {name: value for name, value in settings.items() if name != "stop" and value is not None}
@@ -284,10 +268,6 @@ class HarnessModel(LM):
             return prompt
         kept = prefix if prompt[: len(prefix)] == prefix else []
         return kept + prompt[len(kept) + excess :]
-
-    def _holds_special(self, text: str) -> bool:
-        tokenizer: Any = self.lm.tokenizer
-        return any(t.special and t.content in text for t in tokenizer.get_added_tokens_decoder().values())
 
     # --- chat ---------------------------------------------------------------------------------------------------------
 
@@ -341,6 +321,25 @@ class HarnessModel(LM):
         """Waits for all processes."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def join_processes(device: str | None) -> str | None:
+    """Joins the processes that torchrun started, if any: the documents are spread over them.
+
+    Args:
+        device: The device that the user asked for.
+
+    Returns:
+        The device of this process; None: the default.
+    """
+    launch = launched()
+    if launch is None or launch.processes == 1:
+        return device
+    if launch.launcher != "torchrun":
+        raise UserError(f"evaluate: {launch.launcher} started {launch.processes} processes; start them by torchrun")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")  # only scores go over it
+    return f"cuda:{launch.local_rank}" if device is None and torch.cuda.is_available() else device
 
 
 def said(sampling: Sampling | Mapping[str, Any] | None) -> dict[str, Any]:

@@ -101,12 +101,10 @@ def run_program(program: str, limits: Limits = Limits(), tests: str = "") -> Pro
             (answers, answer), (questions, question) = os.pipe(), os.pipe()
             for descriptor in (answers, answer, questions, question):
                 descriptors.callback(os.close, descriptor)
-            for_program = _start(command, limits, {"role": "program"}, stdin=questions, stdout=answer)
+            for_program = _start(command, limits, "program", stdin=questions, stdout=answer)
             processes.callback(_end, for_program)
             pipes = (answers, question)
-            judge = _start(
-                command, limits, {"role": "tests", "pipes": pipes}, stdin=order, stdout=subprocess.PIPE, pass_fds=pipes
-            )
+            judge = _start(command, limits, "tests", pipes, stdin=order, stdout=subprocess.PIPE, pass_fds=pipes)
             processes.callback(_end, judge)
         assert judge.stdout is not None
         with judge.stdout:
@@ -120,40 +118,33 @@ def run_program(program: str, limits: Limits = Limits(), tests: str = "") -> Pro
     return ProgramResult("passed" if verdict["passed"] else "failed", verdict["errors"])
 
 
-def _start(command: Sequence[str], limits: Limits, order: dict[str, Any], **streams: Any) -> subprocess.Popen[bytes]:
+def _start(
+    command: Sequence[str], limits: Limits, role: str, pipes: Sequence[int] = (), **streams: Any
+) -> subprocess.Popen[bytes]:
     isolated = bool(command)
-    order |= {"limits": _rlimits(limits, isolated), "shown": None, "folder": ""}
-    if isolated:
-        order |= {"shown": _shown(), "folder": f"size={limits.folder_bytes},nr_inodes={_FILES},mode=1777"}
+    paths = dict.fromkeys((*_SYSTEM, sys.base_prefix, sys.prefix))
+    order = {
+        "role": role,
+        "pipes": pipes,
+        "limits": {
+            "RLIMIT_CPU": limits.cpu_seconds,
+            "RLIMIT_AS": limits.memory_bytes,
+            "RLIMIT_FSIZE": limits.file_bytes if isolated else 0,  # no folder of its own, so no files
+            "RLIMIT_NPROC": limits.processes,
+            "RLIMIT_CORE": 0,
+        },
+        "shown": [*(p for p in paths if not p.startswith("/usr/")), *_DEVICES] if isolated else None,
+        "folder": f"size={limits.folder_bytes},nr_inodes={_FILES},mode=1777",
+    }
+    source = Path(__file__).with_name("sandboxed.py").read_text(encoding="utf-8")
     return subprocess.Popen(
-        [*command, sys.executable, "-I", "-B", "-c", _source(), json.dumps(order)],
+        [*command, sys.executable, "-I", "-B", "-c", source, json.dumps(order)],
         cwd="/",
         env={"PATH": os.defpath, "LANG": "C.UTF-8", "HOME": "/tmp", "TMPDIR": "/tmp", "OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         **streams,
     )
-
-
-@cache
-def _source() -> str:
-    return Path(__file__).with_name("sandboxed.py").read_text(encoding="utf-8")
-
-
-def _rlimits(limits: Limits, isolated: bool) -> dict[str, int]:
-    return {
-        "RLIMIT_CPU": limits.cpu_seconds,
-        "RLIMIT_AS": limits.memory_bytes,
-        "RLIMIT_FSIZE": limits.file_bytes if isolated else 0,  # no folder of its own, so no files
-        "RLIMIT_NPROC": limits.processes,
-        "RLIMIT_CORE": 0,
-    }
-
-
-def _shown() -> list[str]:
-    """What a program sees of the file system: the system's programs and libraries, this Python's, and four devices."""
-    paths = [*_SYSTEM, sys.base_prefix, sys.prefix]
-    return [*(path for path in dict.fromkeys(paths) if not path.startswith("/usr/")), *_DEVICES]
 
 
 def _read(descriptor: int, until: float) -> bytes | None:
@@ -184,7 +175,7 @@ def _isolation() -> tuple[str, ...]:
     for kinds in ((), users) if sys.platform == "linux" and os.geteuid() == 0 else (users,):
         command = (unshare or "unshare", *kinds, *_NAMESPACES)
         with suppress(OSError):
-            tried = _start(command, Limits(), {"role": "none"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            tried = _start(command, Limits(), "none", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
             if tried.wait() == 0:
                 return command
     return ()
@@ -212,15 +203,8 @@ def say_what_is_not_held() -> None:
 class SandboxedCodeEval:
     """What `evaluate.load("code_eval")` gives to lm-evaluation-harness, with every program in a sandbox."""
 
-    def __init__(self, limits: Limits = Limits()) -> None:
-        self.limits = limits
-
     def compute(
-        self,
-        references: Sequence[str],
-        predictions: Sequence[Sequence[str]],
-        k: Sequence[int] = (1,),
-        **_: object,
+        self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,), **_: object
     ) -> tuple[dict[str, float], dict[int, list[Verdict]]]:
         """The mean of pass@k over problems.
 
@@ -233,13 +217,12 @@ class SandboxedCodeEval:
             ``pass@k`` for each k, and the verdicts of each problem.
         """
         verdicts = [
-            [run_program(candidate, self.limits, tests).verdict for candidate in candidates]
+            [run_program(candidate, tests=tests).verdict for candidate in candidates]
             for tests, candidates in zip(references, predictions, strict=True)
         ]
-        passed = [verdict.count("passed") for verdict in verdicts]
-        fewest = min((len(verdict) for verdict in verdicts), default=0)
+        fewest = min(map(len, verdicts), default=0)
         scores = {
-            f"pass@{n}": sum(pass_at(n, len(v), p) for v, p in zip(verdicts, passed, strict=True)) / len(verdicts)
+            f"pass@{n}": sum(pass_at(n, len(each), each.count("passed")) for each in verdicts) / len(verdicts)
             for n in k
             if n <= fewest
         }

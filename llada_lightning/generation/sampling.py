@@ -206,9 +206,8 @@ class Sampling:
             return
         if lm.tokenizer is None:
             raise UserError(f"stop: {self.stop[0]!r} given, but '{lm.name}' has no tokenizer that could spell it")
-        special = [token.content for token in lm.tokenizer.get_added_tokens_decoder().values() if token.special]
         for text in self.stop:
-            if any(token in text for token in special):
+            if any(token in text for token in spelled_specials(lm)):
                 raise UserError(
                     f"stop: {text!r} holds a special token, which is never part of an answer's text; leave it out (the "
                     "end of a text ends an answer by itself)"
@@ -259,6 +258,12 @@ class Sampling:
             value = getattr(self, name)
             shown = name if value is True else f"{name} '{value}'" if isinstance(value, str) else f"{name} {value}"
             raise UserError(f"{shown}: {why}; leave it out")
+
+
+def spelled_specials(lm: LanguageModel) -> list[str]:
+    """The special tokens as the tokenizer spells them, which are never part of an answer's text."""
+    assert lm.tokenizer is not None
+    return [token.content for token in lm.tokenizer.get_added_tokens_decoder().values() if token.special]
 
 
 def choices_of_settings() -> dict[str, tuple[str, ...]]:

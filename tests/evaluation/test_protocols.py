@@ -29,9 +29,8 @@ from llada_lightning.data.tokenizers import train_tokenizer
 from llada_lightning.evaluation import harness
 from llada_lightning.evaluation.benchmarks import load_benchmark, measure, task_manager
 from llada_lightning.evaluation.harness import HarnessModel
-from llada_lightning.evaluation.outcomes import Outcome
 from llada_lightning.evaluation.protocols import SYSTEM, answer_in, read_pairs, reversal_documents, shots
-from llada_lightning.evaluation.suites import Benchmark
+from llada_lightning.evaluation.suites import Benchmark, Outcome
 from llada_lightning.generation.prompts import conversation_ids
 from llada_lightning.generation.sampler import generate
 from llada_lightning.model import Transformer
