@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llada_lightning.commands import model_options as shared
 from llada_lightning.data.manifest import loss_note
-from llada_lightning.evaluation.suites import (
-    ABLATIONS,
-    SUITES,
-    Outcome,
-    best_rows,
-    chosen_suite,
-    outcome_table,
-    row_table,
-)
+from llada_lightning.evaluation import suites
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, write_json
@@ -28,8 +20,6 @@ if TYPE_CHECKING:
 
 _ANSWERS = tuple(name for name in shared.SAMPLING if name not in ("cfg_scale", "seed"))
 """The settings of the sampler that only answers have; guidance and the seed are also those of likelihoods."""
-
-_MONTE_CARLO = 128
 
 
 def evaluate_parser() -> CommandParser:
@@ -42,8 +32,8 @@ def evaluate_parser() -> CommandParser:
     shared.add_model_options(parser)
     what = parser.add_argument_group("what is measured", "a suite, tasks, or tasks under each row of an ablate- suite")
     add = what.add_argument
-    tables = ", ".join(f"{name} (Table {each.table})" for name, each in ABLATIONS.items())
-    add("--suite", type=str | None, help=f"of the paper: {', '.join(SUITES)}, {tables}")
+    tables = ", ".join(f"{name} (Table {each.table})" for name, each in suites.ABLATIONS.items())
+    add("--suite", type=str | None, help=f"of the paper: {', '.join(suites.SUITES)}, {tables}")
     add("--tasks", type=str | None, help="names of lm-evaluation-harness, or ours: a,b,c")
     values = "instead of the scales, block lengths or lengths of an ablate- suite"
     add("--values", type=float, nargs="+", default=[], help=values)
@@ -66,7 +56,7 @@ def evaluate_parser() -> CommandParser:
     add(
         "--monte-carlo",
         type=int,
-        default=_MONTE_CARLO,
+        default=suites.MONTE_CARLO,
         help="masks of a continuation of several tokens (llada); one token is exact by one pass",
     )
     add("--batch-tokens", type=int | None, help="tokens of one forward pass")
@@ -93,7 +83,7 @@ def main(argv: list[str]) -> int:
     """
     options = evaluate_parser().parse_args(argv)
     sampling = _said(options)
-    suite = chosen_suite(options.suite, options.tasks, options.shots, options["values"], sampling)
+    suite = suites.chosen_suite(options.suite, options.tasks, options.shots, options["values"], sampling)
     chat = suite.chat or options.chat
     _check(options)
     for name in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):  # their bars would stand between ours
@@ -123,13 +113,13 @@ def main(argv: list[str]) -> int:
         batch_tokens=options.batch_tokens,
         progress=False if options.quiet else None,
     )
-    if options.suite in ABLATIONS:
-        check_varied(ABLATIONS[options.suite], model.lm, loaded)
+    if options.suite in suites.ABLATIONS:
+        check_varied(suites.ABLATIONS[options.suite], model.lm, loaded)
     how = {"limit": options.limit, "chat": chat, "sampling": sampling, "unsafe_code": options.unsafe_code}
     outcomes = [outcome for each in loaded for outcome in measure(model, each, **how)]
     if model.rank == 0:
         groups = {each.row: each.group for each in suite.benchmarks if each.row and each.group}
-        _report(options, model, [*outcomes, *best_rows(outcomes, groups)], chat)
+        _report(options, model, [*outcomes, *suites.best_rows(outcomes, groups)], chat)
         note = loss_note(model.lost_share, "byte_perplexity, bits_per_byte and word_perplexity are too low")
         if note is not None:
             warn(note)
@@ -161,7 +151,7 @@ def _metadata(options: Any) -> dict[str, Any]:
     return found
 
 
-def _report(options: Any, model: HarnessModel, outcomes: list[Outcome], chat: bool) -> None:
+def _report(options: Any, model: HarnessModel, outcomes: list[suites.Outcome], chat: bool) -> None:
     from llada_lightning.evaluation.benchmarks import join_run
 
     settings = _settings(options, chat)
@@ -181,8 +171,8 @@ def _report(options: Any, model: HarnessModel, outcomes: list[Outcome], chat: bo
         print_json(record)
         return
     console = people_console()
-    ablation = ABLATIONS.get(options.suite)
-    console.print(outcome_table(outcomes) if ablation is None else row_table(ablation.title, outcomes))
+    ablation = suites.ABLATIONS.get(options.suite)
+    console.print(suites.outcome_table(outcomes) if ablation is None else suites.row_table(ablation.title, outcomes))
     if any(outcome.best_of for outcome in outcomes):
         console.print("The best row is chosen by these very scores, so it is optimistic.", soft_wrap=True)
     for path in filter(None, (options.out, joined)):

@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -15,8 +15,11 @@ from llada_lightning.generation.sampling import Sampling, choices_of_settings
 from llada_lightning.support.command_line import CommandParser, unescaped
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import require_replaceable, strict_json, written_atomically
+from llada_lightning.support.printing import people_console
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from llada_lightning.checkpoints import LanguageModel
     from llada_lightning.generation.sampling import Generation
 
@@ -85,15 +88,41 @@ def load(options: Mapping[str, Any]) -> LanguageModel:
     )
 
 
-def sample(lm: LanguageModel, prompts: Any, sampling: Sampling, **more: Any) -> Generation:
-    """``generate``, with the seed for the released sampler too, which draws from torch's generator."""
+def sample(
+    lm: LanguageModel, prompts: Any, sampling: Sampling, names: Sequence[str], console: Console | None, **more: Any
+) -> Generation:
+    """``generate``; where the console is a terminal the answers unfold meanwhile, several each below its name.
+
+    The seed is that of the released sampler too, which draws from torch's generator.
+    """
     import torch
 
+    from llada_lightning.generation.drawing import Aligner, Unfolding
     from llada_lightning.generation.sampler import generate
 
     if sampling.compat is not None:
         torch.manual_seed(sampling.seed)
-    return generate(lm, prompts, sampling, **more)
+    if console is None or not console.is_terminal:
+        return generate(lm, prompts, sampling, **more)
+    grows = sampling.strategy_for(lm) != "diffusion"
+    with Unfolding(Aligner(lm.tokenizer), names, console, grows=grows) as unfolding:
+        return generate(lm, prompts, sampling, on_step=unfolding.observe, **more)
+
+
+def print_answer(lm: LanguageModel, generation: Generation, index: int, console: Console) -> None:
+    """An answer on stdout; on a terminal each token in the colour of its step. Without a tokenizer its ids."""
+    from llada_lightning.generation.drawing import Aligner, coloured
+
+    tokens, steps = generation.tokens[index], generation.step_of_token[index]
+    if console.is_terminal:
+        console.print(coloured(Aligner(lm.tokenizer), tokens, steps, max(steps, default=0)))
+    else:
+        print(" ".join(map(str, tokens)) if generation.text is None else generation.text[index], flush=True)
+
+
+def note(text: str, style: str | None = None) -> None:
+    """Says something beside the answers, on stderr."""
+    people_console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def check_out(command: str, out: Path) -> None:

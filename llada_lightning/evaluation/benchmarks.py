@@ -32,13 +32,7 @@ OUR_TASKS = Path(__file__).parent / "tasks"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A benchmark with its data.
-
-    Args:
-        benchmark: The benchmark that is measured.
-        tasks: The tasks, as ``TaskManager.load`` returns them.
-        parts: The task objects of the whole tree.
-    """
+    """A benchmark with its data: the tasks as ``TaskManager.load`` returns them, and those of the whole tree."""
 
     benchmark: Benchmark
     tasks: list[Any]
@@ -61,11 +55,13 @@ def task_manager(
         raise UserError(f"--include-path '{include_path}': no such folder; give one with task YAML files")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = [benchmark.task for benchmark in benchmarks]
-    folders = [OUR_TASKS, *([] if include_path is None else [include_path])]
-    told = dict(metadata or {})
-    manager = TaskManager(include_path=folders, include_defaults=False, metadata=told)
+    options: dict[str, Any] = {
+        "include_path": list(filter(None, [OUR_TASKS, include_path])),
+        "metadata": metadata or {},
+    }
+    manager = TaskManager(include_defaults=False, **options)
     if not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=folders, metadata=told)
+        manager = TaskManager(**options)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
@@ -161,9 +157,8 @@ def load_benchmark(manager: TaskManager, benchmark: Benchmark, unsafe_code: bool
             f"task '{benchmark.task}': its data cannot be reached ({_first_line(error)}); run once where there is a "
             "network, with HF_HOME=FOLDER and --limit 1, copy FOLDER here, set HF_HOME=FOLDER and HF_HUB_OFFLINE=1"
         ) from error
-    groups = found["groups"]
     inner = {child for children in found["group_map"].values() for child in children}
-    top = [group for name, group in groups.items() if name not in inner]
+    top = [group for name, group in found["groups"].items() if name not in inner]
     parts = list(found["tasks"].values())
     for task in parts:
         _check_shots(task, benchmark)

@@ -19,6 +19,7 @@ from llada_lightning.data.chat import Message
 from llada_lightning.data.encoding import decode
 from llada_lightning.evaluation.likelihood import ScoringProgress, document_log_likelihoods, log_likelihood
 from llada_lightning.evaluation.requests import encode_pair, encode_text, encode_with_gap
+from llada_lightning.evaluation.suites import MONTE_CARLO
 from llada_lightning.generation.prompts import conversation_ids
 from llada_lightning.generation.sampler import generate
 from llada_lightning.generation.sampling import (
@@ -31,9 +32,6 @@ from llada_lightning.generation.sampling import (
 )
 from llada_lightning.support.cluster import launched
 from llada_lightning.support.errors import UserError
-
-MONTE_CARLO = 128
-"""Masks of a continuation of several tokens (paper, B.6). One token is scored exactly by one pass."""
 
 DEFAULT_LENGTH = 256
 """The tokens of an answer where neither the task nor the user sets them: as lm-evaluation-harness's own models."""

@@ -1,9 +1,8 @@
 """Programs that a model wrote, judged by tests, each of the two in a process of its own with limits.
 
 The verdict comes from the process of the tests, which sees of the program nothing but plain values (see
-``evaluation.sandboxed``). Each process has no more than: so many seconds of CPU and of the clock, so much memory, files
-of so many bytes, and an environment without what the parent's holds. Nothing that a program leaves behind is read:
-whatever it prints goes nowhere, and its files vanish with it.
+``evaluation.sandboxed``). Each process has the resources of :class:`Limits` and nothing of the parent's environment.
+Nothing that a program leaves behind is read: whatever it prints goes nowhere, and its files vanish with it.
 
 Where Linux lets the user make namespaces, a process has no network, process numbers of its own, so that all it started
 ends with it, and a file system that holds Python and the system's libraries, read only, and a small folder in memory to
@@ -22,12 +21,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import selectors
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -43,7 +40,6 @@ Verdict = Literal["passed", "failed", "timed out"]
 _NAMESPACES = ("--mount", "--net", "--ipc", "--pid", "--fork", "--kill-child=SIGKILL")
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc", "/nix/store")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-_VERDICT_BYTES = 2**16
 _FILES = 4096
 """Files and folders that a program may make."""
 
@@ -71,12 +67,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """How a program ended.
-
-    Args:
-        verdict: The verdict; `passed`: its tests ran to their last line.
-        errors: The end of the traceback of its tests.
-    """
+    """How a program ended (`passed`: its tests ran to their last line), and the end of the traceback of its tests."""
 
     verdict: Verdict
     errors: str = ""
@@ -93,7 +84,7 @@ def run_program(program: str, limits: Limits = Limits(), tests: str = "") -> Pro
             standard library. Any other object is asked by its name and equals nothing but itself. Without tests the
             program itself decides: it passes when it ran to its last line.
     """
-    command, until = _isolation(), time.monotonic() + limits.seconds
+    command = _isolation()
     with ExitStack() as processes, TemporaryFile("w+") as order:
         json.dump({"program": program, "tests": tests}, order)
         order.seek(0)
@@ -106,11 +97,10 @@ def run_program(program: str, limits: Limits = Limits(), tests: str = "") -> Pro
             pipes = (answers, question)
             judge = _start(command, limits, "tests", pipes, stdin=order, stdout=subprocess.PIPE, pass_fds=pipes)
             processes.callback(_end, judge)
-        assert judge.stdout is not None
-        with judge.stdout:
-            said = _read(judge.stdout.fileno(), until)
-    if said is None:
-        return ProgramResult("timed out")
+        try:
+            said, _ = judge.communicate(timeout=limits.seconds)
+        except subprocess.TimeoutExpired:
+            return ProgramResult("timed out")
     try:
         verdict = json.loads(said)
     except ValueError:  # a limit has ended the tests
@@ -147,24 +137,13 @@ def _start(
     )
 
 
-def _read(descriptor: int, until: float) -> bytes | None:
-    """All that comes out of a pipe, or the first bytes that are too many; None: its other end stays open too long."""
-    said = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(descriptor, selectors.EVENT_READ)
-        while selector.select(max(0.0, until - time.monotonic())):
-            block = os.read(descriptor, _VERDICT_BYTES)
-            said += block
-            if not block or len(said) > _VERDICT_BYTES:
-                return said
-    return None
-
-
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends the process and all of its group; with its own process numbers, all that it started."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 @cache

@@ -72,6 +72,9 @@ class Suite:
     chat: bool = False
 
 
+MONTE_CARLO = 128
+"""Masks of a continuation of several tokens (paper, B.6). One token is scored exactly by one pass."""
+
 BASE = {"length": 1024, "steps": 1024, "remasking": "low_confidence"}
 """Pure diffusion, one token a step (B.6)."""
 
@@ -130,21 +133,6 @@ VALUE: Any = object()
 
 
 @dataclass(frozen=True)
-class SettingsRow:
-    """A row of a table of settings, or one row for each value of the table.
-
-    Args:
-        name: The name as in the paper, with ``{value}`` where there is a value.
-        sampling: The settings of the likelihoods (guidance) or of ``generate``; :data:`VALUE` is replaced.
-        group: The group of the row: of each group the best row is shown as well, as Table 6 does over scales.
-    """
-
-    name: str
-    sampling: Settings
-    group: str | None = None
-
-
-@dataclass(frozen=True)
 class Ablation:
     """A table of the paper: rows of settings under which tasks of the user's choice are measured.
 
@@ -152,15 +140,17 @@ class Ablation:
         table: The number of the table.
         question: What is varied, for the title of the table.
         scored: Whether the settings are of likelihoods or of sampled answers.
-        rows: The rows, which differ in what is varied and in nothing else.
+        rows: The settings of each row by its name, which holds ``{value}`` where a setting is :data:`VALUE`.
         values: The values of the paper for :data:`VALUE`; those of the user replace them.
+        group: The name of the rows with a value together, where the best of them is shown as well (Table 6).
     """
 
     table: int
     question: str
     scored: Literal["likelihood", "generation"]
-    rows: tuple[SettingsRow, ...]
+    rows: dict[str, Settings]
     values: tuple[float, ...] = ()
+    group: str | None = None
 
     @property
     def title(self) -> str:
@@ -169,7 +159,7 @@ class Ablation:
     @property
     def varied(self) -> set[str]:
         """The names of the settings in the rows."""
-        return {name for row in self.rows for name in row.sampling}
+        return {name for settings in self.rows.values() for name in settings}
 
     def suite(self, tasks: Sequence[Benchmark], values: Sequence[float] = ()) -> Suite:
         """The tasks under the settings of each row, row by row.
@@ -187,39 +177,43 @@ class Ablation:
                 )
         chosen = [int(value) if whole else value for value in values or self.values]
         benchmarks = []
-        for row in self.rows:
-            for value in chosen if VALUE in row.sampling.values() else [0]:
-                sampling = {name: value if setting is VALUE else setting for name, setting in row.sampling.items()}
-                name = row.name.format(value=f"{value:g}")
-                benchmarks += [replace(task, sampling=sampling, row=name, group=row.group) for task in tasks]
+        for name, settings in self.rows.items():
+            several = VALUE in settings.values()
+            for value in chosen if several else [0]:
+                sampling = {key: value if setting is VALUE else setting for key, setting in settings.items()}
+                row, group = name.format(value=f"{value:g}"), self.group if several else None
+                benchmarks += [replace(task, sampling=sampling, row=row, group=group) for task in tasks]
         return Suite(tuple(benchmarks))
 
 
-_PURE = {"strategy": "diffusion", "block_length": None}
-_BLOCKWISE = (
-    SettingsRow("autoregressive", {"strategy": "autoregressive", "block_length": None}),
-    SettingsRow("block diffusion, L' = {value}", {"strategy": "block_diffusion", "block_length": VALUE}),
-    SettingsRow("block diffusion LLaDA, L' = {value}", {"strategy": "diffusion", "block_length": VALUE}),
-)
+_PURE: Settings = {"strategy": "diffusion", "block_length": None}
+_BLOCKWISE: dict[str, Settings] = {
+    "autoregressive": {"strategy": "autoregressive", "block_length": None},
+    "block diffusion, L' = {value}": {"strategy": "block_diffusion", "block_length": VALUE},
+    "block diffusion LLaDA, L' = {value}": {"strategy": "diffusion", "block_length": VALUE},
+}
 
 ABLATIONS: dict[str, Ablation] = {
-    "ablate-guidance": Ablation(6, "classifier-free guidance", "likelihood", (
-        SettingsRow("w/o CFG", {"cfg_scale": 0.0}),
-        SettingsRow("CFG, w = {value}", {"cfg_scale": VALUE}, group="w/ CFG"),
-    ), (0.5, 1.0, 1.5, 2.0)),
-    "ablate-strategies": Ablation(7, "sampling strategies", "generation", (
-        *_BLOCKWISE, SettingsRow("pure diffusion", _PURE),
-    ), (2, 4, 8, 32)),
-    "ablate-strategies-instruct": Ablation(8, "sampling strategies after SFT", "generation", (
-        *_BLOCKWISE, SettingsRow("pure diffusion", {**_PURE, "zero_eos_confidence": True}),
-    ), (32,)),
-    "ablate-remasking": Ablation(9, "remasking", "generation", (
-        SettingsRow("random remasking", {**_PURE, "remasking": "random"}),
-        SettingsRow("low-confidence remasking", {**_PURE, "remasking": "low_confidence"}),
-    )),
-    "ablate-length": Ablation(10, "generation length", "generation", (
-        SettingsRow("length {value}", {**_PURE, "length": VALUE, "steps": VALUE}),
-    ), (256, 512, 1024)),
+    "ablate-guidance": Ablation(
+        6, "classifier-free guidance", "likelihood",
+        {"w/o CFG": {"cfg_scale": 0.0}, "CFG, w = {value}": {"cfg_scale": VALUE}},
+        (0.5, 1.0, 1.5, 2.0), group="w/ CFG",
+    ),
+    "ablate-strategies": Ablation(
+        7, "sampling strategies", "generation", _BLOCKWISE | {"pure diffusion": _PURE}, (2, 4, 8, 32)
+    ),
+    "ablate-strategies-instruct": Ablation(
+        8, "sampling strategies after SFT", "generation",
+        _BLOCKWISE | {"pure diffusion": _PURE | {"zero_eos_confidence": True}}, (32,),
+    ),
+    "ablate-remasking": Ablation(9, "remasking", "generation", {
+        "random remasking": _PURE | {"remasking": "random"},
+        "low-confidence remasking": _PURE | {"remasking": "low_confidence"},
+    }),
+    "ablate-length": Ablation(
+        10, "generation length", "generation",
+        {"length {value}": _PURE | {"length": VALUE, "steps": VALUE}}, (256, 512, 1024),
+    ),
 }  # fmt: skip
 """By name: Tables 6 to 10. The scales are those of B.3. After SFT pure diffusion keeps EOS last (B.4)."""
 
@@ -234,11 +228,7 @@ def chosen_suite(
         tasks: The names of tasks with commas between them: instead of a suite, or for a table of settings.
         shots: The number of examples in the prompts of these tasks; None: the number that each task sets.
         values: The values of a table of settings, instead of the paper's.
-        varied: The settings of sampling that other options say.
-
-    Raises:
-        UserError: Neither a suite nor tasks are given, or both; a table of settings has no tasks, or an option says
-            what it varies.
+        varied: The settings of sampling that other options say, which a table of settings must not vary.
     """
     known: dict[str, Suite | Ablation] = {**SUITES, **ABLATIONS}
     if name is not None and name not in known:
@@ -323,9 +313,7 @@ class Outcome:
 
 
 def best_rows(outcomes: Sequence[Outcome], groups: dict[str, str]) -> list[Outcome]:
-    """For each group of rows and each task the best row.
-
-    It is chosen by the very values that it shows, so it is optimistic.
+    """For each group of rows and each task the best row, chosen by the very values that it shows, so optimistic.
 
     Args:
         outcomes: The outcomes of every row.
@@ -348,14 +336,13 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     for name in ("shots", "n", "value ± s.e."):
         table.add_column(name, justify="right", no_wrap=True)
     for outcome in outcomes:
-        shots = "" if outcome.shots is None else str(outcome.shots)
-        value = _value(outcome.value, outcome.stderr, outcome.is_share, " %")
-        table.add_row(outcome.name, outcome.metric, shots, str(outcome.n), value)
+        shots, metric, unit = outcome.shots, outcome.metric, " %" if outcome.is_share else ""
+        value = _value(outcome.value, outcome.stderr, outcome.is_share) + unit
+        table.add_row(outcome.name, metric, "" if shots is None else str(shots), str(outcome.n), value)
         for part, metrics in outcome.parts.items() if len(outcome.parts) <= _MOST_PARTS else ():
-            if outcome.metric in metrics:
-                found = metrics[outcome.metric]
-                value = _value(found["value"], found["stderr"], outcome.is_share, " %")
-                table.add_row(f"  {part}", outcome.metric, "", "", value)
+            if metric in metrics:
+                value = _value(metrics[metric]["value"], metrics[metric]["stderr"], outcome.is_share) + unit
+                table.add_row(f"  {part}", metric, "", "", value)
     return table
 
 
@@ -396,9 +383,7 @@ def _cell(outcome: Outcome) -> str:
     return text if outcome.best_of is None else f"{text} ({outcome.best_of})"
 
 
-def _value(value: float, stderr: float, is_share: bool, unit: str = "", digits: int = 2) -> str:
+def _value(value: float, stderr: float, is_share: bool, digits: int = 2) -> str:
     scale = 100 if is_share else 1
     text = f"{scale * value:.{digits}f}"
-    if math.isfinite(stderr):
-        text += f" ± {scale * stderr:.{digits}f}"
-    return text + (unit if is_share else "")
+    return f"{text} ± {scale * stderr:.{digits}f}" if math.isfinite(stderr) else text

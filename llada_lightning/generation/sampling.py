@@ -277,11 +277,7 @@ def choices_of_settings() -> dict[str, tuple[str, ...]]:
 
 
 def default_length(room: int, block_length: int | None) -> int:
-    """The length of an answer where none is given: what the room leaves of 128 tokens, in whole blocks, at least one.
-
-    Raises:
-        UserError: The length of a block is no whole number of at least 1.
-    """
+    """The length of an answer where none is given: what there is room for of 128 tokens, in whole blocks."""
     _check_whole("block_length", block_length)
     block = block_length or 1
     return DEFAULT_LENGTH if room >= DEFAULT_LENGTH else max(block, room // block * block)
