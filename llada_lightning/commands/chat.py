@@ -162,7 +162,7 @@ class Chat:
         shared.note(f"{name} is {self._shown(name)}", "dim")
 
     def _change(self, given: Sampling) -> None:
-        """Takes settings over, once checked. A length that nobody gave is half of the context: the rest is for turns."""
+        """Takes settings over, once checked. A length that nobody gave leaves half of the context to the turns."""
         length = given.length or default_length(self._lm.context_length // 2, given.block_length)
         sampling = replace(given, length=length)
         sampling.resolved(self._lm)

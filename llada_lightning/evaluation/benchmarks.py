@@ -42,14 +42,10 @@ class Loaded:
 def task_manager(
     benchmarks: Sequence[Benchmark], include_path: Path | None, metadata: Mapping[str, Any] | None = None
 ) -> TaskManager:
-    """An index that knows the benchmarks' tasks.
+    """An index that knows the benchmarks' tasks, and those of a folder of the user.
 
     Reading lm-evaluation-harness's own thousands of tasks takes seconds: left out where the folders hold all.
-
-    Args:
-        benchmarks: The benchmarks that are measured.
-        include_path: A folder with task files of the user.
-        metadata: The options for the functions that make a task's documents.
+    The metadata go to the functions that make a task's documents.
     """
     if include_path is not None and not include_path.is_dir():
         raise UserError(f"--include-path '{include_path}': no such folder; give one with task YAML files")
@@ -71,12 +67,7 @@ def task_manager(
 
 
 def runs_code(manager: TaskManager, task: str | Mapping[str, Any]) -> bool:
-    """Whether a task, or one of a group's, executes what the model wrote.
-
-    Args:
-        manager: The index of tasks.
-        task: The name of a task, a group or a tag; or one of them written out within a group.
-    """
+    """Whether a task, group or tag (by name, or written out within a group) executes what the model wrote."""
     config = task
     if isinstance(task, str):
         entry = manager.task_index.get(task)
@@ -97,16 +88,12 @@ def load_benchmarks(
     unsafe_code: bool = False,
     left_out: Callable[[UserError], None] | None = None,
 ) -> list[Loaded]:
-    """The benchmarks with their data.
+    """The benchmarks with their data; a task has several of them in a table of settings.
 
     Args:
-        benchmarks: The benchmarks that are measured; a task has several of them in a table of settings.
-        include_path, metadata: As of :func:`task_manager`.
+        benchmarks, include_path, metadata: As of :func:`task_manager`.
         unsafe_code: Whether tasks may execute what the model writes.
         left_out: A function that is told why a task cannot be loaded, and then it is left out; None: that is an error.
-
-    Raises:
-        UserError: As of :func:`load_benchmark`, or no task is left.
     """
     manager = task_manager(benchmarks, include_path, metadata)
     once = {benchmark.task: benchmark for benchmark in benchmarks}
@@ -278,17 +265,10 @@ def _metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, float]]
 
 
 def join_run(checkpoint: str, outcomes: Sequence[Outcome], settings: Mapping[str, Any]) -> Path | None:
-    """Adds scores in percent to the evaluations of the run that a checkpoint lies in.
+    """Adds scores in percent, measured under ``settings``, to the evaluations of the run that a checkpoint lies in.
 
-    An evaluation under settings that a table varies is no result of a run, and stays out.
-
-    Args:
-        checkpoint: The path of the checkpoint.
-        outcomes: What was measured, of whole tasks.
-        settings: How it was measured.
-
-    Returns:
-        The file of the run's evaluations; None where there is no run, or nothing to add.
+    An evaluation under settings that a table varies is no result of a run, and stays out. Returns the file; None where
+    there is no run, or nothing to add.
     """
     path = Path(checkpoint)
     stored = final_checkpoint(path) if path.is_dir() and (path / CONFIG).is_file() else path

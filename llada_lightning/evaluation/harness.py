@@ -53,23 +53,17 @@ class HarnessModel(LM):
     ``infill: true``: `llada` fills a gap, and `arm` is refused.
 
     Args:
-        lm: The model.
-        monte_carlo: The number of masks of each continuation of several tokens, at least 1. With an `arm`, and for one
-            token, the value is exact.
-        sampling: The settings that take precedence over those of a task: those of a :class:`Sampling` that are not its
-            defaults, or settings by their names. Those that `arm` cannot have are left out for it. `length` replaces
-            the task's `max_gen_toks`.
+        lm: The model, which needs a tokenizer.
+        monte_carlo: The number of masks of each continuation of several tokens; the value of others is exact.
+        sampling: The settings that take precedence over those of a task, an object or by their names. Those that `arm`
+            cannot have are left out for it. `length` replaces the task's `max_gen_toks`.
         infill: Whether `llada` fills the gap between the fields `prompt` and `suffix` of a document (texts, or lists of
             texts that are encoded one by one) with as many tokens as its `canonical_solution` has. An `arm` continues.
         greedy: Whether greedy decoding is tried in `loglikelihood`.
         cfg_scale: The scale w of classifier-free guidance (Eq. 16) in likelihoods.
         seed: The seed of masks and of samples.
         batch_size: The number of prompts sampled together.
-        batch_tokens: The number of tokens of one pass of scoring; None: a number that suits the device.
-        progress: Whether progress bars are shown on stderr; None: where that is a terminal.
-
-    Raises:
-        UserError: a Monte Carlo count or batch size below 1, or no tokenizer.
+        batch_tokens, progress: As of :func:`likelihood.log_likelihood`.
     """
 
     def __init__(
@@ -140,10 +134,7 @@ class HarnessModel(LM):
     # --- answers ------------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The answer to each (context, settings), up to the first of the settings' stop strings.
-
-        :attr:`used` is told of the settings under which they were sampled.
-        """
+        """The answer to each (context, settings), up to the first stop string; :attr:`used` gets the settings."""
         groups: dict[str, list[int]] = {}  # of requests that share their settings
         for i, request in enumerate(requests):
             key = f"{request.args[1]!r} {self._fills(request)} {self._answer_length(request)}"
@@ -175,20 +166,18 @@ class HarnessModel(LM):
         self._remember(settings)
         for start in range(0, len(prompts), self.batch_size):
             batch = prompts[start : start + self.batch_size]
-            text = self._generate(batch, first=numbers[start], **settings).text
-            assert text is not None
-            yield text
+            yield self._generate(batch, first=numbers[start], **settings).text or []
 
     def settings(
         self, task: Mapping[str, Any], answer_length: int | None = None, longest_prompt: int = 0
     ) -> dict[str, Any]:
-        """The keyword arguments of ``generate`` for a task.
+        """The keyword arguments of ``generate`` for a task, from its `generation_kwargs`.
 
-        An answer takes at most half of the context, so that its prompt has room.
-        Stop strings that hold a special token are left out: no answer's text does.
+        An answer takes at most half of the context, so that its prompt has room. Stop strings that hold a special token
+        are left out: no answer's text does.
 
         Args:
-            task: The `generation_kwargs` of the task.
+            task: The `generation_kwargs`.
             answer_length: The number of tokens of an answer, where the task fixes it.
             longest_prompt: The number of tokens of the longest prompt, for tasks that refuse to cut one.
         """
@@ -274,9 +263,6 @@ class HarnessModel(LM):
 
         The text is for people and for the harness's records: read back, what a message spells could become a special
         token. Without ``add_generation_prompt`` the last message begins the answer.
-
-        Raises:
-            UserError: there is no chat template, or it refuses the messages.
         """
         if self.lm.chat_template is None:
             raise UserError(f"'{self.lm.name}' has no chat template; leave --chat out, or take a chat model")
@@ -322,14 +308,7 @@ class HarnessModel(LM):
 
 
 def join_processes(device: str | None) -> str | None:
-    """Joins the processes that torchrun started, if any: the documents are spread over them.
-
-    Args:
-        device: The device that the user asked for.
-
-    Returns:
-        The device of this process; None: the default.
-    """
+    """The device of this process (None: the default), once it has joined those that torchrun started."""
     launch = launched()
     if launch is None or launch.processes == 1:
         return device

@@ -105,13 +105,7 @@ def log_likelihood(
 
 
 def document_log_likelihoods(lm: LanguageModel, texts_ids: Sequence[Ids], **options: Any) -> list[float]:
-    """The log-likelihood of each text, nats, in disjoint windows of the context length; 0 of an empty one.
-
-    Args:
-        lm: The model.
-        texts_ids: The token ids of each document.
-        options: The options of :func:`log_likelihood`, for the windows.
-    """
+    """The log-likelihood of each text, nats, in disjoint windows of the context length; options of the windows."""
     length = lm.context_length
     numbered = [(n, pair) for n, ids in enumerate(texts_ids) for pair in windows(ids, length, length)]
     totals = [0.0] * len(texts_ids)
@@ -206,8 +200,7 @@ class ScoredInput:
 
     Args:
         tokens: (T,) The input ids.
-        positions: (M,) The positions in ``tokens`` of the wanted logits.
-        targets: (M,) The ids whose log-probability is wanted there.
+        positions, targets: (M,) The positions in ``tokens`` of the wanted logits, and the ids wanted there.
         prompt_length: The number of tokens at the left that guidance replaces by [MASK].
     """
 
@@ -242,15 +235,7 @@ def _causal_input(lm: LanguageModel, request: Request) -> ScoredInput:
 
 
 class Scorer:
-    """Runs inputs through a model.
-
-    Args:
-        lm: The model.
-        cfg_scale: The scale w of Eq. 16; 0: no guidance.
-        batch_tokens: The number of tokens of one pass, padding and the unguided branch included; None: a number that
-            suits the device.
-        progress: The progress bar, which advances with every input.
-    """
+    """Runs inputs through a model; for its settings see :func:`log_likelihood`."""
 
     def __init__(
         self, lm: LanguageModel, cfg_scale: float, batch_tokens: int | None, progress: ScoringProgress
@@ -327,12 +312,7 @@ class _Rate(ProgressColumn):
 
 
 class ScoringProgress:
-    """Rows done and to do, their rate and the time left, on stderr; a context manager.
-
-    Args:
-        enabled: Whether the bar is shown; None: where stderr is a terminal.
-        what: The name of the work, shown beside the bar.
-    """
+    """Rows done and to do, their rate and the time left, on stderr (by default where that is a terminal)."""
 
     def __init__(self, enabled: bool | None = False, what: str = "scoring") -> None:
         console = people_console(stderr=True)
@@ -349,7 +329,6 @@ class ScoringProgress:
         self._bar.stop()
 
     def expect(self, rows: int) -> None:
-        """More rows are to be done."""
         self._total += rows
         self._bar.update(self._task, total=self._total)
 

@@ -102,10 +102,8 @@ _ANSWER = re.compile(r"####\s*([0-4])(?!\d)")
 def igsm_documents(steps: int, chat: bool = False, **metadata: Any) -> dict[str, Dataset]:
     """The problems of a number of steps (`test`), and the solved problems for the prompt (`shots`).
 
-    Args:
-        steps: The number of operations of each problem.
-        chat: Whether the prompts go through the chat template. A base model reads "Question: ... Answer:".
-        metadata: The options `problems`, `problem_seed` and `system`.
+    With `chat` the prompts go through the chat template; a base model reads "Question: ... Answer:". The metadata are
+    the options `problems`, `problem_seed` and `system`.
     """
     options = _options(metadata)
     system = SYSTEM if options.get("system", True) else ""
@@ -153,16 +151,11 @@ CHAT_PROMPTS: Mapping[Direction, str] = {
 def reversal_documents(
     direction: Direction, infill: bool = False, chat: bool = False, **metadata: Any
 ) -> dict[str, Dataset]:
-    """One half of each pair is asked for, given the other.
+    """One half of each pair is asked for, given the other: the second with `forward`, the first with `backward`.
 
     Without `infill` and `chat` the known half and the joiner are continued, in both directions. With `infill` the text
-    of the pair has a gap where the other half is. With `chat` the paper's question is asked.
-
-    Args:
-        direction: The half that is asked for: the second with `forward`, the first with `backward`.
-        infill: Whether a gap is filled.
-        chat: Whether the prompts go through the chat template.
-        metadata: The options `pairs`, `joiner` and `end`.
+    of the pair has a gap where the other half is. With `chat` the paper's question is asked. The metadata are the
+    options `pairs`, `joiner` and `end`.
     """
     if infill and chat:
         raise UserError("reversal_infill fills a gap in a plain text; leave --chat out, or take the task reversal")

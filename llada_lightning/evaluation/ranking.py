@@ -46,7 +46,7 @@ class Ranking:
         best: The index of the candidate with the highest value; of equal ones the first.
         settled: Whether every other candidate is worse at the confidence asked for.
         scores: The score of each candidate. Candidates that were ruled out early have fewer samples.
-        values: The values that were compared: the mean by the normalisation, in nats (per token, per byte).
+        values: What was compared: the mean by the normalisation, in nats (per token, per byte).
     """
 
     best: int
@@ -151,15 +151,10 @@ def _quantile(chance: float, degrees: int) -> float:
 
 
 def rank_scores(scores: list[Score], sizes: FloatArray, contenders: Sequence[int] | None = None) -> Ranking:
-    """The ranking of candidates as they are scored.
+    """The ranking of candidates as they are scored, divided by their sizes; None: all are contenders.
 
     It is settled with one contender, with exact scores, and with one score given several times, as for equal requests,
     which no sample can separate.
-
-    Args:
-        scores: The score of each candidate.
-        sizes: The number by which the score of each candidate is divided.
-        contenders: The indices of the candidates that are not ruled out; None: all.
     """
     values = [score.mean / size for score, size in zip(scores, sizes.tolist(), strict=True)]
     left = list(range(len(scores)) if contenders is None else contenders)

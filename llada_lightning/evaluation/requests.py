@@ -35,16 +35,13 @@ class Score:
 
     Args:
         mean: The value in nats. For `arm` it is the log-likelihood itself. For `llada` it is the lower bound, Eq. 6
-            with its sign changed: an unbiased estimate (nearly so where a target decided when to stop), or the bound
-            itself where `exact`.
-        stderr: The standard error of `mean` by Monte Carlo, in nats: 0 where `exact`, NaN where there is only one
-            sample.
+            with its sign changed: an unbiased estimate (nearly so where a target decided when to stop), or exact.
+        stderr: The standard error of `mean` by Monte Carlo, in nats: 0 where `exact`, NaN of one sample.
         exact: Whether no Monte Carlo error is left. A bound may be exact and still be a bound: see `method`.
-        samples: The number of masks that were drawn; all of them where enumerated; 1 for `arm`; 0 where there is
-            nothing to score.
+        samples: The number of masks that were drawn; all of them where enumerated; 1 for `arm`; 0 of an empty one.
         tokens: The number of tokens of the continuation.
-        method: The method: `autoregressive` and `one pass` (one token of `llada`) give the model's own log-likelihood;
-            `enumerated` (over all masks) and `monte carlo` give the bound; `empty`: no token, so 0.
+        method: `autoregressive` and `one pass` (one token of `llada`) give the model's own log-likelihood; `enumerated`
+            (over all masks) and `monte carlo` give the bound; `empty`: no token, so 0.
         truncated: The number of tokens cut from the prompt's left.
     """
 
@@ -64,11 +61,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Request:
-    """A continuation to score given its prompt; equal requests are scored once.
+    """A continuation to score given its prompt, in token ids; equal requests are scored once.
 
     Args:
-        prompt: The token ids of the prompt.
-        continuation: The token ids of the continuation.
+        prompt, continuation: The token ids.
         truncated: The number of tokens cut from the prompt's left.
     """
 
@@ -78,10 +74,9 @@ class Request:
 
     @property
     def noise_key(self) -> int:
-        """64 bits by which the noise of a request is drawn: of its content alone.
+        """64 bits by which the noise of a request is drawn, of the prompt alone (or of the continuation without one).
 
-        They come from the prompt, so that the candidates of one question share their random numbers: errors that they
-        have in common then leave the differences between them. Without a prompt they come from the continuation.
+        So the candidates of one question share their random numbers, and common errors leave their differences.
         """
         ids = np.array(self.prompt or self.continuation, dtype="<i8")
         return int.from_bytes(blake2b(ids.tobytes(), digest_size=8).digest(), "little")
@@ -106,14 +101,9 @@ def encode_pair(lm: LanguageModel, prompt: Written, continuation: Written, name:
     models; where the encoding of both does not begin with these ids, because a token spans the join, the continuation
     is encoded by itself. So the prompt's ids are the same for every continuation.
 
-    Args:
-        lm: The model.
-        prompt: The prompt, which may be empty.
-        continuation: The continuation, which may not be empty.
-        name: The name of the pair, for the message.
-
     Raises:
         UserError: there is no tokenizer, or the continuation is empty or has no token: its probability would be one.
+            The message begins with the name.
     """
     if not continuation:
         raise UserError(f"{name}: the continuation is empty, which every prompt has; give at least one character")
@@ -137,9 +127,8 @@ def encode_with_gap(
 
     Args:
         lm: A model with a [MASK].
-        before: The text before the gap, or its parts, each of which is encoded by itself.
+        before, behind: The text before and behind the gap, or its parts, each of which is encoded by itself.
         gap: The text of which only the number of tokens is told, at least one.
-        behind: The text behind the gap, or its parts.
     """
     assert lm.mask_token_id is not None
     left, right = ([part] if isinstance(part, str) else list(part) for part in (before, behind))
@@ -166,10 +155,9 @@ def check_request(
 
     Args:
         lm: The model.
-        prompt: The token ids of the prompt, which may be empty.
-        continuation: The token ids of the continuation, which may be empty.
-        truncate: The handling of a prompt that does not fit the model's context with its continuation. `left` cuts its
-            left; what the tokenizer puts before a text (BOS) stays in front.
+        prompt, continuation: The token ids, which may be empty.
+        truncate: `left` cuts the left of a prompt that does not fit the model's context with its continuation; what the
+            tokenizer puts before a text (BOS) stays in front.
         name: The name of the request, for the message.
 
     Raises:
@@ -213,13 +201,9 @@ def check_question(
 def monte_carlo_stderr(requests: Sequence[tuple[Ids, Ids]], scores: Sequence[Score]) -> float:
     """The standard error of the sum of scores by Monte Carlo, nats; NaN where one has none.
 
-    Equal requests share their estimate, so their errors add up before they are squared. Different ones count as
-    independent. Those with one prompt draw by the same random numbers, but for other tokens: measured on a small model,
-    the scatter over seeds of their mean was 0.93 of this error.
-
-    Args:
-        requests: The pairs (prompt, continuation), with the prompt as it was scored.
-        scores: The score of each request.
+    Equal requests (prompt, continuation) share their estimate, so their errors add up before they are squared.
+    Different ones count as independent. Those with one prompt draw by the same random numbers, but for other tokens:
+    measured on a small model, the scatter over seeds of their mean was 0.93 of this error.
     """
     shared: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
     for (prompt, continuation), score in zip(requests, scores, strict=True):
@@ -257,10 +241,9 @@ class Pair:
     Args:
         prompt: The token ids of the prompt, cut where it was too long.
         continuations: The token ids of the one continuation, or of each of the choices.
-        written_bytes: The number of UTF-8 bytes of each continuation as it was written, by which lm-evaluation-harness
-            compares choices; None where it was written as ids and there is no tokenizer.
-        scored_bytes: The number of UTF-8 bytes of the ids of each continuation, with the white space that moved to it;
-            None likewise.
+        written_bytes: The UTF-8 bytes of each continuation as it was written, by which lm-evaluation-harness compares
+            choices; None where it was written as ids and there is no tokenizer.
+        scored_bytes: The UTF-8 bytes of its ids, with the white space that moved to it; None likewise.
         is_choice: Whether the line had choices.
         answer: The index of the right choice, where the line has it.
         truncated: The number of tokens cut from the prompt's left.
@@ -278,15 +261,10 @@ class Pair:
 
 
 def read_pairs(path: Path, lm: LanguageModel, truncate: Truncation | None = None) -> list[Pair]:
-    """Reads and encodes every line.
+    """Reads and encodes every line; mistakes name it by its number, and a note names what else the lines hold.
 
     A line is ``{"prompt": P, "continuation": C}`` or ``{"prompt": P, "choices": [C, …], "answer": i}`` (the answer may
-    be left out), where P and C are texts or lists of token ids, encoded by :func:`encode_pair`. Empty lines
-    are passed over. A note names what else the lines hold.
-
-    Raises:
-        UserError: the file cannot be read or is empty; a line, named by its number, is no such object, has a field that
-            would change its meaning or an empty continuation, mixes the two forms, or does not fit the model.
+    be left out), where P and C are texts or lists of token ids, encoded by :func:`encode_pair`.
     """
     pairs: list[Pair] = []
     unread = UnreadFields()

@@ -51,8 +51,7 @@ class Limits:
     Args:
         seconds: The wall-clock time of program and tests together, in seconds.
         cpu_seconds: The CPU time of each process, in seconds.
-        memory_bytes: The size of the address space of each process, in bytes.
-        file_bytes: The size of each file that it writes, in bytes.
+        memory_bytes, file_bytes: The sizes of the address space of each process, and of each file, in bytes.
         folder_bytes: The size of all files together, in bytes.
         processes: The number of processes of the user, the program's own included.
     """
@@ -185,15 +184,9 @@ class SandboxedCodeEval:
     def compute(
         self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,), **_: object
     ) -> tuple[dict[str, float], dict[int, list[Verdict]]]:
-        """The mean of pass@k over problems.
+        """The mean over problems of pass@k, for each k up to the number of candidates, and the verdicts.
 
-        Args:
-            references: The tests of each problem.
-            predictions: The candidates of each problem.
-            k: The values of k of pass@k; those above the number of candidates are left out.
-
-        Returns:
-            ``pass@k`` for each k, and the verdicts of each problem.
+        The references are the tests of each problem, the predictions its candidates.
         """
         verdicts = [
             [run_program(candidate, tests=tests).verdict for candidate in candidates]

@@ -44,11 +44,8 @@ _CAPABILITY_VERSION_3 = 0x20080522
 def confine(shown: list[str], folder: str) -> None:
     """Give up, for good, all files but a few and all rights; in namespaces of its own.
 
-    The new root has ``shown`` and nothing else, read only, and in it a small `/tmp`, which vanishes with the process.
-
-    Args:
-        shown: The paths that stay visible.
-        folder: The mount options of the working folder, a tmpfs.
+    The new root has the paths of ``shown`` and nothing else, read only, and in it a small `/tmp`, a tmpfs with the
+    mount options ``folder``, which vanishes with the process.
     """
     libc = ctypes.CDLL(None, use_errno=True)
 
@@ -182,12 +179,8 @@ class ProgramLeft(BaseException):
 class Peer:
     """One end of the pipes: asks for operations on the other's objects, and meanwhile answers what the other asks.
 
-    Args:
-        incoming: The stream of messages from the other process: JSON after its length of 4 bytes.
-        outgoing: The stream of messages to the other process.
-        operations: The operations that the other process may ask for.
-        guarded: Whether the other process may ask for operations only on objects that it was given, and on no class:
-            with a class it could make an object here that equals everything.
+    Messages are JSON after their length of 4 bytes. Where it is guarded, the other process may ask for its operations
+    only on objects that it was given, and on no class: with one it could make an object that equals everything.
     """
 
     def __init__(
@@ -340,12 +333,7 @@ def run_the_program() -> None:
 
 
 def run_the_tests(incoming: int, outgoing: int) -> None:
-    """Judge the program at the other end, and write the verdict to stdout: "passed", or a traceback's end.
-
-    Args:
-        incoming: The descriptor from which the program's answers are read.
-        outgoing: The descriptor to which questions to the program are written.
-    """
+    """Judge the program at the other end of two descriptors; the verdict goes to stdout, with a traceback's end."""
     order, said = json.load(sys.stdin), os.dup(1)
     _silence(0, 1, 2)
     program = Peer(os.fdopen(incoming, "rb"), os.fdopen(outgoing, "wb"), _OPERATIONS, guarded=True)
@@ -361,15 +349,11 @@ def run_the_tests(incoming: int, outgoing: int) -> None:
 
 
 def names_for(tests: ast.Module, offered: dict[str, str], get: Callable[[str], Any]) -> dict[str, Any]:
-    """What the tests use of what the program offers.
+    """What the tests use of what the program offers: names, with the module names of those that are modules.
 
     Functions that are built in stay the tests' own, unless the tests ask the program for nothing else: MBPP has a task
     whose function is called `sum`; but no program decides what `abs` or `all` returns for its results. Modules are
-    imported anew, and a name of the standard library gives its own module.
-
-    Args:
-        offered: The names that the program defines, with the module names of those that are modules.
-        get: The function that returns the program's value of a name.
+    imported anew, and a name of the standard library gives its own module. ``get`` asks the program for a value.
     """
     names = {node.id for node in ast.walk(tests) if isinstance(node, ast.Name)} & offered.keys()
     bases = {

@@ -43,14 +43,12 @@ class RollingScore:
         monte_carlo_stderr: The part of the standard error that more samples would take away; NaN with one sample, 0
             where exact.
         perplexity: The exponential of ``nats_per_token``.
-        bits_per_byte: The bits per UTF-8 byte; None where the bytes are not known.
-        bits_per_byte_stderr: The standard error over documents of the ratio of bits and bytes; None where the bytes are
-            not known.
-        kind: The kind of the value: `exact` for `arm`; `bound`, an upper one, for `llada`.
-        tokens, documents, windows: The numbers of tokens, documents and windows.
-        bytes: The number of bytes of the texts in UTF-8; None where it is not known.
-        window: The largest number of tokens of a pass, context and scored ones together.
-        context: The number of tokens before the scored ones of every window but a document's first, which has none.
+        bits_per_byte, bits_per_byte_stderr: The bits per UTF-8 byte, and the standard error over documents of the ratio
+            of bits and bytes; None where the bytes are not known.
+        kind: `exact` for `arm`; `bound`, an upper one, for `llada`.
+        tokens, documents, windows, bytes: The numbers of them; bytes None where they are not known.
+        window, context: The largest number of tokens of a pass, and of those before the scored ones of every window but
+            a document's first, which has none.
     """
 
     nats_per_token: float
@@ -135,13 +133,7 @@ def rolling_log_likelihood(
 def score_texts(
     lm: LanguageModel, texts: Sequence[str], window: int | None, stride: int | None, **options: Any
 ) -> dict[str, Any]:
-    """The rolling score of texts in plain values, with the share of their bytes that ids do not give back.
-
-    Args:
-        lm: The model.
-        texts: The documents, at least one with text.
-        window, stride, options: The same arguments as of :func:`rolling_log_likelihood`.
-    """
+    """The rolling score of texts in plain values, with the share of their bytes that ids do not give back."""
     text_bytes = [len(text.encode()) for text in texts]
     lost_share = sum(map(lm.lost_bytes, texts)) / sum(text_bytes)
     known = text_bytes if lost_share <= TOLERATED_LOSS else None
@@ -200,15 +192,8 @@ def score_choices(
 ) -> Results:
     """Accuracy over the questions whose answer is known, with its standard error over questions.
 
-    Args:
-        lm: The model.
-        pairs: The questions.
-        normalisation: The value that is compared.
-        confidence: As of :func:`ranking.rank_candidates`; None: every choice gets as many samples.
-        samples, target_stderr, max_samples, options: The same arguments as of :func:`likelihood.log_likelihood`.
-
-    Raises:
-        UserError: nothing can be told per byte, because a choice was written as ids and there is no tokenizer.
+    With a confidence each question is sampled until it is settled (:func:`ranking.rank_candidates`), else every choice
+    gets as many samples (:func:`likelihood.log_likelihood`); the arguments are those of these functions.
     """
     if normalisation == "byte" and any(pair.written_bytes is None for pair in pairs):
         raise UserError("score: --normalisation byte needs texts or a tokenizer; give --tokenizer")

@@ -45,8 +45,7 @@ class Benchmark:
         shots: The number of examples in the prompt; None: the number that the task sets.
         sampling: The sampling settings of the answers, where they are generated.
         infill: Whether `llada` fills the gap between the fields `prompt` and `suffix`.
-        row: The name of the row of a table of settings; None elsewhere.
-        group: The group of that row: of each group the best row is shown as well.
+        row, group: The names of the row of a table of settings and of its group, of which the best row is shown.
     """
 
     name: str
@@ -61,12 +60,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Suite:
-    """Benchmarks that are measured together.
-
-    Args:
-        benchmarks: The benchmarks, in the paper's order.
-        chat: Whether the prompts go through the checkpoint's chat template.
-    """
+    """Benchmarks that are measured together; with `chat` their prompts go through the chat template."""
 
     benchmarks: tuple[Benchmark, ...]
     chat: bool = False
@@ -271,8 +265,7 @@ class Outcome:
     """What a benchmark gave.
 
     Args:
-        name: The name in our tables.
-        task: The task of lm-evaluation-harness.
+        name, task: The name in our tables, and the task of lm-evaluation-harness.
         metric: The metric that counts, as ``metric,filter``.
         value: The value of the metric, as lm-evaluation-harness returns it.
         stderr: The standard error of the value over documents; NaN where there is none. For `llada` it includes the
@@ -281,9 +274,9 @@ class Outcome:
         shots: The number of examples in the prompt; None where the tasks of a group differ.
         metrics: The value and the standard error of every metric.
         parts: The metrics of each task of a group.
-        sampling: The settings of the answers or of the likelihoods as they were used. Where the requests of a task
-            differ, as in the length of an answer, the least and the greatest value.
-        row: The name of the row of a table of settings; None elsewhere.
+        sampling: The settings as they were used. Where the requests of a task differ, as in the length of an answer,
+            the least and the greatest value.
+        row: The name of the row of a table of settings.
         best_of: The name of the row with the highest value, in the row that shows the best of a group.
     """
 
@@ -313,12 +306,7 @@ class Outcome:
 
 
 def best_rows(outcomes: Sequence[Outcome], groups: dict[str, str]) -> list[Outcome]:
-    """For each group of rows and each task the best row, chosen by the very values that it shows, so optimistic.
-
-    Args:
-        outcomes: The outcomes of every row.
-        groups: The group of each row that has one, by the name of the row.
-    """
+    """For each group of rows (by the row's name) and each task the best row, chosen by the values shown: optimistic."""
     best: dict[tuple[str, str], Outcome] = {}
     for outcome in outcomes:
         if outcome.row in groups:

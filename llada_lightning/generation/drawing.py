@@ -94,9 +94,6 @@ class Aligner:
     A byte-level tokenizer may cut a character in two: such tokens become one piece. A special token has its name, and
     bytes that are no text and ids beyond the vocabulary have the id in angle brackets. Without a tokenizer every token
     is a piece of its own, its id and a space.
-
-    Args:
-        tokenizer: The model's tokenizer; None where there is none.
     """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
@@ -134,7 +131,7 @@ class Aligner:
         return Piece(f"⟨{first}⟩", begin, begin + 1)
 
     def _text(self, tokenizer: Tokenizer, ids: tuple[int, ...]) -> str:
-        """Returns what tokens add to the text before them."""
+        """What tokens add to the text before them."""
         if ids not in self._texts:
             before = decode(tokenizer, self._anchor)
             self._texts[ids] = decode(tokenizer, [*self._anchor, *ids])[len(before) :]
@@ -142,7 +139,7 @@ class Aligner:
 
 
 def shade(step: int, steps: int) -> Style:
-    """Returns the background and the ink of a token; text on it is readable (a contrast of 4.5 or more, WCAG 2.1).
+    """The background and the ink of a token; text on it is readable (a contrast of 4.5 or more, WCAG 2.1).
 
     Args:
         step: The step at which the token appeared, from 1.
@@ -158,7 +155,7 @@ def shade(step: int, steps: int) -> Style:
 def coloured(
     aligner: Aligner, tokens: Sequence[int], step_of_token: Sequence[int], steps: int, newline: str = "\n"
 ) -> Text:
-    """Returns the text of tokens on backgrounds that tell their steps, a dim block for each masked token.
+    """The text of tokens on backgrounds that tell their steps, a dim block for each masked token.
 
     Args:
         aligner: The aligner of the model's tokenizer.
@@ -196,12 +193,12 @@ class Dialogue(NamedTuple):
 
 
 def question(text: str) -> Turn:
-    """Returns a turn that was given; newlines at its end are not drawn."""
+    """A turn that was given; newlines at its end are not drawn."""
     return Turn("User", Text(visible(text.rstrip("\n"))))
 
 
 def answer(generation: Generation, index: int, aligner: Aligner, speaker: str) -> Turn:
-    """Returns the answer to the prompt ``index`` of a batch, with the step of each of its tokens as a colour."""
+    """The answer to the prompt ``index`` of a batch, with the step of each of its tokens as a colour."""
     steps = generation.step_of_token[index]
     last = max(steps, default=0)
     return Turn(speaker, coloured(aligner, generation.tokens[index], steps, last, newline="↵\n"), last)

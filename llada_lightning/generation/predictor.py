@@ -136,13 +136,9 @@ class Canvas:
 
 
 class NoiseByPrompt:
-    """A generator for each prompt, keyed by (seed, number of the prompt).
+    """A generator for each prompt of a batch, keyed by the seed of the call and the number of the prompt.
 
-    Args:
-        seed: The seed of the whole call.
-        first: The number of the first prompt of the batch.
-        batch: The number of prompts.
-        device: The device that draws the noise. Other kinds of device draw other noise.
+    ``first`` is the number of the batch's first prompt. Other kinds of device draw other noise.
     """
 
     def __init__(self, seed: int, first: int, batch: int, device: torch.device) -> None:
@@ -216,11 +212,7 @@ class BlockPredictor:
             self._cache.keep_rows(index_R)
 
     def __call__(self, rows_R: Tensor, wanted_RK: Tensor) -> Tensor:
-        """What the wanted columns of the block are predicted from.
-
-        Args:
-            rows_R: (R,) int64, rows of the canvas.
-            wanted_RK: (R, K) bool over the block's columns.
+        """What the wanted columns of the block (R, K) are predicted from, for rows (R,) of the canvas.
 
         Returns:
             (G, M, D) in the order of ``wanted_RK.nonzero()``, for :meth:`logits`; G is 2 with guidance, else 1.
@@ -279,8 +271,8 @@ def predict_tokens(
         place: The rows and the columns of the canvas, (M,) int64 each.
 
     Returns:
-        (M,) int64, the drawn tokens; (M,) float32, the probability that the model gives each of them; (M,) float32, the
-        confidence by which predictions are kept or masked again.
+        (M,) each: the drawn tokens, int64; the probability that the model gives each of them, float32; the confidence
+        by which predictions are kept or masked again, float32.
     """
     count, vocab_size = hidden_GMD.shape[1], lm.model.vocab_size
     at_once = max(1, LOGITS_AT_ONCE.get(hidden_GMD.device.type, 1 << 26) // vocab_size)
@@ -325,13 +317,7 @@ def guide(logits_MV: Tensor, unconditional_MV: Tensor, scale: float) -> Tensor:
 
 
 def draw_tokens(logits_MV: Tensor, temperature: float, gumbel_MV: Tensor | None) -> Tensor:
-    """(M,) int64: the likeliest token, or one drawn by the Gumbel-max trick in float64.
-
-    Args:
-        logits_MV: (M, V) float32; -inf for what must not be drawn.
-        temperature: 0 for the likeliest.
-        gumbel_MV: (M, V) float64, standard Gumbel noise, where the temperature is not 0.
-    """
+    """(M,) int64: the likeliest of (M, V) logits, or one drawn by the Gumbel-max trick with (M, V) noise in float64."""
     if gumbel_MV is None:
         return logits_MV.argmax(dim=-1)
     return (logits_MV.double() + temperature * gumbel_MV).argmax(dim=-1)
@@ -340,7 +326,7 @@ def draw_tokens(logits_MV: Tensor, temperature: float, gumbel_MV: Tensor | None)
 def likeliest(logits_MV: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """The logits with -inf for all but the ``top_k`` likeliest, and the fewest that hold ``top_p`` of what is left.
 
-    ``top_p`` counts the probabilities at ``temperature``, from which is drawn.
+    ``top_p`` counts the probabilities at the temperature, from which is drawn.
     """
     if top_k is not None and top_k < logits_MV.shape[-1]:
         values_MK, order_MK = logits_MV.topk(top_k, dim=-1)  # of equals only as many as asked for

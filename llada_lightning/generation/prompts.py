@@ -158,12 +158,7 @@ def check_context(lm: LanguageModel, rows: list[list[int]], length: int) -> None
 
 
 def given_prompts(texts: Sequence[str], file: str | None) -> list[Prompt]:
-    """The prompts in the order of options, then file; what is piped in where neither is given; else none.
-
-    Args:
-        texts: The texts of ``--prompt``; `-` is what comes on stdin.
-        file: The path of ``--prompts-file``.
-    """
+    """The prompts of `--prompt` (`-`: stdin), then of `--prompts-file`; without either what is piped in; else none."""
     prompts: list[Prompt] = [_from_stdin() if text == "-" else text for text in texts]
     if file is not None:
         prompts += read_prompts(file)

@@ -115,11 +115,7 @@ RULES: dict[str, Rule] = {
 
 
 def register(name: str, rule: Rule) -> None:
-    """Adds a rule to the table.
-
-    Raises:
-        UserError: The table has another rule of this name.
-    """
+    """Adds a rule to the table; raises UserError where it has another one of this name."""
     if RULES.setdefault(name, rule) != rule:
         raise UserError(f"reveal rule '{name}': there is another one of this name; choose another name")
 
@@ -128,15 +124,10 @@ def register(name: str, rule: Rule) -> None:
 
 
 def counts_to_keep(masked_R: Tensor, step: int, steps: Tensor | int) -> Tensor:
-    """(R,) int64: the number of tokens to unmask in one step of a block.
+    """(R,) int64: the number of tokens to unmask in step i of N (of each row, or of all), from 1.
 
-    After step i of N, floor(n i / N) of a block's n tokens are unmasked: Algorithm 5's n_un = floor(L (1 - s)), which
-    is the number to keep (as printed, the algorithm would remask so many).
-
-    Args:
-        masked_R: (R,) int64, the number of tokens that were masked when the block began.
-        step: The step, from 1 to ``steps``.
-        steps: The number of steps of each row, (R,) int64, or of all.
+    After it floor(n i / N) of the n tokens are unmasked that were masked when the block began: Algorithm 5's n_un =
+    floor(L (1 - s)), which is the number to keep (as printed, the algorithm would remask so many).
     """
     return masked_R * step // steps - masked_R * (step - 1) // steps
 

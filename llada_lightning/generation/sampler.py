@@ -162,10 +162,7 @@ def _text_before(text: str, stop: Sequence[str]) -> str:
 def write(
     lm: LanguageModel, canvas: Canvas, settings: Sampling, noise: SamplerNoise, on_step: Callable[[int], None]
 ) -> int:
-    """Fill the answers of a canvas token by token, as `arm` does; returns the number of forward passes.
-
-    A row whose answer has ended leaves the batch.
-    """
+    """Fill the answers of a canvas token by token, as `arm` does; returns the number of forward passes."""
     rows_R = torch.arange(len(canvas.tokens_BL), device=lm.device)
     mask_BL, positions_BL = canvas.attention_mask, canvas.positions
     cache = KeyValueCache(canvas.length) if settings.cache == "kv" else None
@@ -212,12 +209,12 @@ def write(
 
 @dataclass(frozen=True)
 class BlockRows:
-    """The rows of the batch that a block still works on.
+    """The rows of the batch that a block still works on: (R,) int64 each.
 
     Args:
-        rows_R: (R,) int64, their rows of the canvas.
-        masked_R: (R,) int64, the tokens of the block that were masked when it began.
-        steps_R: (R,) int64, the steps of the block.
+        rows_R: Their rows of the canvas.
+        masked_R: The tokens of the block that were masked when it began.
+        steps_R: The steps of the block.
     """
 
     rows_R: Tensor
@@ -243,9 +240,7 @@ class Denoiser:
         """Denoise block by block; returns the number of the model's forward passes.
 
         A row whose answer has ended leaves the batch: what is still masked behind its EOS would be discarded.
-
-        Args:
-            on_step: A function that is called with the number of each step that revealed something.
+        ``on_step`` is called with the number of each step that revealed something.
         """
         canvas, settings, steps_before = self.canvas, self.settings, 0
         # Texts with gaps are one block: of all columns, of which what is not masked stays.
