@@ -1,8 +1,11 @@
-"""A user's mistake: one line on stderr, exit code 2, nothing half-written."""
+"""A user's mistake: one line on stderr, exit code 2, nothing half-written; and a stdout that takes no more."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,10 @@ import yaml
 from tokenizers import Tokenizer, models
 
 from helpers.small_corpora import seal
+from llada_lightning.commands import main as cli
 from llada_lightning.commands.main import main
+from llada_lightning.support.command_line import print_json
+from llada_lightning.support.printing import people_console
 
 SMALL = ["--model.shape=107k", "--data.sequence_length=32", "--data.global_batch=8", "--trainer.accelerator=cpu"]
 
@@ -229,3 +235,55 @@ def test_a_vocabulary_without_mask(fails, tmp_path: Path) -> None:
 
 def test_a_sweep_file_that_is_not_there(fails, tmp_path: Path) -> None:
     fails("sweep", "run", str(tmp_path / "absent.yaml"))
+
+
+# --- a stdout that is closed by its reader, or full -------------------------------------------------------------------
+
+Captured = pytest.CaptureFixture[str]
+PRINTERS: list[Callable[[], object]] = [
+    lambda: print("left in the buffer"),
+    lambda: print("at once", flush=True),
+    lambda: print_json({"long": "x" * 100_000}),
+    lambda: people_console().print("a table"),
+    lambda: sys.exit(print("help")),  # type: ignore[func-returns-value]
+]
+
+
+@pytest.fixture(params=range(len(PRINTERS)))
+def printer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that prints in one of the ways there are, and ends well."""
+    monkeypatch.setattr(cli, "_dispatch", lambda _: 0 if PRINTERS[request.param]() is None else 1)
+
+
+def test_a_pipe_that_nobody_reads_ends_the_command_quietly(
+    printer: None, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert cli.main([]) == 141
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
+def test_a_full_disk_behind_stdout_is_one_line(
+    printer: None, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    with open("/dev/full", "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert cli.main([]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "No space left on device" in err and err.count("\n") == 1
+
+
+def test_a_broken_pipe_that_is_not_stdout_is_our_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(_: list[str]) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_dispatch", breaks)
+    reader, writer = os.pipe()
+    with os.fdopen(reader), os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        with pytest.raises(BrokenPipeError):
+            cli.main([])
