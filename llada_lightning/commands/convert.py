@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
@@ -57,11 +57,7 @@ def convert_parser() -> CommandParser:
 
 
 def main(argv: list[str]) -> int:
-    """Runs ``llada convert`` with its arguments; returns the exit code.
-
-    Raises:
-        UserError: an option, the input or the output is not right.
-    """
+    """Runs ``llada convert`` with its arguments; returns the exit code."""
     options = convert_parser().parse_args(argv)
     from llada_lightning.checkpoints.convert import bytes_of, convert
     from llada_lightning.checkpoints.stored_model import open_checkpoint
@@ -70,7 +66,9 @@ def main(argv: list[str]) -> int:
     dtype, largest = dtype_named(options.dtype), bytes_of(options.max_shard_size)
     model = open_checkpoint(options.input, options.tokenizer)
     total = sum(weight.elements * (dtype or weight.dtype).itemsize for weight in model.weights.values())
-    with _progress() as bar:
+    columns = ("{task.description}", BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn())
+    console = people_console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("writing", total=total)
         out = expanded(options.output)
         written = convert(model, out, options.to, dtype, largest, lambda size: bar.advance(task, size))
@@ -81,12 +79,6 @@ def main(argv: list[str]) -> int:
     for note in _notes(model, options.to):
         warn(f"note: {note}")
     return 0
-
-
-def _progress() -> Progress:
-    console = people_console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def summary(model: StoredModel, to: str, written: Written, out: str) -> dict[str, Any]:
@@ -127,8 +119,8 @@ def _table(model: StoredModel, to: str, written: Written, out: str) -> Table:
         "size": f"{decimal(written.bytes)}, {written.dtype}",
         "files": ", ".join([shards[0] if len(shards) == 1 else f"{len(shards)} of weights", *others]),
     }
-    for key, value in rows.items():
-        table.add_row(key, value)
+    for row in rows.items():
+        table.add_row(*row)
     return table
 
 

@@ -77,9 +77,6 @@ def main(argv: list[str]) -> int:
     """Runs ``llada evaluate`` with its arguments; returns the exit code.
 
     A checkpoint in a run's folder has its scores joined to that run's: `llada collect` gives them to the table.
-
-    Raises:
-        UserError: an option, the checkpoint, a task or its data is not right.
     """
     options = evaluate_parser().parse_args(argv)
     sampling = _said(options)

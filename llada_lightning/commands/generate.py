@@ -60,9 +60,6 @@ def main(argv: list[str]) -> int:
     """Runs ``llada generate`` with its arguments; returns the exit code.
 
     Answers go to stdout; the line of facts, which is no part of them, to stderr.
-
-    Raises:
-        UserError: an option, a file, the checkpoint or a prompt is not right.
     """
     options = vars(generate_parser().parse_args(argv))
     picture, out = _targets(options)

@@ -21,11 +21,7 @@ SRUN = "srun --kill-on-bad-exit=1"
 
 
 def main(argv: list[str]) -> int:
-    """``llada launch [--launcher L] -- fit …``: writes the run's `launch.yaml`, and becomes the launcher.
-
-    Raises:
-        UserError: the fit's arguments are refused, or the launcher is not there.
-    """
+    """``llada launch [--launcher L] -- fit …``: writes the run's `launch.yaml`, and becomes the launcher."""
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = CommandParser(
         prog="llada launch",

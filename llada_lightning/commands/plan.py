@@ -27,11 +27,7 @@ _MOST_ARGUMENTS = 5 * MAX_BUDGETS
 
 
 def main(argv: list[str]) -> int:
-    """``llada plan --flops C …``: budgets -> a table of runs; with ``--out`` the sweep that runs them.
-
-    Raises:
-        UserError: A setting makes no plan, the data cannot be read, or a file cannot be written.
-    """
+    """``llada plan --flops C …``: budgets -> a table of runs; with ``--out`` the sweep that runs them."""
     if len(argv) > _MOST_ARGUMENTS:  # the parser would take minutes
         raise UserError(f"plan: {len(argv):,} words given; a plan has at most {MAX_BUDGETS} budgets and as many seeds")
     options = _parser().parse_args(argv)

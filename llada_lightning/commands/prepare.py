@@ -61,11 +61,7 @@ def prepare_parser() -> CommandParser:
 
 
 def main(argv: list[str]) -> int:
-    """Runs ``llada prepare`` with its arguments; returns the exit code.
-
-    Raises:
-        UserError: an option, the source, the tokenizer or the folder is not right, or a verified folder is damaged.
-    """
+    """Runs ``llada prepare`` with its arguments; returns the exit code."""
     parser = prepare_parser()
     options = vars(parser.parse_args(argv))
     as_json, quiet, verified = options.pop("json"), options.pop("quiet"), options.pop("verify")

@@ -64,11 +64,7 @@ def score_parser() -> CommandParser:
 
 
 def main(argv: list[str]) -> int:
-    """Runs ``llada score`` with its arguments; returns the exit code.
-
-    Raises:
-        UserError: an option, the checkpoint or the file is not right.
-    """
+    """Runs ``llada score`` with its arguments; returns the exit code."""
     options = score_parser().parse_args(argv)
     sampled = [name for name in ("samples", "target_stderr", "max_samples") if options[name] is not None]
     if options.samples is None:

@@ -20,16 +20,9 @@ from llada_lightning.support.printing import people_console
 def main(argv: list[str]) -> int:
     """``llada sweep run FILE``: runs what is left of a W&B sweep on this machine; ``llada sweep show FILE`` lists it.
 
-    Args:
-        argv: The arguments after ``llada sweep``. Those after ``--`` are handed to every fit.
-
     Returns:
         0 if every run is done, 1 if some failed, 130 if the sweep was interrupted; of one run by its index, the exit
         code of its fit.
-
-    Raises:
-        UserError: the file is no grid sweep of ``llada fit``, a run's arguments are refused, or the file was edited
-            since the study was begun.
     """
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = CommandParser(
