@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llada_lightning.commands import model_options as shared
+from llada_lightning.commands import shared
 from llada_lightning.generation.prompts import check_text, fitting_ids
 from llada_lightning.generation.sampling import DEFAULT_LENGTH, Sampling, default_length
 from llada_lightning.support.command_line import CommandParser

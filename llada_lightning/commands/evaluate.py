@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada_lightning.commands import model_options as shared
+from llada_lightning.commands import shared
 from llada_lightning.data.manifest import loss_note
 from llada_lightning.evaluation import suites
 from llada_lightning.support.command_line import CommandParser, add_json, print_json

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from llada_lightning.commands import model_options as shared
+from llada_lightning.commands import shared
 from llada_lightning.generation.prompts import Prompt, given_prompts, holds_gap, with_gaps
 from llada_lightning.generation.sampling import DEFAULT_LENGTH, Generation, Sampling
 from llada_lightning.support.command_line import CommandParser, add_json, print_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llada_lightning.commands.model_options import add_model_options, check_out, load, write_lines
+from llada_lightning.commands.shared import add_model_options, check_out, load, write_lines
 from llada_lightning.data.manifest import loss_note
 from llada_lightning.evaluation.bound import REPLICATES, check_sampling
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
