@@ -44,12 +44,9 @@ def add_model_options(parser: CommandParser) -> None:
 
 
 def add_sampling_options(group: Any, names: Iterable[str] = SAMPLING, *, unset: bool = False) -> None:
-    """Adds an option for each setting of :class:`Sampling`, with its type, its default and its text.
+    """Adds an option for each named setting of :class:`Sampling`, with its type, its default and its text.
 
-    Args:
-        group: The parser, or a group of its options.
-        names: The names of the settings.
-        unset: Whether the options have no defaults, so that only what a user gives is set.
+    Where they are ``unset``, options have no defaults, so that only what a user gives is set.
     """
     types, choices, defaults = get_type_hints(Sampling), choices_of_settings(), vars(Sampling())
     entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(Sampling) or "", re.MULTILINE)
@@ -76,11 +73,7 @@ def given_settings(options: Mapping[str, Any], names: Iterable[str] = SAMPLING) 
 
 
 def load(options: Mapping[str, Any]) -> LanguageModel:
-    """The model that the options name.
-
-    Raises:
-        UserError: It cannot be read, or there is no such device, see ``load_model``.
-    """
+    """The model that the options name."""
     from llada_lightning.checkpoints.language_model import load_model
 
     return load_model(

@@ -33,7 +33,7 @@ from llada_lightning.generation.sampling import (
 from llada_lightning.support.cluster import launched
 from llada_lightning.support.errors import UserError
 
-DEFAULT_LENGTH = 256
+TASK_LENGTH = 256
 """The tokens of an answer where neither the task nor the user sets them: as lm-evaluation-harness's own models."""
 
 _INFILL_LACKS = frozenset({"length", "steps", "block_length", "stop", "strategy", "cache"})
@@ -195,7 +195,7 @@ class HarnessModel(LM):
             room = self.lm.context_length - longest_prompt
             settings.setdefault("length", default_length(room, settings.get("block_length")))
         else:  # half of the context at most, and no more steps than tokens
-            settings.setdefault("length", DEFAULT_LENGTH)
+            settings.setdefault("length", TASK_LENGTH)
             block = settings.get("block_length") or 1
             most = max(block, self.lm.context_length // 2 // block * block)
             if settings["length"] > most:

@@ -35,8 +35,7 @@ class State:
     Args:
         candidates_RK: (R, K) bool, the positions that are still masked.
         counts_R: (R,) int64, the number of positions that the schedule reveals in this step.
-        step: The step within the block, from 1.
-        steps_R: (R,) int64, the number of steps of the block.
+        step, steps_R: The step within the block, from 1, and (R,) int64, the number of steps of the block.
         uniform: A function that draws (R, K) float64 noise, uniform on [0, 1) at the candidates, each prompt's own.
     """
 
@@ -143,7 +142,7 @@ def most_confident(confidence_RK: Tensor, candidates_RK: Tensor, counts_R: Tenso
 
 
 def without_rounding(confidence_RK: Tensor) -> Tensor:
-    """Confidences on a grid that starts at each row's highest, so that what is equal but for rounding is equal.
+    """Confidences on a grid from each row's highest down, so that what is equal but for rounding is equal.
 
     Where nothing but masks is seen, all positions get the same prediction. Which of them comes first must not depend
     on the last bit, which another batch rounds in another way.
