@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
 
 def summary(model: StoredModel, to: str, written: Written, out: str) -> dict[str, Any]:
     """What was read and written in plain values: what ``--json`` prints."""
-    description = model.description
+    description, names = model.description, ("vocab_size", "context_length", "mask_token_id", "end_token_ids")
     return {
         "input": str(model.path),
         "was": model.kind,
@@ -91,10 +91,7 @@ def summary(model: StoredModel, to: str, written: Written, out: str) -> dict[str
         "is": to,
         "objective": description.objective,
         "shape": vars(description.shape),
-        "vocab_size": description.vocab_size,
-        "context_length": description.context_length,
-        "mask_token_id": description.mask_token_id,
-        "end_token_ids": description.end_token_ids,
+        **{name: getattr(description, name) for name in names},
         "tokenizer": model.tokenizer is not None,
         **vars(written),
     }

@@ -116,12 +116,16 @@ def _plan(options: Namespace, base: Base) -> tuple[Plan, Destination]:
     vocab_size = _first(options.vocab_size, base.count("model", "vocab_size"))
     facts = None if path is None else read_data_facts(path, sequence_length)
     stream = planned_stream(base, facts, vocab_size, sequence_length)
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names}
+
+    def of_each(setting: str) -> dict[str, float]:
+        return {objective: options[f"{setting}_{objective}"] for objective in OBJECTIVES}
+
     machine = Machine(
-        device=options.device,
-        devices=options.devices,
-        mfu=options.mfu,
+        **given("device", "devices", "mfu", "sharded"),
         measured=tuple(rate for path in options.measured for rate in _measured(path)) if options.measured else None,
-        sharded=options.sharded,
         micro_batch=_first(options.micro_batch, base.count("data", "micro_batch")),
     )
     if base.trainer.get("accumulate_grad_batches") not in (None, 1) and machine.micro_batch is None:
@@ -129,26 +133,14 @@ def _plan(options: Namespace, base: Base) -> tuple[Plan, Destination]:
     plan = plan_study(
         options.flops,
         stream,
-        objectives=options.objectives,
-        grid=Grid(
-            points=options.points,
-            centres={objective: options[f"centre_{objective}"] for objective in OBJECTIVES},
-            shapes=options.shapes,
-            tokens_per_param=options.tokens_per_param,
-        ),
+        grid=Grid(centres=of_each("centre"), **given("points", "shapes", "tokens_per_param")),
         recipe=Recipe(
-            lr_rule=options.lr_rule,
-            batch_rule=options.batch_rule,
-            lr=options.lr,
-            lr_scale={objective: options[f"lr_scale_{objective}"] for objective in OBJECTIVES},
-            batch=options.batch,
-            warmup_steps=options.warmup_steps,
-            decay_fraction=options.decay_fraction,
+            lr_scale=of_each("lr_scale"),
+            **given("lr_rule", "batch_rule", "lr", "batch", "warmup_steps", "decay_fraction"),
         ),
         machine=machine,
         convention=_convention(options, base),
-        seeds=options.seeds,
-        separate=options.separate,
+        **given("objectives", "seeds", "separate"),
     )
     study = str(_first(options.study, base.run.get("study"), Path(options.out or "plan").stem))
     check_folder_name("plan: --study", study, nested=True)

@@ -103,6 +103,7 @@ def _verify(folder: str, *, as_json: bool, quiet: bool) -> int:
 
 def summary(manifest: Manifest, out: str) -> dict[str, Any]:
     """A prepared folder in plain values: what ``--json`` prints."""
+    counts = ("documents", "tokens", "bytes", "bytes_per_token", "lost_bytes")
     return {
         "out": out,
         "fingerprint": manifest.fingerprint,
@@ -111,14 +112,7 @@ def summary(manifest: Manifest, out: str) -> dict[str, Any]:
         "source": manifest.source,
         "settings": manifest.settings,
         "splits": {
-            name: {
-                "documents": split.documents,
-                "tokens": split.tokens,
-                "bytes": split.bytes,
-                "bytes_per_token": split.bytes_per_token,
-                "lost_bytes": split.lost_bytes,
-                "shards": len(split.shards),
-            }
+            name: {count: getattr(split, count) for count in counts} | {"shards": len(split.shards)}
             for name, split in manifest.splits.items()
         },
     }

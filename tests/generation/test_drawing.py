@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
@@ -230,6 +230,7 @@ def test_an_svg_keeps_its_text_and_its_bytes_and_loads_nothing(tmp_path: Path) -
     assert "http" not in content and "url(#" in content
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("ab  诗\t\n", min_size=1, max_size=12), min_size=1, max_size=12))
 def test_no_character_is_lost_and_no_line_too_wide(tmp_path_factory: pytest.TempPathFactory, parts: list[str]) -> None:
     text = "".join(parts) + "w" * 120 + "诗" * 60
