@@ -270,7 +270,7 @@ _LINES_BESIDE = 3
 
 
 class Unfolding:
-    """Shows the snapshots of a sampling, where the console is a terminal; a context manager.
+    """Shows the snapshots of a sampling on a terminal; a context manager.
 
     What it shows goes away at its end; who called prints the answer.
 
@@ -283,23 +283,21 @@ class Unfolding:
 
     def __init__(self, aligner: Aligner, prompts: Sequence[str], console: Console, *, grows: bool = False) -> None:
         self._aligner, self._prompts, self._console, self._grows = aligner, prompts, console, grows
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._live = Live(console=console, auto_refresh=False, transient=True)
         self._answers: dict[int, Text] = {}
         self._next_frame = -math.inf
 
     def __enter__(self) -> Unfolding:
-        if self._live is not None:
-            self._live.start()
+        self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self._live.stop()
 
     def observe(self, snapshot: Snapshot) -> None:
         """What ``generate`` calls after each step; draws at most 15 times a second and a tenth of the time."""
         began = time.monotonic()
-        if self._live is None or began < self._next_frame:
+        if began < self._next_frame:
             return
         for i, (tokens, steps) in enumerate(zip(snapshot.tokens, snapshot.step_of_token, strict=True)):
             text = coloured(self._aligner, tokens, steps, snapshot.steps)

@@ -328,13 +328,6 @@ def test_frames_are_left_out_where_they_come_too_fast_or_cost_too_much(
     assert least <= sum(f"step {step} of 300" in shown(console) for step in range(1, 301)) <= most
 
 
-def test_without_a_terminal_nothing_is_written() -> None:
-    console = Console(file=io.StringIO())
-    with Unfolding(Aligner(tokenizer()), ["p"], console) as unfolding:
-        unfolding.observe(Snapshot([encoded("ab")], [[1, 2]], 1, 2))
-    assert shown(console) == ""
-
-
 def test_a_long_answer_shows_its_end_and_several_their_prompts() -> None:
     console = terminal(height=8)
     lines = encoded("".join(f"line{n}\n" for n in range(30)))
