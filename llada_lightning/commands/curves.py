@@ -23,12 +23,7 @@ PUBLISHED = "published"
 
 
 def main(argv: list[str]) -> int:
-    """``llada curves results.csv --out DIR``: a results table -> ``fits.json``, figures, and printed tables.
-
-    Raises:
-        UserError: The table cannot be read, or holds no usable run, no run of the reference, or losses that cannot be
-            compared.
-    """
+    """``llada curves results.csv --out DIR``: a results table -> ``fits.json``, figures, and printed tables."""
     parser = CommandParser(prog="llada curves", description="Fit and draw loss against training FLOPs.")
     parser.add_argument(
         "results",
@@ -65,14 +60,8 @@ def main(argv: list[str]) -> int:
     from llada_lightning.study.report import print_report
 
     table, covariance = _read(options.results)
-    fits = fit_table(
-        table,
-        unit=options.unit,
-        samples=options.samples,
-        seed=options.seed,
-        covariance=covariance,
-        reference=options.reference,
-    )
+    how = {name: options[name] for name in ("unit", "samples", "seed", "reference")}
+    fits = fit_table(table, covariance=covariance, **how)
     if options.convention not in fits.conventions:
         counted = " and ".join(fits.conventions)
         name = CONVENTION_NAMES[options.convention]
