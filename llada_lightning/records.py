@@ -40,7 +40,6 @@ lists the settings of objective and optimizer that are not at their defaults, an
 LATER_COLUMNS = frozenset({"variant"})
 """Columns that older records and tables lack. A missing value means the default."""
 
-
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
 VALIDATION_FILE = "validation.csv"
@@ -58,7 +57,7 @@ def write_records(folder: Path | str, records: Sequence[dict[str, Any]]) -> Path
             ``LATER_COLUMNS``.
 
     Raises:
-        ValueError: a record lacks a key or has a foreign one (a fault of the program, not of its user).
+        ValueError: A record lacks a key or has a foreign one (a fault of the program, not of its user).
     """
     for record in records:
         wrong = sorted((set(record) ^ set(RESULT_COLUMNS)) - LATER_COLUMNS)
@@ -73,7 +72,7 @@ def read_records(folder: Path | str) -> list[dict[str, Any]]:
     """The records of a run's folder; none if the run has not written ``result.json`` yet.
 
     Raises:
-        UserError: the file is not a JSON list of records.
+        UserError: The file is not a JSON list of records.
     """
     path = Path(folder) / RESULT_FILE
     if not is_there(path):
@@ -108,7 +107,7 @@ def expected_records(folder: Path | str) -> int:
     """The number of budgets that the run of this folder is to reach: at least 1, also where there is no config.yaml.
 
     Raises:
-        UserError: its config.yaml cannot be read.
+        UserError: Its config.yaml cannot be read.
     """
     path = Path(folder) / CONFIG_FILE
     return expected_budgets(read_yaml(path)) if is_there(path) else 1
@@ -151,7 +150,7 @@ def read_validation(folder: Path | str) -> pd.DataFrame:
     """The columns ``VALIDATION_COLUMNS``: whole numbers, and nats per token to the last digit (NaN if it diverged).
 
     Raises:
-        UserError: there is no such file, or it is damaged.
+        UserError: There is no such file, or it is damaged.
     """
     types = dict(zip(VALIDATION_COLUMNS, ("int64", "int64", "int64", "float64"), strict=True))
     return read_typed_csv(Path(folder) / VALIDATION_FILE, types, "delete it and run again")
@@ -166,7 +165,7 @@ def read_typed_csv(path: Path, types: Mapping[str, Any], fix: str) -> pd.DataFra
         fix: The advice for a damaged file, for the error.
 
     Raises:
-        UserError: there is no such file, or it is damaged.
+        UserError: There is no such file, or it is damaged.
     """
     import pandas as pd
 
@@ -184,8 +183,7 @@ def read_typed_csv(path: Path, types: Mapping[str, Any], fix: str) -> pd.DataFra
     return table
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
-
+# --- evaluations and faults ------------------------------------------------------------------------------------------
 
 EVALUATIONS_FILE = "evaluations.csv"
 EVALUATION_COLUMNS = ("steps", "task", "score", "stderr", "n", "metric", "settings")
@@ -200,7 +198,7 @@ def write_evaluations(folder: Path | str, rows: Sequence[dict[str, Any]]) -> Pat
         rows: The rows, each with exactly the keys ``EVALUATION_COLUMNS``.
 
     Raises:
-        UserError: the file that is there is damaged.
+        UserError: The file that is there is damaged.
     """
     import pandas as pd
 
@@ -218,7 +216,7 @@ def read_evaluations(folder: Path | str) -> pd.DataFrame:
     """The columns ``EVALUATION_COLUMNS``; no rows where a run has no evaluations.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: The file is damaged.
     """
     import pandas as pd
 
@@ -233,11 +231,11 @@ def task_columns(folder: Path | str, steps: Any) -> dict[str, float]:
     """The columns of a results table that the evaluations at a step give; none where a run has no evaluations.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: The file is damaged.
     """
     columns: dict[str, float] = {}
     if not is_there(Path(folder) / EVALUATIONS_FILE):
-        return columns
+        return columns  # without the time that pandas takes
     table = read_evaluations(folder)
     for row in table[table["steps"] == steps].to_dict("records"):
         columns[f"task_{row['task']}"] = float(row["score"])
@@ -255,13 +253,12 @@ def read_faults(folder: Path) -> list[dict[str, str]]:
     """The rows of a folder's file, in order of step; none where there is no file.
 
     Raises:
-        UserError: the file cannot be read, or is damaged.
+        UserError: The file cannot be read, or is damaged.
     """
     path = folder / FAULTS_FILE
     if not is_there(path):
         return []
-    text = read_text(path)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         rows = list(reader)
     except csv.Error as error:
@@ -283,10 +280,6 @@ def write_faults(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def skipped_updates(run: Path) -> int:
-    """Updates that a run skipped, those of its branches included.
-
-    Raises:
-        UserError: as :func:`read_faults`.
-    """
+    """Updates that a run skipped, those of its branches included (errors as :func:`read_faults`)."""
     folders = [run, *(path.parent for path in run.glob(f"branches/*/{FAULTS_FILE}"))]
     return sum(row.get("action") == SKIPPED for folder in folders for row in read_faults(folder))

@@ -25,7 +25,6 @@ import figures
 from llada_lightning.compute.flops import Convention
 from llada_lightning.compute.shapes import format_count
 from llada_lightning.study import report as curves_report
-from llada_lightning.study.covariance import covariance_path, read_covariance
 from llada_lightning.study.fits import (
     EnvelopePoint,
     Estimate,
@@ -38,7 +37,7 @@ from llada_lightning.study.fits import (
 from llada_lightning.study.fits.runs import planned_flops
 from llada_lightning.study.fits.uncertainty import Spread
 from llada_lightning.study.reference import published_isoflop
-from llada_lightning.study.results import read_results
+from llada_lightning.study.results import covariance_path, read_covariance, read_results
 from llada_lightning.support.files import written_atomically
 from matched import Envelope, Matched, multipliers, shared_budgets, slope_weights
 from read_offs import OBJECTIVES, ReadOffs

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from helpers.studies import record
 from llada_lightning.records import read_validation, write_validation
-from llada_lightning.study import covariance
-from llada_lightning.study.covariance import Row, covariance_of_means, read_covariance, write_covariance
+from llada_lightning.study import results
+from llada_lightning.study.results import Row, covariance_of_means, read_covariance, write_covariance
 from llada_lightning.support.errors import UserError
 
 
@@ -135,7 +135,7 @@ def test_a_runs_budgets_are_read_from_its_file_once(tmp_path: Path, monkeypatch:
         write_validation(tmp_path / "trunk", steps, [(0, 1, 2.0), (9, 2, 3.0 + steps)])
     rows = [Row(record("arm", "107k", 1e12, 4.0, run="trunk", steps=n), tmp_path / "trunk") for n in range(1, 6)]
     reads: list[Path] = []
-    monkeypatch.setattr(covariance, "read_validation", lambda folder: reads.append(folder) or read_validation(folder))
+    monkeypatch.setattr(results, "read_validation", lambda folder: reads.append(folder) or read_validation(folder))
     assert write_covariance(rows, tmp_path / "results.csv").rows == 5
     assert reads == [tmp_path / "trunk"]
 

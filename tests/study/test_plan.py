@@ -15,8 +15,8 @@ from llada_lightning.compute.rules import Size, learning_rate
 from llada_lightning.compute.shapes import get_shape
 from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.run import Source
-from llada_lightning.study.plan.grid import GRID_ANCHOR, GRID_STEP, grid_shapes
-from llada_lightning.study.plan.plan import Grid, Machine, Plan, Recipe, Stream, plan_study
+from llada_lightning.study.plan import Grid, Machine, Plan, Recipe, Stream, plan_study
+from llada_lightning.study.plan.trunk import GRID_ANCHOR, GRID_STEP, grid_shapes
 from llada_lightning.support.errors import UserError
 
 STREAM = Stream(vocab_size=1024, sequence_length=128)

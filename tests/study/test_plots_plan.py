@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llada_lightning.run import Stream
-from llada_lightning.study.plan.plan import plan_study
+from llada_lightning.study.plan import plan_study
 from llada_lightning.study.plots import plan_grid
 
 

@@ -19,17 +19,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from llada_lightning.study.sweep import runner as sweep_run
-from llada_lightning.study.sweep.file import (
+from llada_lightning.study.sweep import (
     DEFAULT_COMMAND,
     Sweep,
     expand_grid,
     fit_arguments,
     launch_fit,
+    plan_runs,
     read_sweep,
     render_command,
 )
-from llada_lightning.study.sweep.runner import SweepOutcome, child_environment, plan_runs, run_sweep
+from llada_lightning.study.sweep import runner as sweep_run
+from llada_lightning.study.sweep.runner import SweepOutcome, child_environment, run_sweep
 from llada_lightning.support.errors import UserError
 
 QUICKSTART = """

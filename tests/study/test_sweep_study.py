@@ -8,7 +8,7 @@ import pytest
 
 from helpers.studies import record
 from llada_lightning.records import write_records
-from llada_lightning.study.sweep.file import Sweep, check_unchanged, kept_copy, read_sweep, state_of
+from llada_lightning.study.sweep import Sweep, check_unchanged, kept_copy, read_sweep, state_of
 from llada_lightning.support.errors import UserError
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from llada_lightning.study.sweep.file import Sweep
-from llada_lightning.study.sweep.runner import PlannedRun, plan_runs
-from llada_lightning.study.sweep.watch import (
+from llada_lightning.study.sweep import PlannedRun, Sweep, plan_runs
+from llada_lightning.study.sweep.runner import (
     budget_share,
     describe_state,
     format_seconds,
