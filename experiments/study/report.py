@@ -312,7 +312,7 @@ class Study:
 
     def rejected(self, objective: str) -> str:
         """p-value of the lack of fit of an envelope's law (6ND)."""
-        return f"{self.fits.objectives[objective].misfit('envelope', '6nd'):.1g}"
+        return f"{self.fits.envelopes('6nd')[objective].law.misfit:.1g}"
 
     def n_exponents(self, objective: str) -> dict[str, Estimate]:
         """Exponent of N_opt (6ND) with the optima weighted by their errors, and with all of one weight."""

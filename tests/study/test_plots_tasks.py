@@ -8,7 +8,7 @@ import pytest
 
 from llada_lightning.compute.flops import CONVENTIONS, Convention
 from llada_lightning.study.plots import paper_figure3, task_accuracy
-from llada_lightning.study.plots.task_scores import task_names
+from llada_lightning.study.plots.tables import task_names
 from llada_lightning.study.reference import PAPER_TASKS, paper_scalability
 from llada_lightning.support.errors import UserError
 

@@ -30,8 +30,7 @@ BUDGET_TOLERANCE = 1.1
 def named_variants(table: pd.DataFrame) -> pd.DataFrame:
     """The same table with the variant in the name of the objective, such as `llada [weight_decay=0]`.
 
-    So a variant is an objective of its own in every fit and figure, and rows that differ in it are never pooled. A
-    run of the default recipe keeps the name of its objective; `optimizer.` is left out.
+    So a variant is an objective of its own in every fit and figure, and rows that differ in it are never pooled.
     """
     if "variant" not in table or not (variants := table["variant"].fillna("").astype(object)).any():
         return table
@@ -65,7 +64,11 @@ def usable_runs(table: pd.DataFrame) -> pd.DataFrame:
     Their objectives are named as by ``named_variants``.
     """
     runs = named_variants(finished_runs(table))
-    return runs[~_repeated(runs)].reset_index(drop=True)
+    # A row repeats an earlier one, as in tables that were joined by hand, where all these are equal; where a table
+    # gives no seeds, the loss must be equal too.
+    key = runs[["objective", "run", "steps", "seed", "params_nonembedding", "tokens"]].astype(object)
+    key = key.assign(loss=runs["val_nats_per_token"].where(runs["seed"].isna(), 0.0))
+    return runs[~key.duplicated().to_numpy(bool)].reset_index(drop=True)
 
 
 def finished_runs(table: pd.DataFrame) -> pd.DataFrame:
@@ -74,21 +77,8 @@ def finished_runs(table: pd.DataFrame) -> pd.DataFrame:
     return table[(table["status"] == DONE).fillna(False).to_numpy(bool) & finite].reset_index(drop=True)
 
 
-def _repeated(runs: pd.DataFrame) -> npt.NDArray[np.bool_]:
-    """Rows whose result an earlier row holds, as in tables that were joined by hand.
-
-    Equal are objective, run, steps, seed, N and D; where a table gives no seeds, the loss must be equal too.
-    """
-    key = runs[["objective", "run", "steps", "seed", "params_nonembedding", "tokens"]].astype(object)
-    return key.assign(loss=runs["val_nats_per_token"].where(runs["seed"].isna(), 0.0)).duplicated().to_numpy(bool)
-
-
 def check_comparable(table: pd.DataFrame) -> None:
-    """Raises UserError where the losses of a table cannot be compared.
-
-    That is: several tokenizers, data fingerprints or sequence lengths, an objective that the table of objectives does
-    not know, or a ``val_kind`` that is not the objective's own.
-    """
+    """Raises UserError where the losses of a table cannot be compared."""
     for column in ("tokenizer", "data_fingerprint", "sequence_length"):
         kinds = sorted(table[column].dropna().unique())
         if len(kinds) > 1:
@@ -104,10 +94,7 @@ def check_comparable(table: pd.DataFrame) -> None:
 
 
 def check_complete(runs: pd.DataFrame, unit: Unit) -> None:
-    """Raises UserError where a usable run lacks what every fit reads: N, D, a positive loss in the unit.
-
-    Or where an error is negative, or all losses of an objective are one number, which no training gives.
-    """
+    """Raises UserError where a usable run lacks what every fit reads, or losses are what no training gives."""
     columns = ["params_nonembedding", "tokens", "val_nats_per_token"]
     if unit == "bits_per_byte":
         columns.append("val_bits_per_byte")

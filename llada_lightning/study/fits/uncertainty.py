@@ -20,7 +20,7 @@ them without a copy, and what is computed from them is computed in blocks of dra
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -95,12 +95,12 @@ class Noise:
     """Errors of n log losses: their covariance, and their columns of the draws."""
 
     model: NoiseModel
-    covariance: Array = field(repr=False)
+    covariance: Array
     """V (n, n), of log loss; zero where errors are not known."""
-    drawn: Draws = field(repr=False)
-    columns: npt.NDArray[np.intp] = field(repr=False)
+    drawn: Draws
+    columns: npt.NDArray[np.intp]
     """Where the n losses are among the m that were drawn."""
-    shares: Array = field(repr=False)
+    shares: Array
     """Of tau^2 in each loss (n,): 1, and 1/k for the mean of k runs."""
 
     @classmethod
@@ -110,12 +110,21 @@ class Noise:
         draws, normals = (generator.standard_normal((samples, runs)) for _ in range(2))
         values, vectors = np.linalg.eigh(covariance)
         root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T  # the one root that is symmetric
-        return cls._whole(model, covariance, Draws(draws @ root, normals, generator.uniform(size=(samples, runs))))
+        drawn = Draws(draws @ root, normals, generator.uniform(size=(samples, runs)))
+        return cls(model, covariance, drawn, np.arange(runs), np.ones(runs))
 
     @classmethod
-    def _whole(cls, model: NoiseModel, covariance: Array, drawn: Draws) -> Noise:
-        count = len(covariance)
-        return cls(model, covariance, drawn, np.arange(count), np.ones(count))
+    def of_draws(cls, values: Array, draws: Array, seed: int) -> Noise:
+        """Errors of numbers that carry draws already (samples, n); by their scatter alone where draws are NaN."""
+        samples, count = draws.shape
+        errors = draws - values
+        covariance = np.atleast_2d(np.cov(errors, rowvar=False))
+        if not np.all(np.diagonal(covariance) > 1e-24):  # NaN, or numbers that are exact
+            return cls.of(np.zeros((count, count)), "scatter", samples, seed)
+        generator = np.random.default_rng(seed)
+        normals = generator.standard_normal((samples, count))
+        drawn = Draws(errors, normals, generator.uniform(size=(samples, count)))
+        return cls("covariance", covariance, drawn, np.arange(count), np.ones(count))
 
     @property
     def known(self) -> bool:
@@ -123,7 +132,6 @@ class Noise:
 
     @property
     def samples(self) -> int:
-        """Number of draws."""
         return len(self.drawn.errors)
 
     @property
@@ -140,18 +148,6 @@ class Noise:
     def variances(self) -> Array:
         return np.diagonal(self.covariance)
 
-    @classmethod
-    def of_draws(cls, values: Array, draws: Array, seed: int) -> Noise:
-        """Errors of numbers that carry draws already (samples, n); by their scatter alone where draws are NaN."""
-        samples, count = draws.shape
-        errors = draws - values
-        covariance = np.atleast_2d(np.cov(errors, rowvar=False))
-        if not np.all(np.diagonal(covariance) > 1e-24):  # NaN, or numbers that are exact
-            return cls.of(np.zeros((count, count)), "scatter", samples, seed)
-        generator = np.random.default_rng(seed)
-        normals = generator.standard_normal((samples, count))
-        return cls._whole("covariance", covariance, Draws(errors, normals, generator.uniform(size=(samples, count))))
-
     def take(self, rows: npt.ArrayLike) -> Noise:
         """Of some of the runs, draws and all."""
         rows = np.asarray(rows, np.intp)
@@ -166,14 +162,13 @@ class Noise:
             row[members] = 1 / len(members)
         uniforms = self.drawn.uniforms[:, self.columns[[members[0] for members in groups]]]
         drawn = Draws(self.errors @ means.T, self.normals @ means.T, uniforms)
-        whole = Noise._whole(self.model, means @ self.covariance @ means.T, drawn)
-        return replace(whole, shares=means**2 @ self.shares)
+        covariance, shares = means @ self.covariance @ means.T, means**2 @ self.shares
+        return Noise(self.model, covariance, drawn, np.arange(len(groups)), shares)
 
     def shared_within(self, groups: npt.NDArray[np.intp]) -> Noise:
         """The same noise with one error of the spread for all losses of a group, such as the branches of a trunk.
 
-        Args:
-            groups: The number of each loss's group (n,), from 0 on.
+        ``groups`` are the numbers of the losses' groups (n,), from 0 on.
         """
         drawn = Draws(self.errors, self.normals[:, groups], self.drawn.uniforms[:, self.columns])
         return replace(self, drawn=drawn, columns=np.arange(len(groups)))
@@ -190,11 +185,8 @@ class Noise:
         """tau from the residuals of a least-squares fit with ``weights()``, by moments.
 
         tau^2 = max(0, (RSS - tr(M V)) / tr(M W)), RSS weighted and M the residual maker of the weighted problem.
-        Unknown where as many parameters as points leave nothing to judge by.
-
-        Args:
-            residuals: The residuals of log loss (n,).
-            design: The derivatives of the fitted values by the parameters (n, p).
+        Unknown where as many parameters as points leave nothing to judge by. ``residuals`` are (n,), and ``design`` the
+        derivatives of the fitted values by the parameters (n, p).
         """
         weights = self.weights()
         root = np.sqrt(weights)
@@ -215,15 +207,12 @@ class Noise:
         They are N(0, V + tau*^2 I); a draw's tau* is the same for all rows.
         """
         columns = self.columns if rows is None else self.columns[rows]
-        return self._errors(slice(None), columns, self._tau(spread))
+        return self._errors(slice(None), columns, drawn_tau(spread, self.drawn.uniforms[:, self.columns[0]]))
 
     def blocks_of_draws(self, spread: Spread) -> Iterator[Array]:
         """``draws`` of all rows in blocks (samples of the block, n), so that not all are in memory at once."""
-        tau = self._tau(spread)
+        tau = drawn_tau(spread, self.drawn.uniforms[:, self.columns[0]])
         return (self._errors(block, self.columns, tau) for block in blocks(self.samples, len(self.columns)))
-
-    def _tau(self, spread: Spread) -> Array:
-        return drawn_tau(spread, self.drawn.uniforms[:, self.columns[0]])
 
     def _errors(self, block: slice, columns: npt.NDArray[np.intp], tau: Array) -> Array:
         errors = self.drawn.normals[block, columns]
@@ -262,14 +251,10 @@ def drawn_tau(spread: Spread, uniforms: Array) -> Array:
 
 
 def noise_of_runs(runs: pd.DataFrame, covariance: pd.DataFrame | None, samples: int, seed: int) -> Noise:
-    """The noise of a results table's runs, all objectives at once.
+    """The noise of the usable runs of a results table, all objectives at once, in a number of bootstrap draws.
 
-    Args:
-        runs: The usable runs.
-        covariance: The covariance of all the runs' ``val_nats_per_token`` in nats^2, index and columns ``run@steps``.
-            None: the table's standard errors, or, where one of them is missing or zero, the scatter alone.
-        samples: The number of bootstrap draws.
-        seed: The seed of the draws.
+    ``covariance`` is that of all the runs' ``val_nats_per_token`` in nats^2, index and columns ``run@steps``. None:
+    the table's standard errors, or, where one of them is missing or zero, the scatter alone.
 
     Raises:
         UserError: The matrix is no covariance.
@@ -289,11 +274,7 @@ def run_names(runs: pd.DataFrame) -> list[str]:
 
 
 def runs_without(covariance: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
-    """The names of the runs that a covariance lacks.
-
-    Raises:
-        UserError: it lacks all of them, so it is of another study.
-    """
+    """The names of the runs that a covariance lacks; UserError where it lacks all, so is of another study."""
     missing = [name for name in run_names(runs) if name not in covariance.index or name not in covariance.columns]
     if len(missing) == len(runs):
         raise UserError(

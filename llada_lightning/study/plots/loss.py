@@ -34,7 +34,6 @@ from llada_lightning.study.plots.style import (
     MARKERS,
     StudyFigure,
     Style,
-    check_counted,
     dress,
     exponent_text,
     flops_axis,
@@ -59,20 +58,15 @@ _RATIO_TOLERANCE = 1e-3
 
 
 def scaling_curve(table: pd.DataFrame, fits: StudyFits, convention: Convention = "6nd") -> StudyFigure:
-    """Validation loss against training FLOPs: every finished run, and each objective's envelope with its fit.
+    """Validation loss against training FLOPs: every finished run of a table, and each objective's envelope.
 
     A run is a point with ± 1 standard error, its marker the shape, filled where it is the best of its budget. The
     line is the power law of the envelope with its 95 % band, or joins the envelope where there is no fit.
 
-    Args:
-        table: A results table.
-        fits: The fits of the table.
-        convention: The convention by which the x axis counts FLOPs.
-
     Raises:
-        UserError: the table lacks the FLOPs of this convention.
+        UserError: The table lacks the FLOPs of this convention.
     """
-    check_counted(fits, convention)
+    fits.check_counted(convention)
     runs = usable_runs(table)
     shapes = markers_of(runs.sort_values("params_nonembedding")["shape"])
     figure = new_figure(8.2, 4.6)
@@ -147,32 +141,27 @@ def _add_bits_per_byte(axes: Axes, runs: pd.DataFrame) -> None:
 def _scaling_legend(
     runs: pd.DataFrame, fits: StudyFits, convention: Convention, shapes: dict[str, str]
 ) -> list[list[Line2D]]:
-    envelopes = fits.envelopes(convention)
-    many = len(shapes) > _MOST_SHAPES
-    styles = objective_styles(envelopes)
-    lines = [
-        styles[name].handle(
-            styles[name].label
-            + ("" if fit.law is None else "\n" + exponent_text("loss", fit.law.exponent, fit.law.sign)),
-            marker=styles[name].marker if many else "",
-            face=styles[name].color,
-        )
-        for name, fit in envelopes.items()
-    ]
-    shape_handles = (
-        [note(f"{len(shapes)} shapes,\nnot told apart")]
-        if many
-        else [marker_handle(marker, name) for name, marker in shapes.items()]
-    )
+    envelopes, many = fits.envelopes(convention), len(shapes) > _MOST_SHAPES
+    lines = []
+    for fit, style in zip(envelopes.values(), objective_styles(envelopes).values(), strict=True):
+        law = "" if fit.law is None else "\n" + exponent_text("loss", fit.law.exponent, fit.law.sign)
+        lines.append(style.handle(style.label + law, marker=style.marker if many else "", face=style.color))
+    shape_handles = [marker_handle(marker, name) for name, marker in shapes.items()]
+    if many:
+        shape_handles = [note(f"{len(shapes)} shapes,\nnot told apart")]
     others = any(
         len(best_of_budgets(members, fits.unit)) < len(members)
         for _, members in runs.groupby("objective", observed=True)
     )
     kinds = [marker_handle("o", "best of its budget"), marker_handle("o", "other run", filled=False)] if others else []
-    notes = [note("bars: ± 1 s.e.")] if np.isfinite(losses(runs, fits.unit)[1]).any() else []
+    notes = _error_note(runs, fits.unit)
     if any(fit.law is not None for fit in envelopes.values()):
         notes.append(note("band and [ ]: 95 %"))
     return [lines, shape_handles, kinds, notes]
+
+
+def _error_note(runs: pd.DataFrame, unit: Unit) -> list[Line2D]:
+    return [note("bars: ± 1 s.e.")] if np.isfinite(losses(runs, unit)[1]).any() else []
 
 
 # --- isoFLOP curves --------------------------------------------------------------------------------------------------
@@ -190,15 +179,10 @@ def isoflop_curves(table: pd.DataFrame, fits: StudyFits, convention: Convention 
     is a caret at the grid's edge). Where the optimum is not inside of the shapes tried, the parabola is dotted and an
     arrow head at the grid's edge points to it.
 
-    Args:
-        table: A results table.
-        fits: The fits of the table.
-        convention: The convention by which a budget's FLOPs are counted.
-
     Raises:
-        UserError: the table lacks the FLOPs of this convention.
+        UserError: The table lacks the FLOPs of this convention.
     """
-    check_counted(fits, convention)
+    fits.check_counted(convention)
     runs = usable_runs(table)
     figure = new_figure(3.6 * len(fits.objectives) + 2.6, 4.4)
     panels = figure.subplots(1, len(fits.objectives), sharex=True, sharey=True, squeeze=False)[0]
@@ -290,27 +274,21 @@ def _draw_interval(axes: Axes, size: Estimate, loss: float, grid: tuple[float, f
 
 def _curves_legend(runs: pd.DataFrame, fits: StudyFits, convention: Convention) -> list[list[Line2D]]:
     budgets = [budget for fit in fits.objectives.values() for budget in fit.isoflop[convention].budgets]
+    interior = [budget for budget in budgets if budget.interior]
     handles = []
-    if any(budget.interior for budget in budgets):
-        handles += [
-            Line2D([], [], color=GREY, linewidth=1.4, label="parabola in log N"),
-            Line2D([], [], color=INK, linestyle="", marker="*", markersize=8, label="optimum, 95 %"),
-        ]
-    if any(budget.interior and budget.n_opt.interval == "open" for budget in budgets):
-        label = "interval with\nan open end"
-        handles.append(
-            Line2D([], [], color=INK, linewidth=1.2, marker=MarkerStyle(CARETRIGHT), markersize=7, label=label)
-        )
-    if not all(budget.interior for budget in budgets):
+    line = partial(Line2D, [], [])
+    if interior:
+        handles.append(line(color=GREY, linewidth=1.4, label="parabola in log N"))
+        handles.append(line(color=INK, linestyle="", marker="*", markersize=8, label="optimum, 95 %"))
+    if any(budget.n_opt.interval == "open" for budget in interior):
+        caret = MarkerStyle(CARETRIGHT)
+        handles.append(line(color=INK, linewidth=1.2, marker=caret, markersize=7, label="interval with\nan open end"))
+    if len(interior) < len(budgets):
+        arrow = partial(line, marker=">", markerfacecolor=INK, markeredgecolor=INK, markersize=7)
         label = "optimum outside\nof the shapes tried"
-        handles.append(
-            Line2D([], [], color=GREY, linewidth=1.4, linestyle=":", marker=">", markerfacecolor=INK,
-                   markeredgecolor=INK, markersize=7, label=label)
-        )  # fmt: skip
+        handles.append(arrow(color=GREY, linewidth=1.4, linestyle=":", label=label))
     counted = "6ND" if convention == "6nd" else "total"
-    notes = [note(f"numbers: training\nFLOPs ({counted})")]
-    if np.isfinite(losses(runs, fits.unit)[1]).any():
-        notes.append(note("bars: ± 1 s.e."))
+    notes = [note(f"numbers: training\nFLOPs ({counted})"), *_error_note(runs, fits.unit)]
     if not budgets:
         notes.append(note("no budget has\nenough shapes"))
     return [handles, notes]
@@ -324,12 +302,8 @@ def parametric_residuals(table: pd.DataFrame, fits: StudyFits) -> StudyFigure:
 
     Runs of one budget share a marker and a shade: a pattern within a budget is what the law cannot follow.
 
-    Args:
-        table: A results table.
-        fits: The fits of the table.
-
     Raises:
-        UserError: no objective has a parametric fit.
+        UserError: No objective has a parametric fit.
     """
     laws = {name: fit.parametric for name, fit in fits.objectives.items() if fit.parametric is not None}
     if not laws:
@@ -351,8 +325,7 @@ def parametric_residuals(table: pd.DataFrame, fits: StudyFits) -> StudyFigure:
         dress(panel)
     panels[0].set_ylabel("observed over predicted − 1 (%)", color=INK)
     shown = [note("6ND"), *(marker_handle(marker, label) for label, marker in budgets.items())]
-    errors = [note("bars: ± 1 s.e.")] if np.isfinite(losses(runs, fits.unit)[1]).any() else []
-    side_legend(figure, [shown, errors])
+    side_legend(figure, [shown, _error_note(runs, fits.unit)])
     return figure
 
 
