@@ -50,19 +50,16 @@ _CONFIG_OF_OURS = frozenset({"model", "data", "trainer", "budget", "run"})
 
 @dataclass(frozen=True)
 class Duplicate:
-    """One run and budget found in two places; only the record in ``kept`` is in the table.
-
-    Args:
-        difference: The absolute difference of the two losses in nats per token; NaN where one is not a number.
-        relative: The difference over the kept loss.
-    """
+    """One run and budget found in two places; only the record in ``kept`` is in the table."""
 
     run: str
     steps: int | None
     kept: str
     dropped: str
     difference: float
+    """Absolute, of the two losses in nats per token; NaN where one is not a number."""
     relative: float
+    """The difference over the kept loss."""
 
     def lines(self) -> list[str]:
         said = f"duplicate: {self.dropped} left out, the same run as {self.kept}; "
@@ -356,21 +353,19 @@ class ProjectRun:
     A run of ours leaves its record in its summary: ``records``, a list of all of them (as JSON), where it has several
     budgets, else the record's own keys.
 
-    Args:
-        where: ``wandb:ENTITY/PROJECT/ID``, with the run's display name.
-        state: The state by W&B: finished, running, crashed, failed, killed, …
-        ours: Whether ``llada fit`` made it.
-        records: The records in its summary, unchanged.
-        budgets: The number of records that its configuration asks for.
-        damage: The reason why its records cannot be read; None if they can.
     """
 
     where: str
+    """``wandb:ENTITY/PROJECT/ID``, with the run's display name."""
     state: str
+    """By W&B: finished, running, crashed, failed, killed, …"""
     ours: bool
+    """Whether ``llada fit`` made it."""
     records: list[dict[str, Any]]
     budgets: int
+    """The number of records that its configuration asks for."""
     damage: str | None
+    """Why its records cannot be read; None if they can."""
 
 
 def _add_project(collection: Collection, project: str) -> None:

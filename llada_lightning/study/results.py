@@ -46,7 +46,6 @@ LARGEST_NUMBER = 1e100
 """Largest finite number of a record: far above any loss, rate or count of FLOPs, and its square is finite."""
 
 _WHOLE_NUMBER = re.compile(r"[+-]?\d+")
-
 _MAX_COVARIANCE_BYTES = 1 << 31
 """Largest covariance file that is read: the matrix of some 9,000 losses."""
 
@@ -70,11 +69,8 @@ def table_of_records(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
 def typed_record(record: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The keys ``RESULT_COLUMNS`` of a record, each of its column's type or None; the word "NaN" becomes the number.
 
-    Args:
-        source: The place of the record, for the error.
-
     Raises:
-        UserError: A value is not of its column's type.
+        UserError: A value is not of its column's type; it names ``source``.
     """
     typed = {column: record.get(column) for column in RESULT_COLUMNS}
     for column, value in typed.items():
@@ -283,17 +279,12 @@ class Row:
 
 @dataclass
 class CovarianceReport:
-    """What became of the covariance file.
-
-    Args:
-        path: The path of the file; None if it was not written.
-        rows: The number of results in it.
-        left_out: The results (``run@steps``) that are not in it, by the reason.
-    """
+    """What became of the covariance file: its path (None: not written), and how many results are in it."""
 
     path: str | None = None
     rows: int = 0
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    """The reason -> the results (``run@steps``) that are not in it."""
 
     def lines(self) -> list[str]:
         return [

@@ -78,11 +78,9 @@ class Base:
 
 
 def read_base(path: Path | str | None, chosen: Mapping[str, Any]) -> Base:
-    """Read the base configuration of a plan.
+    """Read the base configuration of a plan, an empty one without a path.
 
-    Args:
-        path: The path of the YAML file. None stands for an empty configuration.
-        chosen: The values of the plan's options, by the names of the options.
+    ``chosen`` are the values of the plan's options, by the names of the options.
 
     Raises:
         UserError: The file cannot be read, sets what the plan decides, or sets a value that the plan would overrule.
@@ -115,13 +113,7 @@ def _is_same(value: Any, chosen: Any) -> bool:
 
 
 def planned_stream(base: Base, facts: DataFacts | None, vocab_size: int | None, sequence_length: int) -> Stream:
-    """The training stream of a plan's runs.
-
-    Args:
-        base: The base configuration.
-        facts: The facts of the prepared data, where its path is known.
-        vocab_size: The number of vocabulary entries of the model. The data's by default.
-        sequence_length: The number of tokens in a sequence.
+    """The training stream of a plan's runs; ``vocab_size`` is the model's, by default that of the data.
 
     Raises:
         UserError: The vocabulary is not known, or is smaller than the data's.

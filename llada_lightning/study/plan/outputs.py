@@ -209,10 +209,10 @@ def flow_yaml(value: Any) -> str:
 def write_files(
     plan: Plan, destination: Destination, command: Sequence[str], out: str | None, slurm: str | None
 ) -> dict[str, Path]:
-    """Write the files that a user asked for: the sweep and its table to ``out``, the SLURM job array to ``slurm``.
+    """Write the sweep and its table to ``out``, if that is given, and the SLURM job array to ``slurm``.
 
     Returns:
-        The paths of the written files by `sweep`, `table` and `slurm`; empty without ``out``.
+        The paths of the written files by `sweep`, `table` and `slurm`.
 
     Raises:
         UserError: A path does not fit, or a file cannot be written.
@@ -236,11 +236,7 @@ def write_files(
 def write_sweep(
     path: Path, plan: Plan, destination: Destination, command: Sequence[str], slurm: Path | None = None
 ) -> Path:
-    """Writes the sweep, the plan's table as CSV beside it, which is returned, and a SLURM job array: all or none.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
+    """Writes the sweep, the plan's table as CSV beside it, which is returned, and a SLURM job array: all or none."""
     table = path.with_suffix(".csv")
     texts = {
         path: sweep_text(plan, destination, path.stem, command),

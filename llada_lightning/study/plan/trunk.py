@@ -137,7 +137,6 @@ class Recipe:
 
     @property
     def rules(self) -> Rules:
-        """The rules of what is not given."""
         return Rules(lr=self.lr_rule, batch=self.batch_rule)
 
     def check(self) -> None:

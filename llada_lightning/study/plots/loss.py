@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -23,11 +22,13 @@ from llada_lightning.study.fits import (
     StudyFits,
     Unit,
     best_of_budgets,
+    budget_members,
     flops_column,
     losses,
+    planned_flops,
     usable_runs,
 )
-from llada_lightning.study.fits.runs import budget_members, planned_flops
+from llada_lightning.study.fits.runs import Array
 from llada_lightning.study.plots.style import (
     GREY,
     INK,
@@ -216,16 +217,8 @@ def _draw_budgets(
     loss, stderr = losses(runs, fits.unit)
     groups, names = budget_members(flops), []
     for number, (members, color) in enumerate(zip(groups, shades(style.color, len(groups)), strict=True)):
-        axes.errorbar(
-            sizes[members],
-            loss[members],
-            yerr=np.nan_to_num(stderr[members]),
-            fmt=MARKERS[number % len(MARKERS)],
-            color=color,
-            markersize=4.5,
-            elinewidth=1,
-            zorder=3,
-        )
+        values = (sizes[members], loss[members], stderr[members])
+        _draw_group(axes, *values, MARKERS[number % len(MARKERS)], color, 4.5)
         middle = float(np.exp(np.log(flops[members]).mean()))
         budget = next((one for one in fit.budgets if abs(one.flops / middle - 1) < _SAME_BUDGET), None)
         if budget is not None:
@@ -235,9 +228,15 @@ def _draw_budgets(
     return names
 
 
+def _draw_group(axes: Axes, x: Array, y: Array, stderr: Array, marker: str, color: Any, size: float) -> None:
+    """The runs of one budget, with their standard errors where these are known."""
+    error = np.nan_to_num(stderr)
+    axes.errorbar(x, y, yerr=error, fmt=marker, color=color, markersize=size, elinewidth=1, zorder=3)
+
+
 def _name_budgets(axes: Axes, names: list[tuple[str, float, float]]) -> None:
     """Each name right of its point, lower where it would cover another; the axes' limits are final by now."""
-    taken: list[npt.NDArray[np.float64]] = []
+    taken: list[Array] = []
     for name, size, loss in sorted(names, key=lambda one: -one[2]):
         point = axes.transData.transform((size, loss)) * 72 / axes.figure.dpi
         place = point + np.array([5.0, 3.0])
@@ -339,16 +338,9 @@ def _draw_residuals(axes: Axes, runs: pd.DataFrame, law: ParametricFit, color: s
     for number, (members, shade) in enumerate(zip(groups, shades(color, len(groups)), strict=True)):
         marker = MARKERS[number % len(MARKERS)]
         labels[power_of_ten(float(np.exp(np.log(flops[members]).mean())))] = marker
-        axes.errorbar(
-            predicted[members],
-            100 * (observed[members] / predicted[members] - 1),
-            yerr=100 * np.nan_to_num(stderr[members] / predicted[members]),
-            fmt=marker,
-            color=shade,
-            markersize=5,
-            elinewidth=1,
-            zorder=3,
-        )
+        middle = predicted[members]
+        percent, error = 100 * (observed[members] / middle - 1), 100 * (stderr[members] / middle)
+        _draw_group(axes, middle, percent, error, marker, shade, 5)
     return labels
 
 

@@ -63,7 +63,7 @@ def read_sweep(path: Path | str) -> Sweep:
     """Reads a W&B sweep file and expands its grid.
 
     Raises:
-        UserError: there is no such file, it is not a sweep, its method is not ``grid``, or a value is null.
+        UserError: There is no such file, it is not a sweep, its method is not ``grid``, or a value is null.
     """
     path = Path(path)
     config = read_yaml(path)
@@ -102,12 +102,11 @@ def _checked_command(command: Any) -> tuple[str, ...]:
 def expand_grid(parameters: Any) -> list[Point]:
     """Every combination of the parameters' values: in the file's order, the last parameter fastest.
 
-    Args:
-        parameters: The name -> ``{value: …}``, ``{values: […]}``, or ``{parameters: {…}}``, which nests and gives its
-            parameter a dict as value, as in W&B.
+    A parameter is ``{value: …}``, ``{values: […]}``, or ``{parameters: {…}}``, which nests and gives its parameter a
+    dict as value, as in W&B.
 
     Raises:
-        UserError: a parameter has none or several of the three, no values, or a null among them.
+        UserError: A parameter has none or several of the three, no values, or a null among them.
     """
     if not isinstance(parameters, dict) or not parameters:
         raise UserError("sweep: parameters is empty; give each parameter a value or values")
@@ -198,7 +197,7 @@ def fit_arguments(command: list[str]) -> list[str]:
     Of ``llada launch … -- fit …`` what is launched: how is the business of the machine.
 
     Raises:
-        UserError: the command is another one.
+        UserError: The command is another one.
     """
     words = command[1:] if command[:1] == ["/usr/bin/env"] else command
     for start in (["llada"], ["python", "-m", "llada_lightning"]):
@@ -267,8 +266,6 @@ def plan_runs(sweep: Sweep, run_folder: RunFolder, extra: Sequence[str] = ()) ->
 
 # --- a study's state -------------------------------------------------------------------------------------------------
 
-State = Literal["done", "diverged", "begun", "not begun"]
-
 
 def kept_copy(sweep: Sweep, study: Path) -> Path:
     """Where a study keeps the sweep file that it was begun with."""
@@ -290,9 +287,6 @@ def check_unchanged(sweep: Sweep, study: Path, *, by_index: bool = False, edited
 
     Returns:
         The number of runs that were added to the file since the study was begun.
-
-    Raises:
-        UserError: runs have left the file, or by index changed their number.
     """
     if sweep.path is None:
         return 0
@@ -312,7 +306,6 @@ def check_unchanged(sweep: Sweep, study: Path, *, by_index: bool = False, edited
             f"runs at the end ({copy} is the file as it was), or say --edited"
         )
     if now != before:
-        assert sweep.path.is_file()
         with written_atomically(copy) as temporary:
             temporary.write_bytes(sweep.path.read_bytes())
     return len([command for command in now if command not in before]) if before else 0
@@ -322,7 +315,7 @@ def _commands(sweep: Sweep) -> list[list[str]]:
     return [render_command(sweep, point) for point in sweep.points]
 
 
-def state_of(folder: Path) -> State:
+def state_of(folder: Path) -> Literal["done", "diverged", "begun", "not begun"]:
     """What has become of a run, by its folder."""
     if is_done(folder):
         return "diverged" if has_diverged(folder) else "done"

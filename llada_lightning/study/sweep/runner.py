@@ -88,14 +88,10 @@ def run_sweep(
     processor's cores among the jobs.
 
     Args:
-        sweep: The sweep.
-        run_folder: A function from ``fit`` and its arguments to the folder of the run.
-        jobs: The number of runs at once.
         extra: The arguments that are appended to those of every run.
         edited: Whether a change of the file since the study was begun is meant.
         launch: A function from ``fit`` and its arguments to the command that is run.
         console: The console of the progress; by default stderr.
-        grace_seconds: The time that a stopped fit has to save its checkpoint.
 
     Raises:
         UserError: ``jobs`` is below 1, a run's arguments are refused, or the file was edited (before anything is run).
@@ -107,8 +103,7 @@ def run_sweep(
     if len(runs) < len(sweep.points):
         console.print(f"{len(sweep.points)} points describe {len(runs)} different runs; each is run once")
     for study in dict.fromkeys(run.folder.parent for run in runs):
-        added = check_unchanged(sweep, study, edited=edited)
-        if added:
+        if added := check_unchanged(sweep, study, edited=edited):
             console.print(f"{added} runs are new in the file since the study was begun")
     runner = _Runner(runs, jobs, launch, console)
     try:
