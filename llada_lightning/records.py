@@ -49,12 +49,9 @@ DIVERGED = "diverged"
 
 
 def write_records(folder: Path | str, records: Sequence[dict[str, Any]]) -> Path:
-    """Writes a run's ``result.json``: at no time is a part of it to be seen.
+    """Writes a run's ``result.json``: at no time is a part of it to be seen. The folder is made if it does not exist.
 
-    Args:
-        folder: The folder of the run; made if it does not exist.
-        records: One record for each budget reached, each with the keys ``RESULT_COLUMNS``. Older records may lack
-            ``LATER_COLUMNS``.
+    A record has the keys ``RESULT_COLUMNS``; older ones may lack ``LATER_COLUMNS``.
 
     Raises:
         ValueError: A record lacks a key or has a foreign one (a fault of the program, not of its user).
@@ -126,12 +123,10 @@ def has_diverged(folder: Path | str) -> bool:
 
 
 def write_validation(folder: Path | str, steps: int, documents: Sequence[tuple[int, int, float]]) -> Path:
-    """Writes the validation loss of each document after ``steps``; rows of other steps stay. Atomic.
+    """Writes the validation loss of each document after so many optimizer steps; rows of other steps stay. Atomic.
 
-    Args:
-        folder: The folder of the run; made if it does not exist.
-        steps: The number of optimizer steps of the validated weights.
-        documents: The document, its number of sequences and their mean in nats per token, of every validation document.
+    ``documents`` are, of every validation document, its number, its count of sequences and their mean in nats per
+    token. The folder is made if it does not exist.
     """
     import pandas as pd
 
@@ -157,15 +152,10 @@ def read_validation(folder: Path | str) -> pd.DataFrame:
 
 
 def read_typed_csv(path: Path, types: Mapping[str, Any], fix: str) -> pd.DataFrame:
-    """A CSV file of a run's folder, with exactly the given columns; numbers to the last digit.
-
-    Args:
-        path: The path of the file.
-        types: The type of each column, in the order of the file.
-        fix: The advice for a damaged file, for the error.
+    """A CSV file of a run's folder, with exactly the columns of ``types`` in their order; numbers to the last digit.
 
     Raises:
-        UserError: There is no such file, or it is damaged.
+        UserError: There is no such file, or it is damaged; ``fix`` is the advice then.
     """
     import pandas as pd
 
@@ -191,11 +181,7 @@ EVALUATION_COLUMNS = ("steps", "task", "score", "stderr", "n", "metric", "settin
 
 
 def write_evaluations(folder: Path | str, rows: Sequence[dict[str, Any]]) -> Path:
-    """Adds rows to a run's evaluations; those of the same step and task replace the ones before. Atomic.
-
-    Args:
-        folder: The folder of the run.
-        rows: The rows, each with exactly the keys ``EVALUATION_COLUMNS``.
+    """Adds rows of ``EVALUATION_COLUMNS`` to a run's; those of the same step and task replace the ones before. Atomic.
 
     Raises:
         UserError: The file that is there is damaged.

@@ -8,8 +8,8 @@ import pytest
 
 from helpers.studies import CHINCHILLA, VALLEYS, Chinchilla, World, simulated_study
 from llada_lightning.study.fits import IsoflopFit, fit_isoflop, fit_table
-from llada_lightning.study.fits.runs import in_canonical_order
-from llada_lightning.study.fits.uncertainty import Spread, noise_of_runs
+from llada_lightning.study.fits.runs import in_canonical_order, noise_of_runs
+from llada_lightning.study.fits.uncertainty import Spread
 
 FLOPS = ["tokens", "flops_6nd", "flops_attention", "flops_head", "flops_total"]
 

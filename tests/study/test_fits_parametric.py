@@ -10,8 +10,7 @@ from helpers.studies import CHINCHILLA, World, simulated_study
 from llada_lightning.study.fits import ParametricFit, fit_parametric
 from llada_lightning.study.fits.least_squares import fit_many, huber, log_loss, log_loss_and_jacobian
 from llada_lightning.study.fits.parametric import too_few
-from llada_lightning.study.fits.runs import in_canonical_order
-from llada_lightning.study.fits.uncertainty import noise_of_runs
+from llada_lightning.study.fits.runs import in_canonical_order, noise_of_runs
 
 DELTA = 1e-3
 

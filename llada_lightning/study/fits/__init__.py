@@ -47,21 +47,15 @@ from llada_lightning.study.fits.runs import (
     in_canonical_order,
     losses,
     named_variants,
+    noise_of_runs,
     objective_names,
     planned_convention,
     planned_flops,
-    usable_runs,
-)
-from llada_lightning.study.fits.uncertainty import (
-    NOISE_MODELS,
-    Noise,
-    NoiseModel,
-    Spread,
-    best_known,
-    noise_of_runs,
     run_names,
     runs_without,
+    usable_runs,
 )
+from llada_lightning.study.fits.uncertainty import NOISE_MODELS, Noise, NoiseModel, Spread, best_known
 from llada_lightning.support.errors import UserError
 
 __all__ = [

@@ -17,8 +17,8 @@ import pandas as pd
 
 from llada_lightning.compute.flops import Convention
 from llada_lightning.study.fits.least_squares import MIN_BUDGETS, PowerLaw, linear_spread, power_law
-from llada_lightning.study.fits.runs import Array, Unit, budget_members, flops_column, is_budget, losses
-from llada_lightning.study.fits.uncertainty import UNKNOWN, Noise, Spread
+from llada_lightning.study.fits.runs import Unit, budget_members, flops_column, is_budget, losses
+from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from llada_lightning.study.fits.least_squares import (
     power_law,
     solver,
 )
-from llada_lightning.study.fits.runs import Array, TokenCost, Unit, budget_members, flops_column, is_budget, losses
-from llada_lightning.study.fits.uncertainty import UNKNOWN, Noise, Spread
+from llada_lightning.study.fits.runs import TokenCost, Unit, budget_members, flops_column, is_budget, losses
+from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread
 
 MIN_SHAPES = 3
 """A parabola has three parameters."""

@@ -9,8 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from llada_lightning.study.fits.runs import Array
-from llada_lightning.study.fits.uncertainty import UNKNOWN, Noise, Spread, best_known
+from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread, best_known
 from llada_lightning.support.errors import UserError
 
 INTERVAL = (2.5, 97.5)

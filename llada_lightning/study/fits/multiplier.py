@@ -14,7 +14,8 @@ from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
 from llada_lightning.objectives import REFERENCE, ValidationKind, get_objective
 from llada_lightning.study.fits.least_squares import Estimate
 from llada_lightning.study.fits.objective import HeldOut, LossLine, Method, ObjectiveFits
-from llada_lightning.study.fits.runs import Array, base_objective
+from llada_lightning.study.fits.runs import base_objective
+from llada_lightning.study.fits.uncertainty import Array
 
 EXTRAPOLATION = 10.0
 """How far beyond its budgets an objective may reach a loss for the multiplier to be given."""
@@ -94,13 +95,8 @@ def compute_multipliers(
     Left out is what either objective reaches only more than a decade beyond the budgets of its fit, or never. An
     interval's end that lies more than ``DRAWN_DECADES`` beyond them is open (infinite, or zero).
 
-    Args:
-        objective: The name of the objective.
-        reference: The name of the objective that it is compared with.
-        convention: The convention by which FLOPs are counted.
-        method: The method of both fits.
-        lines: The lines of the objective and of the reference.
-        reference_flops: The training FLOPs of the reference (k,).
+    ``lines`` are those of the objective and of the reference, both by ``method`` and ``convention``;
+    ``reference_flops`` are (k,).
     """
     line, reference_line = lines
     flops = np.asarray(reference_flops, float)
@@ -175,8 +171,8 @@ def with_doubts(
             and own.objective in pair
             and own.inside is False
         ]
-        for name in [name for name in fits if name in pair]:
-            line = fits[name].line(entry.method, entry.convention)
+        for name in fits:
+            line = fits[name].line(entry.method, entry.convention) if name in pair else None
             if line and line.misfit < REJECTED:
                 p_value = f"{line.misfit:.3f}" if line.misfit >= 0.001 else "< 0.001"
                 reasons.append(f"{name}'s fit is rejected (p {p_value})")

@@ -16,8 +16,8 @@ from llada_lightning.study.fits.envelope import Candidates, EnvelopeFit, fit_env
 from llada_lightning.study.fits.isoflop import MIN_SHAPES, IsoflopFit, LossCurve, fit_isoflop, parabola_spread
 from llada_lightning.study.fits.least_squares import Estimate, PowerLaw, interval
 from llada_lightning.study.fits.parametric import ParametricFit, fit_parametric, too_few
-from llada_lightning.study.fits.runs import Array, Unit, budget_members, flops_column, planned_convention
-from llada_lightning.study.fits.uncertainty import UNKNOWN, Noise, Spread, best_known, drawn_tau
+from llada_lightning.study.fits.runs import Unit, budget_members, flops_column, planned_convention
+from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread, best_known, drawn_tau
 
 Method = Literal["envelope", "isoflop", "parametric"]
 METHODS: tuple[Method, ...] = get_args(Method)

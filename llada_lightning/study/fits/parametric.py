@@ -24,8 +24,8 @@ from llada_lightning.study.fits.least_squares import (
     log_loss,
     log_loss_and_jacobian,
 )
-from llada_lightning.study.fits.runs import Array, TokenCost, Unit, flops_column, losses
-from llada_lightning.study.fits.uncertainty import UNKNOWN, Noise, Spread, blocks
+from llada_lightning.study.fits.runs import TokenCost, Unit, flops_column, losses
+from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread, blocks
 
 HUBER_DELTA = 1e-3
 """Of the residuals of log loss, as Hoffmann et al. 2022 have it."""

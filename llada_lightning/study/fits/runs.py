@@ -1,4 +1,4 @@
-"""Which runs of a results table a fit may see, their losses and FLOPs, and the budgets that they form."""
+"""Which runs of a results table a fit may see: their losses, FLOPs and budgets, and how well the losses are known."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import pandas as pd
 from llada_lightning.compute.flops import CONVENTIONS, Convention
 from llada_lightning.objectives import OBJECTIVES, get_objective
 from llada_lightning.records import DONE
+from llada_lightning.study.fits.uncertainty import Array, Noise
 from llada_lightning.support.errors import UserError
-
-Array = npt.NDArray[np.float64]
 
 Unit = Literal["nats_per_token", "bits_per_byte"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -190,6 +189,57 @@ def planned_convention(runs: pd.DataFrame, conventions: tuple[Convention, ...]) 
 def planned_flops(runs: pd.DataFrame) -> Array:
     """FLOPs of one objective's runs by the convention by which they were planned."""
     return runs[flops_column(planned_convention(runs, counted_conventions(runs)))].to_numpy(float)
+
+
+# --- how well the losses are known ------------------------------------------------------------------------------------
+
+
+def noise_of_runs(runs: pd.DataFrame, covariance: pd.DataFrame | None, samples: int, seed: int) -> Noise:
+    """The noise of the usable runs of a results table, all objectives at once, in a number of bootstrap draws.
+
+    ``covariance`` is that of all the runs' ``val_nats_per_token`` in nats^2, index and columns ``run@steps``. None:
+    the table's standard errors, or, where one of them is missing or zero, the scatter alone.
+
+    Raises:
+        UserError: The matrix is no covariance.
+    """
+    loss, stderr = losses(runs, "nats_per_token")
+    if covariance is not None:
+        relative = _matching(covariance, runs) / np.outer(loss, loss)
+        return Noise.of(relative, "covariance", samples, seed)
+    if np.all(np.isfinite(stderr) & (stderr > 0)):
+        return Noise.of(np.diag((stderr / loss) ** 2), "standard errors", samples, seed)
+    return Noise.of(np.zeros((len(runs), len(runs))), "scatter", samples, seed)
+
+
+def run_names(runs: pd.DataFrame) -> list[str]:
+    """``run@steps``: what a covariance's rows and columns are called."""
+    return [f"{run}@{steps}" for run, steps in zip(runs["run"], runs["steps"], strict=True)]
+
+
+def runs_without(covariance: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
+    """The names of the runs that a covariance lacks; UserError where it lacks all, so is of another study."""
+    missing = [name for name in run_names(runs) if name not in covariance.index or name not in covariance.columns]
+    if len(missing) == len(runs):
+        raise UserError(
+            f"covariance: none of the table's {len(runs)} runs is in it ({missing[0]} …); "
+            "collect both files from the same runs, or remove the covariance file"
+        )
+    return missing
+
+
+def _matching(covariance: pd.DataFrame, runs: pd.DataFrame) -> Array:
+    names = run_names(runs)
+    assert not runs_without(covariance, runs)
+    if covariance.index.has_duplicates or covariance.columns.has_duplicates:
+        raise UserError("covariance: a run's name is in it twice; write it again")
+    matrix = covariance.loc[names, names].to_numpy(float)
+    largest = np.max(np.abs(matrix)) if np.all(np.isfinite(matrix)) else np.nan
+    if not (largest > 0 and np.allclose(matrix, matrix.T, atol=1e-9 * largest)):
+        raise UserError("covariance: not finite, not symmetric, or all zero; write it again")
+    if np.linalg.eigvalsh(matrix)[0] < -1e-6 * largest * len(matrix) or np.any(np.diagonal(matrix) <= 0):
+        raise UserError("covariance: negative along some direction, so it is none; write it again")
+    return (matrix + matrix.T) / 2
 
 
 # --- the cost of a token ---------------------------------------------------------------------------------------------

@@ -25,11 +25,9 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from scipy import stats
 
-from llada_lightning.study.fits.runs import Array, losses
-from llada_lightning.support.errors import UserError
+Array = npt.NDArray[np.float64]
 
 NoiseModel = Literal["covariance", "standard errors", "scatter"]
 NOISE_MODELS: dict[NoiseModel, str] = {
@@ -245,54 +243,3 @@ def drawn_tau(spread: Spread, uniforms: Array) -> Array:
     if not spread.tau > 0:  # zero, or NaN
         return np.full(len(uniforms), spread.tau)
     return spread.tau * np.sqrt(spread.dof / stats.chi2.ppf(uniforms, spread.dof))
-
-
-# --- of a results table ----------------------------------------------------------------------------------------------
-
-
-def noise_of_runs(runs: pd.DataFrame, covariance: pd.DataFrame | None, samples: int, seed: int) -> Noise:
-    """The noise of the usable runs of a results table, all objectives at once, in a number of bootstrap draws.
-
-    ``covariance`` is that of all the runs' ``val_nats_per_token`` in nats^2, index and columns ``run@steps``. None:
-    the table's standard errors, or, where one of them is missing or zero, the scatter alone.
-
-    Raises:
-        UserError: The matrix is no covariance.
-    """
-    loss, stderr = losses(runs, "nats_per_token")
-    if covariance is not None:
-        relative = _matching(covariance, runs) / np.outer(loss, loss)
-        return Noise.of(relative, "covariance", samples, seed)
-    if np.all(np.isfinite(stderr) & (stderr > 0)):
-        return Noise.of(np.diag((stderr / loss) ** 2), "standard errors", samples, seed)
-    return Noise.of(np.zeros((len(runs), len(runs))), "scatter", samples, seed)
-
-
-def run_names(runs: pd.DataFrame) -> list[str]:
-    """``run@steps``: what a covariance's rows and columns are called."""
-    return [f"{run}@{steps}" for run, steps in zip(runs["run"], runs["steps"], strict=True)]
-
-
-def runs_without(covariance: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
-    """The names of the runs that a covariance lacks; UserError where it lacks all, so is of another study."""
-    missing = [name for name in run_names(runs) if name not in covariance.index or name not in covariance.columns]
-    if len(missing) == len(runs):
-        raise UserError(
-            f"covariance: none of the table's {len(runs)} runs is in it ({missing[0]} …); "
-            "collect both files from the same runs, or remove the covariance file"
-        )
-    return missing
-
-
-def _matching(covariance: pd.DataFrame, runs: pd.DataFrame) -> Array:
-    names = run_names(runs)
-    assert not runs_without(covariance, runs)
-    if covariance.index.has_duplicates or covariance.columns.has_duplicates:
-        raise UserError("covariance: a run's name is in it twice; write it again")
-    matrix = covariance.loc[names, names].to_numpy(float)
-    largest = np.max(np.abs(matrix)) if np.all(np.isfinite(matrix)) else np.nan
-    if not (largest > 0 and np.allclose(matrix, matrix.T, atol=1e-9 * largest)):
-        raise UserError("covariance: not finite, not symmetric, or all zero; write it again")
-    if np.linalg.eigvalsh(matrix)[0] < -1e-6 * largest * len(matrix) or np.any(np.diagonal(matrix) <= 0):
-        raise UserError("covariance: negative along some direction, so it is none; write it again")
-    return (matrix + matrix.T) / 2

@@ -28,7 +28,7 @@ from llada_lightning.study.fits import (
     planned_flops,
     usable_runs,
 )
-from llada_lightning.study.fits.runs import Array
+from llada_lightning.study.fits.uncertainty import Array
 from llada_lightning.study.plots.style import (
     GREY,
     INK,
