@@ -255,7 +255,3 @@ def test_what_makes_no_plan_is_refused_in_one_line(budgets: list[float], argumen
     with pytest.raises(UserError, match=words) as refused:
         plan_study(budgets, **{"stream": STREAM, **arguments})
     assert "\n" not in str(refused.value)
-
-
-def test_both_objectives_are_planned_by_default() -> None:
-    assert set(plan_study([1e12], STREAM, grid=SHAPES).table().objective) == set(OBJECTIVES)
