@@ -34,13 +34,11 @@ from llada_lightning.support.reading import parse_json
 
 PREFIX = "wandb:"
 """The beginning of a source that is a W&B project: ``wandb:ENTITY/PROJECT``."""
-
 _BESIDE_CONFIG = ("metrics.csv", "tokenizer.json")
 """What `fit` writes beside ``config.yaml`` at its start, and W&B does not."""
 
 _NAMES_A_LINE = 10
 """Names in one line for people; ``--json`` lists all."""
-
 SAME_RUN_TOLERANCE = 1e-3
 """Relative difference of two losses of one run above which they cannot be the same run's: rounding is far below."""
 
@@ -145,14 +143,13 @@ class Collection:
         if key not in self.kept:
             self.kept[key] = (where, record)
             return
-        other, first = self.kept[key]
-        new_is_better = _soundness(record) > _soundness(first)
-        winner, loser = (where, other) if new_is_better else (other, where)
-        if new_is_better:
-            self.kept[key] = (where, record)
-        loss, difference = _loss(self.kept[key][1]), abs(_loss(record) - _loss(first))
+        kept, dropped = self.kept[key], (where, record)
+        if _soundness(record) > _soundness(kept[1]):
+            kept, dropped = dropped, kept
+        self.kept[key] = kept
+        loss, difference = _loss(kept[1]), abs(_loss(kept[1]) - _loss(dropped[1]))
         relative = difference / abs(loss) if loss else math.nan
-        self.report.duplicates.append(Duplicate(*key, winner, loser, difference, relative))
+        self.report.duplicates.append(Duplicate(*key, kept[0], dropped[0], difference, relative))
 
     def table(self) -> pd.DataFrame:
         """The records kept with their scores of tasks, sorted by objective, FLOPs and size."""
