@@ -33,8 +33,7 @@ def main(argv: list[str]) -> int:
     add_json(parser)
     options = parser.parse_args(argv)
     from llada_lightning.study.collect import gather  # after the parser: --help answers at once
-    from llada_lightning.study.covariance import write_covariance
-    from llada_lightning.study.results import check_destination, write_results
+    from llada_lightning.study.results import check_destination, write_covariance, write_results
 
     options.out = str(expanded(options.out))
     check_destination(Path(options.out))

@@ -87,8 +87,7 @@ def _read(results: str) -> tuple[pd.DataFrame, pd.DataFrame | None]:
         from llada_lightning.study.reference import published_isoflop
 
         return published_isoflop(), None
-    from llada_lightning.study.covariance import covariance_path, read_covariance
-    from llada_lightning.study.results import read_results
+    from llada_lightning.study.results import covariance_path, read_covariance, read_results
 
     table, path = read_results(results), covariance_path(Path(results))
     return _with_scores(table), read_covariance(path) if path.is_file() else None

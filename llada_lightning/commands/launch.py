@@ -11,7 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from llada_lightning.study.sweep.file import launch_fit
+from llada_lightning.study.sweep import launch_fit
 from llada_lightning.support.command_line import CommandParser
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import written_atomically

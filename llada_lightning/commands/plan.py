@@ -13,12 +13,9 @@ from llada_lightning.compute.rules import BATCH_RULES, DECAY_FRACTION, LEARNING_
 from llada_lightning.data.manifest import read_data_facts
 from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.settings import check_folder_name
+from llada_lightning.study.plan import Grid, Plan, Recipe, plan_study
 from llada_lightning.study.plan.base import Base, check_data_path, planned_stream, read_base
-from llada_lightning.study.plan.grid import Grid
-from llada_lightning.study.plan.lessons import lessons, print_plan
-from llada_lightning.study.plan.outputs import Destination, write_files
-from llada_lightning.study.plan.plan import Plan, plan_study
-from llada_lightning.study.plan.trunk import Recipe
+from llada_lightning.study.plan.outputs import Destination, print_plan, write_files
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import people_console
@@ -36,8 +33,7 @@ def main(argv: list[str]) -> int:
     if options.json:
         runs = plan.table().astype(object).to_dict("records")
         files_written = {key: str(path) for key, path in files.items()}
-        warnings = [*plan.warnings(), *lessons(plan)]
-        print_json({**files_written, "totals": plan.totals(), "warnings": warnings, "runs": runs})
+        print_json({**files_written, "totals": plan.totals(), "warnings": plan.warnings(), "runs": runs})
     else:
         print_plan(plan, people_console())
         for key, path in files.items():
@@ -128,7 +124,7 @@ def _plan(options: Namespace, base: Base) -> tuple[Plan, Destination]:
         measured=tuple(rate for path in options.measured for rate in _measured(path)) if options.measured else None,
         micro_batch=_first(options.micro_batch, base.count("data", "micro_batch")),
     )
-    if base.trainer.get("accumulate_grad_batches") not in (None, 1) and machine.micro_batch is None:
+    if base.section("trainer").get("accumulate_grad_batches") not in (None, 1) and machine.micro_batch is None:
         raise UserError("base: trainer.accumulate_grad_batches follows from the batch; give --micro-batch instead")
     plan = plan_study(
         options.flops,
@@ -142,7 +138,7 @@ def _plan(options: Namespace, base: Base) -> tuple[Plan, Destination]:
         convention=_convention(options, base),
         **given("objectives", "seeds", "separate"),
     )
-    study = str(_first(options.study, base.run.get("study"), Path(options.out or "plan").stem))
+    study = str(_first(options.study, base.section("run").get("study"), Path(options.out or "plan").stem))
     check_folder_name("plan: --study", study, nested=True)
     return plan, Destination(study=study, data=path, base=options.base, vocab_size=vocab_size)
 
@@ -158,7 +154,7 @@ def _measured(path: str) -> tuple[MeasuredRate, ...]:
 
 
 def _convention(options: Namespace, base: Base) -> Convention:
-    convention = _first(options.budget_convention, base.budget.get("convention"), "6nd")
+    convention = _first(options.budget_convention, base.section("budget").get("convention"), "6nd")
     if convention not in CONVENTIONS:
         raise UserError(f"base: budget.convention {convention!r} is not known; it is one of {', '.join(CONVENTIONS)}")
     return cast(Convention, convention)

@@ -8,9 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llada_lightning.commands import fit
-from llada_lightning.study.sweep.file import Sweep, check_unchanged, fit_arguments, read_sweep, render_command, state_of
-from llada_lightning.study.sweep.runner import SweepOutcome, planned_run, run_sweep
-from llada_lightning.study.sweep.watch import budget_share
+from llada_lightning.study.sweep import (
+    Sweep,
+    check_unchanged,
+    fit_arguments,
+    planned_run,
+    read_sweep,
+    render_command,
+    state_of,
+)
+from llada_lightning.study.sweep.runner import SweepOutcome, budget_share, run_sweep
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.libraries import quiet_libraries

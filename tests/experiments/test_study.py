@@ -28,7 +28,7 @@ from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.objectives.llada import nll_bound
 from llada_lightning.study.fits import Noise
 from llada_lightning.study.fits.uncertainty import Spread
-from llada_lightning.study.sweep.file import fit_arguments, read_sweep, render_command
+from llada_lightning.study.sweep import fit_arguments, read_sweep, render_command
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "experiments" / "study"
