@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import select
@@ -11,7 +12,7 @@ from importlib import import_module
 from llada_lightning import __version__
 from llada_lightning.commands import FORMER_VERBS, VERBS, usage
 from llada_lightning.support.cluster import check_environment, says_it
-from llada_lightning.support.errors import UserError, refusal
+from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import print_what_the_encoding_holds, shortened, warn
 from llada_lightning.support.security import import_plugins, redacted
 
@@ -128,3 +129,27 @@ def _dispatch(args: list[str]) -> int:
     module = import_module(f"llada_lightning.commands.{verb.file}")
     code: int = module.main([*verb.first, *rest])
     return code
+
+
+_DISK = "free space or correct the rights, and give the same command again (finished files are whole)"
+_PATH = "check the path"
+_REMEDIES = {
+    **dict.fromkeys((
+        errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
+    ), _DISK),
+    **dict.fromkeys((errno.ELOOP, errno.EISDIR, errno.ENOTDIR), _PATH),
+    errno.ENAMETOOLONG: "choose a shorter name",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n), or use fewer workers"),
+    **dict.fromkeys((errno.ENOMEM, errno.EAGAIN), "free memory, raise the limit of processes (ulimit -u), or use fewer "
+                    "workers"),
+}  # fmt: skip
+"""How a user can fix an error of the system, by its number."""
+
+
+def refusal(error: OSError) -> str | None:
+    """Returns one line about an error of the disk or the system, with how to fix it; None: another error."""
+    remedy = _REMEDIES.get(error.errno or 0)
+    if remedy is None:
+        return None
+    where = f"'{shortened(error.filename)}': " if error.filename else ""
+    return f"{where}{error.strerror}; {remedy}"

@@ -56,7 +56,16 @@ def _print(replay: StepReplay) -> None:
     sources = list(dict.fromkeys(one.source for one in replay.sequences))
     console.print(f"from {', '.join(sources)}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    for name in ("sequence", *["source"] * (len(sources) > 1), "item", "length", "t", "masked", "nats/token", "share"):
+    for name in (
+        "sequence",
+        *["source"] * (len(sources) > 1),
+        "item",
+        "length",
+        "t",
+        "masked",
+        "part of loss",
+        "share",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("begins", no_wrap=True)
     characters = max(_LEAST_CHARACTERS, console.width - _OTHER_COLUMNS)

@@ -132,7 +132,7 @@ def steps_for_budget(
         of_what = f" of {who}" if who else ""
         raise UserError(
             f"{name}: {flops:.4g} is below one step{of_what}, which costs {per_step:.4g} FLOPs ({convention}, "
-            f"{tokens_per_step:.0f} tokens); raise the budget, or lower the global batch"
+            f"{tokens_per_step:.0f} tokens); raise the budget, or take a smaller batch, sequence length or shape"
         )
     check_steps(name, flops, steps)
     return steps

@@ -162,8 +162,9 @@ class WSD:
         knots = [self.warmup_steps, *(self._first_step(p) for p in self.plateaus), self.total_steps - self.decay_steps]
         if knots != sorted(knots):
             raise ScheduleError(
-                f"model.schedule: warmup ends at step {knots[0]}, plateaus start at {knots[1:-1]}, the decay at "
-                f"{knots[-1]} of {self.total_steps} steps; they must follow one another: shorten them"
+                f"model.schedule: warmup ends at step {knots[0]}, "
+                + (f"plateaus start at {', '.join(map(str, knots[1:-1]))}, " if self.plateaus else "")
+                + f"the decay at {knots[-1]} of {self.total_steps} steps; they must follow one another: shorten them"
             )
 
 

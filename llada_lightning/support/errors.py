@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from llada_lightning.support.printing import shortened
 
 
 class UserError(Exception):
@@ -14,30 +11,6 @@ class UserError(Exception):
 
     The command prints it as ``error: …`` on stderr and exits with code 2, without a traceback.
     """
-
-
-_DISK = "free space or correct the rights, and give the same command again (finished files are whole)"
-_PATH = "check the path"
-_REMEDIES = {
-    **dict.fromkeys((
-        errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
-    ), _DISK),
-    **dict.fromkeys((errno.ELOOP, errno.EISDIR, errno.ENOTDIR), _PATH),
-    errno.ENAMETOOLONG: "choose a shorter name",
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n), or use fewer workers"),
-    **dict.fromkeys((errno.ENOMEM, errno.EAGAIN), "free memory, raise the limit of processes (ulimit -u), or use fewer "
-                    "workers"),
-}  # fmt: skip
-"""How a user can fix an error of the system, by its number."""
-
-
-def refusal(error: OSError) -> str | None:
-    """Returns one line about an error of the disk or the system, with how to fix it; None: another error."""
-    remedy = _REMEDIES.get(error.errno or 0)
-    if remedy is None:
-        return None
-    where = f"'{shortened(error.filename)}': " if error.filename else ""
-    return f"{where}{error.strerror}; {remedy}"
 
 
 class LibraryPanicError(Exception):

@@ -97,7 +97,8 @@ def not_trusted(class_path: str) -> str:
     module = class_path.rpartition(".")[0] or class_path
     return (
         f"'{class_path}' is not of llada_lightning, lightning or torch, or may run commands from its arguments, so "
-        f"it was not imported; if you trust it, set {TRUSTED}={module}"
+        f"it was not imported; if you trust it, set {TRUSTED}={module} "
+        f"({PLUGINS}={module} if it registers an objective)"
     )
 
 

@@ -203,4 +203,4 @@ def test_a_base_may_repeat_what_the_plan_is_told(tmp_path: Path, capsys: pytest.
 
 def test_a_vocabulary_below_the_datas_is_refused(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(plan("--data", str(prepared), "--vocab-size", "100")) == 2
-    assert "--vocab-size 100 is below the data's" in capsys.readouterr().err
+    assert "--vocab-size 100 is below the" in capsys.readouterr().err

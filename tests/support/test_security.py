@@ -247,7 +247,9 @@ def test_a_strangers_class_is_not_even_imported(
     line = refused(*fit_arguments("arm", prepared, tmp_path / "runs", *SHORT), argument.format(f"{strange}.Thing"))
     assert strange not in sys.modules
     assert f"'{strange}.Thing' is not of llada_lightning, lightning or torch" in line
-    assert line.endswith(f"if you trust it, set LLADA_TRUSTED_MODULES={strange}")
+    assert line.endswith(
+        f"if you trust it, set LLADA_TRUSTED_MODULES={strange} (LLADA_PLUGINS={strange} if it registers an objective)"
+    )
 
 
 def test_nor_is_one_in_a_file(prepared: Path, tmp_path: Path, strange: str, refused: Callable[..., str]) -> None:

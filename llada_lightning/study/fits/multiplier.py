@@ -207,7 +207,7 @@ def no_common_loss(
     )
     factor = least.multiplier * least.reference_flops / own[-1].flops if least else None
     by = f", by a factor of about {factor:.2g} ({least.method})" if least and factor else ""
-    printed = "; what is printed is extrapolated" if found else ""
+    printed = "; what is printed is extrapolated" if any(entry.shown for entry in found) else ""
     smaller, larger = (reference, objective) if behind else (objective, reference)
     return (
         f"{NO_COMMON_LOSS} by {CONVENTION_NAMES[convention]}: {reference}'s best losses go from {theirs[0].loss:.3f} "

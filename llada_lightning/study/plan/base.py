@@ -119,7 +119,10 @@ def planned_stream(base: Base, facts: DataFacts | None, vocab_size: int | None, 
         UserError: The vocabulary is not known, or is smaller than the data's.
     """
     if facts is not None and vocab_size is not None and vocab_size < facts.vocab_size:
-        raise UserError(f"plan: --vocab-size {vocab_size} is below the data's {facts.vocab_size} words; leave it out")
+        raise UserError(
+            f"plan: --vocab-size {vocab_size} is below the {facts.vocab_size} vocabulary entries of the data; "
+            "leave it out"
+        )
     if vocab_size is None and facts is None:
         raise UserError("plan: the vocabulary is not known; give --data DIR, or --vocab-size")
     length_share, mask_eps = base.number("data", "random_length_share"), base.number("data", "mask_eps")
