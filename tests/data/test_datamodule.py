@@ -13,7 +13,6 @@ import torch
 from litdata import StreamingDataset, TokensLoader
 
 from llada_lightning.data.datamodule import TokenDataModule
-from llada_lightning.data.language_datamodule import exact_micro_batch
 from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.objectives.forward_process import random_lengths
 from llada_lightning.support.errors import UserError
@@ -269,24 +268,23 @@ def test_a_remote_folder_streams_the_same(prepared: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("batch", "micro_batch", "devices", "message"),
     [
-        (
-            (10, 4, 1, 1),
-            "10 is not micro-batch 4 x 1 device.* nearest global batches: 8 or 12 with accumulation 2 or 3",
-        ),
-        ((16, 4, 2, 1), "set --trainer.accumulate_grad_batches 2"),
-        ((7, None, 2, 1), "nearest global batches: 6 or 8"),
+        (10, 4, 1, "10 is not micro-batch 4 x 1 device.* nearest global batches: 8 or 12 with accumulation 2 or 3"),
+        (16, 4, 2, "set --trainer.accumulate_grad_batches 2"),
+        (7, None, 2, "nearest global batches: 6 or 8"),
     ],
 )
-def test_a_global_batch_that_does_not_divide_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+def test_a_global_batch_that_does_not_divide_is_refused(
+    batch: int, micro_batch: int | None, devices: int, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        exact_micro_batch(*arguments)
+        TokenDataModule("data", global_batch=batch, micro_batch=micro_batch).exact_micro_batch(devices, 1)
 
 
-def test_a_global_batch_that_divides_gives_the_micro_batch() -> None:
-    assert exact_micro_batch(16, None, 2, 2) == 4
-    assert exact_micro_batch(16, 4, 2, 2) == 4
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_a_global_batch_that_divides_gives_the_micro_batch(micro_batch: int | None) -> None:
+    assert TokenDataModule("data", global_batch=16, micro_batch=micro_batch).exact_micro_batch(2, 2) == 4
 
 
 def test_damaged_folders_are_refused(prepared: Path, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from llada_lightning.data.chat import LLADA_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate, Message
-from llada_lightning.data.dialogues import Context
-from llada_lightning.data.pairs import PairDataset, Pairs, PairStream, PairValidationDataset, tokenize_pairs
+from llada_lightning.data.datasets import PairDataset, PairStream, PairValidationDataset
+from llada_lightning.data.dialogues import Context, Pairs, tokenize_pairs
 from llada_lightning.data.tokenizers import train_tokenizer
 from llada_lightning.support.errors import UserError
 
