@@ -25,23 +25,22 @@ from llada_lightning.data.datasets import (
     ValidationDataset,
     take_batch,
 )
-from llada_lightning.data.integrity import check_shards
 from llada_lightning.data.manifest import (
-    TOKENIZER_NAME,
     TOLERATED_LOSS,
     Manifest,
-    TokenizerInfo,
     check_sequence_length,
-    local_path,
     read_manifest,
     read_tokenizer_text,
 )
 from llada_lightning.data.order import WINDOW_SHARDS, Mixture
+from llada_lightning.data.shards import check_shards
+from llada_lightning.data.tokenizers import TOKENIZER_NAME, TokenizerInfo
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.run import Stream, sequences_read
 from llada_lightning.settings import MAX_PROCESSES
 from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import local_path
 
 
 class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):

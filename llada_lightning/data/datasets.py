@@ -122,19 +122,7 @@ class TokenStream:
 
 @dataclass(eq=False)
 class TrainingDataset(Dataset[TrainingBatch]):
-    """The micro-batch of a list of ordinals.
-
-    Args:
-        stream: The sequences of the training split.
-        seed: The seed of the noise.
-        mask_eps: The smallest mask probability of the forward process.
-        time_sampling: How the mask ratios are drawn.
-        random_length_share: The share of the sequences that are cut to a random length.
-        eos_token_id: The id of EOS.
-        global_batch: The number of sequences of an optimizer step.
-        micro_batch: The number of sequences of a micro-batch.
-        document_mask: Whether the batch tells which token belongs to which document.
-    """
+    """The micro-batch of a list of ordinals, with noise of a seed; the settings are those of ``TokenDataModule``."""
 
     stream: TokenStream
     seed: int
@@ -185,12 +173,7 @@ class TrainingDataset(Dataset[TrainingBatch]):
 class ValidationDataset(Dataset[ValidationBatch]):
     """The validation batch of a list of ordinals, with the masks of Eq. 14.
 
-    Args:
-        stream: The sequences of the validation split.
-        sequences: The number of validation sequences; the rows of larger ordinals only fill the batch.
-        noise_seed: The seed of the masks.
-        eos_token_id: The id of EOS.
-        document_mask: Whether the batch tells which token belongs to which document.
+    Ordinals from the number of sequences on only fill the batch.
     """
 
     stream: TokenStream
@@ -262,15 +245,7 @@ class PairStream:
 
 @dataclass(eq=False)
 class PairDataset(Dataset[TrainingBatch]):
-    """The micro-batch of a list of ordinals. Prompts are never masked; padding EOS is response (Algorithm 2).
-
-    Args:
-        stream: The pairs of the training split.
-        eos_id: The id of EOS.
-        mask_eps: The smallest mask probability of the forward process.
-        time_sampling: How the mask ratios are drawn.
-        global_batch: The number of pairs of an optimizer step.
-    """
+    """The micro-batch of a list of ordinals. Prompts are never masked; padding EOS is response (Algorithm 2)."""
 
     stream: PairStream
     eos_id: int
@@ -314,12 +289,7 @@ class PairValidationDataset(Dataset[ValidationBatch]):
     """The validation batch of a list of ordinals: each response with its EOS, unpadded, masked as in Eq. 6.
 
     So a masked objective knows the length of the response, as in the paper's likelihoods, and autoregression does not.
-
-    Args:
-        pairs: All pairs.
-        dialogues_N: (N,) int64: The dialogues of the split.
-        seed: The seed of the drawn turns and of the masks.
-        eos_id: The id of EOS.
+    The turns, as the masks, are drawn by the seed.
     """
 
     pairs: Pairs
@@ -358,7 +328,7 @@ def _between(begin_B: Ints, end_B: Ints, length: int) -> Tensor:
 # --- the ordinals of each rank ----------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class OrdinalSampler(Sampler[list[int]]):
     """The ordinals of each micro-batch of one rank, from a step on, without end.
 
@@ -382,7 +352,7 @@ class OrdinalSampler(Sampler[list[int]]):
             step += 1
 
 
-@dataclass
+@dataclass(eq=False)
 class StridedSampler(Sampler[list[int]]):
     """The ordinals 0 to ``sequences`` - 1 of one rank in batches.
 

@@ -46,10 +46,8 @@ class Context(Message):
 def read_dialogues(source: str) -> Iterator[tuple[str, list[Message]]]:
     """Yields the place of each row, for messages, and its dialogue, which ends with an answer.
 
-    A note on stderr names the fields that are not read.
-
-    Args:
-        source: The path of a JSONL file (compressed or not) or of a folder of them, or ``hf:NAME[:CONFIG][@SPLIT]``.
+    A note on stderr names the fields that are not read. The source is a JSONL file (compressed or not), a folder of
+    them, or ``hf:NAME[:CONFIG][@SPLIT]``.
 
     Raises:
         UserError: there is no such source, or a row is not a dialogue; the message names the row.
@@ -80,12 +78,7 @@ def dialogue(row: Any, where: str, unread: UnreadFields | None = None) -> list[M
     of texts: ``prompt`` and ``response``, ``question`` and ``answer``, ``instruction`` and ``output``. Alpaca's
     ``input`` follows its instruction behind an empty line. ``system`` or ``system_prompt``, beside any of them, is the
     system's message. ``history``, beside a pair, is a list of earlier [prompt, response] pairs, which are turns of the
-    dialogue like the last one. An answer whose ``weight`` is 0 is a :class:`Context`.
-
-    Args:
-        row: The row.
-        where: The place of the row, for messages.
-        unread: The counter that the fields of the row which are not read are added to.
+    dialogue like the last one. An answer of ``weight`` 0 is a :class:`Context`. ``unread`` counts what is not read.
 
     Raises:
         UserError: fields are missing, empty, unknown or contradict one another, or the turns are not in this order.
@@ -278,13 +271,7 @@ class Pairs:
         return np.diff(self.starts_P)
 
     def drawn(self, dialogues: Ints, seed: int, ordinals: Ints) -> Ints:
-        """Returns one pair of each dialogue, drawn uniformly by seed and ordinal (paper, App. B.1): (B,) int64.
-
-        Args:
-            dialogues: (B,) int64: The dialogues.
-            seed: The seed of the draw.
-            ordinals: (B,) int64: The ordinals of the draw.
-        """
+        """Returns one pair of each of (B,) dialogues, drawn uniformly by seed and ordinal (App. B.1): (B,) int64."""
         u = noise.uniform_by_ordinal(seed, Stream.TURN, ordinals)[:, 0]
         first, turns = self.first_N[dialogues], self.first_N[dialogues + 1] - self.first_N[dialogues]
         return first + np.floor(u * turns).astype(np.int64)
@@ -312,14 +299,9 @@ def tokenize_pairs(
     sequence_length: int,
     drop_long: bool = False,
 ) -> Pairs:
-    """Returns the pairs of dialogues, each no longer than a context.
+    """Returns the pairs of dialogues (each behind its place), which EOS ends and which are no longer than a context.
 
-    Args:
-        dialogues: The dialogues behind the place of each, which messages name.
-        template: The chat template.
-        eos_id: The id of the token that ends each response.
-        sequence_length: The largest number of tokens of a pair.
-        drop_long: Whether dialogues with a longer pair are left out instead of refused.
+    ``drop_long``: whether dialogues with a longer pair are left out instead of refused.
 
     Raises:
         UserError: the template refuses a dialogue, a pair is too long, or no dialogue is left.

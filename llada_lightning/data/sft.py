@@ -16,9 +16,14 @@ from llada_lightning.data.chat import LLADA_TEMPLATE, PLAIN_TEMPLATE, ChatTempla
 from llada_lightning.data.datamodule import LanguageDataModule
 from llada_lightning.data.datasets import PairDataset, PairStream, PairValidationDataset
 from llada_lightning.data.dialogues import Pairs, read_dialogues, tokenize_pairs
-from llada_lightning.data.manifest import TOKENIZER_NAME, TokenizerInfo
-from llada_lightning.data.tokenizer_files import ROLES_NAME, TEMPLATE_NAME, TokenizerFiles
-from llada_lightning.data.tokenizers import load_tokenizer
+from llada_lightning.data.tokenizers import (
+    ROLES_NAME,
+    TEMPLATE_NAME,
+    TOKENIZER_NAME,
+    TokenizerFiles,
+    TokenizerInfo,
+    load_tokenizer,
+)
 from llada_lightning.objectives import noise
 from llada_lightning.objectives.noise import Stream
 from llada_lightning.support.errors import UserError
