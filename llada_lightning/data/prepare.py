@@ -157,8 +157,8 @@ def prepare(source: str, out: str | os.PathLike[str], *, progress: bool = True, 
         report.line(f"'{out}' is already prepared with these settings; nothing to do")
         return present
     with building(folder) as partial, report, _tokenizer_threads():
-        encoder, info = given or _train(corpus, chosen, source, report)
-        manifest = _write(corpus, chosen, source, partial, encoder, info, record, report)
+        tokenizer, info = given or _train(corpus, chosen, source, report)
+        manifest = _write(corpus, chosen, source, partial, tokenizer, info, record, report)
     report.finish(str(out), skipped=corpus.skipped)
     return manifest
 
