@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from llada_lightning.compute.flops import MASK_EPS, MAX_BATCH, expected_length
 from llada_lightning.compute.shapes import MAX_WIDTH
+from llada_lightning.data import TOKENIZER_NAME, TokenizerInfo
 from llada_lightning.data.datasets import (
     OrdinalSampler,
     StridedSampler,
@@ -34,7 +35,6 @@ from llada_lightning.data.manifest import (
 )
 from llada_lightning.data.order import WINDOW_SHARDS, Mixture
 from llada_lightning.data.shards import check_shards
-from llada_lightning.data.tokenizers import TOKENIZER_NAME, TokenizerInfo
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.run import Stream, sequences_read
 from llada_lightning.settings import MAX_PROCESSES

@@ -15,13 +15,12 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
 
-from llada_lightning.data.tokenizers import TOKENIZER_NAME, TokenizerInfo
+from llada_lightning.data import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo
 from llada_lightning.run import DataFacts, Source
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import json_sha256, local_path
 
 FORMAT = 1  # the version of the layout of the folder
-MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "val")
 TOKEN_BYTES = {"uint16": 2, "int32": 4}  # of a stored token, by dtype
 SHARD_HEADER = 12  # bytes before the tokens of a shard: the number of items, which is 1, and two offsets, each uint32

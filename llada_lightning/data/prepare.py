@@ -35,10 +35,10 @@ from rich.progress import (
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from llada_lightning.data import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo
 from llada_lightning.data.corpora import Corpus, open_corpus
 from llada_lightning.data.encoding import DocumentEncoder
 from llada_lightning.data.manifest import (
-    MANIFEST_NAME,
     SPLITS,
     Manifest,
     Split,
@@ -47,8 +47,6 @@ from llada_lightning.data.manifest import (
 )
 from llada_lightning.data.shards import MOST_SHARD_TOKENS, ShardWriter, Verification, check_shards, verify
 from llada_lightning.data.tokenizers import (
-    TOKENIZER_NAME,
-    TokenizerInfo,
     load_tokenizer,
     tokenizer_info,
     train_tokenizer,

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from llada_lightning.data import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo, tokenizer_fingerprint
 from llada_lightning.data.manifest import (
     COPY_AGAIN,
-    MANIFEST_NAME,
     SHARD_HEADER,
     Manifest,
     Shard,
@@ -29,7 +29,6 @@ from llada_lightning.data.manifest import (
     opened,
     read_manifest,
 )
-from llada_lightning.data.tokenizers import TOKENIZER_NAME, TokenizerInfo, tokenizer_fingerprint
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import file_sha256, local_path
 

@@ -10,15 +10,16 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from llada_lightning.data import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo, tokenizer_fingerprint
 from llada_lightning.data.encoding import encode, load, pieces
 from llada_lightning.support.errors import LibraryPanicError, UserError, panics_as_exceptions
-from llada_lightning.support.files import expanded, json_sha256, local_path
+from llada_lightning.support.files import expanded, local_path
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import parse_json, read_json, read_text
 
@@ -32,46 +33,13 @@ _KNOWN = {
 _SMALLEST_VOCABULARY = 256 + 2  # bytes, EOS and [MASK]
 _LARGEST_VOCABULARY = 1 << 24  # the trainer reserves memory for all of it before it begins
 
-TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
 ROLES_NAME = "special_tokens_map.json"
 _COMPANIONS = (TOKENIZER_CONFIG_NAME, ROLES_NAME, TEMPLATE_NAME, GENERATION_CONFIG_NAME)
-_MANIFEST_NAME = "manifest.json"  # of a prepared data folder, whose `tokenizer` names the tokens, too
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 """Tokens that end a turn where a chat template has them, whatever the configuration calls EOS."""
-
-
-@dataclass(frozen=True)
-class TokenizerInfo:
-    """What a model has to know about its tokenizer.
-
-    Args:
-        vocab_size: The largest id plus one, special tokens included.
-        eos_token: The name of the token that ends every document.
-        eos_id: The id of that token.
-        mask_token: The name of [MASK], which no text is ever encoded to; None: an objective without masks is trained.
-        mask_id: The id of [MASK]; None with ``mask_token``.
-        fingerprint: The SHA-256 of the tokenizer's content and special ids.
-    """
-
-    vocab_size: int
-    eos_token: str
-    eos_id: int
-    mask_token: str | None
-    mask_id: int | None
-    fingerprint: str
-
-
-@lru_cache(maxsize=2)  # a large vocabulary takes a second, and a run asks at each of its phases
-def tokenizer_fingerprint(text: str, eos_id: int, mask_id: int | None) -> str:
-    """Returns the SHA-256 of the content of a ``tokenizer.json``, whatever its layout, and of its special ids.
-
-    Raises:
-        ValueError: the text is not JSON.
-    """
-    return json_sha256({"tokenizer": json.loads(text), "eos_id": eos_id, "mask_id": mask_id})
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -217,11 +185,11 @@ def _hub_file(name: str) -> Path:
 def _named_tokens(folder: Path) -> dict[str, str]:
     """Returns ``eos_token`` and ``mask_token`` as the files beside a ``tokenizer.json`` name them."""
     found: dict[str, str] = {}
-    for name in (TOKENIZER_CONFIG_NAME, ROLES_NAME, _MANIFEST_NAME):
+    for name in (TOKENIZER_CONFIG_NAME, ROLES_NAME, MANIFEST_NAME):
         if not (folder / name).is_file():
             continue
         record = read_json(folder / name)
-        if name == _MANIFEST_NAME and isinstance(record, dict):
+        if name == MANIFEST_NAME and isinstance(record, dict):
             record = record.get("tokenizer")
         for key in ("eos_token", "mask_token"):
             value = record.get(key) if isinstance(record, dict) else None

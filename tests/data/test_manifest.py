@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from llada_lightning.data import TokenizerInfo
 from llada_lightning.data.manifest import (
     Manifest,
     Shard,
@@ -22,7 +23,6 @@ from llada_lightning.data.manifest import (
     read_tokenizer_text,
 )
 from llada_lightning.data.shards import check_shards
-from llada_lightning.data.tokenizers import TokenizerInfo
 from llada_lightning.support.errors import UserError
 
 
