@@ -18,9 +18,9 @@ from tokenizers import Tokenizer
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.data.datasets import TokenStream
-from llada_lightning.data.integrity import check_shards
 from llada_lightning.data.manifest import check_sequence_length, read_manifest, read_tokenizer_text
 from llada_lightning.data.order import WINDOW_SHARDS
+from llada_lightning.data.shards import check_shards
 from llada_lightning.data.tokenizers import tokenizer_from_text
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.objectives.standard_errors import ratio_and_stderr

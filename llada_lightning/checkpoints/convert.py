@@ -18,7 +18,7 @@ from llada_lightning.checkpoints.description import CONFIG_NAME, Description
 from llada_lightning.checkpoints.safetensors_files import write_folder
 from llada_lightning.checkpoints.stored_model import StoredModel
 from llada_lightning.checkpoints.stored_tensors import HF_LLADA, HF_LLAMA, OURS, Layout, common_dtype, name_of
-from llada_lightning.data.tokenizer_files import TOKENIZER_CONFIG_NAME, TokenizerFiles
+from llada_lightning.data.tokenizers import TOKENIZER_CONFIG_NAME, TokenizerFiles
 from llada_lightning.objectives import get_objective
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import building, write_json

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llada_lightning.compute.shapes import Shape, get_shape
-from llada_lightning.data.tokenizer_files import GENERATION_CONFIG_NAME
+from llada_lightning.data.tokenizers import GENERATION_CONFIG_NAME
 from llada_lightning.model import Transformer
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, is_positive
 from llada_lightning.objectives import OBJECTIVES, get_objective

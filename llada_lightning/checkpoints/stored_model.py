@@ -30,9 +30,8 @@ from llada_lightning.checkpoints.stored_tensors import (
     weights_of,
 )
 from llada_lightning.checkpoints.training_checkpoints import read_training, run_tokenizer
-from llada_lightning.data.manifest import TOKENIZER_NAME
-from llada_lightning.data.tokenizer_files import TokenizerFiles
-from llada_lightning.data.tokenizers import as_special, without_special_beyond
+from llada_lightning.data import TOKENIZER_NAME
+from llada_lightning.data.tokenizers import TokenizerFiles, as_special, without_special_beyond
 from llada_lightning.model import Transformer
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded

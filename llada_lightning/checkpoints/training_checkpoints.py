@@ -16,12 +16,14 @@ from llada_lightning.checkpoints.description import Description
 from llada_lightning.checkpoints.run_folder import CONFIG, require_whole, run_folder_of, whole_neighbour
 from llada_lightning.checkpoints.sharded_checkpoints import META, ShardedCheckpointReader, is_sharded
 from llada_lightning.checkpoints.stored_tensors import StoredTensor, of_tensor
-from llada_lightning.data.manifest import TOKENIZER_NAME, local_path, read_tokenizer_text, tokenizer_fingerprint
-from llada_lightning.data.tokenizer_files import TokenizerFiles
+from llada_lightning.data import TOKENIZER_NAME, tokenizer_fingerprint
+from llada_lightning.data.manifest import read_tokenizer_text
+from llada_lightning.data.tokenizers import TokenizerFiles
 from llada_lightning.identity import identity_hash, with_stable_names
 from llada_lightning.model.transformer import NORM_EPS
 from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import local_path
 from llada_lightning.support.printing import warn
 from llada_lightning.support.reading import read_yaml
 

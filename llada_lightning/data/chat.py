@@ -25,7 +25,7 @@ from llada_lightning.support.printing import shortened
 
 Role = Literal["system", "user", "assistant"]
 
-KNOWN_START_TOKENS = ("<|startoftext|>", "<|begin_of_text|>", "<s>", "[BOS]")
+_START_TOKENS = ("<|startoftext|>", "<|begin_of_text|>", "<s>", "[BOS]")
 _Encoded = tuple[list[int], list[tuple[int, int]]]
 """The ids, and where the characters of each begin and end."""
 _PRIVATE = range(0xF0000, 0xFFFFE)
@@ -47,12 +47,7 @@ PLAIN_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a dialogue.
-
-    Args:
-        role: The author of the message.
-        content: The text of the message.
-    """
+    """One message of a dialogue."""
 
     role: Role
     content: str
@@ -86,22 +81,16 @@ class ChatTemplate:
         name: str,
         roles: Mapping[str, str] | None = None,
     ) -> ChatTemplate:
-        """Returns a template with the roles that the tokenizer's files name.
+        """Returns a template with the roles that the tokenizer's files name; "" where a file says there is none.
 
-        Args:
-            text: The text of the template, in Jinja.
-            tokenizer: The tokenizer.
-            eos_id: The id of ``eos_token`` where no file names one.
-            acting_ids: The ids besides EOS that have a meaning for the sampler or the objective; None is left out.
-            name: The name of the template, for messages.
-            roles: The special tokens that the files name; "" where a file says there is none. Tokens that the tokenizer
-                lacks are left out. Where no file names ``bos_token``, it is the first of ``KNOWN_START_TOKENS`` that
-                the tokenizer has.
+        Tokens that the tokenizer lacks are left out. Where no file names ``eos_token``, it is that of ``eos_id``; where
+        none names ``bos_token``, the first common one that the tokenizer has. ``acting_ids`` have a meaning for the
+        sampler or the objective besides EOS.
         """
         has = tokenizer.token_to_id
         named = {key: token for key, token in (roles or {}).items() if not token or has(token) is not None}
         guessed = {
-            "bos_token": next((token for token in KNOWN_START_TOKENS if has(token) is not None), ""),
+            "bos_token": next((token for token in _START_TOKENS if has(token) is not None), ""),
             "eos_token": tokenizer.id_to_token(eos_id) or "",
         }
         acting = frozenset(i for i in (eos_id, *acting_ids) if i is not None)
@@ -109,9 +98,6 @@ class ChatTemplate:
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
         """Returns the ids of the prompt for the next answer.
-
-        Args:
-            messages: The dialogue so far.
 
         Raises:
             UserError: the template is broken, exceeds its limits, or refuses the messages.
@@ -121,10 +107,7 @@ class ChatTemplate:
         return self._ids_of(prompt, disguise)
 
     def turn_ids(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Returns the ids of a prompt, and those of its answer with the tokens that end it.
-
-        Args:
-            messages: The dialogue; the last message is the answer of the assistant.
+        """Returns the ids of a prompt, and those of its answer, the last message, with the tokens that end it.
 
         Raises:
             UserError: as :meth:`ids`, or the template writes a prompt with an answer differently than without one, or
@@ -191,7 +174,10 @@ class ChatTemplate:
             variables = []
             for way, (messages, ask) in product(ways, asked):
                 variables.append(self._variables([Message(m.role, way(m.content)) for m in messages], ask))
-            return self._render(variables)
+            try:
+                return render(self.text, variables)
+            except RenderingError as error:
+                raise self._refused(error) from error
 
         texts = rendered(str, disguise.put_on)
         seen, hidden = [self._text(text) for text in texts[: len(asked)]], texts[len(asked) :]
@@ -211,12 +197,6 @@ class ChatTemplate:
     def _variables(self, messages: Sequence[Message], ask: bool) -> dict[str, Any]:
         said = [{"role": message.role, "content": message.content} for message in messages]
         return {**self.roles, "messages": said, "add_generation_prompt": ask, "tools": None, "documents": None}
-
-    def _render(self, variables: list[dict[str, Any]]) -> list[str | RenderingError]:
-        try:
-            return render(self.text, variables)
-        except RenderingError as error:
-            raise self._refused(error) from error
 
     def _text(self, rendered: str | RenderingError) -> str:
         if isinstance(rendered, RenderingError):
@@ -302,12 +282,9 @@ class ChatTemplate:
         return token.strip() if normalizer is None else str(normalizer.normalize_str(token.strip()))
 
     def _ids_of(self, rendered: str, disguise: _Disguise, first: bool = True) -> list[int]:
-        """The ids of a rendering, in which control tokens whose characters came from messages are text.
+        """The ids of a rendering, in which control tokens whose characters came from messages, in disguise, are text.
 
-        Args:
-            rendered: where the messages' characters may be in disguise.
-            disguise: which.
-            first: it does not follow another text.
+        ``first``: whether it does not follow another text.
         """
         text = disguise.removed(rendered)
         encoded = self._encode(text, "" if first else self._anchor)

@@ -23,11 +23,10 @@ import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llada_lightning.data.generated import FactsSource, GeneratedSource, IgsmSource, facts_source, igsm_source
+from llada_lightning.data.generated import FactsSource, GeneratedSource, IgsmSource
 from llada_lightning.data.text_files import (
     READ_ERRORS,
     Meter,
@@ -39,13 +38,13 @@ from llada_lightning.data.text_files import (
 )
 from llada_lightning.support.errors import UserError, panics_as_exceptions
 from llada_lightning.support.files import expanded
+from llada_lightning.support.printing import shortened
 
 PYTHON_STDLIB = "python-stdlib"
 HUB_PREFIX = "hf:"
 _SAMPLED_BYTES = 1 << 16
 _FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
-_HUB_EXTRA = "install it with: pip install 'llada-lightning[hf]'"
 
 FileLister = Callable[[], Iterator[tuple[str, Path]]]
 """Yields (relative path, path) of each file, sorted. It is called for every pass, so that no list is held."""
@@ -70,11 +69,7 @@ class Corpus(ABC):
 
     @abstractmethod
     def documents(self) -> Iterator[str]:
-        """Yields each document that holds more than white space, in the order of the source.
-
-        Raises:
-            UserError: the source cannot be read, or lacks the named field.
-        """
+        """Yields each document that holds more than white space, in the order of the source."""
 
     @property
     def position(self) -> int:
@@ -82,24 +77,12 @@ class Corpus(ABC):
         return 0
 
     def present_identity(self) -> dict[str, Any]:
-        """Returns the identity of the source as it is now, which differs if the source has changed since it was opened.
-
-        Raises:
-            UserError: the source cannot be read any more.
-        """
+        """Returns the identity of the source as it is now, which differs if it has changed since it was opened."""
         return self.identity
 
 
 class FileCorpus(Corpus):
-    """Documents from files.
-
-    Args:
-        list_files: The function that yields the files.
-        read: The function that yields the documents of a file.
-        skip_binary: Whether files that are not text are left out (in folders); a named file that is not text is an
-            error.
-        facts: The other facts of the identity.
-    """
+    """Documents from listed files, each read by a function; files that are not text may be left out (of folders)."""
 
     def __init__(
         self,
@@ -109,10 +92,7 @@ class FileCorpus(Corpus):
         skip_binary: bool,
         facts: dict[str, Any],
     ) -> None:
-        self._list_files = list_files
-        self._read = read
-        self._skip_binary = skip_binary
-        self._facts = facts
+        self._list_files, self._read, self._skip_binary, self._facts = list_files, read, skip_binary, facts
         self._meter = Meter()
         self.identity = self.present_identity()
         self.total_bytes = self.identity["bytes"]
@@ -140,18 +120,13 @@ class FileCorpus(Corpus):
 
 
 class DatasetCorpus(Corpus):
-    """Documents from a Hugging Face dataset, streamed.
+    """Documents from a Hugging Face dataset, streamed: ``NAME[:CONFIG][@SPLIT]`` or ``FOLDER[@SPLIT]``.
 
-    Args:
-        spec: The dataset, ``NAME[:CONFIG][@SPLIT]`` or ``FOLDER[@SPLIT]``; the default split is ``train``.
-        text_field: The name of the column that holds the text.
-        separator: The text between the documents of a row; None: a row is one document.
+    The default split is ``train``. Without a separator each row is one document.
     """
 
     def __init__(self, spec: str, text_field: str, separator: str | None = None) -> None:
-        self._spec = spec
-        self._text_field = text_field
-        self._separator = separator
+        self._spec, self._text_field, self._separator = spec, text_field, separator
         where, _, split = spec.rpartition("@") if "@" in spec else (spec, "", "")
         self._split = split or "train"
         self._path = expanded(where)
@@ -175,54 +150,35 @@ class DatasetCorpus(Corpus):
 
     def documents(self) -> Iterator[str]:
         for row in self.rows():
-            for text in split_text(self._text_of(row) or "", self._separator):
+            for text in split_text(self._text_of(row), self._separator):
                 if text and not text.isspace():
                     yield text
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields the rows of the dataset.
-
-        Raises:
-            UserError: the dataset cannot be read.
-        """
-        dataset = self._load()
-        try:
-            with panics_as_exceptions():
-                yield from dataset
-        except Exception as error:  # what a reader of remote Parquet raises has no common type
-            raise self._failure(error) from error
-
-    def _load(self) -> Any:
+        """Yields the rows of the dataset; a UserError where it cannot be read."""
         try:
             import datasets
         except ImportError as error:
-            message = f"source '{HUB_PREFIX}{self._spec}' needs the package 'datasets'; {_HUB_EXTRA}"
-            raise UserError(message) from error
+            fix = "install it with: pip install 'llada-lightning[hf]'"
+            raise UserError(f"source '{HUB_PREFIX}{self._spec}' needs the package 'datasets'; {fix}") from error
         try:
             with panics_as_exceptions():
-                return datasets.load_dataset(**self._load_args, split=self._split, streaming=True)
-        except Exception as error:  # the library's own mistakes, the hub's, the network's
-            raise self._failure(error) from error
-
-    def _failure(self, error: Exception) -> UserError:
-        reason = one_line(error)
-        return UserError(
-            f"source '{HUB_PREFIX}{self._spec}' cannot be read ({type(error).__name__}: {reason}); "
-            "check the name, configuration, split and network, or give a local folder"
-        )
-
-    def _text_of(self, row: dict[str, Any]) -> str | None:
-        if self._text_field not in row:
+                yield from datasets.load_dataset(**self._load_args, split=self._split, streaming=True)
+        except Exception as error:  # the library's own mistakes, the hub's, the network's, those of remote Parquet
             raise UserError(
-                f"source '{HUB_PREFIX}{self._spec}': no column '{self._text_field}'; it has: {', '.join(row)}; "
-                "name it with --text-field"
-            )
-        text = row[self._text_field]
-        if text is not None and not isinstance(text, str):
-            raise UserError(
-                f"source '{HUB_PREFIX}{self._spec}': column '{self._text_field}' holds {type(text).__name__}, not "
-                "text; name another with --text-field"
-            )
+                f"source '{HUB_PREFIX}{self._spec}' cannot be read ({type(error).__name__}: {shortened(error)}); "
+                "check the name, configuration, split and network, or give a local folder"
+            ) from error
+
+    def _text_of(self, row: dict[str, Any]) -> str:
+        name = self._text_field
+        if name not in row:
+            has = f"no column '{name}'; it has: {', '.join(row)}; name it with --text-field"
+            raise UserError(f"source '{HUB_PREFIX}{self._spec}': {has}")
+        text = "" if row[name] is None else row[name]
+        if not isinstance(text, str):
+            holds = f"column '{name}' holds {type(text).__name__}, not text; name another with --text-field"
+            raise UserError(f"source '{HUB_PREFIX}{self._spec}': {holds}")
         return text
 
 
@@ -251,12 +207,6 @@ def _local_dataset(path: Path) -> dict[str, Any]:
     return {"path": builder, "data_files": str(path)}
 
 
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """Returns the message of an exception as one line of at most ``limit`` characters."""
-    message = " ".join(str(error).split())
-    return message if len(message) <= limit else message[: limit - 1] + "…"
-
-
 def digest_of(facts: dict[str, Any]) -> str:
     """Returns the SHA-256 of facts in sorted order."""
     return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
@@ -267,14 +217,7 @@ def file_identity(list_files: FileLister, facts: dict[str, Any]) -> dict[str, An
 
     Neither the place nor the time of modification counts, so a copy on another machine is the same corpus. Only the
     first and the last 64 KiB of a file are read, which keeps a rerun over a large corpus quick. A change in the middle
-    of a file above 128 KiB that keeps its size is not seen.
-
-    Args:
-        list_files: The function that yields the files.
-        facts: The facts that the digest begins with.
-
-    Raises:
-        UserError: a file cannot be read.
+    of a file above 128 KiB that keeps its size is not seen. The digest begins with that of the given facts.
     """
     digest = hashlib.sha256(digest_of(facts).encode())
     count = total = 0
@@ -299,15 +242,8 @@ def list_folder(
 ) -> Iterator[tuple[str, Path]]:
     """Yields the files under a folder, sorted by relative path, without hidden names and links to folders.
 
-    The names of one folder are held at a time, not those of the whole tree.
-
-    Args:
-        folder: The folder.
-        prefix: The text before the relative paths.
-        keep: The function that decides by its name whether a file or folder (with ``/`` behind it) is listed.
-
-    Raises:
-        UserError: a folder cannot be read.
+    The names of one folder are held at a time, not those of the whole tree. ``keep`` decides by its name whether a file
+    or a folder (with ``/`` behind it) is listed.
     """
     try:
         with os.scandir(folder) as entries:
@@ -325,11 +261,7 @@ def list_folder(
 
 
 def list_path(path: Path) -> Iterator[tuple[str, Path]]:
-    """Yields the files of a folder, or the file itself.
-
-    Raises:
-        UserError: the path is a pipe, a device or a socket, or a folder cannot be read.
-    """
+    """Yields the files of a folder, or the file itself; a UserError for a pipe, a device or a socket."""
     if path.is_dir():
         yield from list_folder(path)
     elif path.exists() and not path.is_file():
@@ -370,8 +302,8 @@ def _generated_corpus(made: GeneratedSource) -> GeneratedCorpus:
 
 SOURCES: dict[str, Callable[[str], Corpus]] = {
     PYTHON_STDLIB: _stdlib_corpus,
-    IgsmSource.kind: lambda source: _generated_corpus(igsm_source(source)),
-    FactsSource.kind: lambda source: _generated_corpus(facts_source(source)),
+    IgsmSource.kind: lambda source: _generated_corpus(IgsmSource.of(source)),
+    FactsSource.kind: lambda source: _generated_corpus(FactsSource.of(source)),
 }
 """The sources that make their own documents: the part of the argument before the first colon -> a function of the whole
 argument that opens the corpus. Files and datasets are none of them: they have fields and separators."""
@@ -391,21 +323,6 @@ def register(prefix: str, opener: Callable[[str], Corpus]) -> None:
     if prefix == HUB_PREFIX.removesuffix(":") or SOURCES.get(prefix, opener) is not opener:
         raise UserError(f"source: the prefix '{prefix}' has a source already; choose another prefix")
     SOURCES[prefix] = opener
-
-
-@dataclass(frozen=True)
-class _FileReader:
-    """Yields the documents of a file by the kind that its name tells."""
-
-    text_field: str
-    separator: str | None
-
-    def __call__(self, path: Path, meter: Meter) -> Iterator[str]:
-        kind, _ = suffixes_of(path)
-        if kind in (".jsonl", ".ndjson", ".json"):
-            texts = json_documents(path, meter, self.text_field)
-            return (document for text in texts for document in split_text(text, self.separator))
-        return text_documents(path, meter, self.separator)
 
 
 def open_corpus(source: str, *, text_field: str = "text", document_separator: str | None = None) -> Corpus:
@@ -432,8 +349,14 @@ def open_corpus(source: str, *, text_field: str = "text", document_separator: st
     path = expanded(source)
     if path.suffix in _TABLE_SUFFIXES:
         raise UserError(f"source '{source}': tables are read as datasets; write '{HUB_PREFIX}{source}'")
-    reader = _FileReader(text_field, document_separator)
     facts = {"kind": "files"}
+
+    def reader(path: Path, meter: Meter) -> Iterator[str]:
+        if suffixes_of(path)[0] in (".jsonl", ".ndjson", ".json"):
+            texts = json_documents(path, meter, text_field)
+            return (document for text in texts for document in split_text(text, document_separator))
+        return text_documents(path, meter, document_separator)
+
     if path.exists():
         return FileCorpus(lambda: list_path(path), reader, skip_binary=path.is_dir(), facts=facts)
     matches = sorted(name for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))

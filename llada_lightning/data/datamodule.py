@@ -1,42 +1,263 @@
-"""The data module of pre-training, which all objectives share."""
+"""The data modules of training: what all of them share, and that of pre-training, for all objectives."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+import resource
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+import torch
+from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
-from llada_lightning.compute.flops import expected_length
+from llada_lightning.compute.flops import MASK_EPS, MAX_BATCH, expected_length
+from llada_lightning.compute.shapes import MAX_WIDTH
+from llada_lightning.data import TOKENIZER_NAME, TokenizerInfo
 from llada_lightning.data.datasets import (
-    ForwardProcess,
     OrdinalSampler,
     StridedSampler,
     TokenStream,
     TrainingDataset,
     ValidationDataset,
+    take_batch,
 )
-from llada_lightning.data.integrity import check_shards
-from llada_lightning.data.language_datamodule import LanguageDataModule
 from llada_lightning.data.manifest import (
-    TOKENIZER_NAME,
+    TOLERATED_LOSS,
     Manifest,
-    TokenizerInfo,
     check_sequence_length,
-    local_path,
     read_manifest,
     read_tokenizer_text,
 )
 from llada_lightning.data.order import WINDOW_SHARDS, Mixture
-from llada_lightning.run import sequences_read
+from llada_lightning.data.shards import check_shards
+from llada_lightning.objectives.forward_process import TimeSampling
+from llada_lightning.run import Stream, sequences_read
+from llada_lightning.settings import MAX_PROCESSES
+from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import local_path
+
+
+class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
+    """Training and validation sequences with their noise, both pure functions of (seed, ordinal).
+
+    The number of devices, workers and micro-batches changes no result, and a resumed run needs only its step.
+
+    Args:
+        sequence_length: The number of tokens of a sequence (L).
+        global_batch: The number of sequences of an optimizer step, exactly; null: by the rule of `rules.batch`.
+        micro_batch: The number of sequences of a forward pass on one device; null: the global batch divided by devices
+            and accumulation.
+        val_sequences: The largest number of validation sequences (of dialogues, for fine-tuning), the same for every
+            run; null: no limit.
+        val_batch: The number of sequences of a validation batch on one device; null: the micro-batch.
+        mask_eps: The smallest mask probability of the forward process.
+        time_sampling: How the mask ratios t are drawn: stratified over the global batch (weyl), or independently (iid).
+        workers: The number of loader processes; 0: the training process loads; null: 2 on a GPU, else 0.
+        seed: The seed of order and noise; null: the seed of the run.
+        val_seed: The seed that chooses the validation sequences and their noise, shared by runs that are compared.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+
+    document_mask = False
+
+    def __init__(
+        self,
+        sequence_length: int,
+        global_batch: int | None = None,
+        micro_batch: int | None = None,
+        val_sequences: int | None = 512,
+        val_batch: int | None = None,
+        mask_eps: float = MASK_EPS,
+        time_sampling: TimeSampling = "weyl",
+        workers: int | None = None,
+        seed: int | None = None,
+        val_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        ranges = {
+            "sequence_length": (sequence_length, 1, MAX_WIDTH),
+            "global_batch": (global_batch, 1, MAX_BATCH),
+            "micro_batch": (micro_batch, 1, MAX_BATCH),
+            "val_sequences": (val_sequences, 1, math.inf),
+            "val_batch": (val_batch, 1, MAX_BATCH),
+            "workers": (workers, 0, MAX_PROCESSES),
+        }
+        for name, (value, least, most) in ranges.items():
+            if value is not None and value < least:
+                raise UserError(f"data.{name}: {value} must be at least {least}")
+            if value is not None and value > most:
+                raise UserError(f"data.{name}: {value} must be at most {most}")
+        if not 0 < mask_eps < 1:
+            raise UserError(f"data.mask_eps: {mask_eps} must lie between 0 and 1")
+        self.sequence_length, self.global_batch = sequence_length, global_batch
+        self._micro_batch, self._val_batch = micro_batch, val_batch
+        self.val_sequences = val_sequences
+        self.mask_eps, self.time_sampling, self.workers = mask_eps, time_sampling, workers
+        self.seed, self.val_seed = seed or 0, val_seed
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> TokenizerInfo:
+        """Vocabulary size, special ids and fingerprint of the one tokenizer."""
+
+    @abstractmethod
+    def tokenizer_files(self) -> dict[str, str]:
+        """The tokenizer's files that the folder of a run keeps: file name -> text."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """The hash of all data that is trained and validated on."""
+
+    @property
+    @abstractmethod
+    def tokens_per_sequence(self) -> float:
+        """The expected number of tokens of a training sequence."""
+
+    @property
+    @abstractmethod
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of the validation text for each of its tokens."""
+
+    @property
+    def lost_share(self) -> float:
+        """The share of the validation text's bytes that its tokens do not decode to, as far as it is known."""
+        return 0.0
+
+    @property
+    def attended_length(self) -> int:
+        """The mean number of positions that a token attends to, as the FLOPs count them."""
+        return self.sequence_length
+
+    @property
+    def response_share(self) -> float:
+        """The share of the tokens that the forward process may mask."""
+        return 1.0
+
+    @property
+    def wanted_steps(self) -> int | None:
+        """The number of optimizer steps, where the settings of the data module decide it."""
+        return None
+
+    @abstractmethod
+    def unique_tokens(self, steps: int) -> int:
+        """The number of distinct tokens that a run of ``steps`` steps reads."""
+
+    @abstractmethod
+    def epochs(self, steps: int) -> float:
+        """The number of passes of ``steps`` steps over the part of the data that is repeated most."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuses data that is missing, damaged or too small to be trained on."""
+
+    def setup(self, stage: str | None = None) -> None:
+        self.check()
+
+    @property
+    def batch(self) -> int:
+        """The number of sequences of an optimizer step; an AssertionError before the run is resolved."""
+        assert self.global_batch is not None, "the run has not been resolved"
+        return self.global_batch
+
+    @property
+    def expected_tokens_per_step(self) -> float:
+        """The expected number of tokens of a global batch."""
+        return self.batch * self.tokens_per_sequence
+
+    def stream_facts(self, vocab_size: int) -> Stream:
+        """Returns the facts of the data from which a run is resolved; ``vocab_size`` is the output head's."""
+        return Stream(
+            vocab_size=vocab_size,
+            sequence_length=self.sequence_length,
+            mask_eps=self.mask_eps,
+            tokens_per_sequence=self.tokens_per_sequence,
+            attended_length=self.attended_length,
+            response_share=self.response_share,
+        )
+
+    def bits_per_byte(self, nats_per_token: float) -> float | None:
+        """The bits per byte of a loss on the validation text; None where the tokens do not decode to that text."""
+        if self.lost_share > TOLERATED_LOSS:
+            return None
+        return nats_per_token / self.bytes_per_token / math.log(2)
+
+    @property
+    def micro_batch(self) -> int:
+        """The number of sequences of a forward pass on one device, for which the global batch is exact."""
+        assert self.trainer is not None
+        return self.exact_micro_batch(self._replica[1], self.trainer.accumulate_grad_batches)
+
+    def exact_micro_batch(self, devices: int, accumulation: int) -> int:
+        """Returns :attr:`micro_batch` for a number of devices that read different sequences and of accumulated batches.
+
+        Raises:
+            UserError: no micro-batch fits, or the given one does not; the message names the nearest choices.
+        """
+        per_step = (self._micro_batch or 1) * devices
+        if self._micro_batch is None and self.batch % (devices * accumulation) == 0:
+            return self.batch // (devices * accumulation)
+        if self._micro_batch is not None and per_step * accumulation == self.batch:
+            return self._micro_batch
+        if self._micro_batch is not None and self.batch % per_step == 0:
+            fix = f"set --trainer.accumulate_grad_batches {self.batch // per_step}"
+        else:
+            lower = max(1, self.batch // per_step)
+            fix = (
+                f"nearest global batches: {lower * per_step} or {(lower + 1) * per_step} with accumulation {lower} or "
+                f"{lower + 1}"
+            )
+        given = (
+            f"micro-batch {self._micro_batch or '(whole number)'} x {devices} device(s) x accumulation {accumulation}"
+        )
+        raise UserError(f"data.global_batch: {self.batch} is not {given}; {fix}")
+
+    @property
+    def _replica(self) -> tuple[int, int]:
+        """The rank among the processes that read different sequences (a tensor-parallel group is one), their number."""
+        assert self.trainer is not None
+        place = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return place["rank"], place["num_replicas"]
+
+    def loader_workers(self, trainer: Trainer) -> int:
+        """Returns the number of processes of each loader: as given, else 2 on a GPU and 0 elsewhere."""
+        if self.workers is not None:
+            return self.workers
+        return 2 if trainer.strategy.root_device.type == "cuda" else 0
+
+    def _training_loader(self, dataset: Any) -> DataLoader:
+        assert self.trainer is not None
+        sampler = OrdinalSampler(self.trainer.global_step, self.batch, self.micro_batch, *self._replica)
+        return self._loader(dataset, sampler)
+
+    def _validation_loader(self, dataset: Any, sequences: int) -> DataLoader:
+        return self._loader(dataset, StridedSampler(sequences, self._val_batch or self.micro_batch, *self._replica))
+
+    def _loader(self, dataset: Any, sampler: Any) -> DataLoader:
+        assert self.trainer is not None
+        workers = self.loader_workers(self.trainer)
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=take_batch,
+            num_workers=workers,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            persistent_workers=workers > 0,
+            # A generator of its own: the loader draws worker seeds, which must not move the global generator.
+            generator=torch.Generator().manual_seed(0),
+        )
 
 
 class TokenDataModule(LanguageDataModule):
     """Streams sequences of fixed length from one prepared corpus, or from a weighted mixture of several.
-
-    Order and noise are pure functions of (seed, ordinal): the number of devices, workers and micro-batches changes no
-    result, and a resumed run needs only its step.
 
     Args:
         path: The folder (or URL) that `llada prepare` wrote, or a mapping from such folders to mixture weights.
@@ -74,29 +295,25 @@ class TokenDataModule(LanguageDataModule):
         self.weights = {path: 1.0} if isinstance(path, str) else dict(path)
         self.random_length_share, self.window_shards = random_length_share, window_shards
         self.document_mask = document_mask
-        self._manifests: list[Manifest] | None = None
 
-    @property
+    @cached_property
     def manifests(self) -> list[Manifest]:
-        """The manifest of each source, read once.
+        """The manifest of each source.
 
         Raises:
             UserError: a manifest is missing or damaged, or the sources have different tokenizers.
         """
-        if self._manifests is None:
-            self._manifests = [read_manifest(folder) for folder in self.weights]
-            first, *others = self._manifests
-            for folder, manifest in zip(list(self.weights)[1:], others, strict=True):
-                if manifest.tokenizer.fingerprint != first.tokenizer.fingerprint:
-                    raise UserError(
-                        f"data.path: '{folder}' was prepared with another tokenizer than the mixture's first source; "
-                        "prepare it again with --tokenizer of the first"
-                    )
-        return self._manifests
+        manifests = [read_manifest(folder) for folder in self.weights]
+        for folder, manifest in zip(self.weights, manifests, strict=True):
+            if manifest.tokenizer.fingerprint != manifests[0].tokenizer.fingerprint:
+                raise UserError(
+                    f"data.path: '{folder}' was prepared with another tokenizer than the mixture's first source; "
+                    "prepare it again with --tokenizer of the first"
+                )
+        return manifests
 
     @property
     def tokenizer(self) -> TokenizerInfo:
-        """Vocabulary size, special ids and fingerprint of the one tokenizer of all sources."""
         return self.manifests[0].tokenizer
 
     def tokenizer_files(self) -> dict[str, str]:
@@ -112,7 +329,6 @@ class TokenDataModule(LanguageDataModule):
 
     @property
     def tokens_per_sequence(self) -> float:
-        """The expected number of tokens of a training sequence: below L, because some have a random length."""
         return expected_length(self.sequence_length, self.random_length_share)
 
     @property
@@ -124,15 +340,12 @@ class TokenDataModule(LanguageDataModule):
 
     @property
     def lost_share(self) -> float:
-        """The share of the validation text's bytes that its tokens do not decode to: the largest of all sources."""
         return max(manifest.splits["val"].lost_share for manifest in self.manifests)
 
     def unique_tokens(self, steps: int) -> int:
-        """The number of distinct tokens (of full sequences) that a run of ``steps`` steps reads."""
         return sum(min(read, items) for read, items in self._read_of(steps)) * self.sequence_length
 
     def epochs(self, steps: int) -> float:
-        """The number of passes of a run of ``steps`` steps over the source that it repeats most."""
         return max(read / items for read, items in self._read_of(steps))
 
     def _read_of(self, steps: int) -> list[tuple[int, int]]:
@@ -155,55 +368,65 @@ class TokenDataModule(LanguageDataModule):
             check_sequence_length(manifest, self.sequence_length)
 
     def train_dataloader(self) -> DataLoader:
-        assert self.trainer is not None
-        process = ForwardProcess(self.seed, self.mask_eps, self.time_sampling, self.random_length_share)
-        dataset = TrainingDataset(
-            self._stream("train", self.seed, self._train_sequences()),
-            process,
-            self.tokenizer.eos_id,
-            self.batch,
-            self.micro_batch,
-            self.document_mask,
+        return self._training_loader(
+            TrainingDataset(
+                self._stream("train", self.seed, self._train_sequences()),
+                seed=self.seed,
+                mask_eps=self.mask_eps,
+                time_sampling=self.time_sampling,
+                random_length_share=self.random_length_share,
+                eos_token_id=self.tokenizer.eos_id,
+                global_batch=self.batch,
+                micro_batch=self.micro_batch,
+                document_mask=self.document_mask,
+            )
         )
-        sampler = OrdinalSampler(self.trainer.global_step, self.batch, self.micro_batch, *self._replica)
-        return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> DataLoader:
-        assert self.trainer is not None
         stream = self._stream("val", self.val_seed)
-        sequences = available_sequences(stream, self.val_sequences)
-        batch = self._val_batch or self.micro_batch
-        sampler = StridedSampler(sequences, batch, *self._replica)
+        totals = np.array([order.items for order in stream.orders])
+
+        def repeats(sequences: int) -> bool:  # any source
+            return bool((stream.mixture.consumed(sequences) > totals).any())
+
+        sequences = bisect_left(range(1, int(totals.sum()) + 2), True, key=repeats)
+        if self.val_sequences is not None:
+            sequences = min(sequences, self.val_sequences)
         dataset = ValidationDataset(stream, sequences, self.val_seed, self.tokenizer.eos_id, self.document_mask)
-        return self._loader(dataset, sampler)
+        return self._validation_loader(dataset, sequences)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
     def _stream(self, split: str, seed: int, limits: list[int] | None = None) -> TokenStream:
+        # litdata takes ~ and file:// resolved, and its own prefix local: kept.
+        folders = [f if f.startswith("local:") else local_path(f) or f for f in self.weights]
         return TokenStream(
-            folders=[_for_litdata(folder) for folder in self.weights],
-            manifests=self.manifests,
-            split=split,
-            weights=list(self.weights.values()),
-            sequence_length=self.sequence_length,
-            seed=seed,
-            window_shards=self.window_shards,
-            limits=limits,
+            [folder.rstrip("/") for folder in folders],
+            self.manifests,
+            split,
+            list(self.weights.values()),
+            self.sequence_length,
+            seed,
+            self.window_shards,
+            limits,
         )
 
 
-def _for_litdata(folder: str) -> str:
-    """A folder as litdata takes it: ``~`` and ``file://`` resolved; its own prefix ``local:`` kept."""
-    return (folder if folder.startswith("local:") else local_path(folder) or folder).rstrip("/")
+def require_open_files(workers: int) -> None:
+    """Raises the limit of open files of this process to what the workers of a loader need; else they hang or die.
 
-
-def available_sequences(stream: TokenStream, wanted: int | None) -> int:
-    """Returns the number of validation sequences before any source repeats, at most ``wanted``."""
-    totals = [order.items for order in stream.orders]
-    low, high = 0, sum(totals) + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = all(c <= t for c, t in zip(stream.consumed_items(middle), totals, strict=True))
-        low, high = (middle, high) if fits else (low, middle)
-    return low if wanted is None else min(low, wanted)
+    Raises:
+        UserError: the system does not allow it.
+    """
+    needed = 64 + 64 * workers  # of this process with its libraries, and of the batches that each worker passes to it
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if workers == 0 or soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"data.workers: {workers} given, which needs {needed} open files, but the limit is {soft}; raise it "
+            f"(ulimit -n {needed}), or give --data.workers 0"
+        ) from error

@@ -1,12 +1,16 @@
-"""Map-style data sets from ordinals to batches: tokens from litdata shards, noise from counters."""
+"""Data sets from ordinals to batches, of sequences and of dialogues, and the samplers that give the ordinals.
+
+Noise is a pure function of (seed, ordinal), so whole batches are made of nothing but a list of ordinals.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -19,22 +23,10 @@ from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch, s
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.support.errors import UserError
 
+if TYPE_CHECKING:
+    from llada_lightning.data.dialogues import Pairs
 
-@dataclass(frozen=True)
-class ForwardProcess:
-    """The settings of the noise of pre-training (see ``objectives.forward_process``).
-
-    Args:
-        seed: The seed of the noise.
-        eps: The smallest mask probability.
-        time_sampling: How the mask ratios are drawn.
-        random_length_share: The share of the sequences that are cut to a random length.
-    """
-
-    seed: int
-    eps: float
-    time_sampling: TimeSampling
-    random_length_share: float
+Ints = npt.NDArray[np.int64]
 
 
 class TokenStream:
@@ -64,16 +56,15 @@ class TokenStream:
     ) -> None:
         self.sequence_length, self._vocab_size = sequence_length, manifests[0].tokenizer.vocab_size
         self.mixture = Mixture(weights)
-        shards = [manifest.splits[split].shards for manifest in manifests]
         self.orders = [
             EpochOrder(
-                [shard.tokens // sequence_length for shard in own],
+                [shard.tokens // sequence_length for shard in manifest.splits[split].shards],
                 seed,
                 source,
                 window_shards,
                 None if limits is None else limits[source],
             )
-            for source, own in enumerate(shards)
+            for source, manifest in enumerate(manifests)
         ]
         self._documents: dict[tuple[int, int], int] = {}
         self._readers = [
@@ -108,10 +99,6 @@ class TokenStream:
 
         It is the position of the document's first token, behind the last EOS before the sequence. EOS ends every
         document.
-
-        Args:
-            ordinal: The ordinal of the sequence.
-            eos_token_id: The id of EOS.
         """
         source, item = self.locate(ordinal)
         begin, passed = self._place(source, 0), []
@@ -132,49 +119,37 @@ class TokenStream:
         """The position of the first token of a sequence, counted over all sources."""
         return (sum(order.items for order in self.orders[:source]) + item) * self.sequence_length
 
-    def consumed_items(self, ordinals: int) -> list[int]:
-        """Returns the number of sequences of each source among the first ``ordinals``, repeats counted."""
-        return [int(count) for count in self.mixture.consumed(ordinals)]
 
-
+@dataclass(eq=False)
 class TrainingDataset(Dataset[TrainingBatch]):
-    """The micro-batch of a list of ordinals.
+    """The micro-batch of a list of ordinals, with noise of a seed; the settings are those of ``TokenDataModule``."""
 
-    Args:
-        stream: The sequences of the training split.
-        process: The settings of the noise.
-        eos_token_id: The id of EOS.
-        global_batch: The number of sequences of an optimizer step.
-        micro_batch: The number of sequences of a micro-batch.
-        document_mask: Whether the batch tells which token belongs to which document.
-    """
-
-    def __init__(
-        self,
-        stream: TokenStream,
-        process: ForwardProcess,
-        eos_token_id: int,
-        global_batch: int,
-        micro_batch: int,
-        document_mask: bool = False,
-    ) -> None:
-        self.stream, self.process, self.eos_token_id = stream, process, eos_token_id
-        self.global_batch, self.micro_batch, self.document_mask = global_batch, micro_batch, document_mask
+    stream: TokenStream
+    seed: int
+    mask_eps: float
+    time_sampling: TimeSampling
+    random_length_share: float
+    eos_token_id: int
+    global_batch: int
+    micro_batch: int
+    document_mask: bool = False
 
     def __getitems__(self, ordinals: list[int]) -> TrainingBatch:
         n_B = np.asarray(ordinals, dtype=np.int64)
-        length, process = self.stream.sequence_length, self.process
+        length = self.stream.sequence_length
         lengths_B = self._lengths(n_B)
-        t_B = forward_process.mask_ratio(process.seed, n_B, process.time_sampling)
-        p_B = forward_process.mask_probability(t_B, process.eps)
-        masked_BL = torch.from_numpy(forward_process.random_mask(process.seed, n_B, p_B, length))
+        t_B = forward_process.mask_ratio(self.seed, n_B, self.time_sampling)
+        p_B = forward_process.mask_probability(t_B, self.mask_eps)
+        masked_BL = torch.from_numpy(forward_process.random_mask(self.seed, n_B, p_B, length))
         tokens_BL = self.stream.tokens(ordinals)
         attention_mask_BL = None
         if (lengths_B < length).any():
-            attention_mask_BL = torch.arange(length)[None] < torch.from_numpy(lengths_B)[:, None]
+            attention_mask_BL = _between(0 * lengths_B, lengths_B, length)
             tokens_BL = tokens_BL.masked_fill(~attention_mask_BL, self.eos_token_id)
             masked_BL = masked_BL & attention_mask_BL
-        global_tokens = self._global_tokens(int(n_B[0]))
+        # Every rank knows the tokens of the global batch without communication.
+        first = int(n_B[0]) - int(n_B[0]) % self.global_batch
+        global_tokens = int(self._lengths(np.arange(first, first + self.global_batch)).sum())
         scored_M, scored = scored_positions(masked_BL)
         return TrainingBatch(
             tokens_BL=tokens_BL,
@@ -189,33 +164,23 @@ class TrainingDataset(Dataset[TrainingBatch]):
             documents_BL=document_numbers(tokens_BL, self.eos_token_id) if self.document_mask else None,
         )
 
-    def _lengths(self, ordinals_B: np.ndarray) -> np.ndarray:
-        return forward_process.random_lengths(
-            self.process.seed, ordinals_B, self.stream.sequence_length, self.process.random_length_share
-        )
-
-    def _global_tokens(self, ordinal: int) -> int:
-        """The number of tokens of the global batch of an ordinal, which every rank knows without communication."""
-        first = ordinal - ordinal % self.global_batch
-        return int(self._lengths(np.arange(first, first + self.global_batch)).sum())
+    def _lengths(self, ordinals_B: Ints) -> Ints:
+        length, share = self.stream.sequence_length, self.random_length_share
+        return forward_process.random_lengths(self.seed, ordinals_B, length, share)
 
 
+@dataclass(eq=False)
 class ValidationDataset(Dataset[ValidationBatch]):
     """The validation batch of a list of ordinals, with the masks of Eq. 14.
 
-    Args:
-        stream: The sequences of the validation split.
-        sequences: The number of validation sequences; the rows of larger ordinals only fill the batch.
-        noise_seed: The seed of the masks.
-        eos_token_id: The id of EOS.
-        document_mask: Whether the batch tells which token belongs to which document.
+    Ordinals from the number of sequences on only fill the batch.
     """
 
-    def __init__(
-        self, stream: TokenStream, sequences: int, noise_seed: int, eos_token_id: int, document_mask: bool = False
-    ) -> None:
-        self.stream, self.sequences, self.noise_seed = stream, sequences, noise_seed
-        self.eos_token_id, self.document_mask = eos_token_id, document_mask
+    stream: TokenStream
+    sequences: int
+    noise_seed: int
+    eos_token_id: int
+    document_mask: bool = False
 
     def __getitems__(self, ordinals: list[int]) -> ValidationBatch:
         n_B = np.asarray(ordinals, dtype=np.int64)
@@ -244,26 +209,141 @@ def document_numbers(tokens_BL: Tensor, eos_token_id: int) -> Tensor:
     return ends_BL.cumsum(dim=1) - ends_BL
 
 
+# --- dialogues: prompts with responses --------------------------------------------------------------------------------
+
+
+class PairStream:
+    """The pair of each ordinal: an epoch reads each dialogue once, in an order by the seed, and draws one of its pairs.
+
+    Args:
+        pairs: All pairs.
+        dialogues_N: (N,) int64: The dialogues of the split.
+        seed: The seed of the order and of the drawn turns.
+        pad_together: The number of ordinals, from a multiple of it on, that are padded to the longest pair of them.
+    """
+
+    def __init__(self, pairs: Pairs, dialogues_N: Ints, seed: int, pad_together: int) -> None:
+        self.pairs, self.dialogues_N, self.seed, self.pad_together = pairs, dialogues_N, seed, pad_together
+        self._order = EpochOrder([len(dialogues_N)], seed)
+
+    def drawn(self, ordinals: Ints) -> Ints:
+        """Returns the pair of each ordinal: (B,) int64."""
+        items = [self._order.item(int(n)) for n in ordinals]
+        return self.pairs.drawn(self.dialogues_N[items], self.seed, ordinals)
+
+    def padded_lengths(self, ordinals: Ints) -> Ints:
+        """Returns the number of tokens of each ordinal's pair with its padding EOS: (B,) int64.
+
+        Groups are formed by ordinals, not by micro-batches, so that devices and accumulation change nothing.
+        """
+        first = ordinals - ordinals % self.pad_together
+        groups = np.unique(first)
+        members = (groups[:, None] + np.arange(self.pad_together)).ravel()
+        lengths = self.pairs.lengths[self.drawn(members)].reshape(len(groups), -1).max(axis=1)
+        return lengths[np.searchsorted(groups, first)]
+
+
+@dataclass(eq=False)
+class PairDataset(Dataset[TrainingBatch]):
+    """The micro-batch of a list of ordinals. Prompts are never masked; padding EOS is response (Algorithm 2)."""
+
+    stream: PairStream
+    eos_id: int
+    mask_eps: float
+    time_sampling: TimeSampling
+    global_batch: int
+    _tokens_of_step: dict[int, int] = field(default_factory=dict, init=False)
+    """The tokens of the last step alone, whose micro-batches ask for the same."""
+
+    def __getitems__(self, ordinals: list[int]) -> TrainingBatch:
+        n_B = np.asarray(ordinals, dtype=np.int64)
+        stream, seed = self.stream, self.stream.seed
+        pairs_B, padded_B = stream.drawn(n_B), stream.padded_lengths(n_B)
+        prompts_B, lengths_B = stream.pairs.prompts_P[pairs_B], stream.pairs.lengths[pairs_B]
+        length = int(padded_B.max())
+        p_B = forward_process.mask_probability(forward_process.mask_ratio(seed, n_B, self.time_sampling), self.mask_eps)
+        masked_BL = torch.from_numpy(forward_process.random_mask(seed, n_B, p_B, length))
+        masked_BL &= _between(prompts_B, padded_B, length)
+        step = int(n_B[0]) // self.global_batch
+        if step not in self._tokens_of_step:
+            of_step = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
+            self._tokens_of_step = {step: int(stream.padded_lengths(of_step).sum())}
+        scored_M, scored = scored_positions(masked_BL)
+        return TrainingBatch(
+            tokens_BL=stream.pairs.rows(pairs_B, self.eos_id, length),
+            attention_mask_BL=None if (padded_B == length).all() else _between(0 * padded_B, padded_B, length),
+            masked_BL=masked_BL,
+            p_B=torch.from_numpy(p_B).float(),
+            ordinals_B=torch.from_numpy(n_B),
+            scored_M=scored_M,
+            scored=scored,
+            denominator=float(len(n_B)),
+            global_tokens=self._tokens_of_step[step],
+            response_BL=_between(prompts_B, lengths_B, length),
+            response_lengths_B=torch.from_numpy(padded_B - prompts_B),
+        )
+
+
+@dataclass(eq=False)
+class PairValidationDataset(Dataset[ValidationBatch]):
+    """The validation batch of a list of ordinals: each response with its EOS, unpadded, masked as in Eq. 6.
+
+    So a masked objective knows the length of the response, as in the paper's likelihoods, and autoregression does not.
+    The turns, as the masks, are drawn by the seed.
+    """
+
+    pairs: Pairs
+    dialogues_N: Ints
+    seed: int
+    eos_id: int
+
+    def __getitems__(self, ordinals: list[int]) -> ValidationBatch:
+        n_B = np.asarray(ordinals, dtype=np.int64)
+        counted_B = n_B < len(self.dialogues_N)
+        n_B = np.where(counted_B, n_B, 0)
+        pairs_B = self.pairs.drawn(self.dialogues_N[n_B], self.seed, n_B)
+        prompts_B, lengths_B = self.pairs.prompts_P[pairs_B], self.pairs.lengths[pairs_B]
+        length = int(lengths_B.max())
+        masked_BL = torch.zeros(len(n_B), length, dtype=torch.bool)
+        for row, n, begin, end in zip(masked_BL, n_B, prompts_B, lengths_B, strict=True):
+            count = forward_process.stratified_mask_counts(self.seed, n[None], int(end - begin))
+            own = forward_process.fixed_count_mask(self.seed, n[None], count, int(end - begin))
+            row[begin:end] = torch.from_numpy(own[0])
+        return ValidationBatch(
+            tokens_BL=self.pairs.rows(pairs_B, self.eos_id, length),
+            masked_BL=masked_BL,
+            counted_B=torch.from_numpy(counted_B),
+            documents_B=torch.from_numpy(self.dialogues_N[n_B]),
+            attention_mask_BL=_between(0 * lengths_B, lengths_B, length),
+            response_BL=_between(prompts_B, lengths_B, length),
+        )
+
+
+def _between(begin_B: Ints, end_B: Ints, length: int) -> Tensor:
+    """(B, length) bool: begin <= position < end."""
+    positions_L = np.arange(length)[None]
+    return torch.from_numpy((positions_L >= begin_B[:, None]) & (positions_L < end_B[:, None]))
+
+
+# --- the ordinals of each rank ----------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
 class OrdinalSampler(Sampler[list[int]]):
     """The ordinals of each micro-batch of one rank, from a step on, without end.
 
     Step s consumes the ordinals sG to sG + G - 1. Micro-batch a of rank r takes the (a * ranks + r)-th run of
-    ``micro_batch`` ordinals, so that ranks and accumulation only cut the same global batch.
-
-    Args:
-        first_step: The first optimizer step.
-        global_batch: The number of sequences of an optimizer step (G).
-        micro_batch: The number of sequences of a micro-batch.
-        rank: The rank of this process among those that read different sequences.
-        ranks: The number of these processes.
+    ``micro_batch`` ordinals, so that ranks and accumulation only cut the same global batch (of G sequences).
     """
 
-    def __init__(self, first_step: int, global_batch: int, micro_batch: int, rank: int, ranks: int) -> None:
-        assert global_batch % (micro_batch * ranks) == 0
-        self.first_step, self.global_batch, self.micro_batch = first_step, global_batch, micro_batch
-        self.rank, self.ranks = rank, ranks
+    first_step: int
+    global_batch: int
+    micro_batch: int
+    rank: int
+    ranks: int
 
     def __iter__(self) -> Iterator[list[int]]:
+        assert self.global_batch % (self.micro_batch * self.ranks) == 0
         step = self.first_step
         while True:
             start, end = step * self.global_batch, (step + 1) * self.global_batch
@@ -272,20 +352,17 @@ class OrdinalSampler(Sampler[list[int]]):
             step += 1
 
 
+@dataclass(eq=False)
 class StridedSampler(Sampler[list[int]]):
     """The ordinals 0 to ``sequences`` - 1 of one rank in batches.
 
     Every rank has the same number of full batches, so that the last ordinals may be past the end.
-
-    Args:
-        sequences: The number of validation sequences.
-        batch: The number of sequences of a batch.
-        rank: The rank of this process among those that read different sequences.
-        ranks: The number of these processes.
     """
 
-    def __init__(self, sequences: int, batch: int, rank: int, ranks: int) -> None:
-        self.sequences, self.batch, self.rank, self.ranks = sequences, batch, rank, ranks
+    sequences: int
+    batch: int
+    rank: int
+    ranks: int
 
     def __len__(self) -> int:
         return -(-self.sequences // (self.batch * self.ranks))

@@ -1,18 +1,26 @@
-"""Dialogues for supervised fine-tuning: rows of JSONL files or of Hugging Face datasets, checked.
+"""Dialogues for supervised fine-tuning (paper, Sec. 2.3): rows as messages, and messages as tokens.
 
-No field of a row changes its meaning in silence. :func:`dialogue` says which fields are read; of the others, by
-``row_fields``, some are refused and some are named in a note. A field that belongs to another form of a row may only
-repeat what the messages say.
+No field of a row changes its meaning in silence: :func:`dialogue` says which fields are read, and ``text_files`` which
+of the others are refused. A field that belongs to another form of a row may only repeat what the messages say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast, get_args
 
-from llada_lightning.data.chat import Message, Role
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from llada_lightning.data.chat import ChatTemplate, Message, Role
 from llada_lightning.data.corpora import HUB_PREFIX, DatasetCorpus, list_path
 from llada_lightning.data.text_files import Meter, UnreadFields, json_records, present_fields, some, without_surrogates
+from llada_lightning.objectives import noise
+from llada_lightning.objectives.noise import Stream
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded
 from llada_lightning.support.printing import shortened
@@ -38,10 +46,8 @@ class Context(Message):
 def read_dialogues(source: str) -> Iterator[tuple[str, list[Message]]]:
     """Yields the place of each row, for messages, and its dialogue, which ends with an answer.
 
-    A note on stderr names the fields that are not read.
-
-    Args:
-        source: The path of a JSONL file (compressed or not) or of a folder of them, or ``hf:NAME[:CONFIG][@SPLIT]``.
+    A note on stderr names the fields that are not read. The source is a JSONL file (compressed or not), a folder of
+    them, or ``hf:NAME[:CONFIG][@SPLIT]``.
 
     Raises:
         UserError: there is no such source, or a row is not a dialogue; the message names the row.
@@ -72,12 +78,7 @@ def dialogue(row: Any, where: str, unread: UnreadFields | None = None) -> list[M
     of texts: ``prompt`` and ``response``, ``question`` and ``answer``, ``instruction`` and ``output``. Alpaca's
     ``input`` follows its instruction behind an empty line. ``system`` or ``system_prompt``, beside any of them, is the
     system's message. ``history``, beside a pair, is a list of earlier [prompt, response] pairs, which are turns of the
-    dialogue like the last one. An answer whose ``weight`` is 0 is a :class:`Context`.
-
-    Args:
-        row: The row.
-        where: The place of the row, for messages.
-        unread: The counter that the fields of the row which are not read are added to.
+    dialogue like the last one. An answer of ``weight`` 0 is a :class:`Context`. ``unread`` counts what is not read.
 
     Raises:
         UserError: fields are missing, empty, unknown or contradict one another, or the turns are not in this order.
@@ -230,3 +231,116 @@ def answered_turns(messages: Sequence[Message]) -> list[list[Message]]:
     """
     learned = (i for i, message in enumerate(messages) if message.role == "assistant" and type(message) is not Context)
     return [list(messages[: i + 1]) for i in learned]
+
+
+# --- as tokens --------------------------------------------------------------------------------------------------------
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """All P single-turn pairs of N dialogues, one behind the other, in memory.
+
+    Args:
+        tokens_T: (T,) int32: The prompt and response of each pair, and the EOS that ends it.
+        starts_P: (P + 1,) int64: The position of each pair's beginning in ``tokens_T``.
+        prompts_P: (P,) int64: The number of tokens of each prompt.
+        first_N: (N + 1,) int64: The first pair of each dialogue.
+        bytes_P: (P,) int64: The UTF-8 bytes of each response.
+        lost_P: (P,) int64: The number of these bytes that the response's tokens do not decode to.
+        dropped: The number of dialogues that were left out because they do not fit.
+    """
+
+    tokens_T: npt.NDArray[np.int32]
+    starts_P: Ints
+    prompts_P: Ints
+    first_N: Ints
+    bytes_P: Ints
+    lost_P: Ints
+    dropped: int = 0
+
+    @property
+    def dialogues(self) -> int:
+        """The number of dialogues (N)."""
+        return len(self.first_N) - 1
+
+    @property
+    def lengths(self) -> Ints:
+        """The number of tokens of each pair, its EOS included: (P,) int64."""
+        return np.diff(self.starts_P)
+
+    def drawn(self, dialogues: Ints, seed: int, ordinals: Ints) -> Ints:
+        """Returns one pair of each of (B,) dialogues, drawn uniformly by seed and ordinal (App. B.1): (B,) int64."""
+        u = noise.uniform_by_ordinal(seed, Stream.TURN, ordinals)[:, 0]
+        first, turns = self.first_N[dialogues], self.first_N[dialogues + 1] - self.first_N[dialogues]
+        return first + np.floor(u * turns).astype(np.int64)
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of the tokens and of their division into pairs."""
+        digest = hashlib.sha256()
+        for array in (self.tokens_T, self.starts_P, self.prompts_P, self.first_N):
+            digest.update(np.ascontiguousarray(array).tobytes() + b"|")
+        return digest.hexdigest()
+
+    def rows(self, pairs: Ints, eos_id: int, length: int) -> Tensor:
+        """Returns the tokens of pairs, padded with EOS: (B, length) int64."""
+        tokens_BL = torch.full((len(pairs), length), eos_id)
+        for row, pair in zip(tokens_BL, pairs, strict=True):
+            own = self.tokens_T[self.starts_P[pair] : self.starts_P[pair + 1]]
+            row[: len(own)] = torch.from_numpy(own.astype(np.int64))
+        return tokens_BL
+
+
+def tokenize_pairs(
+    dialogues: Iterable[tuple[str, Sequence[Message]]],
+    template: ChatTemplate,
+    eos_id: int,
+    sequence_length: int,
+    drop_long: bool = False,
+) -> Pairs:
+    """Returns the pairs of dialogues (each behind its place), which EOS ends and which are no longer than a context.
+
+    ``drop_long``: whether dialogues with a longer pair are left out instead of refused.
+
+    Raises:
+        UserError: the template refuses a dialogue, a pair is too long, or no dialogue is left.
+    """
+    tokens: list[npt.NDArray[np.int32]] = []
+    prompts, sizes, losses, turns = [], [], [], []
+    dropped = 0
+    for where, messages in dialogues:
+        try:
+            answered = answered_turns(messages)
+            encoded = [template.turn_ids(turn) for turn in answered]
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        pairs = [(prompt, answer if answer[-1:] == [eos_id] else [*answer, eos_id]) for prompt, answer in encoded]
+        longest = max(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+        if len(longest[0]) + len(longest[1]) > sequence_length:
+            if not drop_long:
+                raise UserError(
+                    f"{where}: prompt of {len(longest[0])} and response of {len(longest[1])} tokens are longer than "
+                    f"the context of {sequence_length}; raise --data.context_length, or leave such rows out with "
+                    "--data.drop_long true"
+                )
+            dropped += 1
+            continue
+        tokens += [np.array(prompt + answer, dtype=np.int32) for prompt, answer in pairs]
+        prompts += [len(prompt) for prompt, _ in pairs]
+        responses = [turn[-1].content for turn in answered]
+        losses += template.lost_bytes(responses)
+        sizes += [len(response.encode()) for response in responses]
+        turns.append(len(pairs))
+    if not turns:
+        raise UserError(f"data.path: no dialogue is left of {dropped}; give others, or raise --data.context_length")
+    lengths = [len(own) for own in tokens]
+    return Pairs(
+        np.concatenate(tokens),
+        np.cumsum([0, *lengths]),
+        np.array(prompts, dtype=np.int64),
+        np.cumsum([0, *turns]),
+        np.array(sizes, dtype=np.int64),
+        np.array(losses, dtype=np.int64),
+        dropped,
+    )

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
 from llada_lightning.objectives.noise import Stream, random_words
 from llada_lightning.support.errors import UserError
 
+Source = TypeVar("Source", bound="GeneratedSource")
+
 
 @dataclass(frozen=True)
 class GeneratedSource(ABC):
-    """A generated corpus, written ``KIND:COUNT[@SEED]``.
-
-    Args:
-        count: The number of problems or facts.
-        seed: The seed of the generator.
-    """
+    """A corpus of ``count`` problems or facts, written ``KIND:COUNT[@SEED]``."""
 
     kind: ClassVar[str]
     version: ClassVar[int] = 1
     """The version of what a seed gives; another version is another corpus."""
 
+    most: ClassVar[float] = math.inf
+    """The largest count."""
+
     count: int
     seed: int
+
+    @classmethod
+    def of(cls: type[Source], source: str) -> Source:
+        """Returns the corpus that is written so; a UserError for another way of writing, or a count out of range."""
+        found = re.fullmatch(r"\w+:(\d+)(?:@(\d+))?", source)
+        if found is None or not 1 <= int(found[1]) <= cls.most:
+            limit = f"with a count of 1 to {cls.most}" if cls.most < math.inf else f"such as {cls.kind}:100000"
+            raise UserError(f"source '{source}': write {cls.kind}:COUNT or {cls.kind}:COUNT@SEED, {limit}")
+        return cls(int(found[1]), int(found[2] or 0))
 
     @abstractmethod
     def documents(self) -> Iterator[str]:
@@ -54,13 +64,7 @@ _TEST_SHARE = 10  # one structure in so many is kept for testing
 
 @dataclass(frozen=True, order=True)
 class Parameter:
-    """The number of ``child`` that each ``parent`` has.
-
-    Args:
-        parent: The name of the container.
-        child: The name of what it contains.
-        abstract: Whether ``child`` is a category, whose number is the sum over its items.
-    """
+    """The number of ``child`` that each ``parent`` has; of an abstract one, a category, the sum over its items."""
 
     parent: str
     child: str
@@ -69,15 +73,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Step:
-    """One quantity: ``factor * (constant + sum of terms)`` modulo 5; an abstract one is the plain sum.
-
-    Args:
-        parameter: The quantity.
-        terms: The quantities that are added.
-        constant: The number that is added.
-        factor: The factor of the sum.
-        value: The value of the quantity, 0 to 4.
-    """
+    """One quantity: ``factor * (constant + sum of terms)`` modulo 5; an abstract one is the plain sum."""
 
     parameter: Parameter
     terms: tuple[Parameter, ...]
@@ -111,14 +107,9 @@ class Problem:
 
 
 def problems(seed: int, *, steps: int | None = None, test: bool = False) -> Iterator[Problem]:
-    """Yields problems without end, the same for the same seed.
+    """Yields problems of a number of steps (None: 4 to 6) without end, the same for the same seed.
 
     Training and test streams share no problem, whatever their seeds.
-
-    Args:
-        seed: The seed of the stream.
-        steps: The number of steps of each problem; None: 4 to 6.
-        test: Whether test problems are drawn instead of training problems.
 
     Raises:
         UserError: the number of steps is out of range.
@@ -204,7 +195,8 @@ def name(parameter: Parameter) -> str:
 
 def question(problem: Problem) -> str:
     """Returns the text of the question of a problem."""
-    sentences = [f"The number of each {name(s.parameter)} equals {_stated(s)}." for s in _stated_steps(problem)]
+    steps = [problem.steps[i] for i in problem.stated]
+    sentences = [f"The number of each {name(s.parameter)} equals {_stated(s)}." for s in steps]
     asked = problem.steps[-1].parameter
     return " ".join([*sentences, f"How many {asked.child} does {asked.parent} have?"])
 
@@ -215,10 +207,6 @@ def solution(problem: Problem) -> str:
     values = {step.parameter: step.value for step in problem.steps}
     lines = [_solved(step, letters, values) for step in problem.steps]
     return "\n".join([*lines, f"#### {problem.answer}"])
-
-
-def _stated_steps(problem: Problem) -> list[Step]:
-    return [problem.steps[i] for i in problem.stated]
 
 
 def _stated(step: Step) -> str:
@@ -281,12 +269,7 @@ MOST_FACTS = min(len(_FIRST.split()) * len(_LAST.split()), len(_ADJECTIVE.split(
 
 @dataclass(frozen=True)
 class Fact:
-    """An invented fact.
-
-    Args:
-        first: The half that is first in every text that states the fact.
-        second: The half that is second.
-    """
+    """An invented fact: the half that is first in every text that states it, and the other one."""
 
     first: str
     second: str
@@ -300,6 +283,7 @@ class FactsSource(GeneratedSource):
     """
 
     kind = "facts"
+    most = MOST_FACTS
 
     def facts(self) -> list[Fact]:
         """Returns the facts; each name and description is used once, and every other fact has its description first."""
@@ -325,31 +309,6 @@ class FactsSource(GeneratedSource):
                 yield opening + fact.first + JOINER + fact.second + END
 
 
-def igsm_source(source: str) -> IgsmSource:
-    """Returns the corpus that is written ``igsm:COUNT[@SEED]``.
-
-    Raises:
-        UserError: the source is written in another way, or the count is out of range.
-    """
-    count, seed = _count_and_seed(source)
-    if count < 1:
-        raise UserError(f"source '{source}': write igsm:COUNT or igsm:COUNT@SEED, such as igsm:100000")
-    return IgsmSource(count, seed)
-
-
 def facts_source(source: str) -> FactsSource:
-    """Returns the corpus that is written ``facts:COUNT[@SEED]``.
-
-    Raises:
-        UserError: the source is written in another way, or the count is out of range.
-    """
-    count, seed = _count_and_seed(source)
-    if not 1 <= count <= MOST_FACTS:
-        raise UserError(f"source '{source}': write facts:COUNT or facts:COUNT@SEED, with a count of 1 to {MOST_FACTS}")
-    return FactsSource(count, seed)
-
-
-def _count_and_seed(source: str) -> tuple[int, int]:
-    """The count, 0 where the source is written in another way, and the seed, 0 where none is given."""
-    found = re.fullmatch(r"\w+:(\d+)(?:@(\d+))?", source)
-    return (0, 0) if found is None else (int(found[1]), int(found[2] or 0))
+    """Returns the corpus that is written ``facts:COUNT[@SEED]``; errors as :meth:`GeneratedSource.of`."""
+    return FactsSource.of(source)

@@ -11,46 +11,31 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from typing import Any
+from typing import Any, BinaryIO
 
+from llada_lightning.data import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo
 from llada_lightning.run import DataFacts, Source
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import json_sha256, local_path
 
-FORMAT = 1
-"""The version of the layout of the folder that this module reads and writes."""
-
-MANIFEST_NAME = "manifest.json"
-TOKENIZER_NAME = "tokenizer.json"
+FORMAT = 1  # the version of the layout of the folder
 SPLITS = ("train", "val")
-TOKEN_BYTES = {"uint16": 2, "int32": 4}
-"""The bytes of a stored token, by dtype."""
-
-SHARD_HEADER = 12
-"""The bytes before the tokens of a shard: the number of items, which is 1, and two offsets, each uint32."""
+TOKEN_BYTES = {"uint16": 2, "int32": 4}  # of a stored token, by dtype
+SHARD_HEADER = 12  # bytes before the tokens of a shard: the number of items, which is 1, and two offsets, each uint32
 
 TOLERATED_LOSS = 0.001
 """The largest share of a text's bytes that may be lost in its tokens before bits per byte are left out. They are too
 low by about this share, which their third digit does not show."""
 
 COPY_AGAIN = "copy the folder again, or delete it and prepare it again"
-"""How a user repairs damaged data."""
-
 _KIND = "llada-prepared-data"
-_LOCAL_PREFIXES = ("local:", "file://")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of tokens.
-
-    Args:
-        file: The path relative to the folder, with forward slashes.
-        tokens: The number of tokens.
-        size: The number of bytes of the file.
-        sha256: The checksum of the file, in hexadecimal.
-    """
+    """One file of tokens: its path in the folder (with forward slashes), its tokens, bytes and hexadecimal checksum."""
 
     file: str
     tokens: int
@@ -93,27 +78,6 @@ class Split:
 
 
 @dataclass(frozen=True)
-class TokenizerInfo:
-    """What a model has to know about its tokenizer.
-
-    Args:
-        vocab_size: The largest id plus one, special tokens included.
-        eos_token: The name of the token that ends every document.
-        eos_id: The id of that token.
-        mask_token: The name of [MASK], which no text is ever encoded to; None: an objective without masks is trained.
-        mask_id: The id of [MASK]; None with ``mask_token``.
-        fingerprint: The SHA-256 of the tokenizer's content and special ids.
-    """
-
-    vocab_size: int
-    eos_token: str
-    eos_id: int
-    mask_token: str | None
-    mask_id: int | None
-    fingerprint: str
-
-
-@dataclass(frozen=True)
 class Manifest:
     """What a prepared folder holds.
 
@@ -141,7 +105,7 @@ class Manifest:
     def to_json(self) -> str:
         """Returns the text of ``manifest.json``, which ends with a checksum of the rest."""
         record = {"kind": _KIND, **asdict(self)}
-        return json.dumps({**record, "checksum": _checksum(record)}, indent=1) + "\n"
+        return json.dumps({**record, "checksum": json_sha256(record)}, indent=1) + "\n"
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Manifest:
@@ -155,39 +119,10 @@ class Manifest:
 
 
 def loss_note(share: float, consequence: str = "bits per byte are left out, as they would be too low") -> str | None:
-    """Returns a note for the user if the tokens of a text do not decode to it; None if they do.
-
-    Args:
-        share: The share of the text's bytes that its tokens do not decode to.
-        consequence: The consequence for the numbers that are shown.
-    """
+    """Returns a note for the user if more than a tolerated share of a text's bytes is lost in its tokens, else None."""
     if share <= TOLERATED_LOSS:
         return None
     return f"note: {100 * share:.3g} % of the text's bytes do not come back from its tokens; {consequence}"
-
-
-def canonical_json(content: Any) -> str:
-    """Returns JSON that is equal for equal content: keys sorted, no white space, ASCII."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))
-
-
-def _checksum(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(record).encode()).hexdigest()
-
-
-@lru_cache(maxsize=2)  # a large vocabulary takes a second, and a run asks at each of its phases
-def tokenizer_fingerprint(text: str, eos_id: int, mask_id: int | None) -> str:
-    """Returns the SHA-256 of a tokenizer's content and special ids, whatever the layout of its file.
-
-    Args:
-        text: The text of a ``tokenizer.json``.
-        eos_id: The id of the token that ends a text.
-        mask_id: The id of [MASK]; None where there is none.
-
-    Raises:
-        ValueError: the text is not JSON.
-    """
-    return _checksum({"tokenizer": json.loads(text), "eos_id": eos_id, "mask_id": mask_id})
 
 
 def data_fingerprint(splits: Mapping[str, Split], tokenizer_fingerprint: str) -> str:
@@ -197,13 +132,15 @@ def data_fingerprint(splits: Mapping[str, Split], tokenizer_fingerprint: str) ->
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def local_path(folder: str | os.PathLike[str]) -> str | None:
-    """Returns the path of a folder on this machine, without ``local:`` or ``file://``; None: the folder is remote."""
-    text = os.fspath(folder)
-    for prefix in _LOCAL_PREFIXES:
-        if text.startswith(prefix):
-            return text[len(prefix) :]
-    return None if "://" in text else os.path.expanduser(text)
+def opened(folder: str | os.PathLike[str], name: str) -> AbstractContextManager[BinaryIO]:
+    """Returns a file of a local or remote folder, opened for reading bytes."""
+    path = local_path(folder)
+    if path is not None:
+        return open(os.path.join(path, name), "rb")
+    import fsspec
+
+    file: AbstractContextManager[BinaryIO] = fsspec.open(f"{os.fspath(folder).rstrip('/')}/{name}", "rb")
+    return file
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
@@ -219,55 +156,33 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
 
 
 def read_tokenizer_text(folder: str | os.PathLike[str]) -> str:
-    """Returns the text of a prepared folder's ``tokenizer.json``.
-
-    Args:
-        folder: The folder, as :func:`read_manifest` takes it.
-
-    Raises:
-        UserError: the file is missing or cannot be reached.
-    """
+    """Returns the text of a prepared folder's ``tokenizer.json``; arguments and errors as :func:`read_manifest`."""
     return _read(folder, TOKENIZER_NAME)
 
 
 def _read(folder: str | os.PathLike[str], name: str) -> str:
-    path = local_path(folder)
-    return _read_remote(os.fspath(folder), name) if path is None else _read_local(path, name)
-
-
-def _foreign(folder: str) -> UserError:
-    return UserError(f"'{folder}' is not a prepared data folder; run: llada prepare --source SOURCE --out {folder}")
-
-
-def _read_local(folder: str, name: str) -> str:
+    path, place = local_path(folder), os.fspath(folder)
     try:
-        with open(os.path.join(folder, name), encoding="utf-8") as file:
-            return file.read()
-    except FileNotFoundError as error:
-        if os.path.isdir(folder):
-            raise _foreign(folder) from error
-        message = f"data folder '{folder}' does not exist; run: llada prepare --source SOURCE --out {folder}"
+        with opened(folder, name) as file:
+            return file.read().decode()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if path is None:
+            message = f"'{place}' holds no {name}; upload a folder written by llada prepare"
+        elif os.path.exists(path):
+            message = _foreign(path)
+        else:
+            message = f"data folder '{path}' does not exist; run: llada prepare --source SOURCE --out {path}"
         raise UserError(message) from error
-    except NotADirectoryError as error:
-        raise _foreign(folder) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"'{folder}/{name}' cannot be read ({error}); check the folder") from error
-
-
-def _read_remote(url: str, name: str) -> str:
-    import fsspec
-
-    try:
-        with fsspec.open(f"{url.rstrip('/')}/{name}", "r", encoding="utf-8") as file:
-            return file.read()
-    except FileNotFoundError as error:
-        raise UserError(f"'{url}' holds no {name}; upload a folder written by llada prepare") from error
     except ImportError as error:
-        raise UserError(f"'{url}' cannot be opened: {error}") from error
+        raise UserError(f"'{place}' cannot be opened: {error}") from error
     except Exception as error:  # each store has its own errors for access, names and networks
-        reason = " ".join(str(error).split())
-        message = f"'{url}' cannot be read ({type(error).__name__}: {reason}); check the address, access and network"
-        raise UserError(message) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        check = "address, access and network" if path is None else "folder"
+        raise UserError(f"'{place}/{name}' cannot be read ({reason}); check the {check}") from error
+
+
+def _foreign(folder: str) -> str:
+    return f"'{folder}' is not a prepared data folder; run: llada prepare --source SOURCE --out {folder}"
 
 
 def _decode(text: str, folder: str) -> Manifest:
@@ -276,14 +191,14 @@ def _decode(text: str, folder: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise _damaged(folder, "not JSON") from error
     if not isinstance(record, dict) or record.get("kind") != _KIND:
-        raise _foreign(folder)
+        raise UserError(_foreign(folder))
     if record.get("format") != FORMAT:
         raise UserError(
             f"'{folder}' has format {record.get('format')}, this version reads format {FORMAT}; prepare it again, or "
             "use the version of llada-lightning that wrote it"
         )
     checksum = record.pop("checksum", None)  # which the first folders lack
-    if checksum is not None and checksum != _checksum(record):
+    if checksum is not None and checksum != json_sha256(record):
         raise _damaged(folder, "its checksum is that of another text")
     try:
         manifest = Manifest.from_dict(record)
@@ -348,10 +263,6 @@ def check_sequence_length(manifest: Manifest, sequence_length: int) -> None:
 
     litdata would give an empty dataset, without an error.
 
-    Args:
-        manifest: The manifest of the folder.
-        sequence_length: The number of tokens of a sequence.
-
     Raises:
         UserError: the length is below 1, or every shard of a split is shorter.
     """
@@ -369,10 +280,6 @@ def check_sequence_length(manifest: Manifest, sequence_length: int) -> None:
 
 def read_data_facts(path: str | dict[str, float], sequence_length: int) -> DataFacts:
     """Returns the vocabulary and the training sequences of a prepared folder, or of a weighted mixture of folders.
-
-    Args:
-        path: The folder, or the mapping from folders to weights.
-        sequence_length: The number of tokens of a sequence; the last tokens of a shard may fill none.
 
     Raises:
         UserError: a folder is not a prepared one, its shards are too short, or the tokenizers differ.

@@ -10,31 +10,50 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
 from tokenizers import Tokenizer
 
+from llada_lightning.data import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo
 from llada_lightning.data.corpora import Corpus, open_corpus
-from llada_lightning.data.integrity import check_shards
+from llada_lightning.data.encoding import DocumentEncoder
 from llada_lightning.data.manifest import (
-    MANIFEST_NAME,
     SPLITS,
-    TOKENIZER_NAME,
     Manifest,
-    TokenizerInfo,
+    Split,
     data_fingerprint,
     read_manifest,
 )
-from llada_lightning.data.prepare_progress import PrepareProgress
-from llada_lightning.data.shards import ShardWriter, SplitEncoder, check_shard_tokens, token_dtype
-from llada_lightning.data.tokenizers import load_tokenizer, tokenizer_info, train_tokenizer
+from llada_lightning.data.shards import MOST_SHARD_TOKENS, ShardWriter, Verification, check_shards, verify
+from llada_lightning.data.tokenizers import (
+    load_tokenizer,
+    tokenizer_info,
+    train_tokenizer,
+)
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import building
+from llada_lightning.support.printing import people_console
 
 
 @dataclass(frozen=True)
@@ -78,7 +97,9 @@ class PrepareSettings:
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
             raise UserError(f"validation fraction {self.val_fraction} must lie between 0 and 1; change --val-fraction")
-        check_shard_tokens(self.shard_tokens)
+        if not 1 <= self.shard_tokens <= MOST_SHARD_TOKENS:
+            limits = f"must be between 1 and {MOST_SHARD_TOKENS} tokens; change --shard-tokens"
+            raise UserError(f"shard length {self.shard_tokens} {limits}")
         for name in ("max_documents", "max_bytes", "tokenizer_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -108,15 +129,16 @@ def prepare(source: str, out: str | os.PathLike[str], *, progress: bool = True, 
         progress: Whether progress is shown on stderr.
         settings: The fields of :class:`PrepareSettings`.
 
-    Returns:
-        The manifest of the folder.
-
     Raises:
         UserError: the source, the tokenizer, a setting or the folder is not right; nothing has been written.
     """
     chosen = PrepareSettings(**settings)
     folder = Path(os.path.realpath(os.path.expanduser(out)))  # a link's target is written, and on its own disk
-    _check_outside(folder, source)
+    root = Path(os.path.realpath(os.path.expanduser(source)))
+    if root.is_dir() and folder.is_relative_to(root):
+        raise UserError(
+            f"output '{folder}' lies in the source '{source}' and would become part of it; choose another --out"
+        )
     corpus = open_corpus(source, text_field=chosen.text_field, document_separator=chosen.document_separator)
     given = None
     if chosen.tokenizer is not None:
@@ -133,29 +155,16 @@ def prepare(source: str, out: str | os.PathLike[str], *, progress: bool = True, 
         report.line(f"'{out}' is already prepared with these settings; nothing to do")
         return present
     with building(folder) as partial, report, _tokenizer_threads():
-        encoder, info = given or _train(corpus, chosen, source, report)
-        manifest = _write(corpus, chosen, source, partial, encoder, info, record, report)
+        tokenizer, info = given or _train(corpus, chosen, source, report)
+        manifest = _write(corpus, chosen, source, partial, tokenizer, info, record, report)
     report.finish(str(out), skipped=corpus.skipped)
     return manifest
 
 
 def in_validation(raw: bytes, val_fraction: float) -> bool:
-    """Returns whether a document goes to ``val``: by its content, so that all copies of a text are in one split.
-
-    Args:
-        raw: The text of the document in UTF-8.
-        val_fraction: The expected share of distinct documents.
-    """
+    """Returns whether a document (in UTF-8) goes to ``val``: by its content, so that copies of a text are together."""
     number = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
     return number / 2**64 < val_fraction
-
-
-def _check_outside(out: Path, source: str) -> None:
-    root = Path(os.path.realpath(os.path.expanduser(source)))
-    if root.is_dir() and out.is_relative_to(root):
-        raise UserError(
-            f"output '{out}' lies in the source '{source}' and would become part of it; choose another --out"
-        )
 
 
 def _present(out: Path, corpus: Corpus, record: dict[str, Any]) -> Manifest | None:
@@ -171,15 +180,10 @@ def _present(out: Path, corpus: Corpus, record: dict[str, Any]) -> Manifest | No
             f"output '{out}' was prepared from another (or changed) source; choose another --out, or delete it"
         )
     if manifest.settings != record:
-        keys = sorted(set(record) | set(manifest.settings))
-        other = [
-            f"{key} {manifest.settings.get(key)!r}, now {record.get(key)!r}"
-            for key in keys
-            if manifest.settings.get(key) != record.get(key)
-        ]
-        raise UserError(
-            f"output '{out}' was prepared with other settings ({'; '.join(other)}); choose another --out, or delete it"
-        )
+        was, now = manifest.settings, record
+        keys = [key for key in sorted({**was, **now}) if was.get(key) != now.get(key)]
+        other = f"({'; '.join(f'{key} {was.get(key)!r}, now {now.get(key)!r}' for key in keys)})"
+        raise UserError(f"output '{out}' was prepared with other settings {other}; choose another --out, or delete it")
     check_shards(out, manifest)
     return manifest
 
@@ -187,14 +191,11 @@ def _present(out: Path, corpus: Corpus, record: dict[str, Any]) -> Manifest | No
 @contextlib.contextmanager
 def _tokenizer_threads() -> Iterator[None]:
     """Lets the encoder use all cores, unless the user said otherwise; undone after, for processes forked later."""
-    if "TOKENIZERS_PARALLELISM" in os.environ:
+    with contextlib.ExitStack() as stack:
+        if "TOKENIZERS_PARALLELISM" not in os.environ:
+            os.environ["TOKENIZERS_PARALLELISM"] = "true"
+            stack.callback(os.environ.pop, "TOKENIZERS_PARALLELISM", None)
         yield
-        return
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    try:
-        yield
-    finally:
-        os.environ.pop("TOKENIZERS_PARALLELISM", None)
 
 
 def _limited(corpus: Corpus, settings: PrepareSettings) -> Iterator[tuple[str, bytes]]:
@@ -264,25 +265,34 @@ def _write(
     report: PrepareProgress,
 ) -> Manifest:
     """Writes tokenizer, shards and manifest into the (temporary) folder."""
-    dtype = token_dtype(info.vocab_size)
+    dtype = "uint16" if info.vocab_size <= 1 << 16 else "int32"
+    writers = {name: ShardWriter(folder, name, shard_tokens=settings.shard_tokens, dtype=dtype) for name in SPLITS}
+
+    def append(name: str, tokens: np.ndarray) -> None:
+        if info.mask_id is not None and (tokens == info.mask_id).any():
+            raise UserError(
+                f"the tokenizer encodes some text to its special token '{info.mask_token}', which only masking "
+                "may write; use a tokenizer that has it as an added token, or another --mask-token"
+            )
+        writers[name].append(tokens)
+
     report.phase("tokenizing", total_bytes=corpus.total_bytes, max_bytes=settings.max_bytes)
     with ThreadPoolExecutor(max_workers=1) as pool:
-        encoders = {
-            name: SplitEncoder(
-                ShardWriter(folder, name, shard_tokens=settings.shard_tokens, dtype=dtype),
-                tokenizer,
-                info,
-                pool,
-                decodes=name == "val",  # whose loss is given in bits per byte
-            )
+        encoders = {  # the loss of val is given in bits per byte, so its lost bytes are counted
+            name: DocumentEncoder(tokenizer, info.eos_id, dtype, pool, partial(append, name), decodes=name == "val")
             for name in SPLITS
         }
         for text, raw in _limited(corpus, settings):
             encoders["val" if in_validation(raw, settings.val_fraction) else "train"].add(text, raw)
             report.update(encoders.values(), corpus.position)
         _check_splits({name: encoder.documents for name, encoder in encoders.items()}, settings, source, corpus)
-        splits = {name: encoder.close() for name, encoder in encoders.items()}
-    report.update(splits.values(), corpus.position, force=True)
+        for encoder in encoders.values():
+            encoder.close()
+    report.update(encoders.values(), corpus.position, force=True)
+    splits = {
+        name: Split(encoder.documents, encoder.tokens, encoder.bytes, writers[name].close(), encoder.lost_bytes)
+        for name, encoder in encoders.items()
+    }
     if corpus.present_identity() != corpus.identity:
         raise UserError(f"source '{source}' changed while it was being read; run again when it no longer changes")
     manifest = Manifest(
@@ -305,3 +315,120 @@ def _write(
     except UserError as error:
         raise UserError(f"files were removed or cut while they were being written: {error}") from error
     return manifest
+
+
+# --- what a person sees -----------------------------------------------------------------------------------------------
+
+
+class PrepareProgress:
+    """Shows a preparation on stderr: a live line on a terminal, else one line at the end; a context manager."""
+
+    def __init__(self, *, enabled: bool = True, console: Console | None = None) -> None:
+        self._console, self._enabled = console or people_console(stderr=True), enabled
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[counts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not (enabled and self._console.is_terminal),
+        )
+        self._task: TaskID | None = None
+        self._limit: int | None = None
+        self._size: int | None = None
+        self._started = self._shown = time.monotonic()
+        self._counted = ""
+
+    def __enter__(self) -> PrepareProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def phase(self, name: str, *, total_bytes: int | None = None, max_bytes: int | None = None) -> None:
+        """Begins a phase: of a source of so many bytes as stored, of which so many bytes of text are read at most."""
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._started = time.monotonic()
+        self._limit, self._size = max_bytes, total_bytes
+        self._task = self._bar.add_task(name, total=1.0 if total_bytes or max_bytes else None, counts="")
+
+    def update(self, splits: Iterable[Any], position: int, *, force: bool = False) -> None:
+        """Shows the documents, tokens and bytes of text of the splits, and how far a source is read, in stored bytes.
+
+        Called for every document, drawn five times a second.
+        """
+        now = time.monotonic()
+        if self._task is None or (not force and now - self._shown < 0.2):
+            return
+        self._shown = now
+        documents, tokens, size = np.sum([(split.documents, split.tokens, split.bytes) for split in splits], axis=0)
+        rate = tokens / max(now - self._started, 1e-9)
+        self._counted = f"{documents:,} documents, {tokens:,} tokens, {decimal(int(size))} ({rate / 1e6:.2f}M tokens/s)"
+        # Whichever end comes first: the source's or the limit's.
+        shares = [size / self._limit] if self._limit else []
+        shares += [position / self._size] if self._size else []
+        self._bar.update(self._task, completed=max(shares, default=0.0), counts=self._counted)
+
+    def finish(self, out: str, *, skipped: int) -> None:
+        """Prints the last line, which stays on the terminal."""
+        left_out = f"; {skipped} files skipped: not text" if skipped else ""
+        self.line(f"prepared '{out}': {self._counted}, in {time.monotonic() - self._started:.1f} s{left_out}")
+
+    def line(self, text: str) -> None:
+        """Prints one line as it is."""
+        if self._enabled:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def verify_with_progress(folder: str, *, quiet: bool) -> Verification:
+    """Verify a prepared folder, with a bar on stderr where that is a terminal."""
+    console = people_console(stderr=True)
+    columns = (TextColumn("verifying"), BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    splits = read_manifest(folder).splits.values()
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("", total=sum(shard.size for split in splits for shard in split.shards))
+        return verify(folder, lambda size: bar.advance(task, size))
+
+
+def prepared_table(manifest: Manifest, out: str) -> Table:
+    """The counts of a prepared folder, split by split."""
+    info = manifest.tokenizer
+    caption = (
+        f"vocabulary {info.vocab_size:,}, mask {info.mask_token} = {info.mask_id}, end of text "
+        f"{info.eos_token} = {info.eos_id}; data fingerprint {manifest.fingerprint[:16]}"
+    )
+    rows = []
+    for name, split in manifest.splits.items():
+        lost = "" if split.lost_bytes is None else f"{split.lost_bytes:,}"
+        counts = (f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", lost)
+        rows.append((name, *counts, f"{split.bytes_per_token:.3f}", f"{len(split.shards):,}"))
+    return _table(out, caption, ("split", "documents", "tokens", "bytes", "bytes lost", "bytes/token", "shards"), rows)
+
+
+def verification_table(folder: str, found: Verification) -> Table:
+    """The damaged files, or else what is whole."""
+    state = f"{len(found.damaged)} of {found.files} files are damaged" if found.damaged else "whole"
+    title = f"{folder}: {state}"
+    caption = f"{found.files} files; data fingerprint {found.manifest.fingerprint[:16]}"
+    if found.damaged:
+        return _table(title, caption, ("file", "problem"), [(damage.file, damage.problem) for damage in found.damaged])
+    rows = []
+    for name, split in found.manifest.splits.items():
+        size = sum(shard.size for shard in split.shards)
+        rows.append((name, f"{split.documents:,}", f"{split.tokens:,}", f"{size:,}", f"{len(split.shards):,}"))
+    return _table(title, caption, ("split", "documents", "tokens", "bytes of shards", "shards"), rows)
+
+
+def _table(title: str, caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, caption=caption, caption_justify="left")
+    for name in columns:
+        text = name in ("split", "file", "problem")
+        table.add_column(name, justify="left" if text else "right", overflow="fold" if text else "ellipsis")
+    for row in rows:
+        table.add_row(*row)
+    return table

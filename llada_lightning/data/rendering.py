@@ -19,12 +19,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llada_lightning.support.limited_process import LimitedProcess, ProcessEndedError
 
-CPU_SECONDS = 5.0
-"""CPU time of all renderings of one call; one rendering takes less than a millisecond."""
-MEMORY_BYTES = 1 << 30
-"""Memory of the process."""
-EXTRA_CHARS = 1 << 20
-"""A rendering may be twice as long as what the template was given, and this many characters longer."""
+CPU_SECONDS = 5.0  # of all renderings of one call; one rendering takes less than a millisecond
+MEMORY_BYTES = 1 << 30  # of the process
+EXTRA_CHARS = 1 << 20  # a rendering may be twice as long as what the template was given, and this much longer
 
 _process = LimitedProcess(__name__)
 
@@ -34,14 +31,9 @@ class RenderingError(Exception):
 
 
 def render(template: str, renderings: Sequence[Mapping[str, Any]]) -> list[str | RenderingError]:
-    """Renders a template as transformers renders a chat template.
+    """Renders a Jinja template as transformers renders a chat template, each time with variables of the types of JSON.
 
-    Args:
-        template: The text of the template, in Jinja.
-        renderings: The variables of each rendering, made of the types of JSON.
-
-    Returns:
-        The text of each rendering, or the error that it raised.
+    Returns the text of each rendering, or the error that it raised.
 
     Raises:
         RenderingError: the renderings together exceed the time, or they end the process.
@@ -115,6 +107,5 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _refuse(message: str) -> NoReturn:
-    """The function that templates call to refuse messages."""
+def _refuse(message: str) -> NoReturn:  # which templates call to refuse messages
     raise TemplateError(message)

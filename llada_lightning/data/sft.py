@@ -12,14 +12,17 @@ import numpy as np
 from rich.progress import track
 from torch.utils.data import DataLoader
 
+from llada_lightning.data import TOKENIZER_NAME, TokenizerInfo
 from llada_lightning.data.chat import LLADA_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate
-from llada_lightning.data.datasets import OrdinalSampler, StridedSampler
-from llada_lightning.data.dialogues import read_dialogues
-from llada_lightning.data.language_datamodule import LanguageDataModule
-from llada_lightning.data.manifest import TOKENIZER_NAME, TokenizerInfo
-from llada_lightning.data.pairs import PairDataset, Pairs, PairStream, PairValidationDataset, tokenize_pairs
-from llada_lightning.data.tokenizer_files import ROLES_NAME, TEMPLATE_NAME, TokenizerFiles
-from llada_lightning.data.tokenizers import load_tokenizer
+from llada_lightning.data.datamodule import LanguageDataModule
+from llada_lightning.data.datasets import PairDataset, PairStream, PairValidationDataset
+from llada_lightning.data.dialogues import Pairs, read_dialogues, tokenize_pairs
+from llada_lightning.data.tokenizers import (
+    ROLES_NAME,
+    TEMPLATE_NAME,
+    TokenizerFiles,
+    load_tokenizer,
+)
 from llada_lightning.objectives import noise
 from llada_lightning.objectives.noise import Stream
 from llada_lightning.support.errors import UserError
@@ -113,11 +116,7 @@ class SftDataModule(LanguageDataModule):
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template of the run.
-
-        Raises:
-            UserError: there is no such template, or its file cannot be read.
-        """
+        """The chat template of the run; a UserError where there is none, or its file cannot be read."""
         tokenizer, info = self._loaded
         files = TokenizerFiles.of_path(self._tokenizer_spec)
         own = files.chat_template
@@ -136,7 +135,7 @@ class SftDataModule(LanguageDataModule):
         return ChatTemplate.of(text, tokenizer, info.eos_id, acting, spec, files.special_tokens)
 
     def _written_prefix(self) -> str:
-        """The tokens before a text as Jinja: they are part of the run's template, so that inference has them, too."""
+        """The tokens before a text as Jinja: a part of the run's template, so that inference has them, too."""
         tokens = [self._loaded[0].id_to_token(token_id) for token_id in self.text_prefix_ids or ()]
         if None in tokens:
             raise UserError(
@@ -147,11 +146,7 @@ class SftDataModule(LanguageDataModule):
 
     @cached_property
     def pairs(self) -> Pairs:
-        """All pairs, read and tokenized once.
-
-        Raises:
-            UserError: a row is not a dialogue, or does not fit the template, the tokenizer or the context.
-        """
+        """All pairs, read and tokenized once; a UserError where a row is not a dialogue or does not fit the model."""
         rows = track(
             read_dialogues(self.path),
             description="reading pairs",
@@ -202,7 +197,6 @@ class SftDataModule(LanguageDataModule):
 
     @property
     def tokens_per_sequence(self) -> float:
-        """The mean length of the padded pairs of the first epoch."""
         return float(self._epoch_lengths[0].mean())
 
     @property
@@ -245,15 +239,14 @@ class SftDataModule(LanguageDataModule):
         assert self.splits
 
     def train_dataloader(self) -> DataLoader:
-        assert self.trainer is not None
-        dataset = PairDataset(self.stream, self.tokenizer.eos_id, self.mask_eps, self.time_sampling, self.batch)
-        sampler = OrdinalSampler(self.trainer.global_step, self.batch, self.micro_batch, *self._replica)
-        return self._loader(dataset, sampler)
+        return self._training_loader(
+            PairDataset(self.stream, self.tokenizer.eos_id, self.mask_eps, self.time_sampling, self.batch)
+        )
 
     def val_dataloader(self) -> DataLoader:
         held = self.splits["val"]
-        sampler = StridedSampler(len(held), self._val_batch or self.micro_batch, *self._replica)
-        return self._loader(PairValidationDataset(self.pairs, held, self.val_seed, self.tokenizer.eos_id), sampler)
+        dataset = PairValidationDataset(self.pairs, held, self.val_seed, self.tokenizer.eos_id)
+        return self._validation_loader(dataset, len(held))
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader

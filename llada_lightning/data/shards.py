@@ -1,4 +1,7 @@
-"""Shards of litdata: one split's documents are written as token files of equal length, and read as sequences."""
+"""Shards of litdata: token files of equal length, written, read as sequences, and compared with the manifest.
+
+They are compared quickly before training, in full on request, and shard by shard when a process first reads one.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,123 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import accumulate, chain
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
-from tokenizers import Tokenizer
-from torch import Tensor
 
-from llada_lightning.data.encoding import decode_batch, encode_batch, lost_bytes
-from llada_lightning.data.integrity import INDEX_NAME, index_problem
-from llada_lightning.data.manifest import COPY_AGAIN, Manifest, Shard, Split, TokenizerInfo
-from llada_lightning.data.tokenizers import pieces
+from llada_lightning.data import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo, tokenizer_fingerprint
+from llada_lightning.data.manifest import (
+    COPY_AGAIN,
+    SHARD_HEADER,
+    Manifest,
+    Shard,
+    Split,
+    opened,
+    read_manifest,
+)
 from llada_lightning.support.errors import UserError
-from llada_lightning.support.files import file_sha256
+from llada_lightning.support.files import file_sha256, local_path
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported where they are used: verification needs none of them
     from litdata.streaming.writer import BinaryWriter
+    from torch import Tensor
+
+INDEX_NAME = "index.json"
+_INDEX_DTYPES = {"uint16": ("no_header_tensor:20",), "int32": ("no_header_tensor:15", "no_header_tensor:16")}
+"""How litdata's index names the dtype of the tokens."""
+
+_BLOCK_BYTES = 1 << 24
+MOST_SHARD_TOKENS = ((1 << 32) - 64) // 4
+"""litdata's offsets are 32-bit numbers of bytes."""
+
+
+class ShardWriter:
+    """Cuts a stream of tokens into the shards of a split, all but the last of one length; memory holds about three."""
+
+    def __init__(self, root: Path, split: str, *, shard_tokens: int, dtype: str) -> None:
+        self.shards: list[Shard] = []
+        self.tokens = 0
+        self._root, self._folder = root, root / split
+        self._shard_tokens, self._dtype = shard_tokens, np.dtype(dtype)
+        self._pending: list[np.ndarray] = []
+        self._pending_tokens = 0
+        self._lengths: list[int] = []
+        self._writer: BinaryWriter | None = None
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Adds tokens to the stream; a UserError where the disk does not take a shard."""
+        self._pending.append(tokens.astype(self._dtype, copy=False))
+        self._pending_tokens += len(tokens)
+        self.tokens += len(tokens)
+        if self._pending_tokens < self._shard_tokens:
+            return
+        stream = np.concatenate(self._pending)
+        whole = len(stream) - len(stream) % self._shard_tokens
+        for begin in range(0, whole, self._shard_tokens):
+            self._write(stream[begin : begin + self._shard_tokens])
+        # A copy, so that the rest of a large batch does not keep the batch alive.
+        self._pending, self._pending_tokens = [stream[whole:].copy()], len(stream) - whole
+
+    def close(self) -> tuple[Shard, ...]:
+        """Writes the last, shorter shard and the index of litdata; returns the shards in order."""
+        if self._pending_tokens:
+            self._write(np.concatenate(self._pending))
+        if self._writer is not None:
+            with _disk_errors(self._folder):
+                for path in self._writer.done():
+                    self._record(path)
+                self._write_index(self._writer.rank)
+        return tuple(self.shards)
+
+    def _write(self, tokens: np.ndarray) -> None:
+        import torch
+        from litdata.streaming.item_loader import TokensLoader
+        from litdata.streaming.writer import BinaryWriter
+
+        with _disk_errors(self._folder):
+            if self._writer is None:
+                # For writing the item loader needs no block size: any sequence length can be read later.
+                self._writer = BinaryWriter(
+                    str(self._folder), chunk_size=self._shard_tokens, item_loader=TokensLoader()
+                )
+            # One item is one shard: litdata begins a new file where an item would pass chunk_size tokens, and every
+            # item but the last has exactly as many. So a file is written when the next item comes.
+            path = self._writer.add_item(len(self._lengths), torch.from_numpy(tokens))
+            self._lengths.append(len(tokens))
+            if path is not None:
+                self._record(path)
+
+    def _record(self, path: str) -> None:
+        name = Path(path).relative_to(self._root).as_posix()
+        tokens = self._lengths[len(self.shards)]
+        self.shards.append(Shard(name, tokens, os.path.getsize(path), file_sha256(path)))
+
+    def _write_index(self, rank: int) -> None:
+        """Turns litdata's index of one writer into that of the split.
+
+        litdata's own merging stamps the time, by which readers know whether their cached copies are stale. A checksum
+        serves as well, and equal data gives equal files.
+        """
+        worker_index = self._folder / f"{rank}.index.json"
+        index = json.loads(worker_index.read_text(encoding="utf-8"))
+        index["updated_at"] = hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:32]
+        (self._folder / INDEX_NAME).write_text(json.dumps(index, sort_keys=True), encoding="utf-8")
+        worker_index.unlink()
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turns an error of the disk into a UserError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"'{folder}' cannot be written ({reason}); free space, or choose another --out") from error
 
 
 class ShardReader:
@@ -34,13 +134,7 @@ class ShardReader:
 
     The index and each shard are compared with the manifest when a process first reads them, so every byte that is
     trained on was prepared. Of a remote folder litdata's copy on this machine is compared; one that litdata drops and
-    fetches again in the same process is not compared again.
-
-    Args:
-        folder: The prepared folder, as litdata takes it.
-        split: The name of the split, "train" or "val".
-        manifest: The manifest of the folder.
-        sequence_length: The number of tokens of an item (L).
+    fetches again in the same process is not compared again. An item has ``sequence_length`` tokens (L).
     """
 
     def __init__(self, folder: str, split: str, manifest: Manifest, sequence_length: int) -> None:
@@ -75,224 +169,206 @@ class ShardReader:
     def _check(self, number: int) -> None:
         """Compares a shard with its checksum, and before the first one the index with the manifest."""
         shard = self._split.shards[number]
+        folder = self._dataset.input_dir.path  # where litdata reads: the folder itself, or its copy of a remote one
         if not self._whole:
             try:
-                with open(self._path(INDEX_NAME), encoding="utf-8") as file:
+                with open(os.path.join(folder, INDEX_NAME), encoding="utf-8") as file:
                     problem = index_problem(file.read(), self._split, self._dtype)
             except (OSError, UnicodeDecodeError) as error:
                 problem = f"cannot be read ({error})"
             if problem is not None:
-                raise self._error(self._index_name, problem)
+                raise _damaged(self.folder, self._index_name, problem)
         try:
-            sha256 = file_sha256(self._path(os.path.basename(shard.file)))
+            sha256 = file_sha256(os.path.join(folder, os.path.basename(shard.file)))
         except OSError as error:
-            raise self._error(f"shard {shard.file}", f"cannot be read ({error.strerror})") from error
+            raise _damaged(self.folder, f"shard {shard.file}", f"cannot be read ({error.strerror})") from error
         if sha256 != shard.sha256:
-            raise self._error(f"shard {shard.file}", f"has the sha256 {sha256}, expected {shard.sha256}")
+            raise _damaged(self.folder, f"shard {shard.file}", f"has the sha256 {sha256}, expected {shard.sha256}")
         self._whole.add(number)
 
-    def _error(self, name: str, problem: str) -> UserError:
-        return UserError(f"'{self.folder}': {name} {problem}; {COPY_AGAIN}")
 
-    def _path(self, name: str) -> str:
-        """Where litdata reads a file: in the folder itself, or in its copy of a remote one."""
-        return os.path.join(self._dataset.input_dir.path, name)
+def _damaged(folder: str, name: str, problem: str) -> UserError:
+    return UserError(f"'{folder}': {name} {problem}; {COPY_AGAIN}")
 
 
-BATCH_CHARS = 1 << 21
-"""Characters encoded at once: enough to keep many cores busy, about 100 MB of memory."""
-
-_MAX_SHARD_BYTES = (1 << 32) - 64
-"""litdata's offsets are 32-bit."""
+# --- whether the files are those of the manifest ----------------------------------------------------------------------
 
 
-def token_dtype(vocab_size: int) -> str:
-    """Returns the narrowest dtype that litdata stores and torch reads for ids below ``vocab_size``."""
-    return "uint16" if vocab_size <= 1 << 16 else "int32"
+@dataclass(frozen=True)
+class Damage:
+    """A file, relative to its folder, and what is wrong with it."""
+
+    file: str
+    problem: str
 
 
-def check_shard_tokens(shard_tokens: int) -> None:
-    """Refuses a length that no shard can have.
+@dataclass(frozen=True)
+class Verification:
+    """The result of reading all files of a prepared folder, of which some are not as they were written."""
+
+    manifest: Manifest
+    files: int
+    damaged: tuple[Damage, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same in plain values, as ``llada prepare --verify DIR --json`` prints them."""
+        splits = self.manifest.splits
+        return {
+            "whole": not self.damaged,
+            "fingerprint": self.manifest.fingerprint,
+            "files": self.files,
+            "bytes": sum(shard.size for split in splits.values() for shard in split.shards),
+            "documents": {name: split.documents for name, split in splits.items()},
+            "tokens": {name: split.tokens for name, split in splits.items()},
+            "damaged": [asdict(damage) for damage in self.damaged],
+        }
+
+
+def check_shards(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Checks that every file of a local folder has its full size, and that index and tokenizer fit the manifest.
+
+    litdata would wait for a missing shard as for a download, and read past the end of a short one. A remote folder is
+    not checked here; its shards are compared with the manifest when they are read.
 
     Raises:
-        UserError: the number of tokens is below 1, or too large for the offsets of litdata.
+        UserError: a file is missing, has another size, or is of another folder.
     """
-    most = _MAX_SHARD_BYTES // 4
-    if not 1 <= shard_tokens <= most:
-        raise UserError(f"shard length {shard_tokens} must be between 1 and {most} tokens; change --shard-tokens")
+    root = local_path(folder)
+    if root is None:
+        return
+
+    def of_shard(shard: Shard) -> str | None:
+        try:
+            size = os.stat(os.path.join(root, shard.file)).st_size
+        except OSError:
+            return f"is missing ({shard.size} bytes)"
+        return None if size == shard.size else f"has {size} bytes, expected {shard.size}"
+
+    damage = next(_damages(root, manifest, of_shard), None)
+    if damage is not None:
+        raise _damaged(root, f"shard {damage.file}" if damage.file.endswith(".bin") else damage.file, damage.problem)
 
 
-class ShardWriter:
-    """Cuts a stream of tokens into shards; memory holds about three of them.
+def verify(folder: str | os.PathLike[str], read: Callable[[int], Any] = lambda _: None) -> Verification:
+    """Reads all of a prepared folder and compares it with its manifest.
 
-    Args:
-        root: The prepared folder (or its temporary name).
-        split: The name of the split, which is the folder below it.
-        shard_tokens: The number of tokens of each shard but the last.
-        dtype: The dtype of the tokens, "uint16" or "int32".
+    The checksum and the range of the tokens of each shard are compared, the number of documents of each split (EOS ends
+    a document), the indices, the tokenizer, and the manifest itself. A remote folder is streamed through memory.
+    ``read`` is called with the number of bytes of each block of a shard.
+
+    Raises:
+        UserError: the manifest is missing, damaged or contradicts itself, so that there is nothing to compare with.
     """
+    manifest = read_manifest(folder)
+    ends: dict[str, int] = {}
 
-    def __init__(self, root: Path, split: str, *, shard_tokens: int, dtype: str) -> None:
-        self.shards: list[Shard] = []
-        self.tokens = 0
-        self._root = root
-        self._folder = root / split
-        self._shard_tokens = shard_tokens
-        self._dtype = np.dtype(dtype)
-        self._pending: list[np.ndarray] = []
-        self._pending_tokens = 0
-        self._lengths: list[int] = []
-        self._writer: BinaryWriter | None = None
+    def of_shard(shard: Shard) -> str | None:
+        try:
+            with opened(folder, shard.file) as file:
+                problem, ends[shard.file] = _content(file, shard, manifest, read)
+        except Exception as error:  # a store's own errors
+            return _unreadable(error)
+        return problem
 
-    def append(self, tokens: np.ndarray) -> None:
-        """Adds tokens to the stream.
-
-        Raises:
-            UserError: the disk does not take a shard.
-        """
-        self._pending.append(tokens.astype(self._dtype, copy=False))
-        self._pending_tokens += len(tokens)
-        self.tokens += len(tokens)
-        if self._pending_tokens < self._shard_tokens:
-            return
-        stream = np.concatenate(self._pending)
-        whole = len(stream) - len(stream) % self._shard_tokens
-        for begin in range(0, whole, self._shard_tokens):
-            self._write(stream[begin : begin + self._shard_tokens])
-        # A copy, so that the rest of a large batch does not keep the batch alive.
-        self._pending, self._pending_tokens = [stream[whole:].copy()], len(stream) - whole
-
-    def close(self) -> tuple[Shard, ...]:
-        """Writes the last, shorter shard and the index of litdata; returns the shards in order."""
-        if self._pending_tokens:
-            self._write(np.concatenate(self._pending))
-        if self._writer is not None:
-            with _disk_errors(self._folder):
-                for path in self._writer.done():
-                    self._record(path)
-                self._write_index(self._writer.rank)
-        return tuple(self.shards)
-
-    def _write(self, tokens: np.ndarray) -> None:
-        with _disk_errors(self._folder):
-            if self._writer is None:
-                self._writer = self._open()
-            # One item is one shard: litdata begins a new file where an item would pass chunk_size tokens, and every
-            # item but the last has exactly as many. So a file is written when the next item comes.
-            path = self._writer.add_item(len(self._lengths), torch.from_numpy(tokens))
-            self._lengths.append(len(tokens))
-            if path is not None:
-                self._record(path)
-
-    def _open(self) -> BinaryWriter:
-        from litdata.streaming.item_loader import TokensLoader
-        from litdata.streaming.writer import BinaryWriter
-
-        # For writing the item loader needs no block size: any sequence length can be read later.
-        return BinaryWriter(str(self._folder), chunk_size=self._shard_tokens, item_loader=TokensLoader())
-
-    def _record(self, path: str) -> None:
-        name = Path(path).relative_to(self._root).as_posix()
-        tokens = self._lengths[len(self.shards)]
-        self.shards.append(Shard(name, tokens, os.path.getsize(path), file_sha256(path)))
-
-    def _write_index(self, rank: int) -> None:
-        """Turns litdata's index of one writer into that of the split.
-
-        litdata's own merging stamps the time, by which readers know whether their cached copies are stale. A checksum
-        serves as well, and equal data gives equal files.
-        """
-        worker_index = self._folder / f"{rank}.index.json"
-        index = json.loads(worker_index.read_text(encoding="utf-8"))
-        index["updated_at"] = hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:32]
-        (self._folder / "index.json").write_text(json.dumps(index, sort_keys=True), encoding="utf-8")
-        worker_index.unlink()
-
-
-@contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turns an error of the disk into a UserError that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"'{folder}' cannot be written ({reason}); free space, or choose another --out") from error
-
-
-class SplitEncoder:
-    """Encodes the documents of one split in batches and appends them to its shards.
-
-    A batch is encoded on another thread, outside Python's lock, while the next one is read.
-
-    Args:
-        writer: The writer of the split's shards.
-        tokenizer: The tokenizer.
-        info: The special tokens of the tokenizer.
-        pool: The pool with that thread.
-        decodes: Whether all tokens are decoded to count the bytes that do not come back.
-    """
-
-    def __init__(
-        self, writer: ShardWriter, tokenizer: Tokenizer, info: TokenizerInfo, pool: ThreadPoolExecutor, decodes: bool
-    ) -> None:
-        self.documents = 0
-        self.bytes = 0
-        self._lost_bytes = 0 if decodes else None
-        self._writer, self._tokenizer, self._info, self._pool = writer, tokenizer, info, pool
-        self._pieces: list[str] = []
-        self._last: list[bool] = []
-        self._chars = 0
-        self._running: Future[np.ndarray] | None = None
-
-    @property
-    def tokens(self) -> int:
-        return self._writer.tokens
-
-    def add(self, text: str, raw: bytes) -> None:
-        """Adds a document.
-
-        Args:
-            text: The text of the document.
-            raw: The same text in UTF-8.
-        """
-        self.documents += 1
-        self.bytes += len(raw)
-        for piece in pieces(text):
-            if self._chars >= BATCH_CHARS:
-                self._flush()
-            self._pieces.append(piece)
-            self._last.append(False)
-            self._chars += len(piece)
-        self._last[-1] = True
-
-    def close(self) -> Split:
-        """Writes what is left, and returns the split with all its shards."""
-        self._flush()
-        self._collect()
-        shards = self._writer.close()
-        return Split(self.documents, self._writer.tokens, self.bytes, shards, self._lost_bytes)
-
-    def _flush(self) -> None:
-        self._collect()
-        if self._pieces:
-            self._running = self._pool.submit(self._encode, self._pieces, self._last)
-        self._pieces, self._last, self._chars = [], [], 0
-
-    def _collect(self) -> None:
-        if self._running is not None:
-            self._writer.append(self._running.result())
-            self._running = None
-
-    def _encode(self, batch: list[str], last: list[bool]) -> np.ndarray:
-        ids_of_pieces = encode_batch(self._tokenizer, batch)
-        if self._lost_bytes is not None:
-            self._lost_bytes += sum(map(lost_bytes, batch, decode_batch(self._tokenizer, ids_of_pieces)))
-        end: tuple[list[int], list[int]] = ([], [self._info.eos_id])
-        ids = chain.from_iterable(chain(ids, end[is_last]) for ids, is_last in zip(ids_of_pieces, last, strict=True))
-        tokens = np.fromiter(ids, dtype=token_dtype(self._info.vocab_size))
-        if self._info.mask_id is not None and (tokens == self._info.mask_id).any():
-            raise UserError(
-                f"the tokenizer encodes some text to its special token '{self._info.mask_token}', which only masking "
-                "may write; use a tokenizer that has it as an added token, or another --mask-token"
+    damaged = list(_damages(folder, manifest, of_shard))
+    broken = {damage.file for damage in damaged}
+    for name, split in manifest.splits.items():
+        files = {shard.file for shard in split.shards}
+        if not files & broken and (found := sum(ends[file] for file in files)) != split.documents:
+            damaged.append(
+                Damage(MANIFEST_NAME, f"says {split.documents} documents in '{name}', its shards end {found}")
             )
-        return tokens
+    count = 2 + sum(1 + len(split.shards) for split in manifest.splits.values())
+    return Verification(manifest, count, tuple(damaged))
+
+
+def _damages(
+    folder: str | os.PathLike[str], manifest: Manifest, of_shard: Callable[[Shard], str | None]
+) -> Iterator[Damage]:
+    """Yields the damages of the tokenizer, the indices, and the shards by the given look at one."""
+    yield from _text_damage(folder, TOKENIZER_NAME, partial(_tokenizer_problem, info=manifest.tokenizer))
+    for name, split in manifest.splits.items():
+        index = partial(index_problem, split=split, dtype=manifest.dtype)
+        yield from _text_damage(folder, f"{name}/{INDEX_NAME}", index)
+        for shard in split.shards:
+            problem = of_shard(shard)
+            if problem is not None:
+                yield Damage(shard.file, problem)
+
+
+def _text_damage(
+    folder: str | os.PathLike[str], name: str, problem_of: Callable[[str], str | None]
+) -> Iterator[Damage]:
+    try:
+        with opened(folder, name) as file:
+            problem = problem_of(file.read().decode())
+    except Exception as error:  # a store's own errors; UnicodeDecodeError
+        problem = _unreadable(error)
+    if problem is not None:
+        yield Damage(name, problem)
+
+
+def _unreadable(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    return f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
+
+
+def _tokenizer_problem(text: str, info: TokenizerInfo) -> str | None:
+    try:
+        fingerprint = tokenizer_fingerprint(text, info.eos_id, info.mask_id)
+    except (ValueError, RecursionError):
+        return "is not JSON"
+    if fingerprint != info.fingerprint:
+        return f"has the fingerprint {fingerprint}, expected {info.fingerprint}"
+    return None
+
+
+def index_problem(text: str, split: Split, dtype: str) -> str | None:
+    """Returns what is wrong with the text of an ``index.json`` of litdata; None where it lists the split's shards."""
+    expected = [
+        {"filename": os.path.basename(shard.file), "chunk_bytes": shard.size, "dim": shard.tokens, "chunk_size": 1}
+        for shard in split.shards
+    ]
+    try:
+        index = json.loads(text)
+        chunks, config = index["chunks"], index["config"]
+        found = [{key: chunk[key] for key in expected[0]} for chunk in chunks]
+        stored = (config["data_format"], config["compression"], config["encryption"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "is not an index of litdata"
+    if found != expected:
+        other = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
+        where = f"at shard {other}" if other is not None else f"({len(found)} shards, expected {len(expected)})"
+        return f"differs from the manifest {where}"
+    if stored not in [([name], None, None) for name in _INDEX_DTYPES[dtype]]:
+        return f"gives {', '.join(map(str, stored))} as the format of the tokens, expected plain {dtype}"
+    return None
+
+
+def _content(file: BinaryIO, shard: Shard, manifest: Manifest, read: Callable[[int], Any]) -> tuple[str | None, int]:
+    """What is wrong with a shard, which is read in blocks, and the number of documents that end in it."""
+    ids, dtype = manifest.tokenizer, np.dtype(manifest.dtype)
+    rest = file.read(SHARD_HEADER)
+    digest, size = hashlib.sha256(rest), len(rest)
+    foreign = masks = ends = 0
+    rest = b""
+    while block := file.read(_BLOCK_BYTES):
+        digest.update(block)
+        size += len(block)
+        whole = rest + block if rest else block
+        tokens = np.frombuffer(whole, dtype, count=len(whole) // dtype.itemsize)
+        rest = whole[tokens.nbytes :]
+        foreign += int(((tokens < 0) | (tokens >= ids.vocab_size)).sum())
+        masks += 0 if ids.mask_id is None else int((tokens == ids.mask_id).sum())
+        ends += int((tokens == ids.eos_id).sum())
+        read(len(block))
+    if size != shard.size:
+        return f"has {size} bytes, expected {shard.size}", ends
+    if digest.hexdigest() != shard.sha256:
+        return f"has the sha256 {digest.hexdigest()}, expected {shard.sha256}", ends
+    if foreign:
+        return f"has {foreign} tokens beyond the vocabulary of {ids.vocab_size}", ends
+    if masks:
+        return f"has {masks} tokens of {ids.mask_token}, which no text is encoded to", ends
+    return None, ends

@@ -16,24 +16,19 @@ import io
 import lzma
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import shortened, warn_once
 from llada_lightning.support.reading import parse_json
 
-MAX_TEXT_DOCUMENT = 1 << 28
-"""The largest number of characters of a document of a text file, which is held in memory as a whole."""
-
-MAX_JSON_LINE = 1 << 30
-"""The largest number of bytes of a line of a JSONL file, which is held in memory as a whole."""
-
+MAX_TEXT_DOCUMENT = 1 << 28  # characters of a document of a text file, which is held in memory as a whole
+MAX_JSON_LINE = 1 << 30  # bytes of a line of a JSONL file, which is held in memory as a whole
 _READ_CHARS = 1 << 20
 _SNIFFED_BYTES = 1 << 13
-_COMPRESSED = frozenset({".gz", ".xz", ".bz2", ".zst"})
 
 
 class BrokenZstdError(Exception):
@@ -98,21 +93,19 @@ class _ZstdReader(io.RawIOBase):
 def suffixes_of(path: Path) -> tuple[str, str]:
     """Returns the suffix that tells the kind of a file, and the suffix of its compression or "", in lower case."""
     last = path.suffix.lower()
-    if last in _COMPRESSED:
+    if last in _DECOMPRESSED and last:
         return Path(path.stem).suffix.lower(), last
     return last, ""
 
 
-def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
-    if compression == ".gz":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if compression == ".xz":
-        return cast(BinaryIO, lzma.LZMAFile(raw))
-    if compression == ".bz2":
-        return cast(BinaryIO, bz2.BZ2File(raw))
-    if compression == ".zst":
-        return cast(BinaryIO, io.BufferedReader(_ZstdReader(raw), 1 << 17))
-    return raw
+_DECOMPRESSED: dict[str, Callable[[BinaryIO], Any]] = {
+    "": lambda raw: raw,
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    ".xz": lzma.LZMAFile,
+    ".bz2": bz2.BZ2File,
+    ".zst": lambda raw: io.BufferedReader(_ZstdReader(raw), 1 << 17),
+}
+"""The decompressed bytes of an opened file, by its suffix."""
 
 
 @contextlib.contextmanager
@@ -121,7 +114,7 @@ def _opened(path: Path, meter: Meter) -> Iterator[BinaryIO]:
     with open(path, "rb") as raw:
         meter.current = raw
         try:
-            yield _decompressed(raw, suffixes_of(path)[1])
+            yield _DECOMPRESSED[suffixes_of(path)[1]](raw)
         finally:
             meter.finished, meter.current = meter.position, None
 
@@ -139,12 +132,7 @@ def is_text(path: Path) -> bool:
 
 
 def text_documents(path: Path, meter: Meter, separator: str | None) -> Iterator[str]:
-    """Yields the documents of a UTF-8 text file; line ends become ``\\n``.
-
-    Args:
-        path: The path of the file.
-        meter: The meter that follows the position in the file.
-        separator: The text between two documents; None: the file is one document.
+    """Yields the documents of a UTF-8 text file, one without a separator; line ends become ``\\n``.
 
     Raises:
         UserError: the file is not UTF-8, or a document is longer than ``MAX_TEXT_DOCUMENT``.
@@ -197,24 +185,24 @@ def split_text(text: str, separator: str | None) -> list[str]:
 def json_documents(path: Path, meter: Meter, text_field: str) -> Iterator[str]:
     """Yields the named field of the JSON object of each line; empty lines are skipped.
 
-    Args:
-        path: The path of the file.
-        meter: The meter that follows the position in the file.
-        text_field: The name of the field.
-
     Raises:
         UserError: a line is not a JSON object, or lacks the field, or the field holds something other than text.
     """
     for where, record in json_records(path, meter):
-        yield without_surrogates(_field(record, text_field, where))
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: holds {type(record).__name__}, not a JSON object; write one object a line")
+        if text_field not in record:
+            keys = ", ".join(record) or "nothing"
+            raise UserError(f"{where}: no field '{text_field}'; the line has: {keys}; name it with --text-field")
+        text = record[text_field]
+        if not isinstance(text, str):
+            holds = f"field '{text_field}' holds {type(text).__name__}, not text"
+            raise UserError(f"{where}: {holds}; name another with --text-field")
+        yield without_surrogates(text)
 
 
 def json_records(path: Path, meter: Meter) -> Iterator[tuple[str, Any]]:
     """Yields the place of each line (`FILE:LINE`) and its JSON value; empty lines are skipped.
-
-    Args:
-        path: The path of the file.
-        meter: The meter that follows the position in the file.
 
     Raises:
         UserError: a line is not JSON, gives a key twice, or has more than ``MAX_JSON_LINE`` bytes.
@@ -227,20 +215,6 @@ def json_records(path: Path, meter: Meter) -> Iterator[tuple[str, Any]]:
                 continue
             where = f"{path}:{number}"
             yield where, parse_json(line, where, number)
-
-
-def _field(record: Any, text_field: str, where: str) -> str:
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: holds {type(record).__name__}, not a JSON object; write one object a line")
-    if text_field not in record:
-        keys = ", ".join(record) or "nothing"
-        raise UserError(f"{where}: no field '{text_field}'; the line has: {keys}; name it with --text-field")
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise UserError(
-            f"{where}: field '{text_field}' holds {type(text).__name__}, not text; name another with --text-field"
-        )
-    return text
 
 
 def without_surrogates(text: str) -> str:
@@ -264,8 +238,6 @@ REFUSED_BESIDE_PROMPTS = REFUSED | {
 }  # fmt: skip
 """The same for files with prompts instead of dialogues."""
 
-_MOST_NAMED = 12
-
 
 class UnreadFields(Counter[str]):
     """The number of rows that have a field which is not read, by the name of the field."""
@@ -273,17 +245,7 @@ class UnreadFields(Counter[str]):
     def add_row(
         self, row: Mapping[str, Any], known: Collection[str], where: str, refused: Collection[str] = REFUSED
     ) -> None:
-        """Counts the fields of a row that hold something and are not known.
-
-        Args:
-            row: The row.
-            known: The names of the fields that are read.
-            where: The place of the row, for messages.
-            refused: The names of the fields that are refused.
-
-        Raises:
-            UserError: a field is refused; the message names it and the place of the row.
-        """
+        """Counts the fields of a row that hold something and are not known; a UserError for one that is refused."""
         others = [name for name in present_fields(row) if name not in known]
         for name in others:
             if name in refused:
@@ -293,11 +255,7 @@ class UnreadFields(Counter[str]):
         self.update(f"'{shortened(name, 60)}'" for name in others)
 
     def note(self, source: str) -> None:
-        """Prints the names of the fields on stderr.
-
-        Args:
-            source: The name of the source, for the message.
-        """
+        """Prints the names of the fields on stderr."""
         if self:
             counted = [f"{name} ({rows} row{'s' * (rows > 1)})" for name, rows in self.most_common()]
             warn_once(f"note: {shortened(source)}: not read: {some(counted)}")
@@ -305,15 +263,11 @@ class UnreadFields(Counter[str]):
 
 def present_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a row that hold something."""
-    return {name: value for name, value in row.items() if not _is_empty(value)}
+    return {name: value for name, value in row.items() if value is not None and value not in ("", [], {})}
 
 
 def some(names: Iterable[str]) -> str:
     """Returns a list of names as text, cut after the first twelve."""
     listed = list(names)
-    more = f" and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
-    return ", ".join(listed[:_MOST_NAMED]) + more
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str | list | dict) and not value)
+    more = f" and {len(listed) - 12} more" if len(listed) > 12 else ""
+    return ", ".join(listed[:12]) + more

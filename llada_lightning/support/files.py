@@ -94,6 +94,15 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def local_path(folder: str | os.PathLike[str]) -> str | None:
+    """Returns a data folder's path on this machine, without ``local:`` or ``file://``; None: the folder is remote."""
+    text = os.fspath(folder)
+    for prefix in ("local:", "file://"):
+        if text.startswith(prefix):
+            return text[len(prefix) :]
+    return None if "://" in text else os.path.expanduser(text)
+
+
 def require_replaceable(path: Path) -> None:
     """Refuses a path that a rename would destroy: a device, a pipe, a folder, a link that leads back to itself.
 
@@ -144,6 +153,12 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def json_sha256(value: Any) -> str:
+    """Returns the SHA-256 of a value as JSON that is equal for equal values: keys sorted, no white space, ASCII."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def strict_json(value: Any) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 from llada_lightning.checkpoints.run_folder import CHECKPOINTS, CONFIG, final_checkpoint, require_whole, saved_identity
 from llada_lightning.compute.rules import Rules
 from llada_lightning.compute.shapes import shape_name
-from llada_lightning.data.language_datamodule import LanguageDataModule, require_open_files
+from llada_lightning.data.datamodule import LanguageDataModule, require_open_files
 from llada_lightning.data.manifest import loss_note
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.identity import check_identity, model_identity

@@ -25,7 +25,7 @@ from llada_lightning.checkpoints.run_folder import (
     whole_checkpoint,
 )
 from llada_lightning.compute.schedule import WSD
-from llada_lightning.data.language_datamodule import LanguageDataModule
+from llada_lightning.data.datamodule import LanguageDataModule
 from llada_lightning.identity import check_history, check_identity
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.configuration import as_namespace, identity, run_name

@@ -18,7 +18,7 @@ from lightning import Trainer
 
 from llada_lightning.compute.rules import Rules
 from llada_lightning.compute.shapes import get_shape
-from llada_lightning.data.language_datamodule import LanguageDataModule
+from llada_lightning.data.datamodule import LanguageDataModule
 from llada_lightning.records import read_records
 from llada_lightning.settings import Budget
 from llada_lightning.support.errors import UserError

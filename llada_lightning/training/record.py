@@ -18,7 +18,7 @@ from lightning import Trainer
 
 import llada_lightning
 from llada_lightning.compute.shapes import shape_name
-from llada_lightning.data.language_datamodule import LanguageDataModule
+from llada_lightning.data.datamodule import LanguageDataModule
 from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.records import DIVERGED, DONE
 from llada_lightning.training.callbacks.accounting import Accounting, device_name

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from helpers.small_checkpoints import BOS, EOS, MASK, SPECIAL, changed_config, described, tokenizer_folder, written
 from llada_lightning import load_model
 from llada_lightning.checkpoints.convert import tokenizer_files
-from llada_lightning.data.tokenizer_files import TokenizerFiles
+from llada_lightning.data.tokenizers import TokenizerFiles
 from llada_lightning.support.errors import UserError
 
 

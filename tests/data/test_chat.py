@@ -14,8 +14,7 @@ from helpers.small_checkpoints import tokenizer_folder, written
 from llada_lightning import load_model
 from llada_lightning.data.chat import ChatTemplate, Message
 from llada_lightning.data.sft import SftDataModule
-from llada_lightning.data.tokenizer_files import TokenizerFiles
-from llada_lightning.data.tokenizers import load_tokenizer, train_tokenizer
+from llada_lightning.data.tokenizers import TokenizerFiles, load_tokenizer, train_tokenizer
 from llada_lightning.generation.prompts import conversation_ids
 from llada_lightning.support.errors import UserError
 

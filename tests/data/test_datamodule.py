@@ -13,9 +13,10 @@ import torch
 from litdata import StreamingDataset, TokensLoader
 
 from llada_lightning.data.datamodule import TokenDataModule
-from llada_lightning.data.language_datamodule import exact_micro_batch
+from llada_lightning.data.manifest import read_data_facts
 from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.objectives.forward_process import random_lengths
+from llada_lightning.run import Stream
 from llada_lightning.support.errors import UserError
 
 L, G = 32, 8
@@ -269,44 +270,36 @@ def test_a_remote_folder_streams_the_same(prepared: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("batch", "micro_batch", "devices", "message"),
     [
-        (
-            (10, 4, 1, 1),
-            "10 is not micro-batch 4 x 1 device.* nearest global batches: 8 or 12 with accumulation 2 or 3",
-        ),
-        ((16, 4, 2, 1), "set --trainer.accumulate_grad_batches 2"),
-        ((7, None, 2, 1), "nearest global batches: 6 or 8"),
+        (10, 4, 1, "10 is not micro-batch 4 x 1 device.* nearest global batches: 8 or 12 with accumulation 2 or 3"),
+        (16, 4, 2, "set --trainer.accumulate_grad_batches 2"),
+        (7, None, 2, "nearest global batches: 6 or 8"),
     ],
 )
-def test_a_global_batch_that_does_not_divide_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+def test_a_global_batch_that_does_not_divide_is_refused(
+    batch: int, micro_batch: int | None, devices: int, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        exact_micro_batch(*arguments)
+        TokenDataModule("data", global_batch=batch, micro_batch=micro_batch).exact_micro_batch(devices, 1)
 
 
-def test_a_global_batch_that_divides_gives_the_micro_batch() -> None:
-    assert exact_micro_batch(16, None, 2, 2) == 4
-    assert exact_micro_batch(16, 4, 2, 2) == 4
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_a_global_batch_that_divides_gives_the_micro_batch(micro_batch: int | None) -> None:
+    assert TokenDataModule("data", global_batch=16, micro_batch=micro_batch).exact_micro_batch(2, 2) == 4
 
 
-def test_damaged_folders_are_refused(prepared: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_on_is_refused(prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="llada prepare"):
         module(str(tmp_path)).check()
-    with pytest.raises(UserError):
-        module(str(tmp_path / "absent")).check()
-    shard = next(iter(sorted((prepared / "train").glob("*.bin"))))
-    for name, damage in {"cut": lambda p: p.write_bytes(p.read_bytes()[:-8]), "missing": Path.unlink}.items():
-        copy = tmp_path / name
-        shutil.copytree(prepared, copy)
-        damage(copy / "train" / shard.name)  # type: ignore[operator]
-        with pytest.raises(UserError, match=shard.name):
-            module(str(copy)).check()
-
-
-def test_a_sequence_longer_than_a_shard_is_refused(prepared: Path) -> None:
-    data = TokenDataModule(path=str(prepared), sequence_length=4096)
-    with pytest.raises(UserError, match="4096"):
-        data.check()
+    copy = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    next((copy / "train").glob("*.bin")).unlink()
+    with pytest.raises(UserError, match="is missing"):
+        module(str(copy)).check()
+    with pytest.raises(UserError, match="4096 is longer than every shard"):
+        TokenDataModule(str(prepared), sequence_length=4096).check()
+    with pytest.raises(UserError, match="4096 is longer than every shard"):
+        read_data_facts(str(prepared), 4096)
 
 
 def test_a_mixture_of_two_tokenizers_is_refused(prepared: Path, tmp_path: Path) -> None:
@@ -317,3 +310,12 @@ def test_a_mixture_of_two_tokenizers_is_refused(prepared: Path, tmp_path: Path) 
     prepare(str(other), str(tmp_path / "data"), vocab_size=300, val_fraction=0.2, progress=False)
     with pytest.raises(UserError, match="another tokenizer"):
         module({str(prepared): 1, str(tmp_path / "data"): 1}).check()
+
+
+def test_the_epochs_of_a_plan_are_those_of_the_data_module(prepared: Path, prepared_second: Path) -> None:
+    mixture = {str(prepared): 3.0, str(prepared_second): 1.0}
+    facts = read_data_facts(mixture, 32)
+    data = TokenDataModule(path=mixture, sequence_length=32, global_batch=8)
+    assert facts.vocab_size == data.tokenizer.vocab_size
+    epochs = Stream(facts.vocab_size, 32, sources=facts.sources).epochs(500 * 8)
+    assert epochs == pytest.approx(data.epochs(500), rel=0.01)  # whole sequences there, expected ones here

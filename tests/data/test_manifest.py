@@ -11,18 +11,18 @@ from typing import Any
 import fsspec
 import pytest
 
-from llada_lightning.data.integrity import check_shards
+from llada_lightning.data import TokenizerInfo
 from llada_lightning.data.manifest import (
     Manifest,
     Shard,
     Split,
-    TokenizerInfo,
     check_sequence_length,
     data_fingerprint,
     loss_note,
     read_manifest,
     read_tokenizer_text,
 )
+from llada_lightning.data.shards import check_shards
 from llada_lightning.support.errors import UserError
 
 

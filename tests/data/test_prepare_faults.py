@@ -18,9 +18,9 @@ import pytest
 from llada_lightning.commands.main import main
 from llada_lightning.data import prepare as prepare_module
 from llada_lightning.data import text_files
-from llada_lightning.data.integrity import verify
 from llada_lightning.data.manifest import read_manifest
 from llada_lightning.data.prepare import prepare
+from llada_lightning.data.shards import verify
 from llada_lightning.data.tokenizers import train_tokenizer
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import building
@@ -238,7 +238,7 @@ def test_a_disk_error_in_the_middle_of_a_source(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(text_files, "_decompressed", lambda raw, _: FailingStream(raw))
+    monkeypatch.setitem(text_files._DECOMPRESSED, "", FailingStream)
     line = refused(corpus, tmp_path / "out", small_tokenizer, capsys)
     assert f"error: {corpus}/0.jsonl: cannot be read ([Errno 5] Input/output error); repair or remove the file" in line
 
@@ -254,7 +254,7 @@ def test_the_folder_is_removed_while_it_is_written(
 ) -> None:
     out = tmp_path / "below" / "out"
     out.parent.mkdir()
-    monkeypatch.setattr("llada_lightning.data.shards.BATCH_CHARS", 1)  # so that shards are written from the beginning
+    monkeypatch.setattr("llada_lightning.data.encoding.BATCH_CHARS", 1)  # so that shards are written from the beginning
 
     def remove() -> None:
         [partial] = out.parent.iterdir()

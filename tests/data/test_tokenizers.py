@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from llada_lightning.data.encoding import pieces
 from llada_lightning.data.tokenizers import (
+    TokenizerFiles,
     load_tokenizer,
-    pieces,
-    tokenizer_from_file,
     tokenizer_info,
     train_tokenizer,
 )
@@ -62,7 +62,7 @@ def test_the_trained_vocabulary_counts_its_special_tokens(tmp_path: Path) -> Non
 
 def test_a_saved_tokenizer_read_again_is_the_same(tmp_path: Path) -> None:
     TRAINED.save(str(tmp_path / "tokenizer.json"))
-    assert tokenizer_info(tokenizer_from_file(tmp_path / "tokenizer.json")) == tokenizer_info(TRAINED)
+    assert tokenizer_info(TokenizerFiles.of_path(tmp_path / "tokenizer.json").tokenizer) == tokenizer_info(TRAINED)
     tokenizer, info = load_tokenizer(str(tmp_path))
     assert info == tokenizer_info(TRAINED)
     assert ids(tokenizer, "the [MASK]") == ids(TRAINED, "the [MASK]")

@@ -18,7 +18,7 @@ from llada_lightning.checkpoints.sharded_checkpoints import META
 from llada_lightning.checkpoints.stored_model import StoredModel, fitted_tokenizer
 from llada_lightning.checkpoints.stored_tensors import of_tensor
 from llada_lightning.compute.shapes import Shape
-from llada_lightning.data.tokenizer_files import TokenizerFiles
+from llada_lightning.data.tokenizers import TokenizerFiles
 
 GOLDEN = Path(__file__).parents[1] / "model" / "golden_llada_mha"
 GROUPED = Shape(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)

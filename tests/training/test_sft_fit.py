@@ -16,8 +16,8 @@ from helpers.tiny_runs import child_environment, fit, kill_at, losses, record, w
 from llada_lightning.checkpoints import load_model
 from llada_lightning.commands.main import main
 from llada_lightning.data.chat import Message
-from llada_lightning.data.language_datamodule import LanguageDataModule
-from llada_lightning.data.pairs import PairDataset
+from llada_lightning.data.datamodule import LanguageDataModule
+from llada_lightning.data.datasets import PairDataset
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.generation.prompts import conversation_ids
 from llada_lightning.objectives.arm import shift_right

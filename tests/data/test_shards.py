@@ -1,4 +1,4 @@
-"""A prepared folder against its manifest: the quick check, and the full one by the command."""
+"""A prepared folder against its manifest: the quick check, the full one, and each shard as it is read."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+import torch
+from litdata import StreamingDataset, TokensLoader
 from litdata.constants import _TORCH_DTYPES_MAPPING
 
 from helpers.small_corpora import seal
+from helpers.tiny_runs import fit, fit_arguments, losses, metrics, weights
 from llada_lightning.commands import prepare
 from llada_lightning.commands.main import main
-from llada_lightning.data import integrity
-from llada_lightning.data.integrity import check_shards, verify
+from llada_lightning.data import shards
 from llada_lightning.data.manifest import read_manifest
+from llada_lightning.data.order import EpochOrder
+from llada_lightning.data.shards import ShardReader, check_shards, verify
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import file_sha256
+
+pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 
 SHARD = "train/chunk-0-2.bin"
 
@@ -112,7 +118,7 @@ def test_another_layout_of_the_tokenizers_file_is_the_same_tokenizer(folder: Pat
 
 
 def test_litdata_numbers_the_dtypes_as_we_read_them() -> None:
-    for dtype, names in integrity._INDEX_DTYPES.items():
+    for dtype, names in shards._INDEX_DTYPES.items():
         assert {str(_TORCH_DTYPES_MAPPING[int(name.split(":")[1])]) for name in names} == {f"torch.{dtype}"}
 
 
@@ -194,7 +200,7 @@ def test_documents_are_counted(folder: Path) -> None:
 
 
 def test_blocks_that_cut_tokens_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integrity, "_BLOCK_BYTES", 7)
+    monkeypatch.setattr(shards, "_BLOCK_BYTES", 7)
     assert verify(folder).damaged == ()
 
 
@@ -226,3 +232,121 @@ def test_nothing_to_verify(tmp_path: Path, folder: Path, capsys: pytest.CaptureF
         assert answer.out == ""
         assert said in answer.err
         assert answer.err.count("\n") == 1
+
+
+# --- each shard when it is first read: no byte is trained on that was not prepared -----------------------------------
+
+L = 32
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_OPTIMIZER_CACHE_FOLDER", str(tmp_path / "cache"))
+
+
+def reader(folder: Path, prefix: str = "") -> ShardReader:
+    return ShardReader(f"{prefix}{folder}", "train", read_manifest(folder), L)
+
+
+@pytest.mark.parametrize("prefix", ["", "local:"])
+def test_the_items_are_litdatas_and_each_shard_is_hashed_once(
+    folder: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+
+    def recorded(path: str) -> str:
+        hashed.append(Path(path).name)
+        return file_sha256(path)
+
+    monkeypatch.setattr(shards, "file_sha256", recorded)
+    items, stored = reader(folder, prefix), StreamingDataset(str(folder / "train"), item_loader=TokensLoader(L))
+    for _ in range(2):
+        assert all(torch.equal(items[i], stored[i]) for i in range(len(stored)))
+    stored_shards = read_manifest(folder).splits["train"].shards
+    assert hashed == [Path(shard.file).name for shard in stored_shards]
+
+
+SHARD_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped": (lambda folder: flip(folder / SHARD), "has the sha256 [0-9a-f]{64}, expected"),
+    "exchanged": (
+        lambda folder: swap(folder / SHARD, folder / "train/chunk-0-3.bin"),
+        "has the sha256 [0-9a-f]{64}, expected",
+    ),
+    "foreign": (lambda folder: (folder / SHARD).write_bytes(bytes(4108)), "has the sha256"),
+    "cut": (lambda folder: (folder / SHARD).write_bytes(bytes(40)), "has the sha256"),
+    "missing": (lambda folder: (folder / SHARD).unlink(), "cannot be read .No such file"),
+}
+
+
+@pytest.mark.parametrize("damage", SHARD_DAMAGES)
+def test_a_damaged_shard_gives_no_item(folder: Path, damage: str) -> None:
+    items, per_shard = reader(folder), 2048 // L
+    do, said = SHARD_DAMAGES[damage]
+    do(folder)  # after the start's check, which sees sizes alone
+    items[per_shard], items[4 * per_shard]  # shards 1 and 4 are whole
+    for item in (2 * per_shard, 3 * per_shard - 1):
+        with pytest.raises(UserError, match=rf"^'{folder}': shard train/chunk-0-2\.bin {said}.*; copy the folder"):
+            items[item]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "exchanged", "foreign"])
+def test_a_remote_folders_copy_is_compared(folder: Path, damage: str) -> None:
+    items, per_shard = reader(folder, "local:"), 2048 // L
+    SHARD_DAMAGES[damage][0](folder)
+    items[per_shard]
+    with pytest.raises(UserError, match=r"shard train/chunk-0-2\.bin has the sha256"):
+        items[2 * per_shard]
+
+
+@pytest.mark.parametrize("prefix", ["", "local:"])
+def test_an_index_of_another_split_gives_no_item(folder: Path, prefix: str) -> None:
+    shutil.copy(folder / "val/index.json", folder / "train/index.json")
+    with pytest.raises(UserError, match=r"train/index\.json differs from the manifest"):
+        reader(folder, prefix)[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_on_damaged_shards_is_one_line_and_no_step(
+    folder: Path, tmp_path: Path, workers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for path in (folder / "train").glob("*.bin"):
+        flip(path)
+    assert main(fit_arguments("llada", folder, tmp_path / "runs", f"--data.workers={workers}")) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: '{folder}': shard train/chunk-0-")
+    assert errors[0].endswith("; copy the folder again, or delete it and prepare it again")
+    run = tmp_path / "runs/test/run"
+    assert not (run / "metrics.csv").exists() or metrics(run) == []
+    assert not list((run / "checkpoints").glob("*"))
+
+
+def test_a_run_goes_on_when_the_shard_is_mended_as_if_nothing_had_been(
+    prepared: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("--data.window_shards=1", "--trainer.max_steps=24")  # so that damage is met after some steps
+    whole = fit("arm", prepared, tmp_path / "whole", *settings)
+    shards = sorted((folder / "train").glob("*.bin"))
+    bad = next(path for path in shards if is_met_between(prepared, path, 6, 24))
+    flip(bad)
+    arguments = fit_arguments("arm", folder, tmp_path / "runs", *settings)
+    assert main(arguments) == 2
+    assert f"shard train/{bad.name} has the sha256" in capsys.readouterr().err
+    run = tmp_path / "runs/test/run"
+    assert losses(run) == losses(whole)[: len(losses(run))]
+    assert 0 < len(losses(run)) < 24
+    shutil.copy(prepared / "train" / bad.name, bad)
+    assert main(arguments) == 0
+    assert losses(run) == losses(whole)
+    assert all(torch.equal(weights(run)[name], value) for name, value in weights(whole).items())
+
+
+def is_met_between(folder: Path, shard: Path, first: int, last: int) -> bool:
+    """Whether the run above reads a shard for the first time in these steps (of 8 sequences)."""
+    shards = read_manifest(folder).splits["train"].shards
+    order = EpochOrder([own.tokens // L for own in shards], seed=0, window_shards=1)
+    number = next(i for i, own in enumerate(shards) if own.file.endswith(f"/{shard.name}"))
+    start = sum(own.tokens // L for own in shards[:number])
+    items = range(start, start + shards[number].tokens // L)
+    met = [n for n in range(8 * last) if order.item(n) in items]
+    return bool(met) and met[0] >= 8 * first
