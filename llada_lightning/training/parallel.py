@@ -35,10 +35,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from llada_lightning.checkpoints.sharded_checkpoints import (
+from llada_lightning.checkpoints.run_folder import (
     META,
     ShardedCheckpointReader,
-    by_name,
     is_sharded,
     refusing_strangers,
 )
@@ -109,13 +108,23 @@ class FullySharded(ModelParallelStrategy):
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, saved in zip(self.optimizers, checkpoint.pop("optimizer_states"), strict=False):
             ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-            whole, own = by_name(saved, ordered), get_optimizer_state_dict(self.model, optimizer)
+            whole, own = _by_name(saved, ordered), get_optimizer_state_dict(self.model, optimizer)
             states: dict[str, Any] = own["state"]  # type: ignore[assignment]
             for name, state in states.items():
                 _fill_by_name(state, whole["state"][name])
             own["param_groups"] = whole["param_groups"]
             set_optimizer_state_dict(self.model, optimizer, own)
         return checkpoint
+
+
+def _by_name(saved: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """An optimizer's state keyed by its parameters' names, which are in the order of the optimizer's groups."""
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    named = dict(zip(numbers, names, strict=True))
+    return {
+        "state": {named[number]: values for number, values in saved["state"].items()},
+        "param_groups": [{**group, "params": [named[n] for n in group["params"]]} for group in saved["param_groups"]],
+    }
 
 
 def _fill_by_name(own: dict[str, Any], whole: dict[str, Any]) -> None:

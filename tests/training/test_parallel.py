@@ -10,8 +10,16 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from helpers.tiny_runs import fit, fit_process, kill_at, losses, metrics, record, weights
-from llada_lightning.checkpoints.run_folder import content_hash, last_checkpoint, saved_identity
-from llada_lightning.checkpoints.sharded_checkpoints import META, discard, is_sharded, put_in_place, read_sharded
+from llada_lightning.checkpoints.run_folder import (
+    META,
+    content_hash,
+    discard,
+    is_sharded,
+    last_checkpoint,
+    put_in_place,
+    read_sharded,
+    saved_identity,
+)
 from llada_lightning.commands.main import main
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.parallel import check_strategy

@@ -13,7 +13,7 @@ import torch
 
 from helpers import mesh_of_four
 from helpers.tiny_runs import child_environment, fit, fit_arguments, fit_process, kill_at, losses, metrics, record
-from llada_lightning.checkpoints.sharded_checkpoints import ShardedCheckpointReader, read_sharded
+from llada_lightning.checkpoints.run_folder import ShardedCheckpointReader, read_sharded
 from llada_lightning.commands.main import main
 from llada_lightning.compute.shapes import get_shape
 from llada_lightning.support.errors import UserError
@@ -124,7 +124,7 @@ def test_weights_in_two_dimensions_of_shards_are_the_same_bits(four: Path, part:
     assert "_StridedShard" in layouts["embedding.weight"][0] or "_S(" in layouts["embedding.weight"][0]
     reader = ShardedCheckpointReader(four / part)
     for name, whole in mesh_of_four.initialised().state_dict().items():
-        assert torch.equal(reader.read_tensor(part, name), factor * whole), name
+        assert torch.equal(reader.read_tensor(f"{part}.{name}"), factor * whole), name
 
 
 def test_gradients_and_their_norm_in_two_dimensions_of_shards(four: Path) -> None:
@@ -133,7 +133,7 @@ def test_gradients_and_their_norm_in_two_dimensions_of_shards(four: Path) -> Non
     reader = ShardedCheckpointReader(four / "gradients")
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
-        assert torch.allclose(reader.read_tensor("gradients", name), parameter.grad, atol=2e-5), name
+        assert torch.allclose(reader.read_tensor(f"gradients.{name}"), parameter.grad, atol=2e-5), name
     norm = float(total_norm([p.grad for p in model.parameters() if p.grad is not None]))
     assert json.loads((four / "figures.json").read_text())["norm"] == pytest.approx(norm, rel=1e-5)
 

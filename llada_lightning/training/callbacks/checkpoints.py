@@ -19,9 +19,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from llada_lightning.checkpoints.run_folder import checkpoint_of_step, checkpoints_by_step
-from llada_lightning.checkpoints.sharded_checkpoints import (
+from llada_lightning.checkpoints.run_folder import (
     PARTIAL,
+    checkpoint_of_step,
+    checkpoints_by_step,
     discard,
     is_sharded,
     put_in_place,
