@@ -37,13 +37,6 @@ def take_over(config: Namespace, objective: str) -> None:
     """Fill in, in place, what a run takes from the checkpoint it starts from: the model, the context, the tokenizer.
 
     Every field of ``Description`` that inference reads is taken here, or by :func:`inherited`, or refused.
-
-    Args:
-        config: The configuration of the run, whose model names weights.
-        objective: The objective of the model that is configured.
-
-    Raises:
-        UserError: it is no checkpoint, is of another objective, or a setting contradicts it.
     """
     arguments, data = config.model.init_args, config.data.init_args
     stored = _opened(arguments.weights)
@@ -97,11 +90,7 @@ def _take_over_tokenizer(config: Namespace, stored: StoredModel) -> None:
 
 
 def _text_prefix(stored: StoredModel) -> list[int] | None:
-    """The token ids before a text of these weights; None: as our own runs have it, EOS for an `arm` and else nothing.
-
-    Raises:
-        UserError: a token other than these comes before every sequence.
-    """
+    """The token ids before a text of these weights; None: as our own runs have it (EOS for an `arm`, else nothing)."""
     start, prefix, eos = stored.description.start_token_id, stored.text_prefix_ids, stored.description.eos_token_id
     ours = eos if get_objective(stored.description.objective).starts_with_eos else None
     if (start, prefix) == (ours, ()):

@@ -87,7 +87,10 @@ class UpdateGuard:
             () float32, 1 to skip and 0 to update: the optimizer's ``found_inf``.
         """
         self._losses_N = self._losses_N.to(loss)
-        zscore = torch.full_like(loss, math.nan) if self.spikes == "ignore" else self._zscore(loss)
+        zscore = torch.full_like(loss, math.nan)
+        if self.spikes != "ignore":
+            median = self._losses_N.median()
+            zscore = (loss - median) / (_MAD_TO_DEVIATION * (self._losses_N - median).abs().median())
         spike = zscore > self.spike_zscore  # False of NaN: until the window is full
         skip = ~(loss.isfinite() & grad_norm.isfinite())
         if self.spikes == "skip":
@@ -97,11 +100,6 @@ class UpdateGuard:
         if len(self._pending) == WINDOW:  # a trainer without our callbacks never asks
             self.settle()
         return skip.float()
-
-    def _zscore(self, loss: Tensor) -> Tensor:
-        median = self._losses_N.median()
-        deviation = _MAD_TO_DEVIATION * (self._losses_N - median).abs().median()
-        return (loss - median) / deviation
 
     def settle(self) -> None:
         """Take the verdicts since the last time from the device, and wait for it."""
@@ -185,29 +183,21 @@ class BadNumbers(Callback):
         guard.settle()
         faults, guard.faults = guard.faults, []
         if faults and trainer.is_global_zero:
-            for fault in faults:
-                say(self._described(fault))
-            write_faults(self._folder, [*read_faults(self._folder), *map(self._row, faults)])
+            write_faults(self._folder, [*read_faults(self._folder), *map(self._told, faults)])
         return guard
 
-    def _ordinals(self, step: int) -> tuple[int, int]:
-        """First and last sequence of a step."""
-        return (step - 1) * self._global_batch, step * self._global_batch - 1
-
-    def _row(self, fault: Fault) -> dict[str, Any]:
-        first, last = self._ordinals(fault.step)
-        action = SKIPPED if fault.skipped else REPORTED
-        values = (fault.step, fault.kind, fault.loss, fault.grad_norm, first, last, action)
-        return dict(zip(FAULT_COLUMNS, values, strict=True))
-
-    def _described(self, fault: Fault) -> str:
-        first, last = self._ordinals(fault.step)
+    def _told(self, fault: Fault) -> dict[str, Any]:
+        """Prints a fault, and returns its row of `faults.csv`."""
+        first, last = (fault.step - 1) * self._global_batch, fault.step * self._global_batch - 1
         height = f" ({fault.zscore:.1f} deviations above the median of {WINDOW} steps)" if fault.kind == "spike" else ""
-        return (
+        say(
             f"step {fault.step}: loss {fault.loss:.4f}{height}, gradient norm {fault.grad_norm:.4g}, sequences "
             f"{first}-{last}: update {'skipped' if fault.skipped else 'made all the same'}; "
             f"llada replay {self._folder} --step {fault.step} shows them"
         )
+        action = SKIPPED if fault.skipped else REPORTED
+        values = (fault.step, fault.kind, fault.loss, fault.grad_norm, first, last, action)
+        return dict(zip(FAULT_COLUMNS, values, strict=True))
 
     def _diverged(self, guard: UpdateGuard, reason: str) -> str:
         saved = checkpoints_by_step(self._folder / CHECKPOINTS)

@@ -14,7 +14,7 @@ from helpers import tiny_runs
 from helpers.tiny_runs import call_at, fit, fit_arguments, losses, metrics, record
 from llada_lightning.commands.main import main
 from llada_lightning.support.errors import UserError
-from llada_lightning.training.devices import check_devices
+from llada_lightning.training.machine import check_devices
 
 
 def trainer(**settings: Any) -> Namespace:

@@ -18,9 +18,9 @@ from llada_lightning.commands.main import main
 from llada_lightning.compute.schedule import WSD
 from llada_lightning.objectives.batches import TrainingBatch, scored_positions
 from llada_lightning.training import ArmModule, LladaModule
-from llada_lightning.training import speed as module
+from llada_lightning.training import machine as module
+from llada_lightning.training.machine import Speed, apply_speed, resolve_speed
 from llada_lightning.training.modules import LanguageModule
-from llada_lightning.training.speed import Speed, apply_speed, resolve_speed
 
 WORDS, LENGTH = 64, 32
 SHAPE = {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}

@@ -17,9 +17,8 @@ from llada_lightning.checkpoints.run_folder import ShardedCheckpointReader, read
 from llada_lightning.commands.main import main
 from llada_lightning.compute.shapes import get_shape
 from llada_lightning.support.errors import UserError
-from llada_lightning.training.parallel import FullySharded, tensor_parallel, total_norm
+from llada_lightning.training.parallel import FullySharded, check_degree, tensor_parallel, total_norm
 from llada_lightning.training.replay import replay_step
-from llada_lightning.training.tensor_parallel import check_degree
 
 GROUPED = "--model.shape={n_layers: 2, d_model: 32, n_heads: 4, n_kv_heads: 2, d_ff: 64}"
 DDP = (GROUPED, "--trainer.devices=2", "--trainer.strategy=ddp")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +85,15 @@ class EvaluateTasks(Callback):
         assert isinstance(pl_module, LanguageModule)
         pl_module.model.eval()
         try:
-            with _precision(trainer):
+            plugin = trainer.precision_plugin
+            with plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext():
                 rows = self._rows(trainer, pl_module, step)
         finally:
             pl_module.model.train()
-        folder = _run_folder(trainer)
-        if rows and folder is not None:
-            write_evaluations(folder, rows)
+        logger = next((each for each in trainer.loggers if isinstance(each, MetricsCSV)), None)
+        if rows and logger is not None:  # None on ranks that write nothing
+            folder = Path(logger.save_dir)
+            write_evaluations(folder.parent.parent if folder.parent.name == BRANCHES else folder, rows)
         if accounting is not None:
             accounting.leave_out()
 
@@ -129,17 +131,3 @@ def _language_model(trainer: Trainer, module: LanguageModule) -> LanguageModel:
         compat=module.compat,
         name="the model in training",
     )
-
-
-def _precision(trainer: Trainer) -> AbstractContextManager[Any]:
-    plugin = trainer.precision_plugin
-    return plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext()
-
-
-def _run_folder(trainer: Trainer) -> Path | None:
-    """The folder of the run, not of a branch; None on ranks that write nothing."""
-    logger = next((each for each in trainer.loggers if isinstance(each, MetricsCSV)), None)
-    if logger is None:
-        return None
-    folder = Path(logger.save_dir)
-    return folder.parent.parent if folder.parent.name == BRANCHES else folder

@@ -1,25 +1,112 @@
-"""How the same numbers are computed faster: compilation, the loss, recomputation, attention, 8-bit products."""
+"""What a configuration asks of the machine: devices that are there, a type that they multiply, ways to be faster."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jsonargparse import Namespace
 from lightning import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.model import Transformer
 from llada_lightning.model.attention import Backend, check_backend
 from llada_lightning.model.transformer import Block, Recompute
+from llada_lightning.settings import MAX_PROCESSES
+from llada_lightning.support.cluster import device_count
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.security import not_trusted
+from llada_lightning.support.signals import say
 from llada_lightning.support.torch_internals import has_cpp_compiler, has_triton
 
+_GPU = ("gpu", "cuda")
 _FP8_CAPABILITY = (8, 9)
 """The first GPUs that multiply 8-bit floats: Ada and Hopper."""
+
+
+def check_devices(trainer: Namespace) -> None:
+    """Refuse devices that are not there, unknown strategies, and classes that are not trusted.
+
+    Args:
+        trainer: The settings of the trainer, with the precision filled in. Instances, which only Python can give, pass.
+    """
+    accelerator, devices, strategy = trainer.accelerator, trainer.devices, trainer.strategy
+    for key in ("accelerator", "strategy", "profiler"):
+        # A class that may not be imported is left over as a string.
+        if isinstance(trainer[key], str) and "." in trainer[key]:
+            raise UserError(f"trainer.{key}: {not_trusted(_class_path(trainer[key]))}")
+    known = StrategyRegistry.available_strategies()
+    if isinstance(strategy, str) and "." not in strategy and strategy not in ("auto", *known):
+        ours = ", ".join(["ddp", *(name for name in known if name.startswith("fsdp2"))])
+        raise UserError(f"trainer.strategy: {strategy} given; use one of {ours}, or leave it out")
+    named = ",".join(map(str, devices)) if isinstance(devices, (list, tuple)) else str(devices)
+    if not re.fullmatch(r"auto|-1|[1-9]\d*|(\d+,)+\d*|0,?", named.replace(" ", "")):
+        raise UserError(f"trainer.devices: {devices} given; give a number from 1, or leave it out")
+    if accelerator in _GPU:
+        _check_gpus(accelerator, devices)
+    elif accelerator == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"trainer.accelerator: mps given, but {_no_gpu('MPS')}; leave it out, or give cpu")
+    elif accelerator == "cpu" and not re.fullmatch(r"auto|[1-9]\d*", str(devices).strip()):
+        raise UserError(f"trainer.devices: {devices} given; on the CPU it is a number of processes, such as 1")
+    elif accelerator in ("cpu", "auto") and (device_count(devices) or 1) > MAX_PROCESSES:
+        raise UserError(f"trainer.devices: {devices} given; {MAX_PROCESSES} processes of one machine are the most")
+    uses_gpu = accelerator in (*_GPU, "auto") and torch.cuda.is_available()
+    if str(trainer.precision).startswith("bf16") and uses_gpu and not _multiplies_bf16():
+        say(f"note: {torch.cuda.get_device_name()} computes {trainer.precision} by way of fp32; 32-true is faster")
+
+
+def _check_gpus(accelerator: str, devices: Any) -> None:
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not there:
+        raise UserError(f"trainer.accelerator: {accelerator} given, but {_no_gpu('CUDA')}; leave it out, or give cpu")
+    if isinstance(devices, str) and "," in devices:
+        devices = [number for number in devices.split(",") if number.strip()]
+    if isinstance(devices, (list, tuple)):
+        wanted = max(int(number) + 1 for number in devices)
+    else:
+        wanted = device_count(devices) or 1
+    if wanted > there:
+        raise UserError(
+            f"trainer.devices: {devices} given, but torch finds {there} GPU(s) here; give at most {there}, or leave it "
+            "out (all that there are)"
+        )
+
+
+def _no_gpu(kind: str) -> str:
+    return f"torch {torch.__version__} finds no {kind} device here"
+
+
+def _class_path(given: str) -> str:
+    """The dotted path within `a.b`, `{class_path: a.b}` and `{"class_path": "a.b", …}`."""
+    path = given.partition("class_path")[2] or given
+    return path.strip(" :{}\"'").split(",")[0].strip(" }\"'")
+
+
+def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
+    """bf16-mixed where the device multiplies bf16 in hardware, else fp32."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if _multiplies_bf16() else "32-true"
+    if accelerator in ("auto", "cpu") and _cpu_flags() & {"avx512_bf16", "amx_bf16"}:
+        return "bf16-mixed"
+    return "32-true"
+
+
+def _cpu_flags() -> set[str]:
+    """Instruction sets by Linux's names; empty on other systems."""
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return set()
+
+
+def _multiplies_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @dataclass
@@ -56,7 +143,7 @@ def resolve_speed(speed: Speed, shape: Shape, trainer: Trainer, training: bool) 
         The settings to apply, and lines for the start of a run: what was given up, and what is live.
 
     Raises:
-        UserError: an attention back end, or fp8, that is not installed or does not fit: they were asked for by name.
+        UserError: an attention back end, or fp8, that is not installed or does not fit.
     """
     device = trainer.strategy.root_device
     dtype = torch.bfloat16 if str(trainer.precision).startswith("bf16") else torch.float32
@@ -67,19 +154,13 @@ def resolve_speed(speed: Speed, shape: Shape, trainer: Trainer, training: bool) 
     compiled = speed.compile
     if compiled is None:
         compiled = training and device.type == "cuda"
-    trouble = compiler_trouble(device) if compiled else None
+    trouble = _compiler_trouble(device) if compiled else None
     resolved = replace(speed, compile=compiled and trouble is None)
     lines = [] if trouble is None else [f"note: speed.compile: {trouble}; running without it, which changes no figure"]
-    return resolved, [*lines, f"speed: attention {attention}, {_describe(resolved)}"]
-
-
-def _describe(speed: Speed) -> str:
-    parts = ["blocks compiled" if speed.compile else "blocks not compiled", f"{speed.loss} loss"]
-    if speed.recompute != "none":
-        parts.append(f"{speed.recompute} recomputation")
-    if speed.fp8:
-        parts.append("fp8 products")
-    return ", ".join(parts)
+    live = [f"attention {attention}", "blocks compiled" if resolved.compile else "blocks not compiled"]
+    live += [f"{speed.loss} loss", *([] if speed.recompute == "none" else [f"{speed.recompute} recomputation"])]
+    live += ["fp8 products"] if speed.fp8 else []
+    return resolved, [*lines, f"speed: {', '.join(live)}"]
 
 
 def apply_speed(model: Transformer, speed: Speed, whole_blocks: bool = True) -> None:
@@ -101,7 +182,7 @@ def apply_speed(model: Transformer, speed: Speed, whole_blocks: bool = True) -> 
         model.head.compiled = True
 
 
-def compiler_trouble(device: torch.device) -> str | None:
+def _compiler_trouble(device: torch.device) -> str | None:
     """Why torch.compile cannot work here, or None."""
     if device.type == "cuda":
         return None if has_triton() else "Triton is missing, or does not know this GPU"
