@@ -165,14 +165,14 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> LanguageModel:
-    """Reads a checkpoint of any kind (see :func:`.stored_model.open_checkpoint`).
+    """Reads a checkpoint of any kind.
 
     Weights are read one by one, as views of their file where possible: memory never holds a second copy of the model.
     Nothing in a checkpoint is run.
 
     Args:
-        path: The folder of a run or of a branch (the last checkpoint counts); a training checkpoint; our inference
-            folder; a Hugging Face LLaDA or Llama folder.
+        path: The folder of a run or of a branch (the last checkpoint counts); a training checkpoint, one file or
+            sharded; our inference folder; a Hugging Face LLaDA or Llama folder.
         tokenizer: The tokenizer to use instead of the checkpoint's: a ``tokenizer.json``, a folder with one, a name on
             the hub.
         device: The device; None: CUDA's where there is one, else the CPU.

@@ -85,11 +85,7 @@ class StoredModel:
 
     @property
     def text_prefix_ids(self) -> tuple[int, ...]:
-        """The token ids before a text: those of the model, else those of its tokenizer.
-
-        Raises:
-            UserError: the tokenizer puts an id there that the model does not have.
-        """
+        """The token ids before a text: those of the model, else those of its tokenizer."""
         if self.description.text_prefix_ids is not None or self.tokenizer is None:
             return self.description.text_prefix_ids or ()
         prefix, vocab_size = self.tokenizer.prefix_ids, self.description.vocab_size
@@ -108,16 +104,10 @@ class StoredModel:
 
 
 def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> StoredModel:
-    """Recognises the checkpoint at a path, and checks that it is whole.
-
-    Args:
-        path: The folder of a run or of a branch (the last checkpoint counts); a training checkpoint, one file or
-            sharded; our inference folder; a Hugging Face LLaDA or Llama folder.
-        tokenizer: The tokenizer to use instead of the checkpoint's: a ``tokenizer.json``, a folder with one, a name on
-            the hub.
+    """Recognises the checkpoint at a path, and checks that it is whole; arguments as of ``load_model``.
 
     Raises:
-        UserError: it is none of these, is not whole, or its parts do not fit together.
+        UserError: it is none of the known kinds, is not whole, or its parts do not fit together.
     """
     path = expanded(path)
     given = None if tokenizer is None else TokenizerFiles.of_path(tokenizer)

@@ -238,92 +238,59 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_WHOLE_MODEL = ("embedding", "norm", "head")
+_BLOCK = (
+    "attention_norm", "attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj",
+    "feed_forward_norm", "feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj",
+)  # fmt: skip
+"""Our names, without `.weight`, of the weights outside and within a block."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """The names that a checkpoint gives to its weights.
 
     Args:
         title: The name of the layout, for messages.
-        whole_model: The map from our names to theirs, without `.weight`, of the weights outside the blocks.
-        block: The map from our names to theirs, without `.weight`, of the weights within a block.
+        whole_model: Its names, without `.weight`, of the weights outside the blocks, in the order of ours.
         blocks: The part of a name before a block's number.
+        block: Its names, without `.weight`, of the weights within a block, in the order of ours.
         ignored: The ends of names that hold no weights, such as tables that follow from the configuration.
     """
 
     title: str
-    whole_model: dict[str, str]
-    block: dict[str, str]
+    whole_model: tuple[str, ...]
     blocks: str
+    block: tuple[str, ...]
     ignored: tuple[str, ...] = ()
 
     def names(self, n_layers: int) -> dict[str, str]:
         """Our name -> theirs of each weight of a model, in the model's order."""
-        embedding, *last = self.whole_model.items()
+        embedding, *last = zip(_WHOLE_MODEL, self.whole_model, strict=True)
         blocks = [
             (f"blocks.{i}.{ours}", f"{self.blocks}.{i}.{theirs}")
             for i in range(n_layers)
-            for ours, theirs in self.block.items()
+            for ours, theirs in zip(_BLOCK, self.block, strict=True)
         ]
         return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in [embedding, *blocks, *last]}
 
 
-_WHOLE_MODEL = ("embedding", "norm", "head")
-_BLOCK = (
-    "attention_norm",
-    "attention.q_proj",
-    "attention.k_proj",
-    "attention.v_proj",
-    "attention.out_proj",
-    "feed_forward_norm",
-    "feed_forward.gate_proj",
-    "feed_forward.up_proj",
-    "feed_forward.down_proj",
-)
-
-OURS = Layout("llada-lightning", {name: name for name in _WHOLE_MODEL}, {name: name for name in _BLOCK}, "blocks")
-
-TRAINING = Layout(
-    "training checkpoint",
-    {name: f"model.{name}" for name in _WHOLE_MODEL},
-    {name: name for name in _BLOCK},
-    "model.blocks",
-)
-
+OURS = Layout("llada-lightning", _WHOLE_MODEL, "blocks", _BLOCK)
+TRAINING = Layout("training checkpoint", tuple(f"model.{name}" for name in _WHOLE_MODEL), "model.blocks", _BLOCK)
 HF_LLADA = Layout(
     "Hugging Face LLaDA",
-    {
-        "embedding": "model.transformer.wte",
-        "norm": "model.transformer.ln_f",
-        "head": "model.transformer.ff_out",
-    },
-    {
-        "attention_norm": "attn_norm",
-        "attention.q_proj": "q_proj",
-        "attention.k_proj": "k_proj",
-        "attention.v_proj": "v_proj",
-        "attention.out_proj": "attn_out",
-        "feed_forward_norm": "ff_norm",
-        "feed_forward.gate_proj": "ff_proj",  # theirs: ff_out(silu(ff_proj(x)) * up_proj(x))
-        "feed_forward.up_proj": "up_proj",
-        "feed_forward.down_proj": "ff_out",
-    },
+    ("model.transformer.wte", "model.transformer.ln_f", "model.transformer.ff_out"),
     "model.transformer.blocks",
+    # Their feed-forward part: ff_out(silu(ff_proj(x)) * up_proj(x)).
+    ("attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out"),
 )
-
 HF_LLAMA = Layout(
     "Hugging Face Llama",
-    {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
-    {
-        "attention_norm": "input_layernorm",
-        "attention.q_proj": "self_attn.q_proj",
-        "attention.k_proj": "self_attn.k_proj",
-        "attention.v_proj": "self_attn.v_proj",
-        "attention.out_proj": "self_attn.o_proj",
-        "feed_forward_norm": "post_attention_layernorm",
-        "feed_forward.gate_proj": "mlp.gate_proj",
-        "feed_forward.up_proj": "mlp.up_proj",
-        "feed_forward.down_proj": "mlp.down_proj",
-    },
+    ("model.embed_tokens", "model.norm", "lm_head"),
     "model.layers",
+    (
+        "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    ),
     ignored=("rotary_emb.inv_freq",),
-)
+)  # fmt: skip

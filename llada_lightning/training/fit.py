@@ -41,7 +41,7 @@ from llada_lightning.training.callbacks.accounting import Accounting, BudgetProg
 from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoints
 from llada_lightning.training.callbacks.leaving import LeaveTogether, MemoryAdvice, check_monitors, fault_of_a_callback
 from llada_lightning.training.callbacks.loggers import MetricsCSV, check_wandb, wandb_logger
-from llada_lightning.training.callbacks.profile import profiling
+from llada_lightning.training.callbacks.profile import StepProfiler
 from llada_lightning.training.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.training.guard import BadNumbers, DivergedError, UpdateGuard
 from llada_lightning.training.lightning_internals import HookedCLI, OneLineParser, class_first, writes_shards
@@ -226,9 +226,10 @@ class LladaCLI(HookedCLI):
             seconds = None if minutes is None else 60 * minutes
             kept = (run.keep_checkpoints, run.keep_best, phase.forks)
             own_callbacks.append(StepCheckpoints(phase.checkpoints, run.checkpoint_every_steps, seconds, *kept))
-        if phase is self.phases[0]:
-            where = (phase.folder, phase.last_step, self.accounting, trainer.profiler)
-            own_callbacks += profiling(self.settings.profile, *where)
+        profile = self.settings.profile
+        if profile.steps and phase is self.phases[0]:
+            where = phase.folder / "profile"
+            own_callbacks.append(StepProfiler(profile, where, self.accounting, phase.last_step, trainer.profiler))
         return super().instantiate_trainer(callbacks=[*own_callbacks, *_as_list(trainer.callbacks)], **kwargs)
 
     def before_fit(self) -> None:
