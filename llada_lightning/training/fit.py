@@ -357,7 +357,7 @@ class LladaCLI(HookedCLI):
                 print("\n".join(f"{nats:.6f}" for nats in nats_B.tolist()))
 
     def _warn_of_few_documents(self) -> None:
-        note = few_documents(self.model.val_documents, of_dialogues=isinstance(self.datamodule, SftDataModule))
+        note = few_documents(len(self.model.val_by_document), isinstance(self.datamodule, SftDataModule))
         if note is not None:
             say(note)
 

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from torchmetrics.utilities import dim_zero_cat
 from llada_lightning.checkpoints.description import excluded_token_id
 from llada_lightning.compute.flops import TrainingFlops
 from llada_lightning.compute.schedule import WSD
-from llada_lightning.compute.shapes import MAX_PARAMETERS, Shape, get_shape
+from llada_lightning.compute.shapes import MAX_PARAMETERS, Shape, check_vocabulary, get_shape
 from llada_lightning.identity import check_history, check_identity, model_identity, with_stable_names
 from llada_lightning.model import Transformer
 from llada_lightning.model.head import token_nll
@@ -99,8 +99,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         super().__init__()
         self.shape: Shape = get_shape(shape)
         self.vocab_size, self.mask_token_id, self.eos_token_id = vocab_size, mask_token_id, eos_token_id
-        if vocab_size is not None and not 1 <= vocab_size < 2**31:
-            raise UserError(f"model.vocab_size: {vocab_size} given; it must be a whole number from 1 to {2**31 - 1}")
+        if vocab_size is not None:
+            check_vocabulary("model.vocab_size", vocab_size)
         if (count := self.shape.params_total(vocab_size or 1)) > MAX_PARAMETERS:
             raise UserError(f"model.shape: {count:.2g} parameters; no memory could hold such a model, correct it")
         outside = [i for i in text_prefix_ids or () if not 0 <= i < (vocab_size or 2**31)]
@@ -319,11 +319,6 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         )
         return hidden_BLD[:, count:]
 
-    @property
-    def val_documents(self) -> int:
-        """Documents that the last validation's sequences begin in."""
-        return len(self.val_by_document)
-
 
 class ArmModule(LanguageModule):
     """Autoregression, see ``objectives.arm``."""
@@ -339,14 +334,6 @@ class LladaModule(LanguageModule):
     objective = "llada"
     training_loss = llada.training_loss
     sequence_nll = llada.sequence_nll
-
-
-class ValidationSummary(NamedTuple):
-    """Mean, standard error (NaN with fewer than two documents), and (document, sequences, mean) of each document."""
-
-    mean: float
-    stderr: float
-    by_document: list[tuple[int, int, float]]
 
 
 class ValidationLoss(Metric):
@@ -365,12 +352,13 @@ class ValidationLoss(Metric):
         self.add_state("documents", default=[], dist_reduce_fx="cat")
 
     def update(self, values_B: Tensor, documents_B: Tensor) -> None:
-        """Args: values_B: (B,) of each sequence; documents_B: (B,) int64, the document that each begins in."""
+        """The value of each sequence, and the document that it begins in (int64)."""
         self.values.append(values_B.double())
         self.documents.append(documents_B)
 
-    def compute(self) -> ValidationSummary:
-        """The mean over all sequences of all ranks, its standard error, and the documents' means."""
+    def compute(self) -> tuple[float, float, list[tuple[int, int, float]]]:
+        """The mean over all sequences of all ranks, its standard error (NaN with fewer than two documents), and the
+        document, the number of sequences and the mean of each document."""
         values, documents = dim_zero_cat(self.values), dim_zero_cat(self.documents)
         columns = (column_G.tolist() for column_G in mean_by_cluster(values, documents))
-        return ValidationSummary(*clustered_mean_and_stderr(values, documents), list(zip(*columns, strict=True)))
+        return *clustered_mean_and_stderr(values, documents), list(zip(*columns, strict=True))

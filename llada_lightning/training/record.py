@@ -233,7 +233,7 @@ def describe_loss(values: Mapping[str, float | None], kind: str) -> str:
     return f"{math.nan if loss is None else loss:.4f} ± {error} nats/token ({kind}){in_bits}"
 
 
-def few_documents(documents: int, *, of_dialogues: bool = False) -> str | None:
+def few_documents(documents: int, of_dialogues: bool = False) -> str | None:
     """A note for the user where a standard error is of little use; None where it is of use.
 
     Args:

@@ -138,7 +138,14 @@ class ReplayCLI(LladaCLI):
         """A run that is done, or under way, may be looked at."""
 
     def _enter(self, phase: Phase) -> None:
-        phase = _phase_of_step(self.phases, self._folder, self._step)
+        here = [phase for phase in self.phases if phase.folder.resolve() == self._folder.resolve()]
+        if not here:
+            folder = self.phases[0].folder
+            raise UserError(f"replay: {self._folder} is no folder of this run; its folders are {folder} and branches/")
+        phase = max(here, key=lambda phase: phase.last_step)
+        if not phase.first_step < self._step <= phase.last_step:
+            steps = f"{phase.first_step + 1}-{phase.last_step}"
+            raise UserError(f"replay: --step {self._step} given, but {self._folder} has steps {steps}")
         saved = last_checkpoint(phase.checkpoints)
         if saved is not None:
             check_identity(saved_identity(saved), phase.identity)
@@ -161,8 +168,14 @@ class ReplayCLI(LladaCLI):
     def _run_resolved(self, subcommand: str) -> None:
         if not isinstance(self.datamodule, TokenDataModule):
             raise UserError("replay: only the steps of a pre-training can be replayed, and this run learned from pairs")
-        start = _start_before(self.phase, self._step)
-        say(f"replaying up to step {self._step} from {start or 'the beginning'}")
+        step, parent = self._step, self.phase.foreign_parent
+        start, _ = whole_checkpoint(self.phase.checkpoints, before=step)
+        if start is None and parent is not None and saved_step(parent) >= step:
+            raise UserError(
+                f"replay: --step {step} lies before {parent}, where this run begins; replay the run of that"
+            )
+        start = start or parent
+        say(f"replaying up to step {step} from {start or 'the beginning'}")
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=start)
 
 
@@ -217,28 +230,6 @@ class StepRecorder(Callback):
             finite=math.isfinite(loss),
             text=decode(self._tokenizer, tokens, skip_special_tokens=False),
         )
-
-
-def _phase_of_step(phases: list[Phase], folder: Path, step: int) -> Phase:
-    """The fit that writes to a folder, as far as it goes; it must have the step."""
-    here = [phase for phase in phases if phase.folder.resolve() == folder.resolve()]
-    if not here:
-        raise UserError(f"replay: {folder} is no folder of this run; its folders are {phases[0].folder} and branches/")
-    phase = max(here, key=lambda phase: phase.last_step)
-    if not phase.first_step < step <= phase.last_step:
-        raise UserError(f"replay: --step {step} given, but {folder} has steps {phase.first_step + 1}-{phase.last_step}")
-    return phase
-
-
-def _start_before(phase: Phase, step: int) -> Path | None:
-    """The last whole checkpoint before a step's update, of a fit or of what it started from; None: the beginning."""
-    own, _ = whole_checkpoint(phase.checkpoints, before=step)
-    if own is not None:
-        return own
-    parent = phase.foreign_parent
-    if parent is not None and saved_step(parent) >= step:
-        raise UserError(f"replay: --step {step} lies before {parent}, where this run begins; replay the run of that")
-    return parent
 
 
 def _fit_arguments(run: Path) -> list[str]:

@@ -220,9 +220,6 @@ class BudgetProgress(ProgressBar):
     def disable(self) -> None:
         self._enabled = False
 
-    def enable(self) -> None:
-        self._enabled = True
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started, self._first_step = time.monotonic(), trainer.global_step
         self._line_every = max(1, trainer.max_steps // _LINES_WITHOUT_TERMINAL)
@@ -297,9 +294,6 @@ class EvaluationProgress(ProgressBar):
 
     def disable(self) -> None:
         self._progress.disable = True
-
-    def enable(self) -> None:
-        self._progress.disable = not sys.stderr.isatty()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
