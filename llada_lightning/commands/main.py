@@ -12,9 +12,8 @@ from llada_lightning import __version__
 from llada_lightning.commands import FORMER_VERBS, VERBS, usage
 from llada_lightning.support.cluster import check_environment, says_it
 from llada_lightning.support.errors import UserError, refusal
-from llada_lightning.support.plugins import import_plugins
 from llada_lightning.support.printing import print_what_the_encoding_holds, shortened, warn
-from llada_lightning.support.security import redacted
+from llada_lightning.support.security import import_plugins, redacted
 
 _BROKEN_PIPE = 128 + 13
 """As a shell says it of a command that SIGPIPE ended."""

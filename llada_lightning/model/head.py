@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from llada_lightning.model.sharding import WordShards
+from llada_lightning.model.sharding import VocabularyShards
 
 
 class OutputHead(nn.Linear):
@@ -51,7 +51,7 @@ class OutputHead(nn.Linear):
         weight_VD: Tensor = self.weight
         shards = None
         if isinstance(weight_VD, DTensor):  # tensor parallelism: this process has a part of the vocabulary
-            shards = WordShards.of(weight_VD)
+            shards = VocabularyShards.of(weight_VD)
             weight_VD = weight_VD.to_local()
         return linear_cross_entropy(
             hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, self.compiled, shards
@@ -87,7 +87,7 @@ def linear_cross_entropy(
     weights_M: Tensor,
     excluded_token_id: int | None = None,
     compiled: bool = False,
-    shards: WordShards | None = None,
+    shards: VocabularyShards | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropies of a linear layer's output, and their weighted sum.
 
@@ -126,7 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         gradients: bool,
         compiled: bool,
-        shards: WordShards | None,
+        shards: VocabularyShards | None,
     ) -> tuple[Tensor, Tensor]:
         column = excluded_token_id if shards is None else shards.column(excluded_token_id)
         with torch.autocast(hidden_MD.device.type, enabled=False):
@@ -179,9 +179,9 @@ def _compiled_chunk_gradient() -> Callable[[Tensor, Tensor, Tensor], tuple[Tenso
     return torch.compile(_chunk_gradient, dynamic=True)
 
 
-def _chunks(positions: int, words: int, dtype: torch.dtype, device: str) -> list[slice]:
+def _chunks(positions: int, vocab_size: int, dtype: torch.dtype, device: str) -> list[slice]:
     """Equal parts of the positions, each with at most ``CHUNK_BYTES`` of logits."""
-    rows = max(1, CHUNK_BYTES.get(device, 1 << 30) // (words * dtype.itemsize))
+    rows = max(1, CHUNK_BYTES.get(device, 1 << 30) // (vocab_size * dtype.itemsize))
     parts = max(1, -(-positions // rows))
     rows = -(-positions // parts)
     return [slice(start, min(start + rows, positions)) for start in range(0, positions, max(1, rows))]

@@ -1,6 +1,6 @@
 """The part of a tensor that one process of several has.
 
-The cross-entropy where each process of a tensor-parallel group has the logits of some of the words.
+The cross-entropy where each process of a tensor-parallel group has the logits of some of the vocabulary entries.
 """
 
 from __future__ import annotations
@@ -50,29 +50,29 @@ def _chunk(tensor: Tensor, dim: int, rank: int, ranks: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class WordShards:
-    """Which words this process has, and who has the others.
+class VocabularyShards:
+    """The vocabulary entries of this process, and the processes that have the others.
 
     Attributes:
         group: The processes, each with as many vocabulary entries, in the order of their ranks.
         first: The first vocabulary entry of this process.
-        words: The number of vocabulary entries of this process.
+        size: The number of vocabulary entries of this process.
     """
 
     group: Any
     first: int
-    words: int
+    size: int
 
     @classmethod
-    def of(cls, weight_VD: DTensor) -> WordShards:
+    def of(cls, weight_VD: DTensor) -> VocabularyShards:
         """Of an output head's weight in shards over a mesh of one dimension."""
-        mesh, words = weight_VD.device_mesh, weight_VD.to_local().shape[0]
-        assert mesh.ndim == 1 and words * mesh.size() == weight_VD.shape[0]
-        return cls(mesh.get_group(), mesh.get_local_rank() * words, words)
+        mesh, size = weight_VD.device_mesh, weight_VD.to_local().shape[0]
+        assert mesh.ndim == 1 and size * mesh.size() == weight_VD.shape[0]
+        return cls(mesh.get_group(), mesh.get_local_rank() * size, size)
 
     def column(self, token_id: int | None) -> int | None:
-        """A word's column in this process's logits; None where another process has it."""
-        return token_id - self.first if token_id is not None and 0 <= token_id - self.first < self.words else None
+        """The column of a vocabulary entry in this process's logits; None where another process has it."""
+        return token_id - self.first if token_id is not None and 0 <= token_id - self.first < self.size else None
 
     def add_up(self, tensor: Tensor) -> None:
         """Replace each process's tensor by their sum."""
@@ -99,8 +99,8 @@ class WordShards:
         gradient: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         column_C1 = (targets_C - self.first)[:, None]
-        own_C1 = (column_C1 >= 0) & (column_C1 < self.words)
-        column_C1 = column_C1.clamp(0, self.words - 1)
+        own_C1 = (column_C1 >= 0) & (column_C1 < self.size)
+        column_C1 = column_C1.clamp(0, self.size - 1)
         top_C1 = logits_CV.amax(dim=1, keepdim=True).float()
         dist.all_reduce(top_C1, dist.ReduceOp.MAX, group=self.group)
         sums_2C1 = sums(logits_CV, top_C1, column_C1, own_C1)

@@ -1,4 +1,7 @@
-"""What a configuration may name, and what it must not hold.
+"""Modules that a user names, what a configuration may name, and what it must not hold.
+
+A plugin is a module of the user that extends the package: it registers what it adds, such as an objective, when it is
+imported.
 
 A configuration may come from a stranger, and the parser imports what a ``class_path`` names: an import runs code. So a
 configuration may name classes of this package, of Lightning and of torch, without those parts that run commands or
@@ -9,16 +12,21 @@ Secrets stay out of what a run writes: an address that holds a password or a tok
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 from llada_lightning.support.errors import UserError
-from llada_lightning.support.plugins import VARIABLE as PLUGINS
-from llada_lightning.support.plugins import named_modules
 
-VARIABLE = "LLADA_TRUSTED_MODULES"
-"""The environment variable that names further modules, separated by commas."""
+PLUGINS = "LLADA_PLUGINS"
+"""The environment variable that names plugins, separated by commas. Child processes inherit it."""
+
+TRUSTED = "LLADA_TRUSTED_MODULES"
+"""The environment variable that names further modules that a configuration may name, separated by commas."""
+
+_MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 _KNOWN = ("llada_lightning", "lightning", "torch")
 _NEVER = (
@@ -38,6 +46,36 @@ _NEVER = (
 """The parts of the known modules that start commands, compile or unpickle what their arguments name."""
 
 
+def named_modules(variable: str) -> list[str]:
+    """The modules that an environment variable names.
+
+    Raises:
+        UserError: The variable holds something other than names of modules.
+    """
+    names = [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
+    for name in names:
+        if not _MODULE.fullmatch(name) or name.split(".")[0] == "jsonargparse":
+            raise UserError(
+                f"{variable}: {name!r} is not the name of a module of yours; give names such as mine,yours.part"
+            )
+    return names
+
+
+def import_plugins() -> None:
+    """Import the plugins in the order in which :data:`PLUGINS` names them.
+
+    Raises:
+        UserError: A module cannot be imported, or what it registers is refused.
+    """
+    for name in named_modules(PLUGINS):
+        try:
+            import_module(name)
+        except Exception as error:  # whatever a module of the user raises
+            reason = f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            fix = "correct it, or put its folder on PYTHONPATH"
+            raise UserError(f"{PLUGINS}: module '{name}' cannot be imported ({reason}); {fix}") from error
+
+
 def trust_known_modules() -> None:
     """Makes the parser refuse other modules before it imports them, for the life of this process.
 
@@ -48,7 +86,7 @@ def trust_known_modules() -> None:
 
     set_parsing_settings(
         import_path_denylist=["*", *_NEVER],
-        import_path_allowlist=[*_KNOWN, *named_modules(VARIABLE), *named_modules(PLUGINS)],
+        import_path_allowlist=[*_KNOWN, *named_modules(TRUSTED), *named_modules(PLUGINS)],
         # Else any class that a value of no declared type names would be built.
         instantiate_subclass_spec_in_any=False,
     )
@@ -59,7 +97,7 @@ def not_trusted(class_path: str) -> str:
     module = class_path.rpartition(".")[0] or class_path
     return (
         f"'{class_path}' is not of llada_lightning, lightning or torch, or may run commands from its arguments, so "
-        f"it was not imported; if you trust it, set {VARIABLE}={module}"
+        f"it was not imported; if you trust it, set {TRUSTED}={module}"
     )
 
 

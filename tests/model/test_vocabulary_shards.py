@@ -1,4 +1,4 @@
-"""The cross-entropy over words that several processes have, played by threads, against that of one process."""
+"""The cross-entropy over entries that several processes have, played by threads, against that of one process."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llada_lightning.model import head as module
-from llada_lightning.model import sharding as word_shards
+from llada_lightning.model import sharding
 from llada_lightning.model.head import linear_cross_entropy
-from llada_lightning.model.sharding import WordShards
+from llada_lightning.model.sharding import VocabularyShards
 
 
 class Group:
@@ -36,11 +36,11 @@ class Group:
         self._barrier.wait()
 
 
-def inputs(positions: int, words: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(positions: int, entries: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     hidden = 3 * torch.randn(positions, 6, generator=generator)
-    weight = torch.randn(words, 6, generator=generator)
-    targets = torch.randint(0, words - 1, (positions,), generator=generator)
+    weight = torch.randn(entries, 6, generator=generator)
+    targets = torch.randint(0, entries - 1, (positions,), generator=generator)
     weights = 1 / (0.001 + torch.rand(positions, generator=generator))
     return hidden, weight, targets, weights
 
@@ -54,14 +54,14 @@ def result(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
 
 
 def in_parts(size: int, hidden: Tensor, weight: Tensor, *rest: Any) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    group, words = Group(size), len(weight) // size
+    group, entries = Group(size), len(weight) // size
 
     def rank(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        shards = WordShards(group, number * words, words)
-        return result(hidden, weight[shards.first : shards.first + words], *rest, False, shards)
+        shards = VocabularyShards(group, number * entries, entries)
+        return result(hidden, weight[shards.first : shards.first + entries], *rest, False, shards)
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(size) as threads:
-        patch.setattr(word_shards.dist, "all_reduce", group.all_reduce)
+        patch.setattr(sharding.dist, "all_reduce", group.all_reduce)
         return list(threads.map(rank, range(size)))
 
 
@@ -69,15 +69,15 @@ def in_parts(size: int, hidden: Tensor, weight: Tensor, *rest: Any) -> list[tupl
 @given(
     positions=st.integers(1, 40),
     size=st.integers(1, 4),
-    words=st.integers(1, 9),
+    entries=st.integers(1, 9),
     rows=st.integers(1, 50),
     excludes=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_every_process_has_the_values_and_its_words_gradients(
-    positions: int, size: int, words: int, rows: int, excludes: bool, seed: int
+def test_every_process_has_the_values_and_its_entries_gradients(
+    positions: int, size: int, entries: int, rows: int, excludes: bool, seed: int
 ) -> None:
-    everything = inputs(positions, max(size * words, 2 * size), seed)
+    everything = inputs(positions, max(size * entries, 2 * size), seed)
     count = len(everything[1]) // size
     excluded = size * count - 1 if excludes else None
     total, nll, grad_hidden, grad_weight = result(*everything, excluded)
@@ -101,19 +101,19 @@ def test_a_word_that_is_nearly_certain_keeps_its_gradient_in_bf16() -> None:
 
 
 def _chunk(logits: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
-    group, words = Group(2), logits.shape[1] // 2
+    group, entries = Group(2), logits.shape[1] // 2
 
     def rank(number: int) -> tuple[Tensor, Tensor]:
-        shards = WordShards(group, number * words, words)
-        own = logits[:, shards.first : shards.first + words].clone()
+        shards = VocabularyShards(group, number * entries, entries)
+        own = logits[:, shards.first : shards.first + entries].clone()
         return shards.chunk_gradient(own, targets, torch.ones(len(targets)))
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as threads:
-        patch.setattr(word_shards.dist, "all_reduce", group.all_reduce)
+        patch.setattr(sharding.dist, "all_reduce", group.all_reduce)
         return list(threads.map(rank, range(2)))
 
 
 def test_a_word_lies_with_one_process() -> None:
-    shards = [WordShards(None, first, 4) for first in (0, 4, 8)]
+    shards = [VocabularyShards(None, first, 4) for first in (0, 4, 8)]
     assert [part.column(6) for part in shards] == [None, 2, None]
     assert [part.column(None) for part in shards] == [None] * 3
