@@ -47,7 +47,7 @@ from llada_lightning.training.guard import BadNumbers, DivergedError, UpdateGuar
 from llada_lightning.training.lightning_internals import HookedCLI, OneLineParser, class_first, writes_shards
 from llada_lightning.training.machine import Speed, check_devices, resolve_speed
 from llada_lightning.training.modules import LanguageModule
-from llada_lightning.training.parallel import check_parallel, launched_settings, leads_its_group, replicas
+from llada_lightning.training.parallel import check_parallel, launched_settings, tensor_parallel
 from llada_lightning.training.phases import Phase, RunIsDone, check_run, phases_of
 from llada_lightning.training.record import add_record, describe_loss, few_documents, result_record, without_validation
 
@@ -285,7 +285,8 @@ class LladaCLI(HookedCLI):
         if subcommand != "fit":
             super().run_subcommand(subcommand)
             return
-        self.datamodule.exact_micro_batch(replicas(self.trainer), self.trainer.accumulate_grad_batches)
+        replicas = self.trainer.world_size // tensor_parallel(self.trainer.strategy)  # they read different sequences
+        self.datamodule.exact_micro_batch(replicas, self.trainer.accumulate_grad_batches)
         if self.settings.run.async_checkpoints and writes_shards(self.trainer.strategy):
             raise UserError("run.async_checkpoints: true given, but this strategy writes shards; leave it out")
         with run_lock(self.folder, self.launch, self.trainer.is_global_zero):
@@ -351,10 +352,11 @@ class LladaCLI(HookedCLI):
         found = self.trainer.predict(**kwargs)
         if not found:
             raise UserError("trainer: its limits leave no sequence to predict; leave them out")
+        if self.trainer.global_rank % tensor_parallel(self.trainer.strategy):
+            return  # another process speaks for those that compute the same micro-batch
         for nats_B in found:
             assert isinstance(nats_B, Tensor)
-            if leads_its_group(self.trainer):
-                print("\n".join(f"{nats:.6f}" for nats in nats_B.tolist()))
+            print("\n".join(f"{nats:.6f}" for nats in nats_B.tolist()))
 
     def _warn_of_few_documents(self) -> None:
         note = few_documents(len(self.model.val_by_document), isinstance(self.datamodule, SftDataModule))

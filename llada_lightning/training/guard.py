@@ -2,8 +2,7 @@
 
 The verdict is reached on the device, from numbers that are the same on all ranks, and goes to the optimizer as a
 tensor: torch's fused optimizers then leave weights, moments and step counts as they are (the mechanism of
-``GradScaler``). The host reads it when it next waits for the device anyway. The callback then prints it, writes it to
-`faults.csv`, and ends a run that has only such updates left.
+``GradScaler``). The host reads it when it next waits for the device anyway.
 """
 
 from __future__ import annotations
@@ -37,10 +36,8 @@ class Fault:
 
     Attributes:
         kind: Whether the loss is not finite, the gradient is not, or the loss is a spike.
-        loss: The loss in nats per token.
-        grad_norm: The norm of the gradient before clipping.
+        loss, grad_norm: The loss in nats per token, and the norm of the gradient before clipping.
         zscore: The distance of the loss from the median in robust standard deviations; NaN where there is none.
-        skipped: Whether the update was skipped.
     """
 
     step: int
@@ -133,7 +130,7 @@ class DivergedError(Exception):
 
 
 class BadNumbers(Callback):
-    """Reads what the module's guard has found, where the host waits for the device anyway.
+    """Prints what the module's guard has found, writes it to `faults.csv`, and ends a run of nothing but such updates.
 
     That is at logged steps, before a checkpoint, and every ``patience`` steps at the latest. Rows are keyed by step: a
     run that resumes from a checkpoint drops those of later steps, which it is about to repeat.

@@ -26,6 +26,7 @@ from llada_lightning.support.signals import say
 from llada_lightning.support.torch_internals import has_cpp_compiler, has_triton
 
 _GPU = ("gpu", "cuda")
+_NONE_FOUND = f"torch {torch.__version__} finds no {{}} device here"
 _FP8_CAPABILITY = (8, 9)
 """The first GPUs that multiply 8-bit floats: Ada and Hopper."""
 
@@ -51,7 +52,7 @@ def check_devices(trainer: Namespace) -> None:
     if accelerator in _GPU:
         _check_gpus(accelerator, devices)
     elif accelerator == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"trainer.accelerator: mps given, but {_no_gpu('MPS')}; leave it out, or give cpu")
+        raise UserError(f"trainer.accelerator: mps given, but {_NONE_FOUND.format('MPS')}; leave it out, or give cpu")
     elif accelerator == "cpu" and not re.fullmatch(r"auto|[1-9]\d*", str(devices).strip()):
         raise UserError(f"trainer.devices: {devices} given; on the CPU it is a number of processes, such as 1")
     elif accelerator in ("cpu", "auto") and (device_count(devices) or 1) > MAX_PROCESSES:
@@ -64,7 +65,9 @@ def check_devices(trainer: Namespace) -> None:
 def _check_gpus(accelerator: str, devices: Any) -> None:
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not there:
-        raise UserError(f"trainer.accelerator: {accelerator} given, but {_no_gpu('CUDA')}; leave it out, or give cpu")
+        raise UserError(
+            f"trainer.accelerator: {accelerator} given, but {_NONE_FOUND.format('CUDA')}; leave it out, or give cpu"
+        )
     if isinstance(devices, str) and "," in devices:
         devices = [number for number in devices.split(",") if number.strip()]
     if isinstance(devices, (list, tuple)):
@@ -78,10 +81,6 @@ def _check_gpus(accelerator: str, devices: Any) -> None:
         )
 
 
-def _no_gpu(kind: str) -> str:
-    return f"torch {torch.__version__} finds no {kind} device here"
-
-
 def _class_path(given: str) -> str:
     """The dotted path within `a.b`, `{class_path: a.b}` and `{"class_path": "a.b", …}`."""
     path = given.partition("class_path")[2] or given
@@ -92,17 +91,9 @@ def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
     """bf16-mixed where the device multiplies bf16 in hardware, else fp32."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "bf16-mixed" if _multiplies_bf16() else "32-true"
-    if accelerator in ("auto", "cpu") and _cpu_flags() & {"avx512_bf16", "amx_bf16"}:
-        return "bf16-mixed"
-    return "32-true"
-
-
-def _cpu_flags() -> set[str]:
-    """Instruction sets by Linux's names; empty on other systems."""
-    try:
-        return set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return set()
+    flags = Path("/proc/cpuinfo")  # Linux has it
+    multiplies = flags.exists() and {"avx512_bf16", "amx_bf16"} & set(flags.read_text().split())
+    return "bf16-mixed" if multiplies and accelerator in ("auto", "cpu") else "32-true"
 
 
 def _multiplies_bf16() -> bool:

@@ -201,16 +201,6 @@ def check_strategy(strategy: Strategy) -> None:
         raise UserError("trainer.strategy: spawned or forked processes keep what they train to themselves; use ddp")
 
 
-def replicas(trainer: Trainer) -> int:
-    """Parts of the run's processes that read different sequences."""
-    return trainer.world_size // tensor_parallel(trainer.strategy)
-
-
-def leads_its_group(trainer: Trainer) -> bool:
-    """Whether this process speaks for those that compute the same micro-batch."""
-    return trainer.global_rank % tensor_parallel(trainer.strategy) == 0
-
-
 def total_norm(gradients: list[Tensor]) -> Tensor:
     """Euclidean norm of all gradients together, the same in all processes, () float32.
 

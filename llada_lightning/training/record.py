@@ -23,7 +23,7 @@ from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.records import DIVERGED, DONE, read_records, write_records, write_validation
 from llada_lightning.support.files import strict_json
 from llada_lightning.support.signals import say
-from llada_lightning.training.callbacks.accounting import Accounting, device_name
+from llada_lightning.training.callbacks.accounting import Accounting, by_count, device_name
 from llada_lightning.training.callbacks.loggers import SafeWandbLogger
 from llada_lightning.training.modules import VALIDATION_METRICS, LanguageModule
 
@@ -48,7 +48,7 @@ def result_record(
         trainer, module, data, accounting: The parts of the run, after its last step.
         parent_checkpoint: ``content_hash`` of the checkpoint of another run, or of the trunk, that it started from.
     """
-    steps, flops, schedule, validation = trainer.global_step, accounting.flops, module.schedule, module.validation
+    steps, schedule, validation = trainer.global_step, module.schedule, module.validation
     assert module.vocab_size is not None
     finite = math.isfinite(validation["val_nats_per_token"])
     return {
@@ -64,10 +64,7 @@ def result_record(
         "steps": steps,
         "global_batch_tokens": data.batch * data.sequence_length,
         "sequence_length": data.sequence_length,
-        "flops_6nd": flops.flops_6nd,
-        "flops_attention": flops.flops_attention,
-        "flops_head": flops.flops_head,
-        "flops_total": flops.flops_total,
+        **by_count(accounting.flops),
         "lr": schedule.lr,
         "schedule": "wsd",
         "warmup_steps": schedule.warmup_steps,
@@ -77,10 +74,8 @@ def result_record(
         "data_fingerprint": data.fingerprint,
         "tokenizer": data.tokenizer.fingerprint,
         "vocab_size": module.vocab_size,
-        "val_nats_per_token": validation["val_nats_per_token"],
-        "val_stderr": validation["val_stderr"],
+        **{name: validation.get(name) for name in VALIDATION_METRICS},
         "val_kind": module.facts.val_kind,
-        "val_bits_per_byte": validation.get("val_bits_per_byte"),
         "tokens_per_second": accounting.mean_tokens_per_second(),
         "mfu": accounting.mean_mfu(trainer),
         "device": describe_devices(trainer),

@@ -67,16 +67,12 @@ class Accounting(Callback):
 
     def rates(self, trainer: Trainer, tokens_per_second: float) -> dict[str, float]:
         """A throughput as FLOP/s by each count, all devices together, and as MFU where the device's peak is known."""
-        achieved = self.per_token * tokens_per_second
+        achieved = by_count(self.per_token * tokens_per_second)
+        found = {"tokens_per_second": tokens_per_second, **{f"{count}_per_second": x for count, x in achieved.items()}}
         peak = peak_flops(device_name(trainer))
-        return {
-            "tokens_per_second": tokens_per_second,
-            "flops_6nd_per_second": achieved.flops_6nd,
-            "flops_attention_per_second": achieved.flops_attention,
-            "flops_head_per_second": achieved.flops_head,
-            "flops_total_per_second": achieved.flops_total,
-            **({} if peak is None else {"mfu": achieved.flops_total / (peak * trainer.world_size)}),
-        }
+        if peak is not None:
+            found["mfu"] = achieved["flops_total"] / (peak * trainer.world_size)
+        return found
 
     def settled(self, trainer: Trainer) -> tuple[float, int]:
         """Seconds of training and tokens up to here; waits for the device, so it is nothing for every step."""
@@ -143,19 +139,15 @@ class Accounting(Callback):
         assert isinstance(module, LanguageModule) and module.step_loss is not None
         loss = float(module.step_loss)  # waits for the device, so the clock is read after it
         self._advance(training=True)
-        flops = self.flops
+        module.guard.settle()
         values: dict[str, float] = {
             "tokens": self.tokens,
-            "flops_6nd": flops.flops_6nd,
-            "flops_attention": flops.flops_attention,
-            "flops_head": flops.flops_head,
-            "flops_total": flops.flops_total,
+            **by_count(self.flops),
             "lr": self._lr,
             "train_nats_per_token": loss,
             "seconds": self.wall_seconds,
+            "skipped_updates": module.guard.skipped,
         }
-        module.guard.settle()
-        values["skipped_updates"] = module.guard.skipped
         if module.grad_norm is not None:
             values["grad_norm"] = float(module.grad_norm)
         values |= self._rates(trainer)
@@ -173,6 +165,11 @@ class Accounting(Callback):
         if seconds == first_seconds:
             return {}
         return self.rates(trainer, (tokens - first_tokens) / (seconds - first_seconds))
+
+
+def by_count(flops: TrainingFlops) -> dict[str, float]:
+    """FLOPs by each of the three counts, and in total, by the names of the columns of tables."""
+    return {name: getattr(flops, name) for name in ("flops_6nd", "flops_attention", "flops_head", "flops_total")}
 
 
 def device_name(trainer: Trainer) -> str:
