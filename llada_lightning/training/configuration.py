@@ -50,10 +50,9 @@ def resolve_data(config: Namespace) -> LanguageDataModule:
     """
     if isinstance(config.seed_everything, bool):
         raise UserError(f"seed_everything: {config.seed_everything} given; a run that can be repeated needs a number")
-    _fill(config.model.init_args, "seed", config.seed_everything)
-    _fill(config.data.init_args, "seed", config.seed_everything)
     check_seed("seed_everything", config.seed_everything)
     for name, arguments in {"model": config.model.init_args, "data": config.data.init_args}.items():
+        _fill(arguments, "seed", config.seed_everything)
         for key in ("seed", "val_seed"):
             check_seed(f"{name}.{key}", arguments.get(key))
     if config.model.init_args.get("weights") is not None:
@@ -129,12 +128,7 @@ def _configuration(module: LanguageModule, data: LanguageDataModule, trainer: Tr
         seed_everything=module.seed,
         model=part(module),
         data=part(data),
-        trainer=Namespace(
-            max_steps=trainer.max_steps,
-            precision=str(trainer.precision),
-            gradient_clip_val=trainer.gradient_clip_val,
-            gradient_clip_algorithm=trainer.gradient_clip_algorithm,
-        ),
+        trainer=Namespace(**{key: getattr(trainer, key) for key in _TRAINER_IDENTITY}),
         budget=as_parsed(Budget()),
         rules=as_parsed(Rules()),
     )

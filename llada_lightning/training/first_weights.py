@@ -50,15 +50,8 @@ def take_over(config: Namespace, objective: str) -> None:
     if given != DEFAULT_SHAPE and get_shape(given) != description.shape:
         raise UserError(f"model.shape: {given} is not that of model.weights; leave it out")
     arguments.shape = asdict(description.shape)
-    taken: dict[str, Any] = {
-        "vocab_size": description.vocab_size,
-        "mask_token_id": description.mask_token_id,
-        "eos_token_id": description.eos_token_id,
-        "compat": description.compat,
-        "rope_theta": description.rope_theta,
-        "norm_eps": description.norm_eps,
-        "text_prefix_ids": _text_prefix(stored),
-    }
+    same = ("vocab_size", "mask_token_id", "eos_token_id", "compat", "rope_theta", "norm_eps")
+    taken = {key: getattr(description, key) for key in same} | {"text_prefix_ids": _text_prefix(stored)}
     not_given = {"rope_theta": ROPE_THETA, "norm_eps": NORM_EPS}
     for key, value in taken.items():
         given = arguments[key]
@@ -109,13 +102,8 @@ def inherited(path: str) -> dict[str, Any]:
     A run's checkpoints hold it. It makes no other run: nothing of it is in an identity.
     """
     stored = _opened(path)
-    description = stored.description
-    return {
-        "end_token_ids": list(stored.end_token_ids),
-        "context_length": description.context_length,
-        "bos_token_id": description.bos_token_id,
-        "pad_token_id": description.pad_token_id,
-    }
+    told = {name: getattr(stored.description, name) for name in ("context_length", "bos_token_id", "pad_token_id")}
+    return {"end_token_ids": list(stored.end_token_ids), **told}
 
 
 def fill_weights(model: Transformer, path: str) -> None:

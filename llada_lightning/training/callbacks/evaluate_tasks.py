@@ -102,14 +102,14 @@ class EvaluateTasks(Callback):
         from llada_lightning.evaluation.harness import HarnessModel
 
         model = HarnessModel(_language_model(trainer, module), monte_carlo=self._monte_carlo)
-        outcomes = [
-            each
-            for loaded in self._loaded
-            for each in measure(model, loaded, limit=self._limit, sampling=self._sampling)
-        ]
         said = {} if self._sampling is None else self._sampling.changes
         settings = json.dumps({"monte_carlo": self._monte_carlo, "limit": self._limit, "in_training": True} | said)
-        return [outcome.as_row(step, settings) for outcome in outcomes if outcome.is_share]
+        return [
+            outcome.as_row(step, settings)
+            for loaded in self._loaded
+            for outcome in measure(model, loaded, limit=self._limit, sampling=self._sampling)
+            if outcome.is_share
+        ]
 
 
 def _language_model(trainer: Trainer, module: LanguageModule) -> LanguageModel:
