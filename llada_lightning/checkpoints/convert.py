@@ -38,13 +38,7 @@ TARGETS: dict[Target, Layout] = {"llada": OURS, "hf-llada": HF_LLADA, "hf-llama"
 
 @dataclass(frozen=True)
 class Written:
-    """The contents of a written folder.
-
-    Args:
-        tensors, parameters, bytes: The numbers of tensors, parameters and bytes of the weights.
-        dtype: The type of the weights; of mixed ones, the widest.
-        files: The names of all files of the folder.
-    """
+    """The contents of a written folder: of its weights, whose type is the widest of mixed ones, and all its files."""
 
     tensors: int
     parameters: int
@@ -183,11 +177,7 @@ def tokenizer_files(files: TokenizerFiles, description: Description) -> dict[str
 
 
 def bytes_of(text: str) -> int:
-    """A size such as `5GB`, `200MB` or `1000` in bytes.
-
-    Raises:
-        UserError: it is none.
-    """
+    """A size such as `5GB`, `200MB` or `1000` in bytes."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|KB|MB|GB)", text.strip().upper())
     size = float(match[1]) * units[match[2]] if match else 0.0

@@ -99,11 +99,7 @@ class Description:
 
     @classmethod
     def of(cls, where: Path, shape: Any, **values: Any) -> Description:
-        """The description that a file gives: the name or the dimensions of the shape, and the other fields.
-
-        Raises:
-            UserError: as of the class and of the shape; it names the file.
-        """
+        """The description that a file gives; a mistake in it names the file."""
         try:
             return cls(shape=get_shape(shape), **values)
         except UserError as error:

@@ -99,12 +99,7 @@ def _saved(checkpoint: Path, key: str) -> Any:
 
 
 def whole_checkpoint(folder: Path, before: int | None = None) -> tuple[Path | None, dict[Path, str]]:
-    """The checkpoint of the highest step that is whole, and those of higher steps with their damage.
-
-    Args:
-        folder: The folder of the checkpoints.
-        before: The step below which checkpoints count; None: all count.
-    """
+    """The whole checkpoint of the highest step (below ``before``), and those of higher steps with their damage."""
     damaged: dict[Path, str] = {}
     for step, checkpoint in sorted(checkpoints_by_step(folder).items(), reverse=True):
         if before is not None and step >= before:

@@ -322,9 +322,6 @@ def fitted_tokenizer(
         description: The description of the model.
         given: Whether the user gave the tokenizer. That of the model's own folder may name another EOS (of a turn).
         known: Whether the fingerprint says that it is the tokenizer of the model.
-
-    Raises:
-        UserError: the tokenizer has other special ids than the model, or ids that the model lacks.
     """
     fix = "give the model's own with --tokenizer"
     tokenizer, left_out = without_special_beyond(files.tokenizer, description.vocab_size)

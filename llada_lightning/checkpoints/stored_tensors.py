@@ -56,11 +56,7 @@ def of_tensor(tensor: Tensor) -> StoredTensor:
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a folder of safetensors, by the names in its files; views of them: nothing is in memory yet.
-
-    Raises:
-        UserError: there are no weights, only pickled ones, or a file is missing or damaged.
-    """
+    """The tensors of a folder of safetensors, by the names in its files; views of them: nothing is in memory yet."""
     if (folder / WEIGHTS_NAME).is_file():
         return _read_file(folder / WEIGHTS_NAME)
     if (folder / INDEX_NAME).is_file():

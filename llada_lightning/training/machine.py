@@ -122,13 +122,7 @@ class Speed:
 
 
 def resolve_speed(speed: Speed, shape: Shape, trainer: Trainer, training: bool) -> tuple[Speed, list[str]]:
-    """What of the settings this machine can do.
-
-    Args:
-        speed: The settings as they are given.
-        shape: The dimensions of the model.
-        trainer: The trainer, which knows device, precision and strategy.
-        training: Whether the model is trained. Else nothing is compiled, unless it is asked for.
+    """What of the settings this machine can do. Where nothing is trained, nothing is compiled unless it is asked for.
 
     Returns:
         The settings to apply, and lines for the start of a run: what was given up, and what is live.

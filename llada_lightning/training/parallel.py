@@ -169,13 +169,7 @@ def tensor_parallel(strategy: Any) -> int:
 
 
 def launched_settings(launch: Launch | None, devices: Any, plugins: list[Any]) -> dict[str, Any]:
-    """The trainer's settings that follow from how the run's processes were launched.
-
-    Args:
-        launch: None: a person started this process; the settings stay as they are.
-        devices: The devices of the trainer; named ones are kept.
-        plugins: The plugins of the trainer.
-    """
+    """The trainer's settings that follow from how the run's processes were launched; None: by a person."""
     if launch is None:
         return {"plugins": plugins}
     sizes: dict[str, Any] = {"num_nodes": launch.nodes}

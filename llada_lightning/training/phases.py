@@ -86,10 +86,7 @@ class Phase:
         return self.run is None and own is not None and saved_step(own) >= self.last_step
 
     def check_start(self, never: bool) -> dict[Path, str]:
-        """Refuse to resume from a checkpoint of another run; every difference is named.
-
-        Args:
-            never: Whether any checkpoint of its own is refused.
+        """Refuse to resume from a checkpoint of another run, with every difference, or from any (``never``).
 
         Returns:
             Its own checkpoints behind the last whole one, and what is wrong with them.
@@ -129,14 +126,7 @@ class Phase:
 
 
 def phases_of(config: Namespace, data: LanguageDataModule, schedules: Sequence[WSD], folder: Path) -> list[Phase]:
-    """The fits of a resolved configuration, in the order in which they are run: smallest budget first.
-
-    Args:
-        config: The resolved configuration.
-        data: The data module.
-        schedules: The schedule of each budget, shortest first.
-        folder: The folder of the run.
-    """
+    """The fits of a resolved configuration, in the order in which they are run; schedules come shortest first."""
 
     def phase(schedule: WSD, last_step: int | None, title: str = "", **others: Any) -> Phase:
         assert last_step is not None
@@ -192,11 +182,7 @@ class RunIsDone(SystemExit):
 def check_run(phases: Sequence[Phase], folder: Path, run_name: str, never: bool) -> None:
     """Refuse a folder of another run, or one that a phase cannot start in; raise :class:`RunIsDone` where all is done.
 
-    Args:
-        phases: The phases of the run.
-        folder: The folder of the run.
-        run_name: The name of the run, for messages.
-        never: Whether a run with checkpoints of its own is refused.
+    ``never`` refuses checkpoints of its own, too.
     """
     records = read_records(folder)
     names = {phase.run for phase in phases if phase.run is not None}

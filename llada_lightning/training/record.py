@@ -96,13 +96,7 @@ def add_record(
 ) -> None:
     """Write a record into W&B's summary and the folder of its run, and say where it is.
 
-    Args:
-        folder: The folder of the run.
-        record: What :func:`result_record` returns.
-        by_document: The document, the number of sequences and the mean in nats per token, of each validation document.
-        wandb: The logger of the run, if it has one.
-        several: Whether the run has several budgets. Then the summary holds the figures of the largest one, and all
-            of them below one key.
+    Of several budgets, the summary holds the figures of the largest one, and all of them below one key.
     """
     write_validation(folder, record["steps"], by_document)
     records = sorted([*read_records(folder), record], key=lambda known: int(known["steps"]))
