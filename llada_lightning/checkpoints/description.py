@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llada_lightning.compute.shapes import Shape, get_shape
-from llada_lightning.data.tokenizer_files import GENERATION_CONFIG_NAME
 from llada_lightning.model import Transformer
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, is_positive
 from llada_lightning.objectives import OBJECTIVES, get_objective
@@ -266,7 +265,7 @@ class ConfigFile:
 
 def read_generation_ends(folder: Path, vocab_size: int) -> tuple[int, ...]:
     """The ids in the ``generation_config.json`` of a model's folder that end an answer; none without the file."""
-    path = folder / GENERATION_CONFIG_NAME
+    path = folder / "generation_config.json"
     if not path.is_file():
         return ()
     config = ConfigFile.read(path)

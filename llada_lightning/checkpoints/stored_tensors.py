@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llada_lightning.checkpoints.description import ConfigFile
 from llada_lightning.model import Transformer
 from llada_lightning.support.errors import LibraryPanicError, UserError, panics_as_exceptions
+from llada_lightning.support.reading import read_json
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The types of stored weights, by torch's names."""
@@ -83,7 +83,8 @@ def _stored(file: safe_open, name: str) -> StoredTensor:
 
 
 def _read_shards(folder: Path) -> dict[str, StoredTensor]:
-    places = ConfigFile.read(folder / INDEX_NAME).get("weight_map", {})
+    index = read_json(folder / INDEX_NAME)
+    places = index.get("weight_map") if isinstance(index, dict) else None
     if not places or not isinstance(places, dict) or any(Path(str(file)).name != file for file in places.values()):
         raise UserError(f"'{folder / INDEX_NAME}' names no files of its folder; copy the folder again")
     files = sorted(set(places.values()))
