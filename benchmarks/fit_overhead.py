@@ -24,11 +24,10 @@ from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.prepare import prepare
 from llada_lightning.support.libraries import quiet_libraries
 from llada_lightning.training import ArmModule, LladaModule
-from llada_lightning.training.callbacks.accounting import Accounting
+from llada_lightning.training.callbacks.accounting import Accounting, BudgetProgress
 from llada_lightning.training.callbacks.loggers import MetricsCSV
-from llada_lightning.training.callbacks.progress import BudgetProgress
-from llada_lightning.training.configuration import native_precision
 from llada_lightning.training.fit import TRAINER_DEFAULTS
+from llada_lightning.training.machine import native_precision
 from llada_lightning.training.modules import LanguageModule
 
 

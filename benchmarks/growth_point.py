@@ -12,7 +12,7 @@ import torch
 from efficiency_memory import CudaMemory, ResidentMemory
 from llada_lightning.compute.shapes import get_shape
 from llada_lightning.support.libraries import quiet_libraries
-from llada_lightning.training.speed import Speed
+from llada_lightning.training.machine import Speed
 from train_step import Steps, Variant, Workload
 
 BATCHES = 4

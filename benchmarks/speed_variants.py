@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llada_lightning.training.speed import Speed
+from llada_lightning.training.machine import Speed
 from train_step import Variant
 
 RELEASED = "released loop: fp32, eager, all logits"

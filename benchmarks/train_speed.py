@@ -28,7 +28,7 @@ from llada_lightning.compute.hardware import peak_flops
 from llada_lightning.compute.shapes import get_shape
 from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.support.libraries import quiet_libraries
-from llada_lightning.training.memory import is_out_of_memory
+from llada_lightning.training.callbacks.leaving import is_out_of_memory
 from speed_variants import EVERYTHING, MFU_AIMS, PRESETS, RATIO_AIMS, Preset, cpu_variants, gpu_variants
 from train_step import Steps, Variant, Workload, obstacle, synchronise
 

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 # Imported when asked for: the command's light verbs start without pandas and torch.
 _HOMES = {
     "Sampling": "llada_lightning.generation.sampling",
-    "fit": "llada_lightning.training.plain",
+    "fit": "llada_lightning.training.fit",
     "generate": "llada_lightning.generation.sampler",
     "load_model": "llada_lightning.checkpoints.language_model",
     "log_likelihood": "llada_lightning.evaluation.likelihood",

@@ -24,7 +24,7 @@ from llada_lightning.study.plan import outputs as plan_files
 from llada_lightning.study.sweep import MAX_RUNS, expand_grid
 from llada_lightning.support.command_line import refuse_unusable
 from llada_lightning.support.errors import UserError
-from llada_lightning.training.callbacks.others import fault_of_a_callback
+from llada_lightning.training.callbacks.leaving import fault_of_a_callback
 
 RUN = [
     "--model=ArmModule",

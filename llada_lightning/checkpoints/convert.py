@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from llada_lightning.checkpoints import description as ours
 from llada_lightning.checkpoints import hugging_face
-from llada_lightning.checkpoints.description import CONFIG_NAME, Description
-from llada_lightning.checkpoints.safetensors_files import write_folder
+from llada_lightning.checkpoints.description import CONFIG_NAME, Description, write_config
 from llada_lightning.checkpoints.stored_model import StoredModel
-from llada_lightning.checkpoints.stored_tensors import HF_LLADA, HF_LLAMA, OURS, Layout, common_dtype, name_of
+from llada_lightning.checkpoints.stored_tensors import (
+    HF_LLADA,
+    HF_LLAMA,
+    INDEX_NAME,
+    OURS,
+    WEIGHTS_NAME,
+    Layout,
+    StoredTensor,
+    common_dtype,
+    name_of,
+)
 from llada_lightning.data.tokenizers import TOKENIZER_CONFIG_NAME, TokenizerFiles
 from llada_lightning.objectives import get_objective
 from llada_lightning.support.errors import UserError
@@ -29,13 +38,7 @@ TARGETS: dict[Target, Layout] = {"llada": OURS, "hf-llada": HF_LLADA, "hf-llama"
 
 @dataclass(frozen=True)
 class Written:
-    """The contents of a written folder.
-
-    Args:
-        tensors, parameters, bytes: The numbers of tensors, parameters and bytes of the weights.
-        dtype: The type of the weights; of mixed ones, the widest.
-        files: The names of all files of the folder.
-    """
+    """The contents of a written folder: of its weights, whose type is the widest of mixed ones, and all its files."""
 
     tensors: int
     parameters: int
@@ -59,11 +62,12 @@ def convert(
         out: The folder to write, which does not exist or is empty.
         to: The layout.
         dtype: The type of the weights; None: as stored.
-        max_shard_bytes: The largest size of one file, in bytes.
+        max_shard_bytes: The largest size of one file, in bytes; a larger tensor gets a file of its own.
         progress: The function that is called with the number of bytes of each file that has been written.
 
     Raises:
-        UserError: the layout is of another objective, or ``out`` is taken or cannot be written.
+        UserError: the layout is of another objective, a value is too large for the type, or ``out`` is taken or cannot
+            be written.
     """
     description, layout = model.description, TARGETS[to]
     fitting = (*get_objective(description.objective).layouts, "llada")
@@ -81,7 +85,7 @@ def convert(
     stored_as = name_of(dtype or common_dtype(weights.values()))
     try:
         with building(out) as partial:
-            files = write_folder(partial, weights, dtype, max_shard_bytes, progress)
+            files = _write_weights(partial, weights, dtype, max_shard_bytes, progress)
             write_json(partial / CONFIG_NAME, _config(model, to, stored_as))
             for name, content in _companions(model, to).items():
                 (partial / name).write_bytes(content)
@@ -93,9 +97,51 @@ def convert(
     return Written(len(weights), parameters, size, stored_as, written)
 
 
+def _write_weights(
+    folder: Path,
+    weights: Mapping[str, StoredTensor],
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    progress: Callable[[int], None],
+) -> list[str]:
+    """Writes as many files as are needed for none to be larger than asked, and returns their names.
+
+    At most one file's tensors are in memory, and only where their type changes or their source cannot be viewed.
+    """
+    sizes = {name: weight.elements * (dtype or weight.dtype).itemsize for name, weight in weights.items()}
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    count = len(shards)
+    files = [f"model-{n:05d}-of-{count:05d}.safetensors" if count > 1 else WEIGHTS_NAME for n in range(1, count + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        tensors = {name: _converted(name, weights[name], dtype) for name in shard}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library closes its files to others
+        progress(sum(tensor.nbytes for tensor in tensors.values()))
+    if count > 1:
+        places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
+def _converted(name: str, weight: StoredTensor, dtype: torch.dtype | None) -> torch.Tensor:
+    tensor = weight.read()
+    converted = tensor.to(dtype or tensor.dtype).contiguous()
+    if converted.dtype == torch.float16 != tensor.dtype and not converted.isfinite().all():
+        raise UserError(f"{name} holds values beyond float16's 65504; choose --dtype bfloat16")
+    return converted
+
+
 def _config(model: StoredModel, to: Target, dtype: str) -> dict[str, Any]:
     if to == "llada":
-        return ours.write_config(model.description, dtype)
+        return write_config(model.description, dtype)
     write = hugging_face.write_llada if to == "hf-llada" else hugging_face.write_llama
     auto_map = {"auto_map": model.auto_map} if model.auto_map and model.kind == to else {}
     return {**write(model.description, dtype), **auto_map}
@@ -131,11 +177,7 @@ def tokenizer_files(files: TokenizerFiles, description: Description) -> dict[str
 
 
 def bytes_of(text: str) -> int:
-    """A size such as `5GB`, `200MB` or `1000` in bytes.
-
-    Raises:
-        UserError: it is none.
-    """
+    """A size such as `5GB`, `200MB` or `1000` in bytes."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|KB|MB|GB)", text.strip().upper())
     size = float(match[1]) * units[match[2]] if match else 0.0

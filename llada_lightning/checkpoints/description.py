@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llada_lightning.compute.shapes import Shape, get_shape
-from llada_lightning.data.tokenizers import GENERATION_CONFIG_NAME
 from llada_lightning.model import Transformer
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, is_positive
 from llada_lightning.objectives import OBJECTIVES, get_objective
@@ -83,10 +82,6 @@ class Description:
             if not is_positive(value := getattr(self, key)):
                 raise mistake(key, value, POSITIVE)
             object.__setattr__(self, key, float(value))
-        self._check_ids()
-        object.__setattr__(self, "end_token_ids", tuple(dict.fromkeys((self.eos_token_id, *self.end_token_ids))))
-
-    def _check_ids(self) -> None:
         if get_objective(self.objective).masks and self.mask_token_id is None:
             raise mistake("mask_token_id", None, f"give the id of [MASK], which a {self.objective} model needs")
         optional = ("mask_token_id", "start_token_id", "bos_token_id", "pad_token_id")
@@ -99,19 +94,11 @@ class Description:
             for value in values:
                 if not is_whole(value, 0) or value >= self.vocab_size:
                     raise mistake(key, value, f"it must be an id of the vocabulary, 0 to {self.vocab_size - 1}")
+        object.__setattr__(self, "end_token_ids", tuple(dict.fromkeys((self.eos_token_id, *self.end_token_ids))))
 
     @classmethod
     def of(cls, where: Path, shape: Any, **values: Any) -> Description:
-        """The description that a file gives.
-
-        Args:
-            where: The name of the file, for messages.
-            shape: The name of the shape or its dimensions, see ``get_shape``.
-            values: The other fields, as they were found.
-
-        Raises:
-            UserError: as of the class and of the shape; it names the file.
-        """
+        """The description that a file gives; a mistake in it names the file."""
         try:
             return cls(shape=get_shape(shape), **values)
         except UserError as error:
@@ -122,17 +109,18 @@ class Description:
         return Transformer(self.shape, self.vocab_size, self.rope_theta, self.norm_eps)
 
 
+def excluded_token_id(compat: str | None, mask_token_id: int | None) -> int | None:
+    """The token that gets no probability: [MASK], unless the model is trained with a logit for it (``compat``)."""
+    return None if compat == "llada" else mask_token_id
+
+
 def write_config(description: Description, dtype: str) -> dict[str, Any]:
     """Our own ``config.json``."""
     return {"model_type": MODEL_TYPE, "format": FORMAT, **asdict(description), "dtype": dtype}
 
 
 def read_config(config: ConfigFile) -> Description:
-    """The description in our own ``config.json``.
-
-    Raises:
-        UserError: it is of another format, or something is missing or of the wrong kind.
-    """
+    """The description in our own ``config.json``."""
     if config.get("format") != FORMAT:
         raise config.mistake("format", f"this version reads {FORMAT}; use the version that wrote it")
     shape = config.get("shape")
@@ -145,39 +133,35 @@ def read_config(config: ConfigFile) -> Description:
         **{key: config.get(key) for key in plain},
         **{key: config.told_id(key, config.whole("vocab_size")) for key in ("bos_token_id", "pad_token_id")},
         end_token_ids=config.several("end_token_ids"),
-        **ours_alone(config),
+        **_ours_alone(config),
     )
 
 
-OURS_ALONE = ("mask_token_id", "start_token_id", "text_prefix_ids", "compat", "source")
+_OURS_ALONE = ("mask_token_id", "start_token_id", "text_prefix_ids", "compat", "source")
 """The values for which other layouts have no name."""
 
 
-def ours_alone(config: ConfigFile) -> dict[str, Any]:
+def _ours_alone(config: ConfigFile) -> dict[str, Any]:
     """The values for which other layouts have no name: of our own ``config.json``, or of our key in another's."""
     prefix = None if config.get("text_prefix_ids") is None else config.several("text_prefix_ids")
-    values = {key: config.get(key) for key in OURS_ALONE}
+    values = {key: config.get(key) for key in _OURS_ALONE}
     return {**values, "text_prefix_ids": prefix, "source": config.get("source", {})}
 
 
 def extra_key(description: Description) -> dict[str, Any]:
     """The values to write under our key of another layout's ``config.json``."""
     values = asdict(description)
-    return {MODEL_TYPE: {key: values[key] for key in OURS_ALONE}}
+    return {MODEL_TYPE: {key: values[key] for key in _OURS_ALONE}}
 
 
 def read_extra_key(config: ConfigFile) -> dict[str, Any] | None:
-    """The values under our key of another layout's ``config.json``; None where there are none.
-
-    Raises:
-        UserError: it is no mapping.
-    """
+    """The values under our key of another layout's ``config.json``; None where there are none."""
     extra = config.get(MODEL_TYPE)
     if extra is None:
         return None
     if not isinstance(extra, dict):
         raise config.mistake(MODEL_TYPE, "it must be a mapping")
-    return ours_alone(ConfigFile(config.path, extra))
+    return _ours_alone(ConfigFile(config.path, extra))
 
 
 CONFIG_NAME = "config.json"
@@ -198,23 +182,14 @@ def mistake(key: str, value: Any, fix: str) -> UserError:
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """The values of a JSON file, and errors that name it.
-
-    Args:
-        path: The path of the file.
-        values: The values that the file holds.
-    """
+    """The values of a JSON file, and errors that name it."""
 
     path: Path
     values: dict[str, Any]
 
     @classmethod
     def read(cls, path: Path) -> ConfigFile:
-        """The file's content.
-
-        Raises:
-            UserError: it cannot be read, or is not a JSON object.
-        """
+        """The content of a file, which must be a JSON object."""
         values = read_json(path)
         if not isinstance(values, dict):
             raise UserError(f"'{path}' holds {type(values).__name__}, not an object; copy the checkpoint again")
@@ -230,22 +205,14 @@ class ConfigFile:
         return UserError(f"'{self.path}': {mistake(key, self.values.get(key), fix)}")
 
     def whole(self, key: str, absent: int | None = None, least: int = 1) -> int:
-        """A whole number.
-
-        Raises:
-            UserError: it is none, too small, or missing without a value for that.
-        """
+        """A whole number, not below ``least``; ``absent`` where it is null or not there."""
         value = self.get(key, absent)
         if not is_whole(value, least):
             raise self.mistake(key, f"it must be a whole number of at least {least}")
         return int(value)
 
     def number(self, key: str, absent: float | None = None) -> float:
-        """A positive number.
-
-        Raises:
-            UserError: it is none, or missing without a value for that.
-        """
+        """A positive number; ``absent`` where it is null or not there."""
         value = self.get(key, absent)
         if not is_positive(value):
             raise self.mistake(key, POSITIVE)
@@ -264,9 +231,6 @@ class ConfigFile:
         """A token id that only other programs use; None where it is null or -1.
 
         An id outside of the vocabulary is left out, too, with a note on stderr: the weights are whole without it.
-
-        Raises:
-            UserError: it is not a whole number.
         """
         value = self.get(key, NO_TOKEN)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -287,9 +251,6 @@ class ConfigFile:
         Args:
             required: The values of each key that are ours; null is the absence of the key.
             absent: The values that the absence of a key means, where that is not one of ours.
-
-        Raises:
-            UserError: names the key and its value.
         """
         for key, ours in required.items():
             value = self.get(key, absent.get(key, ours[0]))
@@ -303,16 +264,8 @@ class ConfigFile:
 
 
 def read_generation_ends(folder: Path, vocab_size: int) -> tuple[int, ...]:
-    """The ids in ``generation_config.json`` that end an answer; none without the file.
-
-    Args:
-        folder: The folder of the model.
-        vocab_size: The number of vocabulary entries of the model.
-
-    Raises:
-        UserError: the file cannot be read, or an id lies outside of the vocabulary.
-    """
-    path = folder / GENERATION_CONFIG_NAME
+    """The ids in the ``generation_config.json`` of a model's folder that end an answer; none without the file."""
+    path = folder / "generation_config.json"
     if not path.is_file():
         return ()
     config = ConfigFile.read(path)

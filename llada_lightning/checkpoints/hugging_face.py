@@ -18,49 +18,38 @@ from llada_lightning.checkpoints.description import (
 )
 from llada_lightning.model.transformer import is_positive
 
+_LLADA: dict[str, Any] = {
+    "block_type": "llama",
+    "activation_type": "silu",
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "rope": True,
+    "alibi": False,
+    "attention_layer_norm": False,
+    "input_emb_norm": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "bias_for_layer_norm": False,
+    "scale_logits": False,
+    "block_group_size": 1,
+}
+"""The values that make the released code our Transformer: written, and the only ones that are read."""
 _LLADA_REQUIRED: dict[str, tuple[Any, ...]] = {
     "architectures": (None, ["LLaDAModelLM"]),
-    "block_type": ("llama",),
-    "activation_type": ("silu",),
-    "layer_norm_type": ("rms",),
-    "layer_norm_with_affine": (True,),
-    "rope": (True,),
-    "rope_scaling": (None,),
-    "alibi": (False,),
-    "attention_layer_norm": (False,),
-    "input_emb_norm": (False,),
-    "include_bias": (False,),
-    "include_qkv_bias": (False,),
-    "bias_for_layer_norm": (False,),
-    "scale_logits": (False,),
-    "block_group_size": (1,),
-    "clip_qkv": (None,),
-    "quantization_config": (None,),
+    **{key: (value,) for key, value in _LLADA.items()},
+    **dict.fromkeys(("rope_scaling", "clip_qkv", "quantization_config"), (None,)),
 }
 _LLADA_ABSENT = {"activation_type": "swiglu", "layer_norm_type": "default", "rope": False}
-
 _LLADA_WRITTEN: dict[str, Any] = {
+    **_LLADA,
     "mlp_ratio": 4,
-    "activation_type": "silu",
-    "block_type": "llama",
-    "block_group_size": 1,
-    "alibi": False,
-    "rope": True,
     "rope_full_precision": True,
     "flash_attention": False,
     "attention_dropout": 0.0,
     "multi_query_attention": None,
-    "attention_layer_norm": False,
     "residual_dropout": 0.0,
     "embedding_dropout": 0.0,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
     "attention_layer_norm_with_affine": True,
-    "include_qkv_bias": False,
-    "include_bias": False,
-    "bias_for_layer_norm": False,
-    "scale_logits": False,
     "weight_tying": False,
     "init_device": "cpu",
     "init_fn": "mitchell",
@@ -68,19 +57,16 @@ _LLADA_WRITTEN: dict[str, Any] = {
     "architectures": ["LLaDAModelLM"],
     "model_type": "llada",
 }
+"""Every other key that the released code reads."""
 _LLADA_PRECISION = {"float32": "float32", "bfloat16": "amp_bf16", "float16": "amp_fp16"}
 
 
 def read_llada(config: ConfigFile, named: Mapping[str, int]) -> Description:
-    """The description of a Hugging Face LLaDA folder.
+    """The description of a Hugging Face LLaDA folder, which must be our Transformer.
 
     Args:
         config: The ``config.json`` of the model.
-        named: The ids of ``mask_token`` and ``eos_token`` by its tokenizer, for a ``config.json`` that does not hold
-            them.
-
-    Raises:
-        UserError: a value is missing, or the model is not our Transformer.
+        named: The ids of ``mask_token`` and ``eos_token`` by its tokenizer, for a ``config.json`` without them.
     """
     config.refuse(_LLADA_REQUIRED, _LLADA_ABSENT)
     d_model, n_heads = config.whole("d_model"), config.whole("n_heads")
@@ -126,12 +112,7 @@ def _llada_kv_heads(config: ConfigFile, n_heads: int) -> int:
 
 
 def write_llada(description: Description, dtype: str) -> dict[str, Any]:
-    """``config.json`` of the GSAI-ML/LLaDA-8B layout: every key that the released code reads.
-
-    Args:
-        description: The description of a `llada`.
-        dtype: The type of the weights, by torch's name.
-    """
+    """``config.json`` of the GSAI-ML/LLaDA-8B layout: every key that the released code reads."""
     shape = description.shape
     return {
         "d_model": shape.d_model,
@@ -166,11 +147,7 @@ _LLAMA_REQUIRED: dict[str, tuple[Any, ...]] = {
 
 
 def read_llama(config: ConfigFile, named: Mapping[str, int]) -> Description:
-    """The description of a Hugging Face Llama folder; arguments as of :func:`read_llada`.
-
-    Raises:
-        UserError: a value is missing, or the model is not our Transformer.
-    """
+    """The description of a Hugging Face Llama folder; arguments as of :func:`read_llada`."""
     config.refuse(_LLAMA_REQUIRED, {})
     d_model, n_heads = config.whole("hidden_size"), config.whole("num_attention_heads")
     _refuse_head_dim(config, d_model, n_heads)
@@ -210,12 +187,7 @@ def _llama_rope_theta(config: ConfigFile) -> Any:
 
 
 def write_llama(description: Description, dtype: str) -> dict[str, Any]:
-    """``config.json`` of transformers' Llama, for its versions 4 and 5.
-
-    Args:
-        description: The description of an `arm`.
-        dtype: The type of the weights, by torch's name.
-    """
+    """``config.json`` of transformers' Llama, for its versions 4 and 5."""
     shape = description.shape
     return {
         "architectures": ["LlamaForCausalLM"],

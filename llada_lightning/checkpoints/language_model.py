@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from llada_lightning.checkpoints.stored_model import StoredModel, open_checkpoint
+from llada_lightning.checkpoints.description import excluded_token_id
+from llada_lightning.checkpoints.stored_model import open_checkpoint
 from llada_lightning.checkpoints.stored_tensors import common_dtype, dtype_named
 from llada_lightning.data.chat import ChatTemplate
 from llada_lightning.data.encoding import decode, encode, lost_bytes
@@ -81,11 +82,7 @@ class LanguageModel:
 
     @cached_property
     def dialogue(self) -> ChatTemplate | None:
-        """The chat format, which turns messages into tokens; None where there is no chat template.
-
-        Raises:
-            UserError: there is no tokenizer.
-        """
+        """The chat format, which turns messages into tokens; None where there is no chat template."""
         if self.chat_template is None:
             return None
         acting = (*self.end_token_ids, self.mask_token_id, *self.text_prefix_ids)
@@ -95,8 +92,7 @@ class LanguageModel:
 
     @property
     def excluded_token_id(self) -> int | None:
-        """The token that gets no probability: [MASK], unless the model was trained with a logit for it."""
-        return None if self.compat == "llada" else self.mask_token_id
+        return excluded_token_id(self.compat, self.mask_token_id)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> LanguageModel:
         """The same model elsewhere or in another floating type; the weights are moved, not copied."""
@@ -113,34 +109,25 @@ class LanguageModel:
         Returns:
             (B, L, V) float32: `llada` predicts the token at each position, `arm` the one behind it.
         """
+        if attention_mask_BL is not None:
+            attention_mask_BL = attention_mask_BL.to(self.device).bool()
         logits_BLV: Tensor = self.model(
-            tokens_BL.to(self.device), causal=self.causal, attention_mask_BL=_on(attention_mask_BL, self.device)
+            tokens_BL.to(self.device), causal=self.causal, attention_mask_BL=attention_mask_BL
         )
         return logits_BLV.float()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, which never hold a special token.
-
-        Raises:
-            UserError: there is no tokenizer.
-        """
+        """The ids of a text, which never hold a special token."""
         return encode(self._tokenizer, text)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a prompt that is given as text: the tokenizer's prefix, then the text's own ids.
-
-        Raises:
-            UserError: there is no tokenizer.
-        """
+        """The ids of a prompt that is given as text: the tokenizer's prefix, then the text's own ids."""
         return [*self.text_prefix_ids, *self.encode(text)]
 
     def encode_within(self, text: str) -> list[int]:
         """The ids of a text behind other tokens, encoded by itself.
 
         Some tokenizers put a space before whatever they encode (SentencePiece's): so it is encoded behind a character.
-
-        Raises:
-            UserError: there is no tokenizer.
         """
         for anchor in _ANCHORS:
             head, whole = self.encode(anchor), self.encode(anchor + text)
@@ -153,27 +140,16 @@ class LanguageModel:
 
         They are the rest of the encoding of both, where that begins with the ids of ``before``. Where a token spans the
         join, or the encoding differs otherwise, no place parts it rightly: then the text is encoded by itself.
-
-        Raises:
-            UserError: there is no tokenizer.
         """
         head, whole = self.encode(before), self.encode(before + text)
         return whole[len(head) :] if whole[: len(head)] == head else self.encode_within(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, special tokens left out.
-
-        Raises:
-            UserError: there is no tokenizer.
-        """
+        """The text of ids, special tokens left out."""
         return decode(self._tokenizer, ids)
 
     def lost_bytes(self, text: str) -> int:
-        """The number of bytes of a text that its ids do not give back.
-
-        Raises:
-            UserError: there is no tokenizer.
-        """
+        """The number of bytes of a text that its ids do not give back."""
         return lost_bytes(text, self.decode(self.encode(text)))
 
     @property
@@ -181,10 +157,6 @@ class LanguageModel:
         if self.tokenizer is None:
             raise UserError(f"'{self.name}' has no tokenizer, so text cannot be read; give --tokenizer, or token ids")
         return self.tokenizer
-
-
-def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device).bool()
 
 
 def load_model(
@@ -213,9 +185,16 @@ def load_model(
     wanted, place = dtype_named(dtype), _device_named(device)
     stored = open_checkpoint(path, tokenizer)
     description, files = stored.description, stored.tokenizer
+    wanted = wanted or common_dtype(stored.weights.values())
+    with torch.device("meta"):
+        model = description.transformer()
+    for name, weight in stored.weights.items():
+        module, _, leaf = name.rpartition(".")
+        value = weight.read().to(device=place, dtype=wanted)
+        setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
     return LanguageModel(
         objective=description.objective,
-        model=_transformer(stored, place, wanted or common_dtype(stored.weights.values())),
+        model=model.eval(),
         mask_token_id=description.mask_token_id,
         eos_token_id=description.eos_token_id,
         context_length=description.context_length,
@@ -242,13 +221,3 @@ def _device_named(device: str | torch.device | None) -> torch.device:
     if found.type == "meta":
         raise UserError(f"--device '{device}' cannot be used (it holds no numbers); give cpu, or leave it out")
     return found
-
-
-def _transformer(stored: StoredModel, device: torch.device, dtype: torch.dtype) -> Transformer:
-    with torch.device("meta"):
-        model = stored.description.transformer()
-    for name, weight in stored.weights.items():
-        module, _, leaf = name.rpartition(".")
-        value = weight.read().to(device=device, dtype=dtype)
-        setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
-    return model.eval()

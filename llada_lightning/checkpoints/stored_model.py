@@ -1,25 +1,32 @@
-"""A checkpoint of any kind, recognised and checked before its weights are read."""
+"""A checkpoint of any kind, recognised and checked before its weights are read. Nothing in it is ever run."""
 
 from __future__ import annotations
 
+import contextlib
+import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import torch
 from tokenizers import Tokenizer
 
-from llada_lightning.checkpoints import description as ours
 from llada_lightning.checkpoints import hugging_face
-from llada_lightning.checkpoints.description import CONFIG_NAME, ConfigFile, Description
-from llada_lightning.checkpoints.run_folder import final_checkpoint, last_checkpoint
-from llada_lightning.checkpoints.safetensors_files import (
-    is_usual,
-    read_folder,
-    refuse_adapter,
-    weights_in,
+from llada_lightning.checkpoints.description import CONFIG_NAME, MODEL_TYPE, ConfigFile, Description, read_config
+from llada_lightning.checkpoints.run_folder import (
+    CONFIG,
+    META,
+    ShardedCheckpointReader,
+    final_checkpoint,
+    is_sharded,
+    last_checkpoint,
+    require_whole,
+    run_folder_of,
+    whole_neighbour,
 )
-from llada_lightning.checkpoints.sharded_checkpoints import is_sharded
 from llada_lightning.checkpoints.stored_tensors import (
     HF_LLADA,
     HF_LLAMA,
@@ -27,20 +34,29 @@ from llada_lightning.checkpoints.stored_tensors import (
     TRAINING,
     Layout,
     StoredTensor,
+    is_usual,
+    of_tensor,
+    read_folder,
+    refuse_adapter,
+    weights_in,
     weights_of,
 )
-from llada_lightning.checkpoints.training_checkpoints import read_training, run_tokenizer
-from llada_lightning.data import TOKENIZER_NAME
+from llada_lightning.data import TOKENIZER_NAME, tokenizer_fingerprint
+from llada_lightning.data.manifest import read_tokenizer_text
 from llada_lightning.data.tokenizers import TokenizerFiles, as_special, without_special_beyond
+from llada_lightning.identity import identity_hash, with_stable_names
 from llada_lightning.model import Transformer
+from llada_lightning.model.transformer import NORM_EPS
+from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.support.errors import UserError
-from llada_lightning.support.files import expanded
+from llada_lightning.support.files import expanded, local_path
 from llada_lightning.support.printing import warn
+from llada_lightning.support.reading import read_yaml
 
 Kind = Literal["training", "llada", "hf-llada", "hf-llama"]
 
 _LAYOUTS: dict[str, tuple[Kind, Layout]] = {
-    ours.MODEL_TYPE: ("llada", OURS),
+    MODEL_TYPE: ("llada", OURS),
     "llada": ("hf-llada", HF_LLADA),
     "llama": ("hf-llama", HF_LLAMA),
 }
@@ -69,11 +85,7 @@ class StoredModel:
 
     @property
     def text_prefix_ids(self) -> tuple[int, ...]:
-        """The token ids before a text: those of the model, else those of its tokenizer.
-
-        Raises:
-            UserError: the tokenizer puts an id there that the model does not have.
-        """
+        """The token ids before a text: those of the model, else those of its tokenizer."""
         if self.description.text_prefix_ids is not None or self.tokenizer is None:
             return self.description.text_prefix_ids or ()
         prefix, vocab_size = self.tokenizer.prefix_ids, self.description.vocab_size
@@ -92,16 +104,10 @@ class StoredModel:
 
 
 def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> StoredModel:
-    """Recognises the checkpoint at a path, and checks that it is whole.
-
-    Args:
-        path: The folder of a run or of a branch (the last checkpoint counts); a training checkpoint, one file or
-            sharded; our inference folder; a Hugging Face LLaDA or Llama folder.
-        tokenizer: The tokenizer to use instead of the checkpoint's: a ``tokenizer.json``, a folder with one, a name on
-            the hub.
+    """Recognises the checkpoint at a path, and checks that it is whole; arguments as of ``load_model``.
 
     Raises:
-        UserError: it is none of these, is not whole, or its parts do not fit together.
+        UserError: it is none of the known kinds, is not whole, or its parts do not fit together.
     """
     path = expanded(path)
     given = None if tokenizer is None else TokenizerFiles.of_path(tokenizer)
@@ -131,11 +137,135 @@ def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> St
 
 
 def _training(path: Path, given: TokenizerFiles | None) -> StoredModel:
-    description, stored, fingerprint = read_training(path)
+    description, stored, fingerprint = _read_training(path)
     weights = weights_of(stored, TRAINING, _on_meta(description, path), str(path))
-    found = given or run_tokenizer(path, description, fingerprint)
+    found = given or _run_tokenizer(path, description, fingerprint)
     files = None if found is None else fitted_tokenizer(found, description, given is not None, known=given is None)
     return StoredModel(path, "training", description, weights, files)
+
+
+def _read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], str]:
+    """Description, weights by their names in the file, and the tokenizer's fingerprint, of a checkpoint of `llada fit`.
+
+    No optimizer is read; all bytes are checked.
+    """
+    try:
+        sharded = is_sharded(path)
+        content = torch.load(path / META if sharded else path, mmap=True, weights_only=True, map_location="cpu")
+        if sharded:
+            reader = ShardedCheckpointReader(path)
+            weights = {
+                key.removeprefix("state_dict."): StoredTensor(
+                    tuple(stored.size), stored.properties.dtype, partial(reader.read_tensor, key)
+                )
+                for key, stored in reader.tensors().items()
+                if key.startswith("state_dict.")
+            }
+        else:
+            weights = {name: of_tensor(tensor) for name, tensor in content["state_dict"].items()}
+        require_whole(path)
+        return _description(content, path), weights, content["identity"]["tokenizer"]
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"'{path}' is refused: it holds other things than weights, which may run code when they are read; give a "
+            "checkpoint of llada fit, or a folder with safetensors"
+        ) from error
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, BadZipFile) as error:
+        whole = whole_neighbour(path)
+        usual = "give a run's folder, one of its checkpoints, or a folder with config.json and safetensors"
+        fix = usual if whole is None else f"give '{whole}', which is whole"
+        raise UserError(f"'{path}' is not a checkpoint of llada fit, or is damaged; {fix}") from error
+
+
+def _description(content: Mapping[str, Any], path: Path) -> Description:
+    identity = with_stable_names(content["identity"])
+    model, data = identity["model"], identity["data"]
+    arguments = model["init_args"]
+    objective = content.get("objective", model.get("objective"))
+    if objective is None:
+        raise UserError(f"'{path}' is of {model['class_path']}, whose objective it does not name; train it again")
+    run = run_folder_of(path)
+    inherited = content.get("inherited", {})  # from the weights that it started from
+    length, before = data.get("sequence_length") or data["context_length"], inherited.get("context_length")
+    if isinstance(length, int) and isinstance(before, int):
+        length = max(length, before)
+    prefix = arguments.get("text_prefix_ids")  # None: prepared data holds nothing but text and EOS
+    known = OBJECTIVES.get(objective)  # the description refuses an unknown one
+    starts_with_eos = known is not None and known.starts_with_eos and prefix is None
+    start = arguments["eos_token_id"] if starts_with_eos else None
+    return Description.of(
+        path,
+        arguments["shape"],
+        objective=objective,
+        vocab_size=arguments["vocab_size"],
+        eos_token_id=arguments["eos_token_id"],
+        mask_token_id=arguments["mask_token_id"],
+        context_length=length,
+        rope_theta=arguments["rope_theta"],
+        norm_eps=arguments.get("norm_eps", NORM_EPS),
+        end_token_ids=tuple(inherited.get("end_token_ids", ())),
+        start_token_id=start,
+        text_prefix_ids=tuple(prefix or ()),
+        compat=arguments["compat"],
+        bos_token_id=inherited.get("bos_token_id", start),
+        pad_token_id=inherited.get("pad_token_id"),
+        source={
+            "run": None if run is None else run.name,
+            "step": content["global_step"],
+            "identity": identity_hash(identity),
+        },
+    )
+
+
+def _run_tokenizer(checkpoint: Path, description: Description, fingerprint: str) -> TokenizerFiles | None:
+    """The tokenizer that a run was trained with: that beside the checkpoint, in the run's folder, or of its data.
+
+    None where there is none, or only others; of the others, a line on stderr names the first.
+    """
+    run = run_folder_of(checkpoint)
+    folders = [checkpoint.parent, *([] if run is None else [run, *_data_folders(run)])]
+    others = []
+    for folder in map(str, folders):
+        name = f"{folder}/{TOKENIZER_NAME}"
+        try:
+            text = read_tokenizer_text(folder)
+        except (UserError, ValueError):  # not there; token ids suffice
+            continue
+        with contextlib.suppress(UserError):  # a damaged file is no tokenizer
+            files = TokenizerFiles.of_text(text, name)
+            if _is_tokenizer(files, description, fingerprint):
+                return files.with_template_of(folder)
+        others.append(name)
+    if others:
+        warn(
+            f"warning: '{others[0]}' is not the tokenizer that '{checkpoint}' was trained with, and is left out; give "
+            "the run's own with --tokenizer"
+        )
+    return None
+
+
+def _is_tokenizer(files: TokenizerFiles, description: Description, fingerprint: str) -> bool:
+    """Whether a fingerprint is of this tokenizer with the model's special tokens.
+
+    An `arm` without [MASK] may have been trained on data whose tokenizer has one.
+    """
+    eos, mask = description.eos_token_id, description.mask_token_id
+    masks = [mask] if mask is not None else [None, files.named_ids.get("mask_token")]
+    text = files.tokenizer.to_str()
+    return fingerprint in {tokenizer_fingerprint(text, eos, each) for each in masks}
+
+
+def _data_folders(run: Path) -> list[str]:
+    """The data that a run's config.yaml names; as there, relative to where the run was started.
+
+    Only data on this machine count: reading a stranger's run must not open connections to addresses that it names.
+    """
+    try:
+        path = read_yaml(run / CONFIG)["data"]["init_args"]["path"]
+    except (UserError, KeyError, TypeError):
+        return []
+    paths = path if isinstance(path, dict) else [path]
+    return [folder for folder in paths if isinstance(folder, str) and local_path(folder) is not None]
 
 
 def _folder(folder: Path, given: TokenizerFiles | None) -> StoredModel:
@@ -148,7 +278,7 @@ def _folder(folder: Path, given: TokenizerFiles | None) -> StoredModel:
     files = given or (TokenizerFiles.of_path(folder) if (folder / TOKENIZER_NAME).is_file() else None)
     named = {} if files is None else files.named_ids
     if kind == "llada":
-        description = ours.read_config(config)
+        description = read_config(config)
     else:
         description = (hugging_face.read_llada if kind == "hf-llada" else hugging_face.read_llama)(config, named)
     stored = read_folder(folder)
@@ -192,9 +322,6 @@ def fitted_tokenizer(
         description: The description of the model.
         given: Whether the user gave the tokenizer. That of the model's own folder may name another EOS (of a turn).
         known: Whether the fingerprint says that it is the tokenizer of the model.
-
-    Raises:
-        UserError: the tokenizer has other special ids than the model, or ids that the model lacks.
     """
     fix = "give the model's own with --tokenizer"
     tokenizer, left_out = without_special_beyond(files.tokenizer, description.vocab_size)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import reduce
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from math import prod
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llada_lightning.model import Transformer
-from llada_lightning.support.errors import UserError
+from llada_lightning.support.errors import LibraryPanicError, UserError, panics_as_exceptions
+from llada_lightning.support.reading import read_json
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The types of stored weights, by torch's names."""
 
-
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_USUAL = re.compile(r"(model(-\d+-of-\d+)?\.safetensors)|(pytorch_model(-\d+-of-\d+)?\.bin)")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "consolidated*.pth")
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _COMPILED = "_orig_mod."
 """The part that ``torch.compile`` puts into the names of a model's weights."""
 
@@ -46,6 +55,90 @@ def of_tensor(tensor: Tensor) -> StoredTensor:
     return StoredTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
+def read_folder(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder of safetensors, by the names in its files; views of them: nothing is in memory yet."""
+    if (folder / WEIGHTS_NAME).is_file():
+        return _read_file(folder / WEIGHTS_NAME)
+    if (folder / INDEX_NAME).is_file():
+        return _read_shards(folder)
+    raise UserError(f"'{folder}' {_instead_of_weights(folder)}")
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    try:
+        with panics_as_exceptions():
+            file = safe_open(str(path), framework="pt")
+            return {name: _stored(file, name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, LibraryPanicError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"'{path}' is damaged or half-written ({reason}); copy it again") from error
+
+
+def _stored(file: safe_open, name: str) -> StoredTensor:
+    view = file.get_slice(name)
+    dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
+    if dtype is None:  # refused by name when the weights are found to be such
+        dtype = file.get_tensor(name).dtype
+    return StoredTensor(tuple(view.get_shape()), dtype, partial(file.get_tensor, name))
+
+
+def _read_shards(folder: Path) -> dict[str, StoredTensor]:
+    index = read_json(folder / INDEX_NAME)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not places or not isinstance(places, dict) or any(Path(str(file)).name != file for file in places.values()):
+        raise UserError(f"'{folder / INDEX_NAME}' names no files of its folder; copy the folder again")
+    files = sorted(set(places.values()))
+    absent = [file for file in files if not (folder / file).is_file()]
+    if absent:
+        raise UserError(
+            f"'{folder}' lacks {absent[0]}, one of {len(absent)} missing of the {len(files)} files that its index "
+            "names: it is half-written; copy it again"
+        )
+    return {name: tensor for file in files for name, tensor in _read_file(folder / file).items()}
+
+
+def weights_in(folder: Path) -> list[str]:
+    """The names of the files in a folder that hold weights by their names, of whatever layout."""
+    return sorted({path.name for pattern in ("*.safetensors", *_PICKLES) for path in folder.glob(pattern)})
+
+
+def is_usual(name: str) -> bool:
+    """Whether a file of weights is named as transformers names a whole model's, in one file or in shards."""
+    return _USUAL.fullmatch(name) is not None
+
+
+def _instead_of_weights(folder: Path) -> str:
+    """The contents of a folder without readable weights, and the advice for it."""
+    names = weights_in(folder)
+    shown = _some(names)
+    others = [name for name in names if name.endswith(".safetensors")]
+    if any(is_usual(name) for name in others):
+        return f"holds {shown} and no {INDEX_NAME}: it is half-written; copy it again"
+    if others and all(name.startswith("consolidated") for name in others):
+        return f"holds no {WEIGHTS_NAME}, but {shown}, which is its authors' layout; take the model in transformers'"
+    if others:
+        return (
+            f"holds no {WEIGHTS_NAME}, but {shown}; if that is the whole model, such as in another precision, rename "
+            f"it to {WEIGHTS_NAME}, or save it again without a variant"
+        )
+    if names:
+        return (
+            "holds its weights as pickles only, and to read one may run its code; save it as safetensors: "
+            "save_pretrained(..., safe_serialization=True) where it comes from"
+        )
+    return f"holds no {WEIGHTS_NAME}: it is half-written; copy it again"
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter, such as LoRA's: it is no model, and a model beside it is another one with it."""
+    names = [name for name in _ADAPTER if (folder / name).is_file()]
+    if names:
+        raise UserError(
+            f"'{folder}' holds an adapter ({', '.join(names)}), which changes a model and is none by itself; merge it "
+            "into its base model first (peft: merge_and_unload, then save_pretrained), or remove its files"
+        )
+
+
 def weights_of(
     stored: Mapping[str, StoredTensor], layout: Layout, model: Transformer, where: str, tied: bool = False
 ) -> dict[str, StoredTensor]:
@@ -69,14 +162,15 @@ def weights_of(
     head = names["head.weight"]
     if tied:
         names["head.weight"] = names["embedding.weight"]
-    found = {name for name in stored if not name.endswith(layout.ignored or ("\0",))}
-    missing, extra = set(names.values()) - found, found - set(names.values()) - ({head} if tied else set())
+    theirs_all = set(names.values())
+    found = {name for name in stored if not name.endswith(layout.ignored)}
+    missing, extra = theirs_all - found, found - theirs_all - ({head} if tied else set())
     fix = "config.json and weights do not belong together, or the copy is incomplete"
-    if missing and (wrapped := _wrapped(found, set(names.values()))) is not None:
+    if missing and (wrapped := _wrapped(found, theirs_all)) is not None:
         raise UserError(f"'{where}' as {layout.title}: {wrapped}")
     if missing or extra:
-        both = [f"{len(missing)} missing: {_some(missing)}"] * bool(missing)
-        both += [f"{len(extra)} too many: {_some(extra)}"] * bool(extra)
+        counted = {"missing": missing, "too many": extra}
+        both = [f"{len(some)} {what}: {_some(sorted(some))}" for what, some in counted.items() if some]
         raise UserError(f"'{where}' as {layout.title}: tensors {'; '.join(both)}; {fix}")
     for ours, theirs in names.items():
         tensor = stored[theirs]
@@ -104,34 +198,8 @@ def _finite(tensor: StoredTensor, name: str) -> StoredTensor:
     return replace(tensor, read=read)
 
 
-def common_dtype(weights: Iterable[StoredTensor]) -> torch.dtype:
-    """The smallest type that holds all of them without rounding; theirs, where they have the same."""
-    return reduce(torch.promote_types, (weight.dtype for weight in weights))
-
-
-def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The type of a name; None stays None.
-
-    Raises:
-        UserError: there is no such type for weights.
-    """
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise UserError(f"dtype: '{dtype}' is not known; choose from {', '.join(DTYPES)}")
-        return DTYPES[dtype]
-    return dtype
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """torch's name of a type: `bfloat16`."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _wrapped(found: set[str], wanted: set[str]) -> str | None:
-    """The wrapper that a model was saved in, by the names of its tensors; None: no known one.
-
-    Either all names share a prefix, or ``torch.compile`` left its own within them.
-    """
+    """The wrapper that a model was saved in: all names share a prefix, or hold that of ``torch.compile``."""
     if wanted <= {name.replace(_COMPILED, "") for name in found}:
         return (
             f"the names of its tensors hold '{_COMPILED}', which torch.compile puts there; save the model that was "
@@ -144,9 +212,35 @@ def _wrapped(found: set[str], wanted: set[str]) -> str | None:
     return None
 
 
-def _some(names: set[str], most: int = 4) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:most]) + (f", and {len(listed) - most} more" if len(listed) > most else "")
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+
+
+def common_dtype(weights: Iterable[StoredTensor]) -> torch.dtype:
+    """The smallest type that holds all of them without rounding; theirs, where they have the same."""
+    return reduce(torch.promote_types, (weight.dtype for weight in weights))
+
+
+def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The type of a name, which must be one for weights; None stays None."""
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UserError(f"dtype: '{dtype}' is not known; choose from {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    return dtype
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """torch's name of a type: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+_WHOLE_MODEL = ("embedding", "norm", "head")
+_BLOCK = (
+    "attention_norm", "attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj",
+    "feed_forward_norm", "feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj",
+)  # fmt: skip
+"""Our names, without `.weight`, of the weights outside and within a block."""
 
 
 @dataclass(frozen=True)
@@ -155,86 +249,45 @@ class Layout:
 
     Args:
         title: The name of the layout, for messages.
-        whole_model: The map from our names to theirs, without `.weight`, of the weights outside the blocks.
-        block: The map from our names to theirs, without `.weight`, of the weights within a block.
+        whole_model: Its names, without `.weight`, of the weights outside the blocks, in the order of ours.
         blocks: The part of a name before a block's number.
+        block: Its names, without `.weight`, of the weights within a block, in the order of ours.
         ignored: The ends of names that hold no weights, such as tables that follow from the configuration.
     """
 
     title: str
-    whole_model: dict[str, str]
-    block: dict[str, str]
+    whole_model: tuple[str, ...]
     blocks: str
-    ignored: tuple[str, ...] = field(default=())
+    block: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
 
     def names(self, n_layers: int) -> dict[str, str]:
         """Our name -> theirs of each weight of a model, in the model's order."""
-        embedding, *last = self.whole_model.items()
+        embedding, *last = zip(_WHOLE_MODEL, self.whole_model, strict=True)
         blocks = [
             (f"blocks.{i}.{ours}", f"{self.blocks}.{i}.{theirs}")
             for i in range(n_layers)
-            for ours, theirs in self.block.items()
+            for ours, theirs in zip(_BLOCK, self.block, strict=True)
         ]
         return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in [embedding, *blocks, *last]}
 
 
-_WHOLE_MODEL = ("embedding", "norm", "head")
-_BLOCK = (
-    "attention_norm",
-    "attention.q_proj",
-    "attention.k_proj",
-    "attention.v_proj",
-    "attention.out_proj",
-    "feed_forward_norm",
-    "feed_forward.gate_proj",
-    "feed_forward.up_proj",
-    "feed_forward.down_proj",
-)
-
-OURS = Layout("llada-lightning", {name: name for name in _WHOLE_MODEL}, {name: name for name in _BLOCK}, "blocks")
-
-TRAINING = Layout(
-    "training checkpoint",
-    {name: f"model.{name}" for name in _WHOLE_MODEL},
-    {name: name for name in _BLOCK},
-    "model.blocks",
-)
-
+OURS = Layout("llada-lightning", _WHOLE_MODEL, "blocks", _BLOCK)
+TRAINING = Layout("training checkpoint", tuple(f"model.{name}" for name in _WHOLE_MODEL), "model.blocks", _BLOCK)
 HF_LLADA = Layout(
     "Hugging Face LLaDA",
-    {
-        "embedding": "model.transformer.wte",
-        "norm": "model.transformer.ln_f",
-        "head": "model.transformer.ff_out",
-    },
-    {
-        "attention_norm": "attn_norm",
-        "attention.q_proj": "q_proj",
-        "attention.k_proj": "k_proj",
-        "attention.v_proj": "v_proj",
-        "attention.out_proj": "attn_out",
-        "feed_forward_norm": "ff_norm",
-        "feed_forward.gate_proj": "ff_proj",  # theirs: ff_out(silu(ff_proj(x)) * up_proj(x))
-        "feed_forward.up_proj": "up_proj",
-        "feed_forward.down_proj": "ff_out",
-    },
+    ("model.transformer.wte", "model.transformer.ln_f", "model.transformer.ff_out"),
     "model.transformer.blocks",
+    # Their feed-forward part: ff_out(silu(ff_proj(x)) * up_proj(x)).
+    ("attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out"),
 )
-
 HF_LLAMA = Layout(
     "Hugging Face Llama",
-    {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
-    {
-        "attention_norm": "input_layernorm",
-        "attention.q_proj": "self_attn.q_proj",
-        "attention.k_proj": "self_attn.k_proj",
-        "attention.v_proj": "self_attn.v_proj",
-        "attention.out_proj": "self_attn.o_proj",
-        "feed_forward_norm": "post_attention_layernorm",
-        "feed_forward.gate_proj": "mlp.gate_proj",
-        "feed_forward.up_proj": "mlp.up_proj",
-        "feed_forward.down_proj": "mlp.down_proj",
-    },
+    ("model.embed_tokens", "model.norm", "lm_head"),
     "model.layers",
+    (
+        "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    ),
     ignored=("rotary_emb.inv_freq",),
-)
+)  # fmt: skip

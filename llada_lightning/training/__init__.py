@@ -1,4 +1,4 @@
-"""Floor 3: the LightningModules, the schedule, and one callback a file."""
+"""The LightningModules, the fit and its phases, callbacks, and several processes."""
 
 from llada_lightning.training.modules import ArmModule, LladaModule
 

@@ -2,18 +2,21 @@
 
 The parser's namespaces are translated here into what ``run.resolve`` takes, and its answer is written back, so that the
 run's config.yaml holds it. A value that the user gave and that disagrees is refused, never replaced in silence.
+
+A plain ``Trainer(max_steps=100).fit(LladaModule("107k"), TokenDataModule("data/books"))`` resolves the same, so the
+checkpoints of such a run can be loaded, scored and resumed like any other. Budgets, run folders, results and branches
+are those of `llada fit`, which :func:`llada_lightning.fit` starts from Python.
 """
 
 from __future__ import annotations
 
 import pydoc
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from dataclasses import asdict, is_dataclass, replace
+from typing import Any, TypeVar
 
-import torch
 from jsonargparse import Namespace
+from lightning import Trainer
 
 from llada_lightning.compute.flops import check_budgets, flops_6nd
 from llada_lightning.compute.rules import Rules
@@ -25,10 +28,12 @@ from llada_lightning.identity import with_stable_names
 from llada_lightning.model.transformer import NORM_EPS
 from llada_lightning.objectives import get_objective
 from llada_lightning.run import Length, Run, Spec, resolve
-from llada_lightning.settings import check_folder_name, check_seed
+from llada_lightning.settings import Budget, check_folder_name, check_seed
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.reading import read_yaml
 from llada_lightning.training.first_weights import take_over, weights_hash
+from llada_lightning.training.lightning_internals import replaces_samplers
+from llada_lightning.training.machine import native_precision
 from llada_lightning.training.modules import LanguageModule
 
 T = TypeVar("T")
@@ -42,63 +47,109 @@ def resolve_data(config: Namespace) -> LanguageDataModule:
 
     Returns:
         A data module that knows its manifests, checked.
-
-    Raises:
-        UserError: settings contradict the data, or the data cannot serve.
     """
     if isinstance(config.seed_everything, bool):
         raise UserError(f"seed_everything: {config.seed_everything} given; a run that can be repeated needs a number")
-    _fill(config.model.init_args, "seed", config.seed_everything)
-    _fill(config.data.init_args, "seed", config.seed_everything)
     check_seed("seed_everything", config.seed_everything)
     for name, arguments in {"model": config.model.init_args, "data": config.data.init_args}.items():
+        _fill(arguments, "seed", config.seed_everything)
         for key in ("seed", "val_seed"):
             check_seed(f"{name}.{key}", arguments.get(key))
     if config.model.init_args.get("weights") is not None:
         take_over(config, module_class(config).objective)
-    data = located(config.data.class_path, LanguageDataModule)(**config.data.init_args.as_dict())  # type: ignore[type-abstract]
+    data = _located(config.data.class_path, LanguageDataModule)(**config.data.init_args.as_dict())  # type: ignore[type-abstract]
     data.check()
     if config.trainer.precision is None:
         config.trainer.precision = native_precision(str(config.trainer.accelerator))
     elif str(config.trainer.precision).startswith("16"):
         raise UserError(f"trainer.precision: {config.trainer.precision} needs loss scaling; use bf16-mixed or 32-true")
-    fill_vocabulary(config, data)
+    _fill_vocabulary(config, data)
     return data
 
 
 def resolve_fit(config: Namespace, data: LanguageDataModule) -> Run:
-    """Fill in, in place, what follows from the budget: batch, steps, schedule, intervals, the run's name.
+    """Fill in, in place, what follows from the budget: batch, steps, schedule, intervals.
 
     Returns:
         The resolved run. With one budget its schedule is in the configuration, too; with several budgets the
         configuration holds what they share.
-
-    Raises:
-        UserError: settings contradict one another.
     """
     _refuse_what_breaks_the_contract(config)
-    resolved = resolve_length(config, data)
-    steps = list(resolved.steps)
-    if len(steps) > 1 and config.trainer.enable_checkpointing is False:
+    resolved = _resolve_length(config, data)
+    steps, trainer = list(resolved.steps), config.trainer
+    if len(steps) > 1 and trainer.enable_checkpointing is False:
         raise UserError("trainer.enable_checkpointing: false given, but several budgets branch from checkpoints")
-    _fill_intervals(config, steps)
-    if config.run.name is None:
-        config.run.name = run_name(config, data, resolved.schedules)
+    # Three validations on the way (the end is validated anyway); logs and checkpoints at a pace that fits the length.
+    _fill(trainer, "val_check_interval", (steps[-1] // 4 + 1) * trainer.accumulate_grad_batches)
+    _fill(trainer, "log_every_n_steps", max(1, min(50, steps[0] // 100)))
+    _fill(config.run, "checkpoint_every_steps", max(1, min(1000, steps[-1] // 10)))
     return resolved
 
 
-def resolve_length(config: Namespace, data: LanguageDataModule) -> Run:
-    """Fill in, in place, batch, steps and schedule.
+def resolve_from_python(module: LanguageModule, trainer: Trainer) -> None:
+    """Fill in what follows from the data and the trainer, before the Transformer is built.
 
-    Returns:
-        The resolved run.
-
-    Raises:
-        UserError: settings contradict one another.
+    Args:
+        module: The LightningModule, of which vocabulary, schedule and identity are set.
+        trainer: The plain Trainer that it is attached to, with a data module of this package.
     """
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, LanguageDataModule):
+        raise UserError(
+            "trainer: fit without a data module; give datamodule=TokenDataModule(...) or SftDataModule(...)"
+        )
+    config = _configuration(module, data, trainer)
+    arguments = config.model.init_args
+    if arguments.get("weights") is not None:
+        take_over(config, module.objective)
+    _fill_vocabulary(config, data)
+    if trainer.training:
+        if trainer.max_steps < 1 and data.wanted_steps is None:
+            raise UserError("trainer: nothing says how long to train; give Trainer(max_steps=...)")
+        if trainer.world_size > 1 and replaces_samplers(trainer):
+            raise UserError("trainer: the data module divides its batches itself; give use_distributed_sampler=False")
+        module.schedule = _resolve_length(config, data).schedules[0]
+        trainer.fit_loop.epoch_loop.max_steps = config.trainer.max_steps
+    module.shape = get_shape(arguments.shape)
+    for name in ("vocab_size", "mask_token_id", "eos_token_id", "compat", "rope_theta", "norm_eps", "text_prefix_ids"):
+        setattr(module, name, arguments[name])
+    module.identity = identity(config, data)
+
+
+def _configuration(module: LanguageModule, data: LanguageDataModule, trainer: Trainer) -> Namespace:
+    """The configuration that `llada fit` would have of these objects."""
+
+    def part(made: LanguageModule | LanguageDataModule) -> Namespace:
+        arguments = Namespace(**{name: as_parsed(value) for name, value in made.arguments.items()})
+        arguments.seed = made.seed
+        return Namespace(class_path=f"{type(made).__module__}.{type(made).__qualname__}", init_args=arguments)
+
+    return Namespace(
+        seed_everything=module.seed,
+        model=part(module),
+        data=part(data),
+        trainer=Namespace(**{key: getattr(trainer, key) for key in _TRAINER_IDENTITY}),
+        budget=as_parsed(Budget()),
+        rules=as_parsed(Rules()),
+    )
+
+
+def _resolve_length(config: Namespace, data: LanguageDataModule) -> Run:
+    """Fill in, in place, batch, steps and schedule."""
     arguments = config.model.init_args
     given = schedule_from(_plain(arguments.schedule))
-    resolved = resolve(_spec(config, data, given))
+    rules = Rules(**vars(config.rules))
+    rules.check()
+    spec = Spec(
+        objective=get_objective(module_class(config).objective),
+        shape=get_shape(_plain(arguments.shape)),
+        stream=data.stream_facts(arguments.vocab_size),
+        length=_length(config, data),
+        global_batch=data.global_batch,
+        schedule=given,
+        rules=rules,
+    )
+    resolved = resolve(spec)
     steps = list(resolved.steps)
     if config.trainer.max_steps not in (-1, steps[-1]):
         raise UserError(
@@ -113,24 +164,30 @@ def resolve_length(config: Namespace, data: LanguageDataModule) -> Run:
     data.global_batch = config.data.init_args.global_batch = resolved.global_batch
     schedules = resolved.schedules
     alike = replace(schedules[-1], total_steps=None, decay_steps=given.decay_steps)
-    arguments.schedule = as_namespace(schedules[0] if len(schedules) == 1 else alike)
+    arguments.schedule = as_parsed(schedules[0] if len(schedules) == 1 else alike)
     return resolved
 
 
-def _spec(config: Namespace, data: LanguageDataModule, schedule: WSD) -> Spec:
-    """What a configuration asks a run to be."""
-    arguments = config.model.init_args
-    rules = Rules(**vars(config.rules))
-    rules.check()
-    return Spec(
-        objective=get_objective(module_class(config).objective),
-        shape=get_shape(_plain(arguments.shape)),
-        stream=data.stream_facts(arguments.vocab_size),
-        length=_length(config, data),
-        global_batch=data.global_batch,
-        schedule=schedule,
-        rules=rules,
-    )
+def _length(config: Namespace, data: LanguageDataModule) -> Length:
+    """How long the run is to train: by its budget, else by the data module's epochs, else by `trainer.max_steps`."""
+    budget, given = config.budget, config.trainer.max_steps
+    if budget.flops is not None and budget.tokens is not None:
+        raise UserError(f"budget: flops {budget.flops} and tokens {budget.tokens:g} are both given; give one")
+    if data.wanted_steps is not None and (budget.flops, budget.tokens) != (None, None):
+        raise UserError("budget: given beside data.epochs; leave one of them out")
+    if budget.flops is not None:
+        budgets = budget.flops if isinstance(budget.flops, list) else [budget.flops]
+        if not budgets:
+            raise UserError("budget.flops: [] holds no budget; give one, such as 1e12")
+        check_budgets("budget.flops", budgets)
+        return Length(flops=tuple(budgets), convention=budget.convention)
+    if budget.tokens is not None:
+        return Length(tokens=budget.tokens, setting="budget.tokens")
+    if data.wanted_steps is not None and given in (-1, data.wanted_steps):
+        return Length(steps=data.wanted_steps, setting="data.epochs")
+    if given < 1:
+        raise UserError("budget.flops: nothing says how long to train; give --budget.flops, such as 1e12")
+    return Length(steps=given, setting="trainer.max_steps")
 
 
 _OURS = {
@@ -186,12 +243,8 @@ def _fill(config: Namespace, key: str, value: Any) -> None:
         config[key] = value
 
 
-def fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
-    """Fill in, in place, what the model takes from the data's tokenizer: the vocabulary and the special tokens.
-
-    Raises:
-        UserError: a setting contradicts the tokenizer.
-    """
+def _fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
+    """Fill in, in place, what the model takes from the data's tokenizer: the vocabulary and the special tokens."""
     tokenizer, arguments = data.tokenizer, config.model.init_args
     objective = get_objective(module_class(config).objective)
     masks = objective.masks
@@ -218,64 +271,12 @@ def fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
             raise UserError(f"model.{key}: {arguments[key]} given, but the data's tokenizer has {value}; leave it out")
 
 
-def _length(config: Namespace, data: LanguageDataModule) -> Length:
-    """How long the run is to train: by its budget, else by the data module's epochs, else by `trainer.max_steps`."""
-    budget, given = config.budget, config.trainer.max_steps
-    if budget.flops is not None and budget.tokens is not None:
-        raise UserError(f"budget: flops {budget.flops} and tokens {budget.tokens:g} are both given; give one")
-    if data.wanted_steps is not None and (budget.flops, budget.tokens) != (None, None):
-        raise UserError("budget: given beside data.epochs; leave one of them out")
-    if budget.flops is not None:
-        budgets = budget.flops if isinstance(budget.flops, list) else [budget.flops]
-        if not budgets:
-            raise UserError("budget.flops: [] holds no budget; give one, such as 1e12")
-        check_budgets("budget.flops", budgets)
-        return Length(flops=tuple(budgets), convention=budget.convention)
-    if budget.tokens is not None:
-        return Length(tokens=budget.tokens, setting="budget.tokens")
-    if data.wanted_steps is not None and given in (-1, data.wanted_steps):
-        return Length(steps=data.wanted_steps, setting="data.epochs")
-    if given < 1:
-        raise UserError("budget.flops: nothing says how long to train; give --budget.flops, such as 1e12")
-    return Length(steps=given, setting="trainer.max_steps")
-
-
-def as_namespace(schedule: WSD) -> Namespace:
-    """A schedule as the parser holds it."""
-    values = asdict(schedule)
-    values["plateaus"] = [Namespace(**plateau) for plateau in values["plateaus"]]
-    return Namespace(**values)
-
-
-def _fill_intervals(config: Namespace, lengths: list[int]) -> None:
-    """Validate three times on the way (the end is validated anyway), log and save at a pace that fits the length."""
-    trainer, steps = config.trainer, lengths[-1]
-    _fill(trainer, "val_check_interval", (steps // 4 + 1) * trainer.accumulate_grad_batches)
-    _fill(trainer, "log_every_n_steps", max(1, min(50, lengths[0] // 100)))
-    _fill(config.run, "checkpoint_every_steps", max(1, min(1000, steps // 10)))
-
-
-def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
-    """bf16-mixed where the device multiplies bf16 in hardware, else fp32."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    if accelerator in ("auto", "cpu") and cpu_flags() & {"avx512_bf16", "amx_bf16"}:
-        return "bf16-mixed"
-    return "32-true"
-
-
-def cpu_flags() -> set[str]:
-    """Instruction sets by Linux's names; empty on other systems."""
-    try:
-        return set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return set()
-
-
 _TRAINER_IDENTITY = ("max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
-_DATA_MACHINE = ("path", "tokenizer", "chat_template", "workers", "micro_batch", "val_batch")
-_DATA_TOKENS = ("mask_token", "eos_token", "vocab_size", "text_prefix_ids")
-"""What is read of the data's tokenizer: it is in the fingerprints of the tokenizer and of the data."""
+_NOT_IN_IDENTITY = (
+    "path", "tokenizer", "chat_template", "workers", "micro_batch", "val_batch",
+    "mask_token", "eos_token", "vocab_size", "text_prefix_ids",
+)  # fmt: skip
+"""Settings of the data: the machine's, and what is read of the tokenizer, which is in fingerprints."""
 _DATA_OPTIONS = {"document_mask": False, "train_tokens": None}
 _MODEL_OPTIONS = {"norm_eps": NORM_EPS, "text_prefix_ids": None}
 """Options that came later. At its default, none is in an identity, so that older runs keep theirs."""
@@ -297,7 +298,7 @@ def identity(config: Namespace, data: LanguageDataModule, schedule: WSD | None =
     guard = plain.get("guard", {})
     skipping = {"guard": {"spike_zscore": guard["spike_zscore"]}} if guard.get("spikes") == "skip" else {}
     eight_bits = {"fp8": True} if plain.get("speed", {}).get("fp8") else {}
-    data_arguments = {k: v for k, v in plain["data"]["init_args"].items() if k not in (*_DATA_MACHINE, *_DATA_TOKENS)}
+    data_arguments = {k: v for k, v in plain["data"]["init_args"].items() if k not in _NOT_IN_IDENTITY}
     model_arguments = plain["model"]["init_args"]
     for arguments, options in ((data_arguments, _DATA_OPTIONS), (model_arguments, _MODEL_OPTIONS)):
         for option, default in options.items():
@@ -329,10 +330,10 @@ def run_name(config: Namespace, data: LanguageDataModule, schedules: Sequence[WS
 
 def module_class(config: Namespace) -> type[LanguageModule]:
     """The LightningModule that `--model` names."""
-    return located(config.model.class_path, LanguageModule)  # type: ignore[type-abstract]
+    return _located(config.model.class_path, LanguageModule)  # type: ignore[type-abstract]
 
 
-def located(class_path: str, base: type[T]) -> type[T]:
+def _located(class_path: str, base: type[T]) -> type[T]:
     """The class of a dotted path, which the parser has found to be a subclass of ``base``."""
     found = pydoc.locate(class_path)
     assert isinstance(found, type) and issubclass(found, base)
@@ -359,6 +360,15 @@ def _empty_mappings(mapping: dict[str, Any], prefix: str = "") -> list[str]:
         elif isinstance(value, dict):
             found += _empty_mappings(value, f"{prefix}{key}.")
     return found
+
+
+def as_parsed(value: Any) -> Any:
+    """A value as the parser holds it: dataclasses are namespaces."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return Namespace(**{key: as_parsed(item) for key, item in vars(value).items()})
+    if isinstance(value, (list, tuple)):
+        return [as_parsed(item) for item in value]
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -37,13 +37,6 @@ def take_over(config: Namespace, objective: str) -> None:
     """Fill in, in place, what a run takes from the checkpoint it starts from: the model, the context, the tokenizer.
 
     Every field of ``Description`` that inference reads is taken here, or by :func:`inherited`, or refused.
-
-    Args:
-        config: The configuration of the run, whose model names weights.
-        objective: The objective of the model that is configured.
-
-    Raises:
-        UserError: it is no checkpoint, is of another objective, or a setting contradicts it.
     """
     arguments, data = config.model.init_args, config.data.init_args
     stored = _opened(arguments.weights)
@@ -57,15 +50,8 @@ def take_over(config: Namespace, objective: str) -> None:
     if given != DEFAULT_SHAPE and get_shape(given) != description.shape:
         raise UserError(f"model.shape: {given} is not that of model.weights; leave it out")
     arguments.shape = asdict(description.shape)
-    taken: dict[str, Any] = {
-        "vocab_size": description.vocab_size,
-        "mask_token_id": description.mask_token_id,
-        "eos_token_id": description.eos_token_id,
-        "compat": description.compat,
-        "rope_theta": description.rope_theta,
-        "norm_eps": description.norm_eps,
-        "text_prefix_ids": _text_prefix(stored),
-    }
+    same = ("vocab_size", "mask_token_id", "eos_token_id", "compat", "rope_theta", "norm_eps")
+    taken = {key: getattr(description, key) for key in same} | {"text_prefix_ids": _text_prefix(stored)}
     not_given = {"rope_theta": ROPE_THETA, "norm_eps": NORM_EPS}
     for key, value in taken.items():
         given = arguments[key]
@@ -97,11 +83,7 @@ def _take_over_tokenizer(config: Namespace, stored: StoredModel) -> None:
 
 
 def _text_prefix(stored: StoredModel) -> list[int] | None:
-    """The token ids before a text of these weights; None: as our own runs have it, EOS for an `arm` and else nothing.
-
-    Raises:
-        UserError: a token other than these comes before every sequence.
-    """
+    """The token ids before a text of these weights; None: as our own runs have it (EOS for an `arm`, else nothing)."""
     start, prefix, eos = stored.description.start_token_id, stored.text_prefix_ids, stored.description.eos_token_id
     ours = eos if get_objective(stored.description.objective).starts_with_eos else None
     if (start, prefix) == (ours, ()):
@@ -120,13 +102,8 @@ def inherited(path: str) -> dict[str, Any]:
     A run's checkpoints hold it. It makes no other run: nothing of it is in an identity.
     """
     stored = _opened(path)
-    description = stored.description
-    return {
-        "end_token_ids": list(stored.end_token_ids),
-        "context_length": description.context_length,
-        "bos_token_id": description.bos_token_id,
-        "pad_token_id": description.pad_token_id,
-    }
+    told = {name: getattr(stored.description, name) for name in ("context_length", "bos_token_id", "pad_token_id")}
+    return {"end_token_ids": list(stored.end_token_ids), **told}
 
 
 def fill_weights(model: Transformer, path: str) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from itertools import zip_longest
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
@@ -24,41 +25,31 @@ from llada_lightning.data.datamodule import LanguageDataModule, require_open_fil
 from llada_lightning.data.manifest import loss_note
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.identity import check_identity, model_identity
-from llada_lightning.records import read_records, write_records, write_validation
+from llada_lightning.records import read_records
 from llada_lightning.settings import Budget, Guard, Place, Profile, Wandb, check_seed
 from llada_lightning.support.cluster import agreed_launch
-from llada_lightning.support.command_line import one_line, refuse_unusable
+from llada_lightning.support.command_line import refuse_unusable
 from llada_lightning.support.errors import UserError
-from llada_lightning.support.files import strict_json, written_atomically
+from llada_lightning.support.files import written_atomically
 from llada_lightning.support.jsonargparse_internals import whole_numbers_first
 from llada_lightning.support.locks import check_unlocked, run_lock
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import MAX_YAML_BYTES, check_yaml, read_text
 from llada_lightning.support.security import refuse_secrets, trust_known_modules
 from llada_lightning.support.signals import LeaveRequest, leaving_at_a_steps_end, say
-from llada_lightning.training.callbacks.accounting import Accounting
-from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, CheckpointPlan, StepCheckpoints
-from llada_lightning.training.callbacks.leaving import LeaveTogether
+from llada_lightning.training.callbacks.accounting import Accounting, BudgetProgress, EvaluationProgress
+from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoints
+from llada_lightning.training.callbacks.leaving import LeaveTogether, MemoryAdvice, check_monitors, fault_of_a_callback
 from llada_lightning.training.callbacks.loggers import MetricsCSV, check_wandb, wandb_logger
-from llada_lightning.training.callbacks.others import check_monitors, fault_of_a_callback
-from llada_lightning.training.callbacks.profile import profiling
-from llada_lightning.training.callbacks.progress import BudgetProgress, EvaluationProgress
+from llada_lightning.training.callbacks.profile import StepProfiler
 from llada_lightning.training.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
-from llada_lightning.training.devices import check_devices
 from llada_lightning.training.guard import BadNumbers, DivergedError, UpdateGuard
-from llada_lightning.training.lightning_internals import HookedCLI, writes_shards
-from llada_lightning.training.memory import MemoryAdvice
+from llada_lightning.training.lightning_internals import HookedCLI, OneLineParser, class_first, writes_shards
+from llada_lightning.training.machine import Speed, check_devices, resolve_speed
 from llada_lightning.training.modules import LanguageModule
-from llada_lightning.training.parallel import check_parallel, launched_settings, leads_its_group, replicas
-from llada_lightning.training.phases import Phase, phases_of
-from llada_lightning.training.record import (
-    describe_loss,
-    describe_result,
-    few_documents,
-    result_record,
-    without_validation,
-)
-from llada_lightning.training.speed import Speed, resolve_speed
+from llada_lightning.training.parallel import check_parallel, launched_settings, tensor_parallel
+from llada_lightning.training.phases import Phase, RunIsDone, check_run, phases_of
+from llada_lightning.training.record import add_record, describe_loss, few_documents, result_record, without_validation
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
@@ -71,16 +62,40 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
-class RunIsDone(SystemExit):
-    """The run of a command is done: there is nothing to do, and the command ends with exit code 0.
+def fit(**settings: Any) -> list[dict[str, Any]]:
+    """Do what `llada fit` does, with the same settings, and return what it writes into ``result.json``.
+
+    ``fit(model="LladaModule", data={"path": "data/books"}, budget={"flops": 1e12}, run={"study": "mine"})`` is
+    ``llada fit --model LladaModule --data.path data/books --budget.flops 1e12 --run.study mine``. A run that is done is
+    not trained again, and one that was stopped resumes.
 
     Args:
-        folder: The folder of the run.
-    """
+        settings: The settings by their names, nested as in a configuration file. ``model`` and ``data`` may be the name
+            of a class, a mapping of its arguments, or a mapping with ``class_path`` and ``init_args``.
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(0)
-        self.folder = folder
+    Returns:
+        One record for each budget, smallest first, with the columns of a results table.
+
+    Raises:
+        UserError: a setting is wrong; the message says which, and how to correct it.
+    """
+    try:
+        folder = LladaCLI(["fit", *(word for name, value in settings.items() for word in _words(name, value))]).folder
+    except RunIsDone as done:
+        folder = done.folder
+    return read_records(folder)
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """A setting as the command takes it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping) and "class_path" in value:
+        inner = value.get("init_args", {})
+        return [f"--{name}={value['class_path']}", *(w for k, v in inner.items() for w in _words(f"{name}.{k}", v))]
+    if isinstance(value, Mapping) and value and name != "data.path":
+        return [word for key, item in value.items() for word in _words(f"{name}.{key}", item)]
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}"]
 
 
 class LladaCLI(HookedCLI):
@@ -142,7 +157,6 @@ class LladaCLI(HookedCLI):
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
         return Place(**vars(self.settings.run)).folder
 
     def before_instantiate_classes(self) -> None:
@@ -157,6 +171,8 @@ class LladaCLI(HookedCLI):
         if self.subcommand == "fit":
             schedules = resolve_fit(self.settings, data).schedules
             self.run_name = run_name(self.settings, data, schedules)
+            if self.settings.run.name is None:
+                self.settings.run.name = self.run_name
             self.phases = phases_of(self.settings, data, schedules, self.folder)
             self.resolved = self._dump()
             if self._execute:
@@ -207,24 +223,19 @@ class LladaCLI(HookedCLI):
             own_callbacks.append(BudgetProgress(title, self.accounting))
         if trainer.enable_checkpointing is not False:
             minutes = run.checkpoint_every_minutes
-            plan = CheckpointPlan(
-                every_steps=run.checkpoint_every_steps,
-                every_seconds=None if minutes is None else 60 * minutes,
-                keep=run.keep_checkpoints,
-                keep_best=run.keep_best,
-                forks=phase.forks,
-            )
-            own_callbacks.append(StepCheckpoints(phase.checkpoints, plan))
-        if phase is self.phases[0]:
-            where = (phase.folder, phase.last_step, self.accounting, trainer.profiler)
-            own_callbacks += profiling(self.settings.profile, *where)
+            seconds = None if minutes is None else 60 * minutes
+            kept = (run.keep_checkpoints, run.keep_best, phase.forks)
+            own_callbacks.append(StepCheckpoints(phase.checkpoints, run.checkpoint_every_steps, seconds, *kept))
+        profile = self.settings.profile
+        if profile.steps and phase is self.phases[0]:
+            where = phase.folder / "profile"
+            own_callbacks.append(StepProfiler(profile, where, self.accounting, phase.last_step, trainer.profiler))
         return super().instantiate_trainer(callbacks=[*own_callbacks, *_as_list(trainer.callbacks)], **kwargs)
 
     def before_fit(self) -> None:
         """Everything is known to fit together: only now write into the run's folder, and start W&B."""
         try:
-            self._write_config()
-            self._write_tokenizer()
+            self._write_files()
         except OSError as error:
             raise UserError(f"run.root: {self.folder} cannot be written ({error.strerror}); choose another") from error
         run, w = self.settings.run, self.settings.wandb
@@ -233,25 +244,31 @@ class LladaCLI(HookedCLI):
         if self.wandb is not None:
             self.wandb.log_hyperparams(yaml.safe_load(self.resolved))
 
+    @rank_zero_only
+    def _write_files(self) -> None:
+        """The configuration, and the data's tokenizer beside it, so that the folder can be moved away from its data."""
+        with written_atomically(self.folder / CONFIG) as path:
+            path.write_text(self.resolved)
+        for name, text in self.datamodule.tokenizer_files().items():
+            if not (self.folder / name).exists():
+                with written_atomically(self.folder / name) as path:
+                    path.write_text(text, encoding="utf-8")
+
     def subcommand_arguments(self, subcommand: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("ckpt_path") is not None:
             given = Path(kwargs["ckpt_path"])
             check_identity(model_identity(saved_identity(given)), model_identity(self.identity))
             require_whole(given)
             return kwargs
-        checkpoint = None if self.settings.run.name is None else final_checkpoint(self._config_folder() or self.folder)
+        # A given config.yaml may lie in a copy of the folder that it names.
+        given_files = [Path(str(path)).absolute() for path in filter(None, self.settings.get("config") or [])]
+        copies = [file.parent for file in given_files if file.name == CONFIG and (file.parent / CHECKPOINTS).is_dir()]
+        checkpoint = None if self.settings.run.name is None else final_checkpoint((copies or [self.folder])[0])
         if checkpoint is None:
             raise UserError(f"ckpt_path: nothing to {subcommand}; give --ckpt_path, or a run's config.yaml")
         require_whole(checkpoint)
         say(f"reading {checkpoint}")
         return {**kwargs, "ckpt_path": str(checkpoint)}
-
-    def _config_folder(self) -> Path | None:
-        """The run's folder that a given config.yaml lies in: it may be a copy of the one that it names."""
-        given = [Path(str(path)).absolute() for path in filter(None, self.settings.get("config") or [])]
-        return next(
-            (path.parent for path in given if path.name == CONFIG and (path.parent / CHECKPOINTS).is_dir()), None
-        )
 
     def run_subcommand(self, subcommand: str) -> None:
         if not self._execute:
@@ -268,7 +285,8 @@ class LladaCLI(HookedCLI):
         if subcommand != "fit":
             super().run_subcommand(subcommand)
             return
-        self.datamodule.exact_micro_batch(replicas(self.trainer), self.trainer.accumulate_grad_batches)
+        replicas = self.trainer.world_size // tensor_parallel(self.trainer.strategy)  # they read different sequences
+        self.datamodule.exact_micro_batch(replicas, self.trainer.accumulate_grad_batches)
         if self.settings.run.async_checkpoints and writes_shards(self.trainer.strategy):
             raise UserError("run.async_checkpoints: true given, but this strategy writes shards; leave it out")
         with run_lock(self.folder, self.launch, self.trainer.is_global_zero):
@@ -309,17 +327,14 @@ class LladaCLI(HookedCLI):
         if phase.run is None:
             return
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-        parent = phase.parent_hash() if self.trainer.is_global_zero else None
-        self._write(result_record(phase.run, self.trainer, self.model, self.datamodule, self.accounting, parent))
+        self._write_records(phase, [phase.run])
 
     def _give_up(self, phase: Phase, stop: DivergedError) -> None:
         """Record that a budget, or with its trunk every budget from here on, has no loss: once is enough."""
         say(str(stop))
         without_validation(self.model)
         lost = [phase] if phase.run else self.phases[self.phases.index(phase) :]
-        parent = phase.parent_hash() if self.trainer.is_global_zero else None
-        for run in [other.run for other in lost if other.run]:
-            self._write(result_record(run, self.trainer, self.model, self.datamodule, self.accounting, parent))
+        self._write_records(phase, [other.run for other in lost if other.run])
 
     @rank_zero_only
     def after_validate(self) -> None:
@@ -337,13 +352,14 @@ class LladaCLI(HookedCLI):
         found = self.trainer.predict(**kwargs)
         if not found:
             raise UserError("trainer: its limits leave no sequence to predict; leave them out")
+        if self.trainer.global_rank % tensor_parallel(self.trainer.strategy):
+            return  # another process speaks for those that compute the same micro-batch
         for nats_B in found:
             assert isinstance(nats_B, Tensor)
-            if leads_its_group(self.trainer):
-                print("\n".join(f"{nats:.6f}" for nats in nats_B.tolist()))
+            print("\n".join(f"{nats:.6f}" for nats in nats_B.tolist()))
 
     def _warn_of_few_documents(self) -> None:
-        note = few_documents(self.model.val_documents, of_dialogues=isinstance(self.datamodule, SftDataModule))
+        note = few_documents(len(self.model.val_by_document), isinstance(self.datamodule, SftDataModule))
         if note is not None:
             say(note)
 
@@ -355,43 +371,16 @@ class LladaCLI(HookedCLI):
             say(note)
 
     @rank_zero_only
-    def _write(self, record: dict[str, Any]) -> None:
-        write_validation(self.folder, record["steps"], self.model.val_by_document)
-        records = sorted([*read_records(self.folder), record], key=lambda known: int(known["steps"]))
-        if self.wandb is not None:
-            # Of several budgets, the summary holds the figures of the largest one, and all of them below one key.
-            everything = {"records": json.dumps(strict_json(records))} if len(self.phases) > 1 else {}
-            self.wandb.update_summary({**records[-1], **everything})
-        path = write_records(self.folder, records)  # last: from here on the budget counts as reached
-        say(
-            f"{record['run']}: {describe_result(record)}, {record['flops_6nd']:.3g} FLOPs (6ND), "
-            f"{record['wall_seconds']:.0f} s; {path}"
-        )
-        self._warn_of_few_documents()
+    def _write_records(self, phase: Phase, runs: list[str]) -> None:
+        parent = phase.parent_hash()
+        for run in runs:
+            record = result_record(run, self.trainer, self.model, self.datamodule, self.accounting, parent)
+            add_record(self.folder, record, self.model.val_by_document, self.wandb, several=len(self.phases) > 1)
+            self._warn_of_few_documents()
 
     def check_folder(self) -> None:
         """Leave if the run is done; refuse the folder of another run. Nothing is written here."""
-        records = read_records(self.folder)
-        names = {phase.run for phase in self.phases if phase.run is not None}
-        for record in records:
-            if record.get("run") not in names:
-                raise UserError(
-                    f"run.name: {self.folder} holds the finished run {record.get('run')}, not {self.run_name}; "
-                    "choose another --run.name, or leave it out"
-                )
-        if len(records) == len(names):
-            for record in records:
-                say(f"{self.folder} is done ({describe_result(record)}); nothing to do")
-            raise RunIsDone(self.folder)
-        done = {record["run"] for record in records}
-        damaged: dict[Path, str] = {}
-        for phase, following in zip_longest(self.phases, self.phases[1:]):
-            if phase.run in done or (phase.run is None and following.run in done):
-                continue
-            phase.check_start(never=self.settings.run.resume == "never")
-            damaged |= phase.damaged()
-        for checkpoint, found in damaged.items():
-            say(f"warning: {checkpoint} is damaged ({found}); the run resumes from before it")
+        check_run(self.phases, self.folder, self.run_name, never=self.settings.run.resume == "never")
         given = self.settings.ckpt_path
         if given is not None and self.phases[0].foreign_parent is None:
             say(f"--ckpt_path {given} is this run's own; it resumes from its last one (to go back, remove later ones)")
@@ -404,19 +393,6 @@ class LladaCLI(HookedCLI):
             return self._parser(self.subcommand).dump(settings, skip_none=False, skip_validation=True)
         except yaml.YAMLError as error:
             raise UserError(f"trainer: a setting cannot be written to config.yaml ({shortened(error)})") from error
-
-    @rank_zero_only
-    def _write_config(self) -> None:
-        with written_atomically(self.folder / "config.yaml") as path:
-            path.write_text(self.resolved)
-
-    @rank_zero_only
-    def _write_tokenizer(self) -> None:
-        """The data's tokenizer beside the configuration, so that the folder can be moved away from its data."""
-        for name, text in self.datamodule.tokenizer_files().items():
-            if not (self.folder / name).exists():
-                with written_atomically(self.folder / name) as path:
-                    path.write_text(text, encoding="utf-8")
 
 
 def run_folder(args: list[str]) -> Path:
@@ -444,25 +420,3 @@ def _as_list(value: Any) -> list[Any]:
     if value is None or isinstance(value, bool):
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are UserErrors of one line, and that takes no abbreviated keys."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(one_line(message, "llada fit")) from ex
-
-
-def class_first(args: list[str]) -> list[str]:
-    """The arguments with each `--model=NAME` before its `--model.…`: the parser needs the class before its settings,
-    and a sweep's agent hands arguments over in an order of its own."""
-    args = list(args)
-    for key in ("--model", "--data"):
-        named = next((i for i, arg in enumerate(args) if arg.startswith(f"{key}=")), None)
-        setting = next((i for i, arg in enumerate(args) if arg.startswith(f"{key}.")), None)
-        if named is not None and setting is not None and setting < named:
-            args.insert(setting, args.pop(named))
-    return args

@@ -2,8 +2,7 @@
 
 The verdict is reached on the device, from numbers that are the same on all ranks, and goes to the optimizer as a
 tensor: torch's fused optimizers then leave weights, moments and step counts as they are (the mechanism of
-``GradScaler``). The host reads it when it next waits for the device anyway. The callback then prints it, writes it to
-`faults.csv`, and ends a run that has only such updates left.
+``GradScaler``). The host reads it when it next waits for the device anyway.
 """
 
 from __future__ import annotations
@@ -37,10 +36,8 @@ class Fault:
 
     Attributes:
         kind: Whether the loss is not finite, the gradient is not, or the loss is a spike.
-        loss: The loss in nats per token.
-        grad_norm: The norm of the gradient before clipping.
+        loss, grad_norm: The loss in nats per token, and the norm of the gradient before clipping.
         zscore: The distance of the loss from the median in robust standard deviations; NaN where there is none.
-        skipped: Whether the update was skipped.
     """
 
     step: int
@@ -87,7 +84,10 @@ class UpdateGuard:
             () float32, 1 to skip and 0 to update: the optimizer's ``found_inf``.
         """
         self._losses_N = self._losses_N.to(loss)
-        zscore = torch.full_like(loss, math.nan) if self.spikes == "ignore" else self._zscore(loss)
+        zscore = torch.full_like(loss, math.nan)
+        if self.spikes != "ignore":
+            median = self._losses_N.median()
+            zscore = (loss - median) / (_MAD_TO_DEVIATION * (self._losses_N - median).abs().median())
         spike = zscore > self.spike_zscore  # False of NaN: until the window is full
         skip = ~(loss.isfinite() & grad_norm.isfinite())
         if self.spikes == "skip":
@@ -97,11 +97,6 @@ class UpdateGuard:
         if len(self._pending) == WINDOW:  # a trainer without our callbacks never asks
             self.settle()
         return skip.float()
-
-    def _zscore(self, loss: Tensor) -> Tensor:
-        median = self._losses_N.median()
-        deviation = _MAD_TO_DEVIATION * (self._losses_N - median).abs().median()
-        return (loss - median) / deviation
 
     def settle(self) -> None:
         """Take the verdicts since the last time from the device, and wait for it."""
@@ -135,7 +130,7 @@ class DivergedError(Exception):
 
 
 class BadNumbers(Callback):
-    """Reads what the module's guard has found, where the host waits for the device anyway.
+    """Prints what the module's guard has found, writes it to `faults.csv`, and ends a run of nothing but such updates.
 
     That is at logged steps, before a checkpoint, and every ``patience`` steps at the latest. Rows are keyed by step: a
     run that resumes from a checkpoint drops those of later steps, which it is about to repeat.
@@ -185,29 +180,21 @@ class BadNumbers(Callback):
         guard.settle()
         faults, guard.faults = guard.faults, []
         if faults and trainer.is_global_zero:
-            for fault in faults:
-                say(self._described(fault))
-            write_faults(self._folder, [*read_faults(self._folder), *map(self._row, faults)])
+            write_faults(self._folder, [*read_faults(self._folder), *map(self._told, faults)])
         return guard
 
-    def _ordinals(self, step: int) -> tuple[int, int]:
-        """First and last sequence of a step."""
-        return (step - 1) * self._global_batch, step * self._global_batch - 1
-
-    def _row(self, fault: Fault) -> dict[str, Any]:
-        first, last = self._ordinals(fault.step)
-        action = SKIPPED if fault.skipped else REPORTED
-        values = (fault.step, fault.kind, fault.loss, fault.grad_norm, first, last, action)
-        return dict(zip(FAULT_COLUMNS, values, strict=True))
-
-    def _described(self, fault: Fault) -> str:
-        first, last = self._ordinals(fault.step)
+    def _told(self, fault: Fault) -> dict[str, Any]:
+        """Prints a fault, and returns its row of `faults.csv`."""
+        first, last = (fault.step - 1) * self._global_batch, fault.step * self._global_batch - 1
         height = f" ({fault.zscore:.1f} deviations above the median of {WINDOW} steps)" if fault.kind == "spike" else ""
-        return (
+        say(
             f"step {fault.step}: loss {fault.loss:.4f}{height}, gradient norm {fault.grad_norm:.4g}, sequences "
             f"{first}-{last}: update {'skipped' if fault.skipped else 'made all the same'}; "
             f"llada replay {self._folder} --step {fault.step} shows them"
         )
+        action = SKIPPED if fault.skipped else REPORTED
+        values = (fault.step, fault.kind, fault.loss, fault.grad_norm, first, last, action)
+        return dict(zip(FAULT_COLUMNS, values, strict=True))
 
     def _diverged(self, guard: UpdateGuard, reason: str) -> str:
         saved = checkpoints_by_step(self._folder / CHECKPOINTS)

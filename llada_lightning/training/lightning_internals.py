@@ -1,15 +1,18 @@
-"""The private names of Lightning that the package relies on, all in this file. Seen in Lightning 2.6."""
+"""LightningCLI and its parser with public names and errors of one line, and the private names of Lightning that the
+package relies on, all in this file. Seen in Lightning 2.6."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from lightning import Trainer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from llada_lightning.support.command_line import one_line
+from llada_lightning.support.errors import UserError
 
 
 class HookedCLI(LightningCLI):
@@ -40,6 +43,28 @@ class HookedCLI(LightningCLI):
         self.run_subcommand(subcommand)
 
 
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are UserErrors of one line, and that takes no abbreviated keys."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(one_line(message, "llada fit")) from ex
+
+
+def class_first(args: list[str]) -> list[str]:
+    """The arguments with each `--model=NAME` before its `--model.…`: the parser needs the class before its settings,
+    and a sweep's agent hands arguments over in an order of its own."""
+    args = list(args)
+    for key in ("--model", "--data"):
+        named = next((i for i, arg in enumerate(args) if arg.startswith(f"{key}=")), None)
+        setting = next((i for i, arg in enumerate(args) if arg.startswith(f"{key}.")), None)
+        if named is not None and setting is not None and setting < named:
+            args.insert(setting, args.pop(named))
+    return args
+
+
 def leave_at_the_steps_end(trainer: Trainer) -> None:
     """Let Lightning leave after the step that it is in, as it does after SIGTERM."""
     trainer._signal_connector.received_sigterm = True
@@ -55,12 +80,16 @@ def replace_sigterm_check(trainer: Trainer, check: Callable[[], None]) -> None:
         loop._broadcast_sigterm_tensor = check  # type: ignore[method-assign]
 
 
-@contextmanager
-def keeping_the_logs_place(trainer: Trainer) -> Iterator[None]:
-    """Let a loop run within another one without changing whether the outer one is in its first iteration."""
+def run_validation(trainer: Trainer) -> None:
+    """Validate between two steps, as Lightning does at its intervals.
+
+    A loop that runs within another one must not change whether the outer one is in its first iteration.
+    """
     connector = trainer._logger_connector
     first = connector._first_loop_iter
-    yield
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
     connector._first_loop_iter = first
 
 

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from llada_lightning.checkpoints.description import excluded_token_id
 from llada_lightning.compute.flops import TrainingFlops
 from llada_lightning.compute.schedule import WSD
-from llada_lightning.compute.shapes import MAX_PARAMETERS, Shape, get_shape
+from llada_lightning.compute.shapes import MAX_PARAMETERS, Shape, check_vocabulary, get_shape
 from llada_lightning.identity import check_history, check_identity, model_identity, with_stable_names
 from llada_lightning.model import Transformer
 from llada_lightning.model.head import token_nll
@@ -34,8 +35,11 @@ from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.first_weights import fill_weights, inherited
 from llada_lightning.training.guard import UpdateGuard
-from llada_lightning.training.parallel import shard, sharding_mesh, total_norm
-from llada_lightning.training.speed import Speed, apply_speed
+from llada_lightning.training.machine import Speed, apply_speed
+from llada_lightning.training.parallel import shard, total_norm
+
+VALIDATION_METRICS = ("val_nats_per_token", "val_stderr", "val_bits_per_byte")
+"""What a module logs for callbacks: at each validation, and nothing else."""
 
 
 @dataclass
@@ -95,8 +99,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         super().__init__()
         self.shape: Shape = get_shape(shape)
         self.vocab_size, self.mask_token_id, self.eos_token_id = vocab_size, mask_token_id, eos_token_id
-        if vocab_size is not None and not 1 <= vocab_size < 2**31:
-            raise UserError(f"model.vocab_size: {vocab_size} given; it must be a whole number from 1 to {2**31 - 1}")
+        if vocab_size is not None:
+            check_vocabulary("model.vocab_size", vocab_size)
         if (count := self.shape.params_total(vocab_size or 1)) > MAX_PARAMETERS:
             raise UserError(f"model.shape: {count:.2g} parameters; no memory could hold such a model, correct it")
         outside = [i for i in text_prefix_ids or () if not 0 <= i < (vocab_size or 2**31)]
@@ -109,8 +113,6 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         self.compat, self.weights, self.seed = compat, weights, seed or 0
         if not (all(0 <= beta < 1 for beta in optimizer.betas) and optimizer.eps > 0 <= optimizer.weight_decay):
             raise UserError(f"model.optimizer: {optimizer}; betas must lie in [0, 1), eps above 0, weight_decay from 0")
-        if not 0 < rope_theta < math.inf:
-            raise UserError(f"model.rope_theta: {rope_theta} given; it must be a finite number above 0")
         self.optimizer_settings, self.schedule = optimizer, schedule
         self.identity: dict[str, Any] = {}
         self.guard = UpdateGuard()
@@ -126,7 +128,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Resolve what the command has not resolved: a plain Trainer was started from Python."""
         if not self.identity:
-            from llada_lightning.training.plain import resolve_from_python
+            from llada_lightning.training.configuration import resolve_from_python
 
             assert self.trainer is not None
             resolve_from_python(self, self.trainer)
@@ -136,10 +138,9 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         if self.model is not None:
             return
         assert self.vocab_size is not None, "the command fills in the vocabulary from the data"
-        sharded = self.device_mesh is not None
-        with torch.device("meta") if sharded else nullcontext():
+        mesh = self.device_mesh
+        with nullcontext() if mesh is None else torch.device("meta"):
             self.model = Transformer(self.shape, self.vocab_size, self.rope_theta, self.norm_eps)
-        mesh = sharding_mesh(self.trainer.strategy) if sharded and self.trainer is not None else None
         apply_speed(self.model, self.speed, whole_blocks=mesh is None or mesh["tensor_parallel"].size() == 1)
         if mesh is not None:
             assert self.trainer is not None
@@ -208,10 +209,9 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         self.validation = {"val_nats_per_token": mean, "val_stderr": stderr}
         assert self.trainer is not None
         data = getattr(self.trainer, "datamodule", None)
-        if data is not None:
-            bits = data.bits_per_byte(mean)
-            if bits is not None:
-                self.validation["val_bits_per_byte"] = bits
+        bits = None if data is None else data.bits_per_byte(mean)
+        if bits is not None:
+            self.validation["val_bits_per_byte"] = bits
         # For callbacks; the accounting logs them, by step. Every rank has the same values: they are gathered.
         self.log_dict(self.validation, logger=False, rank_zero_only=True)
 
@@ -230,11 +230,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
             checkpoint["inherited"] = inherited(self.weights)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another run's checkpoint; to validate, another model's or tokenizer's.
-
-        Raises:
-            UserError: names what differs.
-        """
+        """Refuse another run's checkpoint; to validate, another model's or tokenizer's."""
         assert self.trainer is not None
         saved = with_stable_names(checkpoint.get("identity", {}))
         if not self.trainer.training:
@@ -274,9 +270,10 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
 
     def head_nll(self, hidden_MD: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sum of negative log-likelihoods with a gradient, and each of them (M,) in nats."""
+        excluded = excluded_token_id(self.compat, self.mask_token_id)
         if self.speed.loss == "chunked":
-            return self.model.head.nll(hidden_MD, targets_M, weights_M, self.excluded_token_id)
-        nll_M = token_nll(self.model.head(hidden_MD), targets_M, self.excluded_token_id)
+            return self.model.head.nll(hidden_MD, targets_M, weights_M, excluded)
+        nll_M = token_nll(self.model.head(hidden_MD), targets_M, excluded)
         return (nll_M * weights_M).sum(), nll_M
 
     def start_ids(self, batch: TrainingBatch | ValidationBatch) -> tuple[int, ...]:
@@ -322,15 +319,6 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         )
         return hidden_BLD[:, count:]
 
-    @property
-    def val_documents(self) -> int:
-        """Documents that the last validation's sequences begin in."""
-        return len(self.val_by_document)
-
-    @property
-    def excluded_token_id(self) -> int | None:
-        return None if self.compat == "llada" else self.mask_token_id
-
 
 class ArmModule(LanguageModule):
     """Autoregression, see ``objectives.arm``."""
@@ -346,14 +334,6 @@ class LladaModule(LanguageModule):
     objective = "llada"
     training_loss = llada.training_loss
     sequence_nll = llada.sequence_nll
-
-
-class ValidationSummary(NamedTuple):
-    """Mean, standard error (NaN with fewer than two documents), and (document, sequences, mean) of each document."""
-
-    mean: float
-    stderr: float
-    by_document: list[tuple[int, int, float]]
 
 
 class ValidationLoss(Metric):
@@ -372,12 +352,13 @@ class ValidationLoss(Metric):
         self.add_state("documents", default=[], dist_reduce_fx="cat")
 
     def update(self, values_B: Tensor, documents_B: Tensor) -> None:
-        """Args: values_B: (B,) of each sequence; documents_B: (B,) int64, the document that each begins in."""
+        """The value of each sequence, and the document that it begins in (int64)."""
         self.values.append(values_B.double())
         self.documents.append(documents_B)
 
-    def compute(self) -> ValidationSummary:
-        """The mean over all sequences of all ranks, its standard error, and the documents' means."""
+    def compute(self) -> tuple[float, float, list[tuple[int, int, float]]]:
+        """The mean over all sequences of all ranks, its standard error (NaN with fewer than two documents), and the
+        document, the number of sequences and the mean of each document."""
         values, documents = dim_zero_cat(self.values), dim_zero_cat(self.documents)
         columns = (column_G.tolist() for column_G in mean_by_cluster(values, documents))
-        return ValidationSummary(*clustered_mean_and_stderr(values, documents), list(zip(*columns, strict=True)))
+        return *clustered_mean_and_stderr(values, documents), list(zip(*columns, strict=True))

@@ -1,16 +1,19 @@
-"""Fully sharded data parallelism (FSDP2): which parts of the Transformer are gathered together, and in which type.
+"""Several processes: fully sharded data parallelism (FSDP2), tensor parallelism, and what processes decide together.
 
 `--trainer.strategy=fsdp2` shards over all processes, as `--trainer.strategy=ddp` replicates over all.
-`--trainer.strategy=fsdp2_tp8` shards over groups of 8, whose processes compute together (tensor parallelism).
-
-What all processes of a run decide together, without the accelerators, whose queues it therefore does not drain.
+`--trainer.strategy=fsdp2_tp8` shards over groups of 8 processes that compute one micro-batch together, each with its
+part of every matrix: columns, then rows (Shoeybi et al. 2019), so some of the heads, of the inner width and of the
+vocabulary. Between such pairs of matrices a process has some positions of each sequence, so that norms and residual
+stream are divided, too (sequence parallelism; Korthikanti et al. 2022).
 """
 
 from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -33,12 +36,18 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
-from llada_lightning.checkpoints.sharded_checkpoints import (
+from llada_lightning.checkpoints.run_folder import (
     META,
     ShardedCheckpointReader,
-    by_name,
     is_sharded,
     refusing_strangers,
 )
@@ -50,7 +59,9 @@ from llada_lightning.support.cluster import Launch, device_count
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.signals import say
 from llada_lightning.training.lightning_internals import forks_processes
-from llada_lightning.training.tensor_parallel import check_degree, parallelise
+
+_SEQUENCE = 1
+"""The dimension of (B, L, D) along which positions are divided."""
 
 
 class FullySharded(ModelParallelStrategy):
@@ -109,13 +120,23 @@ class FullySharded(ModelParallelStrategy):
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, saved in zip(self.optimizers, checkpoint.pop("optimizer_states"), strict=False):
             ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-            whole, own = by_name(saved, ordered), get_optimizer_state_dict(self.model, optimizer)
+            whole, own = _by_name(saved, ordered), get_optimizer_state_dict(self.model, optimizer)
             states: dict[str, Any] = own["state"]  # type: ignore[assignment]
             for name, state in states.items():
                 _fill_by_name(state, whole["state"][name])
             own["param_groups"] = whole["param_groups"]
             set_optimizer_state_dict(self.model, optimizer, own)
         return checkpoint
+
+
+def _by_name(saved: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """An optimizer's state keyed by its parameters' names, which are in the order of the optimizer's groups."""
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    named = dict(zip(numbers, names, strict=True))
+    return {
+        "state": {named[number]: values for number, values in saved["state"].items()},
+        "param_groups": [{**group, "params": [named[n] for n in group["params"]]} for group in saved["param_groups"]],
+    }
 
 
 def _fill_by_name(own: dict[str, Any], whole: dict[str, Any]) -> None:
@@ -139,11 +160,7 @@ for _degree in (2, 4, 8):
 
 
 def tensor_parallel(strategy: Any) -> int:
-    """Processes that compute one micro-batch together.
-
-    Args:
-        strategy: A strategy, or its name, or a class path with arguments.
-    """
+    """Processes that compute one micro-batch together, of a strategy, its name, or its class path with arguments."""
     if isinstance(strategy, FullySharded):
         return strategy.tensor_parallel
     if isinstance(strategy, str) and strategy in StrategyRegistry:
@@ -152,13 +169,7 @@ def tensor_parallel(strategy: Any) -> int:
 
 
 def launched_settings(launch: Launch | None, devices: Any, plugins: list[Any]) -> dict[str, Any]:
-    """The trainer's settings that follow from how the run's processes were launched.
-
-    Args:
-        launch: None: a person started this process; the settings stay as they are.
-        devices: The devices of the trainer; named ones are kept.
-        plugins: The plugins of the trainer.
-    """
+    """The trainer's settings that follow from how the run's processes were launched; None: by a person."""
     if launch is None:
         return {"plugins": plugins}
     sizes: dict[str, Any] = {"num_nodes": launch.nodes}
@@ -177,24 +188,11 @@ def check_strategy(strategy: Strategy) -> None:
     Lightning's own sharding would split single matrices over a node, for which the model has no plan, and give the
     moments of a checkpoint file to the wrong parameters (2.6, where an optimizer's groups are not in the model's
     order). And other strategies read checkpoints by themselves, as pickles that may run code.
-
-    Raises:
-        UserError: it is another one.
     """
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FullySharded)):
         raise UserError(f"trainer.strategy: {type(strategy).__name__} given; use --trainer.strategy=fsdp2 (or ddp)")
     if forks_processes(strategy):
         raise UserError("trainer.strategy: spawned or forked processes keep what they train to themselves; use ddp")
-
-
-def replicas(trainer: Trainer) -> int:
-    """Parts of the run's processes that read different sequences."""
-    return trainer.world_size // tensor_parallel(trainer.strategy)
-
-
-def leads_its_group(trainer: Trainer) -> bool:
-    """Whether this process speaks for those that compute the same micro-batch."""
-    return trainer.global_rank % tensor_parallel(trainer.strategy) == 0
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
@@ -229,11 +227,7 @@ def all_finite(tensors: list[Tensor]) -> bool:
 
 
 def check_parallel(trainer: Trainer, shape: Shape, vocab_size: int, sequence_length: int) -> None:
-    """:func:`check_strategy`, and whether its degree of tensor parallelism divides the processes and the model.
-
-    Raises:
-        UserError: another strategy, or another degree is needed.
-    """
+    """Refuse a strategy (:func:`check_strategy`) or a degree of tensor parallelism (:func:`check_degree`)."""
     check_strategy(trainer.strategy)
     degree = tensor_parallel(trainer.strategy)
     check_degree(degree, trainer.world_size, shape, vocab_size, sequence_length)
@@ -241,10 +235,23 @@ def check_parallel(trainer: Trainer, shape: Shape, vocab_size: int, sequence_len
         say(f"note: groups of {degree} processes lie across nodes of {trainer.num_devices}, and wait for the network")
 
 
-def sharding_mesh(strategy: Strategy) -> DeviceMesh:
-    """The run's processes: `data_parallel` x `tensor_parallel`."""
-    assert isinstance(strategy, FullySharded)
-    return strategy.device_mesh
+def check_degree(degree: int, processes: int, shape: Shape, vocab_size: int, sequence_length: int) -> None:
+    """Refuse a degree of tensor parallelism that does not cut everything, the processes included, into equal parts."""
+    divided = {
+        "the number of processes": processes,
+        "n_heads": shape.n_heads,
+        "n_kv_heads": shape.n_kv_heads,
+        "d_ff": shape.d_ff,
+        "data.sequence_length": sequence_length,
+        "model.vocab_size": vocab_size,
+    }
+    fitting = [d for d in range(1, processes + 1) if all(value % d == 0 for value in divided.values())]
+    for name, value in divided.items():
+        if degree < 1 or value % degree:
+            fix = f"degrees that fit here: {', '.join(map(str, fitting))}"
+            if name == "model.vocab_size":
+                fix += f"; or pad it: --model.vocab_size={-(-value // degree) * degree}"
+            raise UserError(f"trainer.strategy: tensor_parallel {degree} does not divide {name} {value}; {fix}")
 
 
 def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
@@ -259,7 +266,7 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
         precision: Lightning's name, such as `bf16-mixed` or `32-true`.
     """
     if mesh["tensor_parallel"].size() > 1:
-        parallelise(model, mesh["tensor_parallel"])
+        _parallelise(model, mesh["tensor_parallel"])
     mesh = mesh["data_parallel"]
     matrices = torch.bfloat16 if precision == "bf16-mixed" else None
     policy = MixedPrecisionPolicy(param_dtype=matrices, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -272,6 +279,67 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
     register_fsdp_forward_method(model.head, "nll")
     register_fsdp_forward_method(model, "hidden")  # `llada` needs the logits of few positions only
     model.to_empty(device=mesh.device_type)
+
+
+def _parallelise(model: Transformer, mesh: DeviceMesh) -> None:
+    """Divide, in place, the matrices of a model, which may be on the meta device, over a group of processes.
+
+    Tokens go in, and hidden states and logits come out, whole and the same in every process of the group. Where the
+    head is compiled, so are the parts of the blocks.
+    """
+    norm, columns = SequenceParallel(use_local_output=True), ColwiseParallel()
+    rows = RowwiseParallel(output_layouts=Shard(_SEQUENCE))
+    of_a_block: dict[str, ParallelStyle] = {
+        "attention_norm": norm,
+        "attention.q_proj": columns,
+        "attention.k_proj": columns,
+        "attention.v_proj": columns,
+        "attention.out_proj": rows,
+        "feed_forward_norm": norm,
+        "feed_forward.gate_proj": columns,
+        "feed_forward.up_proj": columns,
+        "feed_forward.down_proj": rows,
+    }
+    plan = {f"blocks.*.{name}": style for name, style in of_a_block.items()}
+    plan["embedding"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(_SEQUENCE))
+    plan["norm"], plan["head"] = norm, ColwiseParallel(output_layouts=Replicate())
+    parallelize_module(model, mesh, plan)
+    # FSDP2 warns of what the plan returns; the model writes to none of it in place.
+    warnings.filterwarnings("ignore", ".*returned a view tensor")
+
+    def gather_output(module: nn.Module, inputs: tuple[Any, ...], x_BLD: Tensor) -> Tensor:
+        return _gathered(x_BLD, mesh).to_local()
+
+    def owned_output(module: nn.Module, inputs: tuple[Any, ...], logits_NV: Tensor) -> Tensor:
+        return logits_NV.clone()  # as it comes out of the plan it may not be written to
+
+    for block in model.blocks:
+        for name in ("attention", "feed_forward"):
+            part = block.get_submodule(name)
+            part.forward = _gathering(part.forward, mesh)
+            if model.head.compiled:
+                # What passes between graphs must be a plain tensor, so none may be cut, as FSDP2's hooks would a block.
+                part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
+    model.norm.register_forward_hook(gather_output)
+    model.head.register_forward_hook(owned_output)
+
+
+def _gathering(forward: Callable[..., Tensor], mesh: DeviceMesh) -> Callable[..., Tensor]:
+    def gathering(x_BLD: Tensor, *arguments: Any) -> Tensor:
+        return forward(_gathered(x_BLD, mesh), *arguments)
+
+    return gathering
+
+
+def _gathered(x_BLD: Tensor, mesh: DeviceMesh) -> DTensor:
+    """All positions, of which each process has some; the gradients of all processes are added up on the way back.
+
+    Under autocast in the type in which the matrix that follows computes: half as much travels, rounded alike.
+    """
+    device = x_BLD.device.type
+    if torch.is_autocast_enabled(device):
+        x_BLD = x_BLD.to(torch.get_autocast_dtype(device))
+    return DTensor.from_local(x_BLD, mesh, [Shard(_SEQUENCE)]).redistribute(placements=[Replicate()])
 
 
 class Agreement:

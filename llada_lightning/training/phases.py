@@ -3,12 +3,15 @@
 Order and noise are functions of the ordinal, and up to its decay a run does not know its budget. So a branch is the run
 that would have been made for its budget alone with the same rate and warmup, step by step, and goes by that run's name;
 what the budgets share is trained once. (Rate and warmup that are not given follow from all budgets together.)
+
+To resume is to start such a fit from its own last whole checkpoint (:meth:`Phase.start`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,12 @@ from llada_lightning.checkpoints.run_folder import (
 from llada_lightning.compute.schedule import WSD
 from llada_lightning.data.datamodule import LanguageDataModule
 from llada_lightning.identity import check_history, check_identity
+from llada_lightning.records import read_records
 from llada_lightning.support.errors import UserError
-from llada_lightning.training.configuration import as_namespace, identity, run_name
+from llada_lightning.support.signals import say
+from llada_lightning.training.configuration import as_parsed, identity
+from llada_lightning.training.configuration import run_name as name_of
+from llada_lightning.training.record import describe_result
 
 
 @dataclass(frozen=True)
@@ -63,39 +70,29 @@ class Phase:
     def checkpoints(self) -> Path:
         return self.folder / CHECKPOINTS
 
-    def start(self) -> Path | None:
-        """The checkpoint to resume from: its own last whole one, else its parent."""
-        return self._own() or self.foreign_parent
-
-    def damaged(self) -> dict[Path, str]:
-        """Its own checkpoints behind the last whole one, and what is wrong with them."""
-        return whole_checkpoint(self.checkpoints)[1]
-
-    def _own(self) -> Path | None:
-        return whole_checkpoint(self.checkpoints)[0]
-
     @property
     def foreign_parent(self) -> Path | None:
         """Its parent; None where that is one of its own checkpoints, of which the last one counts anyway."""
         own = self.parent is not None and self.parent.parent.resolve() == self.checkpoints.resolve()
         return None if own else self.parent
 
+    def start(self) -> Path | None:
+        """The checkpoint to resume from: its own last whole one, else its parent."""
+        return whole_checkpoint(self.checkpoints)[0] or self.foreign_parent
+
     def is_passed(self) -> bool:
         """Whether a trunk has been trained to this phase's end before."""
-        own = self._own()
+        own, _ = whole_checkpoint(self.checkpoints)
         return self.run is None and own is not None and saved_step(own) >= self.last_step
 
-    def check_start(self, never: bool) -> None:
-        """Refuse to resume from a checkpoint of another run.
+    def check_start(self, never: bool) -> dict[Path, str]:
+        """Refuse to resume from a checkpoint of another run, with every difference, or from any (``never``).
 
-        Args:
-            never: Whether any checkpoint of its own is refused.
-
-        Raises:
-            UserError: names what differs.
+        Returns:
+            Its own checkpoints behind the last whole one, and what is wrong with them.
         """
-        own = self._own()
-        if never and (own is not None or self.damaged()):
+        own, damaged = whole_checkpoint(self.checkpoints)
+        if never and (own is not None or damaged):
             raise UserError(f"run.resume: never given, but {self.folder} has checkpoints; delete it, or resume: auto")
         if own is not None:
             check_identity(saved_identity(own), self.identity)
@@ -104,16 +101,18 @@ class Phase:
                 f"budget.flops: the trunk in {self.folder} has passed step {self.last_step}, where a new budget would "
                 "have branched off; choose another --run.name"
             )
-        if own is None and self.foreign_parent is not None and self.foreign_parent.exists():
-            require_whole(self.foreign_parent)
-        if self.foreign_parent is not None and not self.first_step:  # a branch's parent is yet to be made
-            step = saved_step(self.foreign_parent)
-            check_history(saved_identity(self.foreign_parent), self.identity, step)
+        parent = self.foreign_parent
+        if own is None and parent is not None and parent.exists():
+            require_whole(parent)
+        if parent is not None and not self.first_step:  # a branch's parent is yet to be made
+            step = saved_step(parent)
+            check_history(saved_identity(parent), self.identity, step)
             if step > self.last_step or (step == self.last_step and self.run is None):
                 raise UserError(
-                    f"ckpt_path: '{self.parent}' is at step {step}, and a budget ends or branches off at step "
+                    f"ckpt_path: '{parent}' is at step {step}, and a budget ends or branches off at step "
                     f"{self.last_step}; leave that budget out"
                 )
+        return damaged
 
     def parent_hash(self) -> str | None:
         """``content_hash`` of the checkpoint of another run, or of the trunk, that it started from; None: of none."""
@@ -121,59 +120,45 @@ class Phase:
 
     def apply(self, config: Namespace) -> None:
         """Set, in place, what of a run's configuration is this phase's."""
-        config.model.init_args.schedule = as_namespace(self.schedule)
+        config.model.init_args.schedule = as_parsed(self.schedule)
         config.trainer.max_steps = self.last_step
         config.trainer.val_check_interval = self.val_check_interval
 
 
 def phases_of(config: Namespace, data: LanguageDataModule, schedules: Sequence[WSD], folder: Path) -> list[Phase]:
-    """The fits of a resolved configuration, in the order in which they are run: smallest budget first.
+    """The fits of a resolved configuration, in the order in which they are run; schedules come shortest first."""
 
-    Args:
-        config: The resolved configuration.
-        data: The data module.
-        schedules: The schedule of each budget, shortest first.
-        folder: The folder of the run.
+    def phase(schedule: WSD, last_step: int | None, title: str = "", **others: Any) -> Phase:
+        assert last_step is not None
+        values = {"folder": folder, "first_step": 0, "val_check_interval": config.trainer.val_check_interval, **others}
+        known = identity(config, data, schedule)
+        return Phase(title=title, schedule=schedule, last_step=last_step, identity=known, **values)
 
-    Raises:
-        UserError: a budget's decay is shorter than a step.
-    """
-    if len(schedules) == 1:
-        return [_whole(config, data, schedules[0], folder)]
-    forks = [fork_step(schedule) for schedule in schedules]
     given = Path(config.ckpt_path) if config.ckpt_path else None
+    if len(schedules) == 1:
+        [schedule] = schedules
+        return [phase(schedule, schedule.total_steps, run=name_of(config, data, schedules), parent=given)]
+    forks = [fork_step(schedule) for schedule in schedules]
     trunk = replace(schedules[-1], total_steps=forks[-1], decay_steps=0)
-    trunk_identity = identity(config, data, trunk)
     phases = []
-    for schedule, fork in zip(schedules, forks, strict=True):
-        assert schedule.total_steps is not None
-        if fork == schedule.total_steps:
+    for number, (schedule, fork) in enumerate(zip(schedules, forks, strict=True), 1):
+        length = schedule.total_steps
+        assert length is not None
+        if fork == length:
             raise UserError(
-                f"model.schedule: the decay of {schedule.total_steps} steps is shorter than one; several budgets need "
-                "a decay: raise decay_fraction"
+                f"model.schedule: the decay of {length} steps is shorter than one; several budgets need a decay: raise "
+                "decay_fraction"
             )
         phases += [
-            Phase(
-                title="trunk",
-                folder=folder,
-                schedule=trunk,
-                first_step=0,
-                last_step=fork,
-                val_check_interval=config.trainer.val_check_interval,
-                identity=trunk_identity,
-                run=None,
-                parent=given,
-                forks=frozenset(forks),
-            ),
-            Phase(
-                title=f"branch {schedules.index(schedule) + 1} of {len(schedules)}",
-                folder=folder / BRANCHES / str(schedule.total_steps),
-                schedule=schedule,
+            phase(trunk, fork, "trunk", run=None, parent=given, forks=frozenset(forks)),
+            phase(
+                schedule,
+                length,
+                f"branch {number} of {len(schedules)}",
+                folder=folder / BRANCHES / str(length),
                 first_step=fork,
-                last_step=schedule.total_steps,
-                val_check_interval=(schedule.total_steps + 1) * config.trainer.accumulate_grad_batches,
-                identity=identity(config, data, schedule),
-                run=run_name(config, data, [schedule]),
+                val_check_interval=(length + 1) * config.trainer.accumulate_grad_batches,
+                run=name_of(config, data, [schedule]),
                 parent=checkpoint_of_step(folder / CHECKPOINTS, fork),
             ),
         ]
@@ -186,18 +171,36 @@ def fork_step(schedule: WSD) -> int:
     return schedule.total_steps - schedule.decay_steps
 
 
-def _whole(config: Namespace, data: LanguageDataModule, schedule: WSD, folder: Path) -> Phase:
-    assert schedule.total_steps is not None
-    name = run_name(config, data, [schedule])
-    given = Path(config.ckpt_path) if config.ckpt_path else None
-    return Phase(
-        title="",
-        folder=folder,
-        schedule=schedule,
-        first_step=0,
-        last_step=schedule.total_steps,
-        val_check_interval=config.trainer.val_check_interval,
-        identity=identity(config, data, schedule),
-        run=name,
-        parent=given,
-    )
+class RunIsDone(SystemExit):
+    """The run of a command is done: there is nothing to do, and the command ends with exit code 0."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(0)
+        self.folder = folder
+
+
+def check_run(phases: Sequence[Phase], folder: Path, run_name: str, never: bool) -> None:
+    """Refuse a folder of another run, or one that a phase cannot start in; raise :class:`RunIsDone` where all is done.
+
+    ``never`` refuses checkpoints of its own, too.
+    """
+    records = read_records(folder)
+    names = {phase.run for phase in phases if phase.run is not None}
+    for record in records:
+        if record.get("run") not in names:
+            raise UserError(
+                f"run.name: {folder} holds the finished run {record.get('run')}, not {run_name}; choose another "
+                "--run.name, or leave it out"
+            )
+    if len(records) == len(names):
+        for record in records:
+            say(f"{folder} is done ({describe_result(record)}); nothing to do")
+        raise RunIsDone(folder)
+    done = {record["run"] for record in records}
+    damaged: dict[Path, str] = {}
+    for phase, following in zip_longest(phases, phases[1:]):
+        if phase.run in done or (phase.run is None and following.run in done):
+            continue
+        damaged |= phase.check_start(never)
+    for checkpoint, found in damaged.items():
+        say(f"warning: {checkpoint} is damaged ({found}); the run resumes from before it")

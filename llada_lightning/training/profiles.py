@@ -37,11 +37,7 @@ _GIB = 2**30
 
 
 def profiled_rate(path: Path | str) -> MeasuredRate:
-    """The measurements of a profile: memory, and FLOP/s of one device in the steps before the profiler slowed them.
-
-    Raises:
-        UserError: the file cannot be read, or is no profile's summary.
-    """
+    """The measurements of a profile: memory, and FLOP/s of one device in the steps before the profiler slowed them."""
     try:
         summary = read_json(path)
         speed = summary["unprofiled"] or summary["profiled"]
@@ -98,7 +94,14 @@ def page(summary: Mapping[str, Any]) -> str:
         ),
         _communication(summary, step),
         "## Most expensive operations",
-        _operations_table(summary, step),
+        _table(
+            ("operation", "calls a step", "ms a step", "share"),
+            [
+                (f"`{found['name'][:80]}`", f"{found['calls']:g}", f"{spent:.2f}", f"{spent / step:.1%}")
+                for found in summary["operations"]
+                for spent in [found["milliseconds"]]
+            ],
+        ),
         "`trace*.json.gz` opens in https://ui.perfetto.dev; its names that begin with `[pl]` are Lightning's actions.",
     ]
     return "\n\n".join(sections) + "\n"
@@ -136,18 +139,6 @@ def _communication(summary: Mapping[str, Any], step: float) -> str:
     )
     busy = summary["device_busy"]
     return line if busy is None else f"{line} The GPU is busy {busy:.1%} of the time."
-
-
-def _operations_table(summary: Mapping[str, Any], step: float) -> str:
-    rows = [
-        (f"`{found['name'][:80]}`", f"{found['calls']:g}", f"{found['milliseconds']:.2f}", _share(found, step))
-        for found in summary["operations"]
-    ]
-    return _table(("operation", "calls a step", "ms a step", "share"), rows)
-
-
-def _share(found: Mapping[str, Any], step: float) -> str:
-    return f"{found['milliseconds'] / step:.1%}"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -20,15 +20,15 @@ import llada_lightning
 from llada_lightning.compute.shapes import shape_name
 from llada_lightning.data.datamodule import LanguageDataModule
 from llada_lightning.objectives import OBJECTIVES
-from llada_lightning.records import DIVERGED, DONE
-from llada_lightning.training.callbacks.accounting import Accounting, device_name
-from llada_lightning.training.modules import LanguageModule
+from llada_lightning.records import DIVERGED, DONE, read_records, write_records, write_validation
+from llada_lightning.support.files import strict_json
+from llada_lightning.support.signals import say
+from llada_lightning.training.callbacks.accounting import Accounting, by_count, device_name
+from llada_lightning.training.callbacks.loggers import SafeWandbLogger
+from llada_lightning.training.modules import VALIDATION_METRICS, LanguageModule
 
 FEW_DOCUMENTS = 20
 """Below this many clusters a standard error has itself an error of a sixth and more."""
-
-VALIDATION_METRICS = ("val_nats_per_token", "val_stderr", "val_bits_per_byte")
-"""What a run's module logs for callbacks: at each validation, and nothing else."""
 
 _VERSIONED = ("torch", "lightning", "litdata", "tokenizers", "numpy")
 
@@ -41,17 +41,14 @@ def result_record(
     accounting: Accounting,
     parent_checkpoint: str | None = None,
 ) -> dict[str, Any]:
-    """One record of ``result.json`` (keys and units: ``records.RESULT_COLUMNS``).
+    """One record of ``result.json`` (keys and units: ``records.RESULT_COLUMNS``) of a run that has been validated.
 
     Args:
         run: The name of the run, which holds the hash of its configuration.
-        trainer: The trainer, after the last step.
-        module: The module, validated after the last step.
-        data: The data that it was trained on.
-        accounting: The tokens, FLOPs and seconds of the run.
+        trainer, module, data, accounting: The parts of the run, after its last step.
         parent_checkpoint: ``content_hash`` of the checkpoint of another run, or of the trunk, that it started from.
     """
-    steps, flops, schedule, validation = trainer.global_step, accounting.flops, module.schedule, module.validation
+    steps, schedule, validation = trainer.global_step, module.schedule, module.validation
     assert module.vocab_size is not None
     finite = math.isfinite(validation["val_nats_per_token"])
     return {
@@ -67,10 +64,7 @@ def result_record(
         "steps": steps,
         "global_batch_tokens": data.batch * data.sequence_length,
         "sequence_length": data.sequence_length,
-        "flops_6nd": flops.flops_6nd,
-        "flops_attention": flops.flops_attention,
-        "flops_head": flops.flops_head,
-        "flops_total": flops.flops_total,
+        **by_count(accounting.flops),
         "lr": schedule.lr,
         "schedule": "wsd",
         "warmup_steps": schedule.warmup_steps,
@@ -80,10 +74,8 @@ def result_record(
         "data_fingerprint": data.fingerprint,
         "tokenizer": data.tokenizer.fingerprint,
         "vocab_size": module.vocab_size,
-        "val_nats_per_token": validation["val_nats_per_token"],
-        "val_stderr": validation["val_stderr"],
+        **{name: validation.get(name) for name in VALIDATION_METRICS},
         "val_kind": module.facts.val_kind,
-        "val_bits_per_byte": validation.get("val_bits_per_byte"),
         "tokens_per_second": accounting.mean_tokens_per_second(),
         "mfu": accounting.mean_mfu(trainer),
         "device": describe_devices(trainer),
@@ -93,6 +85,29 @@ def result_record(
         "git_commit": git_commit(),
         "status": DONE if finite else DIVERGED,
     }
+
+
+def add_record(
+    folder: Path,
+    record: dict[str, Any],
+    by_document: list[tuple[int, int, float]],
+    wandb: SafeWandbLogger | None,
+    several: bool,
+) -> None:
+    """Write a record into W&B's summary and the folder of its run, and say where it is.
+
+    Of several budgets, the summary holds the figures of the largest one, and all of them below one key.
+    """
+    write_validation(folder, record["steps"], by_document)
+    records = sorted([*read_records(folder), record], key=lambda known: int(known["steps"]))
+    if wandb is not None:
+        everything = {"records": json.dumps(strict_json(records))} if several else {}
+        wandb.update_summary({**records[-1], **everything})
+    path = write_records(folder, records)  # last: from here on the budget counts as reached
+    say(
+        f"{record['run']}: {describe_result(record)}, {record['flops_6nd']:.3g} FLOPs (6ND), "
+        f"{record['wall_seconds']:.0f} s; {path}"
+    )
 
 
 _AXES = frozenset({
@@ -107,15 +122,8 @@ _CORRUPTION = ("mask_eps", "time_sampling")
 def variant(module: LanguageModule, data: LanguageDataModule) -> str | None:
     """What tells a run from the default recipe of its objective, such as `compat=llada;optimizer.weight_decay=0`.
 
-    The pairs are sorted: the class of the module where it is not the objective's own, and each of its settings and
-    of its optimizer's that is not at its default.
-
-    Args:
-        module: The module, whose ``identity`` holds its resolved settings.
-        data: The data, whose settings tell how an objective that masks draws the mask ratio.
-
-    Returns:
-        The pairs, joined by `;`. None where every setting is at its default.
+    The pairs are sorted: the class of the module where it is not the objective's own, and each setting that is not at
+    its default: of the module and its optimizer, and of how the data draw the mask ratio. None where all are.
     """
     kind, objective = type(module), OBJECTIVES.get(module.objective)
     given = _flat(module.identity.get("model", {}).get("init_args", {}))
@@ -123,11 +131,10 @@ def variant(module: LanguageModule, data: LanguageDataModule) -> str | None:
     if objective is None or objective.masks:
         given |= {name: getattr(data, name) for name in _CORRUPTION}
         defaults |= {name: _defaults(type(data)).get(name) for name in _CORRUPTION}
-    missing = object()
     found = {
         name: _shown(value)
         for name, value in given.items()
-        if name.partition(".")[0] not in _AXES and value != defaults.get(name, missing)
+        if name.partition(".")[0] not in _AXES and (name not in defaults or value != defaults[name])
     }
     if objective is None or pydoc.locate(objective.module) is not kind:
         found["module"] = f"{kind.__module__}.{kind.__qualname__}"
@@ -189,18 +196,16 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of the checkout that this package runs from, `+` where it has changes; None outside one."""
-    folder = Path(llada_lightning.__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(llada_lightning.__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     try:
-        _git(folder, "ls-files", "--error-unmatch", llada_lightning.__file__)  # else the checkout is someone else's
-        commit = _git(folder, "rev-parse", "HEAD")
-        return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+        git("ls-files", "--error-unmatch", llada_lightning.__file__)  # else the checkout is someone else's
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def describe_result(record: Mapping[str, Any]) -> str:
@@ -217,11 +222,11 @@ def describe_loss(values: Mapping[str, float | None], kind: str) -> str:
     return f"{math.nan if loss is None else loss:.4f} ± {error} nats/token ({kind}){in_bits}"
 
 
-def few_documents(documents: int, *, of_dialogues: bool = False) -> str | None:
+def few_documents(documents: int, of_dialogues: bool = False) -> str | None:
     """A note for the user where a standard error is of little use; None where it is of use.
 
     Args:
-        documents: Number of documents, or dialogues, in which validation sequences begin.
+        documents: The number of documents, or dialogues, in which validation sequences begin.
         of_dialogues: Whether the data are dialogues, which no preparation divides.
     """
     if not 0 < documents < FEW_DOCUMENTS:

@@ -35,10 +35,10 @@ from llada_lightning.support.printing import people_console
 from llada_lightning.support.reading import read_yaml
 from llada_lightning.support.signals import say
 from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO
+from llada_lightning.training.callbacks.leaving import MemoryAdvice
 from llada_lightning.training.callbacks.loggers import read_rows
 from llada_lightning.training.fit import LladaCLI
 from llada_lightning.training.guard import UpdateGuard
-from llada_lightning.training.memory import MemoryAdvice
 from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.parallel import tensor_parallel
 from llada_lightning.training.phases import Phase
@@ -82,8 +82,7 @@ class StepReplay:
         loss: The loss in nats per token of the global batch, before the update.
         grad_norm: The gradient norm before clipping.
         skipped: Whether the guard skips the update.
-        seen_loss: The loss that the run has written of this step; None where it has not logged it.
-        seen_grad_norm: The gradient norm that the run has written of this step; None where it has not logged it.
+        seen_loss, seen_grad_norm: What the run itself has written of this step; None where it has not logged it.
         sequences: The sequences, in order of their ordinals.
     """
 
@@ -107,9 +106,6 @@ def replay_step(folder: Path, step: int, settings: Sequence[str] = ()) -> StepRe
         folder: The folder of a run, or of one of its branches.
         step: The step, counted from 1, as in `metrics.csv`.
         settings: The further arguments of `llada fit`, such as another accelerator or a smaller micro-batch.
-
-    Raises:
-        UserError: no folder of a run, no such step, or its start or its data cannot be read.
     """
     folder = folder.absolute()
     run = folder.parent.parent if folder.parent.name == BRANCHES else folder
@@ -142,7 +138,14 @@ class ReplayCLI(LladaCLI):
         """A run that is done, or under way, may be looked at."""
 
     def _enter(self, phase: Phase) -> None:
-        phase = phase_of_step(self.phases, self._folder, self._step)
+        here = [phase for phase in self.phases if phase.folder.resolve() == self._folder.resolve()]
+        if not here:
+            folder = self.phases[0].folder
+            raise UserError(f"replay: {self._folder} is no folder of this run; its folders are {folder} and branches/")
+        phase = max(here, key=lambda phase: phase.last_step)
+        if not phase.first_step < self._step <= phase.last_step:
+            steps = f"{phase.first_step + 1}-{phase.last_step}"
+            raise UserError(f"replay: --step {self._step} given, but {self._folder} has steps {steps}")
         saved = last_checkpoint(phase.checkpoints)
         if saved is not None:
             check_identity(saved_identity(saved), phase.identity)
@@ -165,8 +168,14 @@ class ReplayCLI(LladaCLI):
     def _run_resolved(self, subcommand: str) -> None:
         if not isinstance(self.datamodule, TokenDataModule):
             raise UserError("replay: only the steps of a pre-training can be replayed, and this run learned from pairs")
-        start = start_before(self.phase, self._step)
-        say(f"replaying up to step {self._step} from {start or 'the beginning'}")
+        step, parent = self._step, self.phase.foreign_parent
+        start, _ = whole_checkpoint(self.phase.checkpoints, before=step)
+        if start is None and parent is not None and saved_step(parent) >= step:
+            raise UserError(
+                f"replay: --step {step} lies before {parent}, where this run begins; replay the run of that"
+            )
+        start = start or parent
+        say(f"replaying up to step {step} from {start or 'the beginning'}")
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=start)
 
 
@@ -223,36 +232,6 @@ class StepRecorder(Callback):
         )
 
 
-def phase_of_step(phases: list[Phase], folder: Path, step: int) -> Phase:
-    """The fit that writes to a folder, as far as it goes.
-
-    Raises:
-        UserError: it has no such step.
-    """
-    here = [phase for phase in phases if phase.folder.resolve() == folder.resolve()]
-    if not here:
-        raise UserError(f"replay: {folder} is no folder of this run; its folders are {phases[0].folder} and branches/")
-    phase = max(here, key=lambda phase: phase.last_step)
-    if not phase.first_step < step <= phase.last_step:
-        raise UserError(f"replay: --step {step} given, but {folder} has steps {phase.first_step + 1}-{phase.last_step}")
-    return phase
-
-
-def start_before(phase: Phase, step: int) -> Path | None:
-    """The last whole checkpoint before a step's update, of a fit or of what it started from; None: the beginning.
-
-    Raises:
-        UserError: the step belongs to the run that this one started from.
-    """
-    own, _ = whole_checkpoint(phase.checkpoints, before=step)
-    if own is not None:
-        return own
-    parent = phase.foreign_parent
-    if parent is not None and saved_step(parent) >= step:
-        raise UserError(f"replay: --step {step} lies before {parent}, where this run begins; replay the run of that")
-    return parent
-
-
 def _fit_arguments(run: Path) -> list[str]:
     """`fit` of the run where it lies now, on one device: what several do at once is accumulated."""
     config = read_yaml(run / CONFIG)
@@ -263,13 +242,7 @@ def _fit_arguments(run: Path) -> list[str]:
     accumulation = data["global_batch"] // micro_batch if micro_batch else trainer["accumulate_grad_batches"] * devices
     place = [f"--run.root={run.parent.parent}", f"--run.study={run.parent.name}", f"--run.name={run.name}"]
     alone = ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto", "--trainer.callbacks=null"]
-    return [
-        "fit",
-        f"--config={run / CONFIG}",
-        *place,
-        *alone,
-        f"--trainer.accumulate_grad_batches={accumulation}",
-    ]
+    return ["fit", f"--config={run / CONFIG}", *place, *alone, f"--trainer.accumulate_grad_batches={accumulation}"]
 
 
 def _seen(folder: Path, step: int, in_metrics: str, in_faults: str) -> float | None:

@@ -17,9 +17,8 @@ from helpers.small_checkpoints import GOLDEN, GROUPED, described, golden_copy, i
 from llada_lightning import load_model
 from llada_lightning.checkpoints import convert as convert_module
 from llada_lightning.checkpoints.convert import bytes_of, convert
-from llada_lightning.checkpoints.safetensors_files import read_folder
 from llada_lightning.checkpoints.stored_model import StoredModel, open_checkpoint
-from llada_lightning.checkpoints.stored_tensors import of_tensor
+from llada_lightning.checkpoints.stored_tensors import of_tensor, read_folder
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.support.errors import UserError
 
@@ -149,7 +148,7 @@ def test_nothing_is_left_of_a_conversion_that_fails(tmp_path: Path, monkeypatch:
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llada_lightning.checkpoints.safetensors_files.save_file", lambda *a, **k: full())
+    monkeypatch.setattr("llada_lightning.checkpoints.convert.save_file", lambda *a, **k: full())
     with pytest.raises(UserError, match=r"cannot be written .*No space left on device.*; free space"):
         convert(in_memory(described("arm")), tmp_path / "out", "llada")
     monkeypatch.undo()

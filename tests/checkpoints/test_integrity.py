@@ -12,8 +12,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_lightning.checkpoints.run_folder import damage, require_whole, whole_checkpoint
-from llada_lightning.checkpoints.sharded_checkpoints import META
+from llada_lightning.checkpoints.run_folder import META, damage, require_whole, whole_checkpoint
 from llada_lightning.checkpoints.stored_model import open_checkpoint
 from llada_lightning.support.errors import UserError
 

@@ -20,8 +20,7 @@ from lightning import Trainer
 from helpers.small_checkpoints import described, tokenizer_folder, training_content, write_shards
 from helpers.tiny_runs import fit, fit_process, weights
 from llada_lightning import load_model
-from llada_lightning.checkpoints.run_folder import final_checkpoint
-from llada_lightning.checkpoints.sharded_checkpoints import META, _IndexUnpickler, is_sharded, read_sharded
+from llada_lightning.checkpoints.run_folder import META, _IndexUnpickler, final_checkpoint, is_sharded, read_sharded
 from llada_lightning.checkpoints.stored_model import open_checkpoint
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.tokenizers import train_tokenizer

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.run_state import RunState, phases
-from llada_lightning.checkpoints.sharded_checkpoints import PARTIAL
+from llada_lightning.checkpoints.run_folder import PARTIAL
 from llada_lightning.records import VALIDATION_FILE
 from processes import Start
 from small_fits import BUDGET_STEPS, STEPS, STEPS_OF_TWO, VALIDATION_STEPS, Corpora, budget_words, fit_words

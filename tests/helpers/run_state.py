@@ -15,9 +15,10 @@ from llada_lightning.checkpoints.run_folder import (
     checkpoints_by_step,
     content_hash,
     digest,
+    is_sharded,
     last_checkpoint,
+    read_sharded,
 )
-from llada_lightning.checkpoints.sharded_checkpoints import is_sharded, read_sharded
 from llada_lightning.records import RESULT_COLUMNS, VALIDATION_FILE, read_records
 
 CLOCK_COLUMNS = frozenset({"seconds", "mfu", "peak_memory_bytes"})

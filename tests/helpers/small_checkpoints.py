@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from llada_lightning.checkpoints.convert import Target, convert
 from llada_lightning.checkpoints.description import Description
-from llada_lightning.checkpoints.sharded_checkpoints import META
+from llada_lightning.checkpoints.run_folder import META
 from llada_lightning.checkpoints.stored_model import StoredModel, fitted_tokenizer
 from llada_lightning.checkpoints.stored_tensors import of_tensor
 from llada_lightning.compute.shapes import Shape

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from helpers.run_state import differences, read_state
-from llada_lightning.checkpoints.sharded_checkpoints import PARTIAL
+from llada_lightning.checkpoints.run_folder import PARTIAL
 from processes import child_environment, finish, parent_of, start
 from small_fits import Corpora, write_sweep
 

@@ -25,7 +25,7 @@ from torch import nn
 import llada_lightning
 from helpers.small_checkpoints import write_shards
 from helpers.tiny_runs import fit, fit_arguments, fit_process
-from llada_lightning.checkpoints.sharded_checkpoints import META
+from llada_lightning.checkpoints.run_folder import META
 from llada_lightning.commands.main import main
 from llada_lightning.records import CONFIG_FILE
 from llada_lightning.support.errors import UserError

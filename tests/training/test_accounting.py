@@ -1,7 +1,8 @@
-"""Achieved FLOP/s, MFU and peak memory, by hand."""
+"""Achieved FLOP/s, MFU and peak memory, by hand; an older metrics.csv continues with the columns of today."""
 
 from __future__ import annotations
 
+import csv
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from llada_lightning.compute.flops import TrainingFlops
 from llada_lightning.training.callbacks import accounting
 from llada_lightning.training.callbacks.accounting import Accounting, peak_memory_bytes
+from llada_lightning.training.callbacks.loggers import COLUMNS, MetricsCSV
 
 PER_TOKEN = TrainingFlops(flops_6nd=6e9, flops_attention=3e9, flops_head=1e9)
 
@@ -66,3 +68,22 @@ def test_peak_memory_is_what_the_system_has_seen() -> None:
 def test_peak_memory_is_unknown_without_the_systems_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)
     assert peak_memory_bytes(torch.device("cpu")) is None
+
+
+def test_an_older_file_goes_on_with_new_columns(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,tokens,tokens_per_second,theirs\n1,256,10.5,a\n2,512,11.5,b\n3,768,12.5,c\n")
+    log = MetricsCSV(tmp_path)
+    for step in (3, 4):
+        log.log_metrics({"tokens": 256.0 * step, "flops_total_per_second": 2.5e9, "peak_memory_bytes": 7}, step)
+    log.finalize("success")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == (*COLUMNS, "theirs")
+    shown = ("step", "tokens", "tokens_per_second", "flops_total_per_second", "peak_memory_bytes", "theirs")
+    assert [[row[key] for key in shown] for row in rows] == [
+        ["1", "256", "10.5", "", "", "a"],
+        ["2", "512", "11.5", "", "", "b"],
+        ["3", "768", "12.5", "2500000000", "7", "c"],
+        ["4", "1024", "", "2500000000", "7", ""],
+    ]

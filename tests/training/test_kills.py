@@ -129,7 +129,7 @@ def test_a_killed_conversion_leaves_no_half_of_a_folder(prepared: Path, tmp_path
 
     (tmp_path / "to").mkdir()
     assert main(words("whole")) == 0
-    writer = "llada_lightning.checkpoints.safetensors_files:save_file"
+    writer = "llada_lightning.checkpoints.convert:save_file"
     for moment in (At(writer, 2), At("llada_lightning.checkpoints.convert:write_json", 1, "after")):
         assert killed(moment, main, words("killed"))
         assert not (tmp_path / "to" / "killed").exists()

@@ -13,7 +13,7 @@ from helpers.tiny_runs import fit, fit_arguments, losses, metrics
 from llada_lightning.commands.main import main
 from llada_lightning.model import Transformer
 from llada_lightning.objectives.batches import BUCKET, TrainingBatch, ValidationBatch
-from llada_lightning.training.memory import is_out_of_memory, worst_case
+from llada_lightning.training.callbacks.leaving import is_out_of_memory, worst_case
 
 CPU = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
 

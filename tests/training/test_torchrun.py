@@ -20,7 +20,7 @@ from helpers.tiny_runs import (
     record,
     weights,
 )
-from llada_lightning.checkpoints.sharded_checkpoints import is_sharded
+from llada_lightning.checkpoints.run_folder import is_sharded
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "cluster" / "torchrun.sh"
 

@@ -1,1 +1,1 @@
-"""Callbacks and loggers, one a file."""
+"""Callbacks and loggers of a run."""

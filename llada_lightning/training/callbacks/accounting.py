@@ -1,4 +1,4 @@
-"""Counts what a run consumes - tokens, FLOPs, seconds - and logs every step's figures."""
+"""What a run consumes - tokens, FLOPs, seconds: logged every step, and shown on one line of progress."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from llada_lightning.compute.flops import TrainingFlops
 from llada_lightning.compute.hardware import peak_flops
 from llada_lightning.objectives.batches import TrainingBatch
+from llada_lightning.support.printing import people_console
 from llada_lightning.training.modules import LanguageModule
 
 _WINDOW = 20
 """Logged steps over which the rates of the log and the progress line are taken."""
+_LOSSES = 10
+"""Logged steps whose mean loss is shown."""
+_LINES_WITHOUT_TERMINAL = 10
 
 
 class Accounting(Callback):
@@ -29,6 +35,7 @@ class Accounting(Callback):
         tokens: training tokens so far, padding not counted.
         train_seconds: seconds in training steps, without validation, over all starts of the run.
         wall_seconds: all seconds since the first start that checkpoints know of, validation included.
+        last: what was logged last.
     """
 
     def __init__(self, per_token: TrainingFlops) -> None:
@@ -53,23 +60,19 @@ class Accounting(Callback):
 
     def mean_mfu(self, trainer: Trainer) -> float | None:
         """Achieved total FLOP/s over the devices' dense bf16 peak; None where the peak is not known."""
-        peak = device_peak(trainer)
+        peak = peak_flops(device_name(trainer))
         if peak is None or not self.train_seconds:
             return None
         return self.flops.flops_total / self.train_seconds / (peak * trainer.world_size)
 
     def rates(self, trainer: Trainer, tokens_per_second: float) -> dict[str, float]:
         """A throughput as FLOP/s by each count, all devices together, and as MFU where the device's peak is known."""
-        achieved = self.per_token * tokens_per_second
-        peak = device_peak(trainer)
-        return {
-            "tokens_per_second": tokens_per_second,
-            "flops_6nd_per_second": achieved.flops_6nd,
-            "flops_attention_per_second": achieved.flops_attention,
-            "flops_head_per_second": achieved.flops_head,
-            "flops_total_per_second": achieved.flops_total,
-            **({} if peak is None else {"mfu": achieved.flops_total / (peak * trainer.world_size)}),
-        }
+        achieved = by_count(self.per_token * tokens_per_second)
+        found = {"tokens_per_second": tokens_per_second, **{f"{count}_per_second": x for count, x in achieved.items()}}
+        peak = peak_flops(device_name(trainer))
+        if peak is not None:
+            found["mfu"] = achieved["flops_total"] / (peak * trainer.world_size)
+        return found
 
     def settled(self, trainer: Trainer) -> tuple[float, int]:
         """Seconds of training and tokens up to here; waits for the device, so it is nothing for every step."""
@@ -81,6 +84,13 @@ class Accounting(Callback):
     def leave_out(self) -> None:
         """What has passed since the last reading was no training."""
         self._advance()
+
+    def _advance(self, training: bool = False) -> None:
+        now = time.monotonic()
+        self.wall_seconds += now - self._tick
+        if training:
+            self.train_seconds += now - self._tick
+        self._tick = now
 
     def state_dict(self) -> dict[str, Any]:
         self._advance(training=True)
@@ -99,10 +109,10 @@ class Accounting(Callback):
         self._window.append((self.train_seconds, self.tokens))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
+        if trainer.state.fn == "fit":
+            self.settled(trainer)  # or the steps still in the queue would count as validation
+        else:
             self._advance()
-            return
-        self.settled(trainer)  # or the steps still in the queue would count as validation
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._advance()
@@ -125,25 +135,22 @@ class Accounting(Callback):
         if self._step % trainer.log_every_n_steps == 0 or self._step == trainer.max_steps:  # type: ignore[attr-defined]
             self._log(trainer, pl_module)
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, LanguageModule) and pl_module.step_loss is not None
-        loss = float(pl_module.step_loss)  # waits for the device, so the clock is read after it
+    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, LanguageModule) and module.step_loss is not None
+        loss = float(module.step_loss)  # waits for the device, so the clock is read after it
         self._advance(training=True)
+        module.guard.settle()
         values: dict[str, float] = {
             "tokens": self.tokens,
-            "flops_6nd": self.flops.flops_6nd,
-            "flops_attention": self.flops.flops_attention,
-            "flops_head": self.flops.flops_head,
-            "flops_total": self.flops.flops_total,
+            **by_count(self.flops),
             "lr": self._lr,
             "train_nats_per_token": loss,
             "seconds": self.wall_seconds,
+            "skipped_updates": module.guard.skipped,
         }
-        pl_module.guard.settle()
-        values["skipped_updates"] = pl_module.guard.skipped
-        if pl_module.grad_norm is not None:
-            values["grad_norm"] = float(pl_module.grad_norm)
-        values.update(self._rates(trainer))
+        if module.grad_norm is not None:
+            values["grad_norm"] = float(module.grad_norm)
+        values |= self._rates(trainer)
         memory = peak_memory_bytes(trainer.strategy.root_device)
         if memory is not None:
             values["peak_memory_bytes"] = memory
@@ -159,23 +166,16 @@ class Accounting(Callback):
             return {}
         return self.rates(trainer, (tokens - first_tokens) / (seconds - first_seconds))
 
-    def _advance(self, training: bool = False) -> None:
-        now = time.monotonic()
-        self.wall_seconds += now - self._tick
-        if training:
-            self.train_seconds += now - self._tick
-        self._tick = now
+
+def by_count(flops: TrainingFlops) -> dict[str, float]:
+    """FLOPs by each of the three counts, and in total, by the names of the columns of tables."""
+    return {name: getattr(flops, name) for name in ("flops_6nd", "flops_attention", "flops_head", "flops_total")}
 
 
 def device_name(trainer: Trainer) -> str:
     """The device's name as its driver gives it; `cpu` without a GPU."""
     device = trainer.strategy.root_device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def device_peak(trainer: Trainer) -> float | None:
-    """Dense bf16 FLOP/s of one device, or None."""
-    return peak_flops(device_name(trainer))
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
@@ -194,3 +194,120 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class BudgetProgress(ProgressBar):
+    """Loss, bits/byte, tokens/s, MFU, percent of the budget and time left, on stderr.
+
+    A live line on a terminal; elsewhere about ten plain lines a run.
+
+    Args:
+        title: The name of the run: objective and shape.
+        accounting: The callback that has the figures. It must come before this one.
+    """
+
+    def __init__(self, title: str, accounting: Accounting) -> None:
+        super().__init__()
+        self._title, self._accounting = title, accounting
+        self._progress: Progress | None = None
+        self._enabled = True
+        self._losses: deque[float] = deque(maxlen=_LOSSES)
+        self._shown: dict[str, float] | None = None
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started, self._first_step = time.monotonic(), trainer.global_step
+        self._line_every = max(1, trainer.max_steps // _LINES_WITHOUT_TERMINAL)
+        self._next_line = trainer.global_step + self._line_every
+        if not self._enabled or not sys.stderr.isatty():
+            return
+        self._progress = Progress(
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(bar_width=24),
+            TaskProgressColumn("{task.percentage:>5.1f}%"),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=people_console(stderr=True),
+        )
+        self._task = self._progress.add_task(
+            self._title, total=trainer.max_steps, completed=trainer.global_step, figures="starting"
+        )
+        self._progress.start()
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        if not self._enabled:
+            return
+        last, step = self._accounting.last, trainer.global_step
+        if last and last is not self._shown:
+            self._shown = last
+            self._losses.append(last["train_nats_per_token"])
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, figures=self._figures(trainer))
+        elif self._shown and (step >= self._next_line or step == trainer.max_steps):
+            self._next_line = step + self._line_every
+            left = (time.monotonic() - self._started) / (step - self._first_step) * (trainer.max_steps - step)
+            line = f"{self._title} {100 * step / trainer.max_steps:.0f}% · {self._figures(trainer)} · {left:.0f} s left"
+            print(line, file=sys.stderr, flush=True)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, figures=f"{self._figures(trainer)} · validating")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+        if self._enabled and isinstance(exception, KeyboardInterrupt):
+            print("stopped at once; the same command resumes from the last checkpoint", file=sys.stderr)
+
+    def _figures(self, trainer: Trainer) -> str:
+        parts = [f"step {trainer.global_step}/{trainer.max_steps}"]
+        if self._losses:
+            loss = sum(self._losses) / len(self._losses)
+            parts.append(f"training loss {loss:.3f} nats/token")
+            data = getattr(trainer, "datamodule", None)
+            bits = None if data is None else data.bits_per_byte(loss)
+            if bits is not None:
+                parts.append(f"{bits:.3f} bits/byte")
+        if "tokens_per_second" in self._accounting.last:
+            parts.append(f"{self._accounting.last['tokens_per_second']:,.0f} tokens/s")
+        mfu = self._accounting.last.get("mfu")
+        parts.append("MFU n/a" if mfu is None else f"MFU {100 * mfu:.1f}%")
+        return " · ".join(parts)
+
+
+class EvaluationProgress(ProgressBar):
+    """A bar over the batches of `validate`, `test` or `predict`, on a terminal's stderr: stdout holds the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._progress = Progress(console=people_console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+    def disable(self) -> None:
+        self._progress.disable = True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._task = self._progress.add_task(stage, total=None)
+        self._progress.start()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._progress.stop()
+
+    def on_validation_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        self._advance(sum(trainer.num_val_batches))
+
+    def on_test_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        self._advance(sum(trainer.num_test_batches))
+
+    def on_predict_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        self._advance(sum(trainer.num_predict_batches))
+
+    def _advance(self, total: float) -> None:
+        self._progress.update(self._task, total=total, advance=1)

@@ -1,4 +1,4 @@
-"""Checkpoints: written to a temporary name and renamed, found again by step."""
+"""When a run writes its checkpoints, and which ones stay; each appears under its name whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from llada_lightning.checkpoints.run_folder import checkpoint_of_step, checkpoints_by_step
-from llada_lightning.checkpoints.sharded_checkpoints import (
+from llada_lightning.checkpoints.run_folder import (
     PARTIAL,
+    checkpoint_of_step,
+    checkpoints_by_step,
     discard,
     is_sharded,
     put_in_place,
@@ -30,82 +30,13 @@ from llada_lightning.checkpoints.sharded_checkpoints import (
 )
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.signals import say
-from llada_lightning.training.lightning_internals import keeping_the_logs_place, writes_shards
+from llada_lightning.training.lightning_internals import run_validation, writes_shards
 from llada_lightning.training.parallel import Agreement
 
 BEST = "best.ckpt"
 """A link to the checkpoint with the lowest validation loss."""
 DAMAGED = ".damaged"
 """Ends the name of a checkpoint that was found damaged, and set aside."""
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint appears whole or not at all; one in shards is read as a file would be; nothing in it is run."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        target = Path(path)
-        partial = target.with_name(target.name + PARTIAL)
-        with _written_or_gone(partial, target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            put_in_place(partial, target)
-
-    def load_checkpoint(self, path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
-        with refusing_strangers(Path(path)):
-            if is_sharded(Path(path)):
-                return read_sharded(Path(path))
-            return torch.load(path, map_location="cpu", weights_only=True)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        discard(Path(path))
-
-
-@contextmanager
-def _written_or_gone(partial: Path, target: Path) -> Iterator[None]:
-    """A checkpoint that the disk does not take leaves nothing behind but the ones before it."""
-    try:
-        yield
-    except (OSError, RuntimeError, CheckpointException) as error:
-        refusal = _of_the_disk(error)
-        if refusal is None:
-            raise
-        discard(partial)
-        raise UserError(
-            f"checkpoint: '{target}' cannot be written ({refusal.strerror}); the ones before it are whole: free space "
-            "or repair the folder, and the same command resumes from the last of them"
-        ) from error
-
-
-def _of_the_disk(error: BaseException) -> OSError | None:
-    """What the disk said; torch's writer then complains of its own state, with that as the context."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, OSError):
-        seen = seen.__cause__ or seen.__context__
-    return seen
-
-
-@dataclass(frozen=True)
-class CheckpointPlan:
-    """When checkpoints are written, and which ones stay.
-
-    Args:
-        every_steps: The number of steps between checkpoints.
-        every_seconds: The longest time between checkpoints; None: only the steps count.
-        keep: The number of last checkpoints that are kept.
-        keep_best: Whether the one with the lowest validation loss is kept, too; `best.ckpt` is a link to it.
-        forks: The steps whose checkpoints are kept beside these.
-    """
-
-    every_steps: int
-    every_seconds: float | None = None
-    keep: int = 2
-    keep_best: bool = False
-    forks: frozenset[int] = frozenset()
 
 
 class StepCheckpoints(Checkpoint):
@@ -117,11 +48,25 @@ class StepCheckpoints(Checkpoint):
 
     Args:
         folder: The folder of the checkpoints.
-        plan: When checkpoints are written, and which are kept.
+        every_steps: The number of steps between checkpoints.
+        every_seconds: The longest time between checkpoints; None: only the steps count.
+        keep: The number of last checkpoints that are kept.
+        keep_best: Whether the one with the lowest validation loss is kept, too; `best.ckpt` is a link to it.
+        forks: The steps whose checkpoints are kept beside these, because branches start there.
     """
 
-    def __init__(self, folder: Path, plan: CheckpointPlan) -> None:
-        self._folder, self._plan = folder, plan
+    def __init__(
+        self,
+        folder: Path,
+        every_steps: int,
+        every_seconds: float | None = None,
+        keep: int = 2,
+        keep_best: bool = False,
+        forks: frozenset[int] = frozenset(),
+    ) -> None:
+        self._folder, self._forks = folder, forks
+        self._every_steps, self._every_seconds = every_steps, every_seconds
+        self._keep, self._keep_best = keep, keep_best
         self._best: tuple[int, float] | None = None
         self._validation_due = False
         self._step = self._saved = 0
@@ -141,7 +86,7 @@ class StepCheckpoints(Checkpoint):
         self._step = trainer.global_step
         self._saved = self._step if checkpoint_of_step(self._folder, self._step).exists() else -1
         self._last_save = time.monotonic()
-        if self._plan.every_seconds is not None:
+        if self._every_seconds is not None:
             self._agreement.begin(trainer)
         if trainer.is_global_zero:
             self._clear()
@@ -162,20 +107,18 @@ class StepCheckpoints(Checkpoint):
         if trainer.global_step == self._step:  # within a global batch
             return
         self._step = trainer.global_step
-        self._due = self._step % self._plan.every_steps == 0 or self._time_is_up()
+        self._due = self._step % self._every_steps == 0
+        if self._every_seconds is not None:  # all processes take part in the agreement
+            time_is_up = time.monotonic() - self._last_save >= self._every_seconds
+            self._due = bool(self._agreement.maximum(int(time_is_up))) or self._due
         batches = self._step * trainer.accumulate_grad_batches
         self._validation_due = batches % int(trainer.val_check_interval) == 0
         if self._due and not self._validation_due:
             self._save(trainer)
 
-    def _time_is_up(self) -> bool:
-        if self._plan.every_seconds is None:
-            return False
-        return bool(self._agreement.maximum(int(time.monotonic() - self._last_save >= self._plan.every_seconds)))
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = float(pl_module.validation["val_nats_per_token"])  # type: ignore[index]
-        better = self._plan.keep_best and loss < (math.inf if self._best is None else self._best[1])
+        better = self._keep_best and loss < (math.inf if self._best is None else self._best[1])
         step = self._step
         if better:
             self._best = (step, loss)
@@ -184,7 +127,7 @@ class StepCheckpoints(Checkpoint):
             if self._due or better or self._saved == step:  # saved without its validation, which is made up for now
                 self._save(trainer)
         if better and trainer.is_global_zero:
-            link_best(checkpoint_of_step(self._folder, step))
+            _link_best(checkpoint_of_step(self._folder, step))
             self._prune(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -218,8 +161,8 @@ class StepCheckpoints(Checkpoint):
 
     def _prune(self, trainer: Trainer) -> None:
         by_step = checkpoints_by_step(self._folder)
-        kept = {*sorted(by_step)[-self._plan.keep :], *self._plan.forks}
-        if self._plan.keep_best and self._best is not None:
+        kept = {*sorted(by_step)[-self._keep :], *self._forks}
+        if self._keep_best and self._best is not None:
             kept.add(self._best[0])
         guard = getattr(trainer.lightning_module, "guard", None)
         if guard is not None:  # while updates are skipped, the last one from before that stays
@@ -228,7 +171,7 @@ class StepCheckpoints(Checkpoint):
             discard(by_step[step])
 
 
-def link_best(checkpoint: Path) -> None:
+def _link_best(checkpoint: Path) -> None:
     """Let `best.ckpt` be a link to a checkpoint beside it; where links cannot be, say which one is the best."""
     link = checkpoint.with_name(BEST)
     temporary = checkpoint.with_name(BEST + PARTIAL)
@@ -240,9 +183,46 @@ def link_best(checkpoint: Path) -> None:
         say(f"note: {link} cannot be a link ({error.strerror}); the lowest validation loss is {checkpoint.name}'s")
 
 
-def run_validation(trainer: Trainer) -> None:
-    """Validate between two steps, as Lightning does at its intervals."""
-    with keeping_the_logs_place(trainer):
-        trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.run()
-        trainer.training = True
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A checkpoint appears whole or not at all; one in shards is read as a file would be; nothing in it is run."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        target = Path(path)
+        partial = target.with_name(target.name + PARTIAL)
+        with _written_or_gone(partial, target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            put_in_place(partial, target)
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        with refusing_strangers(Path(path)):
+            if is_sharded(Path(path)):
+                return read_sharded(Path(path))
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        discard(Path(path))
+
+
+@contextmanager
+def _written_or_gone(partial: Path, target: Path) -> Iterator[None]:
+    """A checkpoint that the disk does not take leaves nothing behind but the ones before it."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        # torch's writers complain of their own state, with what the disk said as the context.
+        seen: BaseException | None = error
+        if isinstance(error, CheckpointException):
+            seen = next(iter(error.failures.values()))[0]
+        while seen is not None and not isinstance(seen, OSError):
+            seen = seen.__cause__ or seen.__context__
+        if seen is None:
+            raise
+        discard(partial)
+        raise UserError(
+            f"checkpoint: '{target}' cannot be written ({seen.strerror}); the ones before it are whole: free space "
+            "or repair the folder, and the same command resumes from the last of them"
+        ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +86,15 @@ class EvaluateTasks(Callback):
         assert isinstance(pl_module, LanguageModule)
         pl_module.model.eval()
         try:
-            with _precision(trainer):
+            plugin = trainer.precision_plugin
+            with plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext():
                 rows = self._rows(trainer, pl_module, step)
         finally:
             pl_module.model.train()
-        folder = _run_folder(trainer)
-        if rows and folder is not None:
-            write_evaluations(folder, rows)
+        logger = next((each for each in trainer.loggers if isinstance(each, MetricsCSV)), None)
+        if rows and logger is not None:  # None on ranks that write nothing
+            folder = Path(logger.save_dir)
+            write_evaluations(folder.parent.parent if folder.parent.name == BRANCHES else folder, rows)
         if accounting is not None:
             accounting.leave_out()
 
@@ -101,14 +103,14 @@ class EvaluateTasks(Callback):
         from llada_lightning.evaluation.harness import HarnessModel
 
         model = HarnessModel(_language_model(trainer, module), monte_carlo=self._monte_carlo)
-        outcomes = [
-            each
-            for loaded in self._loaded
-            for each in measure(model, loaded, limit=self._limit, sampling=self._sampling)
-        ]
         said = {} if self._sampling is None else self._sampling.changes
         settings = json.dumps({"monte_carlo": self._monte_carlo, "limit": self._limit, "in_training": True} | said)
-        return [outcome.as_row(step, settings) for outcome in outcomes if outcome.is_share]
+        return [
+            outcome.as_row(step, settings)
+            for loaded in self._loaded
+            for outcome in measure(model, loaded, limit=self._limit, sampling=self._sampling)
+            if outcome.is_share
+        ]
 
 
 def _language_model(trainer: Trainer, module: LanguageModule) -> LanguageModel:
@@ -130,17 +132,3 @@ def _language_model(trainer: Trainer, module: LanguageModule) -> LanguageModel:
         compat=module.compat,
         name="the model in training",
     )
-
-
-def _precision(trainer: Trainer) -> AbstractContextManager[Any]:
-    plugin = trainer.precision_plugin
-    return plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext()
-
-
-def _run_folder(trainer: Trainer) -> Path | None:
-    """The folder of the run, not of a branch; None on ranks that write nothing."""
-    logger = next((each for each in trainer.loggers if isinstance(each, MetricsCSV)), None)
-    if logger is None:
-        return None
-    folder = Path(logger.save_dir)
-    return folder.parent.parent if folder.parent.name == BRANCHES else folder

@@ -1,7 +1,4 @@
-"""`metrics.csv`: one row a step, right after any number of restarts.
-
-Weights & Biases as a second log: optional, never in the way of the run.
-"""
+"""`metrics.csv`, right after any number of restarts, and Weights & Biases, which is never in the way of the run."""
 
 from __future__ import annotations
 
@@ -10,11 +7,11 @@ import functools
 import io
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
@@ -34,8 +31,8 @@ COLUMNS = (
 
 
 class MetricsCSV(Logger):
-    """Rows are keyed by step. The first row that a process writes replaces all rows of later steps, which a killed
-    process may have left behind its last checkpoint; columns that others log are added to the file."""
+    """One row a step. The first row that a process writes replaces all rows of later steps, which a killed process may
+    have left behind its last checkpoint; columns that others log are added to the file."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -124,43 +121,29 @@ def _number(value: Any) -> Any:
     return int(number) if math.isfinite(number) and number.is_integer() and abs(number) < 1e15 else number
 
 
-INIT_TIMEOUT_SECONDS = 30.0
-"""How long the start of a run may take where W&B does not answer, unless WANDB_INIT_TIMEOUT says otherwise."""
-FINISH_TIMEOUT_SECONDS = 60.0
-"""How long its end may take, unless WANDB_FINISH_TIMEOUT says otherwise; what is not sent by then stays on disk."""
+_TIMEOUTS = {"WANDB_INIT_TIMEOUT": 30.0, "WANDB_FINISH_TIMEOUT": 60.0}
+"""Seconds that the start and the end of a run may take where W&B does not answer, unless these variables say otherwise.
+What is not sent by then stays on disk."""
 
 
-def init_timeout() -> float:
-    """Returns the seconds that the start of a run may take."""
-    return _seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT_SECONDS)
-
-
-def finish_timeout() -> float:
-    """Returns the seconds that the end of a run may take."""
-    return _seconds("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT_SECONDS)
-
-
-def _seconds(variable: str, default: float) -> float:
-    text = os.environ.get(variable, str(default))
+def _timeout(variable: str) -> float:
+    text = os.environ.get(variable, str(_TIMEOUTS[variable]))
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise UserError(f"{variable}: '{shortened(text)}' given; it must be a number of seconds, such as {default:g}")
+        usual = f"{_TIMEOUTS[variable]:g}"
+        raise UserError(f"{variable}: '{shortened(text)}' given; it must be a number of seconds, such as {usual}")
     return seconds
 
 
 def check_wandb(project: str | None, entity: str | None, group: str | None) -> None:
-    """Refuse what W&B's client would refuse when the run starts: names, and environment variables.
-
-    Raises:
-        UserError: W&B is asked for, and is not installed or refuses its settings.
-    """
+    """Refuse what W&B's client would refuse when the run starts: names, and environment variables."""
     if not _is_wanted(project):
         return
-    init_timeout()
-    finish_timeout()
+    for variable in _TIMEOUTS:
+        _timeout(variable)
     wandb = _wandb()
     try:
         settings = wandb.Settings(project=project, entity=entity, run_group=group)
@@ -184,14 +167,11 @@ def _wandb() -> ModuleType:
     return wandb
 
 
-P = ParamSpec("P")
-
-
-def _never_in_the_way(method: Callable[Concatenate[SafeWandbLogger, P], None]) -> Callable[..., None]:
+def _never_in_the_way(method: Callable[..., None]) -> Callable[..., None]:
     """Whatever W&B raises ends the logging, with one line, and not the run."""
 
     @functools.wraps(method)
-    def call(self: SafeWandbLogger, *args: P.args, **kwargs: P.kwargs) -> None:
+    def call(self: SafeWandbLogger, *args: Any, **kwargs: Any) -> None:
         if self.is_lost:
             return
         try:
@@ -221,20 +201,20 @@ class SafeWandbLogger(WandbLogger):
     is_lost = False
 
     @_never_in_the_way
-    def log_hyperparams(self, params: Any) -> None:
-        super().log_hyperparams(params)
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        super().log_hyperparams(*args, **kwargs)
 
     @_never_in_the_way
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        super().log_metrics(metrics, step)
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        super().log_metrics(*args, **kwargs)
 
     @_never_in_the_way
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        super().after_save_checkpoint(checkpoint_callback)
+    def after_save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super().after_save_checkpoint(*args, **kwargs)
 
     @_never_in_the_way
-    def finalize(self, status: str) -> None:
-        super().finalize(status)
+    def finalize(self, *args: Any, **kwargs: Any) -> None:
+        super().finalize(*args, **kwargs)
 
     @rank_zero_only
     @_never_in_the_way
@@ -245,11 +225,11 @@ class SafeWandbLogger(WandbLogger):
     @rank_zero_only
     @_never_in_the_way
     def finish(self) -> None:
-        """Send what is left, for :func:`finish_timeout` seconds at most, and say so if that was too short."""
+        """Send what is left, as long as WANDB_FINISH_TIMEOUT allows, and say so if that was too short."""
         run = self.experiment
         run.finish()
         if getattr(run, "_finish_timed_out", False):
-            raise TimeoutError(f"no answer within {finish_timeout():g} s")
+            raise TimeoutError(f"no answer within {_timeout('WANDB_FINISH_TIMEOUT'):g} s")
 
 
 def wandb_logger(
@@ -259,19 +239,15 @@ def wandb_logger(
 
     The id follows from the run's configuration, so a restarted run continues the same curves. Where W&B cannot be
     reached the run is logged offline, into ``folder/wandb``, from where ``wandb sync`` sends it later.
-
-    Raises:
-        UserError: wandb is not installed.
     """
     if not _is_wanted(project):
         return None
-    wandb, in_sweep = _wandb(), "WANDB_SWEEP_ID" in os.environ
+    wandb = _wandb()
     # An agent has chosen the id already: of a new run, or of one that was preempted.
-    identity: dict[str, Any] = {"resume": "allow"} if in_sweep else {"id": run_id, "resume": "allow"}
-
-    bounded: dict[str, Any] = {}
+    identity: dict[str, Any] = {} if "WANDB_SWEEP_ID" in os.environ else {"id": run_id}
+    bounded = {"init_timeout": _timeout("WANDB_INIT_TIMEOUT")}
     if "finish_timeout" in wandb.Settings.model_fields:  # older ones wait for as long as it takes
-        bounded["finish_timeout"] = finish_timeout()
+        bounded["finish_timeout"] = _timeout("WANDB_FINISH_TIMEOUT")
 
     def start(offline: bool) -> SafeWandbLogger:
         logger = SafeWandbLogger(
@@ -281,10 +257,11 @@ def wandb_logger(
             group=group,
             save_dir=str(folder),
             offline=offline,
-            settings=wandb.Settings(init_timeout=init_timeout(), silent=True, **bounded),
+            settings=wandb.Settings(silent=True, **bounded),
+            resume="allow",
             **identity,
         )
-        start_run(logger)
+        _ = logger.experiment  # starts the run, on rank 0, so that a refusal shows before training does
         return logger
 
     try:
@@ -294,9 +271,3 @@ def wandb_logger(
         rank_zero_warn(f"W&B is not reachable ({reason}); this run is logged offline, into {folder}/wandb")
         wandb.teardown()  # or its service would hold the id for the run that failed
         return start(offline=True)
-
-
-@rank_zero_only
-def start_run(logger: WandbLogger) -> None:
-    """Start the W&B run now, so that a refusal shows before training does."""
-    _ = logger.experiment

@@ -52,7 +52,7 @@ Mark = Any
 
 
 def stopwatch(device: torch.device) -> Callable[[], Mark]:
-    """Returns what notes a moment on a device without waiting for it.
+    """What notes a moment on a device without waiting for it.
 
     A GPU works behind the host. There a moment is an event in its queue, and a phase is the time between two of them:
     what the host does while the GPU is busy costs nothing, and what the GPU waits for costs what it waits.
@@ -69,7 +69,7 @@ def stopwatch(device: torch.device) -> Callable[[], Mark]:
 
 
 def milliseconds(start: Mark, end: Mark) -> float:
-    """Returns the time between two moments; waits until those of a GPU are over."""
+    """The time between two moments; waits until those of a GPU are over."""
     if isinstance(start, float):
         return 1e3 * (end - start)
     end.synchronize()
@@ -127,43 +127,12 @@ class PhaseRecorder(PyTorchProfiler):
 
 
 def phase_of(action: str, enclosing: str) -> str:
-    """Returns the phase of an action by the name that Lightning gives it, such as `[Strategy]DDPStrategy.backward`."""
+    """The phase of an action by the name that Lightning gives it, such as `[Strategy]DDPStrategy.backward`."""
     if VALIDATION in (action, enclosing):
         return VALIDATION
     if action.startswith("[Callback]"):
         return "callbacks"
     return _PHASE_OF_HOOK.get(action.rpartition(".")[2], enclosing)
-
-
-def profiling(
-    settings: Profile, folder: Path, last_step: int, accounting: Accounting, profiler: Profiler | str | None = None
-) -> list[Callback]:
-    """Returns the callback that the settings ask for; none where they ask for none.
-
-    Args:
-        settings: Number of steps to pass, and to record.
-        folder: The folder of the run.
-        last_step: The step at which the fit ends.
-        accounting: The accounting of the fit, which must come before it in the list of callbacks.
-        profiler: The profiler of the trainer's settings.
-
-    Raises:
-        UserError: The settings make no profile.
-    """
-    if settings.steps < 0:
-        raise UserError(f"profile.steps: {settings.steps} must be at least 1, or 0 for no profile")
-    if settings.steps == 0:
-        return []
-    if settings.after < 1:
-        raise UserError(f"profile.after: {settings.after} must be at least 1: the profiler itself needs a step first")
-    if settings.after + settings.steps > last_step:
-        raise UserError(
-            f"profile.steps: {settings.steps} after {settings.after} others are more than the {last_step} steps that "
-            "are trained; lower --profile.steps or --profile.after"
-        )
-    if profiler == "pytorch" or isinstance(profiler, PyTorchProfiler):
-        raise UserError("trainer.profiler: pytorch and profile.steps are the same recorder; leave one of them out")
-    return [StepProfiler(settings, folder / "profile", accounting)]
 
 
 class StepProfiler(Callback):
@@ -172,12 +141,37 @@ class StepProfiler(Callback):
     The second half of the steps passed tells the run's speed without the profiler; the last of them warms it up.
 
     Args:
-        settings: Number of steps to pass, and to record.
+        settings: The numbers of steps to pass, and to record.
         folder: The folder of the files.
         accounting: Clock and counts of the fit; it must come before this callback.
+        last_step: The step at which the fit ends.
+        profiler: The profiler of the trainer's settings.
+
+    Raises:
+        UserError: the settings make no profile.
     """
 
-    def __init__(self, settings: Profile, folder: Path, accounting: Accounting) -> None:
+    def __init__(
+        self,
+        settings: Profile,
+        folder: Path,
+        accounting: Accounting,
+        last_step: int,
+        profiler: Profiler | str | None = None,
+    ) -> None:
+        if settings.steps < 0:
+            raise UserError(f"profile.steps: {settings.steps} must be at least 1, or 0 for no profile")
+        if settings.after < 1:
+            raise UserError(
+                f"profile.after: {settings.after} must be at least 1: the profiler itself needs a step first"
+            )
+        if settings.after + settings.steps > last_step:
+            raise UserError(
+                f"profile.steps: {settings.steps} after {settings.after} others are more than the {last_step} steps "
+                "that are trained; lower --profile.steps or --profile.after"
+            )
+        if profiler == "pytorch" or isinstance(profiler, PyTorchProfiler):
+            raise UserError("trainer.profiler: pytorch and profile.steps are the same recorder; leave one of them out")
         self._steps, self._after, self._folder, self._accounting = settings.steps, settings.after, folder, accounting
         self._step = self._first = 0
         self._over = False
@@ -273,7 +267,6 @@ class StepProfiler(Callback):
             "flops_per_token": asdict(self._accounting.per_token),
             "unprofiled": self._unprofiled,
             "profiled": self._accounting.rates(trainer, 1e3 * (tokens - self._tokens) / window),
-            **_memory(trainer, module, batch),
             "step_milliseconds": window / self._steps,
             "phase_milliseconds": {phase: spent[phase] / self._steps for phase in PHASES},
             "validation_milliseconds": spent[VALIDATION],
@@ -281,11 +274,6 @@ class StepProfiler(Callback):
             "versions": versions(),
             "git_commit": git_commit(),
         }
-        self._write(summary)
-        self._accounting.leave_out()
-        say(f"profile of steps {self._first + self._after + 1}-{self._step}: {self._folder / 'summary.md'}")
-
-    def _write(self, summary: dict[str, Any]) -> None:
         from llada_lightning.study.plots.style import write_figure
         from llada_lightning.study.plots.tables import step_phases  # matplotlib takes its time
 
@@ -293,11 +281,20 @@ class StepProfiler(Callback):
         with written_atomically(self._folder / "summary.md") as temporary:
             temporary.write_text(page(summary), encoding="utf-8")
         write_figure(step_phases(summary["phase_milliseconds"], PHASES), self._folder, "phases")
+        self._accounting.leave_out()
+        say(f"profile of steps {self._first + self._after + 1}-{self._step}: {self._folder / 'summary.md'}")
 
 
 def _setting(trainer: Trainer, module: LanguageModule, batch: TrainingBatch) -> dict[str, Any]:
-    data = trainer.datamodule  # type: ignore[attr-defined]
+    data, speed, strategy = trainer.datamodule, module.speed, trainer.strategy  # type: ignore[attr-defined]
+    device, (micro_batch, length) = strategy.root_device, batch.tokens_BL.shape
     assert module.vocab_size is not None
+    # What `llada plan` says, where it speaks of the same: bf16-mixed, nothing recomputed, no micro-batch divided.
+    estimate = None
+    alike = speed.recompute == "none" and not speed.fp8 and tensor_parallel(strategy) == 1
+    if device.type == "cuda" and trainer.precision == "bf16-mixed" and alike:
+        shards = trainer.world_size if isinstance(strategy, FullySharded) else 1
+        estimate = training_memory_bytes(module.shape, module.vocab_size, length, micro_batch, shards, speed.loss)
     return {
         "objective": module.objective,
         "shape": shape_name(module.shape),
@@ -306,43 +303,30 @@ def _setting(trainer: Trainer, module: LanguageModule, batch: TrainingBatch) -> 
         "vocab_size": module.vocab_size,
         "sequence_length": data.sequence_length,
         "global_batch": data.batch,
-        "micro_batch": len(batch.tokens_BL),
+        "micro_batch": micro_batch,
         "accumulation": trainer.accumulate_grad_batches,
         "device": describe_devices(trainer),
         "devices": trainer.world_size,
-        "on_gpu": trainer.strategy.root_device.type == "cuda",
+        "on_gpu": device.type == "cuda",
         "threads": torch.get_num_threads(),
         "precision": str(trainer.precision),
-        "strategy": type(trainer.strategy).__name__,
-        "speed": asdict(module.speed),
+        "strategy": type(strategy).__name__,
+        "speed": asdict(speed),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "estimated_memory_bytes": estimate,
     }
 
 
-def _memory(trainer: Trainer, module: LanguageModule, batch: TrainingBatch) -> dict[str, Any]:
-    """Peak, and what `llada plan` says where it speaks of the same: a GPU under bf16-mixed, nothing recomputed
-    and no micro-batch divided."""
-    device = trainer.strategy.root_device
-    estimate = None
-    speed = module.speed
-    alike = speed.recompute == "none" and not speed.fp8 and tensor_parallel(trainer.strategy) == 1
-    if device.type == "cuda" and trainer.precision == "bf16-mixed" and alike:
-        assert module.vocab_size is not None
-        micro_batch, length = batch.tokens_BL.shape
-        shards = trainer.world_size if isinstance(trainer.strategy, FullySharded) else 1
-        estimate = training_memory_bytes(module.shape, module.vocab_size, length, micro_batch, shards, speed.loss)
-    return {"peak_memory_bytes": peak_memory_bytes(device), "estimated_memory_bytes": estimate}
-
-
 def facts_of(events: Iterable[FunctionEvent], steps: int, window: float) -> dict[str, Any]:
-    """Returns what a recording tells of one step: operations, communication, how busy the GPU is.
+    """What a recording tells of one step: operations, communication, how busy the GPU is.
 
     The operations are the kernels where there are any, else those of the CPU; the time of one is without what it calls.
     What begins within a validation does not count: its two ends wait for the GPU.
 
     Args:
         events: The recorded events.
-        steps: Number of steps that were recorded.
-        window: Duration of all steps in milliseconds.
+        steps: The number of steps that were recorded.
+        window: The duration of all steps in milliseconds.
     """
     events = list(events)
     validations = [e.time_range for e in events if e.name == f"[pl][profile]{VALIDATION}"]
@@ -370,7 +354,7 @@ def facts_of(events: Iterable[FunctionEvent], steps: int, window: float) -> dict
 
 
 def _covered(events: Iterable[FunctionEvent]) -> float:
-    """Returns the milliseconds in which at least one of the events is under way."""
+    """The milliseconds in which at least one of the events is under way."""
     total, until = 0.0, float("-inf")
     for span in sorted((event.time_range for event in events), key=lambda span: span.start):
         total += max(0.0, span.end - max(span.start, until))
