@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.tiny_runs import fit, fit_process, losses, record
+from helpers.tiny_runs import fit, fit_command, losses, record
 from llada_lightning.records import read_validation
 
 
@@ -33,7 +33,7 @@ def test_accumulation_and_workers_give_the_same_curve(
 
 def test_two_ranks_give_the_same_curve(reference: Path, prepared: Path, tmp_path: Path) -> None:
     ranks = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.val_batch=5")
-    done = fit_process(objective(reference), prepared, tmp_path, *ranks)
+    done = fit_command(objective(reference), prepared, tmp_path, *ranks)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "test" / "run"
     assert losses(folder) == pytest.approx(losses(reference), abs=1e-5)
