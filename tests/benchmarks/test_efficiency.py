@@ -195,6 +195,7 @@ def test_an_answer_ends_with_its_first_end() -> None:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_length_by_what_is_kept() -> None:
     """2048 more tokens cost a cache at least their keys and values; without one there are the activations alone."""
     shape = Shape(n_layers=16, d_model=64, n_heads=4, n_kv_heads=4, d_ff=96)
