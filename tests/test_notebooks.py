@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST_BYTES = 50_000
-SLOW = ("study", "own_objective")
-"""Their fits are those of tests/experiments/test_study.py; their training is that of tests/test_extending.py."""
+SLOW = ("study", "published_isoflop", "own_objective")
+"""Other tests make their fits (tests/experiments/test_study.py) and their training (tests/test_extending.py)."""
 RUN = [pytest.param(path, marks=[pytest.mark.slow] if path.stem in SLOW else [], id=path.stem) for path in NOTEBOOKS]
 
 

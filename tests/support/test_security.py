@@ -24,7 +24,7 @@ from torch import nn
 
 import llada_lightning
 from helpers.small_checkpoints import write_shards
-from helpers.tiny_runs import fit, fit_arguments, fit_command
+from helpers.tiny_runs import fit, fit_arguments, fit_process
 from llada_lightning.checkpoints.sharded_checkpoints import META
 from llada_lightning.commands.main import main
 from llada_lightning.records import CONFIG_FILE
@@ -366,7 +366,7 @@ def test_keys_of_the_environment_are_in_nothing_that_a_run_writes_or_says(prepar
     pytest.importorskip("wandb")
     secrets = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"), SECRET)
     offline = ("--wandb.project=test", "--wandb.offline=true")
-    done = fit_command("arm", prepared, tmp_path, *SHORT, *offline, variables=secrets)
+    done = fit_process("arm", prepared, tmp_path, *SHORT, *offline, variables=secrets)
     assert done.returncode == 0, done.stderr
     assert SECRET not in done.stdout + done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
