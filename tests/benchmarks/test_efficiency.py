@@ -52,7 +52,9 @@ def command(checkpoints: dict[str, Path], *others: str) -> list[str]:
 
 def peaks_at_once(task: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a process that measures, without the five seconds that it takes to start."""
-    return [{**job, "measure": "resident", "baseline_bytes": 10, "peak_bytes": 20} for job in task["jobs"]]
+    return [
+        {**job, "measure": "resident", "baseline_bytes": 10, "peak_bytes": 20, "llada_steps": 4} for job in task["jobs"]
+    ]
 
 
 def test_a_study_of_a_prepared_folder(
