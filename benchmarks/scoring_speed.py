@@ -20,8 +20,7 @@ import torch
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.compute.shapes import ladder_shape
-from llada_lightning.evaluation.forward import Row, Scorer, ScoringProgress
-from llada_lightning.evaluation.likelihood import log_likelihood
+from llada_lightning.evaluation.likelihood import ScoredInput, Scorer, ScoringProgress, log_likelihood
 from llada_lightning.evaluation.ranking import rank_candidates
 from llada_lightning.evaluation.requests import Score
 from llada_lightning.model import Transformer
@@ -80,10 +79,10 @@ def released_loop(lm: LanguageModel, request: Request, rng: np.random.Generator)
     return torch.cat(values).double().cpu().numpy()
 
 
-def masked_rows(lm: LanguageModel, request: Request, masks_NL: np.ndarray) -> list[Row]:
+def masked_rows(lm: LanguageModel, request: Request, masks_NL: np.ndarray) -> list[ScoredInput]:
     prompt, answer = np.array(request[0]), np.array(request[1])
     return [
-        Row(
+        ScoredInput(
             np.concatenate([prompt, np.where(mask_L, lm.mask_token_id, answer)]),
             len(prompt) + mask_L.nonzero()[0],
             answer[mask_L],

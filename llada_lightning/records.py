@@ -40,7 +40,6 @@ lists the settings of objective and optimizer that are not at their defaults, an
 LATER_COLUMNS = frozenset({"variant"})
 """Columns that older records and tables lack. A missing value means the default."""
 
-
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
 VALIDATION_FILE = "validation.csv"
@@ -50,15 +49,12 @@ DIVERGED = "diverged"
 
 
 def write_records(folder: Path | str, records: Sequence[dict[str, Any]]) -> Path:
-    """Writes a run's ``result.json``: at no time is a part of it to be seen.
+    """Writes a run's ``result.json``: at no time is a part of it to be seen. The folder is made if it does not exist.
 
-    Args:
-        folder: The folder of the run; made if it does not exist.
-        records: One record for each budget reached, each with the keys ``RESULT_COLUMNS``. Older records may lack
-            ``LATER_COLUMNS``.
+    A record has the keys ``RESULT_COLUMNS``; older ones may lack ``LATER_COLUMNS``.
 
     Raises:
-        ValueError: a record lacks a key or has a foreign one (a fault of the program, not of its user).
+        ValueError: A record lacks a key or has a foreign one (a fault of the program, not of its user).
     """
     for record in records:
         wrong = sorted((set(record) ^ set(RESULT_COLUMNS)) - LATER_COLUMNS)
@@ -73,7 +69,7 @@ def read_records(folder: Path | str) -> list[dict[str, Any]]:
     """The records of a run's folder; none if the run has not written ``result.json`` yet.
 
     Raises:
-        UserError: the file is not a JSON list of records.
+        UserError: The file is not a JSON list of records.
     """
     path = Path(folder) / RESULT_FILE
     if not is_there(path):
@@ -108,7 +104,7 @@ def expected_records(folder: Path | str) -> int:
     """The number of budgets that the run of this folder is to reach: at least 1, also where there is no config.yaml.
 
     Raises:
-        UserError: its config.yaml cannot be read.
+        UserError: Its config.yaml cannot be read.
     """
     path = Path(folder) / CONFIG_FILE
     return expected_budgets(read_yaml(path)) if is_there(path) else 1
@@ -127,12 +123,10 @@ def has_diverged(folder: Path | str) -> bool:
 
 
 def write_validation(folder: Path | str, steps: int, documents: Sequence[tuple[int, int, float]]) -> Path:
-    """Writes the validation loss of each document after ``steps``; rows of other steps stay. Atomic.
+    """Writes the validation loss of each document after so many optimizer steps; rows of other steps stay. Atomic.
 
-    Args:
-        folder: The folder of the run; made if it does not exist.
-        steps: The number of optimizer steps of the validated weights.
-        documents: The document, its number of sequences and their mean in nats per token, of every validation document.
+    ``documents`` are, of every validation document, its number, its count of sequences and their mean in nats per
+    token. The folder is made if it does not exist.
     """
     import pandas as pd
 
@@ -151,22 +145,17 @@ def read_validation(folder: Path | str) -> pd.DataFrame:
     """The columns ``VALIDATION_COLUMNS``: whole numbers, and nats per token to the last digit (NaN if it diverged).
 
     Raises:
-        UserError: there is no such file, or it is damaged.
+        UserError: There is no such file, or it is damaged.
     """
     types = dict(zip(VALIDATION_COLUMNS, ("int64", "int64", "int64", "float64"), strict=True))
     return read_typed_csv(Path(folder) / VALIDATION_FILE, types, "delete it and run again")
 
 
 def read_typed_csv(path: Path, types: Mapping[str, Any], fix: str) -> pd.DataFrame:
-    """A CSV file of a run's folder, with exactly the given columns; numbers to the last digit.
-
-    Args:
-        path: The path of the file.
-        types: The type of each column, in the order of the file.
-        fix: The advice for a damaged file, for the error.
+    """A CSV file of a run's folder, with exactly the columns of ``types`` in their order; numbers to the last digit.
 
     Raises:
-        UserError: there is no such file, or it is damaged.
+        UserError: There is no such file, or it is damaged; ``fix`` is the advice then.
     """
     import pandas as pd
 
@@ -184,8 +173,7 @@ def read_typed_csv(path: Path, types: Mapping[str, Any], fix: str) -> pd.DataFra
     return table
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
-
+# --- evaluations and faults ------------------------------------------------------------------------------------------
 
 EVALUATIONS_FILE = "evaluations.csv"
 EVALUATION_COLUMNS = ("steps", "task", "score", "stderr", "n", "metric", "settings")
@@ -193,14 +181,10 @@ EVALUATION_COLUMNS = ("steps", "task", "score", "stderr", "n", "metric", "settin
 
 
 def write_evaluations(folder: Path | str, rows: Sequence[dict[str, Any]]) -> Path:
-    """Adds rows to a run's evaluations; those of the same step and task replace the ones before. Atomic.
-
-    Args:
-        folder: The folder of the run.
-        rows: The rows, each with exactly the keys ``EVALUATION_COLUMNS``.
+    """Adds rows of ``EVALUATION_COLUMNS`` to a run's; those of the same step and task replace the ones before. Atomic.
 
     Raises:
-        UserError: the file that is there is damaged.
+        UserError: The file that is there is damaged.
     """
     import pandas as pd
 
@@ -218,7 +202,7 @@ def read_evaluations(folder: Path | str) -> pd.DataFrame:
     """The columns ``EVALUATION_COLUMNS``; no rows where a run has no evaluations.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: The file is damaged.
     """
     import pandas as pd
 
@@ -233,11 +217,11 @@ def task_columns(folder: Path | str, steps: Any) -> dict[str, float]:
     """The columns of a results table that the evaluations at a step give; none where a run has no evaluations.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: The file is damaged.
     """
     columns: dict[str, float] = {}
     if not is_there(Path(folder) / EVALUATIONS_FILE):
-        return columns
+        return columns  # without the time that pandas takes
     table = read_evaluations(folder)
     for row in table[table["steps"] == steps].to_dict("records"):
         columns[f"task_{row['task']}"] = float(row["score"])
@@ -255,13 +239,12 @@ def read_faults(folder: Path) -> list[dict[str, str]]:
     """The rows of a folder's file, in order of step; none where there is no file.
 
     Raises:
-        UserError: the file cannot be read, or is damaged.
+        UserError: The file cannot be read, or is damaged.
     """
     path = folder / FAULTS_FILE
     if not is_there(path):
         return []
-    text = read_text(path)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         rows = list(reader)
     except csv.Error as error:
@@ -283,10 +266,6 @@ def write_faults(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def skipped_updates(run: Path) -> int:
-    """Updates that a run skipped, those of its branches included.
-
-    Raises:
-        UserError: as :func:`read_faults`.
-    """
+    """Updates that a run skipped, those of its branches included (errors as :func:`read_faults`)."""
     folders = [run, *(path.parent for path in run.glob(f"branches/*/{FAULTS_FILE}"))]
     return sum(row.get("action") == SKIPPED for folder in folders for row in read_faults(folder))

@@ -21,7 +21,7 @@ from llada_lightning.commands.main import main
 from llada_lightning.data.language_datamodule import require_open_files
 from llada_lightning.settings import MAX_SEED, NOT_RUNS, check_folder_name
 from llada_lightning.study.plan import outputs as plan_files
-from llada_lightning.study.sweep.file import MAX_RUNS, expand_grid
+from llada_lightning.study.sweep import MAX_RUNS, expand_grid
 from llada_lightning.support.command_line import refuse_unusable
 from llada_lightning.support.errors import UserError, refusal
 from llada_lightning.training.callbacks.others import fault_of_a_callback

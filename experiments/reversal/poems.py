@@ -16,13 +16,13 @@ from itertools import islice
 from pathlib import Path
 
 from llada_lightning.data.text_files import Meter, json_records
-from llada_lightning.evaluation.protocols import read_pairs
+from llada_lightning.evaluation.protocols import read_halves
 
 JOINER = "，"
 
 
 def main(poems: Path, pairs: str, out: Path, longest: float = math.inf, others: int = 0) -> None:
-    wanted = {pair.first + JOINER + pair.second: pair for pair in read_pairs(pairs)}
+    wanted = {pair.first + JOINER + pair.second: pair for pair in read_halves(pairs)}
     texts = [str(record["text"]) for _, record in json_records(poems, Meter())]
     texts = [text for text in texts if len(text) <= longest]
     holding = {line: next((text for text in texts if line in text), None) for line in wanted}

@@ -17,10 +17,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from llada_lightning.compute.flops import Convention
-from llada_lightning.study.fits import Estimate, Noise, flops_column
+from llada_lightning.study.fits import Estimate, Noise, Spread, budget_members, flops_column
 from llada_lightning.study.fits.envelope import Candidates
-from llada_lightning.study.fits.runs import budget_members
-from llada_lightning.study.fits.uncertainty import Spread
 
 Array = npt.NDArray[np.float64]
 

@@ -10,8 +10,7 @@ import pandas as pd
 
 import matched
 from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
-from llada_lightning.study.fits import Estimate, budget_groups, flops_column, noise_of_runs
-from llada_lightning.study.fits.uncertainty import Spread
+from llada_lightning.study.fits import Estimate, Spread, budget_groups, flops_column, noise_of_runs
 from report_text import flops, grid, interval
 
 OBJECTIVES = ("arm", "llada")

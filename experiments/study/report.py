@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,19 @@ import figures
 from llada_lightning.compute.flops import Convention
 from llada_lightning.compute.shapes import format_count
 from llada_lightning.study import report as curves_report
-from llada_lightning.study.covariance import covariance_path, read_covariance
 from llada_lightning.study.fits import (
     EnvelopePoint,
     Estimate,
     Multiplier,
+    Spread,
     StudyFits,
     budget_groups,
     fit_table,
+    planned_flops,
     run_names,
 )
-from llada_lightning.study.fits.runs import planned_flops
-from llada_lightning.study.fits.uncertainty import Spread
 from llada_lightning.study.reference import published_isoflop
-from llada_lightning.study.results import read_results
+from llada_lightning.study.results import covariance_path, read_covariance, read_results
 from llada_lightning.support.files import written_atomically
 from matched import Envelope, Matched, multipliers, shared_budgets, slope_weights
 from read_offs import OBJECTIVES, ReadOffs
@@ -52,10 +51,10 @@ class Study:
     """The tables of one study in a folder, and what the fits say of them."""
 
     folder: Path
-    table: pd.DataFrame = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.table = self.read("results")
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        return self.read("results")
 
     def read(self, name: str) -> pd.DataFrame:
         return read_results(self.folder / f"{name}.csv")
@@ -105,15 +104,9 @@ class Study:
         runs = self.table.assign(budget=budgets).sort_values(["objective", "budget", "params_nonembedding"])
         rows = [
             [
-                run.objective,
-                short_shape(run.shape),
-                format_count(run.params_nonembedding),
-                flops(run.flops_6nd),
-                flops(run.flops_total),
-                format_count(run.tokens),
-                f"{run.epochs:.2g}",
-                f"{run.lr:.2g}",
-                plus_minus(run.val_nats_per_token, run.val_stderr),
+                *(run.objective, short_shape(run.shape), format_count(run.params_nonembedding)),
+                *(flops(run.flops_6nd), flops(run.flops_total), format_count(run.tokens)),
+                *(f"{run.epochs:.2g}", f"{run.lr:.2g}", plus_minus(run.val_nats_per_token, run.val_stderr)),
                 f"{run.val_bits_per_byte:.3f}",
             ]
             for run in runs.itertuples()
@@ -144,18 +137,10 @@ class Study:
             runs = self.seeds(objective)
             losses = runs["val_nats_per_token"]
             spread = Estimate.of(losses.std(ddof=1), deviations(losses.std(ddof=1), len(losses)))
-            taken = self.fits.objectives[objective].spread.tau
-            rows.append(
-                [
-                    objective,
-                    f"{short_shape(runs['shape'].iloc[0])}, {flops(runs['flops_6nd'].iloc[0])}",
-                    ", ".join(f"{loss:.4f}" for loss in losses),
-                    interval(spread, ".4f"),
-                    f"{runs['val_stderr'].mean():.4f}",
-                    f"{self.seed_spreads[objective].tau:.4f}",
-                    f"{taken:.4f}",
-                ]
-            )
+            taus = (self.seed_spreads[objective].tau, self.fits.objectives[objective].spread.tau)
+            point = f"{short_shape(runs['shape'].iloc[0])}, {flops(runs['flops_6nd'].iloc[0])}"
+            numbers = (interval(spread, ".4f"), *(f"{value:.4f}" for value in (runs["val_stderr"].mean(), *taus)))
+            rows.append([objective, point, ", ".join(f"{loss:.4f}" for loss in losses), *numbers])
         head = ["objective", "point", "losses", "s.d. over seeds", "s.e. over books", "s.d. over seeds of log loss",
                 "the fits' spread of log loss beyond books"]  # fmt: skip
         return grid(head, rows)
@@ -185,18 +170,11 @@ class Study:
         return float(np.exp(np.interp(0.0, gaps, np.log(tokens))))
 
     def repeats_table(self) -> str:
-        rows = [
-            [
-                format_count(row.unique),
-                f"{row.epochs:.3g}",
-                plus_minus(row.arm, row.arm_stderr),
-                plus_minus(row.llada, row.llada_stderr),
-                plus_minus(row.difference, row.difference_stderr),
-                f"{row.arm_best:.3f}",
-                f"{row.llada_best:.3f}",
-            ]
-            for row in self.repeats().itertuples()
-        ]
+        rows = []
+        for row in self.repeats().to_dict("records"):
+            losses = [plus_minus(row[name], row[f"{name}_stderr"]) for name in (*OBJECTIVES, "difference")]
+            best = [f"{row[f'{name}_best']:.3f}" for name in OBJECTIVES]
+            rows.append([format_count(row["unique"]), f"{row['epochs']:.3g}", *losses, *best])
         head = ["distinct tokens", "epochs", "`arm`", "`llada`", "`llada` − `arm`", "`arm`, best on the way",
                 "`llada`, best on the way"]  # fmt: skip
         return grid(head, rows)
@@ -217,16 +195,12 @@ class Study:
         best = [self.fits.envelopes("6nd")[name].points for name in OBJECTIVES]
         covariance, rows = self.covariance("results"), []
         for pair in shared_budgets(*([point.flops for point in points] for points in best)):
-            arm, llada = (points[budget] for points, budget in zip(best, pair, strict=True))
-            error = difference_error(covariance, *self._names_of([arm, llada]))
-            rows.append(
-                [
-                    flops(arm.flops),
-                    f"{plus_minus(arm.loss, arm.stderr)} ({short_shape(arm.shape)})",
-                    f"{plus_minus(llada.loss, llada.stderr)} ({short_shape(llada.shape)})",
-                    plus_minus(llada.loss - arm.loss, error),
-                ]
-            )
+            points = [own[budget] for own, budget in zip(best, pair, strict=True)]
+            runs = self.table.set_index("run").loc[[point.run for point in points]].reset_index()
+            error = difference_error(covariance, *run_names(runs))
+            losses = [f"{plus_minus(own.loss, own.stderr)} ({short_shape(own.shape)})" for own in points]
+            gap = plus_minus(points[1].loss - points[0].loss, error)
+            rows.append([flops(points[0].flops), *losses, gap])
         return grid(["FLOPs (6ND)", "best `arm`", "best `llada`", "difference"], rows)
 
     @cached_property
@@ -267,10 +241,6 @@ class Study:
     def short(self) -> str:
         rows = [[flops(spent), *(f"{loss:.3f}" for loss in own)] for spent, own in self.short_losses.iterrows()]
         return grid(["FLOPs (6ND)", *self.short_losses.columns], rows)
-
-    def _names_of(self, points: list[EnvelopePoint]) -> list[str]:
-        """What the covariance calls the runs of an envelope's points."""
-        return run_names(self.table.set_index("run").loc[[point.run for point in points]].reset_index())
 
     # --- single numbers ---
 
@@ -313,7 +283,7 @@ class Study:
 
     def rejected(self, objective: str) -> str:
         """p-value of the lack of fit of an envelope's law (6ND)."""
-        return f"{self.fits.objectives[objective].misfit('envelope', '6nd'):.1g}"
+        return f"{self.fits.envelopes('6nd')[objective].law.misfit:.1g}"
 
     def n_exponents(self, objective: str) -> dict[str, Estimate]:
         """Exponent of N_opt (6ND) with the optima weighted by their errors, and with all of one weight."""

@@ -9,15 +9,7 @@ from typing import NamedTuple
 
 
 class Verb(NamedTuple):
-    """A command of `llada`.
-
-    Args:
-        name: The name that a user types.
-        help: The line in `llada --help`.
-        group: The heading that the verb is listed under.
-        file: The name of its file in this folder.
-        first: The arguments that go before those of the user.
-    """
+    """A command of `llada`: its name, its line in `--help` and the heading there, its file, and its first arguments."""
 
     name: str
     help: str

@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llada_lightning.commands import model_options as shared
+from llada_lightning.commands import shared
 from llada_lightning.generation.prompts import check_text, fitting_ids
 from llada_lightning.generation.sampling import DEFAULT_LENGTH, Sampling, default_length
 from llada_lightning.support.command_line import CommandParser
@@ -39,7 +39,7 @@ def chat_parser() -> CommandParser:
         "as nobody is there to correct it, with exit code 2.",
     )
     shared.add_model_options(parser)
-    parser.add_argument("--system", type=str, default=None, help="message that stands before the conversation")
+    parser.add_argument("--system", type=str, help="message that stands before the conversation")
     shared.add_sampling_options(parser.add_argument_group("sampling"))
     return parser
 
@@ -47,10 +47,7 @@ def chat_parser() -> CommandParser:
 def main(argv: list[str]) -> int:
     """Runs ``llada chat`` with its arguments until its input ends; returns the exit code.
 
-    Answers go to stdout; what is said about them to stderr.
-
-    Raises:
-        UserError: an option or the checkpoint is not right; where lines are piped in, also one of these.
+    Answers go to stdout; what is said about them to stderr. A mistake in a line that is piped in ends it.
     """
     options = vars(chat_parser().parse_args(argv))
     if sys.stdin is None:
@@ -70,16 +67,12 @@ def main(argv: list[str]) -> int:
         except (UserError, KeyboardInterrupt) as error:
             if not interactive:
                 raise
-            chat.note(f"error: {error}" if isinstance(error, UserError) else "\ninterrupted: not kept; Ctrl-D leaves")
+            why = f"error: {error}" if isinstance(error, UserError) else "\ninterrupted: not kept; Ctrl-D leaves"
+            shared.note(why, "dim")
 
 
 def _line(prompt: str) -> str:
-    """Returns the next line of stdin.
-
-    Raises:
-        EOFError: there is none.
-        UserError: it is not UTF-8, or so long that tokenizing it would take minutes.
-    """
+    """The next line of stdin; refused where tokenizing it would take minutes."""
     try:
         line = input(prompt)
     except UnicodeDecodeError as error:
@@ -90,34 +83,23 @@ def _line(prompt: str) -> str:
 
 
 class Chat:
-    """A conversation that continues.
-
-    Args:
-        lm: The model.
-        sampling: The settings of the sampler, which `/set` changes.
-        system: The message before the conversation, if any.
-
-    Raises:
-        UserError: the model has no tokenizer, or the settings do not go together.
-    """
+    """A conversation that continues, from settings of the sampler, which `/set` changes, and a system's message."""
 
     def __init__(self, lm: LanguageModel, sampling: Sampling, system: str | None = None) -> None:
         from llada_lightning.data.chat import Message
         from llada_lightning.generation.drawing import Aligner, Turn
 
-        lm.encode("")
-        self._lm = lm
-        self._aligner = Aligner(lm.tokenizer)
+        lm.encode("")  # raises where there is no tokenizer
+        self._lm, self._aligner = lm, Aligner(lm.tokenizer)
         self._begin = [] if system is None else [Message("system", system)]
         self._messages: list[Message] = list(self._begin)
         self._turns: list[Turn] = []
-        self._console, self._aside = people_console(), people_console(stderr=True)
         self._change(sampling)
         length = self._sampling.length
         if sampling.length is None and length is not None and length < DEFAULT_LENGTH:
-            self.note(f"length is {length}: half of the context of {lm.context_length} tokens")
+            shared.note(f"length is {length}: half of the context of {lm.context_length} tokens", "dim")
         if lm.chat_template is None:
-            self.note("no chat template: the model continues plain text")
+            shared.note("no chat template: the model continues plain text", "dim")
 
     def take(self, line: str) -> bool:
         """Does what a line says; returns False where it ends the conversation.
@@ -133,20 +115,18 @@ class Chat:
         name, _, rest = line[1:].strip().partition(" ")
         if name == "exit":
             return False
-        commands = {"help": self._help, "reset": self._reset, "settings": self._tell, "set": self._set}
-        commands["picture"] = self._draw
+        if name == "help":
+            shared.note(HELP, "dim")
+            return True
+        commands = {"reset": self._reset, "settings": self._tell, "set": self._set, "picture": self._draw}
         if name not in commands:
             raise UserError(f"'/{name}' is no command; /help lists them, //{name} says it")
         commands[name](rest.strip())
         return True
 
-    def note(self, text: str) -> None:
-        """Says something that is no part of the conversation."""
-        self._aside.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
-
     def _ask(self, text: str) -> None:
         from llada_lightning.data.chat import Message
-        from llada_lightning.generation.drawing import Unfolding, answer, coloured, question
+        from llada_lightning.generation.drawing import answer, question
 
         check_text(text)
         assert self._sampling.length is not None
@@ -154,29 +134,21 @@ class Chat:
         ids, left_out = fitting_ids(self._lm, messages, self._sampling.length)
         if left_out:
             turns = "the oldest turn is" if left_out == 1 else f"the {left_out} oldest turns are"
-            self.note(f"the context of {self._lm.context_length} tokens is full: {turns} left out")
-        grows, asked = self._sampling.strategy_for(self._lm) != "diffusion", len(self._turns) // 2
-        with Unfolding(self._aligner, [text], self._console, grows=grows) as unfolding:
-            generation = shared.sample(self._lm, [ids], self._sampling, first=asked, on_step=unfolding.observe)
+            shared.note(f"the context of {self._lm.context_length} tokens is full: {turns} left out", "dim")
+        asked, console = len(self._turns) // 2, people_console()
+        generation = shared.sample(self._lm, [ids], self._sampling, [text], console, first=asked)
         assert generation.text is not None
-        if self._console.is_terminal:
-            steps = generation.step_of_token[0]
-            self._console.print(coloured(self._aligner, generation.tokens[0], steps, max(steps, default=0)))
-        else:
-            print(generation.text[0], flush=True)
-        self.note(generation.facts)
+        shared.print_answer(self._lm, generation, 0, console)
+        shared.note(generation.facts, "dim")
         self._messages = [*messages, Message("assistant", generation.text[0])]
         self._turns += [question(text), answer(generation, 0, self._aligner, self._lm.objective)]
 
-    def _help(self, _: str) -> None:
-        self.note(HELP)
-
     def _reset(self, _: str) -> None:
         self._messages, self._turns = list(self._begin), []
-        self.note("the conversation begins anew")
+        shared.note("the conversation begins anew", "dim")
 
     def _tell(self, _: str) -> None:
-        self.note("\n".join(f"{name:<20} {self._shown(name)}" for name in shared.SAMPLING))
+        shared.note("\n".join(f"{name:<20} {self._shown(name)}" for name in shared.SAMPLING), "dim")
 
     def _set(self, rest: str) -> None:
         try:
@@ -187,14 +159,10 @@ class Chat:
         if name not in shared.SAMPLING:
             raise UserError(f"/set: '{name}' is no setting; choose from {', '.join(shared.SAMPLING)}")
         self._change(replace(self._given, **{name: _parsed(name, values)}))
-        self.note(f"{name} is {self._shown(name)}")
+        shared.note(f"{name} is {self._shown(name)}", "dim")
 
     def _change(self, given: Sampling) -> None:
-        """Takes settings over, once checked. A length that nobody gave leaves half of the context to the conversation.
-
-        Raises:
-            UserError: The settings do not go with the model.
-        """
+        """Takes settings over, once checked. A length that nobody gave leaves half of the context to the turns."""
         length = given.length or default_length(self._lm.context_length // 2, given.block_length)
         sampling = replace(given, length=length)
         sampling.resolved(self._lm)
@@ -211,7 +179,7 @@ class Chat:
         if not self._turns:
             raise UserError("/picture: nothing was said yet; ask something first")
         write_drawing(path, [Dialogue(self._turns, self._lm.name)])
-        self.note(f"drawn: {path}")
+        shared.note(f"drawn: {path}", "dim")
 
 
 def _parsed(name: str, values: list[str]) -> Any:

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded
 from llada_lightning.support.printing import people_console
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 
 def main(argv: list[str]) -> int:
     """``llada collect PATH … --out results.csv``: run folders and W&B projects -> one results table.
 
     Beside it comes ``results.covariance.csv``, the joint error of the losses, from the folders' validation files.
-    What is unfinished, damaged or left out is named on stderr, and in the object that ``--json`` prints. It does not
-    change the exit code: that is 0 wherever a table was written.
-
-    Raises:
-        UserError: a path is no folder, a W&B project cannot be read, no run has left a record, or the table's name is
-            neither CSV nor parquet.
+    What is unfinished, damaged or left out is named on stderr, and in the object that ``--json`` prints.
     """
     parser = CommandParser(
         prog="llada collect",
@@ -42,39 +33,28 @@ def main(argv: list[str]) -> int:
     add_json(parser)
     options = parser.parse_args(argv)
     from llada_lightning.study.collect import gather  # after the parser: --help answers at once
-    from llada_lightning.study.covariance import write_covariance
-    from llada_lightning.study.results import check_destination, write_results
+    from llada_lightning.study.results import check_destination, write_covariance, write_results
 
     options.out = str(expanded(options.out))
     check_destination(Path(options.out))
     collection = gather(options.paths)
     table, report = collection.table(), collection.report
     notes = people_console(stderr=True)
+    found = f"{report.folders} run folders" + (f" and {report.wandb_runs} W&B runs" if report.wandb_runs else "")
     if table.empty:
-        _say(notes, report.lines())
-        where = ", ".join(options.paths)
-        found = _count(report.folders, report.wandb_runs)
-        raise UserError(f"collect: no results under {where} ({found}, none has a record yet)")
+        for line in report.lines():
+            notes.print(line, soft_wrap=True)
+        raise UserError(f"collect: no results under {', '.join(options.paths)} ({found}, none has a record yet)")
     path = write_results(table, options.out)
     report.covariance = write_covariance(collection.rows(), path)
-    _say(notes, report.lines())
+    for line in report.lines():
+        notes.print(line, soft_wrap=True)
     if options.json:
         print_json({"out": str(path), **asdict(report)})
         return 0
     console = people_console()
-    found = _count(report.folders, report.wandb_runs)
     console.print(f"{report.records} results of {found} -> {path!s}", soft_wrap=True)
     if report.covariance.path:
         joint = f"joint errors of {report.covariance.rows} results -> {report.covariance.path}"
         console.print(joint, soft_wrap=True)
     return 0
-
-
-def _say(console: Console, lines: list[str]) -> None:
-    for line in lines:
-        console.print(line, soft_wrap=True)
-
-
-def _count(folders: int, wandb_runs: int) -> str:
-    """`12 run folders`, and the W&B runs where there are any."""
-    return f"{folders} run folders" + (f" and {wandb_runs} W&B runs" if wandb_runs else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
@@ -44,15 +44,11 @@ def convert_parser() -> CommandParser:
         help="ours; GSAI-ML/LLaDA-8B's layout (for llada); transformers' Llama (for arm)",
     )
     parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default=None,
-        help="of the weights; as stored by default, bit for bit",
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; as stored by default, bit for bit"
     )
     parser.add_argument(
         "--tokenizer",
         type=str,
-        default=None,
         help="to take instead of the checkpoint's: tokenizer.json, a folder with one, or a name on the hub",
     )
     parser.add_argument("--max-shard-size", type=str, default="5GB", help="of a file of weights, such as 200MB")
@@ -61,11 +57,7 @@ def convert_parser() -> CommandParser:
 
 
 def main(argv: list[str]) -> int:
-    """Runs ``llada convert`` with its arguments; returns the exit code.
-
-    Raises:
-        UserError: an option, the input or the output is not right.
-    """
+    """Runs ``llada convert`` with its arguments; returns the exit code."""
     options = convert_parser().parse_args(argv)
     from llada_lightning.checkpoints.convert import bytes_of, convert
     from llada_lightning.checkpoints.stored_model import open_checkpoint
@@ -74,7 +66,9 @@ def main(argv: list[str]) -> int:
     dtype, largest = dtype_named(options.dtype), bytes_of(options.max_shard_size)
     model = open_checkpoint(options.input, options.tokenizer)
     total = sum(weight.elements * (dtype or weight.dtype).itemsize for weight in model.weights.values())
-    with _progress() as bar:
+    columns = ("{task.description}", BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn())
+    console = people_console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("writing", total=total)
         out = expanded(options.output)
         written = convert(model, out, options.to, dtype, largest, lambda size: bar.advance(task, size))
@@ -87,15 +81,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _progress() -> Progress:
-    console = people_console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
 def summary(model: StoredModel, to: str, written: Written, out: str) -> dict[str, Any]:
     """What was read and written in plain values: what ``--json`` prints."""
-    description = model.description
+    description, names = model.description, ("vocab_size", "context_length", "mask_token_id", "end_token_ids")
     return {
         "input": str(model.path),
         "was": model.kind,
@@ -103,10 +91,7 @@ def summary(model: StoredModel, to: str, written: Written, out: str) -> dict[str
         "is": to,
         "objective": description.objective,
         "shape": vars(description.shape),
-        "vocab_size": description.vocab_size,
-        "context_length": description.context_length,
-        "mask_token_id": description.mask_token_id,
-        "end_token_ids": description.end_token_ids,
+        **{name: getattr(description, name) for name in names},
         "tokenizer": model.tokenizer is not None,
         **vars(written),
     }
@@ -131,8 +116,8 @@ def _table(model: StoredModel, to: str, written: Written, out: str) -> Table:
         "size": f"{decimal(written.bytes)}, {written.dtype}",
         "files": ", ".join([shards[0] if len(shards) == 1 else f"{len(shards)} of weights", *others]),
     }
-    for key, value in rows.items():
-        table.add_row(key, value)
+    for row in rows.items():
+        table.add_row(*row)
     return table
 
 

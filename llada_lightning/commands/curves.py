@@ -23,12 +23,7 @@ PUBLISHED = "published"
 
 
 def main(argv: list[str]) -> int:
-    """``llada curves results.csv --out DIR``: a results table -> ``fits.json``, figures, and printed tables.
-
-    Raises:
-        UserError: The table cannot be read, or holds no usable run, no run of the reference, or losses that cannot be
-            compared.
-    """
+    """``llada curves results.csv --out DIR``: a results table -> ``fits.json``, figures, and printed tables."""
     parser = CommandParser(prog="llada curves", description="Fit and draw loss against training FLOPs.")
     parser.add_argument(
         "results",
@@ -65,14 +60,8 @@ def main(argv: list[str]) -> int:
     from llada_lightning.study.report import print_report
 
     table, covariance = _read(options.results)
-    fits = fit_table(
-        table,
-        unit=options.unit,
-        samples=options.samples,
-        seed=options.seed,
-        covariance=covariance,
-        reference=options.reference,
-    )
+    how = {name: options[name] for name in ("unit", "samples", "seed", "reference")}
+    fits = fit_table(table, covariance=covariance, **how)
     if options.convention not in fits.conventions:
         counted = " and ".join(fits.conventions)
         name = CONVENTION_NAMES[options.convention]
@@ -98,8 +87,7 @@ def _read(results: str) -> tuple[pd.DataFrame, pd.DataFrame | None]:
         from llada_lightning.study.reference import published_isoflop
 
         return published_isoflop(), None
-    from llada_lightning.study.covariance import covariance_path, read_covariance
-    from llada_lightning.study.results import read_results
+    from llada_lightning.study.results import covariance_path, read_covariance, read_results
 
     table, path = read_results(results), covariance_path(Path(results))
     return _with_scores(table), read_covariance(path) if path.is_file() else None

@@ -6,14 +6,7 @@ from llada_lightning.support.libraries import quiet_libraries
 
 
 def main(argv: list[str]) -> int:
-    """Run one of the four commands.
-
-    Args:
-        argv: The name of the command, and its arguments.
-
-    Raises:
-        UserError: A setting is refused, or the run cannot be started or resumed.
-    """
+    """Run one of the four commands, from its name and its arguments."""
     quiet_libraries()
     from llada_lightning.training.fit import LladaCLI
 

@@ -11,7 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from llada_lightning.study.sweep.file import launch_fit
+from llada_lightning.study.sweep import launch_fit
 from llada_lightning.support.command_line import CommandParser
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import written_atomically
@@ -21,17 +21,13 @@ SRUN = "srun --kill-on-bad-exit=1"
 
 
 def main(argv: list[str]) -> int:
-    """``llada launch [--launcher L] -- fit …``: writes the run's `launch.yaml`, and becomes the launcher.
-
-    Raises:
-        UserError: the fit's arguments are refused, or the launcher is not there.
-    """
+    """``llada launch [--launcher L] -- fit …``: writes the run's `launch.yaml`, and becomes the launcher."""
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = CommandParser(
         prog="llada launch",
         description="Resolve a run once, then start it on many processes: `llada launch -- fit --config …`.",
     )
-    parser.add_argument("--launcher", type=str, default=None, help=f"in a SLURM job '{SRUN}', else none by default")
+    parser.add_argument("--launcher", type=str, help=f"in a SLURM job '{SRUN}', else none by default")
     options = parser.parse_args(argv[:cut])
     arguments = argv[cut + 1 :]
     if arguments[:1] != ["fit"]:

@@ -23,11 +23,10 @@ MESSAGE_LENGTH = 2000
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done, 2 the user's mistake, 1 our fault (a traceback), 130 interrupted,
-    141 where nobody reads stdout any more.
+    """Run the command with the arguments after `llada` (by default those of the process).
 
-    Args:
-        argv: The arguments after `llada`; by default those of the process.
+    Returns:
+        0 done, 2 the user's mistake, 1 our fault (a traceback), 130 interrupted, 141 nobody reads stdout any more.
     """
     print_what_the_encoding_holds()
     code = _outcome(sys.argv[1:] if argv is None else list(argv))

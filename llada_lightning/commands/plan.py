@@ -13,12 +13,9 @@ from llada_lightning.compute.rules import BATCH_RULES, DECAY_FRACTION, LEARNING_
 from llada_lightning.data.manifest import read_data_facts
 from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.settings import check_folder_name
+from llada_lightning.study.plan import Grid, Plan, Recipe, plan_study
 from llada_lightning.study.plan.base import Base, check_data_path, planned_stream, read_base
-from llada_lightning.study.plan.grid import Grid
-from llada_lightning.study.plan.lessons import lessons, print_plan
-from llada_lightning.study.plan.outputs import Destination, write_files
-from llada_lightning.study.plan.plan import Plan, plan_study
-from llada_lightning.study.plan.trunk import Recipe
+from llada_lightning.study.plan.outputs import Destination, print_plan, write_files
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import people_console
@@ -27,11 +24,7 @@ _MOST_ARGUMENTS = 5 * MAX_BUDGETS
 
 
 def main(argv: list[str]) -> int:
-    """``llada plan --flops C …``: budgets -> a table of runs; with ``--out`` the sweep that runs them.
-
-    Raises:
-        UserError: A setting makes no plan, the data cannot be read, or a file cannot be written.
-    """
+    """``llada plan --flops C …``: budgets -> a table of runs; with ``--out`` the sweep that runs them."""
     if len(argv) > _MOST_ARGUMENTS:  # the parser would take minutes
         raise UserError(f"plan: {len(argv):,} words given; a plan has at most {MAX_BUDGETS} budgets and as many seeds")
     options = _parser().parse_args(argv)
@@ -40,8 +33,7 @@ def main(argv: list[str]) -> int:
     if options.json:
         runs = plan.table().astype(object).to_dict("records")
         files_written = {key: str(path) for key, path in files.items()}
-        warnings = [*plan.warnings(), *lessons(plan)]
-        print_json({**files_written, "totals": plan.totals(), "warnings": warnings, "runs": runs})
+        print_json({**files_written, "totals": plan.totals(), "warnings": plan.warnings(), "runs": runs})
     else:
         print_plan(plan, people_console())
         for key, path in files.items():
@@ -60,7 +52,6 @@ def _parser() -> CommandParser:
     add(
         "--budget-convention",
         choices=CONVENTIONS,
-        default=None,
         help="FLOPs that a budget counts; 6nd unless the base says otherwise",
     )
     add("--seeds", type=int, nargs="+", default=[0], help="each run once for each of them")
@@ -75,27 +66,26 @@ def _parser() -> CommandParser:
 
     add("--lr-rule", choices=LEARNING_RATE_RULES, default="deepseek", help="learning rate by size, tokens and budget")
     add("--batch-rule", choices=BATCH_RULES, default="deepseek", help="global batch by tokens or budget")
-    add("--lr", type=float, default=None, help="one learning rate for all runs instead")
+    add("--lr", type=float, help="one learning rate for all runs instead")
     for name in OBJECTIVES:
         add(f"--lr-scale-{name}", type=float, default=1.0, metavar="X", help="times the learning rate")
-    add("--batch", type=int, default=None, metavar="SEQUENCES", help="one global batch for all runs instead")
+    add("--batch", type=int, metavar="SEQUENCES", help="one global batch for all runs instead")
     add(
         "--warmup-steps",
         type=int,
-        default=None,
         help="for all runs; default 5 % of the mean length, at most 2000 and a quarter of the shortest run",
     )
     add("--decay-fraction", type=float, default=DECAY_FRACTION, help="share of each run over which the rate falls")
 
-    add("--base", type=str, default=None, metavar="YAML", help="configuration under every run's own settings")
-    add("--data", type=str, default=None, metavar="DIR", help="prepared data: says vocabulary and epochs")
-    add("--vocab-size", type=int, default=None, help="words of the model; default: the data's tokenizer")
-    add("--sequence-length", type=int, default=None, help="tokens of a sequence (default 256)")
-    add("--study", type=str, default=None, help="folder of the results; default: the sweep's name")
+    add("--base", type=str, metavar="YAML", help="configuration under every run's own settings")
+    add("--data", type=str, metavar="DIR", help="prepared data: says vocabulary and epochs")
+    add("--vocab-size", type=int, help="words of the model; default: the data's tokenizer")
+    add("--sequence-length", type=int, help="tokens of a sequence (default 256)")
+    add("--study", type=str, help="folder of the results; default: the sweep's name")
 
-    add("--device", type=str, default=None, metavar="NAME", help="such as H100: for memory, and for hours with --mfu")
+    add("--device", type=str, metavar="NAME", help="such as H100: for memory, and for hours with --mfu")
     add("--devices", type=int, default=1, help="devices of one run")
-    add("--mfu", type=float, default=None, help="share of the device's peak that training achieves")
+    add("--mfu", type=float, help="share of the device's peak that training achieves")
     add(
         "--measured",
         type=str,
@@ -104,11 +94,11 @@ def _parser() -> CommandParser:
         metavar="FILE",
         help="hours by the throughput of results tables, or of profiles' summary.json",
     )
-    add("--micro-batch", type=int, default=None, help="sequences of a device's forward pass; default: what fits")
+    add("--micro-batch", type=int, help="sequences of a device's forward pass; default: what fits")
     add("--sharded", action="store_true", help="FSDP divides the states among the devices")
 
-    add("--out", type=str, default=None, metavar="YAML", help="sweep to write; its table goes beside it as CSV")
-    add("--slurm", type=str, default=None, metavar="SBATCH", help="job array over the sweep to write")
+    add("--out", type=str, metavar="YAML", help="sweep to write; its table goes beside it as CSV")
+    add("--slurm", type=str, metavar="SBATCH", help="job array over the sweep to write")
     add_json(parser)
     return parser
 
@@ -122,41 +112,33 @@ def _plan(options: Namespace, base: Base) -> tuple[Plan, Destination]:
     vocab_size = _first(options.vocab_size, base.count("model", "vocab_size"))
     facts = None if path is None else read_data_facts(path, sequence_length)
     stream = planned_stream(base, facts, vocab_size, sequence_length)
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names}
+
+    def of_each(setting: str) -> dict[str, float]:
+        return {objective: options[f"{setting}_{objective}"] for objective in OBJECTIVES}
+
     machine = Machine(
-        device=options.device,
-        devices=options.devices,
-        mfu=options.mfu,
+        **given("device", "devices", "mfu", "sharded"),
         measured=tuple(rate for path in options.measured for rate in _measured(path)) if options.measured else None,
-        sharded=options.sharded,
         micro_batch=_first(options.micro_batch, base.count("data", "micro_batch")),
     )
-    if base.trainer.get("accumulate_grad_batches") not in (None, 1) and machine.micro_batch is None:
+    if base.section("trainer").get("accumulate_grad_batches") not in (None, 1) and machine.micro_batch is None:
         raise UserError("base: trainer.accumulate_grad_batches follows from the batch; give --micro-batch instead")
     plan = plan_study(
         options.flops,
         stream,
-        objectives=options.objectives,
-        grid=Grid(
-            points=options.points,
-            centres={objective: options[f"centre_{objective}"] for objective in OBJECTIVES},
-            shapes=options.shapes,
-            tokens_per_param=options.tokens_per_param,
-        ),
+        grid=Grid(centres=of_each("centre"), **given("points", "shapes", "tokens_per_param")),
         recipe=Recipe(
-            lr_rule=options.lr_rule,
-            batch_rule=options.batch_rule,
-            lr=options.lr,
-            lr_scale={objective: options[f"lr_scale_{objective}"] for objective in OBJECTIVES},
-            batch=options.batch,
-            warmup_steps=options.warmup_steps,
-            decay_fraction=options.decay_fraction,
+            lr_scale=of_each("lr_scale"),
+            **given("lr_rule", "batch_rule", "lr", "batch", "warmup_steps", "decay_fraction"),
         ),
         machine=machine,
         convention=_convention(options, base),
-        seeds=options.seeds,
-        separate=options.separate,
+        **given("objectives", "seeds", "separate"),
     )
-    study = str(_first(options.study, base.run.get("study"), Path(options.out or "plan").stem))
+    study = str(_first(options.study, base.section("run").get("study"), Path(options.out or "plan").stem))
     check_folder_name("plan: --study", study, nested=True)
     return plan, Destination(study=study, data=path, base=options.base, vocab_size=vocab_size)
 
@@ -172,7 +154,7 @@ def _measured(path: str) -> tuple[MeasuredRate, ...]:
 
 
 def _convention(options: Namespace, base: Base) -> Convention:
-    convention = _first(options.budget_convention, base.budget.get("convention"), "6nd")
+    convention = _first(options.budget_convention, base.section("budget").get("convention"), "6nd")
     if convention not in CONVENTIONS:
         raise UserError(f"base: budget.convention {convention!r} is not known; it is one of {', '.join(CONVENTIONS)}")
     return cast(Convention, convention)

@@ -16,8 +16,8 @@ def prepare_parser() -> CommandParser:
         prog="llada prepare",
         description="Turns a corpus into token shards, a tokenizer and a manifest. Run again, it does nothing.",
     )
-    corpus = parser.add_argument_group("corpus")
-    corpus.add_argument(
+    add = parser.add_argument_group("corpus").add_argument
+    add(
         "--source",
         type=str,
         default="python-stdlib",
@@ -25,54 +25,43 @@ def prepare_parser() -> CommandParser:
         "hf:NAME[:CONFIG][@SPLIT] or hf:FOLDER, a Hugging Face dataset; igsm:COUNT[@SEED], generated problems; "
         "facts:COUNT[@SEED], invented facts, each in one order only",
     )
-    corpus.add_argument("--text-field", type=str, default="text", help="field (JSONL) or column (hf:) with the text")
-    corpus.add_argument(
+    add("--text-field", type=str, default="text", help="field (JSONL) or column (hf:) with the text")
+    add(
         "--document-separator",
         type=str,
-        default=None,
         help=r"splits each text (a text file, a line of JSONL, a row of a dataset) into documents, e.g. '\n\n'; "
         "without it a text is one document",
     )
-    corpus.add_argument("--max-documents", type=int, default=None, help="read no more documents than these")
-    corpus.add_argument("--max-bytes", type=int, default=None, help="read no more bytes of text than these")
-    tokenizer = parser.add_argument_group("tokenizer")
-    tokenizer.add_argument(
-        "--vocab-size", type=int, default=4096, help="words of the byte-level BPE to train, with [EOS] and [MASK]"
-    )
-    tokenizer.add_argument(
-        "--tokenizer-bytes", type=int, default=1 << 24, help="bytes of training text that it is trained on"
-    )
-    tokenizer.add_argument(
+    add("--max-documents", type=int, help="read no more documents than these")
+    add("--max-bytes", type=int, help="read no more bytes of text than these")
+    add = parser.add_argument_group("tokenizer").add_argument
+    add("--vocab-size", type=int, default=4096, help="words of the byte-level BPE to train, with [EOS] and [MASK]")
+    add("--tokenizer-bytes", type=int, default=1 << 24, help="bytes of training text that it is trained on")
+    add(
         "--tokenizer",
         type=str,
-        default=None,
         help="train none, take this: tokenizer.json, a folder with one (also a prepared one), or a name on the hub",
     )
-    tokenizer.add_argument("--mask-token", type=str, default=None, help="the taken tokenizer's mask token")
-    tokenizer.add_argument("--add-mask-token", action="store_true", help="add a mask token to a tokenizer without one")
-    tokenizer.add_argument("--eos-token", type=str, default=None, help="the taken tokenizer's end-of-text token")
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", type=str, default=None, help="folder to write; it appears when it is complete")
-    output.add_argument("--val-fraction", type=float, default=0.02, help="share of the documents kept for validation")
-    output.add_argument("--shard-tokens", type=int, default=1 << 20, help="tokens of a shard, at least 1000 sequences")
-    output.add_argument(
+    add("--mask-token", type=str, help="the taken tokenizer's mask token")
+    add("--add-mask-token", action="store_true", help="add a mask token to a tokenizer without one")
+    add("--eos-token", type=str, help="the taken tokenizer's end-of-text token")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=str, help="folder to write; it appears when it is complete")
+    add("--val-fraction", type=float, default=0.02, help="share of the documents kept for validation")
+    add("--shard-tokens", type=int, default=1 << 20, help="tokens of a shard, at least 1000 sequences")
+    add(
         "--verify",
         type=str,
-        default=None,
         metavar="DIR",
         help="write nothing: read all of a prepared folder (or URL), and name each file that is damaged",
     )
-    output.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    output.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add("--quiet", action="store_true", help="no progress on stderr")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Runs ``llada prepare`` with its arguments; returns the exit code.
-
-    Raises:
-        UserError: an option, the source, the tokenizer or the folder is not right, or a verified folder is damaged.
-    """
+    """Runs ``llada prepare`` with its arguments; returns the exit code."""
     parser = prepare_parser()
     options = vars(parser.parse_args(argv))
     as_json, quiet, verified = options.pop("json"), options.pop("quiet"), options.pop("verify")
@@ -114,6 +103,7 @@ def _verify(folder: str, *, as_json: bool, quiet: bool) -> int:
 
 def summary(manifest: Manifest, out: str) -> dict[str, Any]:
     """A prepared folder in plain values: what ``--json`` prints."""
+    counts = ("documents", "tokens", "bytes", "bytes_per_token", "lost_bytes")
     return {
         "out": out,
         "fingerprint": manifest.fingerprint,
@@ -122,14 +112,7 @@ def summary(manifest: Manifest, out: str) -> dict[str, Any]:
         "source": manifest.source,
         "settings": manifest.settings,
         "splits": {
-            name: {
-                "documents": split.documents,
-                "tokens": split.tokens,
-                "bytes": split.bytes,
-                "bytes_per_token": split.bytes_per_token,
-                "lost_bytes": split.lost_bytes,
-                "shards": len(split.shards),
-            }
+            name: {count: getattr(split, count) for count in counts} | {"shards": len(split.shards)}
             for name, split in manifest.splits.items()
         },
     }

@@ -18,11 +18,7 @@ _LEAST_CHARACTERS, _OTHER_COLUMNS = 16, 72
 
 
 def main(argv: list[str]) -> int:
-    """``llada replay RUN_FOLDER --step S [--json] [-- FIT'S SETTINGS]``: a step trained again, its sequences shown.
-
-    Raises:
-        UserError: no folder of a run, no such step, or its start or its data cannot be read.
-    """
+    """``llada replay RUN_FOLDER --step S [--json] [-- FIT'S SETTINGS]``: a step trained again, its sequences shown."""
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = CommandParser(
         prog="llada replay",

@@ -8,9 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llada_lightning.commands import fit
-from llada_lightning.study.sweep.file import Sweep, check_unchanged, fit_arguments, read_sweep, render_command, state_of
-from llada_lightning.study.sweep.runner import SweepOutcome, planned_run, run_sweep
-from llada_lightning.study.sweep.watch import budget_share
+from llada_lightning.study.sweep import (
+    Sweep,
+    check_unchanged,
+    fit_arguments,
+    planned_run,
+    read_sweep,
+    render_command,
+    state_of,
+)
+from llada_lightning.study.sweep.runner import SweepOutcome, budget_share, run_sweep
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.libraries import quiet_libraries
@@ -20,16 +27,9 @@ from llada_lightning.support.printing import people_console
 def main(argv: list[str]) -> int:
     """``llada sweep run FILE``: runs what is left of a W&B sweep on this machine; ``llada sweep show FILE`` lists it.
 
-    Args:
-        argv: The arguments after ``llada sweep``. Those after ``--`` are handed to every fit.
-
     Returns:
         0 if every run is done, 1 if some failed, 130 if the sweep was interrupted; of one run by its index, the exit
         code of its fit.
-
-    Raises:
-        UserError: the file is no grid sweep of ``llada fit``, a run's arguments are refused, or the file was edited
-            since the study was begun.
     """
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = CommandParser(
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("file", type=str, metavar="FILE", help="W&B sweep file, method grid, command `llada fit …`")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument(
-        "--index", type=int | None, default=None, help="run only this one (from 0), in this process: a job array's task"
+        "--index", type=int | None, help="run only this one (from 0), in this process: a job array's task"
     )
     parser.add_argument("--edited", action="store_true", help="the file was changed half-way, and that is meant")
     add_json(parser)

@@ -1,12 +1,13 @@
-"""Benchmarks through lm-evaluation-harness: tasks found, loaded, measured."""
+"""Benchmarks through lm-evaluation-harness: tasks found, loaded, measured, and joined to the results of a run."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +18,13 @@ from lm_eval import simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
+from llada_lightning.checkpoints.language_model import LanguageModel
+from llada_lightning.checkpoints.run_folder import CONFIG, final_checkpoint, run_folder_of, saved_step
 from llada_lightning.evaluation.harness import HarnessModel, said
-from llada_lightning.evaluation.outcomes import Outcome, merged_settings
 from llada_lightning.evaluation.sandbox import sandboxed_code_eval
-from llada_lightning.evaluation.suites import Benchmark
-from llada_lightning.generation.sampling import Sampling
+from llada_lightning.evaluation.suites import Ablation, Benchmark, Outcome, merged_settings
+from llada_lightning.generation.sampling import Sampling, only_left_to_right
+from llada_lightning.records import write_evaluations
 from llada_lightning.support.errors import UserError
 
 OUR_TASKS = Path(__file__).parent / "tasks"
@@ -29,13 +32,7 @@ OUR_TASKS = Path(__file__).parent / "tasks"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A benchmark with its data.
-
-    Args:
-        benchmark: The benchmark that is measured.
-        tasks: The tasks, as ``TaskManager.load`` returns them.
-        parts: The task objects of the whole tree.
-    """
+    """A benchmark with its data: the tasks as ``TaskManager.load`` returns them, and those of the whole tree."""
 
     benchmark: Benchmark
     tasks: list[Any]
@@ -45,27 +42,22 @@ class Loaded:
 def task_manager(
     benchmarks: Sequence[Benchmark], include_path: Path | None, metadata: Mapping[str, Any] | None = None
 ) -> TaskManager:
-    """An index that knows the benchmarks' tasks.
+    """An index that knows the benchmarks' tasks, and those of a folder of the user.
 
-    Reading lm-evaluation-harness's own thousands of tasks takes seconds: left out where the folder holds all.
-
-    Args:
-        benchmarks: The benchmarks that are measured.
-        include_path: A folder with task files of the user.
-        metadata: The options for the functions that make a task's documents.
-
-    Raises:
-        UserError: a task is unknown, or the folder is not there.
+    Reading lm-evaluation-harness's own thousands of tasks takes seconds: left out where the folders hold all.
+    The metadata go to the functions that make a task's documents.
     """
     if include_path is not None and not include_path.is_dir():
         raise UserError(f"--include-path '{include_path}': no such folder; give one with task YAML files")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = [benchmark.task for benchmark in benchmarks]
-    folders = [OUR_TASKS, *([] if include_path is None else [include_path])]
-    told = dict(metadata or {})
-    manager = TaskManager(include_path=folders, include_defaults=False, metadata=told)
+    options: dict[str, Any] = {
+        "include_path": list(filter(None, [OUR_TASKS, include_path])),
+        "metadata": metadata or {},
+    }
+    manager = TaskManager(include_defaults=False, **options)
     if not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=folders, metadata=told)
+        manager = TaskManager(**options)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
@@ -74,35 +66,54 @@ def task_manager(
     return manager
 
 
-def runs_code(manager: TaskManager, name: str) -> bool:
-    """Whether a task, or one of a group's, executes what the model wrote."""
-    entry = manager.task_index.get(name)
-    if entry is None:
-        return False
-    config = entry.cfg or {}
-    parts = config.get("task")
-    inner = parts if isinstance(parts, list) else []
-    if entry.cfg is None:  # a tag
-        inner = sorted(entry.tags)
-    return bool(config.get("unsafe_code")) or any(_part_runs_code(manager, part) for part in inner)
+def runs_code(manager: TaskManager, task: str | Mapping[str, Any]) -> bool:
+    """Whether a task, group or tag (by name, or written out within a group) executes what the model wrote."""
+    config = task
+    if isinstance(task, str):
+        entry = manager.task_index.get(task)
+        if entry is None:
+            return False
+        config = {"task": sorted(entry.tags)} if entry.cfg is None else entry.cfg  # None: a tag
+    assert not isinstance(config, str)
+    inner = config.get("task", [])
+    if not isinstance(inner, list):  # the name of the task itself, or of the one that a group changes
+        inner = [] if isinstance(task, str) else [inner]
+    return bool(config.get("unsafe_code")) or any(runs_code(manager, part) for part in inner)
 
 
-def _part_runs_code(manager: TaskManager, part: Any) -> bool:
-    """Of what a group lists: a name, or a group or task written out within it."""
-    if isinstance(part, str):
-        return runs_code(manager, part)
-    inner = part.get("task", [])
-    return bool(part.get("unsafe_code")) or any(
-        _part_runs_code(manager, each) for each in (inner if isinstance(inner, list) else [inner])
-    )
+def load_benchmarks(
+    benchmarks: Sequence[Benchmark],
+    include_path: Path | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    unsafe_code: bool = False,
+    left_out: Callable[[UserError], None] | None = None,
+) -> list[Loaded]:
+    """The benchmarks with their data; a task has several of them in a table of settings.
 
-
-def require_code_allowed(manager: TaskManager, benchmark: Benchmark, unsafe_code: bool) -> None:
-    """Needs no data.
-
-    Raises:
-        UserError: the task executes what the model writes, and that is not asked for.
+    Args:
+        benchmarks, include_path, metadata: As of :func:`task_manager`.
+        unsafe_code: Whether tasks may execute what the model writes.
+        left_out: A function that is told why a task cannot be loaded, and then it is left out; None: that is an error.
     """
+    manager = task_manager(benchmarks, include_path, metadata)
+    once = {benchmark.task: benchmark for benchmark in benchmarks}
+    if left_out is None:
+        for benchmark in once.values():  # before gigabytes are loaded
+            _require_code_allowed(manager, benchmark, unsafe_code)
+    read = {}
+    for task, benchmark in once.items():
+        try:
+            read[task] = load_benchmark(manager, benchmark, unsafe_code)
+        except UserError as error:
+            if left_out is None:
+                raise
+            left_out(error)
+    if not read:
+        raise UserError("evaluate: no task is left")
+    return [replace(read[each.task], benchmark=each) for each in benchmarks if each.task in read]
+
+
+def _require_code_allowed(manager: TaskManager, benchmark: Benchmark, unsafe_code: bool) -> None:
     if not unsafe_code and runs_code(manager, benchmark.task):
         raise UserError(
             f"task '{benchmark.task}' executes what the model writes; give --unsafe-code to run that in a sandbox, or "
@@ -117,7 +128,7 @@ def load_benchmark(manager: TaskManager, benchmark: Benchmark, unsafe_code: bool
         UserError: it executes code and that is not asked for, its data cannot be reached, a package is missing, or it
             has fewer documents than shots.
     """
-    require_code_allowed(manager, benchmark, unsafe_code)
+    _require_code_allowed(manager, benchmark, unsafe_code)
     executes = runs_code(manager, benchmark.task)
     try:
         with _seeded(), sandboxed_code_eval() if executes else nullcontext():
@@ -133,9 +144,8 @@ def load_benchmark(manager: TaskManager, benchmark: Benchmark, unsafe_code: bool
             f"task '{benchmark.task}': its data cannot be reached ({_first_line(error)}); run once where there is a "
             "network, with HF_HOME=FOLDER and --limit 1, copy FOLDER here, set HF_HOME=FOLDER and HF_HUB_OFFLINE=1"
         ) from error
-    groups = found["groups"]
     inner = {child for children in found["group_map"].values() for child in children}
-    top = [group for name, group in groups.items() if name not in inner]
+    top = [group for name, group in found["groups"].items() if name not in inner]
     parts = list(found["tasks"].values())
     for task in parts:
         _check_shots(task, benchmark)
@@ -154,6 +164,22 @@ def _check_shots(task: Any, benchmark: Benchmark) -> None:
         raise UserError(
             f"task '{task.config.task}': {shots} shots wanted, and it has {most} documents for them; give fewer shots"
         )
+
+
+def check_varied(ablation: Ablation, lm: LanguageModel, loaded: Sequence[Loaded]) -> None:
+    """Refuses a table of settings that asks nothing of this model or of these tasks."""
+    if only_left_to_right(lm):
+        raise UserError(
+            f"'{lm.name}' is an {lm.objective}, which has no {ablation.question} to vary; give a llada checkpoint"
+        )
+    for each in loaded:
+        generated = any(part.OUTPUT_TYPE == "generate_until" for part in each.parts)
+        if generated != (ablation.scored == "generation"):
+            kind = "sampled answers" if generated else "likelihoods"
+            raise UserError(
+                f"task '{each.benchmark.name}' is of {kind}, and Table {ablation.table} varies the {ablation.scored}; "
+                "name another task"
+            )
 
 
 def measure(
@@ -175,15 +201,12 @@ def measure(
         chat: Whether the prompts go through the chat template.
         sampling: The settings that go before the benchmark's, as those of :class:`HarnessModel`.
         unsafe_code: Whether tasks may execute, in the sandbox, what the model wrote.
-
-    Raises:
-        UserError: the task has no such metric, or as the model's methods.
     """
     benchmark = loaded.benchmark
     model.sampling = benchmark.sampling | said(sampling)
     guidance = {name: value for name, value in model.sampling.items() if name == "cfg_scale"}
     if guidance:
-        model.cfg_scale = guidance["cfg_scale"]
+        model.scoring |= guidance
     model.infill, model.used = benchmark.infill, []
     model.greedy = any(task.OUTPUT_TYPE == "loglikelihood" for task in loaded.parts)
     with _seeded():
@@ -239,6 +262,22 @@ def _metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, float]]
         if comma and not name.endswith("_stderr") and isinstance(value, (int, float)):
             error = result.get(f"{name}_stderr,{filtered}")
             yield key, {"value": float(value), "stderr": float(error) if isinstance(error, (int, float)) else math.nan}
+
+
+def join_run(checkpoint: str, outcomes: Sequence[Outcome], settings: Mapping[str, Any]) -> Path | None:
+    """Adds scores in percent, measured under ``settings``, to the evaluations of the run that a checkpoint lies in.
+
+    An evaluation under settings that a table varies is no result of a run, and stays out. Returns the file; None where
+    there is no run, or nothing to add.
+    """
+    path = Path(checkpoint)
+    stored = final_checkpoint(path) if path.is_dir() and (path / CONFIG).is_file() else path
+    run = None if stored is None else run_folder_of(stored)
+    shares = [outcome for outcome in outcomes if outcome.is_share and outcome.row is None]
+    if stored is None or run is None or not shares:
+        return None
+    step, told = saved_step(stored), json.dumps(settings, sort_keys=True)
+    return write_evaluations(run, [outcome.as_row(step, told) for outcome in shares])
 
 
 @contextmanager

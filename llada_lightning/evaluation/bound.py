@@ -75,7 +75,6 @@ class Bound:
 
     @property
     def score(self) -> Score:
-        """The estimate as far as it is known."""
         values = self.values
         replicates = len(values)
         sampled = float(values.std(ddof=1)) / math.sqrt(replicates) if replicates > 1 else math.nan
@@ -115,12 +114,7 @@ class Bound:
         return np.concatenate([np.empty((0, self.length), dtype=bool), *masks])
 
     def add(self, masks_NL: BoolArray, log_probs_NL: FloatArray) -> None:
-        """Takes in what the model gave for planned masks.
-
-        Args:
-            masks_NL: (N, L) The masks, as planned.
-            log_probs_NL: (N, L) The log-probabilities in nats, 0 where not masked.
-        """
+        """Takes in what the model gave for planned masks (N, L): the log-probabilities in nats, 0 where not masked."""
         assert not self.exact
         counts_N, sums_N = masks_NL.sum(axis=1), log_probs_NL.sum(axis=1)
         if self._all_planned:
@@ -160,23 +154,13 @@ def all_masks(length: int) -> BoolArray:
 
 
 def replicate_masks(seed: int, key: int, replicate: int, samples: int, length: int, counts: range) -> BoolArray:
-    """The masks of one replicate, a pure function of the arguments; replicates are independent of each other.
+    """(K, L) bool, the K = ``samples`` masks of one replicate: a pure function of the arguments.
 
-    The mean over a replicate is as Eq. 6 would have it: a mask taken at random out of the K has l uniform over
-    ``counts`` and, given l, positions uniformly without replacement. The k-th mask is not so: its l comes from the k-th
-    part of a grid with one random shift, so that every part of ``counts`` has its share. The positions are windows that
-    follow each other around one random order of the continuation, so every token is masked about as often as any other.
-
-    Args:
-        seed: The seed of the noise.
-        key: The key of the request (64 bits).
-        replicate: The ordinal of the replicate.
-        samples: K, the number of masks in the replicate.
-        length: L, the number of tokens of the continuation.
-        counts: The consecutive values of l to draw from, within 1..L.
-
-    Returns:
-        (K, L) bool, True where masked.
+    Replicates are independent of each other. The mean over one is as Eq. 6 would have it: a mask taken at random out of
+    the K has l uniform over ``counts`` (consecutive values within 1..L) and, given l, positions uniformly without
+    replacement. The k-th mask is not so: its l comes from the k-th part of a grid with one random shift, so that every
+    part of ``counts`` has its share. The positions are windows that follow each other around one random order of the
+    continuation, so every token is masked about as often as any other.
     """
     words = random_words(seed, Stream.LIKELIHOOD, key, 1 + length, sub_ordinal=replicate)
     shift = words_to_uniform(words[:1])

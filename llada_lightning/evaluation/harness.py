@@ -17,10 +17,9 @@ from torch import Tensor, stack
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.data.chat import Message
 from llada_lightning.data.encoding import decode
-from llada_lightning.evaluation.forward import ScoringProgress
-from llada_lightning.evaluation.likelihood import log_likelihood
+from llada_lightning.evaluation.likelihood import ScoringProgress, document_log_likelihoods, log_likelihood
 from llada_lightning.evaluation.requests import encode_pair, encode_text, encode_with_gap
-from llada_lightning.evaluation.rolling import document_log_likelihoods
+from llada_lightning.evaluation.suites import MONTE_CARLO
 from llada_lightning.generation.prompts import conversation_ids
 from llada_lightning.generation.sampler import generate
 from llada_lightning.generation.sampling import (
@@ -29,13 +28,12 @@ from llada_lightning.generation.sampling import (
     Sampling,
     default_length,
     only_left_to_right,
+    spelled_specials,
 )
+from llada_lightning.support.cluster import launched
 from llada_lightning.support.errors import UserError
 
-MONTE_CARLO = 128
-"""Masks of a continuation of several tokens (paper, B.6). One token is scored exactly by one pass."""
-
-DEFAULT_LENGTH = 256
+TASK_LENGTH = 256
 """The tokens of an answer where neither the task nor the user sets them: as lm-evaluation-harness's own models."""
 
 _INFILL_LACKS = frozenset({"length", "steps", "block_length", "stop", "strategy", "cache"})
@@ -55,23 +53,17 @@ class HarnessModel(LM):
     ``infill: true``: `llada` fills a gap, and `arm` is refused.
 
     Args:
-        lm: The model.
-        monte_carlo: The number of masks of each continuation of several tokens, at least 1. With an `arm`, and for one
-            token, the value is exact.
-        sampling: The settings that take precedence over those of a task: those of a :class:`Sampling` that are not its
-            defaults, or settings by their names. Those that `arm` cannot have are left out for it. `length` replaces
-            the task's `max_gen_toks`.
+        lm: The model, which needs a tokenizer.
+        monte_carlo: The number of masks of each continuation of several tokens; the value of others is exact.
+        sampling: The settings that take precedence over those of a task, an object or by their names. Those that `arm`
+            cannot have are left out for it. `length` replaces the task's `max_gen_toks`.
         infill: Whether `llada` fills the gap between the fields `prompt` and `suffix` of a document (texts, or lists of
             texts that are encoded one by one) with as many tokens as its `canonical_solution` has. An `arm` continues.
         greedy: Whether greedy decoding is tried in `loglikelihood`.
         cfg_scale: The scale w of classifier-free guidance (Eq. 16) in likelihoods.
         seed: The seed of masks and of samples.
         batch_size: The number of prompts sampled together.
-        batch_tokens: The number of tokens of one pass of scoring; None: a number that suits the device.
-        progress: Whether progress bars are shown on stderr; None: where that is a terminal.
-
-    Raises:
-        UserError: a Monte Carlo count or batch size below 1, or no tokenizer.
+        batch_tokens, progress: As of :func:`likelihood.log_likelihood`.
     """
 
     def __init__(
@@ -95,7 +87,7 @@ class HarnessModel(LM):
         lm.encode("")  # raises where there is no tokenizer
         self.lm, self.sampling, self.infill, self.greedy = lm, said(sampling), infill, greedy
         self.batch_size, self.progress, self.seed = batch_size, progress, seed
-        self._scoring: dict[str, Any] = {
+        self.scoring: dict[str, Any] = {
             "samples": monte_carlo, "cfg_scale": cfg_scale, "seed": seed, "batch_tokens": batch_tokens,
             "progress": progress,
         }  # fmt: skip
@@ -106,21 +98,12 @@ class HarnessModel(LM):
         if dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
-    @property
-    def cfg_scale(self) -> float:
-        """w of guidance in likelihoods."""
-        return float(self._scoring["cfg_scale"])
-
-    @cfg_scale.setter
-    def cfg_scale(self, value: float) -> None:
-        self._scoring["cfg_scale"] = value
-
     # --- likelihoods --------------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(nats, greedy) of each (context, continuation); contexts that do not fit are cut at their left."""
         pairs = [self._pair(request.args[0], request.args[1], _named(request)) for request in requests]
-        scores = log_likelihood(self.lm, pairs, truncate="left", **self._scoring)
+        scores = log_likelihood(self.lm, pairs, truncate="left", **self.scoring)
         greedy = self._greedy(pairs) if self.greedy else [False] * len(pairs)
         return [(score.mean, flag) for score, flag in zip(scores, greedy, strict=True)]
 
@@ -133,10 +116,9 @@ class HarnessModel(LM):
         texts = [encode_text(self.lm, request.args[0], _named(request)) for request in requests]
         lost = sum(map(self.lm.lost_bytes, written)) / max(1, sum(len(text.encode()) for text in written))
         self.lost_share = max(self.lost_share, lost)
-        return document_log_likelihoods(self.lm, texts, **self._scoring)
+        return document_log_likelihoods(self.lm, texts, **self.scoring)
 
     def _pair(self, context: str, continuation: str, name: str = "request") -> tuple[list[int], list[int]]:
-        """Ids of both."""
         return encode_pair(self.lm, self._chats.get(context, context), continuation, name)
 
     def _greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
@@ -152,28 +134,21 @@ class HarnessModel(LM):
     # --- answers ------------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The answer to each (context, settings), up to the first of the settings' stop strings.
-
-        :attr:`used` is told of the settings under which they were sampled.
-        """
+        """The answer to each (context, settings), up to the first stop string; :attr:`used` gets the settings."""
+        groups: dict[str, list[int]] = {}  # of requests that share their settings
+        for i, request in enumerate(requests):
+            key = f"{request.args[1]!r} {self._fills(request)} {self._answer_length(request)}"
+            groups.setdefault(key, []).append(i)
         answers = [""] * len(requests)
         with ScoringProgress(self.progress, "answers") as bar:
             bar.expect(len(requests))
-            for members in self._groups(requests):
+            for members in groups.values():
                 group, places = [requests[i] for i in members], iter(members)
                 for texts in self._filled(group) if self._fills(group[0]) else self._answered(group, members):
                     for text in texts:
                         answers[next(places)] = text
                     bar.advance(len(texts))
         return answers
-
-    def _groups(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
-        """Numbers of requests that share their settings, in order."""
-        groups: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            key = f"{request.args[1]!r} {self._fills(request)} {self._answer_length(request)}"
-            groups.setdefault(key, []).append(i)
-        yield from groups.values()
 
     def _answer_length(self, request: Instance) -> int | None:
         """Tokens of the right answer, where the task gives an answer just these."""
@@ -191,20 +166,18 @@ class HarnessModel(LM):
         self._remember(settings)
         for start in range(0, len(prompts), self.batch_size):
             batch = prompts[start : start + self.batch_size]
-            text = self._generate(batch, first=numbers[start], **settings).text
-            assert text is not None
-            yield text
+            yield self._generate(batch, first=numbers[start], **settings).text or []
 
     def settings(
         self, task: Mapping[str, Any], answer_length: int | None = None, longest_prompt: int = 0
     ) -> dict[str, Any]:
-        """The keyword arguments of ``generate`` for a task.
+        """The keyword arguments of ``generate`` for a task, from its `generation_kwargs`.
 
-        An answer takes at most half of the context, so that its prompt has room. Steps are then no more than tokens.
-        Stop strings that hold a special token are left out: no answer's text does.
+        An answer takes at most half of the context, so that its prompt has room. Stop strings that hold a special token
+        are left out: no answer's text does.
 
         Args:
-            task: The `generation_kwargs` of the task.
+            task: The `generation_kwargs`.
             answer_length: The number of tokens of an answer, where the task fixes it.
             longest_prompt: The number of tokens of the longest prompt, for tasks that refuse to cut one.
         """
@@ -214,29 +187,25 @@ class HarnessModel(LM):
         if task.get("do_sample"):
             settings |= {name: task[name] for name in ("top_k", "top_p") if task.get(name) is not None}
             settings["temperature"] = float(task.get("temperature") or 1.0)
-        settings |= {
-            k: v for k, v in self.sampling.items() if not only_left_to_right(self.lm) or k in OF_EVERY_STRATEGY
-        }
+        causal = only_left_to_right(self.lm)
+        settings |= {name: v for name, v in self.sampling.items() if not causal or name in OF_EVERY_STRATEGY}
         if answer_length is not None:
             settings["length"] = answer_length
         elif not task.get("truncate", True):
             room = self.lm.context_length - longest_prompt
             settings.setdefault("length", default_length(room, settings.get("block_length")))
-        else:
-            self._shorten(settings)
+        else:  # half of the context at most, and no more steps than tokens
+            settings.setdefault("length", TASK_LENGTH)
+            block = settings.get("block_length") or 1
+            most = max(block, self.lm.context_length // 2 // block * block)
+            if settings["length"] > most:
+                settings["length"] = most
+                if settings.get("steps") is not None:
+                    settings["steps"] = min(settings["steps"], most)
         until = task.get("until") or []
         stops = [*([until] if isinstance(until, str) else until), *settings.get("stop", ())]
-        return settings | {"stop": [text for text in stops if text and not self._holds_special(text)]}
-
-    def _shorten(self, settings: dict[str, Any]) -> None:
-        """Limits the length of an answer to half of the context."""
-        settings.setdefault("length", DEFAULT_LENGTH)
-        block = settings.get("block_length") or 1
-        most = max(block, self.lm.context_length // 2 // block * block)
-        if settings["length"] > most:
-            settings["length"] = most
-            if settings.get("steps") is not None:
-                settings["steps"] = min(settings["steps"], most)
+        special = spelled_specials(self.lm)
+        return settings | {"stop": [text for text in stops if text and not any(token in text for token in special)]}
 
     def _remember(self, settings: Mapping[str, Any]) -> None:
         used = {name: value for name, value in settings.items() if name != "stop" and value is not None}
@@ -287,10 +256,6 @@ class HarnessModel(LM):
         kept = prefix if prompt[: len(prefix)] == prefix else []
         return kept + prompt[len(kept) + excess :]
 
-    def _holds_special(self, text: str) -> bool:
-        tokenizer: Any = self.lm.tokenizer
-        return any(t.special and t.content in text for t in tokenizer.get_added_tokens_decoder().values())
-
     # --- chat ---------------------------------------------------------------------------------------------------------
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -298,9 +263,6 @@ class HarnessModel(LM):
 
         The text is for people and for the harness's records: read back, what a message spells could become a special
         token. Without ``add_generation_prompt`` the last message begins the answer.
-
-        Raises:
-            UserError: there is no chat template, or it refuses the messages.
         """
         if self.lm.chat_template is None:
             raise UserError(f"'{self.lm.name}' has no chat template; leave --chat out, or take a chat model")
@@ -343,6 +305,18 @@ class HarnessModel(LM):
         """Waits for all processes."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def join_processes(device: str | None) -> str | None:
+    """The device of this process (None: the default), once it has joined those that torchrun started."""
+    launch = launched()
+    if launch is None or launch.processes == 1:
+        return device
+    if launch.launcher != "torchrun":
+        raise UserError(f"evaluate: {launch.launcher} started {launch.processes} processes; start them by torchrun")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")  # only scores go over it
+    return f"cuda:{launch.local_rank}" if device is None and torch.cuda.is_available() else device
 
 
 def said(sampling: Sampling | Mapping[str, Any] | None) -> dict[str, Any]:

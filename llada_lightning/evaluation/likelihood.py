@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.text import Text
+from torch import Tensor
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.evaluation.bound import REPLICATES, BoolArray, Bound, check_sampling
-from llada_lightning.evaluation.forward import Row, Scorer, ScoringProgress
-from llada_lightning.evaluation.requests import Ids, Request, Score, Truncation, check_request
+from llada_lightning.evaluation.requests import FloatArray, Ids, Request, Score, Truncation, check_request
+from llada_lightning.generation.predictor import guide
+from llada_lightning.model.head import token_nll
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import people_console
 
+IntArray = npt.NDArray[np.int64]
+
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 65_536
+_LOGITS_AT_ONCE = 2**25  # 128 MiB in fp32
 _TOKENS_AT_ONCE = 2**24  # of one wave's rows: bounds the memory (about 0.5 GiB), and is far more than a pass takes
 
 
@@ -82,42 +94,31 @@ def log_likelihood(
             scores = exact_scores(scorer, checked)
         else:
             bounds = {request: Bound(request, samples, seed, exact) for request in dict.fromkeys(checked)}
-            _until_precise(scorer, list(bounds.values()), samples, target_stderr, max_samples or 32 * samples)
+            wanted, most = list(bounds.values()), max_samples or 32 * samples
+            draw(scorer, wanted, samples)
+            while target_stderr is not None and samples < most:
+                samples = min(2 * samples, most)
+                wanted = [bound for bound in wanted if bound.score.stderr > target_stderr]
+                draw(scorer, wanted, samples)
             scores = {request: bound.score for request, bound in bounds.items()}
     return [scores[request] for request in checked]
 
 
-def exact_scores(scorer: Scorer, requests: Sequence[Request]) -> dict[Request, Score]:
-    """The exact scores of a model without [MASK], which predicts from left to right; equal requests once."""
-    distinct = list(dict.fromkeys(requests))
-    rows = [_causal_row(scorer.lm, request) for request in distinct if request.continuation]
-    sums = iter([float(log_probs.sum()) for log_probs in scorer.log_probs(rows)])
-    empty = Score(0.0, 0.0, exact=True, samples=0, tokens=0, method="empty")
-    return {
-        request: Score(next(sums), 0.0, True, 1, len(request.continuation), "autoregressive", request.truncated)
-        if request.continuation
-        else replace(empty, truncated=request.truncated)
-        for request in distinct
-    }
+def document_log_likelihoods(lm: LanguageModel, texts_ids: Sequence[Ids], **options: Any) -> list[float]:
+    """The log-likelihood of each text, nats, in disjoint windows of the context length; options of the windows."""
+    length = lm.context_length
+    numbered = [(n, pair) for n, ids in enumerate(texts_ids) for pair in windows(ids, length, length)]
+    totals = [0.0] * len(texts_ids)
+    for (n, _), score in zip(numbered, log_likelihood(lm, [pair for _, pair in numbered], **options), strict=True):
+        totals[n] += score.mean
+    return totals
 
 
-def draw(scorer: Scorer, bounds: Sequence[Bound], samples: int) -> None:
-    """Adds samples to every bound until it has ``samples``, in passes of many requests.
-
-    A mask that is drawn twice is scored once.
-    """
-    for wave in _waves(bounds, samples):
-        distinct = [np.unique(masks_NL, axis=0, return_inverse=True) for _, masks_NL in wave]
-        rows = [
-            _masked_row(scorer.lm, bound.request, mask_L)
-            for (bound, _), (masks_NL, _) in zip(wave, distinct, strict=True)
-            for mask_L in masks_NL
-        ]
-        log_probs = iter(scorer.log_probs(rows))
-        for (bound, plan_NL), (masks_NL, inverse_N) in zip(wave, distinct, strict=True):
-            values_NL = np.zeros(masks_NL.shape)
-            values_NL[masks_NL] = np.concatenate([next(log_probs) for _ in masks_NL])
-            bound.add(plan_NL, values_NL[inverse_N.reshape(-1)])
+def windows(ids: Ids, window: int, stride: int) -> Iterator[tuple[Ids, Ids]]:
+    """(context, tokens to score) of each window of a document: ``window`` tokens, then ``stride`` new ones each."""
+    yield ids[:0], ids[:window]
+    for start in range(window, len(ids), stride):
+        yield ids[start - (window - stride) : start], ids[start : start + stride]
 
 
 def check_guidance(lm: LanguageModel, cfg_scale: float) -> None:
@@ -139,6 +140,42 @@ def _pair(request: tuple[Ids, Ids], name: str) -> tuple[Ids, Ids]:
     return prompt, continuation
 
 
+# --- from requests to rows of the model -------------------------------------------------------------------------------
+
+
+def exact_scores(scorer: Scorer, requests: Sequence[Request]) -> dict[Request, Score]:
+    """The exact scores of a model without [MASK], which predicts from left to right; equal requests once."""
+    distinct = list(dict.fromkeys(requests))
+    sums = iter(scorer.log_probs([_causal_input(scorer.lm, request) for request in distinct if request.continuation]))
+    return {
+        request: Score(
+            float(next(sums).sum()), 0.0, True, 1, len(request.continuation), "autoregressive", request.truncated
+        )
+        if request.continuation
+        else Score(0.0, 0.0, True, 0, 0, "empty", request.truncated)
+        for request in distinct
+    }
+
+
+def draw(scorer: Scorer, bounds: Sequence[Bound], samples: int) -> None:
+    """Adds samples to every bound until it has ``samples``, in passes of many requests.
+
+    A mask that is drawn twice is scored once.
+    """
+    for wave in _waves(bounds, samples):
+        distinct = [np.unique(masks_NL, axis=0, return_inverse=True) for _, masks_NL in wave]
+        inputs = [
+            _masked_input(scorer.lm, bound.request, mask_L)
+            for (bound, _), (masks_NL, _) in zip(wave, distinct, strict=True)
+            for mask_L in masks_NL
+        ]
+        log_probs = iter(scorer.log_probs(inputs))
+        for (bound, plan_NL), (masks_NL, inverse_N) in zip(wave, distinct, strict=True):
+            values_NL = np.zeros(masks_NL.shape)
+            values_NL[masks_NL] = np.concatenate([next(log_probs) for _ in masks_NL])
+            bound.add(plan_NL, values_NL[inverse_N.reshape(-1)])
+
+
 def _waves(bounds: Sequence[Bound], samples: int) -> Iterator[list[tuple[Bound, BoolArray]]]:
     """Bounds with their planned masks, longest first, in groups whose rows fit into memory."""
     wave: list[tuple[Bound, BoolArray]] = []
@@ -157,21 +194,27 @@ def _waves(bounds: Sequence[Bound], samples: int) -> Iterator[list[tuple[Bound, 
         yield wave
 
 
-def _until_precise(
-    scorer: Scorer, bounds: list[Bound], samples: int, target_stderr: float | None, max_samples: int
-) -> None:
-    draw(scorer, bounds, samples)
-    while target_stderr is not None and samples < max_samples:
-        samples = min(2 * samples, max_samples)
-        bounds = [bound for bound in bounds if bound.score.stderr > target_stderr]
-        draw(scorer, bounds, samples)
+@dataclass(frozen=True)
+class ScoredInput:
+    """One sequence through the model, and the tokens whose log-probability is wanted.
+
+    Args:
+        tokens: (T,) The input ids.
+        positions, targets: (M,) The positions in ``tokens`` of the wanted logits, and the ids wanted there.
+        prompt_length: The number of tokens at the left that guidance replaces by [MASK].
+    """
+
+    tokens: IntArray
+    positions: IntArray
+    targets: IntArray
+    prompt_length: int = 0
 
 
-def _masked_row(lm: LanguageModel, request: Request, mask_L: BoolArray) -> Row:
+def _masked_input(lm: LanguageModel, request: Request, mask_L: BoolArray) -> ScoredInput:
     assert lm.mask_token_id is not None
     continuation_L = np.array(request.continuation)
     prompt = np.array(request.prompt, dtype=np.int64)
-    return Row(
+    return ScoredInput(
         tokens=np.concatenate([prompt, np.where(mask_L, lm.mask_token_id, continuation_L)]),
         positions=len(prompt) + mask_L.nonzero()[0],
         targets=continuation_L[mask_L],
@@ -179,10 +222,115 @@ def _masked_row(lm: LanguageModel, request: Request, mask_L: BoolArray) -> Row:
     )
 
 
-def _causal_row(lm: LanguageModel, request: Request) -> Row:
+def _causal_input(lm: LanguageModel, request: Request) -> ScoredInput:
     start: tuple[int, ...] = () if lm.start_token_id is None else (lm.start_token_id,)
     if not start and not request.prompt:  # the first token needs one before it
         start = (*lm.text_prefix_ids, lm.eos_token_id)[:1]
     tokens = np.array((*start, *request.prompt, *request.continuation[:-1]), dtype=np.int64)
     length = len(request.continuation)
-    return Row(tokens, np.arange(len(tokens) - length, len(tokens)), np.array(request.continuation))
+    return ScoredInput(tokens, np.arange(len(tokens) - length, len(tokens)), np.array(request.continuation))
+
+
+# --- through the model ------------------------------------------------------------------------------------------------
+
+
+class Scorer:
+    """Runs inputs through a model; for its settings see :func:`log_likelihood`."""
+
+    def __init__(
+        self, lm: LanguageModel, cfg_scale: float, batch_tokens: int | None, progress: ScoringProgress
+    ) -> None:
+        self.lm, self.cfg_scale, self.progress = lm, cfg_scale, progress
+        self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if lm.device.type == "cpu" else GPU_BATCH_TOKENS)
+
+    def log_probs(self, inputs: Sequence[ScoredInput]) -> list[FloatArray]:
+        """(M,) float64 nats for each input, in their order. What an input gives does not depend on the others."""
+        results: list[FloatArray] = [np.empty(0)] * len(inputs)
+        self.progress.expect(len(inputs))
+        for batch in self._batches(inputs):
+            values = self._batch([inputs[i] for i in batch])
+            ends = np.cumsum([len(inputs[i].positions) for i in batch])
+            for i, value in zip(batch, np.split(values, ends[:-1]), strict=True):
+                results[i] = value
+            self.progress.advance(len(batch))
+        return results
+
+    def _batches(self, inputs: Sequence[ScoredInput]) -> Iterator[list[int]]:
+        """Indices of inputs that go together, longest first: so what does not fit into memory fails at once."""
+        tokens_each = self.batch_tokens // (2 if self.cfg_scale else 1)
+        batch: list[int] = []
+        for i in sorted(range(len(inputs)), key=lambda i: -len(inputs[i].tokens)):
+            if batch and (len(batch) + 1) * len(inputs[batch[0]].tokens) > tokens_each:
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def _batch(self, rows: list[ScoredInput]) -> FloatArray:
+        """The log-probabilities of the rows' targets, one row behind the other; the first row is the longest."""
+        device, width = self.lm.device, len(rows[0].tokens)
+        lengths_B = np.array([len(row.tokens) for row in rows])
+        padded = bool((lengths_B < width).any())
+        tokens_BT = np.full((len(rows), width), self.lm.eos_token_id, dtype=np.int64)
+        for b, row in enumerate(rows):
+            tokens_BT[b, : len(row.tokens)] = row.tokens
+        real_BT = torch.from_numpy(np.arange(width) < lengths_B[:, None]).to(device) if padded else None
+        at_M = torch.from_numpy(np.concatenate([b * width + row.positions for b, row in enumerate(rows)])).to(device)
+        targets_M = torch.from_numpy(np.concatenate([row.targets for row in rows])).to(device)
+        branches = [tokens_BT]
+        if self.cfg_scale:
+            assert self.lm.mask_token_id is not None
+            prompts_B = np.array([row.prompt_length for row in rows])
+            branches.append(np.where(np.arange(width) < prompts_B[:, None], self.lm.mask_token_id, tokens_BT))
+        hidden_BTD = self.lm.model.hidden(
+            torch.from_numpy(np.concatenate(branches)).to(device),
+            causal=self.lm.causal,
+            attention_mask_BL=None if real_BT is None else real_BT.repeat(len(branches), 1),
+        )
+        hidden_NMD = hidden_BTD.unflatten(0, (len(branches), -1)).flatten(1, 2)[:, at_M]
+        step = max(1, _LOGITS_AT_ONCE // self.lm.model.vocab_size // len(branches))
+        parts = [
+            token_nll(self._logits(hidden_NMD[:, m : m + step]), targets_M[m : m + step], self.lm.excluded_token_id)
+            for m in range(0, len(targets_M), step)
+        ]
+        return -torch.cat(parts).double().cpu().numpy()
+
+    def _logits(self, hidden_NMD: Tensor) -> Tensor:
+        """(M, V) float32; of two branches the guided ones (Eq. 16)."""
+        logits_NMV = self.lm.model.head(hidden_NMD).float()
+        if len(logits_NMV) == 1:
+            return logits_NMV[0]
+        return guide(logits_NMV[0], logits_NMV[1], self.cfg_scale)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} rows/s", style="progress.data.speed")
+
+
+class ScoringProgress:
+    """Rows done and to do, their rate and the time left, on stderr (by default where that is a terminal)."""
+
+    def __init__(self, enabled: bool | None = False, what: str = "scoring") -> None:
+        console = people_console(stderr=True)
+        shown = console.is_terminal if enabled is None else enabled
+        columns = ("{task.description}", BarColumn(bar_width=24), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=not shown)
+        self._task, self._total = self._bar.add_task(what, total=0), 0
+
+    def __enter__(self) -> ScoringProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def expect(self, rows: int) -> None:
+        self._total += rows
+        self._bar.update(self._task, total=self._total)
+
+    def advance(self, rows: int) -> None:
+        self._bar.advance(self._task, rows)

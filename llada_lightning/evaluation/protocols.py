@@ -45,58 +45,33 @@ Direction = Literal["forward", "backward"]
 
 # --- options ----------------------------------------------------------------------------------------------------------
 
-
-def _count(value: object) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError("a whole number of at least 1")
-    return value
-
-
-def _seed(value: object) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError("a whole number of at least 0")
-    return value
-
-
-def _flag(value: object) -> bool:
-    if type(value) is not bool:
-        raise ValueError("true or false")
-    return value
-
-
-OPTIONS: Mapping[str, Callable[[object], Any]] = {
-    "problems": _count,
-    "problem_seed": _seed,
-    "system": _flag,
-    "pairs": str,
-    "joiner": str,
-    "end": str,
+OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str] | None] = {
+    "problems": (lambda value: type(value) is int and value >= 1, "a whole number of at least 1"),
+    "problem_seed": (lambda value: type(value) is int and value >= 0, "a whole number of at least 0"),
+    "system": (lambda value: type(value) is bool, "true or false"),
+    "pairs": None,
+    "joiner": None,
+    "end": None,
 }
-"""What `--metadata` may say to the tasks of this module, with the function that checks a value.
+"""What `--metadata` may say to the tasks of this module, with what a value must be; None: any text.
 
 `problems` (100) and `problem_seed` (0) of iGSM, and `system` (true), whether the paper's system prompt comes first;
 `pairs` of reversal: a JSON file, or facts:COUNT[@SEED]; `joiner` between a pair's halves and `end` behind the second.
 """
 
-_OF_THE_HARNESS = frozenset({"version", "config_source"})
-
 
 def _options(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The checked options; of what is not given, none.
-
-    Raises:
-        UserError: an option is not known, or its value is out of range.
-    """
+    """The checked options; of what is not given, none."""
     options = {}
     for key, value in metadata.items():
-        if key in _OF_THE_HARNESS:
+        if key in ("version", "config_source"):  # of the harness
             continue
         if key not in OPTIONS:
             raise UserError(f"--metadata {shortened(key, 60)}: not known; choose from {', '.join(OPTIONS)}")
-        try:
-            options[key] = OPTIONS[key](value)
-        except ValueError as error:
-            raise UserError(f"--metadata {key}={shortened(str(value), 60)}: give {error}") from None
+        rule = OPTIONS[key]
+        if rule is not None and not rule[0](value):
+            raise UserError(f"--metadata {key}={shortened(str(value), 60)}: give {rule[1]}")
+        options[key] = str(value) if rule is None else value
     return options
 
 
@@ -127,13 +102,8 @@ _ANSWER = re.compile(r"####\s*([0-4])(?!\d)")
 def igsm_documents(steps: int, chat: bool = False, **metadata: Any) -> dict[str, Dataset]:
     """The problems of a number of steps (`test`), and the solved problems for the prompt (`shots`).
 
-    Args:
-        steps: The number of operations of each problem.
-        chat: Whether the prompts go through the chat template. A base model reads "Question: ... Answer:".
-        metadata: The options `problems`, `problem_seed` and `system`.
-
-    Raises:
-        UserError: An option is not right.
+    With `chat` the prompts go through the chat template; a base model reads "Question: ... Answer:". The metadata are
+    the options `problems`, `problem_seed` and `system`.
     """
     options = _options(metadata)
     system = SYSTEM if options.get("system", True) else ""
@@ -181,19 +151,11 @@ CHAT_PROMPTS: Mapping[Direction, str] = {
 def reversal_documents(
     direction: Direction, infill: bool = False, chat: bool = False, **metadata: Any
 ) -> dict[str, Dataset]:
-    """One half of each pair is asked for, given the other.
+    """One half of each pair is asked for, given the other: the second with `forward`, the first with `backward`.
 
     Without `infill` and `chat` the known half and the joiner are continued, in both directions. With `infill` the text
-    of the pair has a gap where the other half is. With `chat` the paper's question is asked.
-
-    Args:
-        direction: The half that is asked for: the second with `forward`, the first with `backward`.
-        infill: Whether a gap is filled.
-        chat: Whether the prompts go through the chat template.
-        metadata: The options `pairs`, `joiner` and `end`.
-
-    Raises:
-        UserError: An option or the file of pairs is not right, no pairs are given, or a gap is to be filled in a chat.
+    of the pair has a gap where the other half is. With `chat` the paper's question is asked. The metadata are the
+    options `pairs`, `joiner` and `end`.
     """
     if infill and chat:
         raise UserError("reversal_infill fills a gap in a plain text; leave --chat out, or take the task reversal")
@@ -201,26 +163,23 @@ def reversal_documents(
     if "pairs" not in options:
         raise UserError("task reversal: which pairs? give --metadata pairs=FILE.json, or pairs=facts:COUNT[@SEED]")
     invented = options["pairs"].startswith(f"{FactsSource.kind}:")
-    pairs = facts_source(options["pairs"]).facts() if invented else read_pairs(options["pairs"])
+    pairs = facts_source(options["pairs"]).facts() if invented else read_halves(options["pairs"])
     usual = {"joiner": JOINER, "end": END} if invented else {"joiner": "，", "end": "。"}
     joiner, end = (unescaped(options.get(key, value)) for key, value in usual.items())
 
     def row(pair: Fact) -> dict[str, Any]:
         known, wanted = (pair.first, pair.second) if direction == "forward" else (pair.second, pair.first)
+        common = {"expected": wanted, "end": "" if chat or infill else end, "chat": chat}
         if infill:
             space, second = moved_space(joiner, pair.second)
-            before, gap, behind = (
-                ([pair.first, space], second, [end])
-                if direction == "forward"
-                else ([], pair.first, [space, second, end])
-            )
-            gapped = {"prompt": before, "canonical_solution": gap, "suffix": behind}
-            return {"text": "".join(before), "expected": wanted, "end": "", "chat": False, **gapped}
+            before, gap, behind = [pair.first, space], second, [end]
+            if direction == "backward":
+                before, gap, behind = [], pair.first, [space, second, end]
+            return common | {"text": "".join(before), "prompt": before, "canonical_solution": gap, "suffix": behind}
         if chat:
-            text, answer = CHAT_PROMPTS[direction].replace("{line}", known), ""
-        else:
-            text, answer = moved_space(known + joiner, wanted + end)
-        return {"text": text, "answer": answer, "expected": wanted, "end": "" if chat else end, "chat": chat}
+            return common | {"text": CHAT_PROMPTS[direction].replace("{line}", known), "answer": ""}
+        text, answer = moved_space(known + joiner, wanted + end)
+        return common | {"text": text, "answer": answer}
 
     return {"test": _dataset(map(row, pairs))}
 
@@ -241,18 +200,12 @@ def share(counts: Sequence[tuple[int, int]]) -> float:
     return sum(right for right, _ in counts) / sum(total for _, total in counts)
 
 
-def read_pairs(path: str | os.PathLike[str]) -> list[Fact]:
-    """Pairs of a JSON list of objects with ``first`` and ``second``; a note names what else they hold.
-
-    Raises:
-        UserError: The file cannot be read or is empty, or a pair lacks a half or has a field that would change its
-            meaning.
-    """
+def read_halves(path: str | os.PathLike[str]) -> list[Fact]:
+    """Pairs of a JSON list of objects with ``first`` and ``second``; a note names what else they hold."""
     rows = read_json(expanded(path))
     if not isinstance(rows, list) or not rows:
         raise UserError(f"pairs '{path}' holds no list of pairs; give objects with 'first' and 'second'")
-    pairs = []
-    unread = UnreadFields()
+    pairs, unread = [], UnreadFields()
     for number, row in enumerate(rows, 1):
         where = f"pairs '{path}': pair {number}"
         fields = row if isinstance(row, dict) else {}

@@ -26,8 +26,7 @@ from scipy.stats import t as student_t
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.evaluation.bound import Bound, check_sampling
-from llada_lightning.evaluation.forward import Scorer, ScoringProgress
-from llada_lightning.evaluation.likelihood import check_guidance, draw, exact_scores
+from llada_lightning.evaluation.likelihood import Scorer, ScoringProgress, check_guidance, draw, exact_scores
 from llada_lightning.evaluation.requests import FloatArray, Ids, Score, Truncation, check_question
 from llada_lightning.support.errors import UserError
 
@@ -47,7 +46,7 @@ class Ranking:
         best: The index of the candidate with the highest value; of equal ones the first.
         settled: Whether every other candidate is worse at the confidence asked for.
         scores: The score of each candidate. Candidates that were ruled out early have fewer samples.
-        values: The values that were compared: the mean by the normalisation, in nats (per token, per byte).
+        values: What was compared: the mean by the normalisation, in nats (per token, per byte).
     """
 
     best: int
@@ -72,13 +71,6 @@ class _Question:
         values = {c: self.bounds[c].values / self.sizes[c] for c in self.contenders}
         out = {c for c in self.contenders if any(_exceeds(values[b] - values[c], chance) for b in self.contenders)}
         self.contenders = [c for c in self.contenders if c not in out]
-
-
-def rank(
-    lm: LanguageModel, prompt: Ids, candidates: Sequence[Ids], confidence: float = 0.99, **options: object
-) -> Ranking:
-    """:func:`rank_candidates` for one question."""
-    return rank_candidates(lm, [(prompt, candidates)], confidence, **options)[0]  # type: ignore[arg-type]
 
 
 def rank_candidates(
@@ -127,23 +119,20 @@ def rank_candidates(
         scorer = Scorer(lm, cfg_scale, batch_tokens, bar)
         if not lm.facts.masks:
             known = exact_scores(scorer, [request for group in requests for request in group])
-            scores = [[known[request] for request in group] for group in requests]
-            return [rank_scores(*pair) for pair in zip(scores, sizes, strict=True)]
+            return [rank_scores([known[r] for r in group], size) for group, size in zip(requests, sizes, strict=True)]
         all_up_to = min(_ALL_MASKS_UP_TO, max(_ALL_MASKS_ALWAYS, max_samples))
         bounds = {r: Bound(r, samples, seed, all_up_to=all_up_to) for group in requests for r in group}
-        open_questions = [
+        every = [
             _Question([bounds[r] for r in group], size, list(range(len(group))))
             for group, size in zip(requests, sizes, strict=True)
         ]
-        every = list(open_questions)
-        looks = 1 + math.ceil(math.log2(max_samples / samples))
+        still_open, looks = every, 1 + math.ceil(math.log2(max_samples / samples))
         for look in range(looks):
-            total = min(samples << look, max_samples)
-            wanted = {id(q.bounds[c]): q.bounds[c] for q in open_questions for c in q.contenders}
-            draw(scorer, list(wanted.values()), total)
-            for question in open_questions:
+            wanted = dict.fromkeys(question.bounds[c] for question in still_open for c in question.contenders)
+            draw(scorer, list(wanted), min(samples << look, max_samples))
+            for question in still_open:
                 question.look((1 - confidence) / (looks * max(1, len(question.bounds) - 1)))
-            open_questions = [q for q in open_questions if not q.ranking.settled]
+            still_open = [question for question in still_open if not question.ranking.settled]
     return [question.ranking for question in every]
 
 
@@ -162,14 +151,10 @@ def _quantile(chance: float, degrees: int) -> float:
 
 
 def rank_scores(scores: list[Score], sizes: FloatArray, contenders: Sequence[int] | None = None) -> Ranking:
-    """The ranking of candidates as they are scored.
+    """The ranking of candidates as they are scored, divided by their sizes; None: all are contenders.
 
-    Args:
-        scores: The score of each candidate.
-        sizes: The number by which the score of each candidate is divided.
-        contenders: The indices of the candidates that are not ruled out; None: all. A ranking is settled with one
-            contender, with exact scores, and with one score given several times, as for equal requests, which no sample
-            can separate.
+    It is settled with one contender, with exact scores, and with one score given several times, as for equal requests,
+    which no sample can separate.
     """
     values = [score.mean / size for score, size in zip(scores, sizes.tolist(), strict=True)]
     left = list(range(len(scores)) if contenders is None else contenders)
@@ -183,31 +168,25 @@ def candidate_sizes(
     normalisation: Normalisation,
     byte_lengths: Sequence[Sequence[int]] | None = None,
 ) -> list[FloatArray]:
-    """What the log-likelihood of each candidate of each question is divided by; arguments as :func:`rank_candidates`.
-
-    Raises:
-        UserError: no candidates; an empty one; one without text under a normalisation.
-    """
+    """What the log-likelihood of each candidate is divided by; arguments as those of :func:`rank_candidates`."""
     if normalisation not in NORMALISATIONS:
         raise UserError(f"normalisation is {normalisation!r}; choose from {', '.join(NORMALISATIONS)}")
     every = []
     for n, (_, candidates) in enumerate(questions):
         if not len(candidates):
             raise UserError(f"question {n} has no candidates; give at least one")
-        empty = next((k for k, candidate in enumerate(candidates) if not len(candidate)), None)
-        if empty is not None:
-            raise UserError(f"question {n}, candidate {empty} is empty and would be the best always; give it a token")
-        sizes = [1] * len(candidates)
-        if normalisation == "token":
-            sizes = [len(candidate) for candidate in candidates]
+        tokens = list(map(len, candidates))
+        if 0 in tokens:
+            name = f"question {n}, candidate {tokens.index(0)}"
+            raise UserError(f"{name} is empty and would be the best always; give it a token")
+        sizes = tokens if normalisation == "token" else [1] * len(tokens)
+        if normalisation == "byte" and byte_lengths is None:
+            sizes = [len(lm.decode(list(candidate)).encode()) for candidate in candidates]
         elif normalisation == "byte" and byte_lengths is not None:
             sizes = list(byte_lengths[n])
-        elif normalisation == "byte":
-            sizes = [len(lm.decode(list(candidate)).encode()) for candidate in candidates]
         if 0 in sizes:
-            k = sizes.index(0)
             raise UserError(
-                f"question {n}, candidate {k} has no text, so nothing can be told per {normalisation}; "
+                f"question {n}, candidate {sizes.index(0)} has no text, so nothing can be told per {normalisation}; "
                 "use normalisation 'none'"
             )
         every.append(np.array(sizes, dtype=np.float64))

@@ -1,18 +1,22 @@
-"""What is to be scored, checked against the model, and what scoring gives."""
+"""What is to be scored, read from a file of pairs, encoded, checked against the model; and what scoring gives."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Literal
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from llada_lightning.data.text_files import REFUSED_BESIDE_PROMPTS, UnreadFields, some
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import shortened
+from llada_lightning.support.reading import parse_json, read_text
 
 if TYPE_CHECKING:
     from llada_lightning.checkpoints.language_model import LanguageModel
@@ -31,16 +35,13 @@ class Score:
 
     Args:
         mean: The value in nats. For `arm` it is the log-likelihood itself. For `llada` it is the lower bound, Eq. 6
-            with its sign changed: an unbiased estimate (nearly so where a target decided when to stop), or the bound
-            itself where `exact`.
-        stderr: The standard error of `mean` by Monte Carlo, in nats: 0 where `exact`, NaN where there is only one
-            sample.
+            with its sign changed: an unbiased estimate (nearly so where a target decided when to stop), or exact.
+        stderr: The standard error of `mean` by Monte Carlo, in nats: 0 where `exact`, NaN of one sample.
         exact: Whether no Monte Carlo error is left. A bound may be exact and still be a bound: see `method`.
-        samples: The number of masks that were drawn; all of them where enumerated; 1 for `arm`; 0 where there is
-            nothing to score.
+        samples: The number of masks that were drawn; all of them where enumerated; 1 for `arm`; 0 of an empty one.
         tokens: The number of tokens of the continuation.
-        method: The method: `autoregressive` and `one pass` (one token of `llada`) give the model's own log-likelihood;
-            `enumerated` (over all masks) and `monte carlo` give the bound; `empty`: no token, so 0.
+        method: `autoregressive` and `one pass` (one token of `llada`) give the model's own log-likelihood; `enumerated`
+            (over all masks) and `monte carlo` give the bound; `empty`: no token, so 0.
         truncated: The number of tokens cut from the prompt's left.
     """
 
@@ -60,11 +61,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Request:
-    """A continuation to score given its prompt; equal requests are scored once.
+    """A continuation to score given its prompt, in token ids; equal requests are scored once.
 
     Args:
-        prompt: The token ids of the prompt.
-        continuation: The token ids of the continuation.
+        prompt, continuation: The token ids.
         truncated: The number of tokens cut from the prompt's left.
     """
 
@@ -74,21 +74,19 @@ class Request:
 
     @property
     def noise_key(self) -> int:
-        """64 bits by which the noise of a request is drawn: of its content alone.
+        """64 bits by which the noise of a request is drawn, of the prompt alone (or of the continuation without one).
 
-        They come from the prompt, so that the candidates of one question share their random numbers: errors that they
-        have in common then leave the differences between them. Without a prompt they come from the continuation.
+        So the candidates of one question share their random numbers, and common errors leave their differences.
         """
         ids = np.array(self.prompt or self.continuation, dtype="<i8")
         return int.from_bytes(blake2b(ids.tobytes(), digest_size=8).digest(), "little")
 
 
-def encode_text(lm: LanguageModel, text: str, name: str) -> list[int]:
-    """The ids of a text that is scored as a whole.
+# --- from texts to ids ------------------------------------------------------------------------------------------------
 
-    Raises:
-        UserError: there is no tokenizer, or it leaves nothing of the text, which would then count as certain.
-    """
+
+def encode_text(lm: LanguageModel, text: str, name: str) -> list[int]:
+    """The ids of a text that is scored as a whole; refused where none are left, because it would count as certain."""
     ids = lm.encode(text)
     if text.strip() and not ids:
         raise UserError(f"{name}: the tokenizer has no token for '{shortened(text, 60)}'; take another tokenizer")
@@ -103,14 +101,9 @@ def encode_pair(lm: LanguageModel, prompt: Written, continuation: Written, name:
     models; where the encoding of both does not begin with these ids, because a token spans the join, the continuation
     is encoded by itself. So the prompt's ids are the same for every continuation.
 
-    Args:
-        lm: The model.
-        prompt: The prompt, which may be empty.
-        continuation: The continuation, which may not be empty.
-        name: The name of the pair, for the message.
-
     Raises:
         UserError: there is no tokenizer, or the continuation is empty or has no token: its probability would be one.
+            The message begins with the name.
     """
     if not continuation:
         raise UserError(f"{name}: the continuation is empty, which every prompt has; give at least one character")
@@ -134,28 +127,25 @@ def encode_with_gap(
 
     Args:
         lm: A model with a [MASK].
-        before: The text before the gap, or its parts, each of which is encoded by itself.
+        before, behind: The text before and behind the gap, or its parts, each of which is encoded by itself.
         gap: The text of which only the number of tokens is told, at least one.
-        behind: The text behind the gap, or its parts.
-
-    Raises:
-        UserError: There is no tokenizer.
     """
     assert lm.mask_token_id is not None
     left, right = ([part] if isinstance(part, str) else list(part) for part in (before, behind))
-    ids = list(lm.text_prefix_ids)  # a part of no text, so it is never masked
     parts = [*left, gap, *right]
-    encoded = [lm.encode(parts[0]), *(lm.encode_within(part) for part in parts[1:])]
-    ids += [token for part in encoded[: len(left)] for token in part]
+    encoded = [lm.encode(parts[0]), *map(lm.encode_within, parts[1:])]
+    ids = [*lm.text_prefix_ids, *chain(*encoded[: len(left)])]  # the prefix is a part of no text, so never masked
     hole = slice(len(ids), len(ids) + max(1, len(encoded[len(left)])))
-    ids += [lm.mask_token_id] * (hole.stop - hole.start)
-    return ids + [token for part in encoded[len(left) + 1 :] for token in part], hole
+    return [*ids, *[lm.mask_token_id] * (hole.stop - hole.start), *chain(*encoded[len(left) + 1 :])], hole
 
 
 def moved_space(prompt: str, continuation: str) -> tuple[str, str]:
     """Prompt and continuation, the white space between them at the continuation's beginning."""
     kept = prompt.rstrip()
     return kept, prompt[len(kept) :] + continuation
+
+
+# --- checked against the model ----------------------------------------------------------------------------------------
 
 
 def check_request(
@@ -165,10 +155,9 @@ def check_request(
 
     Args:
         lm: The model.
-        prompt: The token ids of the prompt, which may be empty.
-        continuation: The token ids of the continuation, which may be empty.
-        truncate: The handling of a prompt that does not fit the model's context with its continuation. `left` cuts its
-            left; what the tokenizer puts before a text (BOS) stays in front.
+        prompt, continuation: The token ids, which may be empty.
+        truncate: `left` cuts the left of a prompt that does not fit the model's context with its continuation; what the
+            tokenizer puts before a text (BOS) stays in front.
         name: The name of the request, for the message.
 
     Raises:
@@ -197,15 +186,9 @@ def check_request(
 def check_question(
     lm: LanguageModel, prompt: Ids, candidates: Sequence[Ids], truncate: Truncation | None, names: Sequence[str]
 ) -> list[Request]:
-    """The requests of one prompt's candidates; the prompt is cut for the longest one, so that it is the same for all.
+    """The requests of one prompt's candidates, as by :func:`check_request`.
 
-    Args:
-        lm, prompt, truncate: The same arguments as in :func:`check_request`.
-        candidates: The token ids of each candidate.
-        names: The names of the candidates, for the message.
-
-    Raises:
-        UserError: as there.
+    The prompt is cut for the longest one, so that it is the same for all. The names of the candidates are for messages.
     """
     if not len(candidates):
         return []
@@ -218,13 +201,9 @@ def check_question(
 def monte_carlo_stderr(requests: Sequence[tuple[Ids, Ids]], scores: Sequence[Score]) -> float:
     """The standard error of the sum of scores by Monte Carlo, nats; NaN where one has none.
 
-    Equal requests share their estimate, so their errors add up before they are squared. Different ones count as
-    independent. Those with one prompt draw by the same random numbers, but for other tokens: measured on a small model,
-    the scatter over seeds of their mean was 0.93 of this error.
-
-    Args:
-        requests: The pairs (prompt, continuation), with the prompt as it was scored.
-        scores: The score of each request.
+    Equal requests (prompt, continuation) share their estimate, so their errors add up before they are squared.
+    Different ones count as independent. Those with one prompt draw by the same random numbers, but for other tokens:
+    measured on a small model, the scatter over seeds of their mean was 0.93 of this error.
     """
     shared: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
     for (prompt, continuation), score in zip(requests, scores, strict=True):
@@ -239,10 +218,126 @@ def _ids(ids: Ids, lm: LanguageModel, name: str) -> tuple[int, ...]:
         return ()
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise UserError(f"{name}: {str(ids)[:40]!r} is no list of token ids; encode text first (lm.encode)")
-    outside = (array < 0) | (array >= lm.model.vocab_size)  # type: ignore[operator]
-    if outside.any():
+    _check_vocabulary(lm, (int(array.min()), int(array.max())), name)
+    return tuple(array.tolist())
+
+
+def _check_vocabulary(lm: LanguageModel, ids: Iterable[int], name: str) -> None:
+    outside = next((token for token in ids if not 0 <= token < lm.model.vocab_size), None)
+    if outside is not None:
         raise UserError(
-            f"{name}: id {array[outside][0]} is outside of the vocabulary of {lm.model.vocab_size}; is it another "
+            f"{name}: id {shortened(outside, 40)} is outside of the vocabulary of {lm.model.vocab_size}; is it another "
             "model's tokenizer?"
         )
-    return tuple(array.tolist())
+
+
+# --- the file of `llada score --pairs`: a JSON object a line, a continuation or a choice of them ----------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and what may follow it.
+
+    Args:
+        prompt: The token ids of the prompt, cut where it was too long.
+        continuations: The token ids of the one continuation, or of each of the choices.
+        written_bytes: The UTF-8 bytes of each continuation as it was written, by which lm-evaluation-harness compares
+            choices; None where it was written as ids and there is no tokenizer.
+        scored_bytes: The UTF-8 bytes of its ids, with the white space that moved to it; None likewise.
+        is_choice: Whether the line had choices.
+        answer: The index of the right choice, where the line has it.
+        truncated: The number of tokens cut from the prompt's left.
+        lost_bytes: The number of ``scored_bytes``, of all continuations together, that the ids do not give back.
+    """
+
+    prompt: list[int]
+    continuations: list[list[int]]
+    written_bytes: list[int] | None
+    scored_bytes: list[int] | None
+    is_choice: bool
+    answer: int | None
+    truncated: int = 0
+    lost_bytes: int = 0
+
+
+def read_pairs(path: Path, lm: LanguageModel, truncate: Truncation | None = None) -> list[Pair]:
+    """Reads and encodes every line; mistakes name it by its number, and a note names what else the lines hold.
+
+    A line is ``{"prompt": P, "continuation": C}`` or ``{"prompt": P, "choices": [C, …], "answer": i}`` (the answer may
+    be left out), where P and C are texts or lists of token ids, encoded by :func:`encode_pair`.
+    """
+    pairs: list[Pair] = []
+    unread = UnreadFields()
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        record = parse_json(line, where, number)
+        pair = _pair(record, lm, where)
+        unread.add_row(record, ("prompt", "continuation", "choices", "answer"), where, REFUSED_BESIDE_PROMPTS)
+        if pairs and pair.is_choice != pairs[0].is_choice:
+            raise UserError(f"{where}: choices and continuations in one file; give a file of each")
+        cut = check_question(lm, pair.prompt, pair.continuations, truncate, [where] * len(pair.continuations))[0]
+        pairs.append(replace(pair, prompt=list(cut.prompt), truncated=cut.truncated))
+    if not pairs:
+        raise UserError(f"{path}: holds no line; write one JSON object a line")
+    unread.note(str(path))
+    return pairs
+
+
+def _pair(record: Any, lm: LanguageModel, where: str) -> Pair:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: holds {type(record).__name__}, not a JSON object; write one object a line")
+    if "prompt" not in record or ("continuation" in record) == ("choices" in record):
+        keys = some(f"'{shortened(name, 60)}'" for name in record) or "nothing"
+        raise UserError(f"{where}: has {keys}; a line has 'prompt' and either 'continuation' or 'choices'")
+    is_choice = "choices" in record
+    written = record["choices"] if is_choice else [record["continuation"]]
+    if not isinstance(written, list) or not written:
+        raise UserError(f"{where}: 'choices' is {str(written)[:40]!r}; give a list of at least one")
+    prompt = _written(record["prompt"], lm, f"{where}: 'prompt'")
+    values = [_written(value, lm, where) for value in written]
+    answer = record.get("answer")
+    if not is_choice and answer is not None:
+        raise UserError(f"{where}: has 'answer' beside 'continuation'; it is of 'choices' alone, remove it")
+    if answer is not None and not (type(answer) is int and 0 <= answer < len(written)):
+        raise UserError(
+            f"{where}: 'answer' is {shortened(repr(answer), 40)}; give the index of a choice, 0 to {len(written) - 1}"
+        )
+    of_choice = [f"{where}, choice {k}" if is_choice else where for k in range(len(values))]
+    encoded = [encode_pair(lm, prompt, value, name) for value, name in zip(values, of_choice, strict=True)]
+    if any(ids != encoded[0][0] for ids, _ in encoded):
+        raise UserError(
+            f"{where}: choices of both texts and ids behind a prompt that ends in white space; write all alike"
+        )
+    scored = [moved_space(prompt, v)[1] if isinstance(prompt, str) and isinstance(v, str) else v for v in values]
+    return Pair(
+        prompt=encoded[0][0],
+        continuations=[ids for _, ids in encoded],
+        written_bytes=_sizes(lm, values),
+        scored_bytes=_sizes(lm, scored),
+        is_choice=is_choice,
+        answer=answer,
+        lost_bytes=sum(lm.lost_bytes(value) for value in scored if isinstance(value, str)),
+    )
+
+
+def _sizes(lm: LanguageModel, values: list[Written]) -> list[int] | None:
+    """UTF-8 bytes of each; None where ids cannot be decoded."""
+    if lm.tokenizer is None and not all(isinstance(value, str) for value in values):
+        return None
+    return [len((value if isinstance(value, str) else lm.decode(value)).encode()) for value in values]
+
+
+def _written(value: Any, lm: LanguageModel, where: str) -> Written:
+    """A text or a list of ids of the vocabulary."""
+    ids = isinstance(value, list) and all(type(token) is int for token in value)
+    if not ids and not isinstance(value, str):
+        raise UserError(f"{where}: {str(value)[:40]!r} is neither a text nor a list of token ids; give one of them")
+    if ids:
+        _check_vocabulary(lm, value, where)
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise UserError(
+            f"{where}: {value[:40]!r} holds half of a surrogate pair, which is no character; write both halves"
+        )
+    return value

@@ -1,9 +1,8 @@
 """Programs that a model wrote, judged by tests, each of the two in a process of its own with limits.
 
 The verdict comes from the process of the tests, which sees of the program nothing but plain values (see
-``evaluation.sandboxed``). Each process has no more than: so many seconds of CPU and of the clock, so much memory, files
-of so many bytes, and an environment without what the parent's holds. Nothing that a program leaves behind is read:
-whatever it prints goes nowhere, and its files vanish with it.
+``evaluation.sandboxed``). Each process has the resources of :class:`Limits` and nothing of the parent's environment.
+Nothing that a program leaves behind is read: whatever it prints goes nowhere, and its files vanish with it.
 
 Where Linux lets the user make namespaces, a process has no network, process numbers of its own, so that all it started
 ends with it, and a file system that holds Python and the system's libraries, read only, and a small folder in memory to
@@ -22,12 +21,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import selectors
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -43,7 +40,6 @@ Verdict = Literal["passed", "failed", "timed out"]
 _NAMESPACES = ("--mount", "--net", "--ipc", "--pid", "--fork", "--kill-child=SIGKILL")
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc", "/nix/store")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-_VERDICT_BYTES = 2**16
 _FILES = 4096
 """Files and folders that a program may make."""
 
@@ -55,8 +51,7 @@ class Limits:
     Args:
         seconds: The wall-clock time of program and tests together, in seconds.
         cpu_seconds: The CPU time of each process, in seconds.
-        memory_bytes: The size of the address space of each process, in bytes.
-        file_bytes: The size of each file that it writes, in bytes.
+        memory_bytes, file_bytes: The sizes of the address space of each process, and of each file, in bytes.
         folder_bytes: The size of all files together, in bytes.
         processes: The number of processes of the user, the program's own included.
     """
@@ -71,12 +66,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """How a program ended.
-
-    Args:
-        verdict: The verdict; `passed`: its tests ran to their last line.
-        errors: The end of the traceback of its tests.
-    """
+    """How a program ended (`passed`: its tests ran to their last line), and the end of the traceback of its tests."""
 
     verdict: Verdict
     errors: str = ""
@@ -93,7 +83,7 @@ def run_program(program: str, limits: Limits = Limits(), tests: str = "") -> Pro
             standard library. Any other object is asked by its name and equals nothing but itself. Without tests the
             program itself decides: it passes when it ran to its last line.
     """
-    command, until = _isolation(), time.monotonic() + limits.seconds
+    command = _isolation()
     with ExitStack() as processes, TemporaryFile("w+") as order:
         json.dump({"program": program, "tests": tests}, order)
         order.seek(0)
@@ -101,18 +91,15 @@ def run_program(program: str, limits: Limits = Limits(), tests: str = "") -> Pro
             (answers, answer), (questions, question) = os.pipe(), os.pipe()
             for descriptor in (answers, answer, questions, question):
                 descriptors.callback(os.close, descriptor)
-            for_program = _start(command, limits, {"role": "program"}, stdin=questions, stdout=answer)
+            for_program = _start(command, limits, "program", stdin=questions, stdout=answer)
             processes.callback(_end, for_program)
             pipes = (answers, question)
-            judge = _start(
-                command, limits, {"role": "tests", "pipes": pipes}, stdin=order, stdout=subprocess.PIPE, pass_fds=pipes
-            )
+            judge = _start(command, limits, "tests", pipes, stdin=order, stdout=subprocess.PIPE, pass_fds=pipes)
             processes.callback(_end, judge)
-        assert judge.stdout is not None
-        with judge.stdout:
-            said = _read(judge.stdout.fileno(), until)
-    if said is None:
-        return ProgramResult("timed out")
+        try:
+            said, _ = judge.communicate(timeout=limits.seconds)
+        except subprocess.TimeoutExpired:
+            return ProgramResult("timed out")
     try:
         verdict = json.loads(said)
     except ValueError:  # a limit has ended the tests
@@ -120,13 +107,27 @@ def run_program(program: str, limits: Limits = Limits(), tests: str = "") -> Pro
     return ProgramResult("passed" if verdict["passed"] else "failed", verdict["errors"])
 
 
-def _start(command: Sequence[str], limits: Limits, order: dict[str, Any], **streams: Any) -> subprocess.Popen[bytes]:
+def _start(
+    command: Sequence[str], limits: Limits, role: str, pipes: Sequence[int] = (), **streams: Any
+) -> subprocess.Popen[bytes]:
     isolated = bool(command)
-    order |= {"limits": _rlimits(limits, isolated), "shown": None, "folder": ""}
-    if isolated:
-        order |= {"shown": _shown(), "folder": f"size={limits.folder_bytes},nr_inodes={_FILES},mode=1777"}
+    paths = dict.fromkeys((*_SYSTEM, sys.base_prefix, sys.prefix))
+    order = {
+        "role": role,
+        "pipes": pipes,
+        "limits": {
+            "RLIMIT_CPU": limits.cpu_seconds,
+            "RLIMIT_AS": limits.memory_bytes,
+            "RLIMIT_FSIZE": limits.file_bytes if isolated else 0,  # no folder of its own, so no files
+            "RLIMIT_NPROC": limits.processes,
+            "RLIMIT_CORE": 0,
+        },
+        "shown": [*(p for p in paths if not p.startswith("/usr/")), *_DEVICES] if isolated else None,
+        "folder": f"size={limits.folder_bytes},nr_inodes={_FILES},mode=1777",
+    }
+    source = Path(__file__).with_name("sandboxed.py").read_text(encoding="utf-8")
     return subprocess.Popen(
-        [*command, sys.executable, "-I", "-B", "-c", _source(), json.dumps(order)],
+        [*command, sys.executable, "-I", "-B", "-c", source, json.dumps(order)],
         cwd="/",
         env={"PATH": os.defpath, "LANG": "C.UTF-8", "HOME": "/tmp", "TMPDIR": "/tmp", "OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
@@ -135,45 +136,13 @@ def _start(command: Sequence[str], limits: Limits, order: dict[str, Any], **stre
     )
 
 
-@cache
-def _source() -> str:
-    return Path(__file__).with_name("sandboxed.py").read_text(encoding="utf-8")
-
-
-def _rlimits(limits: Limits, isolated: bool) -> dict[str, int]:
-    return {
-        "RLIMIT_CPU": limits.cpu_seconds,
-        "RLIMIT_AS": limits.memory_bytes,
-        "RLIMIT_FSIZE": limits.file_bytes if isolated else 0,  # no folder of its own, so no files
-        "RLIMIT_NPROC": limits.processes,
-        "RLIMIT_CORE": 0,
-    }
-
-
-def _shown() -> list[str]:
-    """What a program sees of the file system: the system's programs and libraries, this Python's, and four devices."""
-    paths = [*_SYSTEM, sys.base_prefix, sys.prefix]
-    return [*(path for path in dict.fromkeys(paths) if not path.startswith("/usr/")), *_DEVICES]
-
-
-def _read(descriptor: int, until: float) -> bytes | None:
-    """All that comes out of a pipe, or the first bytes that are too many; None: its other end stays open too long."""
-    said = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(descriptor, selectors.EVENT_READ)
-        while selector.select(max(0.0, until - time.monotonic())):
-            block = os.read(descriptor, _VERDICT_BYTES)
-            said += block
-            if not block or len(said) > _VERDICT_BYTES:
-                return said
-    return None
-
-
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends the process and all of its group; with its own process numbers, all that it started."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 @cache
@@ -184,7 +153,7 @@ def _isolation() -> tuple[str, ...]:
     for kinds in ((), users) if sys.platform == "linux" and os.geteuid() == 0 else (users,):
         command = (unshare or "unshare", *kinds, *_NAMESPACES)
         with suppress(OSError):
-            tried = _start(command, Limits(), {"role": "none"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            tried = _start(command, Limits(), "none", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
             if tried.wait() == 0:
                 return command
     return ()
@@ -212,34 +181,20 @@ def say_what_is_not_held() -> None:
 class SandboxedCodeEval:
     """What `evaluate.load("code_eval")` gives to lm-evaluation-harness, with every program in a sandbox."""
 
-    def __init__(self, limits: Limits = Limits()) -> None:
-        self.limits = limits
-
     def compute(
-        self,
-        references: Sequence[str],
-        predictions: Sequence[Sequence[str]],
-        k: Sequence[int] = (1,),
-        **_: object,
+        self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,), **_: object
     ) -> tuple[dict[str, float], dict[int, list[Verdict]]]:
-        """The mean of pass@k over problems.
+        """The mean over problems of pass@k, for each k up to the number of candidates, and the verdicts.
 
-        Args:
-            references: The tests of each problem.
-            predictions: The candidates of each problem.
-            k: The values of k of pass@k; those above the number of candidates are left out.
-
-        Returns:
-            ``pass@k`` for each k, and the verdicts of each problem.
+        The references are the tests of each problem, the predictions its candidates.
         """
         verdicts = [
-            [run_program(candidate, self.limits, tests).verdict for candidate in candidates]
+            [run_program(candidate, tests=tests).verdict for candidate in candidates]
             for tests, candidates in zip(references, predictions, strict=True)
         ]
-        passed = [verdict.count("passed") for verdict in verdicts]
-        fewest = min((len(verdict) for verdict in verdicts), default=0)
+        fewest = min(map(len, verdicts), default=0)
         scores = {
-            f"pass@{n}": sum(pass_at(n, len(v), p) for v, p in zip(verdicts, passed, strict=True)) / len(verdicts)
+            f"pass@{n}": sum(pass_at(n, len(each), each.count("passed")) for each in verdicts) / len(verdicts)
             for n in k
             if n <= fewest
         }

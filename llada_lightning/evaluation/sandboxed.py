@@ -44,28 +44,22 @@ _CAPABILITY_VERSION_3 = 0x20080522
 def confine(shown: list[str], folder: str) -> None:
     """Give up, for good, all files but a few and all rights; in namespaces of its own.
 
-    Args:
-        shown: The paths that stay visible, read only.
-        folder: The mount options of the working folder, a tmpfs.
+    The new root has the paths of ``shown`` and nothing else, read only, and in it a small `/tmp`, a tmpfs with the
+    mount options ``folder``, which vanishes with the process.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    _private_root(libc, shown, folder)
-    _drop_rights(libc)
 
+    def check(result: int) -> None:
+        if result:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
-def limit(limits: dict[str, int]) -> None:
-    """Set limits, by their names in the module ``resource``, or keep those that are lower."""
-    for name, value in limits.items():
-        number = getattr(resource, name)
-        most = resource.getrlimit(number)[1]
-        value = value if most == resource.RLIM_INFINITY else min(value, most)
-        resource.setrlimit(number, (value, value))
+    def mount(source: str, target: str, kind: str | None, flags: int, options: str | None) -> None:
+        texts = [None if text is None else os.fsencode(text) for text in (source, target, kind, options)]
+        check(libc.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]))
 
-
-def _private_root(libc: Any, shown: list[str], folder: str) -> None:
-    """A root with ``shown`` and nothing else, read only, and in it a small `/tmp`, which vanishes with the process."""
     new = "/proc"  # a folder that every Linux has; the new root needs no processes to look at
-    _mount(libc, "tmpfs", new, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=755")
+    mount("tmpfs", new, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=755")
     for path in shown:
         target = new + path
         if os.path.isdir(path):
@@ -75,37 +69,30 @@ def _private_root(libc: Any, shown: list[str], folder: str) -> None:
             os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
         else:
             continue
-        _mount(libc, path, target, None, _MS_BIND | _MS_REC, None)
+        mount(path, target, None, _MS_BIND | _MS_REC, None)
     os.makedirs(f"{new}/tmp", exist_ok=True)
     os.chroot(new)
     os.chdir("/")
     read_only = struct.pack("=4Q", _MOUNT_ATTR_RDONLY, 0, 0, 0)
-    _check(libc.syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, b"/", _AT_RECURSIVE, read_only, len(read_only)))
-    _mount(libc, "tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, folder)
+    check(libc.syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, b"/", _AT_RECURSIVE, read_only, len(read_only)))
+    mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, folder)
     os.chdir("/tmp")
-
-
-def _mount(libc: Any, source: str, target: str, kind: str | None, flags: int, options: str | None) -> None:
-    texts = [None if text is None else os.fsencode(text) for text in (source, target, kind, options)]
-    _check(libc.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]))
-
-
-def _drop_rights(libc: Any) -> None:
-    """Root becomes nobody where it can; a user namespace's root keeps its number and loses all capabilities."""
-    with suppress(OSError):
+    with suppress(OSError):  # root becomes nobody where it can; a user namespace's root keeps its number
         os.setgroups([])
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-    none = struct.pack("=6I", *[0] * 6)
-    _check(libc.capset(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), none))
-    _check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    _check(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))  # the program cannot attach to the process that ends it
+    check(libc.capset(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), struct.pack("=6I", *[0] * 6)))  # no capabilities
+    check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    check(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))  # the program cannot attach to the process that ends it
 
 
-def _check(result: int) -> None:
-    if result:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+def limit(limits: dict[str, int]) -> None:
+    """Set limits, by their names in the module ``resource``, or keep those that are lower."""
+    for name, value in limits.items():
+        number = getattr(resource, name)
+        most = resource.getrlimit(number)[1]
+        value = value if most == resource.RLIM_INFINITY else min(value, most)
+        resource.setrlimit(number, (value, value))
 
 
 def in_child(work: Callable[[], None]) -> None:
@@ -127,50 +114,26 @@ def in_child(work: Callable[[], None]) -> None:
 # --- values over pipes ------------------------------------------------------------------------------------------------
 
 
+def _asking(operation: str) -> Callable[..., Any]:
+    def ask(self: Remote, /, *arguments: Any, **named: Any) -> Any:
+        return self._peer.ask(operation, self, *arguments, **named)
+
+    return ask
+
+
 class Remote:
     """An object of the other process; it equals nothing but itself."""
+
+    _peer: Peer
+    _number: int
 
     def __init__(self, peer: Peer, number: int) -> None:
         object.__setattr__(self, "_peer", peer)
         object.__setattr__(self, "_number", number)
 
-    def _ask(self, operation: str, /, *arguments: Any, **named: Any) -> Any:
-        peer: Peer = object.__getattribute__(self, "_peer")
-        return peer.ask(operation, self, *arguments, **named)
-
-    def __call__(self, /, *arguments: Any, **named: Any) -> Any:
-        return self._ask("call", *arguments, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        return self._ask("getattr", name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._ask("setattr", name, value)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._ask("getitem", key)
-
-    def __iter__(self) -> Any:
-        return self._ask("iter")
-
-    def __next__(self) -> Any:
-        return self._ask("next")
-
-    def __len__(self) -> int:
-        return int(self._ask("len"))
-
-    def __bool__(self) -> bool:
-        return bool(self._ask("bool"))
-
-    def __int__(self) -> int:
-        return int(self._ask("int"))
-
-    def __float__(self) -> float:
-        return float(self._ask("float"))
-
-    def __str__(self) -> str:
-        return str(self._ask("str"))
-
+    __call__, __iter__, __next__ = map(_asking, ("call", "iter", "next"))
+    __getattr__, __setattr__, __getitem__ = map(_asking, ("getattr", "setattr", "getitem"))
+    __len__, __bool__, __int__, __float__, __str__ = map(_asking, ("len", "bool", "int", "float", "str"))
     __repr__ = __str__
 
 
@@ -181,23 +144,26 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 """What either side may ask of the other's objects: of the tests', functions and iterators that they passed."""
 _OF_THE_PROGRAM = _OPERATIONS | {
-    "getattr": getattr,
-    "setattr": setattr,
-    "getitem": operator.getitem,
-    "len": len,
-    "bool": bool,
-    "int": int,
-    "float": float,
-    "str": str,
+    "getattr": getattr, "setattr": setattr, "getitem": operator.getitem, "len": len, "bool": bool, "int": int,
+    "float": float, "str": str,
+}  # fmt: skip
+_KINDS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "int": (int, hex, lambda text: int(text, 16)),
+    "list": (list, list, list),
+    "tuple": (tuple, list, tuple),
+    "set": (set, list, set),
+    "frozenset": (frozenset, list, frozenset),
+    "dict": (dict, lambda value: [list(item) for item in value.items()], dict),
+    "bytes": (bytes, lambda value: value.decode("latin-1"), lambda text: text.encode("latin-1")),
+    "bytearray": (bytearray, lambda value: value.decode("latin-1"), lambda text: bytearray(text, "latin-1")),
+    "complex": (complex, lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
+    "range": (range, lambda value: [value.start, value.stop, value.step], lambda parts: range(*parts)),
 }
-_CONTAINERS = (list, tuple, set, frozenset)
+"""The values that are built anew: their types, and how they become a text or a list of parts, and come back."""
 _REBUILT = {
+    *(("datetime", name) for name in ("date", "time", "datetime", "timedelta")),
     ("decimal", "Decimal"),
     ("fractions", "Fraction"),
-    ("datetime", "date"),
-    ("datetime", "time"),
-    ("datetime", "datetime"),
-    ("datetime", "timedelta"),
 }
 """Immutable values of the standard library, by module and name."""
 
@@ -213,12 +179,8 @@ class ProgramLeft(BaseException):
 class Peer:
     """One end of the pipes: asks for operations on the other's objects, and meanwhile answers what the other asks.
 
-    Args:
-        incoming: The stream of messages from the other process: JSON after its length of 4 bytes.
-        outgoing: The stream of messages to the other process.
-        operations: The operations that the other process may ask for, by name.
-        guarded: Whether the other process may ask for operations only on objects that it was given, and on no class:
-            with a class it could make an object here that equals everything.
+    Messages are JSON after their length of 4 bytes. Where it is guarded, the other process may ask for its operations
+    only on objects that it was given, and on no class: with one it could make an object that equals everything.
     """
 
     def __init__(
@@ -287,30 +249,22 @@ class Peer:
         """As JSON: small plain values as they are, all others as an object of one key that names the kind."""
         if value is None or isinstance(value, bool):
             return value
-        if isinstance(value, int):
-            return int(value) if -_SMALL < value < _SMALL else {"int": hex(value)}
+        if isinstance(value, int) and -_SMALL < value < _SMALL:
+            return int(value)
         if isinstance(value, float):
             return float(value)
         if isinstance(value, str):
             return str.__str__(value)
         if isinstance(value, Remote):
-            return {"yours": object.__getattribute__(value, "_number")}
-        for container in _CONTAINERS:
-            if isinstance(value, container):
-                return {container.__name__: [self._encoded(item) for item in value]}
-        if isinstance(value, dict):
-            return {"dict": [[self._encoded(key), self._encoded(item)] for key, item in value.items()]}
-        if isinstance(value, (bytes, bytearray)):
-            return {"bytes" if isinstance(value, bytes) else "bytearray": value.decode("latin-1")}
-        if isinstance(value, complex):
-            return {"complex": [value.real, value.imag]}
-        if isinstance(value, range):
-            return {"range": [self._encoded(part) for part in (value.start, value.stop, value.step)]}
-        if isinstance(value, type):
-            name = value.__name__
-            if vars(builtins).get(name) is value:
-                return {"class": name}
+            return {"yours": value._number}
+        for kind, (of_kind, parts_of, _) in _KINDS.items():
+            if isinstance(value, of_kind):
+                parts = parts_of(value)
+                return {kind: [self._encoded(part) for part in parts] if isinstance(parts, list) else parts}
         module, name = type(value).__module__, type(value).__qualname__
+        called = value.__name__ if isinstance(value, type) else ""
+        if called and getattr(builtins, called, None) is value:
+            return {"class": called}
         if (module, name) in _REBUILT:
             return {"new": [module, name, self._encoded(value.__reduce__()[1])]}
         to_list = getattr(value, "tolist", None)  # numpy's arrays and scalars, without importing it
@@ -325,19 +279,8 @@ class Peer:
         if not isinstance(value, dict):
             return value
         [(kind, content)] = value.items()
-        if kind == "int":
-            return int(content, 16)
-        for container in _CONTAINERS:
-            if kind == container.__name__:
-                return container(map(self._decoded, content))
-        if kind == "dict":
-            return {self._decoded(key): self._decoded(item) for key, item in content}
-        if kind in ("bytes", "bytearray"):
-            return bytes(content, "latin-1") if kind == "bytes" else bytearray(content, "latin-1")
-        if kind == "complex":
-            return complex(*map(float, content))
-        if kind == "range":
-            return range(*map(self._decoded, content))
+        if kind in _KINDS:
+            return _KINDS[kind][2]([self._decoded(part) for part in content] if isinstance(content, list) else content)
         if kind == "class":
             found = getattr(builtins, content)
             assert isinstance(found, type)
@@ -390,12 +333,7 @@ def run_the_program() -> None:
 
 
 def run_the_tests(incoming: int, outgoing: int) -> None:
-    """Judge the program at the other end, and write the verdict to stdout: "passed", or a traceback's end.
-
-    Args:
-        incoming: The descriptor from which the program's answers are read.
-        outgoing: The descriptor to which questions to the program are written.
-    """
+    """Judge the program at the other end of two descriptors; the verdict goes to stdout, with a traceback's end."""
     order, said = json.load(sys.stdin), os.dup(1)
     _silence(0, 1, 2)
     program = Peer(os.fdopen(incoming, "rb"), os.fdopen(outgoing, "wb"), _OPERATIONS, guarded=True)
@@ -411,15 +349,11 @@ def run_the_tests(incoming: int, outgoing: int) -> None:
 
 
 def names_for(tests: ast.Module, offered: dict[str, str], get: Callable[[str], Any]) -> dict[str, Any]:
-    """What the tests use of what the program offers.
+    """What the tests use of what the program offers: names, with the module names of those that are modules.
 
     Functions that are built in stay the tests' own, unless the tests ask the program for nothing else: MBPP has a task
     whose function is called `sum`; but no program decides what `abs` or `all` returns for its results. Modules are
-    imported anew, and a name of the standard library gives its own module.
-
-    Args:
-        offered: The names that the program defines, with the module names of those that are modules.
-        get: The function that returns the program's value of a name.
+    imported anew, and a name of the standard library gives its own module. ``get`` asks the program for a value.
     """
     names = {node.id for node in ast.walk(tests) if isinstance(node, ast.Name)} & offered.keys()
     bases = {

@@ -1,4 +1,5 @@
-"""The paper's benchmarks as named suites: which task of lm-evaluation-harness, how many shots, how answers are sampled.
+"""What is measured, and the tables of what came out. The paper's benchmarks are suites: which task of
+lm-evaluation-harness, how many shots, how answers are sampled.
 
 Shots are those of the paper's Tables 1 and 2, lengths and steps those of Appendix B.6. What the paper leaves open, and
 where lm-evaluation-harness (0.4.13) has the task in another form:
@@ -19,9 +20,13 @@ The paper's Tables 6 to 10 are suites, too: rows of settings under which tasks o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from llada_lightning.support.errors import UserError
 
@@ -40,8 +45,7 @@ class Benchmark:
         shots: The number of examples in the prompt; None: the number that the task sets.
         sampling: The sampling settings of the answers, where they are generated.
         infill: Whether `llada` fills the gap between the fields `prompt` and `suffix`.
-        row: The name of the row of a table of settings; None elsewhere.
-        group: The group of that row: of each group the best row is shown as well.
+        row, group: The names of the row of a table of settings and of its group, of which the best row is shown.
     """
 
     name: str
@@ -56,16 +60,14 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Suite:
-    """Benchmarks that are measured together.
-
-    Args:
-        benchmarks: The benchmarks, in the paper's order.
-        chat: Whether the prompts go through the checkpoint's chat template.
-    """
+    """Benchmarks that are measured together; with `chat` their prompts go through the chat template."""
 
     benchmarks: tuple[Benchmark, ...]
     chat: bool = False
 
+
+MONTE_CARLO = 128
+"""Masks of a continuation of several tokens (paper, B.6). One token is scored exactly by one pass."""
 
 BASE = {"length": 1024, "steps": 1024, "remasking": "low_confidence"}
 """Pure diffusion, one token a step (B.6)."""
@@ -125,21 +127,6 @@ VALUE: Any = object()
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of a table, or one row for each value of the table.
-
-    Args:
-        name: The name as in the paper, with ``{value}`` where there is a value.
-        sampling: The settings of the likelihoods (guidance) or of ``generate``; :data:`VALUE` is replaced.
-        group: The group of the row: of each group the best row is shown as well, as Table 6 does over scales.
-    """
-
-    name: str
-    sampling: Settings
-    group: str | None = None
-
-
-@dataclass(frozen=True)
 class Ablation:
     """A table of the paper: rows of settings under which tasks of the user's choice are measured.
 
@@ -147,15 +134,17 @@ class Ablation:
         table: The number of the table.
         question: What is varied, for the title of the table.
         scored: Whether the settings are of likelihoods or of sampled answers.
-        rows: The rows, which differ in what is varied and in nothing else.
+        rows: The settings of each row by its name, which holds ``{value}`` where a setting is :data:`VALUE`.
         values: The values of the paper for :data:`VALUE`; those of the user replace them.
+        group: The name of the rows with a value together, where the best of them is shown as well (Table 6).
     """
 
     table: int
     question: str
     scored: Literal["likelihood", "generation"]
-    rows: tuple[Row, ...]
+    rows: dict[str, Settings]
     values: tuple[float, ...] = ()
+    group: str | None = None
 
     @property
     def title(self) -> str:
@@ -164,7 +153,7 @@ class Ablation:
     @property
     def varied(self) -> set[str]:
         """The names of the settings in the rows."""
-        return {name for row in self.rows for name in row.sampling}
+        return {name for settings in self.rows.values() for name in settings}
 
     def suite(self, tasks: Sequence[Benchmark], values: Sequence[float] = ()) -> Suite:
         """The tasks under the settings of each row, row by row.
@@ -181,57 +170,208 @@ class Ablation:
                     f"--values {value:g}: give {'whole numbers of at least 1' if whole else 'scales above 0'}"
                 )
         chosen = [int(value) if whole else value for value in values or self.values]
-        rows = [each for row in self.rows for each in _filled_in(row, chosen)]
-        return Suite(
-            tuple(replace(task, sampling=row.sampling, row=row.name, group=row.group) for row in rows for task in tasks)
-        )
+        benchmarks = []
+        for name, settings in self.rows.items():
+            several = VALUE in settings.values()
+            for value in chosen if several else [0]:
+                sampling = {key: value if setting is VALUE else setting for key, setting in settings.items()}
+                row, group = name.format(value=f"{value:g}"), self.group if several else None
+                benchmarks += [replace(task, sampling=sampling, row=row, group=group) for task in tasks]
+        return Suite(tuple(benchmarks))
 
 
-def _filled_in(row: Row, values: Sequence[float]) -> Iterator[Row]:
-    if VALUE not in row.sampling.values():
-        yield row
-        return
-    for value in values:
-        sampling = {name: value if setting is VALUE else setting for name, setting in row.sampling.items()}
-        yield replace(row, name=row.name.format(value=f"{value:g}"), sampling=sampling)
-
-
-_PURE = {"strategy": "diffusion", "block_length": None}
-_BLOCKWISE = (
-    Row("autoregressive", {"strategy": "autoregressive", "block_length": None}),
-    Row("block diffusion, L' = {value}", {"strategy": "block_diffusion", "block_length": VALUE}),
-    Row("block diffusion LLaDA, L' = {value}", {"strategy": "diffusion", "block_length": VALUE}),
-)
+_PURE: Settings = {"strategy": "diffusion", "block_length": None}
+_BLOCKWISE: dict[str, Settings] = {
+    "autoregressive": {"strategy": "autoregressive", "block_length": None},
+    "block diffusion, L' = {value}": {"strategy": "block_diffusion", "block_length": VALUE},
+    "block diffusion LLaDA, L' = {value}": {"strategy": "diffusion", "block_length": VALUE},
+}
 
 ABLATIONS: dict[str, Ablation] = {
-    "ablate-guidance": Ablation(6, "classifier-free guidance", "likelihood", (
-        Row("w/o CFG", {"cfg_scale": 0.0}),
-        Row("CFG, w = {value}", {"cfg_scale": VALUE}, group="w/ CFG"),
-    ), (0.5, 1.0, 1.5, 2.0)),
-    "ablate-strategies": Ablation(7, "sampling strategies", "generation", (
-        *_BLOCKWISE, Row("pure diffusion", _PURE),
-    ), (2, 4, 8, 32)),
-    "ablate-strategies-instruct": Ablation(8, "sampling strategies after SFT", "generation", (
-        *_BLOCKWISE, Row("pure diffusion", {**_PURE, "zero_eos_confidence": True}),
-    ), (32,)),
-    "ablate-remasking": Ablation(9, "remasking", "generation", (
-        Row("random remasking", {**_PURE, "remasking": "random"}),
-        Row("low-confidence remasking", {**_PURE, "remasking": "low_confidence"}),
-    )),
-    "ablate-length": Ablation(10, "generation length", "generation", (
-        Row("length {value}", {**_PURE, "length": VALUE, "steps": VALUE}),
-    ), (256, 512, 1024)),
+    "ablate-guidance": Ablation(
+        6, "classifier-free guidance", "likelihood",
+        {"w/o CFG": {"cfg_scale": 0.0}, "CFG, w = {value}": {"cfg_scale": VALUE}},
+        (0.5, 1.0, 1.5, 2.0), group="w/ CFG",
+    ),
+    "ablate-strategies": Ablation(
+        7, "sampling strategies", "generation", _BLOCKWISE | {"pure diffusion": _PURE}, (2, 4, 8, 32)
+    ),
+    "ablate-strategies-instruct": Ablation(
+        8, "sampling strategies after SFT", "generation",
+        _BLOCKWISE | {"pure diffusion": _PURE | {"zero_eos_confidence": True}}, (32,),
+    ),
+    "ablate-remasking": Ablation(9, "remasking", "generation", {
+        "random remasking": _PURE | {"remasking": "random"},
+        "low-confidence remasking": _PURE | {"remasking": "low_confidence"},
+    }),
+    "ablate-length": Ablation(
+        10, "generation length", "generation",
+        {"length {value}": _PURE | {"length": VALUE, "steps": VALUE}}, (256, 512, 1024),
+    ),
 }  # fmt: skip
 """By name: Tables 6 to 10. The scales are those of B.3. After SFT pure diffusion keeps EOS last (B.4)."""
 
 
-def suite_named(name: str) -> Suite | Ablation:
-    """A suite.
+def chosen_suite(
+    name: str | None, tasks: str | None, shots: int | None, values: Sequence[float], varied: Collection[str]
+) -> Suite:
+    """The suite that options of `llada evaluate` say.
 
-    Raises:
-        UserError: there is no suite of this name.
+    Args:
+        name: The name of the suite, if any.
+        tasks: The names of tasks with commas between them: instead of a suite, or for a table of settings.
+        shots: The number of examples in the prompts of these tasks; None: the number that each task sets.
+        values: The values of a table of settings, instead of the paper's.
+        varied: The settings of sampling that other options say, which a table of settings must not vary.
     """
     known: dict[str, Suite | Ablation] = {**SUITES, **ABLATIONS}
-    if name not in known:
+    if name is not None and name not in known:
         raise UserError(f"--suite '{name}' is not known; choose from {', '.join(known)}")
-    return known[name]
+    chosen = None if name is None else known[name]
+    if values and not isinstance(chosen, Ablation):
+        raise UserError(f"--values is of the suites {', '.join(ABLATIONS)}; leave it out, or name one")
+    if isinstance(chosen, Suite):
+        if tasks is not None:
+            raise UserError("evaluate: --suite and --tasks: both given; give one of them")
+        if shots is not None:
+            raise UserError(f"--shots {shots}: the suite says its own; leave it out, or name --tasks")
+        return chosen
+    if tasks is None:
+        if chosen is None:
+            raise UserError("evaluate: --suite and --tasks: neither given; give one of them")
+        raise UserError(f"--suite {name}: which tasks? give them with --tasks, as --tasks gsm8k")
+    names = list(dict.fromkeys(task.strip() for task in tasks.split(",") if task.strip()))
+    if not names:
+        raise UserError(f"--tasks '{tasks}' names no task; give names, as --tasks piqa,arc_challenge")
+    benchmarks = tuple(Benchmark(task, task, shots=shots) for task in names)
+    if chosen is None:
+        return Suite(benchmarks)
+    for setting in sorted(chosen.varied & set(varied)):
+        raise UserError(f"--{setting.replace('_', '-')} is what Table {chosen.table} varies; leave it out")
+    return chosen.suite(benchmarks, values)
+
+
+# --- what came out ----------------------------------------------------------------------------------------------------
+
+SHARES = frozenset({"acc", "acc_norm", "acc_mutual_info", "exact_match", "em", "f1", "pass@1", "pass_at_1"})
+"""Metrics between 0 and 1 of which more is better: those that a results table takes, in percent."""
+
+_MOST_PARTS = 10
+"""Tasks of a group that are shown below it; the JSON has all."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a benchmark gave.
+
+    Args:
+        name, task: The name in our tables, and the task of lm-evaluation-harness.
+        metric: The metric that counts, as ``metric,filter``.
+        value: The value of the metric, as lm-evaluation-harness returns it.
+        stderr: The standard error of the value over documents; NaN where there is none. For `llada` it includes the
+            scatter of the Monte Carlo estimates only as far as that makes answers right or wrong.
+        n: The number of documents.
+        shots: The number of examples in the prompt; None where the tasks of a group differ.
+        metrics: The value and the standard error of every metric.
+        parts: The metrics of each task of a group.
+        sampling: The settings as they were used. Where the requests of a task differ, as in the length of an answer,
+            the least and the greatest value.
+        row: The name of the row of a table of settings.
+        best_of: The name of the row with the highest value, in the row that shows the best of a group.
+    """
+
+    name: str
+    task: str
+    metric: str
+    value: float
+    stderr: float
+    n: int
+    shots: int | None
+    metrics: dict[str, dict[str, float]]
+    parts: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    row: str | None = None
+    best_of: str | None = None
+
+    @property
+    def is_share(self) -> bool:
+        return self.metric.split(",")[0] in SHARES
+
+    def as_row(self, steps: int, settings: str) -> dict[str, Any]:
+        """A share as a row of a run's evaluations, in percent."""
+        return {
+            "steps": steps, "task": self.name, "score": 100 * self.value, "stderr": 100 * self.stderr, "n": self.n,
+            "metric": self.metric, "settings": settings,
+        }  # fmt: skip
+
+
+def best_rows(outcomes: Sequence[Outcome], groups: dict[str, str]) -> list[Outcome]:
+    """For each group of rows (by the row's name) and each task the best row, chosen by the values shown: optimistic."""
+    best: dict[tuple[str, str], Outcome] = {}
+    for outcome in outcomes:
+        if outcome.row in groups:
+            key = groups[outcome.row], outcome.name
+            if key not in best or outcome.value > best[key].value:
+                best[key] = outcome
+    return [replace(each, row=f"{group} (the best)", best_of=each.row) for (group, _), each in best.items()]
+
+
+def outcome_table(outcomes: Sequence[Outcome]) -> Table:
+    """A row for each benchmark, and below a group its tasks."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    table.add_column("task", no_wrap=True)
+    table.add_column("metric", overflow="fold")
+    for name in ("shots", "n", "value ± s.e."):
+        table.add_column(name, justify="right", no_wrap=True)
+    for outcome in outcomes:
+        shots, metric, unit = outcome.shots, outcome.metric, " %" if outcome.is_share else ""
+        value = _value(outcome.value, outcome.stderr, outcome.is_share) + unit
+        table.add_row(outcome.name, metric, "" if shots is None else str(shots), str(outcome.n), value)
+        for part, metrics in outcome.parts.items() if len(outcome.parts) <= _MOST_PARTS else ():
+            if metric in metrics:
+                value = _value(metrics[metric]["value"], metrics[metric]["stderr"], outcome.is_share) + unit
+                table.add_row(f"  {part}", metric, "", "", value)
+    return table
+
+
+def row_table(title: str, outcomes: Sequence[Outcome]) -> Table:
+    """Rows of settings and, in columns, tasks; shares in percent."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False, title=f"{title}, % ± s.e.", title_justify="left")
+    table.add_column("", no_wrap=True)
+    tasks = list(dict.fromkeys(outcome.name for outcome in outcomes))
+    for task in tasks:
+        table.add_column(task, justify="right")
+    sampled = any("length" in outcome.sampling for outcome in outcomes)
+    for name in ("tokens", "steps") if sampled else ():
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in dict.fromkeys(outcome.row or "" for outcome in outcomes):
+        cells = {outcome.name: outcome for outcome in outcomes if outcome.row == row}
+        settings = merged_settings([outcome.sampling for outcome in cells.values()])
+        counts = [_number(settings.get(name)) for name in ("length", "steps")] if sampled else []
+        table.add_row(row, *(_cell(cells[task]) if task in cells else "" for task in tasks), *counts)
+    return table
+
+
+def merged_settings(used: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The settings of batches of requests, one value each; where they differ, the least and the greatest."""
+    merged: dict[str, Any] = {}
+    for name in dict.fromkeys(name for each in used for name in each):
+        values = [each[name] for each in used if name in each]
+        distinct = sorted({one for value in values for one in (value if isinstance(value, list) else [value])})
+        merged[name] = distinct[0] if len(distinct) == 1 else [distinct[0], distinct[-1]]
+    return merged
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else "-".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _cell(outcome: Outcome) -> str:
+    text = _value(outcome.value, outcome.stderr, outcome.is_share, digits=1)
+    return text if outcome.best_of is None else f"{text} ({outcome.best_of})"
+
+
+def _value(value: float, stderr: float, is_share: bool, digits: int = 2) -> str:
+    scale = 100 if is_share else 1
+    text = f"{scale * value:.{digits}f}"
+    return f"{text} ± {scale * stderr:.{digits}f}" if math.isfinite(stderr) else text

@@ -10,11 +10,9 @@ import math
 import re
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rich.box import SIMPLE
 from rich.cells import cell_len
@@ -35,9 +33,6 @@ from llada_lightning.generation.sampling import Generation, Snapshot
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, require_replaceable, written_atomically
 from llada_lightning.support.printing import recording_console, visible
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 ENDINGS = (".html", ".svg")
 BLOCK = "▒"
@@ -99,9 +94,6 @@ class Aligner:
     A byte-level tokenizer may cut a character in two: such tokens become one piece. A special token has its name, and
     bytes that are no text and ids beyond the vocabulary have the id in angle brackets. Without a tokenizer every token
     is a piece of its own, its id and a space.
-
-    Args:
-        tokenizer: The model's tokenizer; None where there is none.
     """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
@@ -116,11 +108,7 @@ class Aligner:
             self._anchor = encode(tokenizer, "a")
 
     def pieces(self, ids: Sequence[int]) -> list[Piece]:
-        """Returns the pieces of a text, in order; together they hold each token once.
-
-        Args:
-            ids: Token ids, ``MASKED`` for each token that is not known yet.
-        """
+        """The pieces of a text, in order; together they hold each token once. A token not known yet is ``MASKED``."""
         found: list[Piece] = []
         while (begin := found[-1].end if found else 0) < len(ids):
             found.append(self._piece(ids, begin))
@@ -143,7 +131,7 @@ class Aligner:
         return Piece(f"⟨{first}⟩", begin, begin + 1)
 
     def _text(self, tokenizer: Tokenizer, ids: tuple[int, ...]) -> str:
-        """Returns what tokens add to the text before them."""
+        """What tokens add to the text before them."""
         if ids not in self._texts:
             before = decode(tokenizer, self._anchor)
             self._texts[ids] = decode(tokenizer, [*self._anchor, *ids])[len(before) :]
@@ -151,7 +139,7 @@ class Aligner:
 
 
 def shade(step: int, steps: int) -> Style:
-    """Returns the background and the ink of a token; text on it is readable (a contrast of 4.5 or more, WCAG 2.1).
+    """The background and the ink of a token; text on it is readable (a contrast of 4.5 or more, WCAG 2.1).
 
     Args:
         step: The step at which the token appeared, from 1.
@@ -167,7 +155,7 @@ def shade(step: int, steps: int) -> Style:
 def coloured(
     aligner: Aligner, tokens: Sequence[int], step_of_token: Sequence[int], steps: int, newline: str = "\n"
 ) -> Text:
-    """Returns the text of tokens on backgrounds that tell their steps, a dim block for each masked token.
+    """The text of tokens on backgrounds that tell their steps, a dim block for each masked token.
 
     Args:
         aligner: The aligner of the model's tokenizer.
@@ -189,8 +177,7 @@ def coloured(
     return text
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """What one speaker wrote, and the number of sampling steps that it took; 0 for a text that was given."""
 
     speaker: str
@@ -198,8 +185,7 @@ class Turn:
     steps: int = 0
 
 
-@dataclass(frozen=True)
-class Dialogue:
+class Dialogue(NamedTuple):
     """Turns that belong together, and a line about how they were sampled."""
 
     turns: Sequence[Turn]
@@ -207,23 +193,19 @@ class Dialogue:
 
 
 def question(text: str) -> Turn:
-    """Returns a turn that was given; newlines at its end are not drawn."""
+    """A turn that was given; newlines at its end are not drawn."""
     return Turn("User", Text(visible(text.rstrip("\n"))))
 
 
 def answer(generation: Generation, index: int, aligner: Aligner, speaker: str) -> Turn:
-    """Returns the answer to the prompt ``index`` of a batch, with the step of each of its tokens as a colour."""
+    """The answer to the prompt ``index`` of a batch, with the step of each of its tokens as a colour."""
     steps = generation.step_of_token[index]
     last = max(steps, default=0)
     return Turn(speaker, coloured(aligner, generation.tokens[index], steps, last, newline="↵\n"), last)
 
 
 def check_drawing_path(path: str) -> Path:
-    """Returns the path of a drawing that can be written, found out before the work begins.
-
-    Raises:
-        UserError: Its ending is no drawing's, or its folder does not exist.
-    """
+    """The path of a drawing; refused, before the work begins, where it cannot be written."""
     target = expanded(path)
     if target.suffix.lower() not in ENDINGS:
         raise UserError(f"picture '{path}': its ending is none of {', '.join(ENDINGS)}; give one of them")
@@ -238,13 +220,20 @@ def write_drawing(path: Path, dialogues: Sequence[Dialogue]) -> None:
     """Draws dialogues one below the other and writes them in the format of the file's ending.
 
     The same dialogues give the same bytes. A file loads nothing from elsewhere and holds its text as text.
-
-    Raises:
-        UserError: The file cannot be written.
     """
     console = recording_console(_COLUMNS)
     for dialogue in dialogues:
-        _draw(console, dialogue)
+        table = Table(show_header=False, box=SIMPLE, show_lines=True, expand=True)
+        table.add_column(style="bold", no_wrap=True, min_width=5)
+        table.add_column(ratio=1, overflow="fold")
+        for turn in dialogue.turns:
+            table.add_row(turn.speaker, turn.text)
+        console.print(Rule(style="dim"), table)
+        sampled = {turn.steps for turn in dialogue.turns if turn.steps}
+        if sampled:
+            console.print(Padding(_legend(sampled), (0, 2)))
+        if dialogue.facts:
+            console.print(Padding(Text(visible(dialogue.facts), "dim"), (0, 2)))
     if path.suffix.lower() == ".svg":
         exported = console.export_svg(theme=DEFAULT_TERMINAL_THEME, code_format=_SVG, font_aspect_ratio=_ASPECT)
         exported = re.sub(r'textLength="[^"]*"([^>]*)>([^<]*)<', _with_true_width, exported)
@@ -263,26 +252,8 @@ def _with_true_width(found: re.Match[str]) -> str:
     return f'textLength="{cell_len(unescape(text)) * _CELL:g}"{attributes}>{text}<'
 
 
-def _draw(console: Console, dialogue: Dialogue) -> None:
-    table = Table(show_header=False, box=SIMPLE, show_lines=True, expand=True)
-    table.add_column(style="bold", no_wrap=True, min_width=5)
-    table.add_column(ratio=1, overflow="fold")
-    for turn in dialogue.turns:
-        table.add_row(turn.speaker, turn.text)
-    console.print(Rule(style="dim"), table)
-    sampled = {turn.steps for turn in dialogue.turns if turn.steps}
-    if sampled:
-        console.print(Padding(_legend(sampled), (0, 2)))
-    if dialogue.facts:
-        console.print(Padding(Text(visible(dialogue.facts), "dim"), (0, 2)))
-
-
 def _legend(steps: Collection[int]) -> Text:
-    """Returns the colours and their meaning.
-
-    Args:
-        steps: Number of steps of each answer; each has the darkest colour at its own last step.
-    """
+    """The colours and their meaning; each answer has the darkest colour at its own last step."""
     legend, most = Text("step 1 ", "dim"), max(steps)
     for number in range(1, min(most, _SWATCHES) + 1):
         legend.append("  ", shade(number, min(most, _SWATCHES)))
@@ -299,7 +270,7 @@ _LINES_BESIDE = 3
 
 
 class Unfolding:
-    """Shows the snapshots of a sampling, where the console is a terminal; a context manager.
+    """Shows the snapshots of a sampling on a terminal; a context manager.
 
     What it shows goes away at its end; who called prints the answer.
 
@@ -311,29 +282,22 @@ class Unfolding:
     """
 
     def __init__(self, aligner: Aligner, prompts: Sequence[str], console: Console, *, grows: bool = False) -> None:
-        self._aligner = aligner
-        self._prompts = prompts
-        self._console = console
-        self._grows = grows
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._aligner, self._prompts, self._console, self._grows = aligner, prompts, console, grows
+        self._live = Live(console=console, auto_refresh=False, transient=True)
         self._answers: dict[int, Text] = {}
         self._next_frame = -math.inf
 
     def __enter__(self) -> Unfolding:
-        if self._live is not None:
-            self._live.start()
+        self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
 
     def observe(self, snapshot: Snapshot) -> None:
         """What ``generate`` calls after each step; draws at most 15 times a second and a tenth of the time."""
         began = time.monotonic()
-        if self._live is None or began < self._next_frame:
+        if began < self._next_frame:
             return
         for i, (tokens, steps) in enumerate(zip(snapshot.tokens, snapshot.step_of_token, strict=True)):
             text = coloured(self._aligner, tokens, steps, snapshot.steps)

@@ -1,21 +1,25 @@
-"""The predictions of a step: the Transformer's logits of a block, with guidance and with caches, and tokens drawn from
-them, by noise that is each prompt's own, so that an answer does not depend on the rest of the batch."""
+"""The tokens of a batch while they are denoised, and what the Transformer predicts of them: logits of a block, with
+guidance and with caches, and tokens drawn by noise that is each prompt's own, so that an answer does not depend on the
+rest of the batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.generation.canvas import Canvas
 from llada_lightning.generation.reveal import RULES
-from llada_lightning.generation.sampling import Sampling
+from llada_lightning.generation.sampling import Sampling, Snapshot
 from llada_lightning.model.attention import KeyValueCache
 from llada_lightning.objectives.noise import Stream, random_words
+
+if TYPE_CHECKING:
+    from llada_lightning.checkpoints.language_model import LanguageModel
+
+STILL_MASKED = -1
 
 LOWEST = -1e3
 """A confidence below all others, and above that of what must not be chosen."""
@@ -24,7 +28,162 @@ LOGITS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}
 """Logits that are made and used before the next are: on a CPU what fits its caches, elsewhere the memory."""
 
 
-class Predictor:
+@dataclass
+class Canvas:
+    """A batch of sequences of L columns. Prompts end at the same column: what is missing is padded on the left.
+
+    What is masked is carried here and never read off the tokens.
+
+    Args:
+        tokens_BL: (B, L) int64, the tokens.
+        masked_BL: (B, L) bool, whether a position is still to be predicted.
+        given_BL: (B, L) bool, whether a position is a prompt's, which classifier-free guidance masks.
+        padding_B: (B,) int64, the columns of padding before each sequence.
+        step_BL: (B, L) int64, the step at which each token appeared; 0 where given, -1 where still masked.
+        confidence_BL: (B, L) float32, the probability of each token when it appeared.
+        answer: The first column of the answers.
+    """
+
+    tokens_BL: Tensor
+    masked_BL: Tensor
+    given_BL: Tensor
+    padding_B: Tensor
+    step_BL: Tensor
+    confidence_BL: Tensor
+    answer: int
+
+    @classmethod
+    def of(cls, rows: list[list[int]], length: int | None, mask_token_id: int, device: torch.device) -> Canvas:
+        """Prompts, and behind each of them ``length`` masked tokens.
+
+        Without a length the rows are texts with gaps: their [MASK]s are masked, and all of each is its answer.
+        """
+        longest, more = max(map(len, rows)), length or 0
+        padded = [[mask_token_id] * (longest - len(row)) + row + [mask_token_id] * more for row in rows]
+        tokens_BL = torch.tensor(padded, dtype=torch.int64).view(len(rows), longest + more).to(device)
+        padding_B = torch.tensor([longest - len(row) for row in rows], device=device)
+        columns_L = torch.arange(longest + more, device=device)
+        if length is None:
+            masked_BL = (tokens_BL == mask_token_id) & (columns_L >= padding_B[:, None])
+        else:
+            masked_BL = (columns_L >= longest).repeat(len(rows), 1)
+        return cls(
+            tokens_BL=tokens_BL,
+            masked_BL=masked_BL,
+            given_BL=~masked_BL,
+            padding_B=padding_B,
+            step_BL=masked_BL * STILL_MASKED,
+            confidence_BL=torch.ones_like(tokens_BL, dtype=torch.float32),
+            answer=0 if length is None else longest,
+        )
+
+    @property
+    def length(self) -> int:
+        return self.tokens_BL.shape[1]
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """(B, L) bool, False at the padding; None where there is none."""
+        if not bool(self.padding_B.any()):
+            return None
+        return torch.arange(self.length, device=self.tokens_BL.device) >= self.padding_B[:, None]
+
+    @property
+    def positions(self) -> Tensor | None:
+        """(B, L) int64, positions in the unpadded sequence; None where they are the columns."""
+        if not bool(self.padding_B.any()):
+            return None
+        columns_L = torch.arange(self.length, device=self.tokens_BL.device)
+        return (columns_L - self.padding_B[:, None]).clamp(min=0)
+
+    def commit(self, rows_M: Tensor, columns_M: Tensor, tokens_M: Tensor, confidence_M: Tensor, step_M: Tensor) -> None:
+        """Unmask M tokens."""
+        place = rows_M, columns_M
+        self.tokens_BL[place] = tokens_M
+        self.confidence_BL[place] = confidence_M
+        self.step_BL[place] = step_M
+        self.masked_BL[place] = False
+
+    def ended(self, end_token_ids: tuple[int, ...]) -> Tensor:
+        """(B,) bool: whether an answer holds a token that ends it, and nothing before that is still masked."""
+        ends = torch.tensor(end_token_ids, device=self.tokens_BL.device)
+        masked_BA = self.masked_BL[:, self.answer :]
+        ends_BA = torch.isin(self.tokens_BL[:, self.answer :], ends) & ~masked_BA
+        return (ends_BA & (masked_BA.cumsum(1) == 0)).any(1)
+
+    def holds_stop(self, lm: LanguageModel, stop: Sequence[str]) -> Tensor:
+        """(B,) bool: the text of an answer, up to what is still masked, holds a stop string."""
+        whole_BA = self.masked_BL[:, self.answer :].cumsum(dim=1) == 0
+        answers = [
+            lm.decode(row[whole].tolist())
+            for row, whole in zip(self.tokens_BL[:, self.answer :], whole_BA, strict=True)
+        ]
+        return torch.tensor([any(text in answer for text in stop) for answer in answers], device=lm.device)
+
+    def snapshot(self, step: int, steps: int, first: int) -> Snapshot:
+        """The answers as they stand."""
+        starts = [max(self.answer, padding) for padding in self.padding_B.tolist()]
+        return Snapshot(
+            tokens=[row[start:] for row, start in zip(self.tokens_BL.tolist(), starts, strict=True)],
+            step_of_token=[row[start:] for row, start in zip(self.step_BL.tolist(), starts, strict=True)],
+            step=step,
+            steps=steps,
+            first=first,
+        )
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+class NoiseByPrompt:
+    """A generator for each prompt of a batch, keyed by the seed of the call and the number of the prompt.
+
+    ``first`` is the number of the batch's first prompt. Other kinds of device draw other noise.
+    """
+
+    def __init__(self, seed: int, first: int, batch: int, device: torch.device) -> None:
+        keys = [int(random_words(seed, Stream.GENERATION, first + row, 1)[0] >> 1) for row in range(batch)]
+        self._generators = [torch.Generator(device).manual_seed(key) for key in keys]
+        self._device = device
+
+    def gumbel(self, rows_M: Tensor, columns_M: Tensor, words: int) -> Tensor:
+        """(M, words) float64, standard Gumbel, for M positions; rows in ascending order."""
+        # Below float64 the tails of the noise are cut, which lowers the temperature (Zheng et al. 2024).
+        noise_MV = torch.empty(len(rows_M), words, dtype=torch.float64, device=self._device)
+        for place, row in enumerate(rows_M.tolist()):  # one by one: however many are asked for at a time
+            noise_MV[place].exponential_(generator=self._generators[row])
+        return -noise_MV.log()
+
+    def uniform(self, rows_R: Tensor, candidates_RK: Tensor, begin: int) -> Tensor:
+        """(R, K) float64, uniform on [0, 1) where ``candidates_RK`` is, for the columns from ``begin`` on of R rows."""
+        noise_RK = torch.zeros(candidates_RK.shape, dtype=torch.float64, device=self._device)
+        for row_K, wanted_K, row in zip(noise_RK, candidates_RK, rows_R.tolist(), strict=True):
+            row_K[wanted_K] = row_K[wanted_K].uniform_(generator=self._generators[row])
+        return noise_RK
+
+
+class ReleasedNoise:
+    """The draws of the authors' released code: of the whole canvas, from torch's own generator, in its order."""
+
+    def __init__(self, batch: int, length: int, device: torch.device) -> None:
+        self._batch, self._length, self._device = batch, length, device
+
+    def gumbel(self, rows_M: Tensor, columns_M: Tensor, words: int) -> Tensor:
+        uniform_BLV = torch.rand(self._batch, self._length, words, dtype=torch.float64, device=self._device)
+        return -torch.log(-torch.log(uniform_BLV[rows_M, columns_M]))
+
+    def uniform(self, rows_R: Tensor, candidates_RK: Tensor, begin: int) -> Tensor:
+        end = begin + candidates_RK.shape[1]
+        return torch.rand(self._batch, self._length, device=self._device)[rows_R, begin:end]
+
+
+SamplerNoise = NoiseByPrompt | ReleasedNoise
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+class BlockPredictor:
     """Predicts masked tokens of the columns of one block at a time.
 
     With a cache, the first pass over a block computes the whole canvas. Later ones take the keys and values of what
@@ -53,34 +212,33 @@ class Predictor:
             self._cache.keep_rows(index_R)
 
     def __call__(self, rows_R: Tensor, wanted_RK: Tensor) -> Tensor:
-        """What the wanted columns of the block are predicted from.
-
-        Args:
-            rows_R: (R,) int64, rows of the canvas.
-            wanted_RK: (R, K) bool over the block's columns.
+        """What the wanted columns of the block (R, K) are predicted from, for rows (R,) of the canvas.
 
         Returns:
             (G, M, D) in the order of ``wanted_RK.nonzero()``, for :meth:`logits`; G is 2 with guidance, else 1.
         """
-        first, last = self._columns()
+        first, last = 0, self._visible
+        if self._cache is not None:
+            if not self._fresh:  # the rest is held
+                first, last = self._begin, self._visible if self._settings.cache == "prefix" else self._end
+            self._cache.position = first
         tokens_RT = self._canvas.tokens_BL[rows_R, first:last]
         self._rows = len(rows_R)
         if self._settings.cfg_scale > 0:
             without_RT = tokens_RT.masked_fill(self._canvas.given_BL[rows_R, first:last], self.mask_token_id)
             tokens_RT = torch.cat([tokens_RT, without_RT])
             rows_R = torch.cat([rows_R, rows_R])
-        if self._cache is not None:
-            self._cache.position = first
+        mask_BL, positions_BL = self._attention_mask_BL, self._positions_BL
         hidden_RKD = self._lm.model.hidden(
             tokens_RT,
             causal=False,
-            attention_mask_BL=_rows(self._attention_mask_BL, rows_R, 0, self._visible),
-            positions_BL=_rows(self._positions_BL, rows_R, first, last),
+            attention_mask_BL=None if mask_BL is None else mask_BL[rows_R, : self._visible],
+            positions_BL=None if positions_BL is None else positions_BL[rows_R, first:last],
             cache=self._cache,
             queries=slice(self._begin - first, self._end - first),
         )
         if self._cache is not None and self._fresh:
-            self._cache.advance(last)  # from now on all of these are held
+            self._cache.advance(last)
         self._fresh = False
         self.passes += 1
         return hidden_RKD.unflatten(0, (-1, self._rows))[:, wanted_RK]
@@ -97,78 +255,46 @@ class Predictor:
             logits_MV[:, self.mask_token_id] = -torch.inf
         return logits_MV
 
-    def _columns(self) -> tuple[int, int]:
-        """What the next pass computes."""
-        if self._cache is None or self._fresh:
-            return 0, self._visible
-        return self._begin, self._visible if self._settings.cache == "prefix" else self._end
-
-
-def _rows(x_BL: Tensor | None, rows_R: Tensor, begin: int, end: int) -> Tensor | None:
-    return None if x_BL is None else x_BL[rows_R, begin:end]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Of M masked positions.
-
-    Args:
-        tokens_M: (M,) int64, the drawn tokens.
-        probability_M: (M,) float32, the probability that the model gives each token.
-        confidence_M: (M,) float32, the confidence by which predictions are kept or masked again.
-    """
-
-    tokens_M: Tensor
-    probability_M: Tensor
-    confidence_M: Tensor
-
 
 def predict_tokens(
     hidden_GMD: Tensor,
     logits_of: Callable[[Tensor], Tensor],
-    words: int,
+    lm: LanguageModel,
     place: tuple[Tensor, Tensor],
     settings: Sampling,
-    noise: Noise,
-    end_token_ids: tuple[int, ...],
-) -> Prediction:
+    noise: SamplerNoise,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Predict M tokens, some at a time: all their logits would be the largest tensor of all.
 
     Args:
         hidden_GMD: The hidden states that ``logits_of`` takes, (G, m, D) to (m, V).
-        words: V.
         place: The rows and the columns of the canvas, (M,) int64 each.
+
+    Returns:
+        (M,) each: the drawn tokens, int64; the probability that the model gives each of them, float32; the confidence
+        by which predictions are kept or masked again, float32.
     """
-    count = hidden_GMD.shape[1]
-    at_once = max(1, LOGITS_AT_ONCE.get(hidden_GMD.device.type, 1 << 26) // words)
+    count, vocab_size = hidden_GMD.shape[1], lm.model.vocab_size
+    at_once = max(1, LOGITS_AT_ONCE.get(hidden_GMD.device.type, 1 << 26) // vocab_size)
     if settings.compat is not None:
         at_once = max(1, count)  # its noise is drawn once a step, also where nothing is left to predict
-    parts = [
-        _predict(
-            logits_of(hidden_GMD[:, begin : begin + at_once]),
-            place[0][begin : begin + at_once],
-            place[1][begin : begin + at_once],
-            settings,
-            noise,
-            end_token_ids,
-        )
-        for begin in range(0, max(1, count), at_once)
-    ]
-    return Prediction(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    parts = []
+    for begin in range(0, max(1, count), at_once):
+        these = slice(begin, begin + at_once)
+        logits_MV, gumbel_MV = logits_of(hidden_GMD[:, these]), None
+        if settings.temperature > 0:
+            gumbel_MV = noise.gumbel(place[0][these], place[1][these], vocab_size)
+        parts.append(_predict(logits_MV, gumbel_MV, settings, lm.end_token_ids))
+    tokens_M, probability_M, confidence_M = (torch.cat(column) for column in zip(*parts, strict=True))
+    return tokens_M, probability_M, confidence_M
 
 
 def _predict(
-    logits_MV: Tensor,
-    rows_M: Tensor,
-    columns_M: Tensor,
-    settings: Sampling,
-    noise: Noise,
-    end_token_ids: tuple[int, ...],
+    logits_MV: Tensor, gumbel_MV: Tensor | None, settings: Sampling, end_token_ids: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, their probabilities and confidences, each (M,)."""
-    gumbel_MV, allowed_MV = None, logits_MV
-    if settings.temperature > 0:
-        gumbel_MV = noise.gumbel(rows_M, columns_M, logits_MV.shape[1])
+    allowed_MV = logits_MV
+    if gumbel_MV is not None:
         allowed_MV = likeliest(logits_MV, settings.temperature, settings.top_k, settings.top_p)
     tokens_M = draw_tokens(allowed_MV, settings.temperature, gumbel_MV)
     probability_M = probability(logits_MV, tokens_M)
@@ -191,13 +317,7 @@ def guide(logits_MV: Tensor, unconditional_MV: Tensor, scale: float) -> Tensor:
 
 
 def draw_tokens(logits_MV: Tensor, temperature: float, gumbel_MV: Tensor | None) -> Tensor:
-    """(M,) int64: the likeliest token, or one drawn by the Gumbel-max trick in float64.
-
-    Args:
-        logits_MV: (M, V) float32; -inf for what must not be drawn.
-        temperature: 0 for the likeliest.
-        gumbel_MV: (M, V) float64, standard Gumbel noise, where the temperature is not 0.
-    """
+    """(M,) int64: the likeliest of (M, V) logits, or one drawn by the Gumbel-max trick with (M, V) noise in float64."""
     if gumbel_MV is None:
         return logits_MV.argmax(dim=-1)
     return (logits_MV.double() + temperature * gumbel_MV).argmax(dim=-1)
@@ -206,7 +326,7 @@ def draw_tokens(logits_MV: Tensor, temperature: float, gumbel_MV: Tensor | None)
 def likeliest(logits_MV: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """The logits with -inf for all but the ``top_k`` likeliest, and the fewest that hold ``top_p`` of what is left.
 
-    ``top_p`` counts the probabilities at ``temperature``, from which is drawn.
+    ``top_p`` counts the probabilities at the temperature, from which is drawn.
     """
     if top_k is not None and top_k < logits_MV.shape[-1]:
         values_MK, order_MK = logits_MV.topk(top_k, dim=-1)  # of equals only as many as asked for
@@ -223,62 +343,3 @@ def likeliest(logits_MV: Tensor, temperature: float, top_k: int | None, top_p: f
 def probability(logits_MV: Tensor, tokens_M: Tensor) -> Tensor:
     """(M,) float32: the model's probability of each token."""
     return logits_MV.softmax(dim=-1).gather(1, tokens_M[:, None])[:, 0]
-
-
-class Noise(Protocol):
-    """What a sampler draws. Rows are numbers within the batch, in ascending order."""
-
-    def gumbel(self, rows_M: Tensor, columns_M: Tensor, words: int) -> Tensor:
-        """(M, words) float64, standard Gumbel, for M positions."""
-
-    def uniform(self, rows_R: Tensor, candidates_RK: Tensor, begin: int) -> Tensor:
-        """(R, K), uniform on [0, 1) where ``candidates_RK`` is, for the columns from ``begin`` on of R rows."""
-
-
-class NoiseByPrompt:
-    """A generator for each prompt, keyed by (seed, number of the prompt).
-
-    Args:
-        seed: The seed of the whole call.
-        first: The number of the first prompt of the batch.
-        batch: The number of prompts.
-        device: The device that draws the noise. Other kinds of device draw other noise.
-    """
-
-    def __init__(self, seed: int, first: int, batch: int, device: torch.device) -> None:
-        keys = [int(random_words(seed, Stream.GENERATION, first + row, 1)[0] >> 1) for row in range(batch)]
-        self._generators = [torch.Generator(device).manual_seed(key) for key in keys]
-        self._device = device
-
-    def gumbel(self, rows_M: Tensor, columns_M: Tensor, words: int) -> Tensor:
-        # Below float64 the tails of the noise are cut, which lowers the temperature (Zheng et al. 2024).
-        noise_MV = torch.empty(len(rows_M), words, dtype=torch.float64, device=self._device)
-        for place, row in enumerate(rows_M.tolist()):  # one by one: however many are asked for at a time
-            noise_MV[place].exponential_(generator=self._generators[row])
-        return -noise_MV.log()
-
-    def uniform(self, rows_R: Tensor, candidates_RK: Tensor, begin: int) -> Tensor:
-        noise_RK = torch.zeros(candidates_RK.shape, dtype=torch.float64, device=self._device)
-        counts = candidates_RK.sum(dim=1).tolist()
-        noise_RK[candidates_RK] = torch.cat(
-            [
-                torch.empty(count, dtype=torch.float64, device=self._device).uniform_(generator=self._generators[row])
-                for row, count in zip(rows_R.tolist(), counts, strict=True)
-            ]
-        )
-        return noise_RK
-
-
-class ReleasedNoise:
-    """The draws of the authors' released code: of the whole canvas, from torch's own generator, in its order."""
-
-    def __init__(self, batch: int, length: int, device: torch.device) -> None:
-        self._batch, self._length, self._device = batch, length, device
-
-    def gumbel(self, rows_M: Tensor, columns_M: Tensor, words: int) -> Tensor:
-        uniform_BLV = torch.rand(self._batch, self._length, words, dtype=torch.float64, device=self._device)
-        return -torch.log(-torch.log(uniform_BLV[rows_M, columns_M]))
-
-    def uniform(self, rows_R: Tensor, candidates_RK: Tensor, begin: int) -> Tensor:
-        end = begin + candidates_RK.shape[1]
-        return torch.rand(self._batch, self._length, device=self._device)[rows_R, begin:end]

@@ -7,6 +7,7 @@ import re
 import stat
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import count
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:  # commands read prompts before they load torch
 Prompts: TypeAlias = "str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | np.ndarray[Any, Any]"
 
 Prompt = str | list[int]
-
-STDIN = "-"
 
 _GAP = re.compile(r"\[MASK(?::(\d+))?\]")
 _MOST_IN_A_GAP = 1 << 20
@@ -143,48 +142,24 @@ def _check(lm: LanguageModel, row: list[int], number: int, infill: bool) -> None
 
 
 def check_context(lm: LanguageModel, rows: list[list[int]], length: int) -> None:
-    """Refuse what is longer than anything that the model was trained on.
-
-    Raises:
-        UserError: says which prompt, counted from 1, by how much it is too long, and what length is left.
-    """
+    """Refuse a prompt that is longer, with its answer, than anything that the model was trained on."""
     for i, row in enumerate(rows, 1):
         room = lm.context_length - len(row)
-        if length <= room:
-            continue
-        what = f"{len(row)} tokens"
-        if length:
-            what += f" and {length} of the answer are {len(row) + length},"
-        else:
-            what += " are"
-        fix = f"shorten the prompt by {length - room} tokens"
-        if length and room > 0:
-            fix += f" or set length to at most {room}"
-        raise UserError(f"prompt {i}: {what} more than the {lm.context_length} that '{lm.name}' was trained on; {fix}")
-
-
-def as_batches(rows: list[Any], size: int | None) -> list[tuple[int, list[Any]]]:
-    """Batches of at most ``size`` in order, each with the number of its first row."""
-    if size is not None and (not isinstance(size, int) or size < 1):
-        raise UserError(f"batch_size: {size} given; it must be a whole number of at least 1")
-    size = size or len(rows)
-    return [(first, rows[first : first + size]) for first in range(0, len(rows), size)]
+        if length > room:
+            answer = f" and {length} of the answer are {len(row) + length}," if length else " are"
+            shorter = f" or set length to at most {room}" if length and room > 0 else ""
+            raise UserError(
+                f"prompt {i}: {len(row)} tokens{answer} more than the {lm.context_length} that '{lm.name}' was trained "
+                f"on; shorten the prompt by {length - room} tokens{shorter}"
+            )
 
 
 # --- from a command line ----------------------------------------------------------------------------------------------
 
 
 def given_prompts(texts: Sequence[str], file: str | None) -> list[Prompt]:
-    """The prompts in the order of options, then file; what is piped in where neither is given; else none.
-
-    Args:
-        texts: The texts of ``--prompt``; `-` is what comes on stdin.
-        file: The path of ``--prompts-file``.
-
-    Raises:
-        UserError: the file is missing, empty, or not of its kind; a text is not UTF-8.
-    """
-    prompts: list[Prompt] = [_from_stdin() if text == STDIN else text for text in texts]
+    """The prompts of `--prompt` (`-`: stdin), then of `--prompts-file`; without either what is piped in; else none."""
+    prompts: list[Prompt] = [_from_stdin() if text == "-" else text for text in texts]
     if file is not None:
         prompts += read_prompts(file)
     if not prompts and _piped():
@@ -227,11 +202,7 @@ def _piped() -> bool:
 
 
 def read_prompts(file: str) -> list[Prompt]:
-    """The prompts of a `.txt`, one a line, or of a `.jsonl`, each line's `prompt`: a text, or a list of token ids.
-
-    Raises:
-        UserError: the file is missing, empty, or not of its kind; says which line.
-    """
+    """The prompts of a `.txt`, one a line, or of a `.jsonl`, each line's `prompt`: a text, or a list of token ids."""
     path = expanded(file)
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"prompts file '{file}': its ending is neither .txt nor .jsonl; give one of them")
@@ -243,22 +214,20 @@ def read_prompts(file: str) -> list[Prompt]:
         raise UserError(f"{shown} holds no prompt; write one a line")
     if path.suffix == ".txt":
         return [line for _, line in numbered]
+    prompts: list[Prompt] = []
     unread = UnreadFields()
-    prompts = [_json_prompt(line, number, f"{shown}, line {number}", unread) for number, line in numbered]
+    for number, line in numbered:
+        where = f"{shown}, line {number}"
+        record = parse_json(line, where, number)
+        fields = record if isinstance(record, dict) else {}
+        unread.add_row(fields, ("prompt",), where, REFUSED_BESIDE_PROMPTS)
+        prompt: Any = fields.get("prompt")
+        is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+        if not is_ids and not isinstance(prompt, str):
+            raise UserError(f'{where}: "prompt" is neither a text nor a list of token ids; write {{"prompt": "…"}}')
+        prompts.append(prompt)
     unread.note(shown)
     return prompts
-
-
-def _json_prompt(line: str, number: int, where: str, unread: UnreadFields) -> Prompt:
-    record = parse_json(line, where, number)
-    fields = record if isinstance(record, dict) else {}
-    unread.add_row(fields, ("prompt",), where, REFUSED_BESIDE_PROMPTS)
-    prompt = fields.get("prompt")
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
-        return prompt
-    raise UserError(f'{where}: "prompt" is neither a text nor a list of token ids; write {{"prompt": "…"}}')
 
 
 def holds_gap(text: str) -> bool:
@@ -267,17 +236,13 @@ def holds_gap(text: str) -> bool:
 
 
 def with_gaps(text: str, mask_token: str) -> str:
-    """The text with each `[MASK:12]` as 12 times the mask token, and `[MASK]` as one.
-
-    Raises:
-        UserError: a gap of no token, or of more than any model takes.
-    """
+    """The text with each `[MASK:12]` as 12 times the mask token, and `[MASK]` as one."""
 
     def gap(found: re.Match[str]) -> str:
-        count = int(found[1] or 1)
-        if not 0 < count <= _MOST_IN_A_GAP:
-            raise UserError(f"prompt: the gap {found[0]} has {count} tokens; give from 1 to {_MOST_IN_A_GAP}")
-        return mask_token * count
+        tokens = int(found[1] or 1)
+        if not 0 < tokens <= _MOST_IN_A_GAP:
+            raise UserError(f"prompt: the gap {found[0]} has {tokens} tokens; give from 1 to {_MOST_IN_A_GAP}")
+        return mask_token * tokens
 
     return _GAP.sub(gap, text)
 
@@ -286,15 +251,7 @@ def with_gaps(text: str, mask_token: str) -> str:
 
 
 def conversation_ids(lm: LanguageModel, messages: Sequence[Message]) -> list[int]:
-    """The prompt that asks for the next answer.
-
-    Args:
-        lm: The model. Without a chat template, the messages are joined by new lines.
-        messages: The messages, of which the last one is the user's.
-
-    Raises:
-        UserError: there is no tokenizer, or the template is broken or refuses the messages.
-    """
+    """The prompt that asks for the next answer; without a chat template the messages are joined by new lines."""
     if lm.dialogue is None:
         return lm.encode_prompt("".join(f"{message.content}\n" for message in messages))
     return lm.dialogue.ids(messages)
@@ -308,9 +265,8 @@ def fitting_ids(lm: LanguageModel, messages: Sequence[Message], length: int) -> 
     """
     system = [message for message in messages if message.role == "system"]
     said = [message for message in messages if message.role != "system"]
-    left_out = 0
-    while True:
+    for left_out in count():
         ids = conversation_ids(lm, system + said[2 * left_out :])
         if len(ids) + length <= lm.context_length or len(said) <= 2 * (left_out + 1):
-            return ids, left_out
-        left_out += 1
+            break
+    return ids, left_out

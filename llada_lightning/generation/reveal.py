@@ -35,8 +35,7 @@ class State:
     Args:
         candidates_RK: (R, K) bool, the positions that are still masked.
         counts_R: (R,) int64, the number of positions that the schedule reveals in this step.
-        step: The step within the block, from 1.
-        steps_R: (R,) int64, the number of steps of the block.
+        step, steps_R: The step within the block, from 1, and (R,) int64, the number of steps of the block.
         uniform: A function that draws (R, K) float64 noise, uniform on [0, 1) at the candidates, each prompt's own.
     """
 
@@ -115,11 +114,7 @@ RULES: dict[str, Rule] = {
 
 
 def register(name: str, rule: Rule) -> None:
-    """Adds a rule to the table.
-
-    Raises:
-        UserError: The table has another rule of this name.
-    """
+    """Adds a rule to the table; raises UserError where it has another one of this name."""
     if RULES.setdefault(name, rule) != rule:
         raise UserError(f"reveal rule '{name}': there is another one of this name; choose another name")
 
@@ -128,15 +123,10 @@ def register(name: str, rule: Rule) -> None:
 
 
 def counts_to_keep(masked_R: Tensor, step: int, steps: Tensor | int) -> Tensor:
-    """(R,) int64: the number of tokens to unmask in one step of a block.
+    """(R,) int64: the number of tokens to unmask in step i of N (of each row, or of all), from 1.
 
-    After step i of N, floor(n i / N) of a block's n tokens are unmasked: Algorithm 5's n_un = floor(L (1 - s)), which
-    is the number to keep (as printed, the algorithm would remask so many).
-
-    Args:
-        masked_R: (R,) int64, the number of tokens that were masked when the block began.
-        step: The step, from 1 to ``steps``.
-        steps: The number of steps of each row, (R,) int64, or of all.
+    After it floor(n i / N) of the n tokens are unmasked that were masked when the block began: Algorithm 5's n_un =
+    floor(L (1 - s)), which is the number to keep (as printed, the algorithm would remask so many).
     """
     return masked_R * step // steps - masked_R * (step - 1) // steps
 
@@ -152,7 +142,7 @@ def most_confident(confidence_RK: Tensor, candidates_RK: Tensor, counts_R: Tenso
 
 
 def without_rounding(confidence_RK: Tensor) -> Tensor:
-    """Confidences on a grid that starts at each row's highest, so that what is equal but for rounding is equal.
+    """Confidences on a grid from each row's highest down, so that what is equal but for rounding is equal.
 
     Where nothing but masks is seen, all positions get the same prediction. Which of them comes first must not depend
     on the last bit, which another batch rounds in another way.

@@ -1,20 +1,28 @@
-"""`generate`: answers to prompts by any sampler, from any model."""
+"""`generate`: answers to prompts, token by token (`arm`) or by the reverse process of `llada`: pure, in blocks of a
+fixed length, or in blocks that grow (Sec. 2.4, B.4)."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.generation.canvas import Canvas
-from llada_lightning.generation.diffusion import Denoiser, ReleasedDenoiser, denoise
-from llada_lightning.generation.predictor import Noise, NoiseByPrompt, ReleasedNoise, predict_tokens
-from llada_lightning.generation.prompts import Prompts, as_batches, check_context, prompt_ids
+from llada_lightning.generation import reveal
+from llada_lightning.generation.predictor import (
+    STILL_MASKED,
+    BlockPredictor,
+    Canvas,
+    NoiseByPrompt,
+    ReleasedNoise,
+    SamplerNoise,
+    predict_tokens,
+)
+from llada_lightning.generation.prompts import Prompts, check_context, prompt_ids
 from llada_lightning.generation.sampling import (
     Finish,
     Generation,
@@ -65,6 +73,8 @@ def generate(
     rows = prompt_ids(lm, prompts, attention_mask, sampling.infill)
     if first < 0:
         raise UserError(f"first: {first} given; prompts are numbered from 0")
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise UserError(f"batch_size: {batch_size} given; it must be a whole number of at least 1")
     length = sampling.length
     if sampling.infill:
         if length is not None:
@@ -74,16 +84,17 @@ def generate(
         length = default_length(lm.context_length - max(map(len, rows)), sampling.block_length)
     run = replace(sampling, length=length).resolved(lm)
     check_context(lm, rows, 0 if run.infill else length)
-    began = time.perf_counter()
-    parts = [_batch(lm, part, run, first, start, on_step) for start, part in as_batches(rows, batch_size)]
-    _synchronise(lm.device)
+    began, size = time.perf_counter(), batch_size or len(rows)
+    parts = [_batch(lm, rows[start : start + size], run, first, start, on_step) for start in range(0, len(rows), size)]
+    if lm.device.type == "cuda":
+        torch.cuda.synchronize(lm.device)
     seconds = time.perf_counter() - began
     answers = [answer for _, canvas in parts for answer in _answers(lm, canvas, run)]
     tokens, step_of_token, confidence, finish = (list(column) for column in zip(*answers, strict=True))
     return Generation(
         prompts=rows,
         tokens=tokens,
-        text=None if lm.tokenizer is None else [text_before(lm.decode(ids), run.stop) for ids in tokens],
+        text=None if lm.tokenizer is None else [_text_before(lm.decode(ids), run.stop) for ids in tokens],
         step_of_token=step_of_token,
         confidence=confidence,
         finish=finish,
@@ -96,20 +107,13 @@ def generate(
 
 
 def _batch(
-    lm: LanguageModel,
-    rows: list[list[int]],
-    settings: Sampling,
-    first: int,
-    start: int,
-    on_step: Observer | None,
+    lm: LanguageModel, rows: list[list[int]], settings: Sampling, first: int, start: int, on_step: Observer | None
 ) -> tuple[int, Canvas]:
     """Sample one batch; returns its forward passes and its canvas."""
-    if settings.infill:
-        assert lm.mask_token_id is not None
-        canvas = Canvas.with_gaps(rows, lm.mask_token_id, lm.device)
-    else:
-        canvas = Canvas.of([_begun(lm, row) for row in rows], settings.length or 0, lm.mask_token_id or 0, lm.device)
-    noise: Noise = NoiseByPrompt(settings.seed, first + start, len(rows), lm.device)
+    if lm.start_token_id is not None and not settings.infill:  # an `arm` of ours has learnt to begin with EOS
+        rows = [[lm.start_token_id, *row] for row in rows]
+    canvas = Canvas.of(rows, None if settings.infill else settings.length, lm.mask_token_id or 0, lm.device)
+    noise: SamplerNoise = NoiseByPrompt(settings.seed, first + start, len(rows), lm.device)
     if settings.compat is not None:
         noise = ReleasedNoise(len(rows), canvas.length, lm.device)
 
@@ -120,56 +124,45 @@ def _batch(
     if only_left_to_right(lm):
         return write(lm, canvas, settings, noise, show), canvas
     kind = Denoiser if settings.compat is None else ReleasedDenoiser
-    return denoise(kind(lm, canvas, settings, noise), show), canvas
-
-
-def _begun(lm: LanguageModel, row: list[int]) -> list[int]:
-    """A prompt as the model sees it: an `arm` of ours has learnt to begin with EOS."""
-    return row if lm.start_token_id is None else [lm.start_token_id, *row]
+    return kind(lm, canvas, settings, noise).denoise(show), canvas
 
 
 def _answers(
     lm: LanguageModel, canvas: Canvas, settings: Sampling
 ) -> list[tuple[list[int], list[int], list[float], Finish]]:
     """Tokens, steps, confidences and what ended it, of each answer."""
-    answers: list[tuple[list[int], list[int], list[float], Finish]] = []
+    answers = []
     columns = (canvas.tokens_BL, canvas.step_BL, canvas.confidence_BL)
     for padding, *lists in zip(canvas.padding_B.tolist(), *(x.tolist() for x in columns), strict=True):
-        start = max(canvas.answer, padding)
-        tokens, steps, confidence = (values[start:] for values in lists)
-        count, finish = (len(tokens), "length")
+        tokens, steps, confidence = (values[max(canvas.answer, padding) :] for values in lists)
+        count, finish = len(tokens), cast(Finish, "length")
         if not settings.infill and settings.compat is None:
-            count, finish = cut(lm, tokens, settings.stop)
-        answers.append((tokens[:count], steps[:count], confidence[:count], finish))  # type: ignore[arg-type]
+            count, finish = _cut(lm, tokens, settings.stop)
+        answers.append((tokens[:count], steps[:count], confidence[:count], finish))
     return answers
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def cut(lm: LanguageModel, tokens: list[int], stop: Sequence[str]) -> tuple[int, Finish]:
+def _cut(lm: LanguageModel, tokens: list[int], stop: Sequence[str]) -> tuple[int, Finish]:
     """How many tokens of an answer count, and what ended it: its first end token or stop string, both included."""
-    ends = [i for i, token in enumerate(tokens) if token in lm.end_token_ids]
-    count, finish = (ends[0] + 1, "eos") if ends else (len(tokens), "length")
-    if any(text in lm.decode(tokens[:count]) for text in stop):
-        count = next(i for i in range(count + 1) if any(text in lm.decode(tokens[:i]) for text in stop))
-        return count, "stop"
-    return count, finish  # type: ignore[return-value]
+    end = next((i for i, token in enumerate(tokens, 1) if token in lm.end_token_ids), None)
+    answer = tokens[:end]
+    if any(text in lm.decode(answer) for text in stop):
+        return next(i for i in range(len(answer) + 1) if any(text in lm.decode(answer[:i]) for text in stop)), "stop"
+    return len(answer), "length" if end is None else "eos"
 
 
-def text_before(text: str, stop: Sequence[str]) -> str:
+def _text_before(text: str, stop: Sequence[str]) -> str:
     """A text without its first stop string and what follows."""
-    found = [place for place in (text.find(string) for string in stop) if place >= 0]
-    return text[: min(found)] if found else text
+    return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
 
 
-def write(lm: LanguageModel, canvas: Canvas, settings: Sampling, noise: Noise, on_step: Callable[[int], None]) -> int:
-    """Fill the answers of a canvas token by token, as `arm` does; returns the number of forward passes.
+# --- token by token ---------------------------------------------------------------------------------------------------
 
-    A row whose answer has ended leaves the batch. Arguments as those of ``diffusion.denoise``.
-    """
+
+def write(
+    lm: LanguageModel, canvas: Canvas, settings: Sampling, noise: SamplerNoise, on_step: Callable[[int], None]
+) -> int:
+    """Fill the answers of a canvas token by token, as `arm` does; returns the number of forward passes."""
     rows_R = torch.arange(len(canvas.tokens_BL), device=lm.device)
     mask_BL, positions_BL = canvas.attention_mask, canvas.positions
     cache = KeyValueCache(canvas.length) if settings.cache == "kv" else None
@@ -193,12 +186,9 @@ def write(lm: LanguageModel, canvas: Canvas, settings: Sampling, noise: Noise, o
         passes += 1
         if cache is not None:
             cache.advance(column - first)
-        place = rows_R, torch.full_like(rows_R, column)
-        prediction = predict_tokens(
-            hidden_RTD[:, -1][None], logits_of, lm.model.vocab_size, place, settings, noise, lm.end_token_ids
-        )
-        step = column - canvas.answer + 1
-        canvas.commit(*place, prediction.tokens_M, prediction.probability_M, torch.full_like(rows_R, step))
+        place, step = (rows_R, torch.full_like(rows_R, column)), column - canvas.answer + 1
+        tokens_R, probability_R, _ = predict_tokens(hidden_RTD[:, -1][None], logits_of, lm, place, settings, noise)
+        canvas.commit(*place, tokens_R, probability_R, torch.full_like(rows_R, step))
         on_step(step)
 
         done_B = canvas.ended(lm.end_token_ids)
@@ -212,3 +202,180 @@ def write(lm: LanguageModel, canvas: Canvas, settings: Sampling, noise: Noise, o
                 cache.keep_rows(goes_on_R.nonzero()[:, 0])
             rows_R = rows_R[goes_on_R]
     return passes
+
+
+# --- the reverse process ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """The rows of the batch that a block still works on: (R,) int64 each.
+
+    Args:
+        rows_R: Their rows of the canvas.
+        masked_R: The tokens of the block that were masked when it began.
+        steps_R: The steps of the block.
+    """
+
+    rows_R: Tensor
+    masked_R: Tensor
+    steps_R: Tensor
+
+
+class Denoiser:
+    """Fills the masked tokens of a canvas, one block at a time; ``rows`` is None when a block is done."""
+
+    takes_every_step = False
+    """Whether also a step that unmasks nothing asks the model."""
+
+    def __init__(self, lm: LanguageModel, canvas: Canvas, settings: Sampling, noise: SamplerNoise) -> None:
+        self.lm, self.canvas, self.settings, self.noise = lm, canvas, settings, noise
+        self.predictor = BlockPredictor(lm, canvas, settings)
+        self.rule = reveal.RULES[settings.remasking]
+        self.done_B = torch.zeros(len(canvas.tokens_BL), dtype=torch.bool, device=lm.device)
+        self.steps_B = torch.zeros(len(canvas.tokens_BL), dtype=torch.int64, device=lm.device)
+        self.rows: BlockRows | None = None
+
+    def denoise(self, on_step: Callable[[int], None]) -> int:
+        """Denoise block by block; returns the number of the model's forward passes.
+
+        A row whose answer has ended leaves the batch: what is still masked behind its EOS would be discarded.
+        ``on_step`` is called with the number of each step that revealed something.
+        """
+        canvas, settings, steps_before = self.canvas, self.settings, 0
+        # Texts with gaps are one block: of all columns, of which what is not masked stays.
+        size = canvas.length if settings.infill or settings.block_length is None else settings.block_length
+        for begin in range(canvas.answer, canvas.length, size):
+            self._open_block(begin, begin + size)
+            steps_done = 0
+            while self.rows is not None:
+                steps_done += 1
+                if self._step(self.rows, steps_done):
+                    on_step(steps_before + steps_done)
+            steps_before += settings.steps_per_block or steps_done
+        return self.predictor.passes
+
+    def _open_block(self, begin: int, end: int) -> None:
+        """Turn to the columns ``begin`` to ``end``."""
+        masked_B = self.canvas.masked_BL[:, begin:end].sum(dim=1)
+        rows_R = (~self.done_B & (masked_B > 0)).nonzero()[:, 0]
+        masked_R, steps = masked_B[rows_R], self.settings.steps_per_block
+        if steps is not None:
+            self.steps_B.fill_((begin - self.canvas.answer) // (end - begin) * steps)
+        if not len(rows_R):
+            self.rows = None
+            return
+        # One token a step where nothing else is said: of texts with gaps each has its own number of them.
+        self.rows = BlockRows(rows_R, masked_R, masked_R if steps is None else torch.full_like(masked_R, steps))
+        self.begin, self.end = self.first_column(begin), end
+        self.predictor.open_block(self.begin, end, end if self.settings.grows else self.canvas.length)
+
+    def _step(self, rows: BlockRows, step: int) -> bool:
+        """One step from t to s, the number ``step`` of its block; False where it unmasks nothing and so needs no
+        prediction."""
+        self.steps_B[rows.rows_R] += 1
+        candidates_RK = self.canvas.masked_BL[rows.rows_R, self.begin : self.end]
+        counts_R = self.counts(rows, step)
+        chosen_RK, wanted_RK = self.before_predicting(rows, candidates_RK, counts_R, step)
+        if not self.takes_every_step and not bool(wanted_RK.any()):
+            return False
+        place_M, column_M = wanted_RK.nonzero(as_tuple=True)
+        row_M, column_M = rows.rows_R[place_M], column_M + self.begin
+        hidden_GMD = self.predictor(rows.rows_R, wanted_RK)
+        tokens_M, probability_M, confidence_M = predict_tokens(
+            hidden_GMD, self.predictor.logits, self.lm, (row_M, column_M), self.settings, self.noise
+        )
+        if chosen_RK is None:
+            chosen_RK = self.surest(rows, wanted_RK, confidence_M, counts_R)
+        kept_M = chosen_RK[wanted_RK]
+        row_M, column_M = row_M[kept_M], column_M[kept_M]
+        self.canvas.commit(row_M, column_M, tokens_M[kept_M], probability_M[kept_M], self.steps_B[row_M])
+        self.after(rows, step)
+        return True
+
+    def first_column(self, begin: int) -> int:
+        """Where the columns to predict begin."""
+        return begin
+
+    def counts(self, rows: BlockRows, step: int) -> Tensor:
+        """(R,) tokens that the schedule unmasks in a step."""
+        return reveal.counts_to_keep(rows.masked_R, step, rows.steps_R)
+
+    def before_predicting(
+        self, rows: BlockRows, candidates_RK: Tensor, counts_R: Tensor, step: int
+    ) -> tuple[Tensor | None, Tensor]:
+        """What this step unmasks, where that does not depend on the predictions; and what has to be predicted."""
+        if self.settings.threshold is not None:
+            return None, candidates_RK
+        if self.rule.choice is None:
+            return None, candidates_RK & (counts_R > 0)[:, None]
+
+        def uniform() -> Tensor:
+            return self.noise.uniform(rows.rows_R, candidates_RK, self.begin)
+
+        chosen_RK = self.rule.choice(reveal.State(candidates_RK, counts_R, step, rows.steps_R, uniform))
+        return chosen_RK, chosen_RK
+
+    def surest(self, rows: BlockRows, candidates_RK: Tensor, confidence_M: Tensor, counts_R: Tensor) -> Tensor:
+        """(R, K) bool: the predictions that stay, by their confidence."""
+        confidence_RK = self.spread(candidates_RK, confidence_M)
+        if self.settings.threshold is not None:
+            return reveal.above_threshold(confidence_RK, candidates_RK, self.settings.threshold)
+        return reveal.most_confident(reveal.without_rounding(confidence_RK), candidates_RK, counts_R)
+
+    def spread(self, candidates_RK: Tensor, confidence_M: Tensor) -> Tensor:
+        """(R, K) float32 of M confidences; -inf where nothing was predicted."""
+        confidence_RK = torch.full(candidates_RK.shape, -torch.inf, device=confidence_M.device)
+        confidence_RK[candidates_RK] = confidence_M
+        return confidence_RK
+
+    def after(self, rows: BlockRows, step: int) -> None:
+        """Rows whose block is done, or whose answer has ended, leave."""
+        masked_BK = self.canvas.masked_BL[:, self.begin : self.end]
+        if not self.settings.infill:
+            self.done_B |= self.canvas.ended(self.lm.end_token_ids)
+            if self.settings.stop and not bool(masked_BK[~self.done_B].any()):
+                self.done_B |= self.canvas.holds_stop(self.lm, self.settings.stop)
+        goes_on_R = ~self.done_B[rows.rows_R] & masked_BK[rows.rows_R].any(dim=1)
+        if bool(goes_on_R.all()):
+            return
+        index_R = goes_on_R.nonzero()[:, 0]
+        self.predictor.keep_rows(index_R)
+        left = BlockRows(rows.rows_R[index_R], rows.masked_R[index_R], rows.steps_R[index_R])
+        self.rows = left if len(index_R) else None
+
+
+class ReleasedDenoiser(Denoiser):
+    """As the authors' released sampler, for ``compat="llada"``.
+
+    Reads off the tokens what is masked, so that a drawn [MASK] is predicted again, and takes all steps of a block.
+
+    The number of tokens to unmask is that of the block; candidates are also the [MASK]s that earlier blocks have left.
+    """
+
+    takes_every_step = True
+
+    def first_column(self, begin: int) -> int:
+        return int(self.canvas.masked_BL.any(dim=0).nonzero()[0])
+
+    def counts(self, rows: BlockRows, step: int) -> Tensor:
+        return reveal.released_counts_to_keep(rows.masked_R, step, rows.steps_R)
+
+    def before_predicting(
+        self, rows: BlockRows, candidates_RK: Tensor, counts_R: Tensor, step: int
+    ) -> tuple[Tensor | None, Tensor]:
+        return None, candidates_RK
+
+    def surest(self, rows: BlockRows, candidates_RK: Tensor, confidence_M: Tensor, counts_R: Tensor) -> Tensor:
+        if self.rule.choice is not None:  # chance is a confidence
+            confidence_RK = self.noise.uniform(rows.rows_R, candidates_RK, self.begin)
+        else:
+            confidence_RK = self.spread(candidates_RK, confidence_M)
+        return reveal.released_choice(confidence_RK, candidates_RK, counts_R, self.begin, self.canvas.length)
+
+    def after(self, rows: BlockRows, step: int) -> None:
+        canvas = self.canvas
+        canvas.masked_BL = canvas.tokens_BL.eq(self.predictor.mask_token_id) & ~canvas.given_BL
+        canvas.step_BL[canvas.masked_BL], canvas.confidence_BL[canvas.masked_BL] = STILL_MASKED, 0.0
+        if step == self.settings.steps_per_block:
+            self.rows = None

@@ -156,24 +156,16 @@ class Sampling:
         """The settings as they run, checked: what was given, and what follows from it and the model.
 
         ``steps`` stays None where a threshold decides, or where each text with gaps has as many steps as gaps.
-
-        Raises:
-            UserError: A setting does not go with the model or with the length.
         """
         assert self.length is not None
         strategy = self.strategy_for(lm)
         block_length, steps = self.block_length, self.steps
         if strategy == "autoregressive":
+            takes = "autoregressive sampling takes"
             if block_length not in (None, 1, self.length):
-                raise UserError(
-                    f"block_length: {block_length} given; autoregressive sampling takes one token at a time; leave it "
-                    "out"
-                )
+                raise UserError(f"block_length: {block_length} given; {takes} one token at a time; leave it out")
             if steps not in (None, self.length):
-                raise UserError(
-                    f"steps: {steps} given; autoregressive sampling takes {self.length}, one for each token; leave it "
-                    "out"
-                )
+                raise UserError(f"steps: {steps} given; {takes} {self.length}, one for each token; leave it out")
             block_length = 1
         elif self.infill and block_length is not None:
             raise UserError(f"block_length: {block_length} given; infilling takes all gaps of a text together")
@@ -190,29 +182,22 @@ class Sampling:
             )
         if steps is None and not self.infill and self.threshold is None:
             steps = self.length
+        if self.stop and lm.tokenizer is None:
+            raise UserError(f"stop: {self.stop[0]!r} given, but '{lm.name}' has no tokenizer that could spell it")
+        for text in self.stop:
+            if any(token in text for token in spelled_specials(lm)):
+                raise UserError(
+                    f"stop: {text!r} holds a special token, which is never part of an answer's text; leave it out (the "
+                    "end of a text ends an answer by itself)"
+                )
         cache = self.cache or ("kv" if only_left_to_right(lm) else "none")
         settings = replace(self, strategy=strategy, block_length=block_length, steps=steps, cache=cache)
-        settings._check_stop(lm)
         settings._check_model(lm)
         if strategy == "block_diffusion" and self.block_length is None:
             raise UserError(
                 "block_length: not given; block_diffusion grows by so many tokens at a time; give 32, as the paper"
             )
         return settings
-
-    def _check_stop(self, lm: LanguageModel) -> None:
-        """Refuses a text that no answer of the model can hold."""
-        if not self.stop:
-            return
-        if lm.tokenizer is None:
-            raise UserError(f"stop: {self.stop[0]!r} given, but '{lm.name}' has no tokenizer that could spell it")
-        special = [token.content for token in lm.tokenizer.get_added_tokens_decoder().values() if token.special]
-        for text in self.stop:
-            if any(token in text for token in special):
-                raise UserError(
-                    f"stop: {text!r} holds a special token, which is never part of an answer's text; leave it out (the "
-                    "end of a text ends an answer by itself)"
-                )
 
     def _check_model(self, lm: LanguageModel) -> None:
         """Refuses what the samplers of a model do not have."""
@@ -261,6 +246,12 @@ class Sampling:
             raise UserError(f"{shown}: {why}; leave it out")
 
 
+def spelled_specials(lm: LanguageModel) -> list[str]:
+    """The special tokens as the tokenizer spells them, which are never part of an answer's text."""
+    assert lm.tokenizer is not None
+    return [token.content for token in lm.tokenizer.get_added_tokens_decoder().values() if token.special]
+
+
 def choices_of_settings() -> dict[str, tuple[str, ...]]:
     """The values that the settings with a fixed set of values can have; registered reveal rules are among them."""
     return {
@@ -272,11 +263,7 @@ def choices_of_settings() -> dict[str, tuple[str, ...]]:
 
 
 def default_length(room: int, block_length: int | None) -> int:
-    """The length of an answer where none is given: what the room leaves of 128 tokens, in whole blocks, at least one.
-
-    Raises:
-        UserError: The length of a block is no whole number of at least 1.
-    """
+    """The length of an answer where none is given: what there is room for of 128 tokens, in whole blocks."""
     _check_whole("block_length", block_length)
     block = block_length or 1
     return DEFAULT_LENGTH if room >= DEFAULT_LENGTH else max(block, room // block * block)
@@ -298,10 +285,8 @@ class Generation:
 
     Args:
         prompts: The ids of each prompt.
-        tokens: The ids of each answer, up to and with the token that ended it. Where gaps of a text were filled, the
-            ids of the whole text.
-        text: The text of each answer, special tokens and what follows a stop string left out; None without a
-            tokenizer.
+        tokens: The ids of each answer, up to and with the token that ended it; of filled gaps those of the whole text.
+        text: The text of each answer, special tokens and what follows a stop string left out; None without a tokenizer.
         step_of_token: The sampling step, from 1, at which each token appeared; 0 for a token that was given; -1 for a
             [MASK] that the released sampler drew and left.
         confidence: The probability that the model gave each token when it appeared (before temperature, top-k and
@@ -358,14 +343,9 @@ class Generation:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The answers half-way.
+    """The answers half-way, as the fields of :class:`Generation`: a [MASK] has step -1.
 
-    Args:
-        tokens: The ids so far, one list a prompt; [MASK] where ``step_of_token`` is -1.
-        step_of_token: As in :class:`Generation`; -1 where the token is still masked.
-        step: The number of steps done.
-        steps: The number of steps of the schedule.
-        first: The number of the prompt that the first list belongs to, where prompts go in several batches.
+    ``step`` of ``steps`` are done. ``first`` is the number of the first list's prompt.
     """
 
     tokens: list[list[int]]

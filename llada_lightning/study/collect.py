@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,45 +17,47 @@ from llada_lightning.records import (
     CONFIG_FILE,
     DIVERGED,
     DONE,
+    RESULT_COLUMNS,
     RESULT_FILE,
+    expected_budgets,
     expected_records,
     read_records,
     skipped_updates,
     task_columns,
 )
 from llada_lightning.settings import NOT_RUNS
-from llada_lightning.study.covariance import CovarianceReport, Row
-from llada_lightning.study.results import table_of_records, typed_record
-from llada_lightning.study.wandb_projects import FINISHED, PREFIX, ProjectRun, read_project
+from llada_lightning.study.results import CovarianceReport, Row, table_of_records, typed_record
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import is_there
 from llada_lightning.support.printing import shortened
+from llada_lightning.support.reading import parse_json
 
+PREFIX = "wandb:"
+"""The beginning of a source that is a W&B project: ``wandb:ENTITY/PROJECT``."""
 _BESIDE_CONFIG = ("metrics.csv", "tokenizer.json")
 """What `fit` writes beside ``config.yaml`` at its start, and W&B does not."""
 
 _NAMES_A_LINE = 10
 """Names in one line for people; ``--json`` lists all."""
-
 SAME_RUN_TOLERANCE = 1e-3
 """Relative difference of two losses of one run above which they cannot be the same run's: rounding is far below."""
+
+_CONFIG_OF_OURS = frozenset({"model", "data", "trainer", "budget", "run"})
+"""Sections of a resolved configuration: by them a run of ours in W&B is known before it has a record."""
 
 
 @dataclass(frozen=True)
 class Duplicate:
-    """One run and budget found in two places; only the record in ``kept`` is in the table.
-
-    Args:
-        difference: The absolute difference of the two losses in nats per token; NaN where one is not a number.
-        relative: The difference over the kept loss.
-    """
+    """One run and budget found in two places; only the record in ``kept`` is in the table."""
 
     run: str
     steps: int | None
     kept: str
     dropped: str
     difference: float
+    """Absolute, of the two losses in nats per token; NaN where one is not a number."""
     relative: float
+    """The difference over the kept loss."""
 
     def lines(self) -> list[str]:
         said = f"duplicate: {self.dropped} left out, the same run as {self.kept}; "
@@ -82,7 +85,7 @@ class CollectReport:
     unfinished: dict[str, str] = field(default_factory=dict)
     """Folder or W&B run -> why it is not finished. Records that exist are in the table, with their status."""
     diverged: list[str] = field(default_factory=list)
-    """Where the finished runs are whose validation loss is not finite. They are in the table."""
+    """Finished runs whose validation loss is not finite. They are in the table."""
     damaged: dict[str, list[str]] = field(default_factory=dict)
     """Folder -> what cannot be read beside its records, which are in the table."""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -97,27 +100,29 @@ class CollectReport:
 
     def lines(self) -> list[str]:
         """The report for people, one line a finding."""
-        unfinished = [f"unfinished: {where} ({reason})" for where, reason in self.unfinished.items()]
-        damaged = [f"damaged: {where} ({'; '.join(reasons)})" for where, reasons in self.damaged.items()]
-        left_out = [f"left out: {where} ({reason})" for where, reason in self.left_out.items()]
-        diverged = [f"diverged: {where} (validation loss not finite)" for where in self.diverged]
-        counts = [f"{where} ({count})" for where, count in self.skipped.items()]
-        skipped = [f"skipped updates, see faults.csv: {_first_of(counts)}"] if counts else []
-        duplicates = [line for twin in self.duplicates for line in twin.lines()]
-        foreign = [
-            f"not ours: {len(runs)} of {project}'s runs, without a record of `llada fit`: {_first_of(runs)}"
-            for project, runs in self.foreign.items()
+        skipped = [f"{where} ({count})" for where, count in self.skipped.items()]
+        return [
+            *(f"unfinished: {where} ({reason})" for where, reason in self.unfinished.items()),
+            *(f"damaged: {where} ({'; '.join(reasons)})" for where, reasons in self.damaged.items()),
+            *(f"left out: {where} ({reason})" for where, reason in self.left_out.items()),
+            *(f"diverged: {where} (validation loss not finite)" for where in self.diverged),
+            *([f"skipped updates, see faults.csv: {_first_of(skipped)}"] if skipped else []),
+            *(line for twin in self.duplicates for line in twin.lines()),
+            *(
+                f"not ours: {len(runs)} of {project}'s runs, without a record of `llada fit`: {_first_of(runs)}"
+                for project, runs in self.foreign.items()
+            ),
+            *(self.covariance.lines() if self.covariance else []),
         ]
-        covariance = self.covariance.lines() if self.covariance else []
-        return unfinished + damaged + left_out + diverged + skipped + duplicates + foreign + covariance
 
 
 @dataclass
 class Collection:
-    """Records by run and steps, each with where it was found, and what was found beside."""
+    """The records that are kept, and what was found beside."""
 
     report: CollectReport = field(default_factory=CollectReport)
     kept: dict[tuple[str, Any], tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    """Run and steps -> where the record was found, and the record."""
     scores: list[dict[str, float]] = field(default_factory=list)
     """Of each record kept: its scores of tasks, by the name of their column."""
 
@@ -138,14 +143,13 @@ class Collection:
         if key not in self.kept:
             self.kept[key] = (where, record)
             return
-        other, first = self.kept[key]
-        new_is_better = _soundness(record) > _soundness(first)
-        winner, loser = (where, other) if new_is_better else (other, where)
-        if new_is_better:
-            self.kept[key] = (where, record)
-        loss, difference = _loss(self.kept[key][1]), abs(_loss(record) - _loss(first))
+        kept, dropped = self.kept[key], (where, record)
+        if _soundness(record) > _soundness(kept[1]):
+            kept, dropped = dropped, kept
+        self.kept[key] = kept
+        loss, difference = _loss(kept[1]), abs(_loss(kept[1]) - _loss(dropped[1]))
         relative = difference / abs(loss) if loss else math.nan
-        self.report.duplicates.append(Duplicate(*key, winner, loser, difference, relative))
+        self.report.duplicates.append(Duplicate(*key, kept[0], dropped[0], difference, relative))
 
     def table(self) -> pd.DataFrame:
         """The records kept with their scores of tasks, sorted by objective, FLOPs and size."""
@@ -154,15 +158,6 @@ class Collection:
         table = table.join(pd.DataFrame(self.scores, columns=tasks, dtype="float64"))
         order = ["objective", "flops_6nd", "params_nonembedding", "run"]
         return table.sort_values(order, kind="stable", ignore_index=True)
-
-    def add_scores(self) -> None:
-        """Reads the scores of the records kept, from their folders."""
-        for where, record in self.kept.values():
-            scores: dict[str, float] = {}
-            if not where.startswith(PREFIX):
-                with self.noting_damage(where):
-                    scores = task_columns(where, record["steps"])
-            self.scores.append(scores)
 
     @contextmanager
     def noting_damage(self, where: str) -> Iterator[None]:
@@ -192,7 +187,7 @@ def collect(sources: Iterable[Path | str]) -> tuple[pd.DataFrame, CollectReport]
         has a finite loss if there is any, else that in a folder); all other records are in it, whatever their status.
 
     Raises:
-        UserError: a path is not a folder, or a W&B project cannot be read.
+        UserError: A path is not a folder, or a W&B project cannot be read.
     """
     collection = gather(sources)
     return collection.table(), collection.report
@@ -203,13 +198,20 @@ def gather(sources: Iterable[Path | str]) -> Collection:
     names = [str(source) for source in sources]
     collection = Collection()
     folders, collection.report.left_out = find_run_folders(name for name in names if not name.startswith(PREFIX))
+    collection.report.folders = len(folders)
     for folder in folders:
-        collection.report.folders += 1
         _add_folder(collection, folder)
     for project in dict.fromkeys(name for name in names if name.startswith(PREFIX)):
         _add_project(collection, project)
-    collection.add_scores()
-    collection.report.diverged = [where for where, record in collection.kept.values() if _has_diverged(record)]
+    for where, record in collection.kept.values():
+        scores: dict[str, float] = {}
+        if not where.startswith(PREFIX):
+            with collection.noting_damage(where):
+                scores = task_columns(where, record["steps"])
+        collection.scores.append(scores)
+        status, finite = record["status"], math.isfinite(_loss(record))
+        if status == DIVERGED or (status == DONE and not finite):
+            collection.report.diverged.append(where)
     collection.report.records = len(collection.kept)
     return collection
 
@@ -225,7 +227,7 @@ def find_run_folders(paths: Iterable[Path | str]) -> tuple[list[Path], dict[str,
         hidden, a link to a folder that is no run, or the system does not let it be read.
 
     Raises:
-        UserError: a path is not a folder.
+        UserError: A path is not a folder.
     """
     search = _Search()
     for path in map(Path, paths):
@@ -312,24 +314,6 @@ def _add_folder(collection: Collection, folder: Path) -> None:
     collection.add(where, records, _open_ends(records, budgets, f"no {RESULT_FILE}"))
 
 
-def _add_project(collection: Collection, project: str) -> None:
-    for run in read_project(project):
-        if run.ours:
-            collection.report.wandb_runs += 1
-            collection.add(run.where, run.records, _open_ends_of_project_run(run))
-        else:
-            collection.report.foreign.setdefault(project, []).append(run.where.removeprefix(f"{project}/"))
-
-
-def _open_ends_of_project_run(run: ProjectRun) -> Iterator[str]:
-    if run.state != FINISHED:
-        yield f"state {run.state}"
-    if run.damage is not None:
-        yield run.damage
-    else:
-        yield from _open_ends(run.records, run.budgets, "no record in its summary")
-
-
 def _open_ends(records: list[dict[str, Any]], expected: int, nothing: str) -> Iterator[str]:
     """Why a run with these records is not finished."""
     open_status = [str(record.get("status")) for record in records if record.get("status") not in (DONE, DIVERGED)]
@@ -346,10 +330,6 @@ def _first_of(names: list[str]) -> str:
     return ", ".join(names[:_NAMES_A_LINE]) + (f" and {more} more" if more > 0 else "")
 
 
-def _has_diverged(record: dict[str, Any]) -> bool:
-    return record["status"] == DIVERGED or (record["status"] == DONE and not math.isfinite(_loss(record)))
-
-
 def _soundness(record: dict[str, Any]) -> tuple[bool, bool]:
     """Of two records of one run that with the larger value is kept: finished, then with a finite loss."""
     return record["status"] == DONE, math.isfinite(_loss(record))
@@ -358,3 +338,89 @@ def _soundness(record: dict[str, Any]) -> tuple[bool, bool]:
 def _loss(record: dict[str, Any]) -> float:
     loss = record["val_nats_per_token"]
     return math.nan if loss is None else float(loss)
+
+
+# --- W&B projects ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProjectRun:
+    """One run of a W&B project.
+
+    A run of ours leaves its record in its summary: ``records``, a list of all of them (as JSON), where it has several
+    budgets, else the record's own keys.
+
+    """
+
+    where: str
+    """``wandb:ENTITY/PROJECT/ID``, with the run's display name."""
+    state: str
+    """By W&B: finished, running, crashed, failed, killed, …"""
+    ours: bool
+    """Whether ``llada fit`` made it."""
+    records: list[dict[str, Any]]
+    budgets: int
+    """The number of records that its configuration asks for."""
+    damage: str | None
+    """Why its records cannot be read; None if they can."""
+
+
+def _add_project(collection: Collection, project: str) -> None:
+    for run in read_project(project):
+        if not run.ours:
+            collection.report.foreign.setdefault(project, []).append(run.where.removeprefix(f"{project}/"))
+            continue
+        collection.report.wandb_runs += 1
+        problems = [] if run.state == "finished" else [f"state {run.state}"]
+        if run.damage is None:
+            problems += _open_ends(run.records, run.budgets, "no record in its summary")
+        else:
+            problems.append(run.damage)
+        collection.add(run.where, run.records, problems)
+
+
+def read_project(source: str) -> list[ProjectRun]:
+    """All runs of ``wandb:ENTITY/PROJECT``, the oldest first, by W&B's public API.
+
+    Raises:
+        UserError: The name is of another form, wandb is not installed, nobody is logged in, the server cannot be
+            reached or refuses, or it has no such project.
+    """
+    path = source.removeprefix(PREFIX)
+    if not re.fullmatch(r"[^/\s]+/[^/\s]+", path):
+        raise UserError(f"collect: {source}; a W&B project is given as {PREFIX}ENTITY/PROJECT")
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"collect: {source} needs the package wandb; pip install wandb") from error
+    try:
+        runs = wandb.Api().runs(path, per_page=200, lazy=False)
+        return [project_run(f"{PREFIX}{path}/{run.id}", run) for run in runs]
+    except (wandb.errors.Error, ValueError, OSError) as error:  # a project that is not there is a ValueError
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"collect: {source}: {reason}; check the name, `wandb login` and WANDB_BASE_URL") from error
+
+
+def project_run(where: str, run: Any) -> ProjectRun:
+    """What matters of a run of wandb's public API: its state, and the records in its summary."""
+    summary, config = dict(run.summary_metrics or {}), dict(run.config or {})
+    has_record = {"objective", "run"} <= set(summary)
+    ours = has_record or "records" in summary or set(config) >= _CONFIG_OF_OURS
+    records: Any = [summary] if ours and has_record else []
+    damage = None
+    if ours and "records" in summary:
+        try:
+            records = summary["records"]
+            records = parse_json(records, "summary key records") if isinstance(records, str) else records
+            if not isinstance(records, list) or not all(isinstance(record, Mapping) for record in records):
+                raise UserError("summary key records: not a list of records")
+        except UserError as error:
+            records, damage = [], str(error)
+    return ProjectRun(
+        where=f"{where} ({run.name})" if run.name and run.name != run.id else where,
+        state=str(run.state),
+        ours=ours,
+        records=[{column: record.get(column) for column in RESULT_COLUMNS} for record in records],
+        budgets=expected_budgets(config),
+        damage=damage,
+    )

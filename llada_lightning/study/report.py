@@ -16,6 +16,7 @@ from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
 from llada_lightning.compute.shapes import format_count
 from llada_lightning.study.fits import (
     METHODS,
+    NO_COMMON_LOSS,
     NOISE_MODELS,
     UNIT_NAMES,
     Disagreement,
@@ -28,10 +29,9 @@ from llada_lightning.study.fits import (
     flops_column,
     losses,
     objective_names,
+    planned_flops,
     usable_runs,
 )
-from llada_lightning.study.fits.multiplier import NO_COMMON_LOSS
-from llada_lightning.study.fits.runs import planned_flops
 from llada_lightning.support.printing import people_console
 
 DOUBT = "†"
@@ -44,27 +44,22 @@ MOST_RUNS = 40
 def print_report(table: pd.DataFrame, fits: StudyFits, convention: Convention, files: list[str]) -> None:
     """Prints the runs, then their fits by one convention."""
     console = people_console()
-    tables = [
-        runs_table(table, convention),
-        optima_table(fits, convention),
-        parameters_table(fits, convention),
-        *(multiplier_table(fits, convention, name) for name in fits.compared),
-        held_out_table(fits, convention),
-    ]
-    for printed in tables:
+    multipliers = [multiplier_table(fits, convention, name) for name in fits.compared]
+    laws = (optima_table(fits, convention), parameters_table(fits, convention))
+    for printed in (runs_table(table, convention), *laws, *multipliers, held_out_table(fits, convention)):
         if printed.row_count:
             console.print(printed)
             console.print()
     console.print(f"Intervals are at 95 %; errors: {NOISE_MODELS[fits.noise_model]}.\n", highlight=False)
     unseen = {
-        (entry.objective, entry.convention, entry.reference_flops, entry.method)
-        for entry in fits.compute_multiplier
-        if not entry.shown
+        (own.objective, own.convention, own.reference_flops, own.method)
+        for own in fits.compute_multiplier
+        if not own.shown
     }
     apart = [
-        _disagreement(entry)
-        for entry in fits.disagreements
-        if unseen.isdisjoint((entry.objective, entry.convention, entry.flops, method) for method in entry.methods)
+        _disagreement(own)
+        for own in fits.disagreements
+        if unseen.isdisjoint((own.objective, own.convention, own.flops, method) for method in own.methods)
     ]
     flags = [*doubt_lines(fits, convention), *apart, *fits.notes]
     flags.sort(key=lambda flag: not flag.startswith(NO_COMMON_LOSS))
@@ -82,6 +77,12 @@ def _titled(title: str, *columns: str, left: int = 1) -> Table:
     return printed
 
 
+def _captioned(printed: Table, caption: str) -> Table:
+    if caption:
+        printed.caption, printed.caption_justify = caption, "left"
+    return printed
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -94,14 +95,13 @@ def runs_table(table: pd.DataFrame, convention: Convention = "6nd") -> Table:
     printed = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0), show_edge=False)
     for name in ("objective", "shape"):
         printed.add_column(name, overflow="fold")
-    for name in ("budget", "N", "tokens", "loss ± s.e."):
-        printed.add_column(name, justify="right", no_wrap=True)
-    printed.add_column("kind", no_wrap=True)
-    for name in ("bits/byte", "tokens/s"):
-        printed.add_column(name, justify="right", no_wrap=True)
-    printed.add_column("best", no_wrap=True)
+    for name in ("budget", "N", "tokens", "loss ± s.e.", "kind", "bits/byte", "tokens/s", "best"):
+        printed.add_column(name, justify="left" if name in ("kind", "best") else "right", no_wrap=True)
     for objective in objective_names(runs):
-        members = _in_order(runs[runs["objective"] == objective])
+        members = runs[runs["objective"] == objective]
+        # The FLOPs themselves differ within a budget by a part of a step.
+        members = members.assign(_budget=budget_groups(planned_flops(members)))
+        members = members.sort_values(["_budget", "params_nonembedding"], ignore_index=True)
         best = set(best_of_budgets(members, "nats_per_token"))
         for row in range(len(members)):
             if row in best or not short:
@@ -110,18 +110,12 @@ def runs_table(table: pd.DataFrame, convention: Convention = "6nd") -> Table:
     return printed
 
 
-def _in_order(runs: pd.DataFrame) -> pd.DataFrame:
-    """By budget, then by size: the FLOPs themselves differ within a budget by a part of a step."""
-    ordered = runs.assign(_budget=budget_groups(planned_flops(runs)))
-    return ordered.sort_values(["_budget", "params_nonembedding"], ignore_index=True)
-
-
 def _run_row(run: Any, convention: Convention) -> list[str]:
     loss, stderr = (values[0] for values in losses(run.to_frame().T, "nats_per_token"))
     return [
         run["objective"],
-        _short_shape(str(run["shape"])),
-        f"{run[flops_column(convention)]:.1e}".replace("e+", "e"),
+        re.sub(r"^L(\d+)-d(\d+)-.*", r"\1x\2", str(run["shape"])),  # of a shape without a name, depth and width: `2x32`
+        _flops(run[flops_column(convention)]),
         format_count(run["params_nonembedding"]),
         format_count(run["tokens"]),
         f"{loss:.3f} ± {stderr:.3f}" if math.isfinite(stderr) else f"{loss:.3f}",
@@ -129,11 +123,6 @@ def _run_row(run: Any, convention: Convention) -> list[str]:
         _known(run["val_bits_per_byte"], ".3f"),
         _known(run["tokens_per_second"], ",.0f"),
     ]
-
-
-def _short_shape(name: str) -> str:
-    """A shape that has no name of its own by its depth and width: `2x32`."""
-    return re.sub(r"^L(\d+)-d(\d+)-.*", r"\1x\2", name)
 
 
 def _known(value: float, form: str) -> str:
@@ -154,17 +143,14 @@ def optima_table(fits: StudyFits, convention: Convention) -> Table:
             printed.add_row(objective, *_optimum_row(budget))
         printed.add_section()
     budgets = [budget for own in fits.objectives.values() for budget in own.isoflop[convention].budgets]
-    flags = dict.fromkeys(_FLAGS[flag] for flag in map(_flag, budgets) if flag)
-    if flags:
-        printed.caption, printed.caption_justify = "; ".join(flags), "left"
-    return printed
+    return _captioned(printed, "; ".join(dict.fromkeys(_FLAGS[flag] for flag in map(_flag, budgets) if flag)))
 
 
 _FLAGS = {"!": "! optimum outside of the grid", "~": "~ moved by the grid beyond its interval"}
 
 
 def _flag(budget: IsoflopBudget) -> str:
-    return "!" if not budget.interior else "~" if budget.biased else ""
+    return "!" if not budget.interior else "~" if budget.bias is not None else ""
 
 
 def _optimum_row(budget: IsoflopBudget) -> list[str]:
@@ -233,9 +219,7 @@ def multiplier_table(fits: StudyFits, convention: Convention, objective: str) ->
         printed.add_row(_flops(flops), *cells.values())
     legend = [DOUBT_MEANS] * any(not entry.trusted for entry in entries)
     legend += ["* beyond the budgets of one of the fits, by at most a decade"] * any(e.extrapolated for e in entries)
-    if legend:
-        printed.caption, printed.caption_justify = "\n".join(legend), "left"
-    return printed
+    return _captioned(printed, "\n".join(legend))
 
 
 def doubt_lines(fits: StudyFits, convention: Convention) -> list[str]:

@@ -1,4 +1,14 @@
-"""The results table, which every fit and every figure reads: one row for each budget that a run reached."""
+"""The results table, one row for each budget that a run reached, and beside it the joint error of its losses.
+
+``llada collect`` writes both files; every fit and every figure reads them.
+
+Runs of a study share their validation documents: a hard document is hard for all of them. So a difference of two
+losses is known far better than either, and its error is no function of the two ``val_stderr``; it follows from the
+covariance of the losses, estimated here from every run's ``validation.csv``. The file of R losses over G documents
+never holds more than R * G numbers. Where R is at most G it is the (R, R) matrix. Else the matrix, whose rank is below
+G, would grow with the square of the runs: then the file holds for each loss its G deviations, of which the matrix is
+the product.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +17,9 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -15,55 +27,64 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llada_lightning.records import LATER_COLUMNS, RESULT_COLUMNS
+from llada_lightning.records import LATER_COLUMNS, RESULT_COLUMNS, VALIDATION_FILE, read_validation
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import is_there, require_replaceable, written_atomically
 from llada_lightning.support.printing import shortened
-from llada_lightning.support.reading import read_text
+from llada_lightning.support.reading import FormatError, read_text
 
-TEXT_COLUMNS = frozenset({
+_TEXT_COLUMNS = frozenset({
     "run", "objective", "variant", "shape", "schedule", "parent_checkpoint", "data_fingerprint", "tokenizer",
     "val_kind", "device", "precision", "versions", "git_commit", "status",
 })  # fmt: skip
-
-
-INTEGER_COLUMNS = frozenset({
+_INTEGER_COLUMNS = frozenset({
     "params_total", "params_nonembedding", "tokens", "unique_tokens", "steps", "global_batch_tokens",
     "sequence_length", "warmup_steps", "decay_steps", "seed", "vocab_size",
 })  # fmt: skip
 
-
 LARGEST_NUMBER = 1e100
 """Largest finite number of a record: far above any loss, rate or count of FLOPs, and its square is finite."""
 
-
 _WHOLE_NUMBER = re.compile(r"[+-]?\d+")
+_MAX_COVARIANCE_BYTES = 1 << 31
+"""Largest covariance file that is read: the matrix of some 9,000 losses."""
+
+_DEVIATION = "document "
+"""What the columns of deviations are called, before the document's number."""
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
 
 
 def table_of_records(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """A table with the columns ``RESULT_COLUMNS``; a key that a record lacks is missing there."""
     columns = {column: [record.get(column) for record in records] for column in RESULT_COLUMNS}
-    columns["versions"] = [_compact_json(versions) for versions in columns["versions"]]
+    columns["versions"] = [
+        None if versions is None else json.dumps(versions, sort_keys=True, separators=(",", ":"))
+        for versions in columns["versions"]
+    ]
     return _typed(pd.DataFrame(columns, dtype=object), [f"record {n}" for n in range(1, len(records) + 1)])
 
 
 def typed_record(record: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The keys ``RESULT_COLUMNS`` of a record, each of its column's type or None; the word "NaN" becomes the number.
 
-    Args:
-        source: The place of the record, for the error.
-
     Raises:
-        UserError: a value is not of its column's type.
+        UserError: A value is not of its column's type; it names ``source``.
     """
-    return {column: _typed_value(record.get(column), column, source) for column in RESULT_COLUMNS}
+    typed = {column: record.get(column) for column in RESULT_COLUMNS}
+    for column, value in typed.items():
+        if value is not None and column != "versions":
+            converted = _column_type(column)[1](value, column, source)
+            typed[column] = None if converted is pd.NA else converted
+    return typed
 
 
 def write_results(table: pd.DataFrame, path: Path | str) -> Path:
     """Writes a results table as CSV, or as parquet where the name ends so, atomically.
 
     Raises:
-        UserError: the name ends in neither ``.csv`` nor ``.parquet``, or the file cannot be written.
+        UserError: The name ends in neither ``.csv`` nor ``.parquet``, or the file cannot be written.
     """
     path = Path(path)
     check_destination(path)
@@ -79,11 +100,7 @@ def write_results(table: pd.DataFrame, path: Path | str) -> Path:
 
 
 def check_destination(path: Path) -> None:
-    """Refuses a path that no results table can be written to, before any work is done for it.
-
-    Raises:
-        UserError: the name ends in neither ``.csv`` nor ``.parquet``, or the path is no file's.
-    """
+    """Raises UserError for a path that no results table can be written to, before any work is done for it."""
     _check_suffix(path)
     require_replaceable(path)
 
@@ -96,7 +113,7 @@ def read_results(path: Path | str) -> pd.DataFrame:
         Columns of ``LATER_COLUMNS`` that an older table lacks are there without values.
 
     Raises:
-        UserError: there is no such file, it has no rows, a column is missing, or a value is not of its column's type.
+        UserError: There is no such file, it has no rows, a column is missing, or a value is not of its column's type.
     """
     path = Path(path)
     _check_suffix(path)
@@ -126,7 +143,12 @@ def _read_csv(path: Path) -> tuple[pd.DataFrame, list[str]]:
     places: list[str] = []
     try:
         header = next(lines, [])
-        _require_commas(header, shown)
+        separator = next((sign for sign in (";", "\t") if len(header) == 1 and sign in header[0]), None)
+        if separator is not None:
+            raise UserError(
+                f"{shown}: its columns are separated by {separator!r}, as some spreadsheets write them; separate them "
+                "by commas, with points in decimal numbers"
+            )
         for row in lines:
             place = f"{shown}, line {lines.line_num}"
             if row and len(row) != len(header):
@@ -145,15 +167,6 @@ def _read_csv(path: Path) -> tuple[pd.DataFrame, list[str]]:
     return pd.DataFrame(cells, columns=header), places
 
 
-def _require_commas(header: list[str], shown: str) -> None:
-    separator = next((sign for sign in (";", "\t") if len(header) == 1 and sign in header[0]), None)
-    if separator is not None:
-        raise UserError(
-            f"{shown}: its columns are separated by {separator!r}, as some spreadsheets write them; separate them by "
-            "commas, with points in decimal numbers"
-        )
-
-
 def _read_parquet(path: Path) -> tuple[pd.DataFrame, list[str]]:
     if not path.is_file():
         raise UserError(f"'{shortened(path)}' is not a regular file; give a table that `llada collect` wrote")
@@ -166,7 +179,7 @@ def _read_parquet(path: Path) -> tuple[pd.DataFrame, list[str]]:
     return table, [f"'{shortened(path)}', row {n}" for n in range(1, len(table) + 1)]
 
 
-def _with_pyarrow(path: Path, action: Any) -> Any:
+def _with_pyarrow(path: Path, action: Callable[[], Any]) -> Any:
     try:
         return action()
     except ImportError as error:
@@ -178,31 +191,24 @@ def _check_suffix(path: Path) -> None:
         raise UserError(f"'{shortened(path)}': a results table must be named .csv or .parquet")
 
 
+# --- types of columns ------------------------------------------------------------------------------------------------
+
+
 def _typed(table: pd.DataFrame, places: Sequence[str]) -> pd.DataFrame:
-    """The table with the types of ``RESULT_COLUMNS``.
-
-    Args:
-        table: The table, with columns of any types.
-        places: The place of each row, for errors.
-    """
-    return table.assign(**{column: _typed_column(table[column], places) for column in RESULT_COLUMNS})
-
-
-def _typed_column(values: pd.Series, places: Sequence[str]) -> pd.Series:
-    column = str(values.name)
-    kind = "string" if column in TEXT_COLUMNS else "Int64" if column in INTEGER_COLUMNS else "float64"
-    convert = {"string": _text, "Int64": _whole_number, "float64": _number}[kind]
-    typed = [convert(value, column, place) for value, place in zip(values, places, strict=True)]
-    return pd.Series(typed, values.index, kind, column)
+    """The table with the types of ``RESULT_COLUMNS``; ``places`` are those of its rows, for errors."""
+    columns = {}
+    for column in RESULT_COLUMNS:
+        kind, convert = _column_type(column)
+        typed = [convert(value, column, place) for value, place in zip(table[column], places, strict=True)]
+        columns[column] = pd.Series(typed, table.index, kind, column)
+    return table.assign(**columns)
 
 
-def _typed_value(value: Any, column: str, source: str) -> Any:
-    if value is None or column == "versions":
-        return value
-    if column in TEXT_COLUMNS:
-        return _text(value, column, source)
-    number = _whole_number(value, column, source) if column in INTEGER_COLUMNS else _number(value, column, source)
-    return None if number is pd.NA else number
+def _column_type(column: str) -> tuple[Any, Callable[[Any, str, str], Any]]:
+    """The type of a column in pandas, and the function that converts a value of it."""
+    if column in _TEXT_COLUMNS:
+        return "string", _text
+    return ("Int64", _whole_number) if column in _INTEGER_COLUMNS else ("float64", _number)
 
 
 def _text(value: Any, column: str, source: str) -> Any:
@@ -255,5 +261,151 @@ def _shown(value: Any) -> str:
     return repr(shortened(value, 60)) if isinstance(value, str) else shortened(value, 60)
 
 
-def _compact_json(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, sort_keys=True, separators=(",", ":"))
+# --- the joint error of the losses -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record of the results table, and the run folder that it was found in (None: elsewhere)."""
+
+    record: dict[str, Any]
+    folder: Path | None
+
+    @property
+    def label(self) -> str:
+        """``run@steps``: the row's name in the covariance file."""
+        return f"{self.record['run']}@{self.record['steps']}"
+
+
+@dataclass
+class CovarianceReport:
+    """What became of the covariance file: its path (None: not written), and how many results are in it."""
+
+    path: str | None = None
+    rows: int = 0
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """The reason -> the results (``run@steps``) that are not in it."""
+
+    def lines(self) -> list[str]:
+        return [
+            f"covariance: {len(labels)} results left out ({reason}): {', '.join(labels)}"
+            for reason, labels in self.left_out.items()
+        ]
+
+
+def covariance_of_means(values_GR: np.ndarray, sequences_G: np.ndarray) -> np.ndarray:
+    """(R, R) covariance of the R means over all sequences, clustered by document.
+
+    The linearised ratio estimator of cluster sampling (Cochran 1977, Sec. 11), as for a single mean in
+    ``objectives.standard_errors.clustered_mean_and_stderr``: G / (G - 1) times the sum over the G documents of the
+    products of (the sum of a document's deviations / the number of sequences). The diagonal is the square of
+    ``val_stderr``; the variance of a difference is ``c[i, i] + c[j, j] - 2 * c[i, j]``.
+
+    Args:
+        values_GR: (G, R) mean of document g's sequences in run r, G at least 2.
+        sequences_G: (G,) sequences of each document.
+    """
+    return _covariance_of_deviations(_deviations(values_GR, sequences_G))
+
+
+def _deviations(values_GR: np.ndarray, sequences_G: np.ndarray) -> np.ndarray:
+    """(G, R) what each document adds to each mean's deviation."""
+    share_G = sequences_G / sequences_G.sum()
+    return np.asarray(share_G[:, None] * (values_GR - share_G @ values_GR))
+
+
+def _covariance_of_deviations(deviations_GR: np.ndarray) -> np.ndarray:
+    groups = len(deviations_GR)
+    return np.asarray(groups / (groups - 1) * (deviations_GR.T @ deviations_GR))
+
+
+def covariance_path(results: Path) -> Path:
+    """The path of the covariance of a table's losses: ``results.covariance.csv`` beside ``results.csv``."""
+    return results.with_name(f"{results.stem}.covariance.csv")
+
+
+def write_covariance(rows: Sequence[Row], results: Path | str) -> CovarianceReport:
+    """Writes ``STEM.covariance.csv`` beside the results table ``STEM.csv``: the covariance of the rows' losses.
+
+    In it are all rows with finite losses of the same validation documents, of the largest such group if there are
+    several. An older file of this name is removed where there is nothing to write, since it would belong to another
+    table.
+
+    Returns:
+        Where the file is, and which rows are not in it, and why.
+    """
+    path, report = covariance_path(Path(results)), CovarianceReport()
+    # Data, documents and the sequences that begin in each -> label -> losses.
+    groups: dict[tuple[Any, bytes], dict[str, np.ndarray]] = {}
+    read = lru_cache(maxsize=1)(read_validation)  # a run's budgets share one file
+    for row in sorted(rows, key=lambda row: row.label):
+        try:
+            losses = _validation_of(row, read)
+        except UserError as error:
+            report.left_out.setdefault(str(error), []).append(row.label)
+        else:
+            key = (row.record["data_fingerprint"], losses[["document", "sequences"]].to_numpy().tobytes())
+            groups.setdefault(key, {})[row.label] = losses["nats_per_token"].to_numpy()
+    if not groups:
+        path.unlink(missing_ok=True)
+        return report
+    shared = max(groups, key=lambda key: len(groups[key]))
+    columns = groups.pop(shared)
+    if groups:
+        others = sorted(label for group in groups.values() for label in group)
+        report.left_out["other validation documents than most"] = others
+    documents_G, sequences_G = np.frombuffer(shared[1], dtype=np.int64).reshape(-1, 2).T
+    deviations_GR = _deviations(np.stack(list(columns.values()), axis=1), sequences_G)
+    names = list(columns)
+    if len(names) <= len(documents_G):
+        table = pd.DataFrame(_covariance_of_deviations(deviations_GR), names, names)
+    else:
+        table = pd.DataFrame(deviations_GR.T, names, [f"{_DEVIATION}{document}" for document in documents_G])
+    with written_atomically(path) as temporary:
+        table.to_csv(temporary, index_label="run@steps")
+    report.path, report.rows = str(path), len(columns)
+    return report
+
+
+def read_covariance(path: Path | str) -> pd.DataFrame:
+    """The covariance matrix that ``llada collect`` wrote: index and columns hold ``run@steps``, values nats^2.
+
+    Raises:
+        UserError: There is no such file, or it holds neither a square matrix with equal names nor deviations.
+    """
+    shown, fix = f"'{shortened(path)}'", "write it again with `llada collect`"
+    try:
+        # As text first: a name of digits must not become a number.
+        text = io.StringIO(read_text(path, _MAX_COVARIANCE_BYTES))
+        table = pd.read_csv(text, dtype={0: str}, float_precision="round_trip", index_col=0).astype("float64")
+    except FormatError as error:
+        raise UserError(f"{error}; {fix}") from error
+    except (ValueError, ArithmeticError) as error:
+        raise UserError(f"{shown}: not a table of numbers ({shortened(error)}); {fix}") from error
+    if len(table.columns) > 1 and table.columns.str.startswith(_DEVIATION).all():
+        return pd.DataFrame(_covariance_of_deviations(table.to_numpy().T), table.index, list(table.index))
+    if sorted(map(str, table.index)) != sorted(table.columns):
+        raise UserError(f"{shown}: rows and columns are not of the same runs; {fix}")
+    return table
+
+
+def _validation_of(row: Row, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
+    """The row's validation losses, in order of document. Raises UserError with the reason why it has none."""
+    loss = row.record["val_nats_per_token"]
+    if loss is None or not math.isfinite(loss):
+        raise UserError("loss not finite")
+    if not row.record["run"]:
+        raise UserError("a record without a run's name")
+    if row.folder is None:
+        raise UserError("from W&B, which does not hold the losses by document")
+    if not is_there(row.folder / VALIDATION_FILE):
+        raise UserError(f"no {VALIDATION_FILE}")
+    table = read(row.folder)
+    table = table[table["steps"] == row.record["steps"]].sort_values("document")
+    if table.empty:
+        raise UserError(f"not in {VALIDATION_FILE}")
+    if len(table) < 2:
+        raise UserError("fewer than two validation documents")
+    if not ((table["sequences"] > 0) & (table["nats_per_token"].abs() <= LARGEST_NUMBER)).all():
+        raise UserError(f"a document without sequences, or without a finite loss, in {VALIDATION_FILE}")
+    return table

@@ -9,7 +9,7 @@ import pytest
 
 from helpers.speaking_models import CHAT_TEMPLATE, speaking_model
 from llada_lightning.checkpoints import LanguageModel
-from llada_lightning.commands import model_options as options
+from llada_lightning.commands import shared as options
 from llada_lightning.commands.chat import Chat, chat_parser
 from llada_lightning.commands.main import main
 from llada_lightning.data.chat import Message

@@ -1,8 +1,11 @@
-"""A user's mistake: one line on stderr, exit code 2, nothing half-written."""
+"""A user's mistake: one line on stderr, exit code 2, nothing half-written; and a stdout that takes no more."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,10 @@ import yaml
 from tokenizers import Tokenizer, models
 
 from helpers.small_corpora import seal
+from llada_lightning.commands import main as cli
 from llada_lightning.commands.main import main
+from llada_lightning.support.command_line import print_json
+from llada_lightning.support.printing import people_console
 
 SMALL = ["--model.shape=107k", "--data.sequence_length=32", "--data.global_batch=8", "--trainer.accelerator=cpu"]
 
@@ -47,8 +53,36 @@ def test_an_unknown_command(fails) -> None:
     assert "'train' is not a command; choose from prepare, fit" in fails("train")
 
 
-def test_an_abbreviated_option(fit) -> None:
-    assert "--budget.flop" in fit("--budget.flop=1e9")
+SEE = "; see 'llada fit --help'"
+MISTAKES = [
+    ("budget.flop=1e9", "--budget.flop"),  # no abbreviation
+    ("modell.shape=3", "--modell.shape=3"),
+    ("model.init_args.shapee=3", "shapee"),
+    ("budget.flops=much", f"error: budget.flops: much given; expected float or list or null{SEE}"),
+    ("data.sequence_length=long", f"error: data.sequence_length: long given; expected int{SEE}"),
+    ("model.rope_theta=big", f"error: model.rope_theta: big given; expected float{SEE}"),
+    ("trainer.precision=half", "trainer.precision: half given; expected"),
+    ("model.shape=9z", "shape: '9z' is not known; choose from arm-1b"),
+    ("data.sequence_length=4096", "4096"),  # longer than a shard
+    ("budget.flops=1000", "1000 is below one step of llada 107k, which costs"),
+    ("budget.flops=null", "nothing says how long to train"),
+    ("trainer.max_steps=7", "trainer.max_steps: 7 given, but the budget makes"),
+    ("data.micro_batch=3", "data.global_batch: 8 is not micro-batch 3 x 1 device(s) x accumulation 1"),
+    ("data.micro_batch=3", "nearest global batches: 6 or 9"),
+    ("model.vocab_size=10", "model.vocab_size: 10 is below the"),
+    ("model.mask_token_id=77", "model.mask_token_id: 77 given"),
+    ("data.val_sequences=0", "error: data.val_sequences: "),
+    ("data.workers=-1", "error: data.workers: "),
+    ("run.keep_checkpoints=0", "error: run.keep_checkpoints: "),
+    ("model.optimizer.betas=[0.9, 2.0]", "betas must lie in [0, 1)"),
+    ("seed_everything=true", "seed_everything: True given"),
+    ("model.schedule.warmup_steps=5000", "warmup ends at step 5000"),
+]
+
+
+@pytest.mark.parametrize(("setting", "words"), MISTAKES)
+def test_a_setting_of_a_fit_that_cannot_be(fit, setting: str, words: str) -> None:
+    assert words in fit(f"--{setting}")
 
 
 def test_no_module(fails) -> None:
@@ -73,11 +107,6 @@ def test_shards_with_foreign_tokens(prepared: Path, tmp_path: Path, capsys: pyte
         assert line.endswith("the shards are damaged: prepare the corpus again")
 
 
-def test_an_unknown_option(fit) -> None:
-    assert "--modell.shape=3" in fit("--modell.shape=3")
-    assert "shapee" in fit("--model.init_args.shapee=3")
-
-
 @pytest.mark.parametrize(
     "config",
     [{"modell": {}}, {"modell": {"shape": "107k"}}, {"trainer": {"max_stepps": 3}}, {"trainer": {"max_stepps": {}}}],
@@ -87,14 +116,6 @@ def test_an_unknown_key_of_a_file(fails, tmp_path: Path, config: dict) -> None:
     path.write_text(yaml.safe_dump(config))
     line = fails("fit", f"--config={path}", "--model=ArmModule")
     assert "modell" in line or "max_stepps" in line
-
-
-def test_a_wrong_type_names_key_value_and_type(fit) -> None:
-    see = "; see 'llada fit --help'"
-    assert fit("--budget.flops=much") == f"error: budget.flops: much given; expected float or list or null{see}"
-    assert fit("--data.sequence_length=long") == f"error: data.sequence_length: long given; expected int{see}"
-    assert fit("--model.rope_theta=big") == f"error: model.rope_theta: big given; expected float{see}"
-    assert "trainer.precision: half given; expected" in fit("--trainer.precision=half")
 
 
 def test_an_unknown_module(fails) -> None:
@@ -109,11 +130,6 @@ def test_an_agent_may_hand_over_arguments_in_any_order(prepared: Path, tmp_path:
     settings = ["--model.init_args.shape=107k", "--model.rope_theta=500"]
     first = run_folder(["fit", "--model=ArmModule", *settings, *common])
     assert run_folder(["fit", *settings, *common, "--model=ArmModule"]) == first
-
-
-def test_an_unknown_shape(fit) -> None:
-    line = fit("--model.shape=9z")
-    assert "shape: '9z' is not known; choose from arm-1b" in line
 
 
 def test_a_missing_data_folder(fit, tmp_path: Path) -> None:
@@ -138,33 +154,6 @@ def test_a_damaged_shard(fit, prepared: Path, tmp_path: Path, damage: str) -> No
     assert shard.name in fit(data=str(copy))
 
 
-def test_a_sequence_longer_than_a_shard(fit) -> None:
-    assert "4096" in fit("--data.sequence_length=4096")
-
-
-def test_a_budget_below_one_step(fit) -> None:
-    assert "1000 is below one step of llada 107k, which costs" in fit("--budget.flops=1000")
-
-
-def test_no_length_at_all(fit) -> None:
-    assert "nothing says how long to train" in fit("--budget.flops=null")
-
-
-def test_a_budget_and_other_steps(fit) -> None:
-    assert "trainer.max_steps: 7 given, but the budget makes" in fit("--trainer.max_steps=7")
-
-
-def test_a_batch_that_does_not_divide(fit) -> None:
-    line = fit("--data.micro_batch=3")
-    assert "data.global_batch: 8 is not micro-batch 3 x 1 device(s) x accumulation 1" in line
-    assert "nearest global batches: 6 or 9" in line
-
-
-def test_a_vocabulary_that_contradicts_the_data(fit) -> None:
-    assert "model.vocab_size: 10 is below the" in fit("--model.vocab_size=10")
-    assert "model.mask_token_id: 77 given" in fit("--model.mask_token_id=77")
-
-
 @pytest.mark.parametrize(
     "setting",
     [
@@ -177,15 +166,6 @@ def test_a_trainer_setting_that_breaks_the_contract(fit, setting: str) -> None:
     assert setting.split("=")[0].split("_")[0] in fit(f"--trainer.{setting}").lower()
 
 
-@pytest.mark.parametrize("setting", ["data.val_sequences=0", "data.workers=-1", "run.keep_checkpoints=0"])
-def test_a_number_out_of_range(fit, setting: str) -> None:
-    assert f"error: {setting.split('=')[0]}: " in fit(f"--{setting}")
-
-
-def test_betas_out_of_range(fit) -> None:
-    assert "betas must lie in [0, 1)" in fit("--model.optimizer.betas=[0.9, 2.0]")
-
-
 def test_a_runs_folder_that_cannot_be(fit, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     assert "cannot be written" in fit(f"--run.root={tmp_path / 'file'}")
@@ -196,14 +176,6 @@ def test_prepare_into_a_foreign_folder(fails, tmp_path: Path) -> None:
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     line = fails("prepare", "--source=python-stdlib", f"--out={tmp_path / 'mine'}")
     assert "is not a prepared data folder; choose another --out" in line
-
-
-def test_a_random_seed(fit) -> None:
-    assert "seed_everything: True given" in fit("--seed_everything=true")
-
-
-def test_a_schedule_that_does_not_fit(fit) -> None:
-    assert "warmup ends at step 5000" in fit("--model.schedule.warmup_steps=5000")
 
 
 def test_validation_without_a_checkpoint(fails, prepared: Path) -> None:
@@ -229,3 +201,55 @@ def test_a_vocabulary_without_mask(fails, tmp_path: Path) -> None:
 
 def test_a_sweep_file_that_is_not_there(fails, tmp_path: Path) -> None:
     fails("sweep", "run", str(tmp_path / "absent.yaml"))
+
+
+# --- a stdout that is closed by its reader, or full -------------------------------------------------------------------
+
+Captured = pytest.CaptureFixture[str]
+PRINTERS: list[Callable[[], object]] = [
+    lambda: print("left in the buffer"),
+    lambda: print("at once", flush=True),
+    lambda: print_json({"long": "x" * 100_000}),
+    lambda: people_console().print("a table"),
+    lambda: sys.exit(print("help")),  # type: ignore[func-returns-value]
+]
+
+
+@pytest.fixture(params=range(len(PRINTERS)))
+def printer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that prints in one of the ways there are, and ends well."""
+    monkeypatch.setattr(cli, "_dispatch", lambda _: 0 if PRINTERS[request.param]() is None else 1)
+
+
+def test_a_pipe_that_nobody_reads_ends_the_command_quietly(
+    printer: None, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert cli.main([]) == 141
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
+def test_a_full_disk_behind_stdout_is_one_line(
+    printer: None, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    with open("/dev/full", "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert cli.main([]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "No space left on device" in err and err.count("\n") == 1
+
+
+def test_a_broken_pipe_that_is_not_stdout_is_our_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(_: list[str]) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_dispatch", breaks)
+    reader, writer = os.pipe()
+    with os.fdopen(reader), os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        with pytest.raises(BrokenPipeError):
+            cli.main([])

@@ -10,8 +10,7 @@ import pytest
 from helpers.studies import record
 from llada_lightning.commands.collect import main as collect
 from llada_lightning.records import write_records, write_validation
-from llada_lightning.study.covariance import read_covariance
-from llada_lightning.study.results import read_results
+from llada_lightning.study.results import read_covariance, read_results
 from llada_lightning.support.errors import UserError
 
 Captured = pytest.CaptureFixture[str]

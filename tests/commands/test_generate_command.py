@@ -10,10 +10,10 @@ import pytest
 
 from helpers.speaking_models import speaking_model
 from llada_lightning.checkpoints import LanguageModel
-from llada_lightning.commands import model_options as options
+from llada_lightning.commands import shared as options
 from llada_lightning.commands.generate import generate_parser
 from llada_lightning.commands.main import main
-from llada_lightning.commands.model_options import given_settings
+from llada_lightning.commands.shared import given_settings
 from llada_lightning.generation import Sampling, generate
 
 Captured = pytest.CaptureFixture[str]

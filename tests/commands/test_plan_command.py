@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from llada_lightning.commands.main import main
-from llada_lightning.study.plan.lessons import lessons
-from llada_lightning.study.plan.plan import Grid, Stream, plan_study
+from llada_lightning.study.plan import Grid, Stream, plan_study
 
 QUICK = ["--sequence-length", "64", "--shapes", "107k", "214k", "443k"]
 
@@ -68,10 +67,10 @@ def test_a_plan_says_by_what_factor_its_budgets_miss_a_common_loss(capsys: pytes
 
 def test_a_large_plan_is_judged_by_the_published_study() -> None:
     shapes = Grid(shapes=["107k", "214k", "443k"])
-    (note,) = (line for line in lessons(plan_study([1e19, 4e19], Stream(512, 64), grid=shapes)) if "no loss" in line)
+    (note,) = (line for line in plan_study([1e19, 4e19], Stream(512, 64), grid=shapes).warnings() if "no loss" in line)
     assert "about 20 times arm's FLOPs for arm's loss (the published table" in note and "factor of 5 is" in note
     by_total = plan_study([1e11, 4e11], Stream(512, 64), grid=shapes, convention="total")
-    assert any("about 20 times" in line and "6ND + attention + head" in line for line in lessons(by_total))
+    assert any("about 20 times" in line and "6ND + attention + head" in line for line in by_total.warnings())
 
 
 def test_json_is_one_object_with_the_runs(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:

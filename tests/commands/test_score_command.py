@@ -21,8 +21,7 @@ from helpers.small_tokenizers import letters, written
 from llada_lightning.checkpoints.language_model import load_model
 from llada_lightning.commands.main import main
 from llada_lightning.evaluation.likelihood import log_likelihood
-from llada_lightning.evaluation.rolling import rolling_log_likelihood
-from llada_lightning.evaluation.score_report import _with_error
+from llada_lightning.evaluation.scoring import _with_error, rolling_log_likelihood
 
 LLADA, ARM = (replace(random_model(objective), tokenizer=letters()) for objective in ("llada", "arm"))  # type: ignore[arg-type]
 PAIRS = [{"prompt": "abc", "continuation": "d"}, {"prompt": "ab ", "continuation": "efghijklm"}]

@@ -10,7 +10,7 @@ import pytest
 from helpers.studies import record
 from llada_lightning.commands import sweep as module
 from llada_lightning.records import write_records
-from llada_lightning.study.sweep.file import Sweep
+from llada_lightning.study.sweep import Sweep
 from llada_lightning.study.sweep.runner import FailedRun, SweepOutcome
 from llada_lightning.support.errors import UserError
 

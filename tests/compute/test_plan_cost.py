@@ -16,7 +16,7 @@ from llada_lightning.compute.hardware import (
     training_memory_bytes,
 )
 from llada_lightning.compute.shapes import Shape, get_shape
-from llada_lightning.study.plan.plan import Grid, Machine, Recipe, Stream, plan_study
+from llada_lightning.study.plan import Grid, Machine, Recipe, Stream, plan_study
 from llada_lightning.support.errors import UserError
 
 KINDS: tuple[LossKind, LossKind] = ("plain", "chunked")

@@ -28,10 +28,10 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.small_checkpoints import tokenizer_folder, written
 from llada_lightning.checkpoints.language_model import LanguageModel, load_model
-from llada_lightning.evaluation.benchmarks import OUR_TASKS, Outcome, load_benchmark, measure, runs_code, task_manager
+from llada_lightning.evaluation.benchmarks import OUR_TASKS, load_benchmark, measure, runs_code, task_manager
 from llada_lightning.evaluation.harness import HarnessModel
 from llada_lightning.evaluation.likelihood import log_likelihood
-from llada_lightning.evaluation.suites import SUITES, Benchmark
+from llada_lightning.evaluation.suites import SUITES, Benchmark, Outcome
 from llada_lightning.generation.sampler import generate
 from llada_lightning.support.errors import UserError
 

@@ -29,9 +29,8 @@ from llada_lightning.data.tokenizers import train_tokenizer
 from llada_lightning.evaluation import harness
 from llada_lightning.evaluation.benchmarks import load_benchmark, measure, task_manager
 from llada_lightning.evaluation.harness import HarnessModel
-from llada_lightning.evaluation.outcomes import Outcome
-from llada_lightning.evaluation.protocols import SYSTEM, answer_in, read_pairs, reversal_documents, shots
-from llada_lightning.evaluation.suites import Benchmark
+from llada_lightning.evaluation.protocols import SYSTEM, answer_in, read_halves, reversal_documents, shots
+from llada_lightning.evaluation.suites import Benchmark, Outcome
 from llada_lightning.generation.prompts import conversation_ids
 from llada_lightning.generation.sampler import generate
 from llada_lightning.model import Transformer
@@ -273,12 +272,12 @@ def test_pairs_are_read_with_what_is_wrong_with_them(tmp_path: Path, capsys: pyt
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=fault):
-            read_pairs(path)
+            read_halves(path)
     path.write_text(json.dumps([{"first": "a", "second": "b", "source": "c"}]))
-    assert read_pairs(path) == [Fact("a", "b")]
+    assert read_halves(path) == [Fact("a", "b")]
     assert capsys.readouterr().err == f"note: pairs '{path}': not read: 'source' (1 row)\n"
     path.write_text(json.dumps([{"first": "a", "second": "b"}]), encoding="utf-8-sig")
-    assert read_pairs(path) == [Fact("a", "b")]
+    assert read_halves(path) == [Fact("a", "b")]
 
 
 # --- what cannot be asked ---------------------------------------------------------------------------------------------

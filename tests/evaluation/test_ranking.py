@@ -15,10 +15,14 @@ from tokenizers.models import WordLevel
 from helpers.small_models import ids, random_model
 from llada_lightning.evaluation import ranking
 from llada_lightning.evaluation.likelihood import log_likelihood
-from llada_lightning.evaluation.ranking import rank, rank_candidates
+from llada_lightning.evaluation.ranking import Ranking, rank_candidates
 from llada_lightning.support.errors import UserError
 
 LLADA, ARM = random_model(), random_model("arm")
+
+
+def rank(lm: Any, prompt: list[int], candidates: list[list[int]], confidence: float = 0.99, **options: Any) -> Ranking:
+    return rank_candidates(lm, [(prompt, candidates)], confidence, **options)[0]
 
 
 def questions(number: int, length: int = 10, candidates: int = 4) -> list[tuple[list[int], list[list[int]]]]:

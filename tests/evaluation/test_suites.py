@@ -18,8 +18,7 @@ from helpers.small_checkpoints import tokenizer_folder, written
 from llada_lightning.checkpoints.language_model import load_model
 from llada_lightning.commands.main import main
 from llada_lightning.evaluation.likelihood import log_likelihood
-from llada_lightning.evaluation.outcomes import Outcome, best_rows
-from llada_lightning.evaluation.suites import ABLATIONS, Benchmark
+from llada_lightning.evaluation.suites import ABLATIONS, Benchmark, Outcome, best_rows
 from llada_lightning.generation.sampler import generate
 from llada_lightning.support.errors import UserError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llada_lightning.study.sweep.file import fit_arguments, read_sweep, render_command
+from llada_lightning.study.sweep import fit_arguments, read_sweep, render_command
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "experiments" / "cluster"

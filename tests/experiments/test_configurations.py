@@ -13,7 +13,7 @@ from llada_lightning.commands.main import main
 from llada_lightning.compute.flops import expected_length
 from llada_lightning.compute.schedule import WSD, Plateau
 from llada_lightning.compute.shapes import PAPER_SHAPES, PAPER_VOCAB_SIZE
-from llada_lightning.study.sweep.file import read_sweep, render_command
+from llada_lightning.study.sweep import read_sweep, render_command
 from llada_lightning.training import ArmModule, LladaModule
 
 ROOT = Path(__file__).parents[2]

@@ -28,7 +28,7 @@ from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.objectives.llada import nll_bound
 from llada_lightning.study.fits import Noise, StudyFits
 from llada_lightning.study.fits.uncertainty import Spread
-from llada_lightning.study.sweep.file import fit_arguments, read_sweep, render_command
+from llada_lightning.study.sweep import fit_arguments, read_sweep, render_command
 from report import Study
 
 ROOT = Path(__file__).parents[2]
@@ -101,16 +101,17 @@ def test_the_readme_quotes_the_study() -> None:
     first, last = ({name: study.read_offs.at(name).rows[row].multiplier for name in CONVENTIONS} for row in (0, -1))
     for name, title in (("6nd", "training tokens"), ("total", "attention and output head")):
         assert f"{title} | {report.interval(first[name])} | {report.interval(last[name])} |" in readme
-    assert f"at 6.25e12 FLOPs (6ND, {study.best('arm', 6.25e12).loss:.3f} nats per token)" in readme
-    assert f"at least {study.not_reached_at(6.25e12):.0f} times as many" in readme
-    assert f"it reaches {study.best('llada', 8e14).loss:.3f}" in readme
-    law = f"say {report.interval(study.multiplier(6.25e12))} there, because `arm`'s law misses its points"
-    assert law in readme and not study.multiplier(6.25e12).trusted
-    assert f"measured loss is at {study.on_lladas_law(6.25e12):.0f} times" in readme
+    assert f"reaches {study.best('arm', 6.25e12).loss:.3f} nats per token with 6.25e12 FLOPs" in readme
+    reached = f"`llada` reaches {study.best('llada', 8e14).loss:.3f} with {study.not_reached_at(6.25e12):.0f} times"
+    assert reached in readme
+    assert "there, which is not to be relied on, because `arm`'s law misses its points" in readme
+    assert (
+        f"give {report.interval(study.multiplier(6.25e12))} there" in readme and not study.multiplier(6.25e12).trusted
+    )
     published = published_fits()
     read = report.read_off_points(published)[0]
     assert f"{report.range_by_method(published)}, by method" in readme
-    assert f"{read.multiplier.value:.1f} times where it is read off at 3e18" in readme
+    assert f"{read.multiplier.value:.1f} where it is read off at 3e18" in readme
     assert read.arm_flops == pytest.approx(3e18, rel=0.02)
 
 

@@ -149,7 +149,7 @@ NAMES = {
     "objectives": "the table",
     "study.plan.outputs": "the name of the program",
     "study.reference": "the published numbers of the two",
-    "study.sweep.file": "the name of the program",
+    "study.sweep": "the name of the program",
     "training.modules": "the two module classes, and compat `llada`",
 }
 """The modules with a string "arm" or "llada", each with what it means there."""

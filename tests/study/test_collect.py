@@ -20,8 +20,8 @@ from llada_lightning.records import RESULT_COLUMNS, write_records, write_validat
 from llada_lightning.settings import Place
 from llada_lightning.study import collect as collect_module
 from llada_lightning.study.collect import collect, find_run_folders, gather
-from llada_lightning.study.covariance import write_covariance
-from llada_lightning.study.wandb_projects import project_run as read_run
+from llada_lightning.study.collect import project_run as read_run
+from llada_lightning.study.results import write_covariance
 from llada_lightning.support.errors import UserError
 
 

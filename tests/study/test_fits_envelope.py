@@ -8,8 +8,7 @@ import pytest
 
 from helpers.studies import CHINCHILLA, record, simulated_study, true_multiplier
 from llada_lightning.study.fits import EnvelopeFit, Estimate, fit_envelope, fit_table
-from llada_lightning.study.fits.runs import in_canonical_order
-from llada_lightning.study.fits.uncertainty import noise_of_runs
+from llada_lightning.study.fits.runs import in_canonical_order, noise_of_runs
 from llada_lightning.study.results import table_of_records
 
 BUDGETS = (1e11, 3e11, 1e12, 3e12, 1e13)

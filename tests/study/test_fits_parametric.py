@@ -10,8 +10,7 @@ from helpers.studies import CHINCHILLA, World, simulated_study
 from llada_lightning.study.fits import ParametricFit, fit_parametric
 from llada_lightning.study.fits.least_squares import fit_many, huber, log_loss, log_loss_and_jacobian
 from llada_lightning.study.fits.parametric import too_few
-from llada_lightning.study.fits.runs import in_canonical_order
-from llada_lightning.study.fits.uncertainty import noise_of_runs
+from llada_lightning.study.fits.runs import in_canonical_order, noise_of_runs
 
 DELTA = 1e-3
 
@@ -99,14 +98,14 @@ def test_the_frontier_is_the_optimum_under_either_convention() -> None:
                 return float(fit.loss(np.exp(log_n), tokens))
 
             best = minimize_scalar(loss, bounds=(10, 25), method="bounded", options={"xatol": 1e-10})
-            assert np.log(frontier.n_opt[number]) == pytest.approx(best.x, abs=1e-3)
-            assert frontier.loss[number] == pytest.approx(best.fun, rel=1e-9)
-        cost = np.exp(fit.costs[convention](np.log(frontier.n_opt)))  # type: ignore[index]
-        np.testing.assert_allclose(cost * frontier.d_opt, flops, rtol=1e-9)
+            assert np.log(frontier.n[0][number]) == pytest.approx(best.x, abs=1e-3)
+            assert frontier.loss[0, number] == pytest.approx(best.fun, rel=1e-9)
+        cost = np.exp(fit.costs[convention](np.log(frontier.n[0])))  # type: ignore[index]
+        np.testing.assert_allclose(cost * frontier.d[0], flops, rtol=1e-9)
         for value, low, high in (
-            (frontier.n_opt, frontier.n_low, frontier.n_high),
-            (frontier.d_opt, frontier.d_low, frontier.d_high),
-            (frontier.loss, frontier.loss_low, frontier.loss_high),
+            frontier.n,
+            frontier.d,
+            frontier.loss,
         ):
             assert np.all((low < value) & (value < high))
 

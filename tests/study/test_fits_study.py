@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.studies import CHINCHILLA, LAWS, VALLEYS, Chinchilla, simulated_study, study
+from helpers.studies import CHINCHILLA, LAWS, Chinchilla, simulated_study, study
 from llada_lightning.study.fits import Estimate, StudyFits, fit_table
 from llada_lightning.support.files import strict_json
 
@@ -193,14 +193,6 @@ def test_methods_whose_intervals_share_no_number_are_named() -> None:
 def test_an_extra_column_or_index_does_no_harm() -> None:
     odd = STUDY.assign(colour="red").set_index(pd.Index(range(100, 100 + len(STUDY))))
     assert fit_table(odd, samples=200).as_dict() == FITS.as_dict()
-
-
-def test_a_study_of_valleys_agrees_between_envelope_and_isoflop() -> None:
-    fits = fit_table(simulated_study(VALLEYS)[0], samples=200)
-    for own in fits.objectives.values():
-        law, isoflop = own.envelope["6nd"].law, own.isoflop["6nd"].loss_law
-        assert law and isoflop
-        assert law.exponent.overlaps(isoflop.exponent)
 
 
 def test_held_out_is_the_largest_budget_that_has_enough_shapes() -> None:

@@ -15,8 +15,8 @@ from llada_lightning.compute.rules import Size, learning_rate
 from llada_lightning.compute.shapes import get_shape
 from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.run import Source
-from llada_lightning.study.plan.grid import GRID_ANCHOR, GRID_STEP, grid_shapes
-from llada_lightning.study.plan.plan import Grid, Machine, Plan, Recipe, Stream, plan_study
+from llada_lightning.study.plan import Grid, Machine, Plan, Recipe, Stream, plan_study
+from llada_lightning.study.plan.trunk import GRID_ANCHOR, GRID_STEP, grid_shapes
 from llada_lightning.support.errors import UserError
 
 STREAM = Stream(vocab_size=1024, sequence_length=128)
@@ -255,7 +255,3 @@ def test_what_makes_no_plan_is_refused_in_one_line(budgets: list[float], argumen
     with pytest.raises(UserError, match=words) as refused:
         plan_study(budgets, **{"stream": STREAM, **arguments})
     assert "\n" not in str(refused.value)
-
-
-def test_both_objectives_are_planned_by_default() -> None:
-    assert set(plan_study([1e12], STREAM, grid=SHAPES).table().objective) == set(OBJECTIVES)

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llada_lightning.data.manifest import read_data_facts
+from llada_lightning.study.plan import Grid, Machine, Plan, Recipe, Stream, plan_study
 from llada_lightning.study.plan.outputs import Destination, describe_totals, flow_yaml, slurm_text, write_sweep
-from llada_lightning.study.plan.plan import Grid, Machine, Plan, Recipe, Stream, plan_study
-from llada_lightning.study.sweep.file import fit_arguments, read_sweep, render_command
+from llada_lightning.study.sweep import fit_arguments, read_sweep, render_command
 
 COMMAND = ["llada", "plan", "--flops", "1e12"]
 

@@ -1,91 +1,161 @@
-"""The scaling figure says what it shows: convention, unit, exact or bound, error bars, exponents with intervals."""
+"""What every figure shares, and the figures of tables without a fit."""
 
 from __future__ import annotations
 
-import pytest
-from matplotlib.figure import Figure
+import itertools
+from pathlib import Path
 
-from helpers.studies import record, study
-from llada_lightning.compute.flops import Convention
-from llada_lightning.study.fits import Unit, fit_table
-from llada_lightning.study.plots import scaling_curve
-from llada_lightning.study.reference import published_isoflop
-from llada_lightning.study.results import table_of_records
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgb
+
+from llada_lightning.compute.flops import CONVENTIONS, Convention
+from llada_lightning.run import Stream
+from llada_lightning.study.plan import plan_study
+from llada_lightning.study.plots import paper_figure3, plan_grid, task_accuracy, write_figure
+from llada_lightning.study.plots.style import METHODS, Style, interval_bars, objective_styles, power_of_ten, shades
+from llada_lightning.study.plots.tables import task_names
+from llada_lightning.study.reference import PAPER_TASKS, paper_scalability
 from llada_lightning.support.errors import UserError
 
-SAMPLES = 200
+LUMINANCE = (0.299, 0.587, 0.114)
 
 
-def legend_of(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.legends[0].get_texts()]
+def test_a_figure_is_a_png_and_an_svg_of_the_same_bytes_each_time(tmp_path: Path) -> None:
+    path = write_figure(paper_figure3(), tmp_path / "one", "scores")
+    again = write_figure(paper_figure3(), tmp_path / "two", "scores")
+    assert path == tmp_path / "one" / "scores.png"
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 300_000
+    assert path.read_bytes() == again.read_bytes()
+    assert path.with_suffix(".svg").read_bytes() == again.with_suffix(".svg").read_bytes()
+    assert sorted(file.name for file in path.parent.iterdir()) == ["scores.png", "scores.svg"]
+
+
+def test_a_notebook_shows_a_figure_by_itself() -> None:
+    assert paper_figure3()._repr_png_().startswith(b"\x89PNG")
+
+
+VARIANTS = ["arm", "llada", "llada [compat=llada]", "llada [weight_decay=0]"]
+
+
+def test_a_variant_has_the_colour_of_its_objective() -> None:
+    styles = objective_styles(VARIANTS)
+    assert [styles[name].label for name in VARIANTS[:3]] == ["arm (exact)", "llada (bound, NELBO)", (
+        "llada (bound, NELBO) [compat=llada]"
+    )]  # fmt: skip
+    assert {styles[name].color for name in VARIANTS[1:]} == {"#D55E00"} != {styles["arm"].color}
 
 
 @pytest.mark.parametrize(
-    ("convention", "unit", "x_label", "y_label"),
-    [
-        ("6nd", "nats_per_token", "training FLOPs (6ND)", "validation loss (nats/token)"),
-        ("total", "bits_per_byte", "training FLOPs (6ND + attention + head)", "validation loss (bits/byte)"),
-    ],
+    "styles",
+    [objective_styles(VARIANTS[:2]), objective_styles(VARIANTS[1:]), METHODS],
+    ids=["objectives", "variants", "methods"],
 )
-def test_axes_name_convention_and_unit(convention: Convention, unit: Unit, x_label: str, y_label: str) -> None:
-    table = study()
-    axes = scaling_curve(table, fit_table(table, unit=unit, samples=SAMPLES), convention).axes[0]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == (x_label, y_label)
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+def test_styles_differ_in_line_and_marker_not_in_colour_alone(styles: dict[str, Style]) -> None:
+    for one, other in itertools.combinations(styles.values(), 2):
+        assert one.line != other.line
+        assert one.marker != other.marker
 
 
-@pytest.mark.parametrize("convention", ["6nd", "total"])
-def test_the_legend_gives_exponents_with_their_intervals(convention: Convention) -> None:
-    table = study()
-    fits = fit_table(table, samples=SAMPLES)
-    words = " ".join(legend_of(scaling_curve(table, fits, convention)))
-    for envelope in fits.envelopes(convention).values():
-        assert envelope.law is not None
-        low, high = envelope.law.interval_b
-        assert f"C$^{{{-envelope.law.b:.3f}}}$" in words
-        assert f"[{-high:.3f}, {-low:.3f}]" in words
+def test_shades_darken_from_budget_to_budget() -> None:
+    light = [float(np.dot(LUMINANCE, to_rgb(color))) for color in shades("#0072B2", 7)]
+    assert light == sorted(light, reverse=True)
+    assert shades("#0072B2", 1) == ["#0072B2"]
 
 
-def test_the_legend_says_exact_bound_shapes_and_error_bars() -> None:
-    table = study()
-    words = legend_of(scaling_curve(table, fit_table(table, samples=SAMPLES)))
-    for text in ("arm (exact)", "llada (bound, NELBO)", "± 1 s.e.", "107k", "443k", "95 %", "best of its budget"):
-        assert any(text in word for word in words), text
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1e19, "$10^{19}$"), (3e19, "$3\\times10^{19}$"), (2.5e12, "$2.5\\times10^{12}$"), (9.99e11, "$10^{12}$")],
+)
+def test_powers_of_ten_read_as_written(value: float, text: str) -> None:
+    assert power_of_ten(value) == text
 
 
-def test_the_legend_lists_only_what_is_drawn() -> None:
-    table = table_of_records([record("llada", "107k", 1e12, 4.0, val_stderr=None)])
-    words = legend_of(scaling_curve(table, fit_table(table, samples=SAMPLES)))
-    assert words == ["llada (bound, NELBO)", " ", "107k"]
+def test_an_open_interval_draws_no_bar_on_its_open_side() -> None:
+    bars = interval_bars([2.0, 2.0], [1.0, np.nan], [np.inf, 5.0])
+    assert bars.tolist() == [[1.0, 0.0], [0.0, 3.0]]
 
 
-def test_many_shapes_are_counted_not_listed() -> None:
-    table = published_isoflop()
-    words = legend_of(scaling_curve(table, fit_table(table, samples=SAMPLES)))
-    assert f"{table['shape'].nunique()} shapes,\nnot told apart" in words
-    assert "106M" not in words
-    assert not any("s.e." in word for word in words)
+# --- scores of tasks --------------------------------------------------------------------------------------------------
 
 
-def test_every_run_is_a_point_with_its_standard_error() -> None:
-    table = study()
-    axes = scaling_curve(table, fit_table(table, samples=SAMPLES)).axes[0]
-    assert len(axes.containers) == len(table)
-    (low, high) = axes.containers[0][2][0].get_segments()[0][:, 1]  # type: ignore[index]
-    run = table.iloc[0]
-    assert (high - low) / 2 == pytest.approx(run["val_stderr"])
-    assert (high + low) / 2 == pytest.approx(run["val_nats_per_token"])
+def scored(**columns: object) -> pd.DataFrame:
+    table = pd.DataFrame({
+        "objective": ["arm", "arm", "llada", "llada"],
+        "params_nonembedding": [1e6, 1e6, 1e6, 1e6],
+        "flops_6nd": [1e12, 1e13, 1e12, 1e13],
+        "flops_total": [2e12, 2e13, 3e12, 3e13],
+        "task_piqa": [51.0, 60.0, 50.0, 55.0],
+    })  # fmt: skip
+    return table.assign(**columns)
 
 
-def test_bits_per_byte_stand_on_the_right_only_where_one_factor_converts_all() -> None:
-    table = study()
-    fits = fit_table(table, samples=SAMPLES)
-    assert [axis.get_ylabel() for axis in scaling_curve(table, fits).axes[0].child_axes] == ["bits/byte"]
-    table.loc[0, "val_bits_per_byte"] *= 1.1
-    assert scaling_curve(table, fits).axes[0].child_axes == []
+def legend_of(figure: object) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]  # type: ignore[attr-defined]
 
 
-def test_a_convention_without_flops_is_refused_in_one_line() -> None:
-    table = published_isoflop()
-    with pytest.raises(UserError, match="no FLOPs by 6ND \\+ attention \\+ head"):
-        scaling_curve(table, fit_table(table, samples=SAMPLES), "total")
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_figure_3_has_six_panels_with_all_scores_at_their_flops(convention: Convention) -> None:
+    table = paper_scalability()
+    figure = paper_figure3(convention)
+    column = {"6nd": "flops_6nd", "total": "flops_total"}[convention]
+    assert [axes.get_title() for axes in figure.axes] == list(PAPER_TASKS.values())
+    for axes, task in zip(figure.axes, PAPER_TASKS, strict=True):
+        drawn = np.concatenate([container[0].get_xydata() for container in axes.containers])  # type: ignore[index]
+        expected = table.loc[table[f"task_{task}"].notna(), [column, f"task_{task}"]].to_numpy(float)
+        assert sorted(map(tuple, drawn)) == sorted(map(tuple, expected))
+
+
+def test_figure_3_states_its_convention_and_what_the_total_assumes() -> None:
+    assert paper_figure3("6nd").get_supxlabel() == "training FLOPs (6ND)"
+    total = paper_figure3("total").get_supxlabel()
+    assert total.startswith("training FLOPs (6ND + attention + head)")
+    assert "length 4096" in total and "126,464 vocabulary entries" in total and "every position (assumed)" in total
+    assert {"arm", "llada", "969m", "5.8b", "6.98b", "guessing"} <= set(legend_of(paper_figure3()))
+
+
+def test_errors_of_scores_are_bars_where_they_are_known() -> None:
+    figure = task_accuracy(scored(task_piqa_stderr=[2.0, np.nan, 2.0, 2.0]))
+    bars = figure.axes[0].containers[0][2][0].get_segments()  # type: ignore[index]
+    assert [high - low for (_, low), (_, high) in bars] == [4.0, 0.0]
+    assert "bars: ± 1 s.e." in legend_of(figure)
+    assert "bars: ± 1 s.e." not in legend_of(task_accuracy(scored()))
+
+
+def test_columns_without_a_score_are_no_panels() -> None:
+    table = scored(task_mmlu=np.nan, task_gsm8k=[1.0, np.nan, np.nan, 2.0])
+    assert task_names(table) == ["piqa", "gsm8k"]
+    figure = task_accuracy(table)
+    assert [axes.get_title() for axes in figure.axes if axes.get_visible()] == ["piqa", "gsm8k"]
+
+
+def test_one_objective_alone_has_a_legend_of_its_own() -> None:
+    assert "llada" not in legend_of(task_accuracy(scored().iloc[:2]))
+
+
+def test_a_table_without_scores_or_flops_is_refused() -> None:
+    with pytest.raises(UserError, match="task_<name>"):
+        task_accuracy(scored().drop(columns="task_piqa"))
+    with pytest.raises(UserError, match="flops_total is missing"):
+        task_accuracy(scored(flops_total=np.nan), "total")
+
+
+# --- a plan -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_result_is_a_point_and_every_trunk_a_line() -> None:
+    plan = plan_study([1e18, 2e18, 4e18], Stream(vocab_size=32_000, sequence_length=1024))
+    table = plan.table()
+    sizes, ratios = plan_grid(table).axes
+    assert len(sizes.get_lines()) == table["trunk"].nunique()
+    for axes, column in ((sizes, "params_nonembedding"), (ratios, "tokens_per_param")):
+        drawn = np.concatenate([line.get_ydata() for line in axes.get_lines()])
+        assert np.sort(drawn) == pytest.approx(np.sort(table[column].to_numpy(float)))
+
+
+def test_one_objective_in_separate_runs_has_no_word_of_trunks_or_the_other() -> None:
+    stream = Stream(vocab_size=32_000, sequence_length=1024)
+    table = plan_study([1e18, 2e18], stream, objectives=["llada"], separate=True).table()
+    texts = [text.get_text() for text in plan_grid(table).legends[0].get_texts()]
+    assert texts == ["llada"]

@@ -1,4 +1,4 @@
-"""Records and the results table."""
+"""The results table, and the covariance of its losses: what is in them, and what is said of wrong ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -17,142 +19,27 @@ from hypothesis import strategies as st
 from helpers.studies import record, study
 from llada_lightning.records import (
     RESULT_COLUMNS,
-    expected_records,
-    has_diverged,
-    is_done,
     read_records,
     read_validation,
     write_records,
     write_validation,
 )
-from llada_lightning.study.collect import collect
-from llada_lightning.study.results import LARGEST_NUMBER, read_results, table_of_records, write_results
-from llada_lightning.support import files
+from llada_lightning.study import results
+from llada_lightning.study.results import (
+    LARGEST_NUMBER,
+    Row,
+    covariance_of_means,
+    read_covariance,
+    read_results,
+    table_of_records,
+    write_covariance,
+    write_results,
+)
 from llada_lightning.support.errors import UserError
 
 
 def sound(name: str = "a", budget: float = 1e12, **other: object) -> dict[str, object]:
     return record("arm", "107k", budget, 4.0, run=name, **other)
-
-
-def test_records_come_back_as_they_were(tmp_path: Path) -> None:
-    records = [sound(budget=1e12), sound(budget=3e12)]
-    write_records(tmp_path / "run", records)
-    assert read_records(tmp_path / "run") == records
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["result.json"]
-
-
-def test_no_result_is_no_records(tmp_path: Path) -> None:
-    assert read_records(tmp_path) == []
-    assert not is_done(tmp_path)
-
-
-def test_numbers_that_json_lacks_are_written_as_null(tmp_path: Path) -> None:
-    write_records(tmp_path, [sound(val_nats_per_token=math.nan, val_stderr=math.inf)])
-    assert "NaN" not in (tmp_path / "result.json").read_text()
-    assert read_records(tmp_path)[0]["val_nats_per_token"] is None
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_records(tmp_path, [sound()])
-    before = (tmp_path / "result.json").read_bytes()
-
-    def full_disk(*_: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(files.os, "replace", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        write_records(tmp_path, [sound(name="b")])
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"result.json": before}
-
-
-@pytest.mark.parametrize("change", [{"extra": 1}, {"status": ...}])
-def test_foreign_and_missing_keys_are_our_fault(tmp_path: Path, change: dict[str, object]) -> None:
-    wrong = {key: value for key, value in {**sound(), **change}.items() if value is not ...}
-    with pytest.raises(ValueError, match="missing or foreign"):
-        write_records(tmp_path, [wrong])
-
-
-@pytest.mark.parametrize("text", ["{", '{"run": 1}', "[1]", "[{}]", '[{"run": "a", "steps": "1"}]', "[" * 100_000])
-def test_a_damaged_result_is_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / "result.json").write_text(text)
-    with pytest.raises(UserError, match=r"result\.json"):
-        read_records(tmp_path)
-    assert not is_done(tmp_path)
-    table, report = collect([tmp_path])
-    assert table.empty
-    assert list(report.unfinished) == [str(tmp_path)]
-
-
-def test_done_means_every_record(tmp_path: Path) -> None:
-    write_records(tmp_path, [sound(), sound(status="running")])
-    assert not is_done(tmp_path)
-    write_records(tmp_path, [sound(), sound()])
-    assert is_done(tmp_path)
-
-
-def test_done_means_every_budget(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("budget:\n  flops: [1.0e+12, 3.0e+12]\n  tokens: null\n")
-    write_records(tmp_path, [sound(budget=1e12)])
-    assert expected_records(tmp_path) == 2
-    assert not is_done(tmp_path)
-    write_records(tmp_path, [sound(budget=1e12), sound(budget=3e12, status="diverged")])
-    assert is_done(tmp_path)
-    assert has_diverged(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["budget: {flops: 1.0e+12}", "budget: {flops: [1.0e+12]}", "budget: {flops: []}",
-    "budget: {flops: null, tokens: 1e6}", "budget: null", "", "[1]", None])  # fmt: skip
-def test_a_config_that_lists_no_budgets_means_one(tmp_path: Path, text: str | None) -> None:
-    if text is not None:
-        (tmp_path / "config.yaml").write_text(text)
-    assert expected_records(tmp_path) == 1
-
-
-def test_a_damaged_config_is_named_and_its_run_not_done(tmp_path: Path) -> None:
-    write_records(tmp_path, [sound()])
-    assert is_done(tmp_path)
-    (tmp_path / "config.yaml").write_text("a: [")
-    with pytest.raises(UserError, match=r"config\.yaml"):
-        expected_records(tmp_path)
-    assert not is_done(tmp_path)
-
-
-# --- the validation by document ---
-
-
-@given(st.lists(st.floats(allow_nan=True, allow_infinity=False), min_size=1, max_size=4))
-def test_validation_comes_back_to_the_last_digit(tmp_path_factory: pytest.TempPathFactory, losses: list[float]) -> None:
-    folder = tmp_path_factory.mktemp("validation")
-    documents = [(100 * n, n + 1, loss) for n, loss in enumerate(losses)]
-    write_validation(folder, 7, documents)
-    again = read_validation(folder)
-    expected = pd.DataFrame([(7, *row) for row in documents], columns=list(again.columns))
-    pd.testing.assert_frame_equal(again, expected, check_exact=True)
-    assert [path.name for path in folder.iterdir()] == ["validation.csv"]
-
-
-def test_validations_of_several_budgets_share_the_file(tmp_path: Path) -> None:
-    write_validation(tmp_path, 20, [(0, 1, 2.0), (9, 2, 3.0)])
-    write_validation(tmp_path, 10, [(0, 1, 4.0), (9, 2, 5.0)])
-    write_validation(tmp_path, 20, [(0, 1, 2.5), (9, 2, 3.5)])
-    found = read_validation(tmp_path)
-    assert list(found["steps"]) == [10, 10, 20, 20]
-    assert list(found["nats_per_token"]) == [4.0, 5.0, 2.5, 3.5]
-
-
-@pytest.mark.parametrize("text", ["", "steps,document\n1,2\n", "steps,document,sequences,nats_per_token\n1,x,2,3\n"])
-def test_a_damaged_validation_is_named_and_overwritten(tmp_path: Path, text: str) -> None:
-    (tmp_path / "validation.csv").write_text(text)
-    with pytest.raises(UserError, match=r"validation\.csv"):
-        read_validation(tmp_path)
-    write_validation(tmp_path, 1, [(0, 1, 2.0)])
-    assert len(read_validation(tmp_path)) == 1
-    with pytest.raises(UserError, match="cannot be read"):
-        read_validation(tmp_path / "none")
-
-
-# --- table ---
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
@@ -333,3 +220,147 @@ def test_another_separator_is_named(tmp_path: Path, separator: str, shown: str) 
     path.write_text(f"{separator.join(RESULT_COLUMNS)}\n{separator.join(['1,5'] * len(RESULT_COLUMNS))}\n")
     with pytest.raises(UserError, match=f"its columns are separated by {shown}, as some spreadsheets write them"):
         read_results(path)
+
+
+# --- the covariance of losses -----------------------------------------------------------------------------------------
+
+
+def row(folder: Path | None, name: str, losses: list[float], sequences: list[int] | None = None, **other: Any) -> Row:
+    """A result of 10 steps, with its validation file in ``folder/name``."""
+    if folder is not None:
+        counts = sequences or [1] * len(losses)
+        write_validation(
+            folder / name, 10, [(50 * n, *pair) for n, pair in enumerate(zip(counts, losses, strict=True))]
+        )
+    values = {"run": name, "steps": 10, **other}
+    return Row(record("arm", "107k", 1e12, 4.0, **values), folder and folder / name)
+
+
+@given(st.integers(0, 2**32), st.integers(2, 9), st.integers(1, 4))
+def test_the_covariance_is_that_of_the_paired_differences(seed: int, groups: int, runs: int) -> None:
+    """Law: the variance of i's loss minus j's is that of the mean of the differences, taken as one run's values."""
+    generator = np.random.default_rng(seed)
+    values_GR, sequences_G = generator.normal(3, 1, (groups, runs)), generator.integers(1, 5, groups)
+    matrix = covariance_of_means(values_GR, sequences_G)
+    assert matrix == pytest.approx(matrix.T)
+    assert np.linalg.eigvalsh(matrix).min() > -1e-12
+    difference = covariance_of_means(values_GR[:, :1] - values_GR[:, -1:], sequences_G)[0, 0]
+    assert matrix[0, 0] + matrix[-1, -1] - 2 * matrix[0, -1] == pytest.approx(difference, abs=1e-12)
+
+
+def test_one_sequence_a_document_is_the_plain_standard_error() -> None:
+    values_GR = np.array([[1.0], [2.0], [6.0]])
+    assert covariance_of_means(values_GR, np.ones(3))[0, 0] == pytest.approx(values_GR.var(ddof=1) / 3)
+
+
+def test_shared_documents_make_a_difference_sure(tmp_path: Path) -> None:
+    hard = np.random.default_rng(0).normal(0, 1, 40)
+    rows = [row(tmp_path, name, list(3 + shift + hard)) for name, shift in (("a", 0.0), ("b", 0.1))]
+    report = write_covariance(rows, tmp_path / "results.csv")
+    assert (report.rows, report.left_out) == (2, {})
+    matrix = read_covariance(report.path or "")
+    assert list(matrix.index) == list(matrix.columns) == ["a@10", "b@10"]
+    of_difference = matrix.loc["a@10", "a@10"] + matrix.loc["b@10", "b@10"] - 2 * matrix.loc["a@10", "b@10"]
+    assert math.sqrt(matrix.loc["a@10", "a@10"]) == pytest.approx(hard.std(ddof=1) / math.sqrt(40))
+    assert of_difference == pytest.approx(0, abs=1e-15)
+
+
+def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
+    losses = [1.0, 2.0, 4.0]
+    rows = [
+        row(tmp_path, "a", losses),
+        row(tmp_path, "b", losses),
+        row(tmp_path, "other-documents", [*losses, 5.0]),
+        row(tmp_path, "other-counts", losses, [1, 1, 2]),
+        row(tmp_path, "other-data", losses, data_fingerprint="another"),
+        row(tmp_path, "diverged", losses, val_nats_per_token=None),
+        row(tmp_path, "alone", [1.0]),
+        row(tmp_path, "old", losses, steps=20),
+        row(None, "remote", losses),
+        row(None, "nameless", losses, run=None),
+        Row(record("arm", "107k", 1e12, 4.0, run="bare", steps=1), tmp_path / "bare"),
+        row(tmp_path, "torn", losses),
+    ]
+    (tmp_path / "torn/validation.csv").write_text("steps\n")
+    report = write_covariance(rows, tmp_path / "results.parquet")
+    assert report.path == str(tmp_path / "results.covariance.csv")
+    assert list(read_covariance(report.path)) == ["a@10", "b@10"]
+    torn = report.left_out.pop(next(reason for reason in report.left_out if "torn/validation.csv" in reason))
+    assert torn == ["torn@10"]
+    assert report.left_out == {
+        "other validation documents than most": ["other-counts@10", "other-data@10", "other-documents@10"],
+        "loss not finite": ["diverged@10"],
+        "fewer than two validation documents": ["alone@10"],
+        "not in validation.csv": ["old@20"],
+        "from W&B, which does not hold the losses by document": ["remote@10"],
+        "a record without a run's name": ["None@10"],
+        "no validation.csv": ["bare@1"],
+    }
+    assert "covariance: 1 results left out (no validation.csv): bare@1" in report.lines()
+
+
+def test_another_tables_covariance_does_not_stay(tmp_path: Path) -> None:
+    write_covariance([row(tmp_path, "a", [1.0, 2.0])], tmp_path / "results.csv")
+    report = write_covariance([row(None, "b", [])], tmp_path / "results.csv")
+    assert report.path is None
+    assert not (tmp_path / "results.covariance.csv").exists()
+
+
+def test_more_runs_than_documents_are_written_as_their_deviations(tmp_path: Path) -> None:
+    """The file grows with the runs, not with their square, and the matrix is the same to the last bit."""
+    generator = np.random.default_rng(3)
+    values_GR = generator.normal(3, 1, (5, 40))
+    sequences_G = [1, 2, 3, 1, 4]
+    names = [f"r{n:02d}" for n in range(40)]
+    rows = [row(tmp_path, name, list(values), sequences_G) for name, values in zip(names, values_GR.T, strict=True)]
+    report = write_covariance(rows, tmp_path / "results.csv")
+    assert report.path == str(tmp_path / "results.covariance.csv") and report.rows == 40
+    header, *lines = Path(report.path).read_text().splitlines()
+    assert header == "run@steps,document 0,document 50,document 100,document 150,document 200"
+    assert len(lines) == 40 and all(line.count(",") == 5 for line in lines)
+    matrix = read_covariance(report.path)
+    assert list(matrix.index) == list(matrix.columns) == [f"{name}@10" for name in names]
+    assert (matrix.to_numpy() == covariance_of_means(values_GR, np.asarray(sequences_G))).all()
+    few = read_covariance(write_covariance(rows[:5], tmp_path / "few.csv").path or "")
+    assert (tmp_path / "few.covariance.csv").read_text().startswith("run@steps,r00@10,")
+    assert few.to_numpy() == pytest.approx(matrix.to_numpy()[:5, :5])
+
+
+def test_a_document_without_a_loss_costs_its_run_alone(tmp_path: Path) -> None:
+    rows = [
+        row(tmp_path, "a", [1.0, 2.0]), row(tmp_path, "b", [1.0, 3.0]), row(tmp_path, "blank", [1.0, math.nan]),
+        row(tmp_path, "large", [1.0, 1e300]), row(tmp_path, "none", [1.0, 2.0], [1, 0]),
+    ]  # fmt: skip
+    report = write_covariance(rows, tmp_path / "results.csv")
+    reason = "a document without sequences, or without a finite loss, in validation.csv"
+    assert report.left_out == {reason: ["blank@10", "large@10", "none@10"]}
+    assert np.isfinite(read_covariance(report.path or "").to_numpy()).all()
+
+
+def test_a_runs_budgets_are_read_from_its_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for steps in range(1, 6):
+        write_validation(tmp_path / "trunk", steps, [(0, 1, 2.0), (9, 2, 3.0 + steps)])
+    rows = [Row(record("arm", "107k", 1e12, 4.0, run="trunk", steps=n), tmp_path / "trunk") for n in range(1, 6)]
+    reads: list[Path] = []
+    monkeypatch.setattr(results, "read_validation", lambda folder: reads.append(folder) or read_validation(folder))
+    assert write_covariance(rows, tmp_path / "results.csv").rows == 5
+    assert reads == [tmp_path / "trunk"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("run@steps,document 0,document 1\na@1,2,\xff\n", "not UTF-8"),
+        ("run@steps,document 0,document 1\na@1,2,x\n", "not a table of numbers"),
+        ("run@steps,document 0\na@1,2\n", "not of the same runs"),
+        ("run@steps,a@1\nb@1,2\n", "not of the same runs"),
+        ("run@steps,a@1\na@1,x\n", "not a table of numbers"),
+        ("", "not a table"),
+    ],
+)
+def test_wrong_covariance_files_are_named(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "c.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=words):
+        read_covariance(tmp_path / "c.csv")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_covariance(tmp_path / "none.csv")

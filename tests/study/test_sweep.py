@@ -1,15 +1,9 @@
-"""Sweep files as W&B reads them, and the runner on this machine with a stand-in for the fit."""
+"""Sweep files as W&B reads them, the runs in them, and what is said of a file that was edited half-way."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import io
 import itertools
-import json
-import os
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +11,21 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
-from llada_lightning.study.sweep import runner as sweep_run
-from llada_lightning.study.sweep.file import (
+from helpers.studies import record
+from llada_lightning.records import write_records
+from llada_lightning.study.sweep import (
     DEFAULT_COMMAND,
     Sweep,
+    check_unchanged,
     expand_grid,
     fit_arguments,
+    kept_copy,
     launch_fit,
     read_sweep,
     render_command,
+    state_of,
 )
-from llada_lightning.study.sweep.runner import SweepOutcome, child_environment, plan_runs, run_sweep
 from llada_lightning.support.errors import UserError
 
 QUICKSTART = """
@@ -198,166 +194,60 @@ def test_the_fits_arguments_are_found_behind_any_spelling(start: list[str]) -> N
         fit_arguments([*start, "prepare", "--x=1"])
 
 
-# --- the runner ---
+# --- a study of runs --------------------------------------------------------------------------------------------------
 
 
-class Study:
-    """A sweep of stand-in fits in a folder: each run is a (name, mode)."""
-
-    def __init__(self, folder: Path, runs: dict[str, str]) -> None:
-        self.folder, self.output = folder, io.StringIO()
-        points = tuple({"name": name, "mode": mode, "parent": os.getpid()} for name, mode in runs.items())
-        self.sweep = Sweep("study", "llada", ("llada", "fit", "${args}"), points)
-
-    def run_folder(self, arguments: list[str]) -> Path:
-        return self.folder / next(word for word in arguments if word.startswith("--name=")).removeprefix("--name=")
-
-    def launch(self, arguments: list[str]) -> list[str]:
-        script = Path(__file__).parents[1] / "helpers" / "fake_fit.py"
-        return [sys.executable, "-I", "-S", str(script), str(self.folder), *arguments[1:]]
-
-    def run(self, **options: Any) -> SweepOutcome:
-        return run_sweep(
-            self.sweep, self.run_folder, launch=self.launch, console=Console(file=self.output, width=200), **options
-        )
-
-    def started(self) -> list[str]:
-        path = self.folder / "started"
-        return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
-
-    def log(self, name: str) -> Path:
-        return self.folder / "logs" / f"{name}.log"
+def sweep(folder: Path, *shapes: str) -> Sweep:
+    path = folder / "grid.yaml"
+    grid = f"parameters: {{shape: {{values: [{', '.join(shapes)}]}}}}"
+    path.write_text(f"method: grid\ncommand: [llada, fit, '${{args}}']\n{grid}\n")
+    return read_sweep(path)
 
 
-def test_a_sweep_runs_in_order_and_started_again_does_nothing(tmp_path: Path) -> None:
-    study = Study(tmp_path, {"a": "ok", "b": "ok", "c": "ok"})
-    outcome = study.run()
-    assert (outcome.done, outcome.skipped, outcome.exit_code) == (["a", "b", "c"], [], 0)
-    assert study.started() == ["a", "b", "c"]
-    outcome = study.run()
-    assert (outcome.done, outcome.skipped, outcome.exit_code) == ([], ["a", "b", "c"], 0)
-    assert study.started() == ["a", "b", "c"]
+def test_an_unchanged_file_goes_on(tmp_path: Path) -> None:
+    first = sweep(tmp_path, "a", "b")
+    assert check_unchanged(first, tmp_path / "study") == 0
+    assert kept_copy(first, tmp_path / "study").read_text() == (tmp_path / "grid.yaml").read_text()
+    assert check_unchanged(first, tmp_path / "study", by_index=True) == 0
 
 
-def test_a_failed_run_does_not_stop_the_others_and_is_named_with_its_last_line(tmp_path: Path) -> None:
-    study = Study(tmp_path, {"bad": "fail", "mute": "silent", "shot": "killed", "good": "ok"})
-    outcome = study.run()
-    assert outcome.done == ["good"]
-    assert outcome.exit_code == 1
-    bad, mute, shot = outcome.failed
-    assert (bad.name, bad.reason) == ("bad", "error: lr: -1 is below 0 (exit code 1)")
-    assert (mute.name, mute.reason) == ("mute", "ended without a result.json")
-    assert "killed by signal 9" in shot.reason
-    assert Path(bad.log) == study.log("bad")
-    assert "error: lr" in study.output.getvalue()
-    Study(tmp_path, {"bad": "ok", "good": "ok"}).run()  # mended, and run again
-    assert study.started() == ["bad", "mute", "shot", "good", "bad"]
-    assert study.log("bad").read_text().count("$ ") == 2  # the log keeps both attempts
+def test_a_comment_is_no_change(tmp_path: Path) -> None:
+    check_unchanged(sweep(tmp_path, "a", "b"), tmp_path / "study")
+    path = tmp_path / "grid.yaml"
+    path.write_text("# a note\n" + path.read_text())
+    assert check_unchanged(read_sweep(path), tmp_path / "study", by_index=True) == 0
 
 
-def test_a_run_that_lacks_a_budget_is_not_done(tmp_path: Path) -> None:
-    study = Study(tmp_path, {"a": "ok"})
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/config.yaml").write_text("budget: {flops: [1.0e+9, 2.0e+9]}")
-    outcome = study.run()
-    assert [failed.reason for failed in outcome.failed] == ["ended with 1 of 2 budgets"]
+def test_runs_may_be_added(tmp_path: Path) -> None:
+    check_unchanged(sweep(tmp_path, "a", "b"), tmp_path / "study")
+    assert check_unchanged(sweep(tmp_path, "a", "b", "c"), tmp_path / "study", by_index=True) == 1
+    assert check_unchanged(sweep(tmp_path, "z", "a", "b", "c"), tmp_path / "study") == 1
 
 
-def test_a_diverged_run_is_settled_and_named(tmp_path: Path) -> None:
-    study = Study(tmp_path, {"a": "silent"})
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/result.json").write_text(json.dumps([{"run": "a", "steps": 1, "status": "diverged"}]))
-    outcome = study.run()
-    assert (outcome.skipped, outcome.diverged, outcome.failed, outcome.exit_code) == (["a"], ["a"], [], 0)
-    assert study.started() == []
+def test_by_index_no_run_may_change_its_number(tmp_path: Path) -> None:
+    check_unchanged(sweep(tmp_path, "a", "b"), tmp_path / "study")
+    with pytest.raises(UserError, match="have changed their numbers"):
+        check_unchanged(sweep(tmp_path, "b", "a"), tmp_path / "study", by_index=True)
 
 
-def test_several_at_once_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(sweep_run.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    study = Study(tmp_path, dict.fromkeys("abcde", "ok"))
-    assert sorted(study.run(jobs=2).done) == list("abcde")
-    assert {line.split()[1] for line in (tmp_path / "started").read_text().splitlines()} == {"3"}
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    environment = child_environment(jobs=9)
-    assert (environment["OMP_NUM_THREADS"], environment["MKL_NUM_THREADS"]) == ("5", "1")
+def test_runs_that_have_left_the_file_are_refused_until_it_is_meant(tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    before = sweep(tmp_path, "a", "b")
+    check_unchanged(before, study)
+    edited = sweep(tmp_path, "a", "c")
+    with pytest.raises(UserError, match=r"was edited: 1 of the 2 runs .* have left it; .*\(the first: --shape=b\)"):
+        check_unchanged(edited, study)
+    assert "[a, b]" in kept_copy(before, study).read_text()
+    assert check_unchanged(edited, study, edited=True) == 1
+    assert check_unchanged(edited, study) == 0
 
 
-def test_points_that_are_one_run_are_run_once(tmp_path: Path) -> None:
-    study = Study(tmp_path, {"a": "ok"})
-    study.sweep = Sweep("s", None, study.sweep.command, study.sweep.points * 3)
-    assert study.run().done == ["a"]
-    assert study.started() == ["a"]
-    assert "3 points describe 1 different runs" in study.output.getvalue()
-
-
-def test_extra_arguments_reach_every_run_and_its_folder(tmp_path: Path) -> None:
-    study = Study(tmp_path, {"a": "ok", "b": "ok"})
-    runs = plan_runs(study.sweep, study.run_folder, extra=["--seed=2"])
-    assert all(run.arguments[-1] == "--seed=2" for run in runs)
-
-
-def test_a_refused_run_stops_the_sweep_before_anything_has_run(tmp_path: Path) -> None:
-    study = Study(tmp_path, {"a": "ok", "b": "ok"})
-
-    def refuse(arguments: list[str]) -> Path:
-        if "--name=b" in arguments:
-            raise UserError("lr: -1 is below 0")
-        return study.run_folder(arguments)
-
-    with pytest.raises(UserError, match="lr"):
-        run_sweep(study.sweep, refuse, launch=study.launch)
-    with pytest.raises(UserError, match="--jobs is 0"):
-        study.run(jobs=0)
-    assert study.started() == []
-
-
-def test_a_run_that_another_sweep_is_running_is_left_alone(tmp_path: Path) -> None:
-    study = Study(tmp_path, {"a": "ok", "b": "ok"})
-    study.log("a").parent.mkdir()
-    with study.log("a").open("a") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-        outcome = study.run()
-    assert outcome.done == ["b"]
-    assert [failed.reason for failed in outcome.failed] == ["another process is running it"]
-    assert study.started() == ["b"]
-
-
-@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals need the main thread")
-def test_interrupted_runs_save_and_the_same_sweep_goes_on(tmp_path: Path) -> None:
-    study = Study(tmp_path, {"a": "ok", "b": "stop", "c": "ok"})
-    outcome = study.run()
-    assert (outcome.done, outcome.left, outcome.interrupted, outcome.exit_code) == (["a"], ["b", "c"], True, 130)
-    assert (tmp_path / "b/saved").exists()
-    outcome = Study(tmp_path, {"a": "ok", "b": "ok", "c": "ok"}).run()
-    assert (outcome.done, outcome.skipped) == (["b", "c"], ["a"])
-
-
-@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals need the main thread")
-def test_runs_that_do_not_leave_are_killed_with_their_children(tmp_path: Path) -> None:
-    study = Study(tmp_path, {"a": "deaf"})
-    assert study.run(grace_seconds=0.0).left == ["a"]
-    with study.log("a").open("a") as log:  # its lock is free once the last of its processes has ended
-        assert _locked_in_time(log)
-
-
-def _locked_in_time(log: Any) -> bool:
-    wait = threading.Event()
-    for _ in range(200):
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        wait.wait(0.05)
-    return False
-
-
-# --- progress ---
-
-
-def test_progress_is_drawn_on_a_terminal(tmp_path: Path) -> None:
-    study = Study(tmp_path, {"a": "ok", "b": "fail"})
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=120)
-    run_sweep(study.sweep, study.run_folder, launch=study.launch, console=console)
-    assert "/2 runs" in screen.getvalue()
-    assert "elapsed" in screen.getvalue()
+def test_the_state_of_a_run(tmp_path: Path) -> None:
+    assert state_of(tmp_path / "none") == "not begun"
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").write_text("budget: {flops: 1.0e+12}\n")
+    assert state_of(tmp_path / "begun") == "begun"
+    write_records(tmp_path / "done", [record("arm", "107k", 1e12, 4.0)])
+    assert state_of(tmp_path / "done") == "done"
+    write_records(tmp_path / "bad", [record("arm", "107k", 1e12, float("nan"), status="diverged")])
+    assert state_of(tmp_path / "bad") == "diverged"

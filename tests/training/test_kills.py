@@ -15,7 +15,7 @@ from helpers.killed_calls import At, killed
 from helpers.tiny_runs import fit, fit_arguments, losses, metrics, timeless, weights
 from llada_lightning.checkpoints.run_folder import checkpoints_by_step
 from llada_lightning.commands.main import main
-from llada_lightning.study.sweep.file import Sweep
+from llada_lightning.study.sweep import Sweep
 from llada_lightning.study.sweep.runner import SweepOutcome, run_sweep
 
 SPEED = ("seconds", "mfu", "peak_memory_bytes")

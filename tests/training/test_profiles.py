@@ -10,7 +10,7 @@ import pytest
 
 from llada_lightning.commands.main import main
 from llada_lightning.compute.hardware import MeasuredRate
-from llada_lightning.study.plots.profile import step_phases
+from llada_lightning.study.plots.tables import step_phases
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.profiles import PHASES, page, profiled_rate
 

@@ -15,7 +15,7 @@ from helpers.tiny_runs import MODELS, fit, record
 from llada_lightning.objectives.standard_errors import clustered_mean_and_stderr, mean_by_cluster
 from llada_lightning.records import read_validation
 from llada_lightning.study.collect import gather
-from llada_lightning.study.covariance import covariance_of_means, read_covariance, write_covariance
+from llada_lightning.study.results import covariance_of_means, read_covariance, write_covariance
 from llada_lightning.training import fit as lightning_cli
 from llada_lightning.training.modules import ValidationLoss
 

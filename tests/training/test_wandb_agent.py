@@ -18,10 +18,9 @@ from helpers.tiny_runs import fit, fit_arguments
 from helpers.wandb_standin import ENTITY, KEY, PAGE, WandbStandIn
 from llada_lightning.commands.main import main
 from llada_lightning.records import RESULT_COLUMNS
-from llada_lightning.study.collect import collect
+from llada_lightning.study.collect import collect, read_project
 from llada_lightning.study.results import read_results
-from llada_lightning.study.sweep.file import read_sweep, render_command
-from llada_lightning.study.wandb_projects import read_project
+from llada_lightning.study.sweep import read_sweep, render_command
 from llada_lightning.support.errors import UserError
 
 pytest.importorskip("wandb")

@@ -1,37 +1,268 @@
 """Fits of validation loss against training FLOPs, and ratios of compute between objectives.
 
 Three methods: the power law of the loss envelope, isoFLOP parabolas, and the parametric law L(N, D). ``fit_table`` runs
-all of them; ``noise`` explains the intervals.
+all of them on every objective of a results table, by every convention; ``uncertainty`` explains the intervals.
 """
 
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from llada_lightning.compute.flops import CONVENTION_NAMES, CONVENTIONS, Convention
+from llada_lightning.objectives import OBJECTIVES, REFERENCE
 from llada_lightning.study.fits.envelope import EnvelopeFit, EnvelopePoint, fit_envelope
-from llada_lightning.study.fits.fit_table import StudyFits, fit_table
-from llada_lightning.study.fits.isoflop import MIN_SHAPES, IsoflopBudget, IsoflopFit, LossCurve, fit_isoflop
-from llada_lightning.study.fits.least_squares import INTERVAL, MIN_BUDGETS, Estimate, PowerLaw
-from llada_lightning.study.fits.multiplier import Disagreement, Multiplier, compute_multipliers
-from llada_lightning.study.fits.objective import METHODS, HeldOut, Method, ObjectiveFits, fit_objective
-from llada_lightning.study.fits.parametric import HUBER_DELTA, Frontier, ParametricFit, fit_parametric
+from llada_lightning.study.fits.isoflop import IsoflopBudget, IsoflopFit, LossCurve, fit_isoflop, parabola_spread
+from llada_lightning.study.fits.least_squares import INTERVAL, Estimate, PowerLaw
+from llada_lightning.study.fits.multiplier import (
+    NO_COMMON_LOSS,
+    Disagreement,
+    Multiplier,
+    compute_multipliers,
+    disagreements,
+    no_common_loss,
+    with_doubts,
+)
+from llada_lightning.study.fits.objective import METHODS, HeldOut, Method, ObjectiveFits, fit_objective, hold_out
+from llada_lightning.study.fits.parametric import EXPONENT_GRID, HUBER_DELTA, STARTS, ParametricFit, fit_parametric
 from llada_lightning.study.fits.runs import (
     BUDGET_TOLERANCE,
     UNIT_NAMES,
     UNITS,
     Unit,
+    base_objective,
     best_of_budgets,
     budget_groups,
+    budget_members,
     check_comparable,
+    check_complete,
+    counted_conventions,
+    finished_runs,
     flops_column,
+    in_canonical_order,
     losses,
     named_variants,
+    noise_of_runs,
     objective_names,
+    planned_convention,
+    planned_flops,
+    run_names,
+    runs_without,
     usable_runs,
 )
-from llada_lightning.study.fits.uncertainty import NOISE_MODELS, Noise, NoiseModel, noise_of_runs, run_names
+from llada_lightning.study.fits.uncertainty import NOISE_MODELS, Noise, NoiseModel, Spread, best_known
+from llada_lightning.support.errors import UserError
 
 __all__ = [
-    "BUDGET_TOLERANCE", "HUBER_DELTA", "INTERVAL", "METHODS", "MIN_BUDGETS", "MIN_SHAPES", "NOISE_MODELS", "UNITS",
-    "UNIT_NAMES", "Disagreement", "EnvelopeFit", "EnvelopePoint", "Estimate", "Frontier", "HeldOut", "IsoflopBudget",
-    "IsoflopFit", "LossCurve", "Method", "Multiplier", "Noise", "NoiseModel", "ObjectiveFits", "ParametricFit",
-    "PowerLaw", "StudyFits", "Unit", "best_of_budgets", "budget_groups", "check_comparable", "compute_multipliers",
-    "fit_envelope", "fit_isoflop", "fit_objective", "fit_parametric", "fit_table", "flops_column", "losses",
-    "named_variants", "noise_of_runs", "objective_names", "run_names", "usable_runs",
+    "BUDGET_TOLERANCE", "METHODS", "NOISE_MODELS", "NO_COMMON_LOSS", "UNITS", "UNIT_NAMES", "Disagreement",
+    "EnvelopeFit", "EnvelopePoint", "Estimate", "HeldOut", "IsoflopBudget", "IsoflopFit", "LossCurve", "Method",
+    "Multiplier", "Noise", "ObjectiveFits", "ParametricFit", "PowerLaw", "Spread", "StudyFits", "Unit",
+    "best_of_budgets", "budget_groups", "budget_members", "check_comparable", "compute_multipliers", "fit_envelope",
+    "fit_isoflop", "fit_parametric", "fit_table", "flops_column", "losses", "named_variants", "noise_of_runs",
+    "objective_names", "planned_flops", "run_names", "usable_runs",
 ]  # fmt: skip
+
+CURVE_POINTS = 25
+"""The number of points of the multiplier's curve, over the range of the reference's budgets."""
+
+
+@dataclass(frozen=True)
+class StudyFits:
+    """All fits of a results table in one unit, with their settings."""
+
+    unit: Unit
+    samples: int
+    seed: int
+    noise_model: NoiseModel
+    conventions: tuple[Convention, ...]
+    objectives: dict[str, ObjectiveFits]
+    """The fits by the name of the objective, with its variant where it is not the default recipe."""
+    reference: str | None
+    """The name of the objective that multipliers divide by; None where the table has no runs of it."""
+    compute_multiplier: list[Multiplier]
+    """Of each other objective at each of the reference's budgets on its envelope, by every convention and method."""
+    multiplier_curve: list[Multiplier]
+    """The same over a grid between the smallest and the largest of those budgets, for figures."""
+    held_out: list[HeldOut]
+    disagreements: list[Disagreement]
+    notes: list[str]
+
+    @property
+    def compared(self) -> list[str]:
+        """The objectives that have a multiplier against the reference; none where the table has no runs of that."""
+        return [name for name in self.objectives if self.reference not in (None, name)]
+
+    def envelopes(self, convention: Convention) -> dict[str, EnvelopeFit]:
+        """Each objective's envelope by a convention."""
+        return {name: fits.envelope[convention] for name, fits in self.objectives.items()}
+
+    def check_counted(self, convention: Convention) -> None:
+        """Raises UserError where the runs lack the FLOPs of a convention, by which a figure is asked for."""
+        if convention not in self.conventions:
+            raise UserError(
+                f"figure: the runs have no FLOPs by {CONVENTION_NAMES[convention]} ({convention}); "
+                f"draw by {' or '.join(self.conventions)}"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of ``fits.json``: only what was computed."""
+        settings = {
+            "unit": self.unit,
+            "conventions": list(self.conventions),
+            "samples": self.samples,
+            "seed": self.seed,
+            "reference": self.reference,
+            "interval_percentiles": list(INTERVAL),
+            "noise_model": self.noise_model,
+            "noise": NOISE_MODELS[self.noise_model],
+            "huber_delta": HUBER_DELTA,
+            "exponent_grid": EXPONENT_GRID.tolist(),
+            "starts": STARTS,
+            "budget_tolerance": BUDGET_TOLERANCE,
+        }
+        lists = ("compute_multiplier", "multiplier_curve", "held_out", "disagreements")
+        return {
+            "settings": settings,
+            **{name: fits.as_dict() for name, fits in self.objectives.items()},
+            **{name: [entry.as_dict() for entry in getattr(self, name)] for name in lists},
+            "notes": self.notes,
+        }
+
+
+def fit_table(
+    table: pd.DataFrame,
+    *,
+    unit: Unit = "nats_per_token",
+    samples: int = 4000,
+    seed: int = 0,
+    covariance: pd.DataFrame | None = None,
+    conventions: tuple[Convention, ...] = CONVENTIONS,
+    reference: str | None = None,
+) -> StudyFits:
+    """Fits every objective of a results table by every method, and compares each with the reference.
+
+    Args:
+        table: A results table. Runs that are unfinished or diverged are left out.
+        unit: The unit of the losses.
+        samples: The number of bootstrap draws.
+        seed: The seed of the draws.
+        covariance: The covariance of the losses in nats^2, index and columns ``run@steps``, all objectives in one.
+            None, or where it lacks a run (a note names it): the table's standard errors, taken as independent.
+        conventions: The conventions by which FLOPs are counted. One by which a run's FLOPs are missing is left out
+            with a note.
+        reference: The name of the objective that multipliers divide by. None: ``objectives.REFERENCE``, as far as
+            the table has runs of it.
+
+    Raises:
+        UserError: The table has no usable run, or none of the given reference, its losses cannot be compared, or the
+            covariance does not fit it.
+    """
+    runs = usable_runs(table)
+    if runs.empty:
+        raise UserError(f"results: none of {len(table)} rows is a finished run with a finite loss; nothing to fit")
+    check_comparable(runs)
+    check_complete(runs, unit)
+    counted = counted_conventions(runs, conventions)
+    if not counted:
+        raise UserError(f"results: flops are missing by {' and by '.join(conventions)}; correct the table")
+    repeated = len(finished_runs(table)) - len(runs)
+    runs = in_canonical_order(runs)
+    names = objective_names(runs)
+    divisor = _reference(names, reference)
+    lacking = runs_without(covariance, runs) if covariance is not None else []
+    noise = noise_of_runs(runs, None if lacking else covariance, samples, seed)
+    objectives: dict[str, ObjectiveFits] = {}
+    held_out: list[HeldOut] = []
+    parts = {name: np.flatnonzero((runs["objective"] == name).to_numpy(bool)) for name in names}
+    members = {name: (runs.iloc[rows].reset_index(drop=True), noise.take(rows)) for name, rows in parts.items()}
+    spreads = {
+        name: parabola_spread(own, planned_convention(own, counted), unit, errors)
+        for name, (own, errors) in members.items()
+    }
+    for name, (own, errors) in members.items():
+        borrowed = best_known(*(spread for other, spread in spreads.items() if other != name))
+        own_seed = seed + _seed_of(name, names)
+        objectives[name] = fit_objective(name, own, counted, unit, errors, own_seed, borrowed=borrowed)
+        held_out += hold_out(own, objectives[name], unit, errors, own_seed, borrowed=borrowed)
+    at_budgets, curve = (
+        with_doubts(found, objectives.values(), held_out) for found in _multipliers(objectives, divisor, counted)
+    )
+    missing = [CONVENTION_NAMES[name] for name in conventions if name not in counted]
+    notes = [f"not counted by {name}: the table lacks the FLOPs of some runs" for name in missing]
+    if repeated:
+        notes.append(f"{repeated} rows left out: their results are in the table twice (run, steps, seed)")
+    if lacking:
+        notes.append(f"covariance not used: it lacks {len(lacking)} of {len(runs)} runs ({lacking[0]} …)")
+    notes += [note for fits in objectives.values() for note in fits.notes()]
+    apart = disagreements(objectives.values(), at_budgets)
+    settings = (unit, samples, seed, noise.model, counted)
+    fits = StudyFits(*settings, objectives, divisor, at_budgets, curve, held_out, apart, notes)
+    return replace(fits, notes=_notes_of_pairs(fits))
+
+
+def _reference(names: Sequence[str], wanted: str | None) -> str | None:
+    """The name in a table of the objective that multipliers divide by.
+
+    Raises:
+        UserError: The table has no runs of the reference that the user wants, or several variants of it.
+    """
+    name = REFERENCE if wanted is None else wanted
+    if name in names:
+        return name
+    variants = [own for own in names if base_objective(own) == name]
+    if len(variants) > 1:
+        raise UserError(f"reference: the results hold several variants of '{name}'; name one of {', '.join(variants)}")
+    if variants or wanted is None:
+        return variants[0] if variants else None
+    raise UserError(f"reference: the results hold no runs of '{name}'; choose from {', '.join(names)}")
+
+
+def _seed_of(name: str, names: Sequence[str]) -> int:
+    """What an objective adds to the seed: 10 for each row above its own in the table of objectives.
+
+    A variant adds 1,000 for each variant before it.
+    """
+    base = base_objective(name)
+    own = [other for other in names if base_objective(other) == base]
+    return 10 * list(OBJECTIVES).index(base) + 1000 * own.index(name)
+
+
+def _multipliers(
+    objectives: dict[str, ObjectiveFits], reference: str | None, conventions: tuple[Convention, ...]
+) -> tuple[list[Multiplier], list[Multiplier]]:
+    """Each objective against the reference: at the reference's budgets, and over a grid between them."""
+    at_budgets: list[Multiplier] = []
+    curve: list[Multiplier] = []
+    if reference is None:
+        return at_budgets, curve
+    others = [name for name in objectives if name != reference]
+    for name, convention, method in itertools.product(others, conventions, METHODS):
+        own, theirs = (objectives[one].line(method, convention) for one in (name, reference))
+        if own and theirs:
+            flops = np.array([point.flops for point in objectives[reference].envelope[convention].points])
+            grid = np.geomspace(flops.min(), flops.max(), CURVE_POINTS)
+            for found, at in ((at_budgets, flops), (curve, grid)):
+                found += compute_multipliers(name, reference, convention, method, (own, theirs), at)
+    return at_budgets, curve
+
+
+def _notes_of_pairs(fits: StudyFits) -> list[str]:
+    """The notes with those on multipliers: the most important ones first."""
+    first, last = [], []
+    if fits.reference is None and len(fits.objectives) > 1:
+        last.append(f"no compute multiplier: the results hold no runs of {REFERENCE}; name another --reference")
+    found = {(entry.objective, entry.convention) for entry in fits.compute_multiplier}
+    for name, convention in itertools.product(fits.compared, fits.conventions):
+        assert fits.reference is not None
+        apart = no_common_loss(name, fits.reference, convention, fits.objectives, fits.compute_multiplier)
+        if apart:
+            first.append(apart)
+        elif (name, convention) not in found:
+            counted = CONVENTION_NAMES[convention]
+            last.append(f"compute multiplier of {name} over {fits.reference}: none by {counted}, fits are missing")
+    return [*first, *fits.notes, *last]

@@ -17,8 +17,8 @@ import pandas as pd
 
 from llada_lightning.compute.flops import Convention
 from llada_lightning.study.fits.least_squares import MIN_BUDGETS, PowerLaw, linear_spread, power_law
-from llada_lightning.study.fits.runs import Array, Unit, budget_members, flops_column, is_budget, losses
-from llada_lightning.study.fits.uncertainty import UNKNOWN, Noise, Spread
+from llada_lightning.study.fits.runs import Unit, budget_members, flops_column, is_budget, losses
+from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread
 
 
 @dataclass(frozen=True)
@@ -134,16 +134,11 @@ def fit_envelope(
     *,
     spread: Spread = UNKNOWN,
 ) -> EnvelopeFit:
-    """The envelope of one objective's runs and its power law.
+    """The envelope of one objective's runs and its power law (arguments as for ``fit_objective``).
 
     Args:
-        runs: The usable runs of one objective.
-        convention: The convention by which FLOPs are counted.
         planned: The convention by which the runs' budgets are equal (``planned_convention``): a budget's best is the
             best of equals, whichever FLOPs are then read off it.
-        unit: The unit of the losses.
-        noise: The noise of these runs, in their order.
-        seed: The seed of the draws of the law's own spread.
         spread: The spread of the runs beyond their known errors. Unknown: the scatter of the points about the law.
     """
     shapes = Candidates.of(runs, planned, unit, noise)

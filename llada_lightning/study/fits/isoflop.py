@@ -17,13 +17,12 @@ from llada_lightning.study.fits.least_squares import (
     Estimate,
     PowerLaw,
     fit_linear,
-    interval,
     linear_spread,
     power_law,
     solver,
 )
-from llada_lightning.study.fits.runs import Array, TokenCost, Unit, budget_members, flops_column, is_budget, losses
-from llada_lightning.study.fits.uncertainty import UNKNOWN, Noise, Spread
+from llada_lightning.study.fits.runs import TokenCost, Unit, budget_members, flops_column, is_budget, losses
+from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread
 
 MIN_SHAPES = 3
 """A parabola has three parameters."""
@@ -42,9 +41,7 @@ class IsoflopBudget:
     """The positions of its runs in the objective's table."""
     runs: tuple[str, ...]
     log_n: Array
-    """Of non-embedding parameters, one for each run, as ``losses`` and ``stderr``."""
-    losses: Array
-    stderr: Array
+    """Of non-embedding parameters, one for each run."""
     center: float
     coefficients: Array
     n_opt: Estimate
@@ -65,15 +62,6 @@ class IsoflopBudget:
         x = np.log(np.asarray(n, float)) - self.center
         return np.exp(np.polynomial.polynomial.polyval(x, self.coefficients))
 
-    def band(self, n: npt.ArrayLike) -> tuple[Array, Array]:
-        """Lower and upper end of the 95 % interval of the loss at N."""
-        x = np.log(np.atleast_1d(np.asarray(n, float))) - self.center
-        return interval(np.exp(self.draws @ np.stack([np.ones_like(x), x, x * x])))
-
-    @property
-    def biased(self) -> bool:
-        return self.bias is not None
-
     @property
     def drawn_log_n_opt(self) -> Array:
         """log N_opt in every draw, no further out of the grid than the grid is wide: (samples,)."""
@@ -92,7 +80,8 @@ class IsoflopBudget:
             "center_log_n": self.center,
             "coefficients": self.coefficients.tolist(),
             **{name: getattr(self, name).as_dict() for name in estimates},
-            **{name: getattr(self, name) for name in ("interior", "grid_sensitivity", "bias", "biased")},
+            **{name: getattr(self, name) for name in ("interior", "grid_sensitivity", "bias")},
+            "biased": self.bias is not None,
         }
 
 
@@ -117,10 +106,6 @@ class LossCurve:
         x = np.log(np.atleast_1d(np.asarray(flops, float)) / self.c0)
         return np.exp(self.draws @ np.stack([np.ones_like(x), x, x * x]))
 
-    def band(self, flops: npt.ArrayLike) -> tuple[Array, Array]:
-        """Lower and upper end of the 95 % interval of the loss at given FLOPs."""
-        return interval(self.drawn(flops))
-
     def as_dict(self) -> dict[str, Any]:
         coefficients = self.coefficients.tolist()
         return {"c0": self.c0, "coefficients": coefficients, "spread": self.scatter.tau, "misfit": self.misfit}
@@ -135,11 +120,11 @@ class IsoflopFit:
 
     convention: Convention
     budgets: list[IsoflopBudget]
-    n_law: PowerLaw | None
-    d_law: PowerLaw | None
-    loss_law: PowerLaw | None
-    loss_curve: LossCurve | None
     note: str | None = None
+    n_law: PowerLaw | None = None
+    d_law: PowerLaw | None = None
+    loss_law: PowerLaw | None = None
+    loss_curve: LossCurve | None = None
 
     @property
     def flops_range(self) -> tuple[float, float]:
@@ -188,11 +173,14 @@ def parabola_spread(runs: pd.DataFrame, convention: Convention, unit: Unit, nois
     Unknown where there are no more runs than the parabolas have parameters.
     """
     groups, _ = _budgets_of(runs, convention, unit)
-    if not groups:
-        return UNKNOWN
-    pooled = noise.take(np.concatenate([group.rows for group in groups]))
+    return linear_spread(*_pooled(groups, noise)) if groups else UNKNOWN
+
+
+def _pooled(groups: list[_Budget], noise: Noise) -> tuple[Array, Array, Noise]:
+    """The parabolas of all budgets as one linear fit: design, log losses and their noise."""
+    design = block_diag(*(group.design for group in groups))
     log_loss = np.concatenate([group.log_loss for group in groups])
-    return linear_spread(block_diag(*(group.design for group in groups)), log_loss, pooled)
+    return design, log_loss, noise.take(np.concatenate([group.rows for group in groups]))
 
 
 def fit_isoflop(
@@ -206,23 +194,16 @@ def fit_isoflop(
 ) -> IsoflopFit:
     """Parabolas of log loss in log N at every budget, and the laws of their optima.
 
-    The spread between runs is one number for all budgets: a single budget has too few runs to tell it.
-
-    Args:
-        runs: The usable runs of one objective.
-        convention: The convention by which a budget's FLOPs are counted. Runs that were planned to be equal by the
-            other convention do not form budgets by this one; the fit then holds a note instead.
-        unit: The unit of the losses.
-        noise: The noise of these runs, in their order.
-        seed: The seed of the draws of the laws' own spread.
-        borrowed: The residual spread of another fit, for where this fit has no degrees of freedom.
+    The spread between runs is one number for all budgets: a single budget has too few runs to tell it. Runs that were
+    planned to be equal by the other convention do not form budgets by this one; the fit then holds a note instead.
+    The arguments are as for ``fit_objective``; ``borrowed`` is the residual spread of another fit, for where this fit
+    has no degrees of freedom.
     """
     groups, notes = _budgets_of(runs, convention, unit)
     if not groups:
-        return IsoflopFit(convention, [], None, None, None, None, "no fit: " + "; ".join(notes))
-    pooled = noise.take(np.concatenate([group.rows for group in groups]))
-    log_loss = np.concatenate([group.log_loss for group in groups])
-    fit = fit_linear(block_diag(*(group.design for group in groups)), log_loss, pooled, borrowed=borrowed)
+        return IsoflopFit(convention, [], "no fit: " + "; ".join(notes))
+    design, log_loss, pooled = _pooled(groups, noise)
+    fit = fit_linear(design, log_loss, pooled, borrowed=borrowed)
     if not fit.spread.known:
         notes.append("no intervals: three shapes a budget leave no scatter to judge by; add shapes")
     # A cubic term is judged by the scatter about cubics: the scatter about parabolas contains the skew.
@@ -233,7 +214,7 @@ def fit_isoflop(
     budgets = []
     for group, own in zip(groups, places, strict=True):
         errors = [pooled.draws(found.spread, own) for found in (fit, cubic)]
-        budgets.append(_fit_budget(group, runs.iloc[group.rows], unit, cost, weights[own], *errors))
+        budgets.append(_fit_budget(group, runs.iloc[group.rows], cost, weights[own], *errors))
     return _with_laws(convention, budgets, cost, notes, seed)
 
 
@@ -255,9 +236,9 @@ def _budgets_of(runs: pd.DataFrame, convention: Convention, unit: Unit) -> tuple
             groups.append(_Budget(rows, budget, log_n[rows] - center, center, log_loss[rows]))
     notes = []
     name = CONVENTION_NAMES[convention]
-    if len(apart) and not groups:
+    if apart and not groups:
         notes.append(f"runs of several shapes do not share budgets by {name}: they were not planned to be equal by it")
-    elif len(apart):
+    elif apart:
         notes.append(f"{len(apart)} runs left out: by {name} they share no budget with runs of other shapes")
     if few:
         shown = ", ".join(few[:4]) + (", …" if len(few) > 4 else "")
@@ -266,7 +247,7 @@ def _budgets_of(runs: pd.DataFrame, convention: Convention, unit: Unit) -> tuple
 
 
 def _fit_budget(
-    group: _Budget, runs: pd.DataFrame, unit: Unit, cost: TokenCost, weights: Array, errors: Array, cubic_errors: Array
+    group: _Budget, runs: pd.DataFrame, cost: TokenCost, weights: Array, errors: Array, cubic_errors: Array
 ) -> IsoflopBudget:
     solve = solver(group.design, weights)
     coefficients = solve @ group.log_loss
@@ -282,14 +263,11 @@ def _fit_budget(
         for shift in shifts
         if not shift.covers(0.0) and not n_opt.covers(n_opt.value * float(np.exp(shift.value)))
     ]
-    loss, stderr = losses(runs, unit)
     return IsoflopBudget(
         flops=group.flops,
         rows=group.rows,
         runs=tuple(runs["run"].astype(str)),
         log_n=group.x + group.center,
-        losses=loss,
-        stderr=stderr,
         center=group.center,
         coefficients=coefficients,
         n_opt=n_opt,
@@ -373,7 +351,7 @@ def _with_laws(
         notes.append(
             f"no laws: {len(inside)} budgets with an optimum inside the grid; at least {MIN_BUDGETS} are needed"
         )
-        return IsoflopFit(convention, budgets, None, None, None, None, "; ".join(notes))
+        return IsoflopFit(convention, budgets, "; ".join(notes))
     log_c = np.log([budget.flops for budget in inside])
     log_n = np.log([budget.n_opt.value for budget in inside])
     log_loss = np.log([budget.loss_opt.value for budget in inside])

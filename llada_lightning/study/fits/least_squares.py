@@ -9,8 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from llada_lightning.study.fits.runs import Array
-from llada_lightning.study.fits.uncertainty import UNKNOWN, Noise, Spread, best_known
+from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread, best_known
 from llada_lightning.support.errors import UserError
 
 INTERVAL = (2.5, 97.5)
@@ -72,8 +71,6 @@ class LinearFit:
     spread: Spread
     residual: float
     """Root mean square."""
-    solve: Array
-    """theta = solve @ y."""
 
 
 def linear_spread(design: Array, y: Array, noise: Noise) -> Spread:
@@ -91,7 +88,7 @@ def fit_linear(design: Array, y: Array, noise: Noise, *, borrowed: Spread = UNKN
     theta = solve @ y
     residual = float(np.sqrt(np.mean((y - design @ theta) ** 2)))
     draws = np.concatenate([block @ solve.T for block in noise.blocks_of_draws(spread)])
-    return LinearFit(theta, theta + draws, spread, residual, solve)
+    return LinearFit(theta, theta + draws, spread, residual)
 
 
 def solver(design: Array, weights: Array) -> Array:
@@ -130,11 +127,6 @@ class PowerLaw:
         """b with its interval."""
         return Estimate(self.b, *self.interval_b)
 
-    @property
-    def spread(self) -> float:
-        """tau of the noise model."""
-        return self.scatter.tau
-
     def value(self, flops: npt.ArrayLike) -> Array:
         """y at given training FLOPs."""
         return self.a * (np.asarray(flops, float) / self.c0) ** (self.sign * self.b)
@@ -151,27 +143,20 @@ class PowerLaw:
         return interval(self.drawn(flops))
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("a", "b", "c0", "interval_a", "interval_b", "residual", "spread", "misfit")
-        return {"sign": self.sign, **{name: getattr(self, name) for name in names}, "interval": self.exponent.interval}
-
-
-def check_budgets(count: int) -> None:
-    """Raises UserError where a power law is asked of fewer than three budgets."""
-    if count < MIN_BUDGETS:
-        missing = MIN_BUDGETS - count
-        raise UserError(
-            f"fit: {count} budgets, a power law needs at least {MIN_BUDGETS}; run {missing} more budget"
-            + ("s" if missing > 1 else "")
-        )
+        names = ("sign", "a", "b", "c0", "interval_a", "interval_b", "residual")
+        found = {name: getattr(self, name) for name in names}
+        return {**found, "spread": self.scatter.tau, "misfit": self.misfit, "interval": self.exponent.interval}
 
 
 def power_law(log_c: Array, log_y: Array, noise: Noise, *, sign: Literal[-1, 1] = -1) -> PowerLaw:
     """A power law through points whose log y errs by ``noise``.
 
     Raises:
-        UserError: fewer than three points.
+        UserError: There are fewer than three points.
     """
-    check_budgets(len(log_c))
+    if (missing := MIN_BUDGETS - len(log_c)) > 0:
+        more = f"{missing} more budget{'s' * (missing > 1)}"
+        raise UserError(f"fit: {len(log_c)} budgets, a power law needs at least {MIN_BUDGETS}; run {more}")
     log_c0 = float(log_c.mean())  # where a and b are nearly uncorrelated
     design = np.stack([np.ones_like(log_c), sign * (log_c - log_c0)], axis=1)
     fit = fit_linear(design, log_y, noise)
@@ -196,6 +181,7 @@ PARAMETERS = 5
 """theta = (log E, log A, log alpha, log B, log beta) with N and D in units of their geometric means: all are of order
 one, and any real number is allowed."""
 
+MOST_STEPS = 300
 _LONGEST_STEP = 1.0
 _TOLERANCE = 1e-10
 _MOST_DAMPING = 1e10
@@ -236,7 +222,6 @@ def fit_many(
     delta: float,
     *,
     weights: Array | None = None,
-    most_steps: int = 300,
 ) -> tuple[Array, npt.NDArray[np.bool_]]:
     """Levenberg-Marquardt on the sum of Huber losses, vectorised over the fits.
 
@@ -251,17 +236,16 @@ def fit_many(
         log_d: The logarithm of D over its geometric mean (n,).
         delta: The residual from which on the Huber loss is linear; infinite for least squares.
         weights: The weights of the squares (n,), for least squares; equal by default.
-        most_steps: The number of steps after which a fit counts as not converged.
 
     Returns:
-        The parameters (S, 5), and which fits converged (S,).
+        The parameters (S, 5), and which fits converged (S,) within ``MOST_STEPS``.
     """
     root = np.ones(len(log_n)) if weights is None else np.sqrt(weights / weights.mean())
     theta = np.array(start, float)
     converged = np.zeros(len(theta), bool)
     damping = np.ones(len(theta))
     active = np.arange(len(theta))
-    for _ in range(most_steps):
+    for _ in range(MOST_STEPS):
         now, goal = theta[active], log_losses[active]
         fitted, jacobian = log_loss_and_jacobian(now, log_n, log_d)
         residuals = root * (fitted - goal)

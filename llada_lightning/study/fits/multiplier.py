@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import combinations, groupby
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
 from llada_lightning.objectives import REFERENCE, ValidationKind, get_objective
 from llada_lightning.study.fits.least_squares import Estimate
 from llada_lightning.study.fits.objective import HeldOut, LossLine, Method, ObjectiveFits
-from llada_lightning.study.fits.runs import Array, base_objective
+from llada_lightning.study.fits.runs import base_objective
+from llada_lightning.study.fits.uncertainty import Array
 
 EXTRAPOLATION = 10.0
 """How far beyond its budgets an objective may reach a loss for the multiplier to be given."""
@@ -94,13 +95,8 @@ def compute_multipliers(
     Left out is what either objective reaches only more than a decade beyond the budgets of its fit, or never. An
     interval's end that lies more than ``DRAWN_DECADES`` beyond them is open (infinite, or zero).
 
-    Args:
-        objective: The name of the objective.
-        reference: The name of the objective that it is compared with.
-        convention: The convention by which FLOPs are counted.
-        method: The method of both fits.
-        lines: The best loss against FLOPs, of the objective and of the reference.
-        reference_flops: The training FLOPs of the reference (k,).
+    ``lines`` are those of the objective and of the reference, both by ``method`` and ``convention``;
+    ``reference_flops`` are (k,).
     """
     line, reference_line = lines
     flops = np.asarray(reference_flops, float)
@@ -165,7 +161,7 @@ def with_doubts(
     These are: a largest budget that was held out and lies outside of its predicted interval, and a fit that is
     rejected (``REJECTED``), of either objective; and, of a single multiplier, a power law beyond its budgets.
     """
-    objectives, found = list(objectives), []
+    fits, found = {own.objective: own for own in objectives}, []
     for entry in multipliers:
         pair = (entry.objective, entry.reference)
         reasons = [
@@ -175,17 +171,15 @@ def with_doubts(
             and own.objective in pair
             and own.inside is False
         ]
-        own_fits = [fits for fits in objectives if fits.objective in pair]
-        misfits = [(fits.objective, fits.misfit(entry.method, entry.convention)) for fits in own_fits]
-        reasons += [f"{name}'s fit is rejected (p {_p_value(p)})" for name, p in misfits if p < REJECTED]
+        for name in fits:
+            line = fits[name].line(entry.method, entry.convention) if name in pair else None
+            if line and line.misfit < REJECTED:
+                p_value = f"{line.misfit:.3f}" if line.misfit >= 0.001 else "< 0.001"
+                reasons.append(f"{name}'s fit is rejected (p {p_value})")
         if not entry.shown:
             reasons.append("a power law beyond its budgets")
         found.append(replace(entry, doubt="; ".join(reasons) or None))
     return found
-
-
-def _p_value(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def no_common_loss(
@@ -197,12 +191,7 @@ def no_common_loss(
 ) -> str | None:
     """That the best losses of two objectives share no value within their budgets, and what is missing.
 
-    Args:
-        objective: The name of the objective.
-        reference: The name of the objective that it is compared with.
-        convention: The convention by which FLOPs are counted.
-        fits: The fits of both.
-        multipliers: The multipliers of all pairs, from which the missing factor of FLOPs is taken.
+    The missing factor of FLOPs is taken from the multipliers, which are those of all pairs.
     """
     theirs, own = (fits[name].envelope[convention].points for name in (reference, objective))
     behind = own[-1].loss > theirs[0].loss
@@ -250,42 +239,23 @@ class Disagreement:
 
 def disagreements(objectives: Iterable[ObjectiveFits], multipliers: list[Multiplier]) -> list[Disagreement]:
     """Where two methods' intervals do not overlap: the exponent of N_opt, and the multiplier at the same budget."""
-    found = []
+    # What was estimated -> its estimates by method.
+    quantities: dict[tuple[str, str, str | None, Convention, float | None], dict[str, Estimate]] = {}
     for fits in objectives:
         for convention, isoflop in fits.isoflop.items():
             if isoflop.n_law and fits.parametric:
                 estimates = {"isoflop": isoflop.n_law.exponent, "parametric": fits.parametric.n_exponent(convention)}
-                quantity = f"exponent of N_opt, {fits.objective}"
-                found += _apart(quantity, fits.objective, None, convention, None, estimates)
+                quantities[f"exponent of N_opt, {fits.objective}", fits.objective, None, convention, None] = estimates
 
-    def point(entry: Multiplier) -> tuple[str, str, Convention, float]:
+    def pair(entry: Multiplier) -> tuple[str, str, Convention, float]:
         return entry.objective, entry.reference, entry.convention, entry.reference_flops
 
-    for (objective, reference, convention, flops), entries in groupby(sorted(multipliers, key=point), key=point):
-        methods = {entry.method: entry.estimate for entry in entries}
-        found += _apart("compute multiplier", objective, reference, convention, flops, methods)
+    for entry in sorted(multipliers, key=pair):
+        quantities.setdefault(("compute multiplier", *pair(entry)), {})[entry.method] = entry.estimate
+    found = []
+    for what, estimates in quantities.items():
+        for (one, own), (other, its) in combinations(estimates.items(), 2):
+            if not own.overlaps(its):
+                ends = ((own.low, own.high), (its.low, its.high))
+                found.append(Disagreement(*what, (one, other), (own.value, its.value), ends))
     return found
-
-
-def _apart(
-    quantity: str,
-    objective: str,
-    reference: str | None,
-    convention: Convention,
-    flops: float | None,
-    estimates: Mapping[Any, Estimate],
-) -> list[Disagreement]:
-    return [
-        Disagreement(
-            quantity,
-            objective,
-            reference,
-            convention,
-            flops,
-            (one, other),
-            (estimates[one].value, estimates[other].value),
-            ((estimates[one].low, estimates[one].high), (estimates[other].low, estimates[other].high)),
-        )
-        for one, other in combinations(estimates, 2)
-        if not estimates[one].overlaps(estimates[other])
-    ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,52 +16,34 @@ from llada_lightning.study.fits.envelope import Candidates, EnvelopeFit, fit_env
 from llada_lightning.study.fits.isoflop import MIN_SHAPES, IsoflopFit, LossCurve, fit_isoflop, parabola_spread
 from llada_lightning.study.fits.least_squares import Estimate, PowerLaw, interval
 from llada_lightning.study.fits.parametric import ParametricFit, fit_parametric, too_few
-from llada_lightning.study.fits.runs import Array, Unit, budget_members, flops_column, planned_convention
-from llada_lightning.study.fits.uncertainty import UNKNOWN, Noise, Spread, best_known, drawn_tau
+from llada_lightning.study.fits.runs import Unit, budget_members, flops_column, planned_convention
+from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread, best_known, drawn_tau
 
 Method = Literal["envelope", "isoflop", "parametric"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
-class LossLine(Protocol):
-    """The best loss at given training FLOPs by some method, at its point estimate and in every draw."""
-
-    @property
-    def flops_range(self) -> tuple[float, float]: ...
-    def loss(self, flops: npt.ArrayLike) -> Array: ...
-    def drawn(self, flops: npt.ArrayLike) -> Array: ...
-
-
 @dataclass(frozen=True)
-class Line:
-    """A law or curve with the FLOPs of the budgets that it goes through."""
+class LossLine:
+    """The best loss at given training FLOPs by some method, at its point estimate and in every draw.
 
-    curve: PowerLaw | LossCurve
+    What asks for a multiplier or a prediction sees an estimator through this alone.
+    """
+
     flops_range: tuple[float, float]
+    """Of the budgets that it goes through."""
+    loss: Callable[[npt.ArrayLike], Array]
+    """FLOPs (k,) -> losses (k,)."""
+    drawn: Callable[[npt.ArrayLike], Array]
+    """FLOPs (k,) -> losses (samples, k)."""
+    misfit: float
+    """p-value of the lack of fit; NaN where there is no test of it."""
+    scatter: Spread
+    """The residual spread of log loss, beyond the errors of its points and the spread of runs."""
 
-    def loss(self, flops: npt.ArrayLike) -> Array:
-        return self.curve.loss(flops)
-
-    def drawn(self, flops: npt.ArrayLike) -> Array:
-        return self.curve.drawn(flops)
-
-
-@dataclass(frozen=True)
-class FrontierLine:
-    """The parametric law's frontier by one convention."""
-
-    fit: ParametricFit
-    convention: Convention
-
-    @property
-    def flops_range(self) -> tuple[float, float]:
-        return self.fit.flops_ranges[self.convention]
-
-    def loss(self, flops: npt.ArrayLike) -> Array:
-        return self.fit.frontier_loss(self.convention, flops)
-
-    def drawn(self, flops: npt.ArrayLike) -> Array:
-        return self.fit.drawn_frontier(self.convention, flops)
+    @classmethod
+    def of(cls, law: PowerLaw | LossCurve, flops_range: tuple[float, float]) -> LossLine:
+        return cls(flops_range, law.loss, law.drawn, law.misfit, law.scatter)
 
 
 @dataclass(frozen=True)
@@ -77,24 +61,22 @@ class ObjectiveFits:
 
     def line(self, method: Method, convention: Convention) -> LossLine | None:
         """The best loss against FLOPs by a method; None where it has no fit, or one that the data leave open."""
-        if method == "envelope":
-            envelope = self.envelope[convention]
-            return Line(envelope.law, envelope.flops_range) if envelope.law else None
-        if method == "isoflop":
-            isoflop = self.isoflop[convention]
-            return Line(isoflop.loss_curve, isoflop.flops_range) if isoflop.loss_curve else None
-        identified = self.parametric is not None and self.parametric.identified
-        return FrontierLine(self.parametric, convention) if self.parametric and identified else None
-
-    def misfit(self, method: Method, convention: Convention) -> float:
-        """p-value of the lack of fit of what ``line`` gives; NaN where there is none, or no test of it."""
-        if method == "envelope":
-            fit: PowerLaw | LossCurve | ParametricFit | None = self.envelope[convention].law
-        elif method == "isoflop":
-            fit = self.isoflop[convention].loss_curve
-        else:
-            fit = self.parametric
-        return fit.misfit if fit else np.nan
+        envelope, isoflop, parametric = self.envelope[convention], self.isoflop[convention], self.parametric
+        if method == "envelope" and envelope.law:
+            return LossLine.of(envelope.law, envelope.flops_range)
+        if method == "isoflop" and isoflop.loss_curve:
+            return LossLine.of(isoflop.loss_curve, isoflop.flops_range)
+        if method == "parametric" and parametric and parametric.identified:
+            own, runs = parametric.scatter, self.spread
+            tau = float(np.sqrt(max(0.0, own.tau**2 - runs.tau**2))) if runs.known else own.tau
+            return LossLine(
+                parametric.flops_ranges[convention],
+                partial(parametric.frontier_loss, convention),
+                partial(parametric.drawn_frontier, convention),
+                parametric.misfit,
+                replace(own, tau=tau),
+            )
+        return None
 
     def notes(self) -> list[str]:
         """The notes of the fits, each with the name of its fit."""
@@ -185,15 +167,6 @@ class HeldOut:
         return {**vars(self), "interval": Estimate(self.predicted, self.low, self.high).interval}
 
 
-@dataclass(frozen=True)
-class _Observation:
-    """What a budget that was held out shows: FLOPs, log loss, and true less observed in every draw (samples,)."""
-
-    flops: float
-    log_loss: float
-    errors: Array
-
-
 def hold_out(
     runs: pd.DataFrame, fits: ObjectiveFits, unit: Unit, noise: Noise, seed: int = 0, *, borrowed: Spread = UNKNOWN
 ) -> list[HeldOut]:
@@ -203,15 +176,8 @@ def hold_out(
     The observation is the optimum of the budget's parabola, or its best shape where there is none (and for the
     envelope). The interval is for the observation: it holds the errors of prediction and observation, drawn jointly,
     so that an error that all runs share does not count, and the residuals of the method's law. Methods that have no
-    fit of the smaller budgets are left out.
-
-    Args:
-        runs: The usable runs of one objective.
-        fits: The fits of all of them.
-        unit: The unit of the losses.
-        noise: The noise of these runs, in their order.
-        seed: The seed, as for ``fit_objective``.
-        borrowed: The spread of another fit, as for ``fit_objective``.
+    fit of the smaller budgets are left out. ``fits`` are those of all ``runs``; the other arguments are as for
+    ``fit_objective``.
     """
     conventions = tuple(fits.envelope)
     planned = planned_convention(runs, conventions)
@@ -231,9 +197,16 @@ def hold_out(
         for method in METHODS:
             line = fewer.line(method, convention)
             if line:
-                observation = best if method == "envelope" else optimum
-                missed = drawn_tau(_beyond(fewer, method, convention), uniforms) * normals
-                results.append(_held_out(fits.objective, convention, method, line, observation, missed))
+                flops, observed, errors = best if method == "envelope" else optimum
+                predicted = float(np.log(line.loss([flops])[0]))
+                missed = np.log(line.drawn([flops])[:, 0]) - predicted - errors
+                missed += drawn_tau(line.scatter, uniforms) * normals
+                low, high = (float(np.exp(end)) for end in interval(predicted + missed))
+                loss = float(np.exp(observed))
+                inside = low <= loss <= high if np.isfinite(low + high) else None
+                relative = float(np.expm1(predicted - observed))
+                numbers = (flops, loss, float(np.exp(predicted)), low, high, relative)
+                results.append(HeldOut(fits.objective, convention, method, *numbers, inside))
     return results
 
 
@@ -246,52 +219,20 @@ def _divided(runs: pd.DataFrame, planned: Convention) -> tuple[npt.NDArray[np.in
     return budgets[last], np.sort(np.concatenate([np.empty(0, np.intp), *budgets[:last]]))
 
 
-def _beyond(fits: ObjectiveFits, method: Method, convention: Convention) -> Spread:
-    """The residual spread of a method's law, beyond the errors of its points and the spread of runs."""
-    if method == "envelope":
-        law = fits.envelope[convention].law
-        return law.scatter if law else UNKNOWN
-    if method == "isoflop":
-        curve = fits.isoflop[convention].loss_curve
-        return curve.scatter if curve else UNKNOWN
-    assert fits.parametric
-    own, runs = fits.parametric.scatter, fits.spread
-    return replace(own, tau=float(np.sqrt(max(0.0, own.tau**2 - runs.tau**2))) if runs.known else own.tau)
+Observation = tuple[float, float, Array]
+"""What a budget that was held out shows: FLOPs, log loss, and true less observed in every draw (samples,)."""
 
 
-def _best_shape(budget: Candidates, runs: pd.DataFrame, convention: Convention, spread: Spread) -> _Observation:
+def _best_shape(budget: Candidates, runs: pd.DataFrame, convention: Convention, spread: Spread) -> Observation:
     everything = np.arange(len(budget.rows))
     best = budget.best(everything)
     flops = float(runs[flops_column(convention)].to_numpy(float)[budget.rows[best]].mean())
-    return _Observation(flops, float(budget.log_loss[best]), budget.errors(everything, spread))
+    return flops, float(budget.log_loss[best]), budget.errors(everything, spread)
 
 
-def _optimum(fit: IsoflopFit, held: npt.NDArray[np.intp]) -> _Observation | None:
+def _optimum(fit: IsoflopFit, held: npt.NDArray[np.intp]) -> Observation | None:
     for budget in fit.budgets:
         if budget.interior and set(budget.rows) == set(held):
             value = float(np.log(budget.loss_opt.value))
-            return _Observation(budget.flops, value, budget.drawn_log_loss_opt - value)
+            return budget.flops, value, budget.drawn_log_loss_opt - value
     return None
-
-
-def _held_out(
-    objective: str, convention: Convention, method: Method, line: LossLine, observation: _Observation, missed: Array
-) -> HeldOut:
-    flops = np.array([observation.flops])
-    predicted = float(np.log(line.loss(flops)[0]))
-    prediction_errors = np.log(line.drawn(flops)[:, 0]) - predicted
-    errors = prediction_errors - observation.errors + missed
-    low, high = (float(np.exp(end)) for end in interval(predicted + errors))
-    observed = float(np.exp(observation.log_loss))
-    return HeldOut(
-        objective,
-        convention,
-        method,
-        observation.flops,
-        observed,
-        float(np.exp(predicted)),
-        low,
-        high,
-        relative_error=float(np.expm1(predicted - observation.log_loss)),
-        inside=low <= observed <= high if np.isfinite(low + high) else None,
-    )

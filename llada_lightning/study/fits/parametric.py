@@ -7,7 +7,7 @@ exactly. From the best of them the Huber loss of the residuals of log L is minim
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,8 @@ from llada_lightning.study.fits.least_squares import (
     log_loss,
     log_loss_and_jacobian,
 )
-from llada_lightning.study.fits.runs import Array, TokenCost, Unit, flops_column, losses
-from llada_lightning.study.fits.uncertainty import UNKNOWN, Noise, Spread, blocks
+from llada_lightning.study.fits.runs import TokenCost, Unit, flops_column, losses
+from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread, blocks
 
 HUBER_DELTA = 1e-3
 """Of the residuals of log loss, as Hoffmann et al. 2022 have it."""
@@ -48,21 +48,12 @@ SMALLEST_E = 0.01
 """As a share of the smallest loss: below it, E is not told from zero."""
 
 
-@dataclass(frozen=True)
-class Frontier:
-    """The optimum at given training FLOPs by the parametric law; each with the ends of its 95 % interval."""
+class Frontier(NamedTuple):
+    """The optimal N, D and loss at given training FLOPs: each (3, k), the value and the ends of its 95 % interval."""
 
-    convention: Convention
-    flops: Array
-    n_opt: Array
-    n_low: Array
-    n_high: Array
-    d_opt: Array
-    d_low: Array
-    d_high: Array
+    n: Array
+    d: Array
     loss: Array
-    loss_low: Array
-    loss_high: Array
 
 
 @dataclass(frozen=True)
@@ -84,7 +75,6 @@ class ParametricFit:
     """Of log loss beyond the errors that are known."""
     misfit: float
     """p-value of the test of lack of fit (``Noise.misfit``); NaN where it cannot be made."""
-    huber_delta: float
     gradient: float
     """Largest component of the objective's gradient at the point estimate over the sum of its terms' sizes."""
     identified: bool
@@ -98,11 +88,6 @@ class ParametricFit:
     costs: dict[Convention, TokenCost] = field(repr=False, compare=False)
     flops_ranges: dict[Convention, tuple[float, float]] = field(repr=False, compare=False)
 
-    @property
-    def spread(self) -> float:
-        """tau of the noise model."""
-        return self.scatter.tau
-
     def loss(self, n: npt.ArrayLike, d: npt.ArrayLike) -> Array:
         """Loss of N non-embedding parameters after D training tokens, broadcast."""
         log_n, log_d = np.broadcast_arrays(np.log(np.asarray(n, float)), np.log(np.asarray(d, float)))
@@ -110,14 +95,11 @@ class ParametricFit:
         return np.exp(fitted).reshape(log_n.shape)
 
     def frontier(self, convention: Convention, flops: npt.ArrayLike) -> Frontier:
-        """The optimal N, D and loss at given training FLOPs (k,)."""
+        """The optimum at given training FLOPs (k,)."""
         log_c = np.log(np.atleast_1d(np.asarray(flops, float)))
         point, drawn = (self._optimum(theta, convention, log_c) for theta in (self.theta[None], self.draws))
-        columns = []
         with np.errstate(over="ignore"):  # of draws whose exponent ran away
-            for value, draws in zip(point, drawn, strict=True):
-                columns += [np.exp(value[0]), *np.exp(interval(draws))]
-        return Frontier(convention, np.exp(log_c), *columns)
+            return Frontier(*(np.exp([value[0], *interval(draws)]) for value, draws in zip(point, drawn, strict=True)))
 
     def frontier_loss(self, convention: Convention, flops: npt.ArrayLike) -> Array:
         """The optimal loss at given training FLOPs (k,)."""
@@ -190,13 +172,14 @@ class ParametricFit:
 
     def as_dict(self) -> dict[str, Any]:
         estimates = ("E", "A", "alpha", "B", "beta")
-        names = (
-            *("rms_residual", "r_squared", "reduced_chi_square", "spread", "misfit"),
-            *("huber_delta", "gradient", "identified"),
-        )
         return {
             **{name: getattr(self, name).as_dict() for name in estimates},
-            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self, name) for name in ("rms_residual", "r_squared", "reduced_chi_square")},
+            "spread": self.scatter.tau,
+            "misfit": self.misfit,
+            "huber_delta": HUBER_DELTA,
+            "gradient": self.gradient,
+            "identified": self.identified,
             "n_exponent": {name: self.n_exponent(name).as_dict() for name in self.costs},
             **({"note": self.note} if self.note else {}),
         }
@@ -207,19 +190,16 @@ class ParametricFit:
 
 def too_few(runs: pd.DataFrame) -> str | None:
     """Why these runs of one objective are too few for the law, and what is needed; None if they are enough."""
-    sizes, tokens = (_distinct(runs[column]) for column in ("params_nonembedding", "tokens"))
+    sizes, tokens = (  # those within a percent are one
+        int(np.sum(np.diff(np.sort(np.log(runs[column].to_numpy(float))), prepend=-np.inf) > 0.01))
+        for column in ("params_nonembedding", "tokens")
+    )
     if len(runs) >= MIN_RUNS and min(sizes, tokens) >= MIN_SIZES:
         return None
     return (
         f"no fit: {len(runs)} runs of {sizes} N and {tokens} D; "
         f"at least {MIN_RUNS} runs of {MIN_SIZES} N and {MIN_SIZES} D are needed"
     )
-
-
-def _distinct(column: pd.Series) -> int:
-    """How many sizes there are, those within a percent being one."""
-    values = np.sort(np.log(column.to_numpy(float)))
-    return int(np.sum(np.diff(values, prepend=-np.inf) > 0.01))
 
 
 def fit_parametric(
@@ -229,31 +209,24 @@ def fit_parametric(
     noise: Noise,
     *,
     parabolas: Spread = UNKNOWN,
-    huber_delta: float = HUBER_DELTA,
 ) -> ParametricFit:
-    """The parametric law of one objective's runs.
+    """The parametric law of one objective's runs, enough of them (``too_few``); arguments as for ``fit_objective``.
 
-    Args:
-        runs: The usable runs of one objective, enough of them (``too_few``).
-        conventions: The conventions of FLOPs by which the frontier can be asked for.
-        unit: The unit of the losses.
-        noise: The noise of these runs, in their order.
-        parabolas: The spread of runs about the parabolas of their budgets, which assume less: the law is tested by it.
-        huber_delta: The residual of log loss from which on the loss is linear.
+    ``parabolas`` is the spread of runs about the parabolas of their budgets, which assume less: it tests the law.
     """
     assert too_few(runs) is None
     log_n, log_d = (np.log(runs[column].to_numpy(float)) for column in ("params_nonembedding", "tokens"))
     log_n0, log_d0 = float(log_n.mean()), float(log_d.mean())
     x, z = log_n - log_n0, log_d - log_d0
     y = np.log(losses(runs, unit)[0])
-    theta, gradient = _point(x, z, y, huber_delta)
+    theta, gradient = _point(x, z, y)
     # The spread is defined for least squares by the runs' own errors.
     least, _ = fit_many(theta[None], y[None], x, z, np.inf, weights=noise.weights())
     fitted, jacobian = log_loss_and_jacobian(least, x, z)
     spread = noise.spread(y - fitted[0], jacobian[0])
     residuals = y - log_loss(theta, x, z)
     drawn_fits = [
-        fit_many(np.repeat(theta[None], len(errors), axis=0), y - residuals + errors, x, z, huber_delta)
+        fit_many(np.repeat(theta[None], len(errors), axis=0), y - residuals + errors, x, z, HUBER_DELTA)
         for errors in noise.blocks_of_draws(spread)
     ]
     draws, converged = (np.concatenate(parts) for parts in zip(*drawn_fits, strict=True))
@@ -276,7 +249,6 @@ def fit_parametric(
         reduced_chi_square=spread.reduced_chi_square if noise.known else None,
         scatter=spread,
         misfit=noise.misfit(y - fitted[0], jacobian[0], parabolas),
-        huber_delta=huber_delta,
         gradient=gradient,
         identified=note is None,
         note=note,
@@ -285,15 +257,13 @@ def fit_parametric(
         log_n0=log_n0,
         log_d0=log_d0,
         costs={name: TokenCost.of_runs(runs, name) for name in conventions},
-        flops_ranges={name: _range(runs[flops_column(name)]) for name in conventions},
+        flops_ranges={
+            name: (float(runs[flops_column(name)].min()), float(runs[flops_column(name)].max())) for name in conventions
+        },
     )
 
 
-def _range(flops: pd.Series) -> tuple[float, float]:
-    return float(flops.min()), float(flops.max())
-
-
-def _point(x: Array, z: Array, y: Array, delta: float) -> tuple[Array, float]:
+def _point(x: Array, z: Array, y: Array) -> tuple[Array, float]:
     """The minimum of the Huber loss, and the largest component of its gradient relative to the terms' sizes."""
 
     def residuals(theta: Array) -> Array:
@@ -304,14 +274,13 @@ def _point(x: Array, z: Array, y: Array, delta: float) -> tuple[Array, float]:
 
     best, lowest = np.zeros(PARAMETERS), np.inf
     for start in _starts(x, z, y):
-        found = least_squares(
-            residuals, start, jacobian, loss="huber", f_scale=delta, xtol=1e-14, ftol=1e-14, gtol=1e-14, max_nfev=2000
-        )
-        (theta,), _ = fit_many(found.x[None], y[None], x, z, delta)  # to the last digit
-        value = float(huber(residuals(theta), delta).sum())
+        goal = {"loss": "huber", "f_scale": HUBER_DELTA}
+        found = least_squares(residuals, start, jacobian, **goal, xtol=1e-14, ftol=1e-14, gtol=1e-14, max_nfev=2000)
+        (theta,), _ = fit_many(found.x[None], y[None], x, z, HUBER_DELTA)  # to the last digit
+        value = float(huber(residuals(theta), HUBER_DELTA).sum())
         if value < lowest:
             best, lowest = theta, value
-    pull = np.clip(residuals(best), -delta, delta)[:, None] * jacobian(best)
+    pull = np.clip(residuals(best), -HUBER_DELTA, HUBER_DELTA)[:, None] * jacobian(best)
     size = np.abs(pull).sum(axis=0).max()
     return best, float(np.abs(pull.sum(axis=0)).max() / size) if size > 1e-14 else 0.0
 

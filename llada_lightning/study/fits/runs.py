@@ -1,4 +1,4 @@
-"""Which runs of a results table a fit may see, their losses and FLOPs, and the budgets that they form."""
+"""Which runs of a results table a fit may see: their losses, FLOPs and budgets, and how well the losses are known."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import pandas as pd
 from llada_lightning.compute.flops import CONVENTIONS, Convention
 from llada_lightning.objectives import OBJECTIVES, get_objective
 from llada_lightning.records import DONE
+from llada_lightning.study.fits.uncertainty import Array, Noise
 from llada_lightning.support.errors import UserError
-
-Array = npt.NDArray[np.float64]
 
 Unit = Literal["nats_per_token", "bits_per_byte"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -30,8 +29,7 @@ BUDGET_TOLERANCE = 1.1
 def named_variants(table: pd.DataFrame) -> pd.DataFrame:
     """The same table with the variant in the name of the objective, such as `llada [weight_decay=0]`.
 
-    So a variant is an objective of its own in every fit and figure, and rows that differ in it are never pooled. A
-    run of the default recipe keeps the name of its objective; `optimizer.` is left out.
+    So a variant is an objective of its own in every fit and figure, and rows that differ in it are never pooled.
     """
     if "variant" not in table or not (variants := table["variant"].fillna("").astype(object)).any():
         return table
@@ -65,7 +63,11 @@ def usable_runs(table: pd.DataFrame) -> pd.DataFrame:
     Their objectives are named as by ``named_variants``.
     """
     runs = named_variants(finished_runs(table))
-    return runs[~_repeated(runs)].reset_index(drop=True)
+    # A row repeats an earlier one, as in tables that were joined by hand, where all these are equal; where a table
+    # gives no seeds, the loss must be equal too.
+    key = runs[["objective", "run", "steps", "seed", "params_nonembedding", "tokens"]].astype(object)
+    key = key.assign(loss=runs["val_nats_per_token"].where(runs["seed"].isna(), 0.0))
+    return runs[~key.duplicated().to_numpy(bool)].reset_index(drop=True)
 
 
 def finished_runs(table: pd.DataFrame) -> pd.DataFrame:
@@ -74,21 +76,8 @@ def finished_runs(table: pd.DataFrame) -> pd.DataFrame:
     return table[(table["status"] == DONE).fillna(False).to_numpy(bool) & finite].reset_index(drop=True)
 
 
-def _repeated(runs: pd.DataFrame) -> npt.NDArray[np.bool_]:
-    """Rows whose result an earlier row holds, as in tables that were joined by hand.
-
-    Equal are objective, run, steps, seed, N and D; where a table gives no seeds, the loss must be equal too.
-    """
-    key = runs[["objective", "run", "steps", "seed", "params_nonembedding", "tokens"]].astype(object)
-    return key.assign(loss=runs["val_nats_per_token"].where(runs["seed"].isna(), 0.0)).duplicated().to_numpy(bool)
-
-
 def check_comparable(table: pd.DataFrame) -> None:
-    """Raises UserError where the losses of a table cannot be compared.
-
-    That is: several tokenizers, data fingerprints or sequence lengths, an objective that the table of objectives does
-    not know, or a ``val_kind`` that is not the objective's own.
-    """
+    """Raises UserError where the losses of a table cannot be compared."""
     for column in ("tokenizer", "data_fingerprint", "sequence_length"):
         kinds = sorted(table[column].dropna().unique())
         if len(kinds) > 1:
@@ -104,10 +93,7 @@ def check_comparable(table: pd.DataFrame) -> None:
 
 
 def check_complete(runs: pd.DataFrame, unit: Unit) -> None:
-    """Raises UserError where a usable run lacks what every fit reads: N, D, a positive loss in the unit.
-
-    Or where an error is negative, or all losses of an objective are one number, which no training gives.
-    """
+    """Raises UserError where a usable run lacks what every fit reads, or losses are what no training gives."""
     columns = ["params_nonembedding", "tokens", "val_nats_per_token"]
     if unit == "bits_per_byte":
         columns.append("val_bits_per_byte")
@@ -203,6 +189,57 @@ def planned_convention(runs: pd.DataFrame, conventions: tuple[Convention, ...]) 
 def planned_flops(runs: pd.DataFrame) -> Array:
     """FLOPs of one objective's runs by the convention by which they were planned."""
     return runs[flops_column(planned_convention(runs, counted_conventions(runs)))].to_numpy(float)
+
+
+# --- how well the losses are known ------------------------------------------------------------------------------------
+
+
+def noise_of_runs(runs: pd.DataFrame, covariance: pd.DataFrame | None, samples: int, seed: int) -> Noise:
+    """The noise of the usable runs of a results table, all objectives at once, in a number of bootstrap draws.
+
+    ``covariance`` is that of all the runs' ``val_nats_per_token`` in nats^2, index and columns ``run@steps``. None:
+    the table's standard errors, or, where one of them is missing or zero, the scatter alone.
+
+    Raises:
+        UserError: The matrix is no covariance.
+    """
+    loss, stderr = losses(runs, "nats_per_token")
+    if covariance is not None:
+        relative = _matching(covariance, runs) / np.outer(loss, loss)
+        return Noise.of(relative, "covariance", samples, seed)
+    if np.all(np.isfinite(stderr) & (stderr > 0)):
+        return Noise.of(np.diag((stderr / loss) ** 2), "standard errors", samples, seed)
+    return Noise.of(np.zeros((len(runs), len(runs))), "scatter", samples, seed)
+
+
+def run_names(runs: pd.DataFrame) -> list[str]:
+    """``run@steps``: what a covariance's rows and columns are called."""
+    return [f"{run}@{steps}" for run, steps in zip(runs["run"], runs["steps"], strict=True)]
+
+
+def runs_without(covariance: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
+    """The names of the runs that a covariance lacks; UserError where it lacks all, so is of another study."""
+    missing = [name for name in run_names(runs) if name not in covariance.index or name not in covariance.columns]
+    if len(missing) == len(runs):
+        raise UserError(
+            f"covariance: none of the table's {len(runs)} runs is in it ({missing[0]} …); "
+            "collect both files from the same runs, or remove the covariance file"
+        )
+    return missing
+
+
+def _matching(covariance: pd.DataFrame, runs: pd.DataFrame) -> Array:
+    names = run_names(runs)
+    assert not runs_without(covariance, runs)
+    if covariance.index.has_duplicates or covariance.columns.has_duplicates:
+        raise UserError("covariance: a run's name is in it twice; write it again")
+    matrix = covariance.loc[names, names].to_numpy(float)
+    largest = np.max(np.abs(matrix)) if np.all(np.isfinite(matrix)) else np.nan
+    if not (largest > 0 and np.allclose(matrix, matrix.T, atol=1e-9 * largest)):
+        raise UserError("covariance: not finite, not symmetric, or all zero; write it again")
+    if np.linalg.eigvalsh(matrix)[0] < -1e-6 * largest * len(matrix) or np.any(np.diagonal(matrix) <= 0):
+        raise UserError("covariance: negative along some direction, so it is none; write it again")
+    return (matrix + matrix.T) / 2
 
 
 # --- the cost of a token ---------------------------------------------------------------------------------------------

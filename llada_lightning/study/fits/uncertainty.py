@@ -20,16 +20,14 @@ them without a copy, and what is computed from them is computed in blocks of dra
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from scipy import stats
 
-from llada_lightning.study.fits.runs import Array, losses
-from llada_lightning.support.errors import UserError
+Array = npt.NDArray[np.float64]
 
 NoiseModel = Literal["covariance", "standard errors", "scatter"]
 NOISE_MODELS: dict[NoiseModel, str] = {
@@ -95,12 +93,12 @@ class Noise:
     """Errors of n log losses: their covariance, and their columns of the draws."""
 
     model: NoiseModel
-    covariance: Array = field(repr=False)
+    covariance: Array
     """V (n, n), of log loss; zero where errors are not known."""
-    drawn: Draws = field(repr=False)
-    columns: npt.NDArray[np.intp] = field(repr=False)
+    drawn: Draws
+    columns: npt.NDArray[np.intp]
     """Where the n losses are among the m that were drawn."""
-    shares: Array = field(repr=False)
+    shares: Array
     """Of tau^2 in each loss (n,): 1, and 1/k for the mean of k runs."""
 
     @classmethod
@@ -110,12 +108,21 @@ class Noise:
         draws, normals = (generator.standard_normal((samples, runs)) for _ in range(2))
         values, vectors = np.linalg.eigh(covariance)
         root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T  # the one root that is symmetric
-        return cls._whole(model, covariance, Draws(draws @ root, normals, generator.uniform(size=(samples, runs))))
+        drawn = Draws(draws @ root, normals, generator.uniform(size=(samples, runs)))
+        return cls(model, covariance, drawn, np.arange(runs), np.ones(runs))
 
     @classmethod
-    def _whole(cls, model: NoiseModel, covariance: Array, drawn: Draws) -> Noise:
-        count = len(covariance)
-        return cls(model, covariance, drawn, np.arange(count), np.ones(count))
+    def of_draws(cls, values: Array, draws: Array, seed: int) -> Noise:
+        """Errors of numbers that carry draws already (samples, n); by their scatter alone where draws are NaN."""
+        samples, count = draws.shape
+        errors = draws - values
+        covariance = np.atleast_2d(np.cov(errors, rowvar=False))
+        if not np.all(np.diagonal(covariance) > 1e-24):  # NaN, or numbers that are exact
+            return cls.of(np.zeros((count, count)), "scatter", samples, seed)
+        generator = np.random.default_rng(seed)
+        normals = generator.standard_normal((samples, count))
+        drawn = Draws(errors, normals, generator.uniform(size=(samples, count)))
+        return cls("covariance", covariance, drawn, np.arange(count), np.ones(count))
 
     @property
     def known(self) -> bool:
@@ -123,7 +130,6 @@ class Noise:
 
     @property
     def samples(self) -> int:
-        """Number of draws."""
         return len(self.drawn.errors)
 
     @property
@@ -140,18 +146,6 @@ class Noise:
     def variances(self) -> Array:
         return np.diagonal(self.covariance)
 
-    @classmethod
-    def of_draws(cls, values: Array, draws: Array, seed: int) -> Noise:
-        """Errors of numbers that carry draws already (samples, n); by their scatter alone where draws are NaN."""
-        samples, count = draws.shape
-        errors = draws - values
-        covariance = np.atleast_2d(np.cov(errors, rowvar=False))
-        if not np.all(np.diagonal(covariance) > 1e-24):  # NaN, or numbers that are exact
-            return cls.of(np.zeros((count, count)), "scatter", samples, seed)
-        generator = np.random.default_rng(seed)
-        normals = generator.standard_normal((samples, count))
-        return cls._whole("covariance", covariance, Draws(errors, normals, generator.uniform(size=(samples, count))))
-
     def take(self, rows: npt.ArrayLike) -> Noise:
         """Of some of the runs, draws and all."""
         rows = np.asarray(rows, np.intp)
@@ -166,14 +160,13 @@ class Noise:
             row[members] = 1 / len(members)
         uniforms = self.drawn.uniforms[:, self.columns[[members[0] for members in groups]]]
         drawn = Draws(self.errors @ means.T, self.normals @ means.T, uniforms)
-        whole = Noise._whole(self.model, means @ self.covariance @ means.T, drawn)
-        return replace(whole, shares=means**2 @ self.shares)
+        covariance, shares = means @ self.covariance @ means.T, means**2 @ self.shares
+        return Noise(self.model, covariance, drawn, np.arange(len(groups)), shares)
 
     def shared_within(self, groups: npt.NDArray[np.intp]) -> Noise:
         """The same noise with one error of the spread for all losses of a group, such as the branches of a trunk.
 
-        Args:
-            groups: The number of each loss's group (n,), from 0 on.
+        ``groups`` are the numbers of the losses' groups (n,), from 0 on.
         """
         drawn = Draws(self.errors, self.normals[:, groups], self.drawn.uniforms[:, self.columns])
         return replace(self, drawn=drawn, columns=np.arange(len(groups)))
@@ -190,11 +183,8 @@ class Noise:
         """tau from the residuals of a least-squares fit with ``weights()``, by moments.
 
         tau^2 = max(0, (RSS - tr(M V)) / tr(M W)), RSS weighted and M the residual maker of the weighted problem.
-        Unknown where as many parameters as points leave nothing to judge by.
-
-        Args:
-            residuals: The residuals of log loss (n,).
-            design: The derivatives of the fitted values by the parameters (n, p).
+        Unknown where as many parameters as points leave nothing to judge by. ``residuals`` are (n,), and ``design`` the
+        derivatives of the fitted values by the parameters (n, p).
         """
         weights = self.weights()
         root = np.sqrt(weights)
@@ -215,15 +205,12 @@ class Noise:
         They are N(0, V + tau*^2 I); a draw's tau* is the same for all rows.
         """
         columns = self.columns if rows is None else self.columns[rows]
-        return self._errors(slice(None), columns, self._tau(spread))
+        return self._errors(slice(None), columns, drawn_tau(spread, self.drawn.uniforms[:, self.columns[0]]))
 
     def blocks_of_draws(self, spread: Spread) -> Iterator[Array]:
         """``draws`` of all rows in blocks (samples of the block, n), so that not all are in memory at once."""
-        tau = self._tau(spread)
+        tau = drawn_tau(spread, self.drawn.uniforms[:, self.columns[0]])
         return (self._errors(block, self.columns, tau) for block in blocks(self.samples, len(self.columns)))
-
-    def _tau(self, spread: Spread) -> Array:
-        return drawn_tau(spread, self.drawn.uniforms[:, self.columns[0]])
 
     def _errors(self, block: slice, columns: npt.NDArray[np.intp], tau: Array) -> Array:
         errors = self.drawn.normals[block, columns]
@@ -256,62 +243,3 @@ def drawn_tau(spread: Spread, uniforms: Array) -> Array:
     if not spread.tau > 0:  # zero, or NaN
         return np.full(len(uniforms), spread.tau)
     return spread.tau * np.sqrt(spread.dof / stats.chi2.ppf(uniforms, spread.dof))
-
-
-# --- of a results table ----------------------------------------------------------------------------------------------
-
-
-def noise_of_runs(runs: pd.DataFrame, covariance: pd.DataFrame | None, samples: int, seed: int) -> Noise:
-    """The noise of a results table's runs, all objectives at once.
-
-    Args:
-        runs: The usable runs.
-        covariance: The covariance of all the runs' ``val_nats_per_token`` in nats^2, index and columns ``run@steps``.
-            None: the table's standard errors, or, where one of them is missing or zero, the scatter alone.
-        samples: The number of bootstrap draws.
-        seed: The seed of the draws.
-
-    Raises:
-        UserError: The matrix is no covariance.
-    """
-    loss, stderr = losses(runs, "nats_per_token")
-    if covariance is not None:
-        relative = _matching(covariance, runs) / np.outer(loss, loss)
-        return Noise.of(relative, "covariance", samples, seed)
-    if np.all(np.isfinite(stderr) & (stderr > 0)):
-        return Noise.of(np.diag((stderr / loss) ** 2), "standard errors", samples, seed)
-    return Noise.of(np.zeros((len(runs), len(runs))), "scatter", samples, seed)
-
-
-def run_names(runs: pd.DataFrame) -> list[str]:
-    """``run@steps``: what a covariance's rows and columns are called."""
-    return [f"{run}@{steps}" for run, steps in zip(runs["run"], runs["steps"], strict=True)]
-
-
-def runs_without(covariance: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
-    """The names of the runs that a covariance lacks.
-
-    Raises:
-        UserError: it lacks all of them, so it is of another study.
-    """
-    missing = [name for name in run_names(runs) if name not in covariance.index or name not in covariance.columns]
-    if len(missing) == len(runs):
-        raise UserError(
-            f"covariance: none of the table's {len(runs)} runs is in it ({missing[0]} …); "
-            "collect both files from the same runs, or remove the covariance file"
-        )
-    return missing
-
-
-def _matching(covariance: pd.DataFrame, runs: pd.DataFrame) -> Array:
-    names = run_names(runs)
-    assert not runs_without(covariance, runs)
-    if covariance.index.has_duplicates or covariance.columns.has_duplicates:
-        raise UserError("covariance: a run's name is in it twice; write it again")
-    matrix = covariance.loc[names, names].to_numpy(float)
-    largest = np.max(np.abs(matrix)) if np.all(np.isfinite(matrix)) else np.nan
-    if not (largest > 0 and np.allclose(matrix, matrix.T, atol=1e-9 * largest)):
-        raise UserError("covariance: not finite, not symmetric, or all zero; write it again")
-    if np.linalg.eigvalsh(matrix)[0] < -1e-6 * largest * len(matrix) or np.any(np.diagonal(matrix) <= 0):
-        raise UserError("covariance: negative along some direction, so it is none; write it again")
-    return (matrix + matrix.T) / 2

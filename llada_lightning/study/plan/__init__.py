@@ -1,0 +1,292 @@
+"""From budgets to a table of runs: shapes, tokens, steps, hyperparameters, FLOPs by every count, memory and hours."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llada_lightning.compute.flops import Convention, TrainingFlops, check_budgets
+from llada_lightning.compute.hardware import Machine
+from llada_lightning.compute.shapes import MAX_WIDTH, Shape, check_vocabulary, shape_name
+from llada_lightning.objectives import OBJECTIVES, REFERENCE, get_objective
+from llada_lightning.run import MIN_STEPS, Stream
+from llada_lightning.settings import check_seed
+from llada_lightning.study.plan.trunk import Branch, Grid, Recipe, Trunk, check_positive, plan_trunk, shapes_at
+from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import shortened
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Grid", "Machine", "Plan", "Recipe", "Stream", "plan_study"]
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study before it is run: what :func:`plan_study` gives."""
+
+    budgets: tuple[float, ...]
+    objectives: tuple[str, ...]
+    stream: Stream
+    convention: Convention
+    recipe: Recipe
+    machine: Machine
+    trunks: tuple[Trunk, ...]
+    grid: Grid
+    separate: bool
+
+    def runs(self) -> list[tuple[Trunk, tuple[Branch, ...]]]:
+        """The runs of ``llada fit``: a trunk with all its branches, or, if separate, with each of them alone."""
+        if self.separate:
+            return [(trunk, (branch,)) for trunk in self.trunks for branch in trunk.branches]
+        return [(trunk, trunk.branches) for trunk in self.trunks]
+
+    def table(self) -> pd.DataFrame:
+        """One row for each objective, shape, budget and seed.
+
+        FLOPs, hours and tokens are those of the result's own steps, as a separate run would need them; ``memory_gib``
+        is of one device, ``epochs`` the passes over the data, ``trunk`` the run that serves the budget.
+        """
+        import pandas as pd  # takes half a second: `llada plan --help` needs none of it
+
+        return pd.DataFrame([self._row(trunk, branch) for trunk in self.trunks for branch in trunk.branches])
+
+    def _row(self, trunk: Trunk, branch: Branch) -> dict[str, Any]:
+        shape, stream = trunk.shape, self.stream
+        tokens = branch.steps * stream.tokens_per_step(trunk.global_batch)
+        flops = trunk.per_step * branch.steps
+        wall_hours = self._wall_hours(trunk, branch.steps)
+        return {
+            "objective": trunk.objective,
+            "shape": shape_name(shape),
+            "budget": branch.budget,
+            "params_nonembedding": shape.params_nonembedding,
+            "params_total": shape.params_total(stream.vocab_size),
+            "tokens": tokens,
+            "tokens_per_param": tokens / shape.params_nonembedding,
+            "steps": branch.steps,
+            "global_batch": trunk.global_batch,
+            "global_batch_tokens": trunk.global_batch * stream.sequence_length,
+            "accumulation": trunk.accumulation,
+            "lr": trunk.lr,
+            "warmup_steps": trunk.warmup_steps,
+            "decay_steps": branch.decay_steps,
+            **_counted([flops]),
+            "epochs": stream.epochs(branch.steps * trunk.global_batch),
+            "memory_gib": trunk.memory / _GIB,
+            "device_hours": None if wall_hours is None else wall_hours * self.machine.devices,
+            "wall_hours": wall_hours,
+            "seed": trunk.seed,
+            "trunk": f"{trunk.name}-{branch.budget:g}" if self.separate else trunk.name,
+        }
+
+    def _wall_hours(self, trunk: Trunk, steps: int) -> float | None:
+        flops = trunk.per_step * steps
+        seconds = self.machine.seconds(trunk.objective, trunk.shape.params_nonembedding, flops.flops_total)
+        return None if seconds is None else seconds / 3600
+
+    def totals(self) -> dict[str, Any]:
+        """Of the whole study: runs and results, FLOPs computed by each count, what trunks save, data, hours.
+
+        ``saved_flops`` and ``saved_share`` compare with one run for each result, all three FLOP counts together;
+        ``tokens_needed`` and ``epochs`` are of the run that needs most data; ``wall_hours`` is one run after another.
+        """
+        executed = [trunk.separate_steps if self.separate else trunk.trunk_steps for trunk in self.trunks]
+        counted = _counted([trunk.per_step * steps for trunk, steps in zip(self.trunks, executed, strict=True)])
+        separate = math.fsum((trunk.per_step * trunk.separate_steps).flops_total for trunk in self.trunks)
+        longest = [(trunk.branches[-1].steps, trunk.global_batch) for trunk in self.trunks]
+        passes = [self.stream.epochs(steps * batch) for steps, batch in longest]
+        hours = [self._wall_hours(trunk, steps) for trunk, steps in zip(self.trunks, executed, strict=True)]
+        wall_hours = None if None in hours else math.fsum(hour for hour in hours if hour is not None)
+        return {
+            "runs": len(self.runs()),
+            "results": sum(len(trunk.branches) for trunk in self.trunks),
+            **counted,
+            "saved_flops": separate - counted["flops_total"],
+            "saved_share": 1 - counted["flops_total"] / separate,
+            "tokens_needed": max(steps * self.stream.tokens_per_step(batch) for steps, batch in longest),
+            "tokens_present": self.stream.tokens_present,
+            "epochs": max((count for count in passes if count is not None), default=None),
+            "device_hours": None if wall_hours is None else wall_hours * self.machine.devices,
+            "wall_hours": wall_hours,
+        }
+
+    def longest_wall_hours(self) -> float | None:
+        """Of the longest single run."""
+        hours = [
+            self._wall_hours(trunk, branches[0].steps if self.separate else trunk.trunk_steps)
+            for trunk, branches in self.runs()
+        ]
+        return None if None in hours else max(hour for hour in hours if hour is not None)
+
+    # --- warnings ---
+
+    def warnings(self) -> list[str]:
+        """What a careful reader of the table would notice, and what our own studies found, one line each."""
+        table = self.table()
+        return [
+            *self._few_steps(table),
+            *self._memory(),
+            *self._repeated_data(table),
+            *self._lost_centres(table),
+            *(line for name in self.objectives for line in (*self._tuned_rate(name), *self._no_common_loss(name))),
+        ]
+
+    def _few_steps(self, table: pd.DataFrame) -> list[str]:
+        few = table[table.steps < MIN_STEPS]
+        if few.empty:
+            return []
+        return [
+            f"{len(few)} results have fewer than {MIN_STEPS} steps (the fewest {few.steps.min()}); a smaller --batch, "
+            "shorter sequences or larger budgets give more"
+        ]
+
+    def _memory(self) -> list[str]:
+        found, usable = [], self.machine.memory
+        tight = [trunk for trunk in self.trunks if usable is not None and trunk.memory > usable]
+        if tight and usable is not None:
+            worst = max(tight, key=lambda trunk: trunk.memory)
+            found.append(
+                f"{len(tight)} trunks do not fit {self.machine.device}: {worst.name} needs "
+                f"{worst.memory / _GIB:.0f} GiB of {usable / _GIB:.0f} usable; divide the states among more devices "
+                "(--sharded)"
+            )
+        ratios = [rate.memory_ratio for rate in self.machine.measured or () if rate.memory_ratio is not None]
+        if ratios:
+            ends = " to ".join(f"{ratio:.2f}" for ratio in dict.fromkeys((min(ratios), max(ratios))))
+            found.append(f"the profiles' peak memory is {ends} x what this plan would have estimated for them")
+        return found
+
+    def _repeated_data(self, table: pd.DataFrame) -> list[str]:
+        found = []
+        for name in self.objectives:
+            most = get_objective(name).max_epochs
+            repeated = table[(table.objective == name) & (table.epochs.astype(float) > (most or math.inf))]
+            if not repeated.empty:
+                found.append(
+                    f"{len(repeated)} results of {name} read the data up to {repeated.epochs.max():.1f} times; beyond "
+                    f"{most:.0f} times new data is worth more (Muennighoff et al. 2023)"
+                )
+        return found
+
+    def _lost_centres(self, table: pd.DataFrame) -> list[str]:
+        if self.grid.shapes or self.grid.tokens_per_param:
+            return []
+        found = []
+        for objective, budget in itertools.product(self.objectives, self.budgets):
+            ratios = table[(table.objective == objective) & (table.budget == budget)].tokens_per_param
+            centre = self.grid.centre(objective)
+            if not ratios.min() <= centre <= ratios.max():
+                side = f"above {ratios.max():.3g}" if centre > ratios.max() else f"below {ratios.min():.3g}"
+                found.append(
+                    f"{budget:g} FLOPs of {objective}: the centre, {centre:g} tokens per parameter, lies {side}, "
+                    "out of reach of the shapes that are proposed; so may the minimum"
+                )
+        return found
+
+    def _tuned_rate(self, name: str) -> list[str]:
+        """Where the rule's rate is used, the factor on it that tuning found best."""
+        recipe, objective = self.recipe, get_objective(name)
+        scaled = recipe.lr_scale.get(name, 1.0) != 1.0
+        if objective.lr_scale == 1.0 or recipe.lr is not None or recipe.lr_rule != "deepseek" or scaled:
+            return []
+        return [
+            f"{name}'s best learning rate was about {objective.lr_scale:g} times the rule's "
+            f"{objective.lr_scale_source}: --lr-scale-{name} {objective.lr_scale:g}"
+        ]
+
+    def _no_common_loss(self, name: str) -> list[str]:
+        """Where a measured multiplier exceeds the span of the budgets, so that no loss may be reached by both."""
+        measured = get_objective(name).multipliers.get(self.convention, ())
+        if not measured or REFERENCE not in self.objectives:
+            return []
+        least, most = self.budgets[0], self.budgets[-1]
+        _, multiplier, source = min(measured, key=lambda own: abs(math.log(own[0] / most)))
+        missing = multiplier * least / most
+        if missing <= 1:
+            return []
+        return [
+            f"these budgets may share no loss: they span a factor of {most / least:.3g}, and {name} needs about "
+            f"{multiplier:g} times {REFERENCE}'s FLOPs for {REFERENCE}'s loss ({source}). A factor of {missing:.2g} "
+            f"is missing: plan {REFERENCE} from {least / missing:.2g} or {name} up to {most * missing:.2g} FLOPs "
+            "(--objectives)"
+        ]
+
+
+def _counted(flops: Sequence[TrainingFlops]) -> dict[str, float]:
+    """The sum of training FLOPs by each count."""
+    counts = ("flops_6nd", "flops_attention", "flops_head", "flops_total")
+    return {count: math.fsum(getattr(own, count) for own in flops) for count in counts}
+
+
+def plan_study(
+    budgets: Iterable[float],
+    stream: Stream,
+    *,
+    objectives: Sequence[str] | None = None,
+    grid: Grid | None = None,
+    recipe: Recipe | None = None,
+    machine: Machine | None = None,
+    convention: Convention = "6nd",
+    seeds: Sequence[int] = (0,),
+    separate: bool = False,
+) -> Plan:
+    """Plans a study: every shape of the grid at every budget, for every objective.
+
+    Args:
+        budgets: The training FLOPs of each budget, in any order.
+        stream: The vocabulary, the sequence length, and the data if it is known.
+        objectives: The names of the objectives; None: all of the table.
+        grid: How shapes are chosen.
+        recipe: How hyperparameters follow.
+        machine: The machine that runs it, for memory and hours.
+        convention: Which FLOPs a budget counts, and so which are equal between objectives.
+        seeds: The seeds. There is a run for each of them.
+        separate: Whether each budget is a run of its own instead of a branch, with the same rates, batches and warmups.
+
+    Raises:
+        UserError: A budget is below one step, a grid has fewer than three shapes, or a number is out of range.
+    """
+    grid, recipe, machine = grid or Grid(), recipe or Recipe(), machine or Machine()
+    objectives = list(OBJECTIVES) if objectives is None else objectives
+    ordered = _checked_budgets(budgets)
+    for what, values in {"objectives": objectives, "seeds": seeds}.items():
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"plan: --{what} {shortened(' '.join(map(str, values)))}: give each once, and at least one")
+    grid.check()
+    recipe.check()
+    machine.check(objectives)
+    check_vocabulary("plan: --vocab-size", stream.vocab_size)
+    if not 1 <= stream.sequence_length <= MAX_WIDTH:
+        raise UserError(f"plan: --sequence-length {stream.sequence_length} must lie between 1 and {MAX_WIDTH}")
+    for seed in seeds:
+        check_seed("plan: --seeds", seed)
+    stream.check()
+    trunks = []
+    for objective in objectives:
+        served: dict[Shape, list[float]] = {}
+        for budget in ordered:
+            for shape in shapes_at(budget, objective, grid, stream, convention):
+                served.setdefault(shape, []).append(budget)
+        for shape in sorted(served, key=lambda shape: shape.params_nonembedding):
+            for seed in seeds:
+                trunks.append(plan_trunk(objective, shape, seed, served[shape], stream, recipe, machine, convention))
+    return Plan(ordered, tuple(objectives), stream, convention, recipe, machine, tuple(trunks), grid, separate)
+
+
+def _checked_budgets(budgets: Iterable[float]) -> tuple[float, ...]:
+    ordered = sorted(budgets)
+    if not ordered:
+        raise UserError("plan: --flops holds no budget; give one, such as 1e18")
+    check_budgets("plan: --flops", ordered)
+    for budget in ordered:
+        check_positive("flops", budget)
+    for lower, upper in itertools.pairwise(ordered):
+        if lower == upper:
+            raise UserError(f"plan: --flops {lower:g} is given twice; give each budget once")
+    return tuple(ordered)

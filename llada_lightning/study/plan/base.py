@@ -14,54 +14,49 @@ from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import read_yaml
 
+_SCHEDULE, _DATA, _MODEL = "model.init_args.schedule", "data.init_args", "model.init_args"
+
 _DECIDED = {
     "budget": ("flops", "tokens"),
     "trainer": ("max_steps",),
-    "schedule": ("decay_steps", "decay_tokens", "plateaus", "total_steps"),
+    _SCHEDULE: ("decay_steps", "decay_tokens", "plateaus", "total_steps"),
 }
 """The settings that would change what the plan has counted."""
 
 _CHOSEN = {
-    "schedule": {"lr": "lr", "warmup_steps": "warmup_steps", "decay_fraction": "decay_fraction"},
-    "data": {"global_batch": "batch"},
-    "model": {"shape": "shapes"},
+    _SCHEDULE: {"lr": "lr", "warmup_steps": "warmup_steps", "decay_fraction": "decay_fraction"},
+    _DATA: {"global_batch": "batch"},
+    _MODEL: {"shape": "shapes"},
 }
 """The settings that the plan writes for every run, each with its option: the plan would overrule those of the base."""
-
-_FULL_NAMES = {
-    "schedule": "model.init_args.schedule",
-    "data": "data.init_args",
-    "model": "model.init_args",
-}
 
 
 @dataclass(frozen=True)
 class Base:
-    """The sections of a base configuration that a plan reads.
+    """A base configuration."""
 
-    Args:
-        budget: The section `budget`.
-        run: The section `run`.
-        trainer: The section `trainer`.
-        model: The section `model.init_args`.
-        data: The section `data.init_args`.
-        schedule: The section `model.init_args.schedule`.
-    """
+    content: Mapping[str, Any]
 
-    budget: Mapping[str, Any]
-    run: Mapping[str, Any]
-    trainer: Mapping[str, Any]
-    model: Mapping[str, Any]
-    data: Mapping[str, Any]
-    schedule: Mapping[str, Any]
+    def section(self, name: str) -> Mapping[str, Any]:
+        """A section by its dotted name; empty where the configuration has none."""
+        section: Any = self.content
+        for key in name.split("."):
+            section = section.get(key)
+            if not isinstance(section, dict):
+                return {}
+        return section
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        return self.section(_DATA)
 
     def number(self, section: str, key: str) -> float | None:
-        """The number that a section gives for a key, or None.
+        """The number that the ``init_args`` of ``model`` or ``data`` give for a key, or None.
 
         Raises:
             UserError: The value is not a finite number.
         """
-        value = getattr(self, section).get(key)
+        value = self.section(f"{section}.init_args").get(key)
         try:
             number = None if value is None else float(value)  # YAML 1.1 reads 1e-3 as a string
         except (TypeError, ValueError):
@@ -71,7 +66,7 @@ class Base:
         return number
 
     def count(self, section: str, key: str) -> int | None:
-        """The positive whole number that a section gives for a key, or None.
+        """As ``number``, a positive whole number.
 
         Raises:
             UserError: The value is not such a number.
@@ -83,11 +78,9 @@ class Base:
 
 
 def read_base(path: Path | str | None, chosen: Mapping[str, Any]) -> Base:
-    """Read the base configuration of a plan.
+    """Read the base configuration of a plan, an empty one without a path.
 
-    Args:
-        path: The path of the YAML file. None stands for an empty configuration.
-        chosen: The values of the plan's options, by the names of the options.
+    ``chosen`` are the values of the plan's options, by the names of the options.
 
     Raises:
         UserError: The file cannot be read, sets what the plan decides, or sets a value that the plan would overrule.
@@ -96,39 +89,31 @@ def read_base(path: Path | str | None, chosen: Mapping[str, Any]) -> Base:
     refuse_unusable(content, "base")
     if not isinstance(content, dict):
         raise UserError(f"plan: --base {path} holds no mapping; give one of llada fit's")
-    model, data = (_section(_section(content, name), "init_args") for name in ("model", "data"))
-    base = Base(
-        budget=_section(content, "budget"),
-        run=_section(content, "run"),
-        trainer=_section(content, "trainer"),
-        model=model,
-        data=data,
-        schedule=_section(model, "schedule"),
-    )
+    base = Base(content)
     for section, keys in _DECIDED.items():
         for key in keys:
-            if getattr(base, section).get(key) not in (None, [], -1):
-                where = _FULL_NAMES.get(section, section)
-                raise UserError(f"plan: --base {path} sets {where}.{key}, which the plan decides; leave it out")
+            if base.section(section).get(key) not in (None, [], -1):
+                raise UserError(f"plan: --base {path} sets {section}.{key}, which the plan decides; leave it out")
     for section, options in _CHOSEN.items():
         for key, option in options.items():
-            value = getattr(base, section).get(key)
+            value = base.section(section).get(key)
             if value is not None and not _is_same(value, chosen[option]):
                 raise UserError(
-                    f"plan: --base {path} sets {_FULL_NAMES[section]}.{key} to {shortened(value, 80)}, which the plan "
-                    f"would overrule; leave it out, or give the plan the same by --{option.replace('_', '-')}"
+                    f"plan: --base {path} sets {section}.{key} to {shortened(value, 80)}, which the plan would "
+                    f"overrule; leave it out, or give the plan the same by --{option.replace('_', '-')}"
                 )
     return base
 
 
-def planned_stream(base: Base, facts: DataFacts | None, vocab_size: int | None, sequence_length: int) -> Stream:
-    """The training stream of a plan's runs.
+def _is_same(value: Any, chosen: Any) -> bool:
+    try:
+        return float(value) == float(chosen)  # YAML 1.1 reads 1e-3 as a string
+    except (TypeError, ValueError):
+        return [value] == chosen  # of shapes
 
-    Args:
-        base: The base configuration.
-        facts: The facts of the prepared data, where its path is known.
-        vocab_size: The number of vocabulary entries of the model. The data's by default.
-        sequence_length: The number of tokens in a sequence.
+
+def planned_stream(base: Base, facts: DataFacts | None, vocab_size: int | None, sequence_length: int) -> Stream:
+    """The training stream of a plan's runs; ``vocab_size`` is the model's, by default that of the data.
 
     Raises:
         UserError: The vocabulary is not known, or is smaller than the data's.
@@ -163,15 +148,3 @@ def check_data_path(path: Any) -> None:
         raise UserError(
             f"base: data.init_args.path {given} is neither a folder nor a mapping from folders to weights above 0"
         )
-
-
-def _is_same(value: Any, chosen: Any) -> bool:
-    try:
-        return float(value) == float(chosen)  # YAML 1.1 reads 1e-3 as a string
-    except (TypeError, ValueError):
-        return [value] == chosen  # of shapes
-
-
-def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = content.get(name)
-    return section if isinstance(section, dict) else {}

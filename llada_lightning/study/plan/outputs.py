@@ -1,4 +1,4 @@
-"""The files of a plan: a W&B sweep that runs it, its table beside it, and a SLURM job array."""
+"""What a plan gives out: a table for people, a W&B sweep with the table as CSV beside it, and a SLURM job array."""
 
 from __future__ import annotations
 
@@ -12,118 +12,77 @@ from typing import Any
 
 import numpy as np
 import yaml
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 from llada_lightning.compute.flops import CONVENTION_NAMES
-from llada_lightning.compute.shapes import shape_name
+from llada_lightning.compute.shapes import format_count, get_shape, shape_name
 from llada_lightning.objectives import get_objective
-from llada_lightning.study.plan.plan import Plan
+from llada_lightning.study.plan import Plan
 from llada_lightning.study.plan.trunk import Branch, Trunk
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, written_atomically
 from llada_lightning.support.printing import shortened
 
+WIDTH = 100
+"""The columns of the table for people."""
+
 TIME_MARGIN = 1.5
 """A job's time limit over the plan's hours: validation, checkpoints and the start are not counted there."""
 
 
-@dataclass(frozen=True)
-class Destination:
-    """What the runs of a sweep need beside the plan.
-
-    Args:
-        study: The folder of their results.
-        data: The path of the prepared data, or the folders of a mixture with weights; None: the base names it.
-        base: A configuration that lies under the settings of every run.
-        vocab_size: The vocabulary size of the model where it is not the tokenizer's.
-    """
-
-    study: str
-    data: str | Mapping[str, float] | None = None
-    base: str | None = None
-    vocab_size: int | None = None
+# --- for people ------------------------------------------------------------------------------------------------------
 
 
-def run_config(plan: Plan, trunk: Trunk, branches: Sequence[Branch], destination: Destination) -> dict[str, Any]:
-    """The configuration of one ``llada fit``: everything that the plan has decided, over the base."""
-    budgets = [branch.budget for branch in branches]
-    schedule = {"lr": trunk.lr, "warmup_steps": trunk.warmup_steps, "decay_fraction": plan.recipe.decay_fraction}
-    model: dict[str, Any] = {"shape": shape_name(trunk.shape), "schedule": schedule}
-    if destination.vocab_size is not None:
-        model["vocab_size"] = destination.vocab_size
-    data: dict[str, Any] = {
-        "sequence_length": plan.stream.sequence_length,
-        "global_batch": trunk.global_batch,
-        "random_length_share": plan.stream.random_length_share,
-    }
-    if destination.data is not None:
-        path = destination.data
-        data["path"] = path if isinstance(path, str) else dict(path)
-    if plan.machine.micro_batch is not None:
-        data["micro_batch"] = plan.machine.micro_batch
-    config: dict[str, Any] = {
-        "seed_everything": trunk.seed,
-        "budget": {"flops": budgets if len(budgets) > 1 else budgets[0], "convention": plan.convention},
-        "model": {"class_path": _class_path(trunk.objective), "init_args": model},
-        "data": {"class_path": "TokenDataModule", "init_args": data},
-        "run": {"study": destination.study},
-    }
-    if plan.machine.micro_batch is not None or trunk.accumulation > 1:
-        config["trainer"] = {"accumulate_grad_batches": trunk.accumulation}
-    return config
+def print_plan(plan: Plan, console: Console) -> None:
+    """The runs by objective and budget, then totals and warnings; of several seeds the first is shown."""
+    console.width = WIDTH  # a narrower terminal wraps; cut figures would say nothing
+    console.print(plan_table(plan))
+    if len(seeds := list(dict.fromkeys(trunk.seed for trunk in plan.trunks))) > 1:
+        console.print(f"each of these with the seeds {', '.join(map(str, seeds))}", soft_wrap=True)
+    for line in [*describe_totals(plan), *(f"note: {warning}" for warning in plan.warnings())]:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def _class_path(objective: str) -> str:
-    """How a configuration names the module of an objective: those of the package by their class alone."""
-    path = get_objective(objective).module
-    return path.rpartition(".")[2] if path.startswith("llada_lightning.") else path
+def plan_table(plan: Plan) -> Table:
+    """The plan of its first seed. Runs have numbers: rows with the same one are served by one trunk."""
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    for name in ("N", "shape", "tokens", "per N", "steps", "batch", "lr", "warmup", "decay", "total", "epochs", "GiB",
+                 "hours", "run"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)
+    rows = plan.table()
+    rows = rows[rows.seed == rows.seed.iloc[0]]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(rows.trunk), start=1)}
+    for (objective, budget), group in rows.groupby(["objective", "budget"], sort=False):
+        table.add_section()
+        table.add_row(str(objective), f"{budget:.3g} FLOPs", style="bold")
+        for row in group.to_dict("records"):
+            table.add_row(*_cells(row), str(numbers[row["trunk"]]))
+    return table
 
 
-def sweep_text(plan: Plan, destination: Destination, name: str, command: Sequence[str]) -> str:
-    """A W&B grid sweep with one parameter, ``config``, whose values are the runs.
-
-    The runs are no Cartesian grid, so each is one word: its configuration as inline YAML, which ``llada fit`` merges
-    over the base.
-
-    Args:
-        plan: The planned study.
-        destination: What the runs need beside the plan.
-        name: The name of the sweep.
-        command: The command that made the plan, for the head of the file.
-    """
-    configs = [run_config(plan, trunk, branches, destination) for trunk, branches in plan.runs()]
-    base = ["--config", destination.base] if destination.base else []
-    sweep = {
-        "name": name,
-        "program": "llada",
-        "method": "grid",
-        "metric": {"name": "val_nats_per_token", "goal": "minimize"},
-        "command": ["llada", "fit", *base, "${args}"],
-        "parameters": {"config": {"values": [flow_yaml(config) for config in configs]}},
-    }
-    head = [f"made by: {shlex.join(command)}", *describe_totals(plan)]
-    lines = [f"# {line}" for line in head]
-    return "\n".join(lines) + "\n" + yaml.safe_dump(sweep, sort_keys=False, width=math.inf, allow_unicode=True)
+def _cells(row: dict[str, Any]) -> list[str]:
+    shape, ratio = get_shape(row["shape"]), row["tokens_per_param"]
+    return [
+        format_count(row["params_nonembedding"]),
+        f"{shape.n_layers}x{shape.d_model}",
+        format_count(row["tokens"]),
+        f"{ratio:.3g}" if ratio < 999.5 else f"{ratio:.0f}",
+        str(row["steps"]),
+        str(row["global_batch"]),
+        f"{row['lr']:.1e}",
+        str(row["warmup_steps"]),
+        str(row["decay_steps"]),
+        f"{row['flops_total']:.1e}",
+        _number(row["epochs"], ".2g"),
+        f"{row['memory_gib']:.1f}",
+        _number(row["wall_hours"], ".3g"),
+    ]
 
 
-class _OneLine(yaml.SafeDumper):
-    """Writes large and small numbers as people do, 2.0e+11; YAML 1.1 would read 2e11 as a word."""
-
-
-def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
-    plain = value == 0 or 1e-3 <= abs(value) < 1e6
-    text = repr(value) if plain else np.format_float_scientific(value, trim="0", exp_digits=1)
-    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
-
-
-_OneLine.add_representer(float, _float)
-
-
-def flow_yaml(value: Any) -> str:
-    """A value as YAML on one line, every number exact."""
-    text = yaml.dump(
-        value, Dumper=_OneLine, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True
-    )
-    return text.strip()
+def _number(value: float | None, form: str) -> str:
+    return "n/a" if value is None or math.isnan(value) else format(value, form)
 
 
 def describe_totals(plan: Plan) -> list[str]:
@@ -155,20 +114,105 @@ def describe_totals(plan: Plan) -> list[str]:
     return lines
 
 
+# --- the sweep -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Destination:
+    """What the runs of a sweep need beside the plan.
+
+    Args:
+        study: The folder of their results.
+        data: The path of the prepared data, or the folders of a mixture with weights; None: the base names it.
+        base: A configuration that lies under the settings of every run.
+        vocab_size: The vocabulary size of the model where it is not the tokenizer's.
+    """
+
+    study: str
+    data: str | Mapping[str, float] | None = None
+    base: str | None = None
+    vocab_size: int | None = None
+
+
+def run_config(plan: Plan, trunk: Trunk, branches: Sequence[Branch], destination: Destination) -> dict[str, Any]:
+    """The configuration of one ``llada fit``: everything that the plan has decided, over the base."""
+    budgets = [branch.budget for branch in branches]
+    schedule = {"lr": trunk.lr, "warmup_steps": trunk.warmup_steps, "decay_fraction": plan.recipe.decay_fraction}
+    path = get_objective(trunk.objective).module
+    if path.startswith("llada_lightning."):
+        path = path.rpartition(".")[2]  # modules of the package are named by their class alone
+    model: dict[str, Any] = {"shape": shape_name(trunk.shape), "schedule": schedule}
+    if destination.vocab_size is not None:
+        model["vocab_size"] = destination.vocab_size
+    data: dict[str, Any] = {
+        "sequence_length": plan.stream.sequence_length,
+        "global_batch": trunk.global_batch,
+        "random_length_share": plan.stream.random_length_share,
+    }
+    if destination.data is not None:
+        data["path"] = destination.data if isinstance(destination.data, str) else dict(destination.data)
+    if plan.machine.micro_batch is not None:
+        data["micro_batch"] = plan.machine.micro_batch
+    config: dict[str, Any] = {
+        "seed_everything": trunk.seed,
+        "budget": {"flops": budgets if len(budgets) > 1 else budgets[0], "convention": plan.convention},
+        "model": {"class_path": path, "init_args": model},
+        "data": {"class_path": "TokenDataModule", "init_args": data},
+        "run": {"study": destination.study},
+    }
+    if plan.machine.micro_batch is not None or trunk.accumulation > 1:
+        config["trainer"] = {"accumulate_grad_batches": trunk.accumulation}
+    return config
+
+
+def sweep_text(plan: Plan, destination: Destination, name: str, command: Sequence[str]) -> str:
+    """A W&B grid sweep with one parameter, ``config``, whose values are the runs.
+
+    The runs are no Cartesian grid, so each is one word: its configuration as inline YAML, which ``llada fit`` merges
+    over the base. ``command`` made the plan, and is named at the head of the file.
+    """
+    configs = [run_config(plan, trunk, branches, destination) for trunk, branches in plan.runs()]
+    base = ["--config", destination.base] if destination.base else []
+    sweep = {
+        "name": name,
+        "program": "llada",
+        "method": "grid",
+        "metric": {"name": "val_nats_per_token", "goal": "minimize"},
+        "command": ["llada", "fit", *base, "${args}"],
+        "parameters": {"config": {"values": [flow_yaml(config) for config in configs]}},
+    }
+    lines = [f"# {line}" for line in (f"made by: {shlex.join(command)}", *describe_totals(plan))]
+    return "\n".join(lines) + "\n" + yaml.safe_dump(sweep, sort_keys=False, width=math.inf, allow_unicode=True)
+
+
+class _OneLine(yaml.SafeDumper):
+    """Writes large and small numbers as people do, 2.0e+11; YAML 1.1 would read 2e11 as a word."""
+
+
+def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    plain = value == 0 or 1e-3 <= abs(value) < 1e6
+    text = repr(value) if plain else np.format_float_scientific(value, trim="0", exp_digits=1)
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_OneLine.add_representer(float, _float)
+
+
+def flow_yaml(value: Any) -> str:
+    """A value as YAML on one line, every number exact."""
+    text = yaml.dump(
+        value, Dumper=_OneLine, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True
+    )
+    return text.strip()
+
+
 def write_files(
     plan: Plan, destination: Destination, command: Sequence[str], out: str | None, slurm: str | None
 ) -> dict[str, Path]:
-    """Write the files that a user asked for.
-
-    Args:
-        plan: The plan.
-        destination: What the runs of the sweep need beside the plan.
-        command: The command that made the plan, for the head of the files.
-        out: The path of the sweep file, which ends in `.yaml`.
-        slurm: The path of the SLURM job array.
+    """Write the sweep and its table to ``out``, if that is given, and the SLURM job array to ``slurm``.
 
     Returns:
-        The paths of the written files by `sweep`, `table` and `slurm`; empty without ``out``.
+        The paths of the written files by `sweep`, `table` and `slurm`.
 
     Raises:
         UserError: A path does not fit, or a file cannot be written.
@@ -192,11 +236,7 @@ def write_files(
 def write_sweep(
     path: Path, plan: Plan, destination: Destination, command: Sequence[str], slurm: Path | None = None
 ) -> Path:
-    """Writes the sweep, the plan's table as CSV beside it, which is returned, and a SLURM job array: all or none.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
+    """Writes the sweep, the plan's table as CSV beside it, which is returned, and a SLURM job array: all or none."""
     table = path.with_suffix(".csv")
     texts = {
         path: sweep_text(plan, destination, path.stem, command),
@@ -232,14 +272,7 @@ exec srun --kill-on-bad-exit=1 llada sweep run {sweep} --index "$SLURM_ARRAY_TAS
 
 
 def slurm_text(plan: Plan, sweep: Path, script: Path, command: Sequence[str]) -> str:
-    """A SLURM job array with one task for each run of a sweep; near its time limit a task saves and queues again.
-
-    Args:
-        plan: The planned study.
-        sweep: The path of the sweep file.
-        script: The path that this text is written to.
-        command: The command that made the plan, for the head of the file.
-    """
+    """A SLURM job array with one task for each run of a sweep; near its time limit a task saves and queues again."""
     devices = plan.machine.devices
     resources = f"#SBATCH --ntasks-per-node={devices}\n#SBATCH --gpus-per-node={devices}\n"
     hours = plan.longest_wall_hours()

@@ -1,4 +1,4 @@
-"""Trunks: what each (objective, shape, seed) of a plan is trained with, and how its budgets share one run.
+"""Which shapes a study trains at each budget, and the trunk that serves all budgets of one shape.
 
 A *trunk* is one run at a constant rate that serves every budget of one (objective, shape, seed). Budget C_i of S_i
 steps decays over the last D_i of them; its *branch* forks from the trunk at step S_i - D_i. So a trunk costs the steps
@@ -8,17 +8,109 @@ to its last fork and all decays, where separate runs would cost the sum of all S
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from llada_lightning.compute.flops import MAX_BATCH, MAX_STEPS, Convention, TrainingFlops
 from llada_lightning.compute.hardware import Machine
 from llada_lightning.compute.rules import DECAY_FRACTION, Rules, significant
 from llada_lightning.compute.schedule import WSD, ScheduleError
-from llada_lightning.compute.shapes import Shape, shape_name
+from llada_lightning.compute.shapes import Shape, get_shape, proposable_shapes, propose_shape, shape_name
 from llada_lightning.objectives import get_objective
 from llada_lightning.run import Length, Spec, Stream, resolve
 from llada_lightning.support.errors import UserError
+
+GRID_STEP = math.sqrt(3)
+GRID_ANCHOR = 85e6
+"""The grid of sizes, 85M times powers of sqrt(3): a step is a factor of 3 in tokens per parameter at equal 6ND. One
+grid for all budgets, objectives and plans, so that shapes come back and a trunk can serve several budgets."""
+
+MIN_SHAPES = 3
+"""A parabola has three coefficients."""
+
+
+def check_positive(option: str, value: float) -> None:
+    """Raises UserError unless the value of an option is a finite number above 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(f"plan: --{option} {value:g} must be a number above 0")
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How shapes are chosen: by default ``points`` sizes around each objective's centre.
+
+    Args:
+        points: The number of shapes at each budget.
+        centres: The tokens per non-embedding parameter at the centre; by default as in the table of objectives.
+        shapes: The names of exactly these shapes, at every budget.
+        tokens_per_param: Exactly these ratios, at every budget and for all objectives.
+    """
+
+    points: int = 5
+    centres: Mapping[str, float] = field(default_factory=dict)
+    shapes: Sequence[str | Shape] = ()
+    tokens_per_param: Sequence[float] = ()
+
+    def centre(self, objective: str) -> float:
+        """The tokens per non-embedding parameter at the centre of an objective."""
+        return self.centres.get(objective, get_objective(objective).tokens_per_param)
+
+    def check(self) -> None:
+        """Raises UserError where a setting makes no grid."""
+        if self.shapes and self.tokens_per_param:
+            raise UserError("plan: --shapes and --tokens-per-param are both given; give one of them")
+        for ratio in self.tokens_per_param:
+            check_positive("tokens-per-param", ratio)
+        for objective, centre in self.centres.items():
+            check_positive(f"centre-{objective}", centre)
+        if self.points < MIN_SHAPES:
+            raise UserError(f"plan: --points {self.points} is below {MIN_SHAPES}, which a parabola needs")
+
+
+@cache
+def grid_shapes() -> tuple[Shape, ...]:
+    """The shapes nearest to the sizes of the grid, by rising N, each once."""
+    shapes = proposable_shapes()
+    least, most = (math.log(end.params_nonembedding / GRID_ANCHOR, GRID_STEP) for end in (shapes[0], shapes[-1]))
+    sizes = [GRID_ANCHOR * GRID_STEP**power for power in range(math.ceil(least), math.floor(most) + 1)]
+    return tuple(dict.fromkeys(propose_shape(size) for size in sizes))
+
+
+def shapes_at(budget: float, objective: str, grid: Grid, stream: Stream, convention: Convention) -> tuple[Shape, ...]:
+    """The shapes that are trained with one budget, by rising N.
+
+    Raises:
+        UserError: There are fewer than three different ones.
+    """
+
+    def distance(ratio: float) -> Callable[[Shape], float]:
+        def of(shape: Shape) -> float:
+            tokens = budget / stream.flops_per_token(shape, get_objective(objective)).by(convention)
+            return abs(math.log(tokens / shape.params_nonembedding / ratio))
+
+        return of
+
+    if grid.shapes:
+        chosen = [get_shape(shape) for shape in grid.shapes]
+    elif grid.tokens_per_param:
+        chosen = [min(proposable_shapes(), key=distance(ratio)) for ratio in grid.tokens_per_param]
+    else:
+        chosen = sorted(grid_shapes(), key=distance(grid.centre(objective)))[: grid.points]
+    different = sorted(set(chosen), key=lambda shape: shape.params_nonembedding)
+    if len(different) < MIN_SHAPES:
+        names = ", ".join(shape_name(shape) for shape in different)
+        raise UserError(
+            f"plan: {budget:g} FLOPs have {len(different)} shape(s) of {objective} ({names}), and a parabola needs "
+            f"{MIN_SHAPES}; give more shapes, or other ratios or budgets"
+        )
+    return tuple(different)
+
+
+# --- trunks ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -45,20 +137,15 @@ class Recipe:
 
     @property
     def rules(self) -> Rules:
-        """The rules of what is not given."""
         return Rules(lr=self.lr_rule, batch=self.batch_rule)
 
     def check(self) -> None:
-        """Refuse numbers that make no run.
-
-        Raises:
-            UserError: names the setting.
-        """
+        """Raises UserError where a number makes no run."""
         self.rules.check("plan: --rules")
-        rates = {"lr": self.lr, **{f"lr-scale-{objective}": scale for objective, scale in self.lr_scale.items()}}
-        for option, rate in rates.items():
-            if rate is not None and not (math.isfinite(rate) and rate > 0):
-                raise UserError(f"plan: --{option} {rate:g} must be a number above 0")
+        if self.lr is not None:
+            check_positive("lr", self.lr)
+        for objective, scale in self.lr_scale.items():
+            check_positive(f"lr-scale-{objective}", scale)
         ranges = {"batch": (self.batch, 1, MAX_BATCH), "warmup-steps": (self.warmup_steps, 0, MAX_STEPS)}
         for option, (count, least, most) in ranges.items():
             if count is not None and not least <= count <= most:
@@ -131,21 +218,20 @@ def plan_trunk(
     """The trunk of these budgets, which rise; its rules are evaluated at their geometric mean.
 
     Raises:
-        UserError: a budget is below one step, two budgets make the same steps, or warmup and decay do not fit.
+        UserError: A budget is below one step, two budgets make the same steps, or warmup and decay do not fit.
     """
     scale = recipe.lr_scale.get(objective, 1.0)
-    given = WSD(
-        lr=None if recipe.lr is None else significant(recipe.lr * scale),
-        warmup_steps=recipe.warmup_steps,
-        decay_fraction=recipe.decay_fraction,
-    )
     spec = Spec(
         objective=get_objective(objective),
         shape=shape,
         stream=stream,
         length=Length(flops=tuple(budgets), convention=convention, setting="plan: --flops"),
         global_batch=recipe.batch,
-        schedule=given,
+        schedule=WSD(
+            lr=None if recipe.lr is None else significant(recipe.lr * scale),
+            warmup_steps=recipe.warmup_steps,
+            decay_fraction=recipe.decay_fraction,
+        ),
         rules=recipe.rules,
         lr_scale=scale,
         batch_quantum=machine.devices * (machine.micro_batch or 1),
@@ -155,10 +241,6 @@ def plan_trunk(
     except ScheduleError as error:
         problem = str(error).partition(": ")[2]
         raise UserError(f"plan: {spec.who}: {problem} by --warmup-steps or --decay-fraction") from error
-    branches = tuple(
-        Branch(budget, schedule.total_steps, schedule.decay_steps)  # type: ignore[arg-type]  # resolved
-        for budget, schedule in zip(budgets, run.schedules, strict=True)
-    )
     first = run.schedules[0]
     assert first.lr is not None and first.warmup_steps is not None
     accumulation = machine.accumulation(shape, stream.vocab_size, stream.sequence_length, run.global_batch)
@@ -173,5 +255,8 @@ def plan_trunk(
         per_step=run.per_step,
         accumulation=accumulation,
         memory=machine.memory_of(shape, stream.vocab_size, stream.sequence_length, micro_batch),
-        branches=branches,
+        branches=tuple(
+            Branch(budget, schedule.total_steps, schedule.decay_steps)  # type: ignore[arg-type]  # resolved
+            for budget, schedule in zip(budgets, run.schedules, strict=True)
+        ),
     )

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -23,18 +22,19 @@ from llada_lightning.study.fits import (
     StudyFits,
     Unit,
     best_of_budgets,
+    budget_members,
     flops_column,
     losses,
+    planned_flops,
     usable_runs,
 )
-from llada_lightning.study.fits.runs import budget_members, planned_flops
+from llada_lightning.study.fits.uncertainty import Array
 from llada_lightning.study.plots.style import (
     GREY,
     INK,
     MARKERS,
     StudyFigure,
     Style,
-    check_counted,
     dress,
     exponent_text,
     flops_axis,
@@ -59,20 +59,15 @@ _RATIO_TOLERANCE = 1e-3
 
 
 def scaling_curve(table: pd.DataFrame, fits: StudyFits, convention: Convention = "6nd") -> StudyFigure:
-    """Validation loss against training FLOPs: every finished run, and each objective's envelope with its fit.
+    """Validation loss against training FLOPs: every finished run of a table, and each objective's envelope.
 
     A run is a point with ± 1 standard error, its marker the shape, filled where it is the best of its budget. The
     line is the power law of the envelope with its 95 % band, or joins the envelope where there is no fit.
 
-    Args:
-        table: A results table.
-        fits: The fits of the table.
-        convention: The convention by which the x axis counts FLOPs.
-
     Raises:
-        UserError: the table lacks the FLOPs of this convention.
+        UserError: The table lacks the FLOPs of this convention.
     """
-    check_counted(fits, convention)
+    fits.check_counted(convention)
     runs = usable_runs(table)
     shapes = markers_of(runs.sort_values("params_nonembedding")["shape"])
     figure = new_figure(8.2, 4.6)
@@ -147,32 +142,27 @@ def _add_bits_per_byte(axes: Axes, runs: pd.DataFrame) -> None:
 def _scaling_legend(
     runs: pd.DataFrame, fits: StudyFits, convention: Convention, shapes: dict[str, str]
 ) -> list[list[Line2D]]:
-    envelopes = fits.envelopes(convention)
-    many = len(shapes) > _MOST_SHAPES
-    styles = objective_styles(envelopes)
-    lines = [
-        styles[name].handle(
-            styles[name].label
-            + ("" if fit.law is None else "\n" + exponent_text("loss", fit.law.exponent, fit.law.sign)),
-            marker=styles[name].marker if many else "",
-            face=styles[name].color,
-        )
-        for name, fit in envelopes.items()
-    ]
-    shape_handles = (
-        [note(f"{len(shapes)} shapes,\nnot told apart")]
-        if many
-        else [marker_handle(marker, name) for name, marker in shapes.items()]
-    )
+    envelopes, many = fits.envelopes(convention), len(shapes) > _MOST_SHAPES
+    lines = []
+    for fit, style in zip(envelopes.values(), objective_styles(envelopes).values(), strict=True):
+        law = "" if fit.law is None else "\n" + exponent_text("loss", fit.law.exponent, fit.law.sign)
+        lines.append(style.handle(style.label + law, marker=style.marker if many else "", face=style.color))
+    shape_handles = [marker_handle(marker, name) for name, marker in shapes.items()]
+    if many:
+        shape_handles = [note(f"{len(shapes)} shapes,\nnot told apart")]
     others = any(
         len(best_of_budgets(members, fits.unit)) < len(members)
         for _, members in runs.groupby("objective", observed=True)
     )
     kinds = [marker_handle("o", "best of its budget"), marker_handle("o", "other run", filled=False)] if others else []
-    notes = [note("bars: ± 1 s.e.")] if np.isfinite(losses(runs, fits.unit)[1]).any() else []
+    notes = _error_note(runs, fits.unit)
     if any(fit.law is not None for fit in envelopes.values()):
         notes.append(note("band and [ ]: 95 %"))
     return [lines, shape_handles, kinds, notes]
+
+
+def _error_note(runs: pd.DataFrame, unit: Unit) -> list[Line2D]:
+    return [note("bars: ± 1 s.e.")] if np.isfinite(losses(runs, unit)[1]).any() else []
 
 
 # --- isoFLOP curves --------------------------------------------------------------------------------------------------
@@ -190,15 +180,10 @@ def isoflop_curves(table: pd.DataFrame, fits: StudyFits, convention: Convention 
     is a caret at the grid's edge). Where the optimum is not inside of the shapes tried, the parabola is dotted and an
     arrow head at the grid's edge points to it.
 
-    Args:
-        table: A results table.
-        fits: The fits of the table.
-        convention: The convention by which a budget's FLOPs are counted.
-
     Raises:
-        UserError: the table lacks the FLOPs of this convention.
+        UserError: The table lacks the FLOPs of this convention.
     """
-    check_counted(fits, convention)
+    fits.check_counted(convention)
     runs = usable_runs(table)
     figure = new_figure(3.6 * len(fits.objectives) + 2.6, 4.4)
     panels = figure.subplots(1, len(fits.objectives), sharex=True, sharey=True, squeeze=False)[0]
@@ -232,16 +217,8 @@ def _draw_budgets(
     loss, stderr = losses(runs, fits.unit)
     groups, names = budget_members(flops), []
     for number, (members, color) in enumerate(zip(groups, shades(style.color, len(groups)), strict=True)):
-        axes.errorbar(
-            sizes[members],
-            loss[members],
-            yerr=np.nan_to_num(stderr[members]),
-            fmt=MARKERS[number % len(MARKERS)],
-            color=color,
-            markersize=4.5,
-            elinewidth=1,
-            zorder=3,
-        )
+        values = (sizes[members], loss[members], stderr[members])
+        _draw_group(axes, *values, MARKERS[number % len(MARKERS)], color, 4.5)
         middle = float(np.exp(np.log(flops[members]).mean()))
         budget = next((one for one in fit.budgets if abs(one.flops / middle - 1) < _SAME_BUDGET), None)
         if budget is not None:
@@ -251,9 +228,15 @@ def _draw_budgets(
     return names
 
 
+def _draw_group(axes: Axes, x: Array, y: Array, stderr: Array, marker: str, color: Any, size: float) -> None:
+    """The runs of one budget, with their standard errors where these are known."""
+    error = np.nan_to_num(stderr)
+    axes.errorbar(x, y, yerr=error, fmt=marker, color=color, markersize=size, elinewidth=1, zorder=3)
+
+
 def _name_budgets(axes: Axes, names: list[tuple[str, float, float]]) -> None:
     """Each name right of its point, lower where it would cover another; the axes' limits are final by now."""
-    taken: list[npt.NDArray[np.float64]] = []
+    taken: list[Array] = []
     for name, size, loss in sorted(names, key=lambda one: -one[2]):
         point = axes.transData.transform((size, loss)) * 72 / axes.figure.dpi
         place = point + np.array([5.0, 3.0])
@@ -290,27 +273,21 @@ def _draw_interval(axes: Axes, size: Estimate, loss: float, grid: tuple[float, f
 
 def _curves_legend(runs: pd.DataFrame, fits: StudyFits, convention: Convention) -> list[list[Line2D]]:
     budgets = [budget for fit in fits.objectives.values() for budget in fit.isoflop[convention].budgets]
+    interior = [budget for budget in budgets if budget.interior]
     handles = []
-    if any(budget.interior for budget in budgets):
-        handles += [
-            Line2D([], [], color=GREY, linewidth=1.4, label="parabola in log N"),
-            Line2D([], [], color=INK, linestyle="", marker="*", markersize=8, label="optimum, 95 %"),
-        ]
-    if any(budget.interior and budget.n_opt.interval == "open" for budget in budgets):
-        label = "interval with\nan open end"
-        handles.append(
-            Line2D([], [], color=INK, linewidth=1.2, marker=MarkerStyle(CARETRIGHT), markersize=7, label=label)
-        )
-    if not all(budget.interior for budget in budgets):
+    line = partial(Line2D, [], [])
+    if interior:
+        handles.append(line(color=GREY, linewidth=1.4, label="parabola in log N"))
+        handles.append(line(color=INK, linestyle="", marker="*", markersize=8, label="optimum, 95 %"))
+    if any(budget.n_opt.interval == "open" for budget in interior):
+        caret = MarkerStyle(CARETRIGHT)
+        handles.append(line(color=INK, linewidth=1.2, marker=caret, markersize=7, label="interval with\nan open end"))
+    if len(interior) < len(budgets):
+        arrow = partial(line, marker=">", markerfacecolor=INK, markeredgecolor=INK, markersize=7)
         label = "optimum outside\nof the shapes tried"
-        handles.append(
-            Line2D([], [], color=GREY, linewidth=1.4, linestyle=":", marker=">", markerfacecolor=INK,
-                   markeredgecolor=INK, markersize=7, label=label)
-        )  # fmt: skip
+        handles.append(arrow(color=GREY, linewidth=1.4, linestyle=":", label=label))
     counted = "6ND" if convention == "6nd" else "total"
-    notes = [note(f"numbers: training\nFLOPs ({counted})")]
-    if np.isfinite(losses(runs, fits.unit)[1]).any():
-        notes.append(note("bars: ± 1 s.e."))
+    notes = [note(f"numbers: training\nFLOPs ({counted})"), *_error_note(runs, fits.unit)]
     if not budgets:
         notes.append(note("no budget has\nenough shapes"))
     return [handles, notes]
@@ -324,12 +301,8 @@ def parametric_residuals(table: pd.DataFrame, fits: StudyFits) -> StudyFigure:
 
     Runs of one budget share a marker and a shade: a pattern within a budget is what the law cannot follow.
 
-    Args:
-        table: A results table.
-        fits: The fits of the table.
-
     Raises:
-        UserError: no objective has a parametric fit.
+        UserError: No objective has a parametric fit.
     """
     laws = {name: fit.parametric for name, fit in fits.objectives.items() if fit.parametric is not None}
     if not laws:
@@ -351,8 +324,7 @@ def parametric_residuals(table: pd.DataFrame, fits: StudyFits) -> StudyFigure:
         dress(panel)
     panels[0].set_ylabel("observed over predicted − 1 (%)", color=INK)
     shown = [note("6ND"), *(marker_handle(marker, label) for label, marker in budgets.items())]
-    errors = [note("bars: ± 1 s.e.")] if np.isfinite(losses(runs, fits.unit)[1]).any() else []
-    side_legend(figure, [shown, errors])
+    side_legend(figure, [shown, _error_note(runs, fits.unit)])
     return figure
 
 
@@ -366,16 +338,9 @@ def _draw_residuals(axes: Axes, runs: pd.DataFrame, law: ParametricFit, color: s
     for number, (members, shade) in enumerate(zip(groups, shades(color, len(groups)), strict=True)):
         marker = MARKERS[number % len(MARKERS)]
         labels[power_of_ten(float(np.exp(np.log(flops[members]).mean())))] = marker
-        axes.errorbar(
-            predicted[members],
-            100 * (observed[members] / predicted[members] - 1),
-            yerr=100 * np.nan_to_num(stderr[members] / predicted[members]),
-            fmt=marker,
-            color=shade,
-            markersize=5,
-            elinewidth=1,
-            zorder=3,
-        )
+        middle = predicted[members]
+        percent, error = 100 * (observed[members] / middle - 1), 100 * (stderr[members] / middle)
+        _draw_group(axes, middle, percent, error, marker, shade, 5)
     return labels
 
 

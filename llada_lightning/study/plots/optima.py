@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -15,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from llada_lightning.compute.flops import Convention
 from llada_lightning.study.fits import (
     BUDGET_TOLERANCE,
+    Estimate,
     IsoflopBudget,
     IsoflopFit,
     Multiplier,
@@ -28,7 +31,6 @@ from llada_lightning.study.plots.style import (
     METHODS,
     StudyFigure,
     Style,
-    check_counted,
     dress,
     exponent_text,
     flops_axis,
@@ -43,7 +45,12 @@ from llada_lightning.study.plots.style import (
 )
 from llada_lightning.support.errors import UserError
 
-_TITLES = ("parameters N at the optimum", "tokens D at the optimum", "tokens per parameter D/N")
+_PANELS = {
+    "n_opt": "parameters N at the optimum",
+    "d_opt": "tokens D at the optimum",
+    "tokens_per_param": "tokens per parameter D/N",
+}
+"""The attribute of a budget that a panel shows, and the panel's title."""
 
 
 def optimum(fits: StudyFits, convention: Convention = "6nd") -> StudyFigure:
@@ -53,9 +60,9 @@ def optimum(fits: StudyFits, convention: Convention = "6nd") -> StudyFigure:
     the bands with a dotted middle are the parametric frontier and its 95 %, over the budgets that it was fitted on.
 
     Raises:
-        UserError: the table lacks the FLOPs of this convention.
+        UserError: The table lacks the FLOPs of this convention.
     """
-    check_counted(fits, convention)
+    fits.check_counted(convention)
     figure = new_figure(11.4, 3.6)
     panels = figure.subplots(1, 3)
     styles = objective_styles(fits.objectives)
@@ -63,7 +70,7 @@ def optimum(fits: StudyFits, convention: Convention = "6nd") -> StudyFigure:
         _draw_isoflop(panels, _interior(fit, convention), fit.isoflop[convention], styles[objective])
         if fit.parametric is not None and _has_frontier(fit, convention):
             _draw_frontier(panels, fit.parametric, styles[objective], convention)
-    for panel, title in zip(panels, _TITLES, strict=True):
+    for panel, title in zip(panels, _PANELS.values(), strict=True):
         panel.set_title(title, fontsize=10, color=INK)
         panel.set_yscale("log")
         flops_axis(panel)
@@ -95,39 +102,41 @@ def _has_frontier(fit: ObjectiveFits, convention: Convention) -> bool:
 def _draw_isoflop(panels: Sequence[Axes], budgets: list[IsoflopBudget], fit: IsoflopFit, style: Style) -> None:
     if not budgets:
         return
-    flops = np.array([budget.flops for budget in budgets])
-    for panel, name in zip(panels, ("n_opt", "d_opt", "tokens_per_param"), strict=True):
-        estimates = [getattr(budget, name) for budget in budgets]
-        values = [estimate.value for estimate in estimates]
-        lows, highs = [estimate.low for estimate in estimates], [estimate.high for estimate in estimates]
-        panel.errorbar(
-            flops,
-            values,
-            yerr=interval_bars(values, lows, highs),
-            fmt=style.marker,
-            color=style.color,
-            markerfacecolor=style.face,
-            markersize=5,
-            elinewidth=1.1,
-            capsize=3,
-            zorder=4,
-        )
+    flops = [budget.flops for budget in budgets]
+    for panel, name in zip(panels, _PANELS, strict=True):
+        _draw_estimates(panel, flops, [getattr(budget, name) for budget in budgets], style, style.face)
     if fit.n_law is None or fit.d_law is None:
         return
-    line = np.geomspace(flops.min(), flops.max(), 50)
+    line = np.geomspace(min(flops), max(flops), 50)
     n, d = fit.n_law.value(line), fit.d_law.value(line)
     for panel, optima in zip(panels, (n, d, d / n), strict=True):
         panel.plot(line, optima, style.line, color=style.color, linewidth=1.6, zorder=3)
+
+
+def _draw_estimates(axes: Axes, flops: list[float], estimates: list[Estimate], style: Style, face: str) -> None:
+    """Points with their 95 % intervals."""
+    values, lows, highs = zip(*((own.value, own.low, own.high) for own in estimates), strict=True)
+    axes.errorbar(
+        flops,
+        values,
+        yerr=interval_bars(values, lows, highs),
+        fmt=style.marker,
+        color=style.color,
+        markerfacecolor=face,
+        markersize=5,
+        elinewidth=1.1,
+        capsize=3,
+        zorder=4,
+    )
 
 
 def _draw_frontier(panels: Sequence[Axes], fit: ParametricFit, style: Style, convention: Convention) -> None:
     flops = np.geomspace(*fit.flops_ranges[convention], 50)
     frontier = fit.frontier(convention, flops)
     bands = [
-        (frontier.n_opt, frontier.n_low, frontier.n_high),
-        (frontier.d_opt, frontier.d_low, frontier.d_high),
-        # At given FLOPs more parameters are fewer tokens: the ends of N and D belong together crosswise.
-        (frontier.d_opt / frontier.n_opt, frontier.d_low / frontier.n_high, frontier.d_high / frontier.n_low),
+        frontier.n,
+        frontier.d,
+        frontier.d / frontier.n[[0, 2, 1]],  # more parameters are fewer tokens: their ends belong together crosswise
     ]
     for panel, (middle, low, high) in zip(panels, bands, strict=True):
         panel.plot(flops, middle, ":", color=style.color, linewidth=1.6, zorder=2)
@@ -136,26 +145,22 @@ def _draw_frontier(panels: Sequence[Axes], fit: ParametricFit, style: Style, con
 
 def _optimum_legend(fits: StudyFits, convention: Convention) -> list[list[Artist]]:
     groups: list[list[Artist]] = []
-    styles = objective_styles(fits.objectives)
-    for objective, fit in fits.objectives.items():
-        fitted = fit.isoflop[convention]
-        texts = [
-            exponent_text(symbol, law.exponent)
-            for symbol, law in (("N", fitted.n_law), ("D", fitted.d_law))
-            if law is not None
-        ]
-        style = styles[objective]
-        marker = style.marker if _interior(fit, convention) else ""
-        groups.append([style.handle("\n".join([objective, *texts]), marker=marker)])
-    members = fits.objectives.values()
-    isoflop = any(_interior(fit, convention) for fit in members)
-    frontier = any(_has_frontier(fit, convention) for fit in members)
-    middle = Line2D([], [], color=GREY, linestyle=":", linewidth=1.6, label="parametric frontier")
-    band = Patch(color=GREY, alpha=0.3, linewidth=0, label="its 95 %")
-    laws = any(fit.isoflop[convention].n_law is not None for fit in members)
-    points = note("points, lines: IsoFLOP" if laws else "points: IsoFLOP")
-    ends = note("bars and [ ]: 95 %" if laws else "bars: 95 %")
-    return [*groups, [points, ends] if isoflop else [], [middle, band] if frontier else []]
+    isoflop = laws = frontier = False
+    for objective, style in objective_styles(fits.objectives).items():
+        fit = fits.objectives[objective]
+        fitted, points = fit.isoflop[convention], bool(_interior(fit, convention))
+        texts = [exponent_text(name, law.exponent) for name, law in (("N", fitted.n_law), ("D", fitted.d_law)) if law]
+        groups.append([style.handle("\n".join([objective, *texts]), marker=style.marker if points else "")])
+        isoflop, laws = isoflop or points, laws or fitted.n_law is not None
+        frontier = frontier or _has_frontier(fit, convention)
+    if isoflop and laws:
+        groups.append([note("points, lines: IsoFLOP"), note("bars and [ ]: 95 %")])
+    elif isoflop:
+        groups.append([note("points: IsoFLOP"), note("bars: 95 %")])
+    if frontier:
+        middle = Line2D([], [], color=GREY, linestyle=":", linewidth=1.6, label="parametric frontier")
+        groups.append([middle, Patch(color=GREY, alpha=0.3, linewidth=0, label="its 95 %")])
+    return groups
 
 
 # --- the compute multiplier ------------------------------------------------------------------------------------------
@@ -221,35 +226,25 @@ def _of(entries: Sequence[Multiplier], objective: str, convention: Convention, m
 
 
 def _draw_points(axes: Axes, entries: list[Multiplier], style: Style, dodge: float) -> None:
-    for extrapolated in (False, True):
+    for extrapolated, face in ((False, style.face), (True, "white")):
         members = [entry for entry in entries if entry.extrapolated == extrapolated]
-        if not members:
-            continue
-        values = [entry.multiplier for entry in members]
-        lows, highs = [entry.low for entry in members], [entry.high for entry in members]
-        axes.errorbar(
-            [entry.reference_flops * dodge for entry in members],
-            values,
-            yerr=interval_bars(values, lows, np.where(np.isfinite(highs), highs, 1e12)),
-            fmt=style.marker,
-            color=style.color,
-            markerfacecolor="white" if extrapolated else style.face,
-            markersize=5,
-            elinewidth=1.1,
-            capsize=3,
-            zorder=4,
-        )
+        if members:
+            estimates = [replace(entry.estimate, high=_drawn_end(entry.high)) for entry in members]
+            _draw_estimates(axes, [entry.reference_flops * dodge for entry in members], estimates, style, face)
+
+
+def _drawn_end(high: float) -> float:
+    """The end of an interval, beyond every panel where it is open."""
+    return high if math.isfinite(high) else 1e12
 
 
 def _draw_multipliers(axes: Axes, entries: list[Multiplier], style: Style) -> None:
     if not entries:
         return
-    flops, values = (
-        np.array([getattr(entry, name) for entry in entries]) for name in ("reference_flops", "multiplier")
+    flops, values, lows = (
+        np.array([getattr(entry, name) for entry in entries]) for name in ("reference_flops", "multiplier", "low")
     )
-    lows, highs = (np.array([getattr(entry, name) for entry in entries]) for name in ("low", "high"))
-    inside = np.array([not entry.extrapolated for entry in entries])
-    highs = np.where(np.isfinite(highs), highs, 1e12)
+    highs, inside = [_drawn_end(entry.high) for entry in entries], np.array([not own.extrapolated for own in entries])
     axes.plot(flops, values, "--", color=style.color, linewidth=1, zorder=2)
     axes.plot(flops, np.where(inside, values, np.nan), "-", color=style.color, linewidth=1.8, zorder=3)
     axes.fill_between(flops, lows, highs, where=inside.tolist(), color=style.color, alpha=0.14, linewidth=0, zorder=1)
@@ -271,9 +266,10 @@ def _multiplier_legend(entries: Sequence[Multiplier]) -> list[list[Line2D]]:
         for name, style in METHODS.items()
         if name in present
     ]
-    beyond = [Line2D([], [], color=GREY, linewidth=1, linestyle="--", marker="o", markerfacecolor="white",
-                     markersize=5, label="beyond a fit's\nbudgets")]  # fmt: skip
-    doubted = [Line2D([], [], color=GREY, linewidth=1.8, marker="o", markerfacecolor="white", markersize=5,
-                      label="grey: fit rejected, or\nheld-out test failed")]  # fmt: skip
-    extrapolated, doubt = any(entry.extrapolated for entry in entries), any(not entry.trusted for entry in entries)
-    return [methods, (beyond if extrapolated else []) + (doubted if doubt else []), [note("bars, bands: 95 %")]]
+    grey = partial(Line2D, [], [], color=GREY, marker="o", markerfacecolor="white", markersize=5)
+    marks = []
+    if any(entry.extrapolated for entry in entries):
+        marks.append(grey(linewidth=1, linestyle="--", label="beyond a fit's\nbudgets"))
+    if any(not entry.trusted for entry in entries):
+        marks.append(grey(linewidth=1.8, label="grey: fit rejected, or\nheld-out test failed"))
+    return [methods, marks, [note("bars, bands: 95 %")]]

@@ -7,7 +7,7 @@ information, so that a figure is readable in grey.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +27,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
 from llada_lightning.compute.shapes import format_count
 from llada_lightning.objectives import get_objective
-from llada_lightning.study.fits import Estimate, StudyFits
+from llada_lightning.study.fits.least_squares import Estimate
 from llada_lightning.study.fits.runs import base_objective
-from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import written_atomically
 
 LineStyle = Literal["-", "--", "-.", ":"]
@@ -74,11 +73,9 @@ PNG_DPI, NOTEBOOK_DPI = 160, 90
 
 
 def objective_styles(names: Iterable[str]) -> dict[str, Style]:
-    """The styles of some objectives, as the table of objectives gives them.
+    """The styles of objectives, as the table of objectives gives them, by the names of ``named_variants``.
 
-    Args:
-        names: The names of objectives, as ``named_variants`` gives them. The variants of an objective have its colour,
-            each with another line and another marker.
+    The variants of an objective have its colour, each with another line and another marker.
     """
     styles: dict[str, Style] = {}
     for name in names:
@@ -129,15 +126,6 @@ def _save_png(figure: Figure, target: Path | io.BytesIO, dpi: int) -> None:
     Image.open(buffer).convert("RGB").quantize(256).save(target, format="PNG", optimize=True)
 
 
-def check_counted(fits: StudyFits, convention: Convention) -> None:
-    """Raises UserError where a study's runs lack the FLOPs of a convention."""
-    if convention not in fits.conventions:
-        raise UserError(
-            f"figure: the runs have no FLOPs by {CONVENTION_NAMES[convention]} ({convention}); "
-            f"draw by {' or '.join(fits.conventions)}"
-        )
-
-
 # --- axes ------------------------------------------------------------------------------------------------------------
 
 
@@ -164,10 +152,20 @@ def flops_axis(axes: Axes) -> None:
 
 def label_powers(axis: Axis, limits: tuple[float, float]) -> None:
     """Powers of ten, with 3, or 2 and 5, in between where there is room."""
+    _label_logarithmic(axis, limits, power_of_ten, 15)
+
+
+def label_counts(axis: Axis, limits: tuple[float, float]) -> None:
+    """Parameters or tokens: 100m, 1b, with 2 and 5 (or 3) in between where there is room."""
+    _label_logarithmic(axis, limits, format_count, 10**1.5)
+
+
+def _label_logarithmic(axis: Axis, limits: tuple[float, float], text: Callable[[float], str], narrow: float) -> None:
+    """Three labels a power of ten where the limits are closer than a factor, two where they are not far apart."""
     low, high = limits
-    subs = (1.0, 2.0, 5.0) if high / low < 15 else (1.0, 3.0) if high / low < 10**2.5 else (1.0,)
+    subs = (1.0, 2.0, 5.0) if high / low < narrow else (1.0, 3.0) if high / low < 10**2.5 else (1.0,)
     axis.set_major_locator(LogLocator(10, subs=subs, numticks=20))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     axis.set_minor_locator(LogLocator(10, subs="all", numticks=100))
     axis.set_minor_formatter(NullFormatter())
 
@@ -177,17 +175,6 @@ def power_of_ten(value: float) -> str:
     digits, exponent = f"{value:.1e}".split("e")  # rounds before it splits: 9.99e11 is 10^12
     mantissa, power = f"{float(digits):g}", int(exponent)
     return f"$10^{{{power}}}$" if mantissa == "1" else f"${mantissa}\\times10^{{{power}}}$"
-
-
-def label_counts(axis: Axis, limits: tuple[float, float]) -> None:
-    """Parameters or tokens: 100m, 1b, with 2 and 5 (or 3) in between where there is room."""
-    low, high = limits
-    decades = np.log10(high / low)
-    subs = (1.0, 2.0, 5.0) if decades < 1.5 else (1.0, 3.0) if decades < 2.5 else (1.0,)
-    axis.set_major_locator(LogLocator(10, subs=subs, numticks=20))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
-    axis.set_minor_locator(LogLocator(10, subs="all", numticks=100))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def hold_limits(axes: Axes, values: npt.ArrayLike, factor: float) -> None:

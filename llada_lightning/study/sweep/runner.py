@@ -6,10 +6,13 @@ resumes from its own checkpoint; so the same command, given again, does what is 
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import os
+import re
 import shlex
 import signal
+import stat
 import subprocess
 import threading
 import time
@@ -26,45 +29,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from llada_lightning.compute.flops import CONVENTIONS, Convention, cost_of_budgets
-from llada_lightning.compute.rules import DECAY_FRACTION
 from llada_lightning.records import RESULT_FILE, expected_records, has_diverged, is_done, read_records
-from llada_lightning.study.sweep.file import (
-    Point,
-    Sweep,
-    check_unchanged,
-    fit_arguments,
-    launch_fit,
-    render_command,
-    settings_of,
-)
-from llada_lightning.study.sweep.watch import budget_share, describe_state, format_seconds, last_line, latest_metrics
+from llada_lightning.study.sweep import PlannedRun, RunFolder, Sweep, check_unchanged, launch_fit, plan_runs
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import people_console, visible
 
+METRICS_FILE = "metrics.csv"
 _POLL_SECONDS = 0.1
-
-RunFolder = Callable[[list[str]], Path]
-"""From ``fit`` and its arguments to the folder of that run. Injected: resolving a config needs torch."""
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One run of a sweep: ``fit`` and its arguments, its folder and log, and its cost in FLOPs (1 if unknown)."""
-
-    arguments: list[str]
-    folder: Path
-    cost: float
-    convention: Convention = "6nd"
-    """Which FLOPs its cost counts."""
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def log(self) -> Path:
-        return self.folder.parent / "logs" / f"{self.name}.log"
+_BLOCK_BYTES = 4096
+_CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 @dataclass(frozen=True)
@@ -96,30 +69,6 @@ class SweepOutcome:
         return 1 if self.failed else 0
 
 
-def plan_runs(sweep: Sweep, run_folder: RunFolder, extra: Sequence[str] = ()) -> list[PlannedRun]:
-    """The sweep's runs in order, each folder once: points that describe the same run are run once.
-
-    Args:
-        sweep: The sweep.
-        run_folder: A function from ``fit`` and its arguments to the folder of the run.
-        extra: The arguments that are appended to those of every run.
-
-    Raises:
-        UserError: a command is not ``llada fit``, or ``run_folder`` refuses its arguments.
-    """
-    runs: dict[Path, PlannedRun] = {}
-    for point in sweep.points:
-        run = planned_run(sweep, point, run_folder, extra)
-        runs.setdefault(run.folder, run)
-    return list(runs.values())
-
-
-def planned_run(sweep: Sweep, point: Point, run_folder: RunFolder, extra: Sequence[str] = ()) -> PlannedRun:
-    """One point of a sweep as the run that it describes (arguments and errors as :func:`plan_runs`)."""
-    arguments = [*fit_arguments(render_command(sweep, point)), *extra]
-    return PlannedRun(arguments, run_folder(arguments), _cost(point), _convention(point))
-
-
 def run_sweep(
     sweep: Sweep,
     run_folder: RunFolder,
@@ -139,14 +88,10 @@ def run_sweep(
     processor's cores among the jobs.
 
     Args:
-        sweep: The sweep.
-        run_folder: A function from ``fit`` and its arguments to the folder of the run.
-        jobs: The number of runs at once.
         extra: The arguments that are appended to those of every run.
         edited: Whether a change of the file since the study was begun is meant.
         launch: A function from ``fit`` and its arguments to the command that is run.
         console: The console of the progress; by default stderr.
-        grace_seconds: The time that a stopped fit has to save its checkpoint, in seconds.
 
     Raises:
         UserError: ``jobs`` is below 1, a run's arguments are refused, or the file was edited (before anything is run).
@@ -158,8 +103,7 @@ def run_sweep(
     if len(runs) < len(sweep.points):
         console.print(f"{len(sweep.points)} points describe {len(runs)} different runs; each is run once")
     for study in dict.fromkeys(run.folder.parent for run in runs):
-        added = check_unchanged(sweep, study, edited=edited)
-        if added:
+        if added := check_unchanged(sweep, study, edited=edited):
             console.print(f"{added} runs are new in the file since the study was begun")
     runner = _Runner(runs, jobs, launch, console)
     try:
@@ -297,30 +241,22 @@ class _Runner:
 
     def _picture(self) -> Group:
         jobs = Table.grid("", "", Column(style="dim"), "", padding=(0, 2))
-        spent = self.cost_done
+        now, spent = time.monotonic(), self.cost_done
         for job in list(self.running):
-            metrics = latest_metrics(job.run.folder)
             share = budget_share(job.run)
             spent += share * job.run.cost
-            elapsed = format_seconds(time.monotonic() - job.started)
-            jobs.add_row("running", job.run.name, describe_state(share, metrics), elapsed)
-        return Group(jobs, self._study_line(spent))
-
-    def _study_line(self, spent: float) -> Table:
-        elapsed = time.monotonic() - self.started
+            state = describe_state(share, latest_metrics(job.run.folder))
+            jobs.add_row("running", job.run.name, state, format_seconds(now - job.started))
+        elapsed, failed = now - self.started, len(self.outcome.failed)
         settled = len(self.outcome.done) + len(self.outcome.skipped)
-        failed: list[str | tuple[str, str]] = (
-            [", ", (f"{len(self.outcome.failed)} failed", "red")] if self.outcome.failed else []
-        )
-        left = f"about {format_seconds(elapsed * (self.cost / spent - 1))} left" if spent else ""
-        line = Table.grid(padding=(0, 2))
-        line.add_row(
-            Text.assemble((f"{settled}/{self.total} runs", "bold"), *failed),
+        study = Table.grid(padding=(0, 2))
+        study.add_row(
+            Text.assemble((f"{settled}/{self.total} runs", "bold"), (f", {failed} failed" if failed else "", "red")),
             ProgressBar(total=self.cost, completed=spent, width=30),
             f"{format_seconds(elapsed)} elapsed",
-            left,
+            f"about {format_seconds(elapsed * (self.cost / spent - 1))} left" if spent else "",
         )
-        return line
+        return Group(jobs, study)
 
 
 def child_environment(jobs: int) -> dict[str, str]:
@@ -347,25 +283,6 @@ def _signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# --- small things ----------------------------------------------------------------------------------------------------
-
-
-def _cost(point: Point) -> float:
-    settings = settings_of(point)
-    flops = settings.get("budget.flops")
-    try:
-        budgets = [float(budget) for budget in (flops if isinstance(flops, list) else [flops])]  # type: ignore[arg-type]
-        decay = float(settings.get("model.init_args.schedule.decay_fraction", DECAY_FRACTION))
-        return cost_of_budgets(budgets, decay)
-    except (TypeError, ValueError):
-        return 1.0
-
-
-def _convention(point: Point) -> Convention:
-    given = settings_of(point).get("budget.convention")
-    return given if given in CONVENTIONS else "6nd"
-
-
 def _reason(folder: Path, code: int, line: str) -> str:
     if code == 0:
         with suppress(UserError):
@@ -376,3 +293,86 @@ def _reason(folder: Path, code: int, line: str) -> str:
             return f"ended with status {', '.join(sorted(states))}" if states else f"ended without a {RESULT_FILE}"
     what = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     return f"{line} ({what})" if line else what
+
+
+# --- what a running fit shows ----------------------------------------------------------------------------------------
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says anything, without colours."""
+    lines = _CONTROL_SEQUENCE.sub("", _block(path, at_end=True)).replace("\r", "\n").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def latest_metrics(folder: Path) -> dict[str, str]:
+    """The newest row of a run's ``metrics.csv``, or of its branches', without its empty cells; nothing before one."""
+    written = [path for path in _metrics_files(folder) if path.exists()]
+    return _metrics_row(max(written, key=lambda path: path.stat().st_mtime)) if written else {}
+
+
+def budget_share(run: PlannedRun) -> float:
+    """The share of its cost that a running fit has spent, trunk and branches together; 0 where it cannot be known."""
+    column, spent = "flops_6nd" if run.convention == "6nd" else "flops_total", 0.0
+    with suppress(KeyError, ValueError, OSError):
+        for path in _metrics_files(run.folder):
+            spent += float(_metrics_row(path).get(column, 0.0))
+            if path.parent != run.folder and spent:  # a branch's count begins with its trunk's
+                spent -= float(_metrics_row(path, first=True)[column])
+    return min(1.0, spent / run.cost) if run.cost > 1 else 0.0
+
+
+def _metrics_files(folder: Path) -> list[Path]:
+    return [folder / METRICS_FILE, *sorted(folder.glob(f"branches/*/{METRICS_FILE}"))]
+
+
+def _metrics_row(path: Path, *, first: bool = False) -> dict[str, str]:
+    """The last row, or the first: its cells that hold something; none of a row that is being written."""
+    header, rows = _rows(_block(path))[:1], _rows(_block(path, at_end=not first))
+    if not header or len(rows) < 2:  # no row yet
+        return {}
+    cells = rows[1] if first else rows[-1]
+    if len(cells) != len(header[0]):
+        return {}
+    return {name: value for name, value in zip(header[0], cells, strict=True) if value}
+
+
+def _rows(text: str) -> list[list[str]]:
+    with suppress(csv.Error):
+        return [row for row in csv.reader(text.splitlines()) if row]
+    return []
+
+
+def _block(path: Path, *, at_end: bool = False) -> str:
+    """The first or the last 4096 bytes of a file; nothing of what is no regular file or cannot be read."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # a pipe must not hang
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return ""
+            file.seek(max(0, status.st_size - _BLOCK_BYTES) if at_end else 0)
+            return file.read(_BLOCK_BYTES).decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def describe_state(share: float, metrics: dict[str, str]) -> str:
+    """A running fit in words: ``62%  step 1200  3.214 nats/token  7,400 tokens/s``."""
+    if not metrics:
+        return "starting"
+    words = [f"{share:.0%}"] if share else []
+    words.append(f"step {metrics.get('step', '?')}")
+    with suppress(KeyError, ValueError):
+        words.append(f"{float(metrics['train_nats_per_token']):.3f} nats/token")
+    with suppress(KeyError, ValueError):
+        words.append(f"{float(metrics['tokens_per_second']):,.0f} tokens/s")
+    return "  ".join(words)
+
+
+def format_seconds(seconds: float) -> str:
+    """58s, 3m 20s, 5h 07m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"

@@ -286,8 +286,8 @@ class StepProfiler(Callback):
         say(f"profile of steps {self._first + self._after + 1}-{self._step}: {self._folder / 'summary.md'}")
 
     def _write(self, summary: dict[str, Any]) -> None:
-        from llada_lightning.study.plots.profile import step_phases  # matplotlib takes its time
         from llada_lightning.study.plots.style import write_figure
+        from llada_lightning.study.plots.tables import step_phases  # matplotlib takes its time
 
         write_json(self._folder / SUMMARY_FILE, summary)
         with written_atomically(self._folder / "summary.md") as temporary:

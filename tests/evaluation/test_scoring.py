@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.small_models import EOS, ids, random_model
-from llada_lightning.evaluation.likelihood import log_likelihood
-from llada_lightning.evaluation.rolling import _windows, rolling_log_likelihood
+from llada_lightning.evaluation.likelihood import log_likelihood, windows
+from llada_lightning.evaluation.scoring import rolling_log_likelihood
 from llada_lightning.objectives.standard_errors import ratio_and_stderr
 from llada_lightning.support.errors import UserError
 
@@ -24,7 +24,7 @@ TEXTS = [ids(100, 1), ids(20, 2), ids(48, 3)]
 def test_windows_score_every_token_once_behind_what_stands_before_it(length: int, window: int, data: Any) -> None:
     stride = data.draw(st.integers(1, window))
     text = list(range(length))
-    pairs = list(_windows(text, window, stride))
+    pairs = list(windows(text, window, stride))
     assert [token for _, scored in pairs for token in scored] == text
     for context, scored in pairs:
         assert len(context) + len(scored) <= window
@@ -33,9 +33,9 @@ def test_windows_score_every_token_once_behind_what_stands_before_it(length: int
 
 
 @pytest.mark.parametrize("lm", [LLADA, ARM], ids=["llada", "arm"])
-def test_the_sum_of_its_windows(lm: Any) -> None:
+def test_the_sum_of_itswindows(lm: Any) -> None:
     found = rolling_log_likelihood(lm, TEXTS, 40, 30, text_bytes=[300, 70, 150], samples=16)
-    pairs = [pair for text in TEXTS for pair in _windows(text, 40, 30)]
+    pairs = [pair for text in TEXTS for pair in windows(text, 40, 30)]
     scores = log_likelihood(lm, pairs, samples=16)
     nats = -sum(score.mean for score in scores)
     assert found.nats_per_token == pytest.approx(nats / 168)

@@ -1,4 +1,4 @@
-"""Task accuracy against training FLOPs, and the paper's Figure 3."""
+"""Figures of tables without a fit: scores of tasks, the paper's Figure 3, a planned study, the parts of a step."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from matplotlib.axes import Axes
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
 from llada_lightning.compute.shapes import PAPER_VOCAB_SIZE, format_count
-from llada_lightning.study.fits import flops_column, named_variants, objective_names
+from llada_lightning.study.fits.runs import flops_column, named_variants, objective_names
 from llada_lightning.study.plots.style import (
     CHANCE,
+    GREY,
     INK,
     StudyFigure,
     Style,
     dress,
     flops_axis,
     flops_label,
+    label_counts,
     label_plain,
+    label_powers,
     marker_handle,
     markers_of,
     new_figure,
@@ -28,12 +31,10 @@ from llada_lightning.study.plots.style import (
     objective_styles,
     side_legend,
 )
-from llada_lightning.study.reference import (
-    PAPER_SEQUENCE_LENGTH,
-    PAPER_TASKS,
-    paper_scalability,
-)
+from llada_lightning.study.reference import PAPER_SEQUENCE_LENGTH, PAPER_TASKS, paper_scalability
 from llada_lightning.support.errors import UserError
+
+# --- task scores -----------------------------------------------------------------------------------------------------
 
 PAPER_CHANCE = {"mmlu": 25.0, "cmmlu": 25.0, "arc_c": 25.0, "piqa": 50.0}
 """Percent that guessing gets: four choices a question (nearly always in ARC-C), two in PIQA."""
@@ -66,7 +67,7 @@ def task_accuracy(
         remark: A sentence below the panels.
 
     Raises:
-        UserError: the table has no scores, or lacks the FLOPs of this convention.
+        UserError: The table has no scores, or lacks the FLOPs of this convention.
     """
     table = named_variants(table)
     names = task_names(table)
@@ -149,3 +150,69 @@ def paper_figure3(convention: Convention = "6nd") -> StudyFigure:
         chance=PAPER_CHANCE,
         remark="" if convention == "6nd" else remark,
     )
+
+
+# --- a plan ----------------------------------------------------------------------------------------------------------
+
+_DODGE = 1.06
+"""The factor between objectives of one size, which are set side by side."""
+
+
+def plan_grid(table: pd.DataFrame) -> StudyFigure:
+    """Sizes and tokens per parameter of ``Plan.table()`` against its budgets; a line joins the budgets of a trunk."""
+    figure = new_figure(9.0, 3.6)
+    panels = figure.subplots(1, 2)
+    styles = objective_styles(objective_names(table))
+    dodges = {name: _DODGE ** (number - (len(styles) - 1) / 2) for number, name in enumerate(styles)}
+    for panel, column in zip(panels, ("params_nonembedding", "tokens_per_param"), strict=True):
+        for (objective, _), members in table.sort_values("budget").groupby(["objective", "trunk"], observed=True):
+            style = styles[str(objective)]
+            panel.plot(
+                members["budget"] * dodges[str(objective)],
+                members[column],
+                style.line,
+                marker=style.marker,
+                color=style.color,
+                markerfacecolor=style.face,
+                markersize=5,
+                linewidth=0.8,
+            )
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.margins(x=0.1)
+        label_powers(panel.xaxis, panel.get_xlim())
+        label_counts(panel.yaxis, panel.get_ylim())
+        dress(panel)
+    panels[0].set_title("non-embedding parameters N", fontsize=10, color=INK)
+    panels[1].set_title("tokens per parameter D/N", fontsize=10, color=INK)
+    figure.supxlabel("budget (training FLOPs)", fontsize=10, color=INK)
+    handles = [style.handle(name, marker=style.marker) for name, style in styles.items()]
+    side_legend(figure, [handles, [note("a line: one trunk")] if table["trunk"].duplicated().any() else []])
+    return figure
+
+
+# --- a step ----------------------------------------------------------------------------------------------------------
+
+_COLORS = ("#F0E442", "#CC79A7", "#56B4E9", "#E69F00", "#009E73", "#D55E00", GREY)
+"""Okabe and Ito's, none used twice."""
+_NAMED_FROM = 0.05
+"""The smallest share of the step whose percentage is written on its bar."""
+
+
+def step_phases(milliseconds: Mapping[str, float], labels: Mapping[str, str]) -> StudyFigure:
+    """One bar: a step, each of its phases as long as it takes, in the order of ``milliseconds``."""
+    figure = new_figure(8.0, 1.9)
+    axes = figure.subplots()
+    step, left = sum(milliseconds.values()), 0.0
+    for (name, length), color in zip(milliseconds.items(), _COLORS, strict=True):
+        label = f"{labels[name]}: {length:.3g} ms"
+        axes.barh(0, length, left=left, color=color, edgecolor="white", linewidth=0.8, label=label)
+        if length >= _NAMED_FROM * step:
+            axes.text(left + length / 2, 0, f"{length / step:.0%}", ha="center", va="center", fontsize=9, color=INK)
+        left += length
+    axes.set_xlim(0, step)
+    axes.set_yticks([])
+    axes.set_xlabel("milliseconds of a step", fontsize=10, color=INK)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
+    return figure

@@ -41,7 +41,7 @@ def test_an_exact_law_is_recovered_exactly() -> None:
     assert law.a == pytest.approx(3.0)
     assert law.b == pytest.approx(0.1)
     assert law.residual < 1e-12
-    assert law.spread == 0.0
+    assert law.scatter.tau == 0.0
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
@@ -79,7 +79,7 @@ def test_a_point_weighs_by_its_error() -> None:
 def test_errors_grow_where_the_law_does_not_hold() -> None:
     bent = 2.0 + 3.0 * (BUDGETS / C0) ** -0.3
     law = fit_power_law(BUDGETS, bent, 1e-4 * bent)
-    assert law.spread > 100 * 1e-4
+    assert law.scatter.tau > 100 * 1e-4
     assert law.interval_b[1] - law.interval_b[0] > 0.01
 
 
