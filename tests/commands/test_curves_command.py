@@ -20,7 +20,7 @@ Captured = pytest.CaptureFixture[str]
 def _drawn_where_it_matters(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are laid out, and are rendered in the tests that are marked so: a study's take three seconds."""
     if request.node.get_closest_marker("rendered") is None:
-        monkeypatch.setattr("llada_lightning.study.plots.draw.write_figure", written_empty)
+        monkeypatch.setattr("llada_lightning.study.plots.write_figure", written_empty)
 
 
 def written_empty(figure: Figure, folder: Path | str, name: str) -> Path:
