@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from helpers.small_corpora import write_corpus
 
@@ -13,9 +14,17 @@ from helpers.small_corpora import write_corpus
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The callbacks that kill a run are named by their class paths.
 os.environ.setdefault("LLADA_TRUSTED_MODULES", "helpers")
+# litdata would ask the package index for its newest version.
+os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
+# An example's deadline is one of wall time, which the other worker shares.
+settings.register_profile("suite", deadline=None, max_examples=50)
+settings.load_profile("suite")
 
 
-LONGEST_FIRST = ("test_readme.py", "training", "benchmarks", "test_notebooks.py")
+LONGEST_FIRST = (
+    "test_readme.py", "training", "benchmarks", "test_notebooks.py", "test_golden_runs.py", "test_extending.py",
+    "experiments", "commands",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

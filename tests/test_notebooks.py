@@ -14,6 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST_BYTES = 50_000
+SLOW = ("study", "published_isoflop", "own_objective")
+"""Other tests make their fits (tests/experiments/test_study.py) and their training (tests/test_extending.py)."""
+RUN = [pytest.param(path, marks=[pytest.mark.slow] if path.stem in SLOW else [], id=path.stem) for path in NOTEBOOKS]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def kinds(notebook: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUN)
 def test_a_notebook_runs_and_shows_what_is_committed(path: Path, render: ModuleType, tmp_path: Path) -> None:
     for name in ("quickstart", "study"):
         shutil.copytree(ROOT / "experiments" / name, tmp_path / "experiments" / name)

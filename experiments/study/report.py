@@ -390,10 +390,14 @@ def _repeat(members: pd.DataFrame, error: float, best: pd.Series) -> dict[str, f
     }
 
 
+def published_fits() -> StudyFits:
+    return fit_table(published_isoflop())
+
+
 def write(report: Path, cpu: Path, gpu: Path) -> None:
     """Draws the figures into the folders of tables, and writes the report, which shows them."""
     studies = {"cpu": Study(cpu), "gpu": Study(gpu)}
-    published = fit_table(published_isoflop())
+    published = published_fits()
     figures.draw(studies["cpu"], studies["gpu"], read_off_points(published), report.with_suffix(""))
     environment = Environment(
         loader=FileSystemLoader(HERE), undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from helpers.studies import CHINCHILLA, VALLEYS, Chinchilla, simulated_study, study, true_multiplier
 from llada_lightning.commands.curves import main as curves
@@ -15,14 +16,28 @@ from llada_lightning.support.errors import UserError
 Captured = pytest.CaptureFixture[str]
 
 
+@pytest.fixture(autouse=True)
+def _drawn_where_it_matters(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are laid out, and are rendered in the tests that are marked so: a study's take three seconds."""
+    if request.node.get_closest_marker("rendered") is None:
+        monkeypatch.setattr("llada_lightning.study.plots.write_figure", written_empty)
+
+
+def written_empty(figure: Figure, folder: Path | str, name: str) -> Path:
+    path = Path(folder) / f"{name}.png"
+    path.touch()
+    return path
+
+
 @pytest.fixture
 def table(tmp_path: Path) -> str:
     return str(write_results(study(), tmp_path / "results.csv"))
 
 
+@pytest.mark.rendered
 def test_curves_writes_fits_and_figure_and_prints_every_run(table: str, tmp_path: Path, capsys: Captured) -> None:
     assert curves([table, "--out", str(tmp_path / "out"), "--samples", "200"]) == 0
-    assert {"fits.json", "scaling.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"fits.json", "scaling.png", "scaling.svg"} <= {path.name for path in (tmp_path / "out").iterdir()}
     fits = json.loads((tmp_path / "out/fits.json").read_text())
     assert fits["settings"]["samples"] == 200
     out = capsys.readouterr().out

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers.forked import run_command
 from llada_lightning.commands.launch import launcher_words
 from llada_lightning.commands.main import main
 from llada_lightning.training.fit import LladaCLI, resolved_run
@@ -58,20 +59,14 @@ def test_the_launched_file_is_the_same_run(
     assert [p.name for p in file.parent.iterdir()] == ["launch.yaml"]
 
 
-def test_it_becomes_the_launcher_with_the_environment_it_has(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_it_becomes_the_launcher_with_the_environment_it_has(prepared: Path, tmp_path: Path) -> None:
     """In a process of its own: the launcher sees the agent's variables, and its exit code is the command's."""
-    import subprocess
-
     script = tmp_path / "launcher"
     script.write_text('#!/bin/bash\necho "$WANDB_RUN_ID $WANDB_SWEEP_ID $# ${@: -1}"\nexit 7\n')
     script.chmod(0o755)
     environment = {**os.environ, "WANDB_RUN_ID": "abc", "WANDB_SWEEP_ID": "swp"}
-    command = [sys.executable, "-m", "llada_lightning", "launch", f"--launcher={script} one", "--"]
-    done = subprocess.run(
-        [*command, *arguments(prepared, tmp_path, "--run.name=named")], env=environment, capture_output=True, text=True
-    )
+    words = arguments(prepared, tmp_path, "--run.name=named")
+    done = run_command(["launch", f"--launcher={script} one", "--", *words], environment)
     assert done.returncode == 7, done.stderr
     assert done.stdout.split() == ["abc", "swp", "7", str(tmp_path / "default" / "named" / "launch.yaml")]
 

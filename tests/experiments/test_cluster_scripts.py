@@ -106,17 +106,24 @@ def test_each_script_is_sound(script: str) -> None:
         assert not re.search(r"^#SBATCH", text[commands:], re.MULTILINE), "sbatch reads no options behind a command"
 
 
-def test_a_job_trains_on_all_its_tasks_and_reports_a_mistake_once(
-    prepared: Path, tmp_path: Path, job: dict[str, str]
-) -> None:
+@pytest.fixture
+def words(prepared: Path, tmp_path: Path) -> list[str]:
+    """The arguments of a sharded run on CPUs."""
     config = run_configuration(prepared, tmp_path / "runs", tmp_path / "run.yaml")
     overlays = ["--config", str(config), "--config", str(CLUSTER / "fsdp2.yaml")]
-    cpu = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
-    wrong = sbatch("slurm.sbatch", *overlays, *cpu, "--data.global_batch=0", environment=job)
+    return [*overlays, "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+
+
+def test_a_job_reports_a_mistake_once(words: list[str], tmp_path: Path, job: dict[str, str]) -> None:
+    wrong = sbatch("slurm.sbatch", *words, "--data.global_batch=0", environment=job)
     assert wrong.returncode == 2
     assert wrong.stderr.count("error:") == 1
     assert not (tmp_path / "runs").exists()
-    done = sbatch("slurm.sbatch", *overlays, *cpu, environment=job)
+
+
+@pytest.mark.slow
+def test_a_job_trains_on_all_its_tasks(words: list[str], tmp_path: Path, job: dict[str, str]) -> None:
+    done = sbatch("slurm.sbatch", *words, environment=job)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "cluster" / "run"
     lines = (tmp_path / "log").read_text().splitlines()

@@ -26,9 +26,10 @@ from llada_lightning.compute.flops import CONVENTIONS
 from llada_lightning.compute.rules import Size, learning_rate
 from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.objectives.llada import nll_bound
-from llada_lightning.study.fits import Noise
+from llada_lightning.study.fits import Noise, StudyFits
 from llada_lightning.study.fits.uncertainty import Spread
 from llada_lightning.study.sweep import fit_arguments, read_sweep, render_command
+from report import Study
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "experiments" / "study"
@@ -36,19 +37,24 @@ SWEEPS = sorted((ROOT / "sweeps").glob("study-*.yaml"))
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:e[+-]?\d+)?")
 
 
+@cache
+def study_of(folder: Path) -> Study:
+    """A study whose fits are made once for all tests."""
+    return Study(folder)
+
+
 @pytest.fixture(scope="module", params=["cpu", "gpu"])
-def study(request: pytest.FixtureRequest) -> report.Study:
-    return report.Study(STUDY / request.param)
+def study(request: pytest.FixtureRequest) -> Study:
+    return study_of(STUDY / request.param)
+
+
+def gpu_study() -> Study:
+    return study_of(STUDY / "gpu")
 
 
 @cache
-def gpu_study() -> report.Study:
-    return report.Study(STUDY / "gpu")
-
-
-@cache
-def published_fits() -> Any:
-    return report.fit_table(report.published_isoflop())
+def published_fits() -> StudyFits:
+    return report.published_fits()
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -58,9 +64,13 @@ def numbers(text: str) -> list[float]:
     return [float(number.replace(",", "")) for number in NUMBER.findall(text)]
 
 
-def test_the_report_follows_from_the_committed_tables(tmp_path: Path) -> None:
+def test_the_report_follows_from_the_committed_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Word for word; numbers to the last digits that another processor's rounding may turn."""
-    report.write(tmp_path / "study.md", STUDY / "cpu", STUDY / "gpu")
+    published = published_fits()
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "Study", study_of)
+        patch.setattr(report, "published_fits", lambda: published)
+        report.write(tmp_path / "study.md", STUDY / "cpu", STUDY / "gpu")
     fresh, committed = (tmp_path / "study.md").read_text(), (ROOT / "docs" / "study.md").read_text()
     fresh = re.sub(r"\]\([^)]*/experiments/", "](../experiments/", fresh)
     assert NUMBER.sub("", fresh) == NUMBER.sub("", committed)  # else: make study-report
@@ -70,7 +80,7 @@ def test_the_report_follows_from_the_committed_tables(tmp_path: Path) -> None:
         assert (ROOT / "docs" / figure).stat().st_size > 10_000, figure
 
 
-def test_the_committed_fits_are_those_of_the_table(study: report.Study) -> None:
+def test_the_committed_fits_are_those_of_the_table(study: Study) -> None:
     committed = report.json.loads((study.folder / "fits.json").read_text())
     fresh = study.fits.as_dict()
     assert [list(entry) for entry in fresh["held_out"]] == [list(entry) for entry in committed["held_out"]]
@@ -109,7 +119,7 @@ def test_the_rates_that_a_plan_advises_are_the_tuning_tables() -> None:
     """The best of `llada`'s rates over the rule's, by study."""
     best = {}
     for name, budget in (("gpu", 1e14), ("cpu", 1e12)):
-        runs = report.Study(STUDY / name).read("tune")
+        runs = study_of(STUDY / name).read("tune")
         runs = runs[runs["objective"] == "llada"]
         rates = runs.loc[runs.groupby("shape")["val_nats_per_token"].idxmin(), "lr"]
         best[name] = sorted(rates / learning_rate("deepseek", Size(1e5, 1e7, budget)))
@@ -131,7 +141,7 @@ def test_a_half_is_not_excluded_as_the_exponent_of_n() -> None:
     assert found["unweighted"].low < 0.5 < found["weighted"].low
 
 
-def test_every_result_is_one_of_the_sweeps(study: report.Study) -> None:
+def test_every_result_is_one_of_the_sweeps(study: Study) -> None:
     """The main grid holds each planned shape and budget of both objectives, and nothing else."""
     name, planned = study.folder.name, []
     for path in SWEEPS:

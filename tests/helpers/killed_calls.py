@@ -1,13 +1,8 @@
-"""A function in a process of its own that kills itself at a chosen call.
-
-The processes are forked by a server that imports the package once: each costs a second, and none shares this process's
-threads.
-"""
+"""A function in a process of its own that kills itself at a chosen call."""
 
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import pkgutil
 import signal
@@ -18,8 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["llada_lightning.training.fit"])
+from helpers.forked import exit_codes
 
 
 @dataclass(frozen=True)
@@ -39,18 +33,10 @@ class At:
 
 def killed(moment: At, function: Callable[..., Any], *arguments: Any) -> bool:
     """Call a function in another process, which kills itself with SIGKILL at the moment; whether it came to that."""
-    process = _CONTEXT.Process(target=_run, args=(moment, function, arguments))
-    process.start()
-    process.join(120)
-    ended = process.exitcode
-    process.kill()
-    process.join()
-    return ended == -signal.SIGKILL
+    return exit_codes(_run, (moment, function, arguments)) == [-signal.SIGKILL]
 
 
 def _run(moment: At, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    # As in a command's own process; a loader's worker would be the server's child else, and outlive its parent.
-    multiprocessing.set_start_method("fork", force=True)
     owner_name, _, name = moment.function.replace(":", ".").rpartition(".")
     owner = pkgutil.resolve_name(owner_name)
     original, calls = getattr(owner, name), 0

@@ -1,4 +1,4 @@
-"""Four processes with a model in shards, 2 data-parallel x 2 tensor-parallel: `python mesh_of_four.py FOLDER`.
+"""Four processes with a model in shards, 2 data-parallel x 2 tensor-parallel.
 
 Rows that the processes of one dimension divide evenly and those of the other do not: the embedding has 394 words.
 """
@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from helpers.tiny_runs import free_port
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.model import Transformer
 from llada_lightning.model.sharding import fill
@@ -69,8 +66,3 @@ def work(rank: int, port: int, folder: Path) -> None:
         layouts = {name: [str(placement) for placement in part.placements] for name, part in parts.items()}
         (folder / "figures.json").write_text(json.dumps({"norm": float(norm), "layouts": layouts}))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    # Forked, so that torch and the package are imported once.
-    mp.start_processes(work, args=(free_port(), Path(sys.argv[1])), nprocs=4, start_method="fork")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from helpers.forked import run_command
 from llada_lightning.commands.main import main
 
 MODELS = {"arm": "ArmModule", "llada": "LladaModule"}
@@ -103,7 +104,28 @@ def fit(objective: str, data: Path, root: Path, *extra: str) -> Path:
 def fit_process(
     objective: str, data: Path, root: Path, *extra: str, variables: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Fit in a process of its own."""
+    """Fit in a forked process for each device."""
+    argv = fit_arguments(objective, data, root, *extra)
+    if variables is not None and "SLURM_NTASKS" in variables:
+        return run_processes(argv, 1, variables)
+    devices = [int(word.partition("=")[2]) for word in extra if word.startswith("--trainer.devices=")]
+    return run_processes(argv, max([1, *devices]), variables)
+
+
+def run_processes(argv: list[str], count: int, variables: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """Run `llada` in forked processes: one, or several with the variables that Lightning sets for those it starts."""
+    environment = child_environment() | (variables or {})
+    if count == 1:
+        return run_command(argv, environment)
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
+    environment["WORLD_SIZE"] = str(count)
+    return run_command(argv, *({**environment, "LOCAL_RANK": str(rank)} for rank in range(count)))
+
+
+def fit_command(
+    objective: str, data: Path, root: Path, *extra: str, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Fit as a user starts it: a new interpreter, which starts those of the other devices."""
     command = [sys.executable, "-m", "llada_lightning", *fit_arguments(objective, data, root, *extra)]
     environment = child_environment() | (variables or {})
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)

@@ -86,7 +86,7 @@ def small_coverage(world: World, shapes: int, studies: int, samples: int) -> dic
     return {name: float(np.mean(covered)) for name, covered in hits.items()}
 
 
-@pytest.mark.parametrize("shapes", [3, 4])
+@pytest.mark.parametrize("shapes", [3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("world", [VALLEYS, CHINCHILLA], ids=["valleys", "chinchilla"])
 def test_small_studies_with_seed_spread_hold_the_truth(world: World, shapes: int) -> None:
     found = small_coverage(world, shapes, studies=10, samples=200)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers.tiny_runs import MODELS, fit, fit_process, losses, record
+from helpers.tiny_runs import MODELS, fit, fit_command, losses, record
 from llada_lightning.data.datasets import document_numbers
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch, scored_positions
 from llada_lightning.objectives.standard_errors import clustered_mean_and_stderr, mean_by_cluster
@@ -172,7 +172,7 @@ def test_accumulation_and_workers_give_the_same_curve(
 
 def test_two_ranks_give_the_same_curve(reference: Path, prepared: Path, tmp_path: Path) -> None:
     ranks = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.val_batch=5")
-    done = fit_process(objective(reference), prepared, tmp_path, *ranks)
+    done = fit_command(objective(reference), prepared, tmp_path, *ranks)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "test" / "run"
     assert losses(folder) == pytest.approx(losses(reference), abs=1e-5)

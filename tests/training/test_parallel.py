@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,17 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from helpers import mesh_of_four
+from helpers.forked import exit_codes
 from helpers.tiny_runs import (
-    child_environment,
     fit,
     fit_arguments,
     fit_process,
+    free_port,
     kill_at,
     losses,
     metrics,
     record,
+    run_processes,
     weights,
 )
 from llada_lightning.checkpoints.run_folder import (
@@ -274,9 +274,8 @@ def test_the_run_of_one_process_goes_on_as_a_group(prepared: Path, tmp_path: Pat
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("four")
-    command = [sys.executable, mesh_of_four.__file__, str(folder)]
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    port = free_port()
+    assert exit_codes(mesh_of_four.work, *((rank, port, folder) for rank in range(4))) == [0] * 4
     return folder
 
 
@@ -389,8 +388,7 @@ def test_bf16_stays_near_replicas(prepared: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_each_sequence_is_predicted_once(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [sys.executable, "-m", "llada_lightning", "predict", f"--config={two / 'config.yaml'}"]
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=240)
+    done = run_processes(["predict", f"--config={two / 'config.yaml'}"], 2)
     assert done.returncode == 0, done.stderr
     nats = [float(line) for line in done.stdout.splitlines()]
     assert len(nats) == 24

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from helpers.tiny_runs import child_environment, fit, kill_at, losses, record, weights
+from helpers.tiny_runs import fit, kill_at, losses, record, run_processes, weights
 from llada_lightning.checkpoints import load_model
 from llada_lightning.commands.main import main
 from llada_lightning.data.chat import Message
@@ -126,9 +124,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(
     objective, start = base
     assert main(arguments(objective, start, pairs, tmp_path / "whole")) == 0
     command = arguments(objective, start, pairs, tmp_path / "killed")
-    process = [sys.executable, "-m", "llada_lightning", *command, kill_at(8)]
-    killed = subprocess.run(process, env=child_environment(), capture_output=True, text=True, timeout=240)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert run_processes([*command, kill_at(8)], 1).returncode == -signal.SIGKILL
     assert main(command) == 0
     whole, folder = tmp_path / "whole" / "test" / "run", tmp_path / "killed" / "test" / "run"
     assert losses(folder) == losses(whole)

@@ -65,6 +65,7 @@ def test_two_agents_train_and_save_shards_and_one_process_goes_on(prepared: Path
         assert weights(folder)[key].numpy() == pytest.approx(value.numpy(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mistake_is_reported_once_by_all_processes(prepared: Path, tmp_path: Path) -> None:
     agents = torchrun(*fit_arguments("llada", prepared, tmp_path, "--trainer.devices=2"))
     text = "".join(agent.stderr for agent in agents)
