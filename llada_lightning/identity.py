@@ -107,7 +107,7 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Refuse a checkpoint whose run (or whose model) is another one.
 
     Raises:
-        UserError: names every difference.
+        UserError: Names every difference.
     """
     found = differences(saved, current)
     if found:
@@ -122,7 +122,7 @@ def check_history(saved: dict[str, Any], current: dict[str, Any], step: int) -> 
     Another length is allowed while both schedules still agree: so a branch starts from its trunk.
 
     Raises:
-        UserError: names every difference.
+        UserError: Names every difference.
     """
     if saved != current and not _same_history(saved, current, step):
         check_identity(saved, current)

@@ -102,7 +102,7 @@ class Stream:
         """Refuse what ``llada fit`` would refuse.
 
         Raises:
-            UserError: names the setting.
+            UserError: Names the setting.
         """
         if not 0 <= self.random_length_share <= 1:
             raise UserError(f"plan: random_length_share {self.random_length_share:g} must lie between 0 and 1")
@@ -222,12 +222,27 @@ class Run:
         """The expected training FLOPs of an optimizer step."""
         return self.spec.per_token * self.tokens_per_step
 
+    def described(self) -> str:
+        """One line for people: steps, batch, learning rate and warmup, each with the rule that it comes from."""
+        spec, schedule = self.spec, self.schedules[0]
+
+        def source(given: float | None, rule: str) -> str:
+            return f"rule {rule}" if given is None else "as set"
+
+        warmup = spec.schedule.warmup_fraction if spec.schedule.warmup_steps is None else spec.schedule.warmup_steps
+        return (
+            f"run: {' and '.join(f'{steps:,}' for steps in self.steps)} steps of {self.global_batch:,} sequences "
+            f"({source(spec.global_batch, spec.rules.batch)}), the first {schedule.warmup_steps:,} warm up "
+            f"({source(warmup, spec.rules.warmup)}), learning rate {schedule.lr:.4g} "
+            f"({source(spec.schedule.lr, spec.rules.lr)})"
+        )
+
 
 def resolve(spec: Spec) -> Run:
     """What follows from a specification: batch, steps, rate, warmup and decay of every budget.
 
     Raises:
-        UserError: a budget is below one step, two budgets make the same steps, or the schedule does not fit.
+        UserError: A budget is below one step, two budgets make the same steps, or the schedule does not fit.
     """
     batch = spec.global_batch or _batch_by_rule(spec)
     lengths = _lengths(spec, batch)

@@ -28,7 +28,7 @@ def check_seed(name: str, seed: int | None) -> None:
     """Refuse a seed that the random generators do not take.
 
     Raises:
-        UserError: names the setting and the seed.
+        UserError: Names the setting and the seed.
     """
     if seed is not None and not 0 <= seed <= MAX_SEED:
         raise UserError(f"{name}: {seed} given; it must lie between 0 and {MAX_SEED}")
@@ -43,7 +43,7 @@ def check_folder_name(name: str, given: str, *, nested: bool = False) -> None:
         nested: Whether it may be several folders, one within the other, with `/` between them.
 
     Raises:
-        UserError: names the setting and the name.
+        UserError: Names the setting and the name.
     """
     for part in given.split("/") if nested else [given]:
         if part in NOT_RUNS or part.startswith("."):

@@ -66,7 +66,7 @@ def convert(
         progress: The function that is called with the number of bytes of each file that has been written.
 
     Raises:
-        UserError: the layout is of another objective, a value is too large for the type, or ``out`` is taken or cannot
+        UserError: The layout is of another objective, a value is too large for the type, or ``out`` is taken or cannot
             be written.
     """
     description, layout = model.description, TARGETS[to]

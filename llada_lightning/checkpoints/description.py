@@ -47,7 +47,7 @@ class Description:
         source: The run, its step and the hash of its identity, where they are known.
 
     Raises:
-        UserError: a value is of the wrong kind, an id lies outside of the vocabulary, or [MASK] is missing where the
+        UserError: A value is of the wrong kind, an id lies outside of the vocabulary, or [MASK] is missing where the
             objective needs it.
     """
 

@@ -179,7 +179,7 @@ def load_model(
         dtype: The type of the weights, such as `bfloat16`; None: as stored.
 
     Raises:
-        UserError: the path holds no checkpoint, or one that is not whole, of another architecture, or of a tokenizer
+        UserError: The path holds no checkpoint, or one that is not whole, of another architecture, or of a tokenizer
             that is not the model's; there is no such device or type.
     """
     wanted, place = dtype_named(dtype), _device_named(device)

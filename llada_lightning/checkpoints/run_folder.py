@@ -289,7 +289,7 @@ class ShardedCheckpointReader(dcp.FileSystemReader):
             together: Whether all processes of the run read, each its shards.
 
         Raises:
-            UserError: a shard is missing or damaged, or holds other things than plain values and tensors.
+            UserError: A shard is missing or damaged, or holds other things than plain values and tensors.
         """
         try:
             with warnings.catch_warnings():

@@ -107,7 +107,7 @@ def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> St
     """Recognises the checkpoint at a path, and checks that it is whole; arguments as of ``load_model``.
 
     Raises:
-        UserError: it is none of the known kinds, is not whole, or its parts do not fit together.
+        UserError: It is none of the known kinds, is not whole, or its parts do not fit together.
     """
     path = expanded(path)
     given = None if tokenizer is None else TokenizerFiles.of_path(tokenizer)

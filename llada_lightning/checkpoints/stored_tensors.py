@@ -154,7 +154,7 @@ def weights_of(
         tied: Whether the output head is the embedding; a head that is stored as well is left out.
 
     Raises:
-        UserError: tensors are missing, are too many, have another shape, or hold other than floating-point numbers.
+        UserError: Tensors are missing, are too many, have another shape, or hold other than floating-point numbers.
     """
     names = layout.names(len(model.blocks))
     wanted = {ours: tuple(weight.shape) for ours, weight in model.state_dict().items()}

@@ -105,7 +105,7 @@ class Chat:
         """Does what a line says; returns False where it ends the conversation.
 
         Raises:
-            UserError: a command or setting that does not exist, or a question that cannot be answered.
+            UserError: A command or setting that does not exist, or a question that cannot be answered.
         """
         if not line.strip():
             return True

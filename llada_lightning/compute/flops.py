@@ -123,7 +123,7 @@ def steps_for_budget(
         who: The objective and the shape, for messages.
 
     Raises:
-        UserError: the budget does not pay for one step.
+        UserError: The budget does not pay for one step.
     """
     check_budgets(name, [flops])
     per_step = per_token.by(convention) * tokens_per_step
@@ -146,7 +146,7 @@ def check_budgets(name: str, budgets: Sequence[float]) -> None:
         budgets: Training FLOPs.
 
     Raises:
-        UserError: there are too many of them, or one is not a number of FLOPs or is too large.
+        UserError: There are too many of them, or one is not a number of FLOPs or is too large.
     """
     if len(budgets) > MAX_BUDGETS:
         raise UserError(f"{name}: {len(budgets)} budgets given; {MAX_BUDGETS} are the most")
@@ -166,7 +166,7 @@ def check_steps(name: str, given: float, steps: int) -> None:
         steps: What follows from it.
 
     Raises:
-        UserError: there are too many.
+        UserError: There are too many.
     """
     if steps > MAX_STEPS:
         raise UserError(f"{name}: {given:.4g} makes a run of {steps:.4g} steps; {MAX_STEPS:.0e} are the most: lower it")

@@ -241,7 +241,7 @@ class Machine:
         """Refuse settings that contradict one another.
 
         Raises:
-            UserError: names the setting.
+            UserError: Names the setting.
         """
         for option, count in {"devices": self.devices, "micro-batch": self.micro_batch}.items():
             if count is not None and not 1 <= count <= MAX_BATCH:
@@ -293,7 +293,7 @@ class Machine:
         """Micro-batches of a step on one device: the fewest with which it fits the memory, where that is known.
 
         Raises:
-            UserError: devices and micro-batch do not divide the global batch.
+            UserError: Devices and micro-batch do not divide the global batch.
         """
         quantum = self.devices * (self.micro_batch or 1)
         if global_batch % quantum:

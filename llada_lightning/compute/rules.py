@@ -132,7 +132,7 @@ class Rules:
             name: The name of the setting, for messages.
 
         Raises:
-            UserError: names the rule and those there are.
+            UserError: Names the rule and those there are.
         """
         tables: dict[str, Collection[str]] = {"lr": LEARNING_RATE_RULES, "batch": BATCH_RULES, "warmup": WARMUP_RULES}
         for key, table in tables.items():

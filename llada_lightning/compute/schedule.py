@@ -73,7 +73,7 @@ class WSD:
             warmup: The warmup steps of a schedule that sets none; None: the share of all steps.
 
         Raises:
-            UserError: warmup, plateaus and decay do not fit into the run, in this order.
+            UserError: Warmup, plateaus and decay do not fit into the run, in this order.
         """
         lr = default_lr if self.lr is None else self.lr
         self._check_numbers()
@@ -112,7 +112,7 @@ class WSD:
                 :func:`study_warmup` gives.
 
         Raises:
-            UserError: as :meth:`resolve`.
+            UserError: As :meth:`resolve`.
         """
         given = self.warmup_fraction
         warmup = rule(lengths) if given is None else lone_warmup(lengths, given)

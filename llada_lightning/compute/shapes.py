@@ -34,7 +34,7 @@ def check_vocabulary(name: str, vocab_size: int) -> None:
         vocab_size: Number of entries of the embedding and the head.
 
     Raises:
-        UserError: there are fewer than one, or too many.
+        UserError: There are fewer than one, or too many.
     """
     if not 1 <= vocab_size <= MAX_VOCABULARY:
         raise UserError(f"{name}: {vocab_size} given; it must lie between 1 and {MAX_VOCABULARY}")
@@ -171,7 +171,7 @@ def propose_shape(params_nonembedding: float) -> Shape:
         params_nonembedding: N that is wished for.
 
     Raises:
-        UserError: the size lies outside of what is proposed.
+        UserError: The size lies outside of what is proposed.
     """
     shapes = proposable_shapes()
     least, most = shapes[0].params_nonembedding, shapes[-1].params_nonembedding
@@ -212,7 +212,7 @@ def get_shape(spec: str | dict[str, Any] | Shape) -> Shape:
     """The shape of a name, or of its five dimensions: a mapping, or one word as :func:`shape_name` writes it.
 
     Raises:
-        UserError: the name is unknown, or the dimensions do not make a shape.
+        UserError: The name is unknown, or the dimensions do not make a shape.
     """
     if isinstance(spec, Shape):
         return spec

@@ -38,6 +38,6 @@ def tokenizer_fingerprint(text: str, eos_id: int, mask_id: int | None) -> str:
     """Returns the SHA-256 of the content of a ``tokenizer.json``, whatever its layout, and of its special ids.
 
     Raises:
-        ValueError: the text is not JSON.
+        ValueError: The text is not JSON.
     """
     return json_sha256({"tokenizer": json.loads(text), "eos_id": eos_id, "mask_id": mask_id})

@@ -100,7 +100,7 @@ class ChatTemplate:
         """Returns the ids of the prompt for the next answer.
 
         Raises:
-            UserError: the template is broken, exceeds its limits, or refuses the messages.
+            UserError: The template is broken, exceeds its limits, or refuses the messages.
         """
         disguise = self._disguise(messages)
         (prompt,) = self._rendered([(messages, True)], disguise)
@@ -110,7 +110,7 @@ class ChatTemplate:
         """Returns the ids of a prompt, and those of its answer, the last message, with the tokens that end it.
 
         Raises:
-            UserError: as :meth:`ids`, or the template writes a prompt with an answer differently than without one, or
+            UserError: As :meth:`ids`, or the template writes a prompt with an answer differently than without one, or
                 it writes tokens that the tokenizer lacks.
         """
         disguise = self._disguise(messages)

@@ -63,7 +63,7 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
         val_seed: The seed that chooses the validation sequences and their noise, shared by runs that are compared.
 
     Raises:
-        UserError: a setting is out of range.
+        UserError: A setting is out of range.
     """
 
     document_mask = False
@@ -200,7 +200,7 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
         """Returns :attr:`micro_batch` for a number of devices that read different sequences and of accumulated batches.
 
         Raises:
-            UserError: no micro-batch fits, or the given one does not; the message names the nearest choices.
+            UserError: No micro-batch fits, or the given one does not; the message names the nearest choices.
         """
         per_step = (self._micro_batch or 1) * devices
         if self._micro_batch is None and self.batch % (devices * accumulation) == 0:
@@ -301,7 +301,7 @@ class TokenDataModule(LanguageDataModule):
         """The manifest of each source.
 
         Raises:
-            UserError: a manifest is missing or damaged, or the sources have different tokenizers.
+            UserError: A manifest is missing or damaged, or the sources have different tokenizers.
         """
         manifests = [read_manifest(folder) for folder in self.weights]
         for folder, manifest in zip(self.weights, manifests, strict=True):
@@ -417,7 +417,7 @@ def require_open_files(workers: int) -> None:
     """Raises the limit of open files of this process to what the workers of a loader need; else they hang or die.
 
     Raises:
-        UserError: the system does not allow it.
+        UserError: The system does not allow it.
     """
     needed = 64 + 64 * workers  # of this process with its libraries, and of the batches that each worker passes to it
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -81,7 +81,7 @@ class TokenStream:
         """Returns the tokens of ordinals: (B, L) int64.
 
         Raises:
-            UserError: a shard is not what was prepared, or holds a token that the tokenizer does not have.
+            UserError: A shard is not what was prepared, or holds a token that the tokenizer does not have.
         """
         located = [self.locate(ordinal) for ordinal in ordinals]
         tokens_BL = torch.stack([self._readers[source][item].long() for source, item in located])

@@ -20,7 +20,7 @@ from llada_lightning.data.chat import ChatTemplate, Message, Role
 from llada_lightning.data.corpora import HUB_PREFIX, DatasetCorpus, list_path
 from llada_lightning.data.text_files import Meter, UnreadFields, json_records, present_fields, some, without_surrogates
 from llada_lightning.objectives import noise
-from llada_lightning.objectives.noise import Stream
+from llada_lightning.objectives.noise import Purpose
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded
 from llada_lightning.support.printing import shortened
@@ -50,7 +50,7 @@ def read_dialogues(source: str) -> Iterator[tuple[str, list[Message]]]:
     them, or ``hf:NAME[:CONFIG][@SPLIT]``.
 
     Raises:
-        UserError: there is no such source, or a row is not a dialogue; the message names the row.
+        UserError: There is no such source, or a row is not a dialogue; the message names the row.
     """
     unread = UnreadFields()
     for where, row in _rows(source):
@@ -81,7 +81,7 @@ def dialogue(row: Any, where: str, unread: UnreadFields | None = None) -> list[M
     dialogue like the last one. An answer of ``weight`` 0 is a :class:`Context`. ``unread`` counts what is not read.
 
     Raises:
-        UserError: fields are missing, empty, unknown or contradict one another, or the turns are not in this order.
+        UserError: Fields are missing, empty, unknown or contradict one another, or the turns are not in this order.
     """
     if not isinstance(row, dict):
         raise UserError(f"{where}: holds {type(row).__name__}, not a JSON object{_FORMS}")
@@ -272,7 +272,7 @@ class Pairs:
 
     def drawn(self, dialogues: Ints, seed: int, ordinals: Ints) -> Ints:
         """Returns one pair of each of (B,) dialogues, drawn uniformly by seed and ordinal (App. B.1): (B,) int64."""
-        u = noise.uniform_by_ordinal(seed, Stream.TURN, ordinals)[:, 0]
+        u = noise.uniform_by_ordinal(seed, Purpose.TURN, ordinals)[:, 0]
         first, turns = self.first_N[dialogues], self.first_N[dialogues + 1] - self.first_N[dialogues]
         return first + np.floor(u * turns).astype(np.int64)
 
@@ -304,7 +304,7 @@ def tokenize_pairs(
     ``drop_long``: whether dialogues with a longer pair are left out instead of refused.
 
     Raises:
-        UserError: the template refuses a dialogue, a pair is too long, or no dialogue is left.
+        UserError: The template refuses a dialogue, a pair is too long, or no dialogue is left.
     """
     tokens: list[npt.NDArray[np.int32]] = []
     prompts, sizes, losses, turns = [], [], [], []

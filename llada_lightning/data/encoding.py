@@ -39,7 +39,7 @@ def load(text: str, name: str) -> Tokenizer:
     """Returns the tokenizer of the text of a ``tokenizer.json``; messages have the name of the file.
 
     Raises:
-        UserError: the text is not a tokenizer, or loading it exceeds the limits.
+        UserError: The text is not a tokenizer, or loading it exceeds the limits.
     """
     record = parse_json(text, f"'{shortened(name)}'")
     if not _is_linear(record):
@@ -64,7 +64,7 @@ def encode(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[in
     """Returns the ids of a text; with the special tokens of the tokenizer's post-processor where ``special``.
 
     Raises:
-        UserError: the tokenizer cannot encode the text, or exceeds the limits.
+        UserError: The tokenizer cannot encode the text, or exceeds the limits.
     """
     return encode_batch(tokenizer, [text], special=special)[0]
 
@@ -85,7 +85,7 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int], *, skip_special_tokens: boo
     """Returns the text of ids; those that the tokenizer does not have are left out.
 
     Raises:
-        UserError: the tokenizer cannot decode the ids, or exceeds the limits.
+        UserError: The tokenizer cannot decode the ids, or exceeds the limits.
     """
     return decode_batch(tokenizer, [ids], skip_special_tokens=skip_special_tokens)[0]
 

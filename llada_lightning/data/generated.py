@@ -14,7 +14,7 @@ from typing import ClassVar, TypeVar
 
 import numpy as np
 
-from llada_lightning.objectives.noise import Stream, random_words
+from llada_lightning.objectives.noise import Purpose, random_words
 from llada_lightning.support.errors import UserError
 
 Source = TypeVar("Source", bound="GeneratedSource")
@@ -112,7 +112,7 @@ def problems(seed: int, *, steps: int | None = None, test: bool = False) -> Iter
     Training and test streams share no problem, whatever their seeds.
 
     Raises:
-        UserError: the number of steps is out of range.
+        UserError: The number of steps is out of range.
     """
     if steps is not None and not FEWEST_STEPS <= steps <= MOST_STEPS:
         raise UserError(f"an iGSM problem of {steps} steps: give {FEWEST_STEPS} to {MOST_STEPS}")
@@ -291,7 +291,7 @@ class FactsSource(GeneratedSource):
         things = [f"{adjective} {noun}" for adjective in _ADJECTIVE.split() for noun in _NOUN.split()]
         roles = _ROLE.split()
         chosen_names, chosen_things = self._chosen(0, names), self._chosen(1, things)
-        numbers = random_words(self.seed, Stream.FACTS, 2, self.count)
+        numbers = random_words(self.seed, Purpose.FACTS, 2, self.count)
         facts = []
         for i, (name, thing) in enumerate(zip(chosen_names, chosen_things, strict=True)):
             description = f"the {roles[int(numbers[i] % len(roles))]} of the {thing}"
@@ -299,7 +299,7 @@ class FactsSource(GeneratedSource):
         return facts
 
     def _chosen(self, draw: int, among: list[str]) -> list[str]:
-        order = np.argsort(random_words(self.seed, Stream.FACTS, draw, len(among)), kind="stable")
+        order = np.argsort(random_words(self.seed, Purpose.FACTS, draw, len(among)), kind="stable")
         return [among[i] for i in order[: self.count]]
 
     def documents(self) -> Iterator[str]:
@@ -307,8 +307,3 @@ class FactsSource(GeneratedSource):
         for opening in _OPENINGS:
             for fact in self.facts():
                 yield opening + fact.first + JOINER + fact.second + END
-
-
-def facts_source(source: str) -> FactsSource:
-    """Returns the corpus that is written ``facts:COUNT[@SEED]``; errors as :meth:`GeneratedSource.of`."""
-    return FactsSource.of(source)

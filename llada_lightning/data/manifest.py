@@ -150,7 +150,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         folder: The path of the folder, litdata's ``local:`` path, or a URL that fsspec opens (``s3://``, ``gs://``, …).
 
     Raises:
-        UserError: the folder is missing or cannot be reached, is not a prepared one, or has another format.
+        UserError: The folder is missing or cannot be reached, is not a prepared one, or has another format.
     """
     return _decode(_read(folder, MANIFEST_NAME), os.fspath(folder))
 
@@ -264,7 +264,7 @@ def check_sequence_length(manifest: Manifest, sequence_length: int) -> None:
     litdata would give an empty dataset, without an error.
 
     Raises:
-        UserError: the length is below 1, or every shard of a split is shorter.
+        UserError: The length is below 1, or every shard of a split is shorter.
     """
     if sequence_length < 1:
         raise UserError(f"sequence length {sequence_length} is below 1; give at least 1")
@@ -282,7 +282,7 @@ def read_data_facts(path: str | dict[str, float], sequence_length: int) -> DataF
     """Returns the vocabulary and the training sequences of a prepared folder, or of a weighted mixture of folders.
 
     Raises:
-        UserError: a folder is not a prepared one, its shards are too short, or the tokenizers differ.
+        UserError: A folder is not a prepared one, its shards are too short, or the tokenizers differ.
     """
     weights = {path: 1.0} if isinstance(path, str) else path
     manifests = {folder: read_manifest(folder) for folder in weights}

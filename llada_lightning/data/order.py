@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from llada_lightning.objectives.noise import Stream, random_words
+from llada_lightning.objectives.noise import Purpose, random_words
 from llada_lightning.support.errors import UserError
 
 WINDOW_SHARDS = 16
@@ -71,7 +71,7 @@ class EpochOrder:
         return items[self._permutation(epoch, 1 + window, len(items))]
 
     def _permutation(self, epoch: int, part: int, size: int) -> npt.NDArray[np.int64]:
-        words = random_words(self._seed, Stream.ORDER, epoch, size, sub_ordinal=(self._source << 32) + part)
+        words = random_words(self._seed, Purpose.ORDER, epoch, size, sub_ordinal=(self._source << 32) + part)
         return np.argsort(words, kind="stable")
 
     def __getstate__(self) -> dict[str, object]:
@@ -138,7 +138,7 @@ def apportion(weights: Sequence[float]) -> npt.NDArray[np.int64]:
         weights: The weight of each source.
 
     Raises:
-        UserError: a weight is not positive, or so small that it would get no item.
+        UserError: A weight is not positive, or so small that it would get no item.
     """
     if not weights or any(not math.isfinite(w) or w <= 0 for w in weights):
         raise UserError(f"data.path: mixture weights {list(weights)} must all be positive numbers")

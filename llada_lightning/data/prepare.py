@@ -78,7 +78,7 @@ class PrepareSettings:
             on.
 
     Raises:
-        UserError: a setting is out of range, or two do not fit together.
+        UserError: A setting is out of range, or two do not fit together.
     """
 
     vocab_size: int = 4096
@@ -130,7 +130,7 @@ def prepare(source: str, out: str | os.PathLike[str], *, progress: bool = True, 
         settings: The fields of :class:`PrepareSettings`.
 
     Raises:
-        UserError: the source, the tokenizer, a setting or the folder is not right; nothing has been written.
+        UserError: The source, the tokenizer, a setting or the folder is not right; nothing has been written.
     """
     chosen = PrepareSettings(**settings)
     folder = Path(os.path.realpath(os.path.expanduser(out)))  # a link's target is written, and on its own disk

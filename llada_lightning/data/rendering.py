@@ -36,7 +36,7 @@ def render(template: str, renderings: Sequence[Mapping[str, Any]]) -> list[str |
     Returns the text of each rendering, or the error that it raised.
 
     Raises:
-        RenderingError: the renderings together exceed the time, or they end the process.
+        RenderingError: The renderings together exceed the time, or they end the process.
     """
     try:
         answers = _process.call("render", [template, list(renderings)], CPU_SECONDS, MEMORY_BYTES)

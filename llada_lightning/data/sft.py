@@ -24,7 +24,7 @@ from llada_lightning.data.tokenizers import (
     load_tokenizer,
 )
 from llada_lightning.objectives import noise
-from llada_lightning.objectives.noise import Stream
+from llada_lightning.objectives.noise import Purpose
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded
 from llada_lightning.support.printing import people_console, warn_once
@@ -176,7 +176,7 @@ class SftDataModule(LanguageDataModule):
             held = min(held, self.val_sequences)
         if held >= count:
             raise UserError(f"data.path: '{self.path}' has {count} dialogues; training and validation need one each")
-        order = np.argsort(noise.random_words(self.val_seed, Stream.HELD_OUT, 0, count), kind="stable")
+        order = np.argsort(noise.random_words(self.val_seed, Purpose.HELD_OUT, 0, count), kind="stable")
         return {"val": np.sort(order[:held]), "train": np.sort(order[held:])}
 
     @cached_property

@@ -154,7 +154,7 @@ class ShardReader:
         """Returns the tokens of an item: (L,) of the stored dtype.
 
         Raises:
-            UserError: the item's shard, or the index, is missing or is not what was prepared.
+            UserError: The item's shard, or the index, is missing or is not what was prepared.
         """
         shard = bisect_right(self._ends, item)
         if shard in self._whole:
@@ -231,7 +231,7 @@ def check_shards(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     not checked here; its shards are compared with the manifest when they are read.
 
     Raises:
-        UserError: a file is missing, has another size, or is of another folder.
+        UserError: A file is missing, has another size, or is of another folder.
     """
     root = local_path(folder)
     if root is None:
@@ -257,7 +257,7 @@ def verify(folder: str | os.PathLike[str], read: Callable[[int], Any] = lambda _
     ``read`` is called with the number of bytes of each block of a shard.
 
     Raises:
-        UserError: the manifest is missing, damaged or contradicts itself, so that there is nothing to compare with.
+        UserError: The manifest is missing, damaged or contradicts itself, so that there is nothing to compare with.
     """
     manifest = read_manifest(folder)
     ends: dict[str, int] = {}

@@ -135,7 +135,7 @@ def text_documents(path: Path, meter: Meter, separator: str | None) -> Iterator[
     """Yields the documents of a UTF-8 text file, one without a separator; line ends become ``\\n``.
 
     Raises:
-        UserError: the file is not UTF-8, or a document is longer than ``MAX_TEXT_DOCUMENT``.
+        UserError: The file is not UTF-8, or a document is longer than ``MAX_TEXT_DOCUMENT``.
     """
     with _opened(path, meter) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig")
@@ -186,7 +186,7 @@ def json_documents(path: Path, meter: Meter, text_field: str) -> Iterator[str]:
     """Yields the named field of the JSON object of each line; empty lines are skipped.
 
     Raises:
-        UserError: a line is not a JSON object, or lacks the field, or the field holds something other than text.
+        UserError: A line is not a JSON object, or lacks the field, or the field holds something other than text.
     """
     for where, record in json_records(path, meter):
         if not isinstance(record, dict):
@@ -205,7 +205,7 @@ def json_records(path: Path, meter: Meter) -> Iterator[tuple[str, Any]]:
     """Yields the place of each line (`FILE:LINE`) and its JSON value; empty lines are skipped.
 
     Raises:
-        UserError: a line is not JSON, gives a key twice, or has more than ``MAX_JSON_LINE`` bytes.
+        UserError: A line is not JSON, gives a key twice, or has more than ``MAX_JSON_LINE`` bytes.
     """
     with _opened(path, meter) as stream:
         for number, line in enumerate(iter(lambda: stream.readline(MAX_JSON_LINE + 1), b""), 1):

@@ -86,7 +86,7 @@ def tokenizer_from_text(text: str, name: str) -> Tokenizer:
     """Returns the tokenizer of the text of a ``tokenizer.json``, in which a spelled special token is text.
 
     Raises:
-        UserError: the text is not a tokenizer, or loading it exceeds the limits of time or memory.
+        UserError: The text is not a tokenizer, or loading it exceeds the limits of time or memory.
     """
     return _plain(load(text, name))
 
@@ -114,7 +114,7 @@ def load_tokenizer(
         option: The option that names a token (`mask` or `eos`) in the current command, for messages.
 
     Raises:
-        UserError: there is no such tokenizer, it lacks [MASK] or EOS, or text can be encoded to one of them.
+        UserError: There is no such tokenizer, it lacks [MASK] or EOS, or text can be encoded to one of them.
     """
     files = TokenizerFiles.of_path(spec)
     tokenizer = files.tokenizer
@@ -279,7 +279,7 @@ class TokenizerFiles:
         """Returns a tokenizer, as :func:`load_tokenizer` takes it, with the files beside it.
 
         Raises:
-            UserError: there is no such tokenizer, or a file cannot be read.
+            UserError: There is no such tokenizer, or a file cannot be read.
         """
         path = tokenizer_file(str(spec))
         alone, beside = cls.of_text(read_text(path), str(path)), [path.with_name(name) for name in _COMPANIONS]

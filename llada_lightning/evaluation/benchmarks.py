@@ -125,7 +125,7 @@ def load_benchmark(manager: TaskManager, benchmark: Benchmark, unsafe_code: bool
     """The benchmark with its data, as its shots say.
 
     Raises:
-        UserError: it executes code and that is not asked for, its data cannot be reached, a package is missing, or it
+        UserError: It executes code and that is not asked for, its data cannot be reached, a package is missing, or it
             has fewer documents than shots.
     """
     _require_code_allowed(manager, benchmark, unsafe_code)

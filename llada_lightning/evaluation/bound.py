@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llada_lightning.evaluation.requests import FloatArray, Method, Request, Score
-from llada_lightning.objectives.noise import Stream, random_words, words_to_uniform
+from llada_lightning.objectives.noise import Purpose, random_words, words_to_uniform
 from llada_lightning.support.errors import UserError
 
 BoolArray = npt.NDArray[np.bool_]
@@ -162,7 +162,7 @@ def replicate_masks(seed: int, key: int, replicate: int, samples: int, length: i
     part of ``counts`` has its share. The positions are windows that follow each other around one random order of the
     continuation, so every token is masked about as often as any other.
     """
-    words = random_words(seed, Stream.LIKELIHOOD, key, 1 + length, sub_ordinal=replicate)
+    words = random_words(seed, Purpose.LIKELIHOOD, key, 1 + length, sub_ordinal=replicate)
     shift = words_to_uniform(words[:1])
     grid_K = (np.arange(samples) + shift) / samples
     # floor, not round: rounding half to even favours even l. The last point may round up to 1.

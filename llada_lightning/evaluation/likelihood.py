@@ -75,7 +75,7 @@ def log_likelihood(
         progress: Whether a progress bar is shown on stderr; None: where that is a terminal.
 
     Raises:
-        UserError: no model, a request that is no pair, no token of the vocabulary, [MASK] within a
+        UserError: No model, a request that is no pair, no token of the vocabulary, [MASK] within a
             continuation, more tokens than the context, or an option out of range.
     """
     if not isinstance(lm, LanguageModel):

@@ -24,7 +24,6 @@ from llada_lightning.data.generated import (
     FactsSource,
     Problem,
     asked,
-    facts_source,
     problems,
     question,
     solution,
@@ -163,7 +162,7 @@ def reversal_documents(
     if "pairs" not in options:
         raise UserError("task reversal: which pairs? give --metadata pairs=FILE.json, or pairs=facts:COUNT[@SEED]")
     invented = options["pairs"].startswith(f"{FactsSource.kind}:")
-    pairs = facts_source(options["pairs"]).facts() if invented else read_halves(options["pairs"])
+    pairs = FactsSource.of(options["pairs"]).facts() if invented else read_halves(options["pairs"])
     usual = {"joiner": JOINER, "end": END} if invented else {"joiner": "，", "end": "。"}
     joiner, end = (unescaped(options.get(key, value)) for key, value in usual.items())
 

@@ -104,7 +104,7 @@ def rank_candidates(
         cfg_scale, seed, batch_tokens, progress: The same settings as in :func:`likelihood.log_likelihood`.
 
     Raises:
-        UserError: as there; no candidates; an empty one; one without text under a normalisation.
+        UserError: As there; no candidates; an empty one; one without text under a normalisation.
     """
     check_sampling(samples, max_samples, None, confidence, cfg_scale, batch_tokens)
     check_guidance(lm, cfg_scale)

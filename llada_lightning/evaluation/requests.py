@@ -102,7 +102,7 @@ def encode_pair(lm: LanguageModel, prompt: Written, continuation: Written, name:
     is encoded by itself. So the prompt's ids are the same for every continuation.
 
     Raises:
-        UserError: there is no tokenizer, or the continuation is empty or has no token: its probability would be one.
+        UserError: There is no tokenizer, or the continuation is empty or has no token: its probability would be one.
             The message begins with the name.
     """
     if not continuation:
@@ -161,7 +161,7 @@ def check_request(
         name: The name of the request, for the message.
 
     Raises:
-        UserError: an id outside of the vocabulary, [MASK] within the continuation, more tokens than the context.
+        UserError: An id outside of the vocabulary, [MASK] within the continuation, more tokens than the context.
     """
     prompt, continuation = _ids(prompt, lm, f"{name}: prompt"), _ids(continuation, lm, f"{name}: continuation")
     if lm.mask_token_id is not None and lm.mask_token_id in continuation:

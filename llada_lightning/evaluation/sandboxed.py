@@ -195,8 +195,8 @@ class Peer:
         """The result of an operation in the other process.
 
         Raises:
-            ProgramLeft: the other process has ended, or the operation raised SystemExit or its like.
-            Exception: what the operation raised, where that is a built-in exception; else :class:`ProgramError`.
+            ProgramLeft: The other process has ended, or the operation raised SystemExit or its like.
+            Exception: What the operation raised, where that is a built-in exception; else :class:`ProgramError`.
         """
         self._send([operation, self._encoded(arguments), self._encoded(named)])
         while True:

@@ -89,7 +89,7 @@ def rolling_log_likelihood(
         options: The options of :func:`likelihood.log_likelihood`, for the windows.
 
     Raises:
-        UserError: a window or a stride out of range, no token at all, or as that function.
+        UserError: A window or a stride out of range, no token at all, or as that function.
     """
     window = lm.context_length if window is None else window
     stride = window if stride is None else stride

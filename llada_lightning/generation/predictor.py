@@ -14,7 +14,7 @@ from torch import Tensor
 from llada_lightning.generation.reveal import RULES
 from llada_lightning.generation.sampling import Sampling, Snapshot
 from llada_lightning.model.attention import KeyValueCache
-from llada_lightning.objectives.noise import Stream, random_words
+from llada_lightning.objectives.noise import Purpose, random_words
 
 if TYPE_CHECKING:
     from llada_lightning.checkpoints.language_model import LanguageModel
@@ -142,7 +142,7 @@ class NoiseByPrompt:
     """
 
     def __init__(self, seed: int, first: int, batch: int, device: torch.device) -> None:
-        keys = [int(random_words(seed, Stream.GENERATION, first + row, 1)[0] >> 1) for row in range(batch)]
+        keys = [int(random_words(seed, Purpose.GENERATION, first + row, 1)[0] >> 1) for row in range(batch)]
         self._generators = [torch.Generator(device).manual_seed(key) for key in keys]
         self._device = device
 

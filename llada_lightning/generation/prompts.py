@@ -48,7 +48,7 @@ def prompt_ids(
         infill: Whether prompts hold [MASK]s. In a text, the token as the tokenizer spells it is one masked token.
 
     Raises:
-        UserError: an id is outside of the vocabulary, or [MASK] is where it must not be.
+        UserError: An id is outside of the vocabulary, or [MASK] is where it must not be.
     """
     if infill and only_left_to_right(lm):
         raise UserError(

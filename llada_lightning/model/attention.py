@@ -149,7 +149,7 @@ def check_backend(
         grouped: Whether several query heads share keys and values.
 
     Raises:
-        UserError: there is no such back end, it is not installed, or it does not fit.
+        UserError: There is no such back end, it is not installed, or it does not fit.
     """
     if name not in BACKENDS:
         raise UserError(f"speed.attention: {name} given; use one of {', '.join(BACKENDS)}")

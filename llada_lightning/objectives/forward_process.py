@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from llada_lightning.compute.flops import MASK_EPS
 from llada_lightning.objectives import noise
-from llada_lightning.objectives.noise import Stream
+from llada_lightning.objectives.noise import Purpose
 
 TimeSampling = Literal["weyl", "iid"]
 TIME_SAMPLINGS: tuple[TimeSampling, ...] = get_args(TimeSampling)
@@ -25,8 +25,8 @@ def mask_ratio(seed: int, ordinals: npt.NDArray[np.int64], sampling: TimeSamplin
         (B,) float64.
     """
     if sampling == "weyl":
-        return noise.weyl(seed, Stream.TIME, ordinals)
-    return noise.uniform_by_ordinal(seed, Stream.TIME, ordinals)[:, 0]
+        return noise.weyl(seed, Purpose.TIME, ordinals)
+    return noise.uniform_by_ordinal(seed, Purpose.TIME, ordinals)[:, 0]
 
 
 def mask_probability(t: npt.NDArray[np.float64], eps: float = MASK_EPS) -> npt.NDArray[np.float64]:
@@ -42,7 +42,7 @@ def random_mask(
     Returns:
         (B, L) bool, True where masked.
     """
-    uniform_BL = np.stack([noise.uniform(seed, Stream.MASK, int(n), sequence_length) for n in ordinals])
+    uniform_BL = np.stack([noise.uniform(seed, Purpose.MASK, int(n), sequence_length) for n in ordinals])
     return uniform_BL < p_B[:, None]
 
 
@@ -54,7 +54,7 @@ def stratified_mask_counts(seed: int, ordinals: npt.NDArray[np.int64], sequence_
     Returns:
         (B,) int64.
     """
-    u_B = noise.weyl(seed, Stream.VALIDATION_TIME, ordinals)
+    u_B = noise.weyl(seed, Purpose.VALIDATION_TIME, ordinals)
     return 1 + np.floor(u_B * sequence_length).astype(np.int64)
 
 
@@ -66,7 +66,7 @@ def fixed_count_mask(
     Returns:
         (B, L) bool, True where masked.
     """
-    words_BL = np.stack([noise.random_words(seed, Stream.VALIDATION_MASK, int(n), sequence_length) for n in ordinals])
+    words_BL = np.stack([noise.random_words(seed, Purpose.VALIDATION_MASK, int(n), sequence_length) for n in ordinals])
     ranks_BL = np.argsort(np.argsort(words_BL, axis=1, kind="stable"), axis=1, kind="stable")
     return ranks_BL < counts_B[:, None]
 
@@ -81,6 +81,6 @@ def random_lengths(
     """
     if share == 0:
         return np.full(len(ordinals), sequence_length, dtype=np.int64)
-    u_B4 = noise.uniform_by_ordinal(seed, Stream.LENGTH, ordinals)
+    u_B4 = noise.uniform_by_ordinal(seed, Purpose.LENGTH, ordinals)
     short = 1 + np.floor(u_B4[:, 1] * sequence_length).astype(np.int64)
     return np.where(u_B4[:, 0] < share, short, sequence_length)

@@ -46,7 +46,7 @@ class Launch:
         """The number of processes on each node.
 
         Raises:
-            UserError: the processes cannot be spread evenly.
+            UserError: The processes cannot be spread evenly.
         """
         if self.processes % self.nodes:
             raise UserError(
@@ -62,7 +62,7 @@ def launched() -> Launch | None:
     torchrun comes first, since it runs inside SLURM's jobs, too.
 
     Raises:
-        UserError: a SLURM job of several tasks runs this beside srun, so the other tasks would be waited for in vain.
+        UserError: A SLURM job of several tasks runs this beside srun, so the other tasks would be waited for in vain.
     """
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
@@ -94,7 +94,7 @@ def _number(name: str, default: int | None = None) -> int:
     """The whole number that an environment variable holds.
 
     Raises:
-        UserError: it holds something else, or is missing and has no default.
+        UserError: It holds something else, or is missing and has no default.
     """
     text, least = os.environ.get(name), 1 if name in _SIZES else 0
     if text is None and default is not None:
@@ -112,7 +112,7 @@ def check_environment() -> None:
     """Refuses variables of launchers that are not numbers. Lightning reads some of them when it is imported.
 
     Raises:
-        UserError: a variable is not a number; the message names it.
+        UserError: A variable is not a number; the message names it.
     """
     for name in (*_SIZES, *_RANKS):
         _number(name, 1)
@@ -140,7 +140,7 @@ def agreed_launch(devices: Any, num_nodes: int) -> Launch | None:
         num_nodes: The setting of the configuration; 1 is Lightning's default, and counts as not set.
 
     Raises:
-        UserError: configuration and launch disagree.
+        UserError: Configuration and launch disagree.
     """
     check_environment()
     launch = launched()

@@ -80,7 +80,7 @@ def refuse_unusable(value: Any, name: str) -> None:
         name: The name of the setting, for messages.
 
     Raises:
-        UserError: names the setting and the value.
+        UserError: Names the setting and the value.
     """
     if isinstance(value, (dict, Namespace)):
         items = dict(value.items()) if isinstance(value, dict) else vars(value)

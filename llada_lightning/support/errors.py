@@ -25,7 +25,7 @@ def panics_as_exceptions() -> Iterator[None]:
     of its own that cannot be imported.
 
     Raises:
-        LibraryPanicError: the library panicked.
+        LibraryPanicError: The library panicked.
     """
     try:
         yield

@@ -42,7 +42,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
         path: The path of the file.
 
     Raises:
-        UserError: as :func:`require_replaceable`.
+        UserError: As :func:`require_replaceable`.
     """
     require_replaceable(path)
     target = Path(os.path.realpath(path))
@@ -110,7 +110,7 @@ def require_replaceable(path: Path) -> None:
         path: The path of the file that is to be replaced.
 
     Raises:
-        UserError: the path exists and is not a regular file, or no file can have this name.
+        UserError: The path exists and is not a regular file, or no file can have this name.
     """
     try:
         is_loop = Path(os.path.realpath(path)).is_symlink()
@@ -130,7 +130,7 @@ def is_there(path: Path) -> bool:
         path: The path.
 
     Raises:
-        UserError: the path cannot be read, or nothing can have this name.
+        UserError: The path cannot be read, or nothing can have this name.
     """
     try:
         path.lstat()

@@ -71,9 +71,9 @@ class LimitedProcess:
             memory: The limit of the memory of the process, in bytes.
 
         Raises:
-            CallError: the function raised an exception.
-            ProcessEndedError: the process exceeded a limit or was ended.
-            OSError: the process cannot be started.
+            CallError: The function raised an exception.
+            ProcessEndedError: The process exceeded a limit or was ended.
+            OSError: The process cannot be started.
         """
         if self._owner != os.getpid():  # after a fork lock and pipes are those of the parent
             self._lock, self._process, self._owner = threading.Lock(), None, os.getpid()

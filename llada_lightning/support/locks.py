@@ -42,7 +42,7 @@ def run_lock(folder: Path, launch: Launch | None, first: bool) -> Iterator[None]
         first: Whether this is the first process of the run.
 
     Raises:
-        UserError: another process holds the folder, and is named, or the folder cannot be written. Nothing is changed.
+        UserError: Another process holds the folder, and is named, or the folder cannot be written. Nothing is changed.
     """
     held: IO[str] | None = None
     refusal = ""
@@ -69,7 +69,7 @@ def check_unlocked(folder: Path) -> None:
         folder: The folder of the run.
 
     Raises:
-        UserError: a process trains in the folder; the message names it.
+        UserError: A process trains in the folder; the message names it.
     """
     try:
         with (folder / LOCK).open("r+") as file:

@@ -45,8 +45,8 @@ def read_text(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES, *, pipe
             not: reading a pipe that nobody writes to never ends.
 
     Raises:
-        UserError: the path is missing, is not a regular file, cannot be read, or is too large.
-        FormatError: the bytes are not UTF-8.
+        UserError: The path is missing, is not a regular file, cannot be read, or is too large.
+        FormatError: The bytes are not UTF-8.
     """
     shown = shortened(path)
     try:
@@ -74,7 +74,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Returns the value of a JSON file; see :func:`parse_json`.
 
     Raises:
-        UserError: see :func:`read_text` and :func:`parse_json`.
+        UserError: See :func:`read_text` and :func:`parse_json`.
     """
     return parse_json(read_text(path), f"'{shortened(path)}'")
 
@@ -83,7 +83,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
     """Returns the value of a YAML file; see :func:`parse_yaml`.
 
     Raises:
-        UserError: see :func:`read_text` and :func:`parse_yaml`.
+        UserError: See :func:`read_text` and :func:`parse_yaml`.
     """
     return parse_yaml(read_text(path, MAX_YAML_BYTES), f"'{shortened(path)}'")
 
@@ -100,7 +100,7 @@ def parse_json(text: str | bytes, source: str, first_line: int = 1) -> Any:
         first_line: Line number of the text's first line in its file, for messages.
 
     Raises:
-        FormatError: the text is not JSON, a key appears twice in one object (both lines are named), it is nested more
+        FormatError: The text is not JSON, a key appears twice in one object (both lines are named), it is nested more
             than MAX_DEPTH deep, or a number has too many digits.
     """
     try:
@@ -183,7 +183,7 @@ def parse_yaml(text: str, source: str) -> Any:
         source: The name of the text, with quotes where it has some, for messages.
 
     Raises:
-        FormatError: the text is not YAML, or :func:`check_yaml` refuses it.
+        FormatError: The text is not YAML, or :func:`check_yaml` refuses it.
     """
     check_yaml(text, source)
     try:
@@ -208,7 +208,7 @@ def check_yaml(text: str, source: str) -> None:
         source: The name of the text, with quotes where it has some, for messages.
 
     Raises:
-        FormatError: the text is not YAML; a key appears twice in one mapping (both lines are named); a number is one
+        FormatError: The text is not YAML; a key appears twice in one mapping (both lines are named); a number is one
             that YAML 1.1 reads by base 8 or 60, such as 010 and 12:30; it is nested more than MAX_DEPTH deep; an
             anchor refers to itself; or it is larger than MAX_YAML_BYTES or, with its aliases written out, has more
             than MAX_YAML_NODES values.

@@ -80,7 +80,7 @@ def trust_known_modules() -> None:
     """Makes the parser refuse other modules before it imports them, for the life of this process.
 
     Raises:
-        UserError: an environment variable holds something other than names of modules.
+        UserError: An environment variable holds something other than names of modules.
     """
     from jsonargparse import set_parsing_settings  # here, so that those who only hide secrets do not load it
 
@@ -125,7 +125,7 @@ def refuse_secrets(settings: dict[str, Any]) -> None:
         settings: The nested settings, as parsed.
 
     Raises:
-        UserError: an address holds a secret; the message names the setting, and not its value.
+        UserError: An address holds a secret; the message names the setting, and not its value.
     """
     for key, value in _texts(settings):
         if redacted(value) != value:

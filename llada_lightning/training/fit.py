@@ -77,7 +77,7 @@ def fit(**settings: Any) -> list[dict[str, Any]]:
         One record for each budget, smallest first, with the columns of a results table.
 
     Raises:
-        UserError: a setting is wrong; the message says which, and how to correct it.
+        UserError: A setting is wrong; the message says which, and how to correct it.
     """
     try:
         folder = LladaCLI(["fit", *(word for name, value in settings.items() for word in _words(name, value))]).folder
@@ -173,7 +173,8 @@ class LladaCLI(HookedCLI):
         refuse_secrets(self.settings.as_dict())
         data = resolve_data(self.settings)
         if self.subcommand == "fit":
-            schedules = resolve_fit(self.settings, data).schedules
+            run = resolve_fit(self.settings, data)
+            self.described, schedules = run.described(), run.schedules
             self.run_name = run_name(self.settings, data, schedules)
             if self.settings.run.name is None:
                 self.settings.run.name = self.run_name
@@ -322,7 +323,7 @@ class LladaCLI(HookedCLI):
         start = phase.start()
         if start is not None:
             say(f"{'branching off' if start == phase.parent else 'going on'} from {start}")
-        for line in self.speed_lines if self.trainer.is_global_zero else []:
+        for line in [self.described, *self.speed_lines] if self.trainer.is_global_zero else []:
             say(line)
         self._warn_of_lost_text()
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=start)

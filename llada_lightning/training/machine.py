@@ -128,7 +128,7 @@ def resolve_speed(speed: Speed, shape: Shape, trainer: Trainer, training: bool) 
         The settings to apply, and lines for the start of a run: what was given up, and what is live.
 
     Raises:
-        UserError: an attention back end, or fp8, that is not installed or does not fit.
+        UserError: An attention back end, or fp8, that is not installed or does not fit.
     """
     device = trainer.strategy.root_device
     dtype = torch.bfloat16 if str(trainer.precision).startswith("bf16") else torch.float32

@@ -148,7 +148,7 @@ class StepProfiler(Callback):
         profiler: The profiler of the trainer's settings.
 
     Raises:
-        UserError: the settings make no profile.
+        UserError: The settings make no profile.
     """
 
     def __init__(
