@@ -1,4 +1,4 @@
-"""Floor 2: weights that move: ours, Hugging Face LLaDA, Hugging Face Llama."""
+"""Weights that move: ours, Hugging Face LLaDA, Hugging Face Llama."""
 
 from llada_lightning.checkpoints.language_model import LanguageModel, load_model
 

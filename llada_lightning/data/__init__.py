@@ -1,4 +1,4 @@
-"""Floor 2: corpora -> tokens -> litdata shards -> batches. Here: what a tokenizer is known by, without its library."""
+"""Corpora -> tokens -> litdata shards -> batches. Here: what a tokenizer is known by, without its library."""
 
 from __future__ import annotations
 

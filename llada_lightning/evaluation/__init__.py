@@ -1,1 +1,1 @@
-"""Floor 3: what a trained model is worth: likelihoods, rankings of candidates, perplexity of long texts."""
+"""What a trained model is worth: likelihoods, rankings of candidates, perplexity of long texts."""

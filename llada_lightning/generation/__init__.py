@@ -1,4 +1,4 @@
-"""Floor 3: text from a model: the samplers of the paper's Sec. 2.4 and Appendix B.4."""
+"""Text from a model: the samplers of the paper's Sec. 2.4 and Appendix B.4."""
 
 from typing import TYPE_CHECKING, Any
 

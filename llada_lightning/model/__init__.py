@@ -1,4 +1,4 @@
-"""Floor 1: the Transformer."""
+"""The Transformer."""
 
 from llada_lightning.model.transformer import Transformer
 

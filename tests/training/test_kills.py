@@ -99,7 +99,7 @@ def test_kills_while_a_family_writes_its_branches(prepared: Path, tmp_path: Path
     words = budgets(12, 24)
     whole = fit("arm", prepared, tmp_path / "whole", *words)
     folder = tmp_path / "killed" / "test" / "run"
-    write, save = "llada_lightning.training.fit:write_records", f"{SAVING}:put_in_place"
+    write, save = "llada_lightning.training.record:write_records", f"{SAVING}:put_in_place"
     for moment, budgets_reached in [
         (At(save, 3), 0),
         (At(write, 1), 0),

@@ -20,7 +20,6 @@ from llada_lightning.objectives.standard_errors import clustered_mean_and_stderr
 from llada_lightning.records import read_validation
 from llada_lightning.study.collect import gather
 from llada_lightning.study.results import covariance_of_means, read_covariance, write_covariance
-from llada_lightning.training import fit as lightning_cli
 from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule, ValidationLoss
 
 WORDS, EOS, MASK, LENGTH = 23, 0, 22, 40
@@ -142,7 +141,7 @@ def test_the_validation_is_there_before_the_result(
     def killed(*_: object) -> None:
         raise KeyError("killed")
 
-    monkeypatch.setattr(lightning_cli, "write_records", killed)
+    monkeypatch.setattr("llada_lightning.training.record.write_records", killed)
     with pytest.raises(KeyError, match="killed"):
         fit("arm", prepared, tmp_path, "--trainer.max_steps=2")
     assert set(read_validation(folder)["steps"]) == {2}
