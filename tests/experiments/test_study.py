@@ -64,6 +64,7 @@ def numbers(text: str) -> list[float]:
     return [float(number.replace(",", "")) for number in NUMBER.findall(text)]
 
 
+@pytest.mark.slow
 def test_the_report_follows_from_the_committed_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Word for word; numbers to the last digits that another processor's rounding may turn."""
     published = published_fits()
