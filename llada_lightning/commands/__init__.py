@@ -23,7 +23,7 @@ VERBS = (
     Verb("fit", "train one model; --budget.flops decides for how long; resumes by itself", "training", "fit", ("fit",)),
     Verb("validate", "the loss of a checkpoint: exact for arm, the bound for llada", "training", "fit", ("validate",)),
     Verb("test", "the same under Lightning's other name", "training", "fit", ("test",)),
-    Verb("predict", "the loss of each validation sequence", "training", "fit", ("predict",)),
+    Verb("predict", "the nats of each validation sequence, one a line", "training", "fit", ("predict",)),
     Verb("launch", "resolve a fit once and start it on many processes (srun, torchrun)", "training", "launch"),
     Verb("replay", "what was in one step of a run: its sequences, each with its loss", "training", "replay"),
     Verb("plan", "FLOP budgets -> a table of runs, and the sweep that runs them", "scaling study", "plan"),

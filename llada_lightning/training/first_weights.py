@@ -43,8 +43,8 @@ def take_over(config: Namespace, objective: str) -> None:
     description = stored.description
     if description.objective != objective:
         raise UserError(
-            f"model.weights: '{arguments.weights}' is of {description.objective}, not of {objective}; "
-            "give --model of it"
+            f"model.weights: '{arguments.weights}' is of {description.objective}, not of {objective}; give the "
+            f"--model of {description.objective}"
         )
     given = arguments.shape.as_dict() if isinstance(arguments.shape, Namespace) else arguments.shape
     if given != DEFAULT_SHAPE and get_shape(given) != description.shape:
