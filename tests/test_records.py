@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.studies import record
+from helpers.studies import sound
 from llada_lightning.records import (
     EVALUATIONS_FILE,
     FAULT_COLUMNS,
@@ -32,10 +32,6 @@ from llada_lightning.records import (
 from llada_lightning.study.collect import collect
 from llada_lightning.support import files
 from llada_lightning.support.errors import UserError
-
-
-def sound(name: str = "a", budget: float = 1e12, **other: object) -> dict[str, object]:
-    return record("arm", "107k", budget, 4.0, run=name, **other)
 
 
 def test_records_come_back_as_they_were(tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def test_a_run_on_damaged_shards_is_one_line_and_no_step(
     assert not list((run / "checkpoints").glob("*"))
 
 
-def test_a_run_goes_on_when_the_shard_is_mended_as_if_nothing_had_been(
+def test_a_run_goes_on_when_the_shard_is_repaired_as_if_nothing_had_been(
     prepared: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ("--data.window_shards=1", "--trainer.max_steps=24")  # so that damage is met after some steps

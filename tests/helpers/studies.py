@@ -70,6 +70,11 @@ def record(objective: str, shape: str, budget: float, loss: float, **other: Any)
     return {**values, **other}
 
 
+def sound(name: str = "a", budget: float = 1e12, **other: object) -> dict[str, object]:
+    """A finished run of `arm`, by name."""
+    return record("arm", "107k", budget, 4.0, run=name, **other)
+
+
 def study(
     budgets: tuple[float, ...] = (3e11, 1e12, 3e12),
     shapes: tuple[str, ...] = ("107k", "443k"),

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.studies import record, study
+from helpers.studies import record, sound, study
 from llada_lightning.records import (
     RESULT_COLUMNS,
     read_records,
@@ -36,10 +36,6 @@ from llada_lightning.study.results import (
     write_results,
 )
 from llada_lightning.support.errors import UserError
-
-
-def sound(name: str = "a", budget: float = 1e12, **other: object) -> dict[str, object]:
-    return record("arm", "107k", budget, 4.0, run=name, **other)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])

@@ -83,7 +83,7 @@ def test_a_failed_run_does_not_stop_the_others_and_is_named_with_its_last_line(t
     assert "killed by signal 9" in shot.reason
     assert Path(bad.log) == study.log("bad")
     assert "error: lr" in study.output.getvalue()
-    Study(tmp_path, {"bad": "ok", "good": "ok"}).run()  # mended, and run again
+    Study(tmp_path, {"bad": "ok", "good": "ok"}).run()  # corrected, and run again
     assert study.started() == ["bad", "mute", "shot", "good", "bad"]
     assert study.log("bad").read_text().count("$ ") == 2  # the log keeps both attempts
 

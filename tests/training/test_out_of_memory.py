@@ -61,8 +61,8 @@ def test_the_line_names_what_fits_and_the_run_goes_on_with_it(
     )
     with monkeypatch.context() as small:
         Small(small, 2, error)
-        mended = ["--data.micro_batch", "2", "--trainer.accumulate_grad_batches", "4", "--data.val_batch", "2"]
-        assert main([*arguments, *mended]) == 0
+        corrected = ["--data.micro_batch", "2", "--trainer.accumulate_grad_batches", "4", "--data.val_batch", "2"]
+        assert main([*arguments, *corrected]) == 0
     assert len(losses(tmp_path / "test" / "run")) == 3
 
 
