@@ -257,9 +257,10 @@ def check_degree(degree: int, processes: int, shape: Shape, vocab_size: int, seq
 def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
     """Shard, in place, a model on the meta device; its weights then lie, uninitialised, on the mesh's devices.
 
-    Master weights and the reduction of gradients are fp32. Under `bf16-mixed` the matrices travel as bf16, rounded
-    once before they are gathered instead of once after, by autocast; embedding and gains travel as fp32, because
-    autocast does not round them either. So a sharded run computes what an unsharded one does.
+    Master weights and the reduction of gradients are fp32. Under `bf16-mixed` the matrices of the blocks travel as
+    bf16, rounded once before they are gathered instead of once after, by autocast. Embedding and gains travel as fp32,
+    because autocast does not round them either, and so does the output head, whose gradient is summed in fp32 and would
+    take the type of the gathered weight. So a sharded run computes what an unsharded one does.
 
     Args:
         mesh: The device mesh, whose `tensor_parallel` dimension divides the matrices before `data_parallel` shards.
@@ -273,8 +274,8 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
     for block in model.blocks:
         assert isinstance(block, Block)
         fully_shard([block.attention, block.feed_forward], mesh=mesh, mp_policy=policy)
-    fully_shard(model.head, mesh=mesh, mp_policy=policy)
     rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(model.head, mesh=mesh, mp_policy=rest)
     fully_shard(model, mesh=mesh, mp_policy=rest)
     register_fsdp_forward_method(model.head, "nll")
     register_fsdp_forward_method(model, "hidden")  # `llada` needs the logits of few positions only
