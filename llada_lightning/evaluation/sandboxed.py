@@ -116,7 +116,9 @@ def in_child(work: Callable[[], None]) -> None:
 
 def _asking(operation: str) -> Callable[..., Any]:
     def ask(self: Remote, /, *arguments: Any, **named: Any) -> Any:
-        return self._peer.ask(operation, self, *arguments, **named)
+        # Not self._peer: a copy has none before it is filled in, and __getattr__ would call itself without end.
+        peer: Peer = object.__getattribute__(self, "_peer")
+        return peer.ask(operation, self, *arguments, **named)
 
     return ask
 
