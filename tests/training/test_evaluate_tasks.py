@@ -59,7 +59,7 @@ def test_counts_below_one_are_refused(option: str) -> None:
 def test_a_fine_tuning_is_measured_with_its_own_tokenizer_and_the_context_of_its_weights(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As ``load_model`` reads a checkpoint of the run. Its data module has no prepared folder that holds a tokenizer."""
+    """As ``load_model`` reads a checkpoint of the run. Its data module has no prepared folder with a tokenizer."""
     before = {"end_token_ids": [0, 5], "context_length": 512}
     monkeypatch.setattr(evaluate_tasks, "inherited", lambda path: before)
     rows = tmp_path / "pairs.jsonl"
