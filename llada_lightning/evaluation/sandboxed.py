@@ -144,7 +144,8 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "iter": iter,
     "next": next,
 }
-"""What either side may ask of the other's objects: of the tests', functions and iterators that they passed."""
+"""The operations that either side may ask for on the other's objects; on those of the tests only these, of functions
+and iterators that they passed."""
 _OF_THE_PROGRAM = _OPERATIONS | {
     "getattr": getattr, "setattr": setattr, "getitem": operator.getitem, "len": len, "bool": bool, "int": int,
     "float": float, "str": str,
