@@ -278,7 +278,7 @@ class ShardedCheckpointReader(dcp.FileSystemReader):
         """The index of the tensors and of the bytes that the shards hold.
 
         Raises:
-            pickle.UnpicklingError: it holds other objects than an index does.
+            pickle.UnpicklingError: It holds other objects than an index does.
         """
         if self._index is None:
             with (Path(self.path) / ".metadata").open("rb") as file:

@@ -198,7 +198,7 @@ def measure(
     sampling: Sampling | Mapping[str, Any] | None = None,
     unsafe_code: bool = False,
 ) -> list[Outcome]:
-    """Runs a benchmark; of a tag, which has no score of its own, one outcome for each task. Nothing off the first rank.
+    """Runs a benchmark; of a tag, which has no score of its own, one outcome for each task. Empty but on rank 0.
 
     Args:
         model: The model. Its sampling, and its guidance where the benchmark sets one, are set to those of the
