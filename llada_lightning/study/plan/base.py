@@ -66,7 +66,7 @@ class Base:
         return number
 
     def count(self, section: str, key: str) -> int | None:
-        """As ``number``, a positive whole number.
+        """The positive whole number that the ``init_args`` of ``model`` or ``data`` give for a key, or None.
 
         Raises:
             UserError: The value is not such a number.

@@ -42,6 +42,8 @@ _CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 @dataclass(frozen=True)
 class FailedRun:
+    """A run that failed: its name, why, and the path of its log."""
+
     name: str
     reason: str
     log: str
