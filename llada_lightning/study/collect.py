@@ -322,7 +322,7 @@ def _open_ends(records: list[dict[str, Any]], expected: int, nothing: str) -> It
     if not records:
         yield nothing
     elif len(records) < expected:
-        yield f"{len(records)} of {expected} budgets reached"
+        yield f"{len(records)} of {expected} results reached"
 
 
 def _first_of(names: list[str]) -> str:

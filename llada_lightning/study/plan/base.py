@@ -17,7 +17,7 @@ from llada_lightning.support.reading import read_yaml
 _SCHEDULE, _DATA, _MODEL = "model.init_args.schedule", "data.init_args", "model.init_args"
 
 _DECIDED = {
-    "budget": ("flops", "tokens"),
+    "budget": ("flops", "tokens", "milestones"),
     "trainer": ("max_steps",),
     _SCHEDULE: ("decay_steps", "decay_tokens", "plateaus", "total_steps"),
 }
