@@ -18,7 +18,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from llada_lightning.checkpoints.run_folder import CHECKPOINTS, CONFIG, final_checkpoint, require_whole, saved_identity
+from llada_lightning.checkpoints.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    final_checkpoint,
+    require_whole,
+    run_folder_of,
+    saved_identity,
+)
 from llada_lightning.compute.rules import Rules
 from llada_lightning.compute.shapes import shape_name
 from llada_lightning.data.datamodule import LanguageDataModule, require_open_files
@@ -262,7 +269,12 @@ class LladaCLI(HookedCLI):
     def subcommand_arguments(self, subcommand: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("ckpt_path") is not None:
             given = Path(kwargs["ckpt_path"])
-            check_identity(model_identity(saved_identity(given)), model_identity(self.identity))
+            own = run_folder_of(given)
+            known = own is not None and (own / CONFIG).is_file()
+            config = f"'{own}/{CONFIG}'" if known else f"the {CONFIG} of its run"
+            otherwise = "give another one" if self.settings.run.name is None else "leave --ckpt_path out"
+            fix = f"give --config {config} to {subcommand} it, or {otherwise}"
+            check_identity(model_identity(saved_identity(given)), model_identity(self.identity), given, fix)
             require_whole(given)
             return kwargs
         # A given config.yaml may lie in a copy of the folder that it names.

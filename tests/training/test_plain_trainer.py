@@ -65,6 +65,10 @@ def test_its_checkpoints_load_and_resume(kind: type, prepared: Path, tmp_path: P
     trainer().fit(resumed, data(prepared), ckpt_path=str(tmp_path / "half.ckpt"))
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name])
+    with pytest.raises(UserError) as refused:
+        trainer().fit(kind(SHAPE, seed=1), data(prepared), ckpt_path=str(path))
+    assert str(refused.value).startswith(f"checkpoint: '{path}' is of another run (model.init_args.seed was 0, is 1; ")
+    assert str(refused.value).endswith("); restore these settings, or give another ckpt_path")
 
 
 def test_it_is_the_run_that_the_command_makes(prepared: Path, tmp_path: Path) -> None:
