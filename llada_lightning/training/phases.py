@@ -204,8 +204,8 @@ def check_run(phases: Sequence[Phase], folder: Path, run_name: str, never: bool)
     names = {phase.run for phase in phases if phase.run is not None}
     for record in records:
         if record.get("run") not in names:
-            found = _differences_of(record, phases, folder)
-            settings, restore = (f" of other settings ({'; '.join(found)}):", "restore them, ") if found else ("", "")
+            apart = _differences_of(record, phases, folder)
+            settings, restore = (f" of other settings ({'; '.join(apart)}):", "restore them, ") if apart else ("", "")
             raise UserError(
                 f"run.name: {folder} holds the finished run{settings} {record.get('run')}, not {run_name}; {restore}"
                 "choose another --run.name, or leave it out"
