@@ -35,7 +35,7 @@ from llada_lightning.identity import check_identity, model_identity
 from llada_lightning.records import read_records
 from llada_lightning.settings import Budget, Guard, Place, Profile, Wandb, check_seed
 from llada_lightning.support.cluster import agreed_launch
-from llada_lightning.support.command_line import refuse_unusable
+from llada_lightning.support.command_line import as_keys, refuse_unusable
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import written_atomically
 from llada_lightning.support.jsonargparse_internals import whole_numbers_first
@@ -90,6 +90,10 @@ def fit(**settings: Any) -> list[dict[str, Any]]:
         folder = LladaCLI(["fit", *(word for name, value in settings.items() for word in _words(name, value))]).folder
     except RunIsDone as done:
         folder = done.folder
+    except UserError as error:
+        if (said := as_keys(str(error))) == str(error):
+            raise
+        raise UserError(said) from error
     return read_records(folder)
 
 

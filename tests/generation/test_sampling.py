@@ -154,8 +154,10 @@ def test_settings_in_one_object_or_by_their_names() -> None:
     assert whole.tokens == generate(lm, prompts, Sampling(**{**settings, "steps": 8}), steps=4).tokens
     expected = {"strategy": "diffusion", "block_length": 8, "cache": "none", "first": 0}
     assert whole.settings == vars(Sampling(**settings)) | expected
-    with pytest.raises(TypeError, match="lenght"):
+    with pytest.raises(TypeError, match=r"^generate: 'lenght' is no setting; the nearest is 'length'$"):
         generate(lm, prompts, lenght=8)
+    with pytest.raises(TypeError, match=r"^generate: 'zzz' is no setting$"):
+        generate(lm, prompts, zzz=8)
 
 
 def test_settings_are_checked_before_there_is_a_model() -> None:
