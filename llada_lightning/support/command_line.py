@@ -107,9 +107,11 @@ def one_line(message: str, command: str, options: Iterable[str] = ()) -> str:
     """The parser's report of several lines as one: the key, the value, what was expected.
 
     Args:
-        message: of jsonargparse; for a key within a class it holds, indented, what this function made of the cause.
-        command: whose ``--help`` lists the options.
-        options: The names of the parser's options, of which a misspelt one is told the nearest.
+            message: The message of jsonargparse. For a key within a class it holds, indented, what this function made of
+            the cause.
+        command: The command whose ``--help`` lists the options.
+    options: The names of the parser's options, of which a misspelt one is told the nearest.
+
     """
     key = re.search(r'Parser key "([^"]+)"', message)
     causes = rf"\S+: .* given; expected .*|\S+: .* was not imported; .*|(?:{_UNKNOWN}).*"

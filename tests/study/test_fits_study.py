@@ -49,8 +49,6 @@ def assert_same(fits: StudyFits, rel: float, *, by_position: bool = False) -> No
         assert other == pytest.approx(one, rel=rel)
 
 
-@given(st.permutations(range(len(STUDY))))
-@settings(max_examples=3, deadline=None)
 def test_notes_of_one_run_of_each_objective_say_what_is_missing() -> None:
     table = table_of_records([record("arm", "107k", 1e10, 5.1), record("llada", "107k", 1e10, 5.9)])
     notes = fit_table(table, samples=100, conventions=("6nd",)).notes
@@ -61,6 +59,8 @@ def test_notes_of_one_run_of_each_objective_say_what_is_missing() -> None:
     assert any(note.startswith("arm, parametric: no fit: 1 run of 1 N and 1 D; at least 6 runs") for note in notes)
 
 
+@given(st.permutations(range(len(STUDY))))
+@settings(max_examples=3, deadline=None)
 def test_the_order_of_rows_changes_nothing(order: list[int]) -> None:
     assert fit_table(STUDY.iloc[order], samples=200).as_dict() == FITS.as_dict()
 

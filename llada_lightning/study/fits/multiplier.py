@@ -216,7 +216,10 @@ def no_common_loss(
             f"{reference}'s best losses go from {theirs[0].loss:.3f} to {theirs[-1].loss:.3f}, {objective}'s from "
             f"{own[0].loss:.3f} to {own[-1].loss:.3f}"
         )
-    return f"{NO_COMMON_LOSS} by {CONVENTION_NAMES[convention]}: {reached}, so no multiplier is measured{printed}; add smaller budgets for {smaller} or larger ones for {larger}{by}"
+    return (
+        f"{NO_COMMON_LOSS} by {CONVENTION_NAMES[convention]}: {reached}, so no multiplier is measured{printed}; add "
+        f"smaller budgets for {smaller} or larger ones for {larger}{by}"
+    )
 
 
 # --- agreement -------------------------------------------------------------------------------------------------------
