@@ -107,11 +107,10 @@ def one_line(message: str, command: str, options: Iterable[str] = ()) -> str:
     """The parser's report of several lines as one: the key, the value, what was expected.
 
     Args:
-            message: The message of jsonargparse. For a key within a class it holds, indented, what this function made of
+        message: The message of jsonargparse. For a key within a class it holds, indented, what this function made of
             the cause.
         command: The command whose ``--help`` lists the options.
-    options: The names of the parser's options, of which a misspelt one is told the nearest.
-
+        options: The names of the parser's options, of which a misspelt one is told the nearest.
     """
     key = re.search(r'Parser key "([^"]+)"', message)
     causes = rf"\S+: .* given; expected .*|\S+: .* was not imported; .*|(?:{_UNKNOWN}).*"
