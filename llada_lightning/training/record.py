@@ -17,6 +17,7 @@ from typing import Any
 from lightning import Trainer
 
 import llada_lightning
+from llada_lightning.compute.rules import DECAY_FRACTION
 from llada_lightning.compute.shapes import shape_name
 from llada_lightning.data.datamodule import LanguageDataModule
 from llada_lightning.objectives import OBJECTIVES
@@ -56,7 +57,8 @@ def result_record(
     return {
         "run": run,
         "objective": module.objective,
-        "variant": variant(module, data, decayed=decay_steps != 0),
+        # A run of one or two steps is too short for the default decay.
+        "variant": variant(module, data, decayed=decay_steps != 0 or round(DECAY_FRACTION * steps) == 0),
         "shape": shape_name(module.shape),
         "params_total": module.shape.params_total(module.vocab_size),
         "params_nonembedding": module.shape.params_nonembedding,
