@@ -27,15 +27,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llada_lightning.records import LATER_COLUMNS, RESULT_COLUMNS, VALIDATION_FILE, read_validation
+from llada_lightning.records import (
+    LATER_COLUMNS,
+    MAPPING_COLUMNS,
+    RESULT_COLUMNS,
+    VALIDATION_FILE,
+    read_validation,
+)
 from llada_lightning.support.errors import UserError
-from llada_lightning.support.files import is_there, require_replaceable, written_atomically
+from llada_lightning.support.files import is_there, require_replaceable, strict_json, written_atomically
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import FormatError, read_text
 
 _TEXT_COLUMNS = frozenset({
     "run", "objective", "variant", "shape", "schedule", "parent_checkpoint", "data_fingerprint", "tokenizer",
-    "val_kind", "device", "precision", "versions", "git_commit", "status",
+    "val_kind", "device", "precision", "git_commit", "status", *MAPPING_COLUMNS,
 })  # fmt: skip
 _INTEGER_COLUMNS = frozenset({
     "params_total", "params_nonembedding", "tokens", "unique_tokens", "steps", "global_batch_tokens",
@@ -59,10 +65,11 @@ _DEVIATION = "document "
 def table_of_records(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """A table with the columns ``RESULT_COLUMNS``; a key that a record lacks is missing there."""
     columns = {column: [record.get(column) for record in records] for column in RESULT_COLUMNS}
-    columns["versions"] = [
-        None if versions is None else json.dumps(versions, sort_keys=True, separators=(",", ":"))
-        for versions in columns["versions"]
-    ]
+    for column in MAPPING_COLUMNS:
+        columns[column] = [
+            None if value is None else json.dumps(strict_json(value), sort_keys=True, separators=(",", ":"))
+            for value in columns[column]
+        ]
     return _typed(pd.DataFrame(columns, dtype=object), [f"record {n}" for n in range(1, len(records) + 1)])
 
 
@@ -74,7 +81,7 @@ def typed_record(record: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
     typed = {column: record.get(column) for column in RESULT_COLUMNS}
     for column, value in typed.items():
-        if value is not None and column != "versions":
+        if value is not None and column not in MAPPING_COLUMNS:
             converted = _column_type(column)[1](value, column, source)
             typed[column] = None if converted is pd.NA else converted
     return typed
