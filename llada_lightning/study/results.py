@@ -347,7 +347,7 @@ def write_covariance(rows: Sequence[Row], results: Path | str) -> CovarianceRepo
     read = lru_cache(maxsize=1)(read_validation)  # a run's budgets share one file
     for row in sorted(rows, key=lambda row: row.label):
         try:
-            losses = _validation_of(row, read)
+            losses = documents_of(row, read)
         except UserError as error:
             report.left_out.setdefault(str(error), []).append(row.label)
         else:
@@ -396,8 +396,17 @@ def read_covariance(path: Path | str) -> pd.DataFrame:
     return table
 
 
-def _validation_of(row: Row, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
-    """The row's validation losses, in order of document. Raises UserError with the reason why it has none."""
+def documents_of(row: Row, read: Callable[[Path], pd.DataFrame], file: Path | None = None) -> pd.DataFrame:
+    """The losses of a row's validation documents, in order of document.
+
+    Args:
+        row: The row of the results table.
+        read: The function that reads the table of all rows of a folder.
+        file: The file that it reads; None: ``validation.csv``.
+
+    Raises:
+        UserError: There are none; it says why.
+    """
     loss = row.record["val_nats_per_token"]
     if loss is None or not math.isfinite(loss):
         raise UserError("loss not finite")
@@ -405,14 +414,15 @@ def _validation_of(row: Row, read: Callable[[Path], pd.DataFrame]) -> pd.DataFra
         raise UserError("a record without a run's name")
     if row.folder is None:
         raise UserError("from W&B, which does not hold the losses by document")
-    if not is_there(row.folder / VALIDATION_FILE):
-        raise UserError(f"no {VALIDATION_FILE}")
+    file = file or row.folder / VALIDATION_FILE
+    if not is_there(file):
+        raise UserError(f"no {file.name}")
     table = read(row.folder)
     table = table[table["steps"] == row.record["steps"]].sort_values("document")
     if table.empty:
-        raise UserError(f"not in {VALIDATION_FILE}")
+        raise UserError(f"not in {file.name}")
     if len(table) < 2:
         raise UserError("fewer than two validation documents")
     if not ((table["sequences"] > 0) & (table["nats_per_token"].abs() <= LARGEST_NUMBER)).all():
-        raise UserError(f"a document without sequences, or without a finite loss, in {VALIDATION_FILE}")
+        raise UserError(f"a document without sequences, or without a finite loss, in {file.name}")
     return table
