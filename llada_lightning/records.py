@@ -124,10 +124,11 @@ def expected_records(folder: Path | str) -> int:
 
 
 def expected_budgets(config: Any) -> int:
-    """Budgets of a resolved configuration: the length of ``budget.flops`` where that is a list, else 1."""
+    """The results of a resolved configuration: one for each of its budgets (at least one) and milestones."""
     budget = config.get("budget") if isinstance(config, Mapping) else None
-    flops = budget.get("flops") if isinstance(budget, Mapping) else None
-    return max(1, len(flops)) if isinstance(flops, list) else 1
+    flops, milestones = (budget.get(key) if isinstance(budget, Mapping) else None for key in ("flops", "milestones"))
+    budgets = max(1, len(flops)) if isinstance(flops, list) else 1
+    return budgets + (len(milestones) if isinstance(milestones, list) else 0)
 
 
 def has_diverged(folder: Path | str) -> bool:

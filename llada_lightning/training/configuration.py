@@ -77,8 +77,9 @@ def resolve_fit(config: Namespace, data: LanguageDataModule) -> Run:
     _refuse_what_breaks_the_contract(config)
     resolved = _resolve_length(config, data)
     steps, trainer = list(resolved.steps), config.trainer
-    if len(steps) > 1 and trainer.enable_checkpointing is False:
-        raise UserError("trainer.enable_checkpointing: false given, but several budgets branch from checkpoints")
+    if (len(steps) > 1 or resolved.milestones) and trainer.enable_checkpointing is False:
+        why = "several budgets branch" if len(steps) > 1 else "a run with milestones continues"
+        raise UserError(f"trainer.enable_checkpointing: false given, but {why} from checkpoints")
     # Three validations on the way (the end is validated anyway); logs and checkpoints at a pace that fits the length.
     _fill(trainer, "val_check_interval", (steps[-1] // 4 + 1) * trainer.accumulate_grad_batches)
     _fill(trainer, "log_every_n_steps", max(1, min(50, steps[0] // 100)))
@@ -170,7 +171,7 @@ def _resolve_length(config: Namespace, data: LanguageDataModule) -> Run:
 
 def _length(config: Namespace, data: LanguageDataModule) -> Length:
     """How long the run is to train: by its budget, else by the data module's epochs, else by `trainer.max_steps`."""
-    budget, given = config.budget, config.trainer.max_steps
+    budget, given, milestones = config.budget, config.trainer.max_steps, tuple(config.budget.milestones)
     if budget.flops is not None and budget.tokens is not None:
         raise UserError(f"budget: flops {budget.flops} and tokens {budget.tokens:g} are both given; give one")
     if data.wanted_steps is not None and (budget.flops, budget.tokens) != (None, None):
@@ -180,14 +181,14 @@ def _length(config: Namespace, data: LanguageDataModule) -> Length:
         if not budgets:
             raise UserError("budget.flops: [] holds no budget; give one, such as 1e12")
         check_budgets("budget.flops", budgets)
-        return Length(flops=tuple(budgets), convention=budget.convention)
+        return Length(flops=tuple(budgets), convention=budget.convention, milestones=milestones)
     if budget.tokens is not None:
-        return Length(tokens=budget.tokens, setting="budget.tokens")
+        return Length(tokens=budget.tokens, setting="budget.tokens", milestones=milestones)
     if data.wanted_steps is not None and given in (-1, data.wanted_steps):
-        return Length(steps=data.wanted_steps, setting="data.epochs")
+        return Length(steps=data.wanted_steps, setting="data.epochs", milestones=milestones)
     if given < 1:
         raise UserError("budget.flops: nothing says how long to train; give --budget.flops, such as 1e12")
-    return Length(steps=given, setting="trainer.max_steps")
+    return Length(steps=given, setting="trainer.max_steps", milestones=milestones)
 
 
 _OURS = {
