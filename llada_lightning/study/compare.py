@@ -180,7 +180,7 @@ def compare(a: Row, b: Row) -> Comparison:
     """Compares two results on all validation documents that they share, and on those of each source or held-out corpus.
 
     Raises:
-        UserError: They have different tokenizers, a result has no losses by document, or no documents are shared.
+        UserError: They have different tokenizers, a result has no losses by document, or they share no documents.
     """
     if a.label == b.label and a.folder is not None and b.folder is not None and a.folder.samefile(b.folder):
         raise UserError(f"compare: {a.label} is given twice; give two results")
@@ -195,32 +195,29 @@ def compare(a: Row, b: Row) -> Comparison:
     left_out: dict[str, str] = {}
     try:
         found += _total(a, b)
-    except _OtherDocumentsError as other:
+    except _NotComparableError as other:
         left_out["total"] = str(other)
     theirs_held_out = _corpora(b, "val_held_out")
     for name, loss in _corpora(a, "val_held_out").items():
         if name in theirs_held_out:
             try:
                 found.append(_held_out(a, b, name, loss, theirs_held_out[name]))
-            except _OtherDocumentsError as other:
+            except _NotComparableError as other:
                 left_out[f"held out {name}"] = str(other)
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise UserError(f"compare: {a.label} and {b.label} share no validation documents ({reasons})")
+        raise UserError(f"compare: {a.label} and {b.label} share no validation documents that have losses ({reasons})")
     return Comparison(a, b, found, left_out)
 
 
-class _OtherDocumentsError(Exception):
-    """Two results have no validation documents in common, with the reason."""
+class _NotComparableError(Exception):
+    """Two results cannot be compared on a corpus, with the reason."""
 
 
 def _total(a: Row, b: Row) -> Iterator[Compared]:
     """The difference on all documents of the runs' own validation, and that of each source of a mixture."""
-    for key, what in (("data_fingerprint", "data"), ("sequence_length", "sequence length")):
-        values = [row.record[key] for row in (a, b)]
-        if values[0] != values[1]:
-            raise _OtherDocumentsError(f"the runs have another {what}, {_digits(values[0])} and {_digits(values[1])}")
-    tables = _shared(a, b, "val_sequences or val_seed")
+    _check_equal("data", a.record["data_fingerprint"], b.record["data_fingerprint"])
+    tables = _shared(a, b)
     bits = _bits(a.record["val_nats_per_token"], a.record["val_bits_per_byte"])
     yield _compared("total", None, tables, bits)
     sources = _corpora(a, "val_by_source") or _corpora(b, "val_by_source")  # one of the two may be of an older version
@@ -236,19 +233,23 @@ def _total(a: Row, b: Row) -> Iterator[Compared]:
 
 def _held_out(a: Row, b: Row, name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Compared:
     """The difference on a corpus that is held out from both."""
-    if ours["fingerprint"] != theirs["fingerprint"]:
-        prints = f"{_digits(ours['fingerprint'])} and {_digits(theirs['fingerprint'])}"
-        raise _OtherDocumentsError(f"the name means another corpus in each run, {prints}")
-    tables = _shared(a, b, "sequence_length, val_sequences or val_seed", name)
+    _check_equal("data", ours["fingerprint"], theirs["fingerprint"])
+    tables = _shared(a, b, name)
     return _compared("held out", name, tables, _bits(ours["nats_per_token"], ours["bits_per_byte"]))
+
+
+def _check_equal(what: str, ours: Any, theirs: Any) -> None:
+    if ours != theirs:
+        raise _NotComparableError(f"other {what}, {_digits(ours)} and {_digits(theirs)}")
 
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 """The losses by document of the two results, of the same documents in the same order."""
 
 
-def _shared(a: Row, b: Row, settings: str, held_out: str | None = None) -> Tables:
-    """The losses by document of both; ``settings`` are what decides which documents there are."""
+def _shared(a: Row, b: Row, held_out: str | None = None) -> Tables:
+    """The losses by document of both: of their own validations, or of a held-out corpus."""
+    _check_equal("sequence lengths", a.record["sequence_length"], b.record["sequence_length"])
     read: Callable[[Path], pd.DataFrame] = partial(read_validation, held_out=held_out)
 
     def table_of(row: Row) -> pd.DataFrame:
@@ -256,13 +257,13 @@ def _shared(a: Row, b: Row, settings: str, held_out: str | None = None) -> Table
         try:
             return documents_of(row, read, validation_path(row.folder, held_out))
         except UserError as error:
-            raise UserError(f"compare: {row.label} cannot be compared: {error}") from error
+            raise _NotComparableError(f"{row.label}: {error}") from error
 
     first, second = table_of(a), table_of(b)
     same = ["document", "sequences"]
     if not np.array_equal(first[same].to_numpy(), second[same].to_numpy()):
         counts = [f"{len(table)} documents with {table['sequences'].sum()} sequences" for table in (first, second)]
-        raise _OtherDocumentsError(f"other validation documents, {counts[0]} and {counts[1]}, by {settings}")
+        raise _NotComparableError(f"other documents by val_sequences or val_seed, {counts[0]} and {counts[1]}")
     return first, second
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def test_runs_of_other_data_are_compared_on_what_is_held_out_from_both(tmp_path:
     comparison = compared(a, b)
     [wiki] = comparison.corpora
     assert (wiki.of, wiki.name, wiki.nats_per_token.difference) == ("held out", "wiki", 0.375)
-    assert comparison.left_out == {"total": "the runs have another data, d41d8cd9 and 0123456789…"}
+    assert comparison.left_out == {"total": "other data, d41d8cd9 and 0123456789…"}
 
 
 def test_a_loss_without_bits_per_byte_is_compared_in_nats(tmp_path: Path) -> None:
@@ -212,28 +213,33 @@ def changed(tmp_path: Path, **other: Any) -> str:
 
 def test_what_does_not_share_documents_is_refused_with_the_reason(tmp_path: Path) -> None:
     assert "different tokenizers (bpe-1024, other)" in changed(tmp_path, tokenizer="other")
-    assert "(total: the runs have another data, d41d8cd9 and cafe)" in changed(tmp_path, data_fingerprint="cafe")
-    assert "another sequence length, 128 and 64" in changed(tmp_path, sequence_length=64)
+    assert "(total: other data, d41d8cd9 and cafe)" in changed(tmp_path, data_fingerprint="cafe")
+    assert "(total: other sequence lengths, 128 and 64)" in changed(tmp_path, sequence_length=64)
     b = run(tmp_path / "c", B[:2])
     assert (
-        "share no validation documents (total: other validation documents, 3 documents with 4 sequences and 2 "
-        "documents with 3 sequences, by val_sequences or val_seed)"
+        "share no validation documents that have losses (total: other documents by val_sequences or val_seed, 3 "
+        "documents with 4 sequences and 2 documents with 3 sequences)"
     ) in refused(tmp_path / "a", b)
     other = run(tmp_path / "d", B, data_fingerprint="cafe", held_out={"wiki": A})
     again = run(tmp_path / "e", B, val_held_out={"wiki": corpus(A, fingerprint="g")})
-    assert "held out wiki: the name means another corpus in each run, f and g" in refused(other, again)
+    assert "held out wiki: other data, f and g)" in refused(other, again)
 
 
 def test_a_result_without_losses_by_document_is_refused_with_the_reason(tmp_path: Path) -> None:
     a, b = run(tmp_path / "a", A), run(tmp_path / "b", B)
     (b / "validation.csv").unlink()
-    assert "b@762 cannot be compared: no validation.csv" in refused(a, b)
-    assert "cannot be compared: loss not finite" in refused(a, run(tmp_path / "c", B, val_nats_per_token=math.nan))
+    assert "(total: b@762: no validation.csv)" in refused(a, b)
+    assert "(total: c@762: loss not finite)" in refused(a, run(tmp_path / "c", B, val_nats_per_token=math.nan))
     (b / "validation.csv").write_text("steps\n")
-    assert "validation.csv' is damaged" in refused(b, a) or "its columns must be" in refused(b, a)
-    c, d = (run(tmp_path / name, A, held_out={"wiki": A}) for name in ("e", "f"))
+    assert re.search(
+        r"\(total: b@762: '.*validation\.csv': its columns must be .* delete it and run again\)", refused(b, a)
+    )
+    c, d = (run(tmp_path / name, own, held_out={"wiki": own}) for name, own in (("e", A), ("f", B)))
+    assert [each.of for each in compared(c, d).corpora] == ["total", "held out"]
     (d / "held_out" / "wiki.csv").unlink()
-    assert "f@762 cannot be compared: no wiki.csv" in refused(c, d)
+    comparison = compared(c, d)
+    assert [each.of for each in comparison.corpora] == ["total"]
+    assert comparison.left_out == {"held out wiki": "f@762: no wiki.csv"}
 
 
 @pytest.mark.parametrize(
