@@ -330,7 +330,7 @@ def _milestones(spec: Spec, batch: int, schedules: Sequence[WSD]) -> tuple[WSD, 
     if length.steps is not None:
         raise UserError(f"{name}: given without a budget in FLOPs or tokens; give --budget.flops or --budget.tokens")
     check_budgets(name, length.milestones)
-    assert last.total_steps is not None and last.decay_steps is not None and last.warmup_steps is not None
+    assert last.total_steps is not None and last.decay_steps is not None
     decays = last.total_steps - last.decay_steps
     of_a_token = spec.per_token.by(length.convention) if length.flops else 1.0
     found: list[WSD] = []
@@ -338,8 +338,6 @@ def _milestones(spec: Spec, batch: int, schedules: Sequence[WSD]) -> tuple[WSD, 
         step = round(given / of_a_token / per_step)
         if step < 1:
             where = f"step 0 of {per_step * of_a_token:.4g} {'FLOPs' if length.flops else 'tokens'} each; raise it"
-        elif step < last.warmup_steps:
-            where = f"step {step}, within the warmup of {last.warmup_steps} steps; leave it out, or shorten the warmup"
         elif step >= last.total_steps:
             where = f"step {step}, and the last budget ends at step {last.total_steps}; leave it out"
         elif step > decays:

@@ -258,12 +258,12 @@ def _fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
     # it, and the weights need not have a row for it.
     without = not masks and arguments.get("weights") is not None and arguments.mask_token_id is None
     mask_id = None if without else tokenizer.mask_id
-    words = tokenizer.vocab_size - (without and tokenizer.mask_id == tokenizer.vocab_size - 1)
-    _fill(arguments, "vocab_size", words)
+    entries = tokenizer.vocab_size - (without and tokenizer.mask_id == tokenizer.vocab_size - 1)
+    _fill(arguments, "vocab_size", entries)
     check_vocabulary("model.vocab_size", arguments.vocab_size)
-    if arguments.vocab_size < words:
+    if arguments.vocab_size < entries:
         raise UserError(
-            f"model.vocab_size: {arguments.vocab_size} is below the {words} tokens of the data's tokenizer; leave it "
+            f"model.vocab_size: {arguments.vocab_size} is below the {entries} tokens of the data's tokenizer; leave it "
             "out (a larger one pads)"
         )
     for key, value in {"mask_token_id": mask_id, "eos_token_id": tokenizer.eos_id}.items():

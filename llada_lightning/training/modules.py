@@ -43,7 +43,7 @@ from llada_lightning.training.validation import (
 )
 
 VALIDATION_METRICS = ("val_nats_per_token", "val_stderr", "val_bits_per_byte")
-"""What a module logs for callbacks: at each validation, and nothing else."""
+"""The metrics that a module logs for callbacks, at each validation. It logs nothing else."""
 
 
 @dataclass

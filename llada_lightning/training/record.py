@@ -185,7 +185,7 @@ def _shown(value: Any) -> str:
 
 
 def without_validation(module: LanguageModule) -> None:
-    """Of a run that broke off: it has no loss at its budget."""
+    """Give a module, in place, the validation of a run that broke off: it has no loss at its budget."""
     module.validation = dict.fromkeys(VALIDATION_METRICS, math.nan)
     module.val_by_document = []
     module.val_by_source, module.val_held_out, module.held_out_by_document = {}, {}, {}
