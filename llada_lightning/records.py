@@ -137,18 +137,18 @@ def has_diverged(folder: Path | str) -> bool:
 
 
 def validation_path(folder: Path | str, held_out: str | None = None) -> Path:
-    """The file of a run's losses by document: of its own validation, or of a held-out corpus by its name."""
+    """The path of a run's losses by document: of its own validation, or of the held-out corpus of a name."""
     return Path(folder) / (VALIDATION_FILE if held_out is None else f"{HELD_OUT}/{held_out}.csv")
 
 
 def write_validation(
     folder: Path | str, steps: int, documents: Sequence[tuple[int, int, float]], held_out: str | None = None
 ) -> Path:
-    """Writes the validation loss of each document after so many optimizer steps; rows of other steps stay. Atomic.
+    """Writes the validation loss of each document after ``steps`` optimizer steps; rows of other steps stay. Atomic.
 
-    ``documents`` are, of every validation document, its number, its count of sequences and their mean in nats per
-    token; ``held_out`` names the corpus that they are of, where it is not the run's own. The folder is made if it does
-    not exist.
+    ``documents`` holds a tuple for every validation document: its number, the number of its sequences, and their mean
+    loss in nats per token. ``held_out`` is the name of the corpus that they belong to; None: the run's own validation.
+    The folder is made if it does not exist.
     """
     import pandas as pd
 
@@ -179,7 +179,7 @@ def read_typed_csv(path: Path, types: Mapping[str, Any], fix: str) -> pd.DataFra
     """A CSV file of a run's folder, with exactly the columns of ``types`` in their order; numbers to the last digit.
 
     Raises:
-        UserError: There is no such file, or it is damaged; ``fix`` is the advice then.
+        UserError: There is no such file, or it is damaged; the message of a damaged one ends with ``fix``.
     """
     import pandas as pd
 
@@ -205,7 +205,7 @@ EVALUATION_COLUMNS = ("steps", "task", "score", "stderr", "n", "metric", "settin
 
 
 def write_evaluations(folder: Path | str, rows: Sequence[dict[str, Any]]) -> Path:
-    """Adds rows of ``EVALUATION_COLUMNS`` to a run's; those of the same step and task replace the ones before. Atomic.
+    """Adds rows (``EVALUATION_COLUMNS``) to a run's evaluations. A row replaces that of the same step and task. Atomic.
 
     Raises:
         UserError: The file that is there is damaged.
@@ -282,7 +282,7 @@ def read_faults(folder: Path) -> list[dict[str, str]]:
 
 
 def write_faults(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write the file anew, whole or not at all."""
+    """Replace the file by one of these rows, whole or not at all."""
     with written_atomically(folder / FAULTS_FILE) as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FAULT_COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

@@ -115,14 +115,14 @@ class Stream:
         return objective.flops_per_token(shape, self.vocab_size, attended, self.mask_eps, self.response_share)
 
     def tokens_per_step(self, global_batch: float) -> float:
-        """The expected tokens of a global batch of so many sequences."""
+        """The expected tokens of a step, whose global batch is given in sequences."""
         each = self.tokens_per_sequence
         return global_batch * (
             expected_length(self.sequence_length, self.random_length_share) if each is None else each
         )
 
     def epochs(self, sequences: float) -> float | None:
-        """How often so many sequences read the source that they repeat most; None where the data is not known."""
+        """How often a number of sequences reads the source that it repeats most; None where the data is not known."""
         total = sum(source.weight for source in self.sources)
         passes = [sequences * source.weight / total / source.sequences for source in self.sources]
         return max(passes, default=None)
@@ -134,7 +134,7 @@ class Stream:
 
 
 MIN_STEPS = 50
-"""A rule's batch is halved until the smallest budget has so many steps, as far as halving goes."""
+"""The least steps of the smallest budget: a batch by rule is halved until there are as many, as far as halving goes."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def resolve(spec: Spec) -> Run:
 
 
 def _size(spec: Spec, batch: float, flops_of_steps: float = math.nan) -> Size:
-    """The size by which the rules go, at a global batch of so many sequences."""
+    """The size by which the rules go, at a global batch in sequences."""
     length, per_token = spec.length, spec.per_token
     if length.flops:
         budget = math.exp(math.fsum(map(math.log, length.flops)) / len(length.flops))

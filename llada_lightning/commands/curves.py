@@ -97,7 +97,7 @@ def _read(results: str) -> tuple[pd.DataFrame, pd.DataFrame | None]:
 
 
 def _with_scores(table: pd.DataFrame) -> pd.DataFrame:
-    """The same with the scores of its ``task_`` columns as numbers."""
+    """The table with the scores of its ``task_`` columns as numbers."""
     import pandas as pd
 
     scores = {}

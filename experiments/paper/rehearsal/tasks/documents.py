@@ -72,15 +72,3 @@ def humaneval(**_: Any) -> Documents:
     return _split([
         {"prompt": f"def add{n}(x):\n    return x +", "test": f"assert add{n}(1) == {n + 1}"} for n in range(1, 9)
     ])  # fmt: skip
-
-
-def build_predictions(responses: list[list[str]], documents: list[dict[str, Any]]) -> list[list[str]]:
-    """Whole functions of what the model wrote."""
-    return [[doc["prompt"] + text for text in texts] for texts, doc in zip(responses, documents, strict=True)]
-
-
-def pass_at_k(references: list[str], predictions: list[list[str]], k: list[int]) -> Any:
-    """The share of functions that pass their test, run in the sandbox."""
-    import evaluate
-
-    return evaluate.load("code_eval").compute(references=references, predictions=predictions, k=k)[0]
