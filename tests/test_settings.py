@@ -18,7 +18,7 @@ from lightning import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from llada_lightning.commands.main import main, refusal
-from llada_lightning.data.datamodule import require_open_files
+from llada_lightning.data.loading import require_open_files
 from llada_lightning.settings import MAX_SEED, NOT_RUNS, check_folder_name
 from llada_lightning.study.plan import outputs as plan_files
 from llada_lightning.study.sweep import MAX_RUNS, expand_grid

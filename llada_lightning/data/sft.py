@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from llada_lightning.data import TOKENIZER_NAME, TokenizerInfo
 from llada_lightning.data.chat import LLADA_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate
-from llada_lightning.data.datamodule import LanguageDataModule
 from llada_lightning.data.datasets import PairDataset, PairStream, PairValidationDataset
 from llada_lightning.data.dialogues import Pairs, read_dialogues, tokenize_pairs
+from llada_lightning.data.loading import LanguageDataModule
 from llada_lightning.data.tokenizers import (
     ROLES_NAME,
     TEMPLATE_NAME,

@@ -22,7 +22,7 @@ from llada_lightning.compute.flops import check_budgets, flops_6nd
 from llada_lightning.compute.rules import Rules
 from llada_lightning.compute.schedule import WSD, schedule_from
 from llada_lightning.compute.shapes import check_vocabulary, get_shape
-from llada_lightning.data.datamodule import LanguageDataModule
+from llada_lightning.data.loading import LanguageDataModule
 from llada_lightning.identity import run_name as name_of
 from llada_lightning.identity import with_stable_names
 from llada_lightning.model.transformer import NORM_EPS

@@ -28,7 +28,7 @@ from llada_lightning.checkpoints.run_folder import (
 )
 from llada_lightning.compute.rules import Rules
 from llada_lightning.compute.shapes import shape_name
-from llada_lightning.data.datamodule import LanguageDataModule, require_open_files
+from llada_lightning.data.loading import LanguageDataModule, require_open_files
 from llada_lightning.data.manifest import loss_note
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.identity import check_identity, model_identity

@@ -29,7 +29,7 @@ from llada_lightning.checkpoints.run_folder import (
     whole_checkpoint,
 )
 from llada_lightning.compute.schedule import WSD
-from llada_lightning.data.datamodule import LanguageDataModule
+from llada_lightning.data.loading import LanguageDataModule
 from llada_lightning.identity import HASH_DIGITS, check_history, check_identity, differences, identity_hash
 from llada_lightning.records import read_records
 from llada_lightning.support.errors import UserError

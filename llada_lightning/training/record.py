@@ -19,7 +19,7 @@ from lightning import Trainer
 import llada_lightning
 from llada_lightning.compute.rules import DECAY_FRACTION
 from llada_lightning.compute.shapes import shape_name
-from llada_lightning.data.datamodule import LanguageDataModule
+from llada_lightning.data.loading import LanguageDataModule
 from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.records import DIVERGED, DONE, read_records, write_records, write_validation
 from llada_lightning.support.files import strict_json

@@ -14,8 +14,8 @@ from helpers.tiny_runs import fit, kill_at, losses, record, run_processes, weigh
 from llada_lightning.checkpoints import load_model
 from llada_lightning.commands.main import main
 from llada_lightning.data.chat import Message
-from llada_lightning.data.datamodule import LanguageDataModule
 from llada_lightning.data.datasets import PairDataset
+from llada_lightning.data.loading import LanguageDataModule
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.generation.prompts import conversation_ids
 from llada_lightning.objectives.arm import shift_right

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.checkpoints.run_folder import BRANCHES
 from llada_lightning.data import TOKENIZER_NAME
-from llada_lightning.data.datamodule import LanguageDataModule
+from llada_lightning.data.loading import LanguageDataModule
 from llada_lightning.data.tokenizers import tokenizer_from_text
 from llada_lightning.generation.sampling import Sampling
 from llada_lightning.records import write_evaluations
