@@ -78,7 +78,7 @@ def _parser() -> CommandParser:
     add("--decay-fraction", type=float, default=DECAY_FRACTION, help="share of each run over which the rate falls")
 
     add("--base", type=str, metavar="YAML", help="configuration under every run's own settings")
-    add("--data", type=str, metavar="DIR", help="prepared data: says vocabulary and epochs")
+    add("--data", type=dict[str, float] | str, metavar="DIR", help="prepared data, or a mixture {DIR: weight, ...}")
     add("--vocab-size", type=int, help="words of the model; default: the data's tokenizer")
     add("--sequence-length", type=int, help="tokens of a sequence (default 256)")
     add("--study", type=str, help="folder of the results; default: the sweep's name")
@@ -105,7 +105,7 @@ def _parser() -> CommandParser:
 
 def _plan(options: Namespace, base: Base) -> tuple[Plan, Destination]:
     path = base.data.get("path") if options.data is None else options.data
-    check_data_path(path)
+    check_data_path(path, "base: data.init_args.path" if options.data is None else "plan: --data")
     sequence_length = _first(options.sequence_length, base.count("data", "sequence_length"), 256)
     if sequence_length < 1:
         raise UserError(f"plan: --sequence-length {sequence_length} must be at least 1")
