@@ -20,6 +20,7 @@ from jsonargparse import Namespace
 from llada_lightning.checkpoints.run_folder import (
     BRANCHES,
     CHECKPOINTS,
+    CONFIG,
     checkpoint_of_step,
     content_hash,
     require_whole,
@@ -31,7 +32,9 @@ from llada_lightning.compute.schedule import WSD
 from llada_lightning.data.datamodule import LanguageDataModule
 from llada_lightning.identity import check_history, check_identity
 from llada_lightning.records import read_records
+from llada_lightning.run import Run, resolve
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.reading import read_yaml
 from llada_lightning.support.signals import say
 from llada_lightning.training.configuration import as_parsed, identity
 from llada_lightning.training.configuration import run_name as name_of
@@ -52,7 +55,7 @@ class Phase:
         identity: The identity of the run that it is a part of.
         run: The name of the result at its end; None where it ends in none.
         parent: The checkpoint of another run, or of the trunk, that it starts from.
-        forks: The steps whose checkpoints are kept because branches start there.
+        forks: The steps whose checkpoints are kept because branches, or runs of larger budgets, start there.
     """
 
     title: str
@@ -134,10 +137,12 @@ def phases_of(config: Namespace, data: LanguageDataModule, schedules: Sequence[W
         known = identity(config, data, schedule)
         return Phase(title=title, schedule=schedule, last_step=last_step, identity=known, **values)
 
-    given = Path(config.ckpt_path) if config.ckpt_path else None
+    start = config.ckpt_path or config.run.parent
+    given = Path(start) if start else None
     if len(schedules) == 1:
         [schedule] = schedules
-        return [phase(schedule, schedule.total_steps, run=name_of(config, data, schedules), parent=given)]
+        kept = frozenset({fork_step(schedule)} if config.run.keep_fork else ())
+        return [phase(schedule, schedule.total_steps, run=name_of(config, data, schedules), parent=given, forks=kept)]
     forks = [fork_step(schedule) for schedule in schedules]
     trunk = replace(schedules[-1], total_steps=forks[-1], decay_steps=0)
     phases = []
@@ -169,6 +174,33 @@ def fork_step(schedule: WSD) -> int:
     """The step at which a run's decay begins."""
     assert schedule.total_steps is not None and schedule.decay_steps is not None
     return schedule.total_steps - schedule.decay_steps
+
+
+def trunk_checkpoint(config: Namespace, data: LanguageDataModule, run: Run, folder: Path) -> Path | None:
+    """The checkpoint from which ``budget.trunks`` let a run start: of the latest fork before its own first one.
+
+    A run that has begun keeps the one with which it began, which its config.yaml names as ``run.parent``.
+
+    Returns:
+        None: The run starts from its first step, or what it began with has been removed since.
+    """
+    if not run.spec.length.flops:
+        raise UserError("budget.trunks: given without budget.flops, which say what the run adds; leave it out")
+    if (folder / CONFIG).is_file():
+        begun = read_yaml(folder / CONFIG)
+        place = begun.get("run") if isinstance(begun, dict) else None
+        parent = place.get("parent") if isinstance(place, dict) else None
+        return Path(parent) if isinstance(parent, str) and Path(parent).exists() else None
+    first, found = fork_step(run.schedules[0]), []
+    for budgets in config.budget.trunks:
+        if not budgets:
+            raise UserError("budget.trunks: [] holds no budget; give those of a run, such as [1e12, 2e12]")
+        length = replace(run.spec.length, flops=tuple(budgets), setting="budget.trunks")
+        schedules = resolve(replace(run.spec, length=length, global_batch=run.global_batch)).schedules
+        checkpoints = folder.parent / name_of(config, data, schedules) / CHECKPOINTS
+        forks = [fork for fork in map(fork_step, schedules) if fork < first]
+        found += [(fork, checkpoint_of_step(checkpoints, fork)) for fork in forks]
+    return max(((fork, path) for fork, path in found if path.exists()), default=(0, None))[1]
 
 
 class RunIsDone(SystemExit):
