@@ -68,6 +68,8 @@ class Budget:
             that decays for each budget. null: `trainer.max_steps` gives the length.
         tokens: The number of training tokens, instead of FLOPs.
         convention: Which FLOPs the budget counts: `6nd`, or `total` with attention and output head.
+        milestones: The points on the way, ascending, at which a result is recorded without a decay. They count what the
+            budget counts: FLOPs, or tokens.
         trunks: The budgets, a list for each, of runs in the same study that are alike in everything else. The run
             starts from the latest of their checkpoints from which a branch of theirs starts and which it would have
             reached itself, or from the beginning where there is none.
@@ -76,6 +78,7 @@ class Budget:
     flops: float | list[float] | None = None
     tokens: float | None = None
     convention: Convention = "6nd"
+    milestones: list[float] = field(default_factory=list)
     trunks: list[list[float]] = field(default_factory=list)
 
 

@@ -16,7 +16,8 @@ from llada_lightning.settings import check_folder_name
 from llada_lightning.study.plan import Grid, Plan, Recipe, plan_study
 from llada_lightning.study.plan.base import Base, check_data_path, planned_stream, read_base
 from llada_lightning.study.plan.extension import extend, read_commands
-from llada_lightning.study.plan.outputs import Destination, print_plan, run_values, write_files
+from llada_lightning.study.plan.outputs import WIDTH, Destination, print_plan, run_values, write_files
+from llada_lightning.study.plan.paper import paper_notes, paper_plan, paper_tables
 from llada_lightning.study.sweep import read_sweep
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
@@ -35,14 +36,16 @@ def main(argv: list[str]) -> int:
     """
     if len(argv) > _MOST_ARGUMENTS:  # the parser would take minutes
         raise UserError(f"plan: {len(argv):,} words given; a plan has at most {MAX_BUDGETS} budgets and as many seeds")
+    added: dict[str, str] = {}
     if any(word.partition("=")[0] == "--append" for word in argv):
         options = _append_parser().parse_args(argv)
         plan, files, added = _append(options, argv)
     else:
-        options = _parser().parse_args(argv)
+        options = _parser(of_paper="--paper" in argv).parse_args(argv)
+        if options.paper:
+            return _print_paper(options)
         plan, destination = _plan(options, read_base(options.base, vars(options)))
         files = write_files(plan, destination, [*_NAME, *argv], options.out, options.slurm, force=options.force)
-        added = {}
     if options.json:
         runs = plan.table().astype(object).to_dict("records")
         files_written = {key: str(path) for key, path in files.items()}
@@ -91,13 +94,39 @@ def _append_parser() -> CommandParser:
     return parser
 
 
-def _parser() -> CommandParser:
+def _print_paper(options: Namespace) -> int:
+    if options.flops or options.out or options.slurm or options.base:
+        raise UserError(
+            "plan: --paper has the paper's budgets and files (sweeps/paper-scalability.yaml); give it alone"
+        )
+    machine = _machine(options, options.micro_batch)
+    machine.check(OBJECTIVES if options.measured else [])
+    planned = paper_plan(machine)
+    if options.json:
+        print_json({"notes": paper_notes(planned, machine), "rows": planned.astype(object).to_dict("records")})
+        return 0
+    console = people_console()
+    console.width = WIDTH
+    for table in paper_tables(planned):
+        console.print(table)
+    for note in paper_notes(planned, machine):
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+def _parser(of_paper: bool = False) -> CommandParser:
     parser = CommandParser(
         prog="llada plan",
         description="Turn FLOP budgets into a table of runs, and into the sweep that runs them.",
     )
     add = parser.add_argument
-    add("--flops", type=float, nargs="+", required=True, metavar="C", help="budgets of training FLOPs")
+    add("--flops", type=float, nargs="+", required=not of_paper, metavar="C", help="budgets of training FLOPs")
+    add(
+        "--paper",
+        action="store_true",
+        help="instead the rows of the paper's Tables 18 and 19, with memory and hours on a cluster of --devices "
+        "(sweeps/paper-scalability.yaml runs them)",
+    )
     add("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES), help="what to compare")
     add(
         "--budget-convention",
@@ -171,11 +200,7 @@ def _plan(options: Namespace, base: Base) -> tuple[Plan, Destination]:
     def of_each(setting: str) -> dict[str, float]:
         return {objective: options[f"{setting}_{objective}"] for objective in OBJECTIVES}
 
-    machine = Machine(
-        **given("device", "devices", "mfu", "sharded"),
-        measured=tuple(rate for path in options.measured for rate in _measured(path)) if options.measured else None,
-        micro_batch=_first(options.micro_batch, base.count("data", "micro_batch")),
-    )
+    machine = _machine(options, _first(options.micro_batch, base.count("data", "micro_batch")))
     if base.section("trainer").get("accumulate_grad_batches") not in (None, 1) and machine.micro_batch is None:
         raise UserError("base: trainer.accumulate_grad_batches follows from the batch; give --micro-batch instead")
     plan = plan_study(
@@ -193,6 +218,17 @@ def _plan(options: Namespace, base: Base) -> tuple[Plan, Destination]:
     study = str(_first(options.study, base.section("run").get("study"), Path(options.out or "plan").stem))
     check_folder_name("plan: --study", study, nested=True)
     return plan, Destination(study=study, data=path, base=options.base, vocab_size=vocab_size)
+
+
+def _machine(options: Namespace, micro_batch: int | None) -> Machine:
+    return Machine(
+        device=options.device,
+        devices=options.devices,
+        mfu=options.mfu,
+        sharded=options.sharded,
+        measured=tuple(rate for path in options.measured for rate in _measured(path)) if options.measured else None,
+        micro_batch=micro_batch,
+    )
 
 
 def _measured(path: str) -> tuple[MeasuredRate, ...]:
