@@ -138,7 +138,7 @@ def test_what_cannot_join_is_one_line(budgets: list[float], seeds: list[int], sa
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-@given(st.text(st.characters(exclude_characters="\r"), max_size=50), st.integers(0, 1000))
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=50), st.integers(0, 1000))
 def test_a_seal_finds_every_edit(body: str, where: int) -> None:
     text = f"# made by: x\nname: y\n{body}"
     whole = sealed(text, "a,b\n")
