@@ -70,12 +70,16 @@ class Budget:
         convention: Which FLOPs the budget counts: `6nd`, or `total` with attention and output head.
         milestones: The points on the way, ascending, at which a result is recorded without a decay. They count what the
             budget counts: FLOPs, or tokens.
+        trunks: The budgets, a list for each, of runs in the same study that are alike in everything else. The run
+            starts from the latest of their checkpoints from which a branch of theirs starts and which it would have
+            reached itself, or from the beginning where there is none.
     """
 
     flops: float | list[float] | None = None
     tokens: float | None = None
     convention: Convention = "6nd"
     milestones: list[float] = field(default_factory=list)
+    trunks: list[list[float]] = field(default_factory=list)
 
 
 @dataclass
@@ -93,6 +97,9 @@ class Place:
         keep_checkpoints: The number of last checkpoints that are kept.
         keep_best: Whether the checkpoint with the lowest validation loss is kept, too, with a link to it,
             `checkpoints/best.ckpt`.
+        keep_fork: Whether the checkpoint of the step at which the decay begins is written and kept, too, so that a run
+            of a larger budget can start from it (`budget.trunks`). A run of several budgets keeps its own in any case.
+        parent: The checkpoint from which the run starts. It follows from `budget.trunks`.
         async_checkpoints: Whether checkpoints are written while training continues, from a copy in memory. Sharded
             checkpoints cannot be.
     """
@@ -105,6 +112,8 @@ class Place:
     checkpoint_every_minutes: float | None = None
     keep_checkpoints: int = 2
     keep_best: bool = False
+    keep_fork: bool = False
+    parent: str | None = None
     async_checkpoints: bool = False
 
     @property

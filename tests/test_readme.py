@@ -144,7 +144,9 @@ def test_the_study_by_hand(checkout: Path, capsys: pytest.CaptureFixture[str], m
     printed = run_document("study-howto", capsys, monkeypatch)
     assert "6 runs: 6 done" in next(out for line, out in printed.items() if "sweep show" in line)
     table = read_results(checkout / "runs" / "small" / "results.csv")
-    assert len(table) == 18
+    added = [out for line, out in printed.items() if "--append" in line]
+    assert ["added: runs 6 to 11 " in added[0], "added: runs 12 to 17 " in added[1]] == [True, True]
+    assert len(table) == 24 and table.run.is_unique
     assert dict(table[["objective", "val_kind"]].drop_duplicates().to_numpy()) == {"arm": "exact", "llada": "bound"}
     for study in ("small", "published"):
         assert (checkout / "runs" / study / "scaling.png").stat().st_size > 10_000

@@ -15,33 +15,83 @@ from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.settings import check_folder_name
 from llada_lightning.study.plan import Grid, Plan, Recipe, plan_study
 from llada_lightning.study.plan.base import Base, check_data_path, planned_stream, read_base
-from llada_lightning.study.plan.outputs import WIDTH, Destination, print_plan, write_files
+from llada_lightning.study.plan.extension import extend, read_commands
+from llada_lightning.study.plan.outputs import WIDTH, Destination, print_plan, run_values, write_files
 from llada_lightning.study.plan.paper import paper_notes, paper_plan, paper_tables
+from llada_lightning.study.sweep import read_sweep
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
-from llada_lightning.support.printing import people_console
+from llada_lightning.support.files import expanded
+from llada_lightning.support.printing import people_console, shortened
 
 _MOST_ARGUMENTS = 5 * MAX_BUDGETS
+_NAME = ("llada", "plan")
+_FORCE = "overwrite files that were edited since they were planned"
 
 
 def main(argv: list[str]) -> int:
-    """``llada plan --flops C …``: budgets -> a table of runs; with ``--out`` the sweep that runs them."""
+    """``llada plan --flops C …``: budgets -> a table of runs; with ``--out`` the sweep that runs them.
+
+    ``llada plan --append FILE`` adds budgets and seeds to a sweep that it has written.
+    """
     if len(argv) > _MOST_ARGUMENTS:  # the parser would take minutes
         raise UserError(f"plan: {len(argv):,} words given; a plan has at most {MAX_BUDGETS} budgets and as many seeds")
-    options = _parser(of_paper="--paper" in argv).parse_args(argv)
-    if options.paper:
-        return _print_paper(options)
-    plan, destination = _plan(options, read_base(options.base, vars(options)))
-    files = write_files(plan, destination, ["llada", "plan", *argv], options.out, options.slurm)
+    added: dict[str, str] = {}
+    if any(word.partition("=")[0] == "--append" for word in argv):
+        options = _append_parser().parse_args(argv)
+        plan, files, added = _append(options, argv)
+    else:
+        options = _parser(of_paper="--paper" in argv).parse_args(argv)
+        if options.paper:
+            return _print_paper(options)
+        plan, destination = _plan(options, read_base(options.base, vars(options)))
+        files = write_files(plan, destination, [*_NAME, *argv], options.out, options.slurm, force=options.force)
     if options.json:
         runs = plan.table().astype(object).to_dict("records")
         files_written = {key: str(path) for key, path in files.items()}
-        print_json({**files_written, "totals": plan.totals(), "warnings": plan.warnings(), "runs": runs})
+        print_json({**files_written, **added, "totals": plan.totals(), "warnings": plan.warnings(), "runs": runs})
     else:
         print_plan(plan, people_console())
-        for key, path in files.items():
-            people_console().print(f"{key}: {path}", soft_wrap=True, markup=False, highlight=False)
+        for key, what in {**files, **added}.items():
+            people_console().print(f"{key}: {what}", soft_wrap=True, markup=False, highlight=False)
     return 0
+
+
+def _append(options: Namespace, argv: list[str]) -> tuple[Plan, dict[str, Path], dict[str, str]]:
+    """``llada plan --append FILE``: the plan of the file made again from its commands, extended, and written."""
+    path = expanded(options.append)
+    made, appended = read_commands(path)
+    first = _parser().parse_args(made)
+    plan, destination = _plan(first, read_base(first.base, vars(first)))
+    for words in appended:
+        earlier = _append_parser().parse_args(words)
+        plan = extend(plan, earlier.flops, earlier.seeds)
+    before = len(plan.runs())
+    if [point.get("config") for point in read_sweep(path).points] != run_values(plan, destination):
+        raise UserError(
+            f"plan: --append '{shortened(path)}': its commands no longer make its runs: it is of another version, or "
+            "the data or files that it names have changed; plan a new study by --out"
+        )
+    plan = extend(plan, options.flops, options.seeds)
+    commands = [[*_NAME, *words] for words in (made, *appended, argv)]
+    files = write_files(
+        plan, destination, commands[0], str(path), first.slurm, appended=commands[1:], force=options.force
+    )
+    return plan, files, {"added": f"runs {before} to {len(plan.runs()) - 1} (--index of llada sweep run)"}
+
+
+def _append_parser() -> CommandParser:
+    parser = CommandParser(
+        prog="llada plan",
+        description="Add budgets or seeds to a planned sweep, with the rates, batches, warmups and trunks that it has.",
+    )
+    add = parser.add_argument
+    add("--append", type=str, required=True, metavar="YAML", help="the planned sweep")
+    add("--flops", type=float, nargs="+", default=[], metavar="C", help="new budgets of training FLOPs")
+    add("--seeds", type=int, nargs="+", default=[], help="new seeds")
+    add("--force", action="store_true", help=_FORCE)
+    add_json(parser)
+    return parser
 
 
 def _print_paper(options: Namespace) -> int:
@@ -107,7 +157,7 @@ def _parser(of_paper: bool = False) -> CommandParser:
     add("--decay-fraction", type=float, default=DECAY_FRACTION, help="share of each run over which the rate falls")
 
     add("--base", type=str, metavar="YAML", help="configuration under every run's own settings")
-    add("--data", type=str, metavar="DIR", help="prepared data: says vocabulary and epochs")
+    add("--data", type=dict[str, float] | str, metavar="DIR", help="prepared data, or a mixture {DIR: weight, ...}")
     add("--vocab-size", type=int, help="words of the model; default: the data's tokenizer")
     add("--sequence-length", type=int, help="tokens of a sequence (default 256)")
     add("--study", type=str, help="folder of the results; default: the sweep's name")
@@ -128,13 +178,15 @@ def _parser(of_paper: bool = False) -> CommandParser:
 
     add("--out", type=str, metavar="YAML", help="sweep to write; its table goes beside it as CSV")
     add("--slurm", type=str, metavar="SBATCH", help="job array over the sweep to write")
+    add("--append", type=str, metavar="YAML", help="add --flops and --seeds to this planned sweep, as it was planned")
+    add("--force", action="store_true", help=_FORCE)
     add_json(parser)
     return parser
 
 
 def _plan(options: Namespace, base: Base) -> tuple[Plan, Destination]:
     path = base.data.get("path") if options.data is None else options.data
-    check_data_path(path)
+    check_data_path(path, "base: data.init_args.path" if options.data is None else "plan: --data")
     sequence_length = _first(options.sequence_length, base.count("data", "sequence_length"), 256)
     if sequence_length < 1:
         raise UserError(f"plan: --sequence-length {sequence_length} must be at least 1")

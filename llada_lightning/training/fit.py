@@ -55,7 +55,7 @@ from llada_lightning.training.lightning_internals import HookedCLI, OneLineParse
 from llada_lightning.training.machine import Speed, check_devices, resolve_speed
 from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.parallel import check_parallel, launched_settings, tensor_parallel
-from llada_lightning.training.phases import Phase, RunIsDone, check_run, phases_of
+from llada_lightning.training.phases import Phase, RunIsDone, check_run, phases_of, trunk_checkpoint
 from llada_lightning.training.record import (
     add_record,
     describe_corpora,
@@ -197,6 +197,9 @@ class LladaCLI(HookedCLI):
             self.run_name = run_name(self.settings, data, schedules)
             if self.settings.run.name is None:
                 self.settings.run.name = self.run_name
+            if self.settings.budget.trunks:
+                parent = trunk_checkpoint(self.settings, data, run, self.folder)
+                self.settings.run.parent = None if parent is None else str(parent)
             self.phases = phases_of(self.settings, data, schedules, self.folder, run.milestones)
             self.resolved = self._dump()
             if self._execute:

@@ -20,6 +20,7 @@ from jsonargparse import Namespace
 from llada_lightning.checkpoints.run_folder import (
     BRANCHES,
     CHECKPOINTS,
+    CONFIG,
     checkpoint_of_step,
     content_hash,
     last_checkpoint,
@@ -32,7 +33,9 @@ from llada_lightning.compute.schedule import WSD
 from llada_lightning.data.loading import LanguageDataModule
 from llada_lightning.identity import HASH_DIGITS, check_history, check_identity, differences, identity_hash
 from llada_lightning.records import read_records
+from llada_lightning.run import Run, resolve
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.reading import read_yaml
 from llada_lightning.support.signals import say
 from llada_lightning.training.configuration import as_parsed, identity
 from llada_lightning.training.configuration import run_name as name_of
@@ -55,7 +58,8 @@ class Phase:
         result: The schedule of that result: of a milestone, which ends a fit that has not decayed, another one.
         continues: Whether the run continues from its end: it is a part of a trunk, or ends at a milestone.
         parent: The checkpoint of another run, or of the trunk, that it starts from.
-        forks: The steps whose checkpoints are kept: branches start there, or a milestone is there.
+        forks: The steps whose checkpoints are kept: branches, or runs of larger budgets, start there, or a milestone is
+            there.
     """
 
     title: str
@@ -153,7 +157,8 @@ def phases_of(
         folder: The folder of the run.
         milestones: The schedule of each milestone, shortest first (:class:`run.Run`).
     """
-    given = Path(config.ckpt_path) if config.ckpt_path else None
+    start = config.ckpt_path or config.run.parent
+    given = Path(start) if start else None
 
     def phase(schedule: WSD, last_step: int | None, title: str = "", **others: Any) -> Phase:
         assert last_step is not None
@@ -171,9 +176,10 @@ def phases_of(
     numbered = list(enumerate(milestones, 1))
     if len(schedules) == 1:
         [schedule] = schedules
-        before = [up_to(milestone, number, schedule, stops) for number, milestone in numbered]
+        kept = stops | {fork_step(schedule)} if config.run.keep_fork else stops
+        before = [up_to(milestone, number, schedule, kept) for number, milestone in numbered]
         named = name_of(config, data, schedules)
-        return [*before, phase(schedule, schedule.total_steps, run=named, parent=given, forks=stops)]
+        return [*before, phase(schedule, schedule.total_steps, run=named, parent=given, forks=kept)]
     forks = [fork_step(schedule) for schedule in schedules]
     trunk = replace(schedules[-1], total_steps=forks[-1], decay_steps=0)
     kept = frozenset(forks) | stops
@@ -209,6 +215,33 @@ def fork_step(schedule: WSD) -> int:
     """The step at which a run's decay begins."""
     assert schedule.total_steps is not None and schedule.decay_steps is not None
     return schedule.total_steps - schedule.decay_steps
+
+
+def trunk_checkpoint(config: Namespace, data: LanguageDataModule, run: Run, folder: Path) -> Path | None:
+    """The checkpoint from which ``budget.trunks`` let a run start: of the latest fork before its own first one.
+
+    A run that has begun keeps the one with which it began, which its config.yaml names as ``run.parent``.
+
+    Returns:
+        None: The run starts from its first step, or what it began with has been removed since.
+    """
+    if not run.spec.length.flops:
+        raise UserError("budget.trunks: given without budget.flops, which say what the run adds; leave it out")
+    if (folder / CONFIG).is_file():
+        begun = read_yaml(folder / CONFIG)
+        place = begun.get("run") if isinstance(begun, dict) else None
+        parent = place.get("parent") if isinstance(place, dict) else None
+        return Path(parent) if isinstance(parent, str) and Path(parent).exists() else None
+    first, found = fork_step(run.schedules[0]), []
+    for budgets in config.budget.trunks:
+        if not budgets:
+            raise UserError("budget.trunks: [] holds no budget; give those of a run, such as [1e12, 2e12]")
+        length = replace(run.spec.length, flops=tuple(budgets), milestones=(), setting="budget.trunks")
+        schedules = resolve(replace(run.spec, length=length, global_batch=run.global_batch)).schedules
+        checkpoints = folder.parent / name_of(config, data, schedules) / CHECKPOINTS
+        forks = [fork for fork in map(fork_step, schedules) if fork < first]
+        found += [(fork, checkpoint_of_step(checkpoints, fork)) for fork in forks]
+    return max(((fork, path) for fork, path in found if path.exists()), default=(0, None))[1]
 
 
 class RunIsDone(SystemExit):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from llada_lightning.commands.main import main
 from llada_lightning.study.plan import Grid, Stream, plan_study
+from llada_lightning.study.sweep import fit_arguments, read_sweep, render_command
 
 QUICK = ["--sequence-length", "64", "--shapes", "107k", "214k", "443k"]
 
@@ -142,6 +145,8 @@ def test_few_unique_tokens_of_a_base_are_read_many_times(
         (["--vocab-size", "512", "--out", "s.yaml", "--slurm", "./s.yaml"], "is the sweep's own file or its table's"),
         (["--vocab-size", "512", "--out", "s.yaml", "--slurm", "s.csv"], "is the sweep's own file or its table's"),
         (["--vocab-size", "0"], "--vocab-size: 0 given"),
+        (["--data", "{}"], "plan: --data {} is neither a folder nor a mapping from folders to weights above 0"),
+        (["--data", "{a: -1}"], "plan: --data {'a': -1.0} is neither a folder"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -169,6 +174,14 @@ def test_a_mistake_is_one_line(
         ({"data": {"init_args": {"random_length_share": 5}}}, "random_length_share 5 must lie between 0 and 1"),
         ({"data": {"init_args": {"mask_eps": 7}}}, "mask_eps 7 must lie between 0 and 1"),
         ({"budget": {"convention": "8nd"}}, "budget.convention '8nd' is not known"),
+        ({"budget.flops": 1e12}, "sets budget.flops"),
+        ({"data": {"global_batch": 8}}, "sets data.init_args.global_batch to 8, which the plan would"),
+        (
+            {"model": {"shape": "107k"}},
+            "settings of model in a form that llada fit refuses; write `model: {class_path:",
+        ),
+        ({"data": {"init_args": {}, "path": "x"}}, "settings of data in a form that llada fit refuses"),
+        ({"data": {"path": []}}, "base: data.init_args.path [] is neither a folder nor a mapping"),
         (
             {"model": {"init_args": {"schedule": {"lr": "3e-4"}}}},
             "sets model.init_args.schedule.lr to 3e-4, which the plan would overrule; leave it out, or give the plan "
@@ -188,6 +201,49 @@ def test_a_base_that_sets_what_the_plan_decides_is_refused(
     assert main(plan("--vocab-size", "512", "--base", str(base))) == 2
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "short",
+    [
+        {"data": {"path": "MIXTURE", "sequence_length": 32}},
+        {"data": "TokenDataModule", "data.path": "MIXTURE", "data.sequence_length": 32},
+        {"data.init_args.path": "MIXTURE", "data": {"sequence_length": 32}, "model": "ArmModule"},
+    ],
+)
+def test_a_base_may_be_short_as_llada_fit_takes_it(
+    short: dict[str, Any], prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan and a fit read the same of a short form as of the full one."""
+    from llada_lightning.training.fit import LladaCLI
+
+    mixture, out, base = {str(prepared): 2.0}, tmp_path / "s.yaml", tmp_path / "base.yaml"
+    full = {"data": {"init_args": {"path": "MIXTURE", "sequence_length": 32}}}
+    found = []
+    for content in (full, short):
+        base.write_text(yaml.safe_dump(content).replace("MIXTURE", json.dumps(mixture)))
+        assert main(plan("--base", str(base), "--shapes", "107k", "214k", "443k", "--out", str(out), "--json")) == 0
+        planned, sweep = json.loads(capsys.readouterr().out), read_sweep(out)
+        settings = LladaCLI(fit_arguments(render_command(sweep, sweep.points[0])), execute=False).settings
+        assert (settings.data.init_args.path, settings.data.init_args.sequence_length) == (mixture, 32)
+        found.append((planned["runs"], planned["totals"], sweep.points))
+    assert found[0] == found[1]
+
+
+def test_a_mixture_is_given_as_llada_fit_takes_it(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = tmp_path / "other", tmp_path / "s.yaml"
+    shutil.copytree(prepared, other)
+    mixture = {str(prepared): 3.0, str(other): 1.0}
+    assert main(plan("--data", json.dumps(mixture), *QUICK, "--out", str(out), "--json")) == 0
+    totals = json.loads(capsys.readouterr().out)["totals"]
+    assert main(plan("--data", str(prepared), *QUICK, "--json")) == 0
+    alone = json.loads(capsys.readouterr().out)["totals"]
+    assert totals["tokens_present"] == 2 * alone["tokens_present"]
+    assert totals["epochs"] == pytest.approx(0.75 * alone["epochs"])
+    configs = yaml.safe_load(out.read_text())["parameters"]["config"]["values"]
+    assert all(yaml.safe_load(config)["data"]["init_args"]["path"] == mixture for config in configs)
 
 
 def test_a_base_may_repeat_what_the_plan_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -70,6 +71,24 @@ def test_a_sweep_runs_in_order_and_started_again_does_nothing(tmp_path: Path) ->
     outcome = study.run()
     assert (outcome.done, outcome.skipped, outcome.exit_code) == ([], ["a", "b", "c"], 0)
     assert study.started() == ["a", "b", "c"]
+
+
+def test_a_run_that_continues_a_trunk_waits_for_the_run_before_it(tmp_path: Path) -> None:
+    def run(name: str, shape: str, continues: bool = False) -> PlannedRun:
+        return PlannedRun([name], tmp_path / name, 1.0, trunk=shape, continues=continues)
+
+    runs = [run("a", "small"), run("b", "small", True), run("c", "large", True), run("d", "small", True)]
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    runner = sweep_run._Runner(runs, 2, lambda arguments: arguments, Console(file=io.StringIO()))
+    assert runner._next() is runs[0]
+    runner.waiting.remove(runs[0])
+    runner.running.append(sweep_run._Job(runs[0], process, 0.0))
+    assert runner._next() is runs[2]  # nothing of its trunk runs
+    runner.waiting.remove(runs[2])
+    assert runner._next() is None
+    runner.running.clear()
+    assert runner._next() is runs[1]
+    process.wait()
 
 
 def test_a_failed_run_does_not_stop_the_others_and_is_named_with_its_last_line(tmp_path: Path) -> None:

@@ -197,3 +197,85 @@ def test_a_budget_that_the_trunk_has_passed_is_refused(
     (folder / "result.json").unlink()
     assert main(fit_arguments("arm", prepared, tmp_path, *budgets(12, 24, 36))) == 2
     assert "has passed step 19, where a new budget would have branched off" in capsys.readouterr().err
+
+
+# --- runs that continue the trunk of others --------------------------------------------------------------------------
+
+
+def study_fit(objective: str, data: Path, root: Path, *extra: str) -> Path:
+    """Fit in this process, in a folder of the run's own name; returns the folder."""
+    before = set(root.glob("test/*"))
+    words = [word for word in fit_arguments(objective, data, root, *extra) if not word.startswith("--run.name")]
+    assert main(words) == 0
+    [folder] = set(root.glob("test/*")) - before
+    return folder
+
+
+def trunks(*runs: tuple[int, ...]) -> str:
+    return f"--budget.trunks={[[flops(steps) for steps in run] for run in runs]}"
+
+
+@pytest.mark.slow
+def test_a_run_of_other_budgets_continues_the_trunks_of_its_study(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Larger budgets start from the last fork, one between from the fork before it, one below all from zero."""
+    together = fit("llada", prepared, tmp_path / "together", *budgets(8, 12, 18, 24, 36, 48))
+    wanted = {record["run"]: record for record in records(together)}
+    root, keep = tmp_path / "grown", "--run.keep_fork=true"
+    first = study_fit("llada", prepared, root, *budgets(12, 24))
+    second = study_fit("llada", prepared, root, *budgets(36), trunks((12, 24)), keep)
+    third = study_fit("llada", prepared, root, *budgets(48), trunks((12, 24), (36,)))
+    between = study_fit("llada", prepared, root, *budgets(18), trunks((12, 24), (36,), (48,)))
+    below = study_fit("llada", prepared, root, *budgets(8), trunks((12, 24), (36,)))
+    grown = [record for run in (first, second, third, between, below) for record in records(run)]
+    assert len(grown) == 6
+    for record in grown:
+        assert [record[key] for key in EXACT] == [wanted[record["run"]][key] for key in EXACT]
+    steps = {run: [int(row["step"]) for row in metrics(run)] for run in (first, second, third, between, below)}
+    assert steps[first] == list(range(1, 20)) and steps[second] == list(range(20, 37))
+    assert steps[third] == list(range(30, 49)) and steps[between] == list(range(11, 19))
+    assert steps[below] == list(range(1, 9))
+    fork = first / "checkpoints" / "step=00000019.ckpt"
+    assert records(second)[0]["parent_checkpoint"] == content_hash(fork)
+    assert (second / "checkpoints" / "step=00000029.ckpt").exists()
+
+    # the same command again leaves it alone, and its last checkpoint is its own
+    capsys.readouterr()
+    words = fit_arguments("llada", prepared, root, *budgets(36), trunks((12, 24)), keep, f"--run.name={second.name}")
+    assert main(words) == 0
+    assert "is done" in capsys.readouterr().err
+    assert main(["validate", "--config", str(second / "config.yaml")]) == 0
+    assert f"{records(second)[0]['val_nats_per_token']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_continued_run_that_is_killed_keeps_the_start_that_it_began_with(prepared: Path, tmp_path: Path) -> None:
+    root = tmp_path / "grown"
+    words = (*budgets(48), trunks((12,), (12, 24)), "--run.name=late")
+    start = study_fit("llada", prepared, root, *budgets(12), "--run.keep_fork=true")
+    killed = fit_process("llada", prepared, root, *words, kill_at(17))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    study_fit("llada", prepared, root, *budgets(12, 24))  # has a later fork, which comes too late
+    assert main(fit_arguments("llada", prepared, root, *words)) == 0
+    fork = content_hash(start / "checkpoints" / "step=00000010.ckpt")
+    assert records(root / "test/late")[0]["parent_checkpoint"] == fork
+    assert [int(row["step"]) for row in metrics(root / "test/late")] == list(range(11, 49))
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ([trunks((12, 24)), "--trainer.max_steps=48"], "budget.trunks: given without budget.flops"),
+        (["--budget.trunks=[[]]", *budgets(48)], "budget.trunks: [] holds no budget"),
+        (["--budget.trunks=[[2e9, 1e9]]", *budgets(48)], "budget.trunks: 2e+09 and 1e+09 make"),
+        (["--budget.trunks=12", *budgets(48)], "budget.trunks: 12 given"),
+    ],
+)
+def test_trunks_that_no_run_has_are_one_line(
+    extra: list[str], said: str, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(fit_arguments("arm", prepared, tmp_path / "runs", *extra)) == 2
+    shown = capsys.readouterr().err
+    assert said in shown and shown.count("\n") == 1
+    assert not (tmp_path / "runs").exists()

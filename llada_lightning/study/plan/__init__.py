@@ -265,7 +265,7 @@ def plan_study(
     """
     grid, recipe, machine = grid or Grid(), recipe or Recipe(), machine or Machine()
     objectives = list(OBJECTIVES) if objectives is None else objectives
-    ordered = _checked_budgets(budgets)
+    ordered = checked_budgets(budgets)
     for what, values in {"objectives": objectives, "seeds": seeds}.items():
         if not values or len(set(values)) < len(values):
             raise UserError(f"plan: --{what} {shortened(' '.join(map(str, values)))}: give each once, and at least one")
@@ -290,7 +290,12 @@ def plan_study(
     return Plan(ordered, tuple(objectives), stream, convention, recipe, machine, tuple(trunks), grid, separate)
 
 
-def _checked_budgets(budgets: Iterable[float]) -> tuple[float, ...]:
+def checked_budgets(budgets: Iterable[float]) -> tuple[float, ...]:
+    """The budgets of ``--flops`` by rising FLOPs.
+
+    Raises:
+        UserError: There is none, one is given twice, or one is no number of FLOPs.
+    """
     ordered = sorted(budgets)
     if not ordered:
         raise UserError("plan: --flops holds no budget; give one, such as 1e18")

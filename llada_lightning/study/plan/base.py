@@ -89,7 +89,7 @@ def read_base(path: Path | str | None, chosen: Mapping[str, Any]) -> Base:
     refuse_unusable(content, "base")
     if not isinstance(content, dict):
         raise UserError(f"plan: --base {path} holds no mapping; give one of llada fit's")
-    base = Base(content)
+    base = Base(_in_full(content, str(path)))
     for section, keys in _DECIDED.items():
         for key in keys:
             if base.section(section).get(key) not in (None, [], -1):
@@ -103,6 +103,42 @@ def read_base(path: Path | str | None, chosen: Mapping[str, Any]) -> Base:
                     f"overrule; leave it out, or give the plan the same by --{option.replace('_', '-')}"
                 )
     return base
+
+
+def _in_full(content: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A configuration with ``class_path`` and ``init_args``, of what `llada fit` takes for short.
+
+    That is: a dotted key, the name of a class for ``data`` or ``model``, and the arguments of ``data`` alone, whose
+    class has a default.
+
+    Raises:
+        UserError: ``llada fit`` would refuse the section.
+    """
+    full: dict[str, Any] = {}
+    for key, value in sorted(content.items(), key=lambda item: str(item[0]).count(".")):
+        *above, last = str(key).split(".")
+        if above and above[0] in ("data", "model") and not {"class_path", "init_args"} & {*above, last}:
+            above.insert(1, "init_args")
+        inner = full
+        for name in above:
+            inner[name] = dict(inner[name]) if isinstance(inner.get(name), dict) else {}
+            inner = inner[name]
+        inner[last] = _section_in_full(last, value, path) if not above and last in ("data", "model") else value
+    return full
+
+
+def _section_in_full(name: str, section: Any, path: str) -> Any:
+    """The section ``data`` or ``model`` with ``class_path`` and ``init_args``."""
+    if isinstance(section, str):
+        return {"class_path": section}
+    if not isinstance(section, dict) or set(section) <= {"class_path", "init_args"}:
+        return section
+    if name == "data" and not {"class_path", "init_args"} & set(section):
+        return {"init_args": section}
+    raise UserError(
+        f"plan: --base {path} gives settings of {name} in a form that llada fit refuses; write "
+        f"`{name}: {{class_path: ..., init_args: {{...}}}}`"
+    )
 
 
 def _is_same(value: Any, chosen: Any) -> bool:
@@ -142,12 +178,10 @@ def planned_stream(base: Base, facts: DataFacts | None, vocab_size: int | None, 
     )
 
 
-def check_data_path(path: Any) -> None:
-    """Raise UserError unless a path is a string, a mapping from folders to positive weights, or None."""
+def check_data_path(path: Any, name: str) -> None:
+    """Raise UserError unless the path of a setting is a string, a mapping of folders to weights above 0, or None."""
     weights = list(path.values()) if isinstance(path, dict) else []
     is_mixture = weights and all(isinstance(weight, (int, float)) and weight > 0 for weight in weights)
     if path is not None and not isinstance(path, str) and not is_mixture:
         given = shortened(repr(path))
-        raise UserError(
-            f"base: data.init_args.path {given} is neither a folder nor a mapping from folders to weights above 0"
-        )
+        raise UserError(f"{name} {given} is neither a folder nor a mapping from folders to weights above 0")

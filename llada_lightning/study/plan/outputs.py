@@ -20,6 +20,7 @@ from llada_lightning.compute.flops import CONVENTION_NAMES
 from llada_lightning.compute.shapes import format_count, get_shape, shape_name
 from llada_lightning.objectives import get_objective
 from llada_lightning.study.plan import Plan
+from llada_lightning.study.plan.extension import APPENDED_BY, MADE_BY, check_replaceable, sealed
 from llada_lightning.study.plan.trunk import Branch, Trunk
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, written_atomically
@@ -160,18 +161,28 @@ def run_config(plan: Plan, trunk: Trunk, branches: Sequence[Branch], destination
         "data": {"class_path": "TokenDataModule", "init_args": data},
         "run": {"study": destination.study},
     }
+    if trunk.continues:
+        config["budget"]["trunks"] = [list(run) for run in trunk.continues]
+    if len(branches) == 1 and branches[0].decay_steps and not plan.separate:
+        config["run"]["keep_fork"] = True  # a budget that joins the study later starts there
     if plan.machine.micro_batch is not None or trunk.accumulation > 1:
         config["trainer"] = {"accumulate_grad_batches": trunk.accumulation}
     return config
 
 
-def sweep_text(plan: Plan, destination: Destination, name: str, command: Sequence[str]) -> str:
+def run_values(plan: Plan, destination: Destination) -> list[str]:
+    """The runs of a plan as the values of a sweep's parameter ``config``, in their order."""
+    return [flow_yaml(run_config(plan, trunk, branches, destination)) for trunk, branches in plan.runs()]
+
+
+def sweep_text(
+    plan: Plan, destination: Destination, name: str, command: Sequence[str], appended: Sequence[Sequence[str]] = ()
+) -> str:
     """A W&B grid sweep with one parameter, ``config``, whose values are the runs.
 
     The runs are no Cartesian grid, so each is one word: its configuration as inline YAML, which ``llada fit`` merges
-    over the base. ``command`` made the plan, and is named at the head of the file.
+    over the base. ``command`` made the plan, and is named at the head of the file with those that have appended to it.
     """
-    configs = [run_config(plan, trunk, branches, destination) for trunk, branches in plan.runs()]
     base = ["--config", destination.base] if destination.base else []
     sweep = {
         "name": name,
@@ -179,10 +190,15 @@ def sweep_text(plan: Plan, destination: Destination, name: str, command: Sequenc
         "method": "grid",
         "metric": {"name": "val_nats_per_token", "goal": "minimize"},
         "command": ["llada", "fit", *base, "${args}"],
-        "parameters": {"config": {"values": [flow_yaml(config) for config in configs]}},
+        "parameters": {"config": {"values": run_values(plan, destination)}},
     }
-    lines = [f"# {line}" for line in (f"made by: {shlex.join(command)}", *describe_totals(plan))]
+    lines = [_origin(command, appended), *(f"# {line}" for line in describe_totals(plan))]
     return "\n".join(lines) + "\n" + yaml.safe_dump(sweep, sort_keys=False, width=math.inf, allow_unicode=True)
+
+
+def _origin(command: Sequence[str], appended: Sequence[Sequence[str]]) -> str:
+    """The comments that say by which commands a file was made."""
+    return "\n".join([MADE_BY + shlex.join(command), *(APPENDED_BY + shlex.join(each) for each in appended)])
 
 
 class _OneLine(yaml.SafeDumper):
@@ -207,7 +223,14 @@ def flow_yaml(value: Any) -> str:
 
 
 def write_files(
-    plan: Plan, destination: Destination, command: Sequence[str], out: str | None, slurm: str | None
+    plan: Plan,
+    destination: Destination,
+    command: Sequence[str],
+    out: str | None,
+    slurm: str | None,
+    *,
+    appended: Sequence[Sequence[str]] = (),
+    force: bool = False,
 ) -> dict[str, Path]:
     """Write the sweep and its table to ``out``, if that is given, and the SLURM job array to ``slurm``.
 
@@ -215,7 +238,7 @@ def write_files(
         The paths of the written files by `sweep`, `table` and `slurm`.
 
     Raises:
-        UserError: A path does not fit, or a file cannot be written.
+        UserError: A path does not fit, or a file cannot be written, or was edited and ``force`` does not overwrite it.
     """
     if out is None:
         if slurm is not None:
@@ -229,20 +252,27 @@ def write_files(
         raise UserError(f"plan: --slurm {slurm} is the sweep's own file or its table's; choose another name")
     if destination.data is None:
         raise UserError("plan: --out needs the data that the runs read; give --data DIR, or --base with data.path")
-    table = write_sweep(sweep, plan, destination, command, script)
+    table = write_sweep(sweep, plan, destination, command, script, appended=appended, force=force)
     return {"sweep": sweep, "table": table, **({} if script is None else {"slurm": script})}
 
 
 def write_sweep(
-    path: Path, plan: Plan, destination: Destination, command: Sequence[str], slurm: Path | None = None
+    path: Path,
+    plan: Plan,
+    destination: Destination,
+    command: Sequence[str],
+    slurm: Path | None = None,
+    *,
+    appended: Sequence[Sequence[str]] = (),
+    force: bool = False,
 ) -> Path:
     """Writes the sweep, the plan's table as CSV beside it, which is returned, and a SLURM job array: all or none."""
-    table = path.with_suffix(".csv")
-    texts = {
-        path: sweep_text(plan, destination, path.stem, command),
-        table: plan.table().to_csv(index=False),
-        **({} if slurm is None else {slurm: slurm_text(plan, path, slurm, command)}),
-    }
+    table, rows = path.with_suffix(".csv"), plan.table().to_csv(index=False)
+    texts = {path: sealed(sweep_text(plan, destination, path.stem, command, appended), rows), table: rows}
+    if slurm is not None:
+        texts[slurm] = sealed(slurm_text(plan, path, slurm, command, appended))
+    if not force:
+        check_replaceable(texts, path)
     with ExitStack() as files:
         for file, text in texts.items():
             try:
@@ -257,7 +287,7 @@ def write_sweep(
 
 _BATCH_SCRIPT = """\
 #!/bin/bash
-# made by: {command}
+{origin}
 # Submit with `sbatch {path}` from the folder that {sweep} is relative to; `sbatch --array=3,5 ...` runs a part.
 #SBATCH --job-name={name}
 #SBATCH --array=0-{last}
@@ -271,7 +301,9 @@ exec srun --kill-on-bad-exit=1 llada sweep run {sweep} --index "$SLURM_ARRAY_TAS
 """
 
 
-def slurm_text(plan: Plan, sweep: Path, script: Path, command: Sequence[str]) -> str:
+def slurm_text(
+    plan: Plan, sweep: Path, script: Path, command: Sequence[str], appended: Sequence[Sequence[str]] = ()
+) -> str:
     """A SLURM job array with one task for each run of a sweep; near its time limit a task saves and queues again."""
     devices = plan.machine.devices
     resources = f"#SBATCH --ntasks-per-node={devices}\n#SBATCH --gpus-per-node={devices}\n"
@@ -280,7 +312,7 @@ def slurm_text(plan: Plan, sweep: Path, script: Path, command: Sequence[str]) ->
         minutes = math.ceil(60 * TIME_MARGIN * hours) + 10
         resources += f"#SBATCH --time={minutes // 60}:{minutes % 60:02d}:00\n"
     return _BATCH_SCRIPT.format(
-        command=shlex.join(command),
+        origin=_origin(command, appended),
         path=shlex.quote(str(script)),
         sweep=shlex.quote(str(sweep)),
         name=sweep.stem,

@@ -177,6 +177,8 @@ class Trunk:
         accumulation: The number of micro-batches of a step on one device.
         memory: The peak memory of one device, in bytes.
         branches: The branches by rising budget.
+        start_step: The step of the fork, of a run that was planned before, from which it starts; 0: from the beginning.
+        continues: The budgets of each run of the same objective, shape and seed that may have that fork.
     """
 
     objective: str
@@ -189,6 +191,8 @@ class Trunk:
     accumulation: int
     memory: float
     branches: tuple[Branch, ...]
+    start_step: int = 0
+    continues: tuple[tuple[float, ...], ...] = ()
 
     @property
     def name(self) -> str:
@@ -201,8 +205,8 @@ class Trunk:
 
     @property
     def trunk_steps(self) -> int:
-        """Steps to the last fork, and all decays."""
-        return self.branches[-1].fork_step + sum(branch.decay_steps for branch in self.branches)
+        """Steps from its start to the last fork, and all decays."""
+        return self.branches[-1].fork_step - self.start_step + sum(branch.decay_steps for branch in self.branches)
 
 
 def plan_trunk(

@@ -8,6 +8,7 @@ it was begun with, so that an edit half-way is noticed.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import re
@@ -228,6 +229,10 @@ class PlannedRun:
     cost: float
     convention: Convention = "6nd"
     """Which FLOPs its cost counts."""
+    trunk: str = ""
+    """All of its settings but its budget: runs with the same ones may share a trunk."""
+    continues: bool = False
+    """Whether it starts from a checkpoint of a run before it in the file (``budget.trunks``), if there is one."""
 
     @property
     def name(self) -> str:
@@ -252,7 +257,15 @@ def planned_run(sweep: Sweep, point: Point, run_folder: RunFolder, extra: Sequen
         cost = cost_of_budgets(budgets, decay)
     except (TypeError, ValueError):
         cost = 1.0
-    return PlannedRun(arguments, run_folder(arguments), cost, given if given in CONVENTIONS else "6nd")
+    shared = {key: value for key, value in settings.items() if not key.startswith(("budget.", "run."))}
+    return PlannedRun(
+        arguments,
+        run_folder(arguments),
+        cost,
+        given if given in CONVENTIONS else "6nd",
+        trunk=json.dumps(shared, sort_keys=True, default=str),
+        continues=bool(settings.get("budget.trunks")),
+    )
 
 
 def plan_runs(sweep: Sweep, run_folder: RunFolder, extra: Sequence[str] = ()) -> list[PlannedRun]:

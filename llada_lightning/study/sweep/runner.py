@@ -155,11 +155,17 @@ class _Runner:
         if self.outcome.skipped:
             self.console.print(f"{len(self.outcome.skipped)} of {self.total} runs were done before")
         while self.waiting or self.running:
-            while self.waiting and len(self.running) < self.jobs:
-                self._start(self.waiting.popleft())
+            while len(self.running) < self.jobs and (run := self._next()) is not None:
+                self.waiting.remove(run)
+                self._start(run)
             for job in self._ended():
                 self.running.remove(job)
                 self._settle(job)
+
+    def _next(self) -> PlannedRun | None:
+        """The first waiting run that need not wait for the end of the run whose trunk it continues."""
+        busy = {job.run.trunk for job in self.running}
+        return next((run for run in self.waiting if not (run.continues and run.trunk in busy)), None)
 
     def _start(self, run: PlannedRun) -> None:
         run.log.parent.mkdir(parents=True, exist_ok=True)

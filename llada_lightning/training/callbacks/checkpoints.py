@@ -52,7 +52,7 @@ class StepCheckpoints(Checkpoint):
         every_seconds: The longest time between checkpoints; None: only the steps count.
         keep: The number of last checkpoints that are kept.
         keep_best: Whether the one with the lowest validation loss is kept, too; `best.ckpt` is a link to it.
-        forks: The steps whose checkpoints are kept beside these, because branches start there.
+        forks: The steps whose checkpoints are written and kept beside these: branches or other runs start there.
     """
 
     def __init__(
@@ -107,7 +107,9 @@ class StepCheckpoints(Checkpoint):
         if trainer.global_step == self._step:  # within a global batch
             return
         self._step = trainer.global_step
-        self._due = self._step % self._every_steps == 0
+        # The last step is saved at the end of training, and a fork of several budgets is the last step of a phase.
+        is_fork = self._step in self._forks and self._step != trainer.max_steps
+        self._due = self._step % self._every_steps == 0 or is_fork
         if self._every_seconds is not None:  # all processes take part in the agreement
             time_is_up = time.monotonic() - self._last_save >= self._every_seconds
             self._due = bool(self._agreement.maximum(int(time_is_up))) or self._due
