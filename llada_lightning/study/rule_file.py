@@ -57,7 +57,8 @@ class FittedRules:
     Args:
         lr: The peak learning rate.
         batch: The tokens of a global batch; None: batches were not varied.
-        fitted_on: The sizes of the runs that were tuned.
+        fitted_on: The sizes of the runs that were tuned. The shapes of a plan are around those, so that their N and D
+            are usually beyond; what counts are the FLOPs.
         optima: What each of them gave, for people: a list of records.
     """
 
@@ -65,6 +66,11 @@ class FittedRules:
     batch: Law | None
     fitted_on: Range
     optima: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def budgets(self) -> Range:
+        """The FLOPs that they were fitted on."""
+        return Range(flops=self.fitted_on.flops)
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,8 @@ def read_rule_file(path: str) -> RuleFile:
         )
     try:
         objectives = {str(name): _rules(own) for name, own in content["objectives"].items()}
+        if not objectives:
+            raise ValueError
         return RuleFile(
             objectives=objectives,
             vocab_size=int(content["vocab_size"]),

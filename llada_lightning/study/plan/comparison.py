@@ -93,7 +93,7 @@ def _rules_of(plan: Plan, objective: str) -> Mapping[str, Range]:
     """The rules that give an objective's rate and batch, with their ranges."""
     recipe, used = plan.recipe, dict[str, Range]()
     fitted = recipe.fitted.get(objective)
-    own = {} if fitted is None else {f"the rule file's {objective}": fitted.fitted_on}
+    own = {} if fitted is None else {f"the rule file's {objective}": fitted.budgets}
     if recipe.lr is None:
         used |= own or _range(recipe.lr_rule)
     if recipe.batch is None:
