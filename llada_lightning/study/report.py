@@ -115,7 +115,7 @@ def _run_row(run: Any, convention: Convention) -> list[str]:
     loss, stderr = (values[0] for values in losses(run.to_frame().T, "nats_per_token"))
     return [
         run["objective"],
-        re.sub(r"^L(\d+)-d(\d+)-.*", r"\1x\2", str(run["shape"])),  # of a shape without a name, depth and width: `2x32`
+        _short_shape(str(run["shape"])),
         _flops(run[flops_column(convention)]),
         format_count(run["params_nonembedding"]),
         format_count(run["tokens"]),
@@ -124,6 +124,11 @@ def _run_row(run: Any, convention: Convention) -> list[str]:
         _known(run["val_bits_per_byte"], ".3f"),
         _known(run["tokens_per_second"], ",.0f"),
     ]
+
+
+def _short_shape(shape: str) -> str:
+    """Of a shape without a name, depth and width: `2x32`."""
+    return re.sub(r"^L(\d+)-d(\d+)-.*", r"\1x\2", shape)
 
 
 def _known(value: float, form: str) -> str:
@@ -295,7 +300,7 @@ def rules_table(fits: TuningFits) -> Table:
             rate, batch = own.lr, own.batch
             batches = Estimate(*(value / fits.sequence_length for value in (batch.value, batch.low, batch.high)))
             printed.add_row(
-                *(name, _flops(own.flops), own.shape, f"{rate.value:.2g}{'' if own.inside else EDGE}"),
+                *(name, _flops(own.flops), _short_shape(own.shape), f"{rate.value:.2g}{'' if own.inside else EDGE}"),
                 f"({_short(rate)})",
                 f"{batches.value:.3g}",
                 f"({_short(batches)})" if own.batch_varied else "",

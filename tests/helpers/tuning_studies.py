@@ -5,15 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
-from helpers.studies import LENGTH, VOCAB_SIZE, record
+from helpers.studies import record
+from llada_lightning.commands.sweep import run_folder
 from llada_lightning.compute.shapes import get_shape
+from llada_lightning.records import write_records
 from llada_lightning.study.plan.tuning import BATCHES, RATES
 from llada_lightning.study.results import table_of_records
+from llada_lightning.study.sweep import planned_run, read_sweep
 
 SHAPE = "107k"
 N = get_shape(SHAPE).params_nonembedding
@@ -94,4 +99,36 @@ def tuning_study(
     return table, pd.DataFrame(relative * np.outer(loss, loss), names, names)
 
 
-__all__ = ["BOWLS", "BUDGETS", "LENGTH", "VOCAB_SIZE", "Bowl", "N", "tuning_study"]
+def finish_tuning_runs(file: Path | str, bowls: Mapping[str, Bowl]) -> int:
+    """Write the results of a tuning sweep's runs in place of training them: their losses are those of bowls.
+
+    Args:
+        file: The sweep.
+        bowls: The losses of each objective, at the rates, batches and budgets of the sweep.
+
+    Returns:
+        The number of runs.
+    """
+    sweep = read_sweep(str(file))
+    generator = np.random.default_rng(0)
+    for point in sweep.points:
+        folder = planned_run(sweep, point, run_folder, []).folder
+        config = yaml.safe_load(str(point["config"]))
+        model, data = config["model"]["init_args"], config["data"]["init_args"]
+        name = config["model"]["class_path"].removesuffix("Module").lower()
+        budget, lr = config["budget"]["flops"], model["schedule"]["lr"]
+        size, n = data["global_batch"] * data["sequence_length"], get_shape(model["shape"]).params_nonembedding
+        tokens = budget / 6 / n
+        log_loss = bowls[name].log_loss(budget, lr, size) + 0.0005 * generator.standard_normal()
+        given = {
+            "run": folder.name,
+            "lr": lr,
+            "global_batch_tokens": size,
+            "tokens": round(tokens),
+            "steps": round(tokens / size),
+            "flops_6nd": budget,
+            "sequence_length": data["sequence_length"],
+            "vocab_size": 512,
+        }
+        write_records(folder, [record(name, model["shape"], budget, float(np.exp(log_loss)), **given)])
+    return len(sweep.points)

@@ -145,13 +145,12 @@ def optimum(grid: Grid, weights: Array, errors: Array) -> TuningOptimum:
     opened[unknown] = np.nan
     drawn_best[unknown] = np.nan
     rate, batch = (Estimate.of(float(np.exp(found[k])), np.exp(opened[:, k])) for k in (0, 1))
+    sides = {"rates": (grid.ends[0], 1.0), "batches": (grid.ends[1], float(grid.first["sequence_length"]))}
     ways = []
-    for k, (what, low, high) in enumerate((("rates", *grid.ends[0]), ("batches", *grid.ends[1]))):
-        unit = "" if k == 0 else " tokens"
-        if width[k] > 0 and found[k] <= low:
-            ways.append(f"{what} below {np.exp(low):.3g}{unit}")
-        elif width[k] > 0 and found[k] >= high:
-            ways.append(f"{what} above {np.exp(high):.3g}{unit}")
+    for k, (what, ((low, high), unit)) in enumerate(sides.items()):
+        if width[k] > 0 and not low < found[k] < high:
+            side, end = ("below", low) if found[k] <= low else ("above", high)
+            ways.append(f"{what} {side} {np.exp(end) / unit:.3g}{'' if k == 0 else ' sequences'}")
     return TuningOptimum(
         shape=str(grid.first["shape"]),
         params_nonembedding=float(grid.first["params_nonembedding"]),
