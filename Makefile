@@ -10,7 +10,7 @@ FIGURES ?= runs/benchmarks
 SOURCE ?= data/books.jsonl.xz
 TABLES ?= runs/study
 
-.PHONY: help setup quickstart study-cpu study-gpu study-report test test-lowest test-slow lint format notebooks bench bench-gpu clean
+.PHONY: help setup quickstart study-cpu study-gpu study-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ study-gpu: setup  ## the large study on one GPU (SOURCE=books.jsonl.xz; an H100:
 	$(BIN)/python experiments/study/histories.py runs/study-gpu $(TABLES)/gpu/history.csv
 	$(LLADA) curves $(TABLES)/gpu/results.csv --out $(TABLES)/gpu
 	$(BIN)/python experiments/study/report.py --gpu $(TABLES)/gpu --out $(TABLES)/report.md
+
+paper-rehearsal: setup  ## the paper's scalability study at a toy size, killed once and resumed: runs/paper-rehearsal/paper.png
+	PATH="$(abspath $(BIN)):$$PATH" experiments/paper/rehearsal/run.sh
 
 study-report: setup  ## docs/study.md, its figures and fits from the committed tables of both studies
 	for study in cpu gpu; do \

@@ -111,10 +111,11 @@ def expected_records(folder: Path | str) -> int:
 
 
 def expected_budgets(config: Any) -> int:
-    """Budgets of a resolved configuration: the length of ``budget.flops`` where that is a list, else 1."""
+    """The results of a resolved configuration: one for each of its budgets (at least one) and milestones."""
     budget = config.get("budget") if isinstance(config, Mapping) else None
-    flops = budget.get("flops") if isinstance(budget, Mapping) else None
-    return max(1, len(flops)) if isinstance(flops, list) else 1
+    flops, milestones = (budget.get(key) if isinstance(budget, Mapping) else None for key in ("flops", "milestones"))
+    budgets = max(1, len(flops)) if isinstance(flops, list) else 1
+    return budgets + (len(milestones) if isinstance(milestones, list) else 0)
 
 
 def has_diverged(folder: Path | str) -> bool:
@@ -123,10 +124,10 @@ def has_diverged(folder: Path | str) -> bool:
 
 
 def write_validation(folder: Path | str, steps: int, documents: Sequence[tuple[int, int, float]]) -> Path:
-    """Writes the validation loss of each document after so many optimizer steps; rows of other steps stay. Atomic.
+    """Writes the validation loss of each document after ``steps`` optimizer steps; rows of other steps stay. Atomic.
 
-    ``documents`` are, of every validation document, its number, its count of sequences and their mean in nats per
-    token. The folder is made if it does not exist.
+    ``documents`` holds a tuple for every validation document: its number, the number of its sequences, and their mean
+    loss in nats per token. The folder is made if it does not exist.
     """
     import pandas as pd
 
@@ -155,7 +156,7 @@ def read_typed_csv(path: Path, types: Mapping[str, Any], fix: str) -> pd.DataFra
     """A CSV file of a run's folder, with exactly the columns of ``types`` in their order; numbers to the last digit.
 
     Raises:
-        UserError: There is no such file, or it is damaged; ``fix`` is the advice then.
+        UserError: There is no such file, or it is damaged; the message of a damaged one ends with ``fix``.
     """
     import pandas as pd
 
@@ -181,7 +182,7 @@ EVALUATION_COLUMNS = ("steps", "task", "score", "stderr", "n", "metric", "settin
 
 
 def write_evaluations(folder: Path | str, rows: Sequence[dict[str, Any]]) -> Path:
-    """Adds rows of ``EVALUATION_COLUMNS`` to a run's; those of the same step and task replace the ones before. Atomic.
+    """Adds rows (``EVALUATION_COLUMNS``) to a run's evaluations. A row replaces that of the same step and task. Atomic.
 
     Raises:
         UserError: The file that is there is damaged.
@@ -258,7 +259,7 @@ def read_faults(folder: Path) -> list[dict[str, str]]:
 
 
 def write_faults(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write the file anew, whole or not at all."""
+    """Replace the file by one of these rows, whole or not at all."""
     with written_atomically(folder / FAULTS_FILE) as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FAULT_COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

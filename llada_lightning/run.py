@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import geometric_mean
 
@@ -126,14 +126,14 @@ class Stream:
         return objective.flops_per_token(shape, self.vocab_size, attended, self.mask_eps, self.response_share)
 
     def tokens_per_step(self, global_batch: float) -> float:
-        """The expected tokens of a global batch of so many sequences."""
+        """The expected tokens of a step, whose global batch is given in sequences."""
         each = self.tokens_per_sequence
         return global_batch * (
             expected_length(self.sequence_length, self.random_length_share) if each is None else each
         )
 
     def epochs(self, sequences: float) -> float | None:
-        """How often so many sequences read the source that they repeat most; None where the data is not known."""
+        """How often a number of sequences reads the source that it repeats most; None where the data is not known."""
         total = sum(source.weight for source in self.sources)
         passes = [sequences * source.weight / total / source.sequences for source in self.sources]
         return max(passes, default=None)
@@ -145,7 +145,7 @@ class Stream:
 
 
 MIN_STEPS = 50
-"""A rule's batch is halved until the smallest budget has so many steps, as far as halving goes."""
+"""The least steps of the smallest budget: a batch by rule is halved until there are as many, as far as halving goes."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,7 @@ class Length:
         steps: The number of optimizer steps.
         convention: Which FLOPs a budget counts.
         setting: The name of the setting, for messages.
+        milestones: The points, in FLOPs or tokens as the length is given, at which it leaves a result without a decay.
     """
 
     flops: tuple[float, ...] = ()
@@ -165,6 +166,7 @@ class Length:
     steps: int | None = None
     convention: Convention = "6nd"
     setting: str = "budget.flops"
+    milestones: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -216,11 +218,13 @@ class Run:
         spec: What it was asked to be.
         global_batch: The sequences of an optimizer step.
         schedules: The resolved schedule of each budget, shortest first.
+        milestones: The schedule of each milestone, shortest first: that of a run of its length that does not decay.
     """
 
     spec: Spec
     global_batch: int
     schedules: tuple[WSD, ...]
+    milestones: tuple[WSD, ...] = ()
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -245,6 +249,8 @@ class Run:
             return f"rule {rule}" if given is None else "as set"
 
         warmup = spec.schedule.warmup_fraction if spec.schedule.warmup_steps is None else spec.schedule.warmup_steps
+        count = len(self.milestones)
+        milestones = f", {count} milestone{'s' * (count > 1)}" if count else ""
         used = [(spec.rules.batch, spec.global_batch), (spec.rules.lr, spec.schedule.lr)]
         rules, size = dict.fromkeys(rule for rule, given in used if given is None), _size(spec, self.global_batch)
         outside = [rule for rule in rules if RANGES.get(rule, Range()).outside(size)]
@@ -253,7 +259,7 @@ class Run:
             f"run: {' and '.join(f'{steps:,}' for steps in self.steps)} steps of {self.global_batch:,} sequences "
             f"({source(spec.global_batch, spec.rules.batch)}), the first {schedule.warmup_steps:,} warm up "
             f"({source(warmup, spec.rules.warmup)}), learning rate {schedule.lr:.4g} "
-            f"({source(spec.schedule.lr, spec.rules.lr)}){far}"
+            f"({source(spec.schedule.lr, spec.rules.lr)}){milestones}{far}"
         )
 
 
@@ -261,7 +267,8 @@ def resolve(spec: Spec) -> Run:
     """What follows from a specification: batch, steps, rate, warmup and decay of every budget.
 
     Raises:
-        UserError: A budget is below one step, two budgets make the same steps, or the schedule does not fit.
+        UserError: A budget is below one step, two budgets make the same steps, the schedule does not fit, or a
+            milestone does not lie on the way.
     """
     batch = spec.global_batch or _batch_by_rule(spec)
     lengths = _lengths(spec, batch)
@@ -270,11 +277,11 @@ def resolve(spec: Spec) -> Run:
     size = _size(spec, batch, geometric_mean(of_steps))
     rate = learning_rate(spec.lr_rule or spec.rules.lr, size, spec.lr_scale)
     schedules = spec.schedule.resolve_all(lengths, per_step, rate, WARMUP_RULES[spec.rules.warmup])
-    return Run(spec, batch, tuple(schedules))
+    return Run(spec, batch, tuple(schedules), _milestones(spec, batch, schedules))
 
 
 def _size(spec: Spec, batch: float, flops_of_steps: float = math.nan) -> Size:
-    """The size by which the rules go, at a global batch of so many sequences."""
+    """The size by which the rules go, at a global batch in sequences."""
     length, per_token = spec.length, spec.per_token
     if length.flops:
         budget = math.exp(math.fsum(map(math.log, length.flops)) / len(length.flops))
@@ -332,3 +339,36 @@ def _lengths(spec: Spec, batch: int) -> list[int]:
                 "ascend by a step each: space them further apart, or lower the batch"
             )
     return lengths
+
+
+def _milestones(spec: Spec, batch: int, schedules: Sequence[WSD]) -> tuple[WSD, ...]:
+    """The schedule of each milestone, ascending: of the run that ends there, at the rate that it has come to."""
+    length, per_step, last = spec.length, spec.stream.tokens_per_step(batch), schedules[-1]
+    name = "budget.milestones"
+    if not length.milestones:
+        return ()
+    if length.steps is not None:
+        raise UserError(f"{name}: given without a budget in FLOPs or tokens; give --budget.flops or --budget.tokens")
+    check_budgets(name, length.milestones)
+    assert last.total_steps is not None and last.decay_steps is not None
+    decays = last.total_steps - last.decay_steps
+    of_a_token = spec.per_token.by(length.convention) if length.flops else 1.0
+    found: list[WSD] = []
+    for given in length.milestones:
+        step = round(given / of_a_token / per_step)
+        if step < 1:
+            where = f"step 0 of {per_step * of_a_token:.4g} {'FLOPs' if length.flops else 'tokens'} each; raise it"
+        elif step >= last.total_steps:
+            where = f"step {step}, and the last budget ends at step {last.total_steps}; leave it out"
+        elif step > decays:
+            where = f"step {step}, within the last decay, from step {decays} on; leave it out, or shorten the decay"
+        elif found and step <= (found[-1].total_steps or 0):
+            where = f"step {step}, not behind the one before it; milestones must ascend by a step each"
+        elif step in [schedule.total_steps for schedule in schedules]:
+            where = f"step {step}, where a budget ends, too; leave it out, or move it"
+        else:
+            passed = [plateau for plateau in last.plateaus if last.first_step(plateau) < step]
+            found.append(replace(last, total_steps=step, decay_steps=0, plateaus=passed))
+            continue
+        raise UserError(f"{name}: {given:g} is at {where}")
+    return tuple(found)

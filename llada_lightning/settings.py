@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -68,11 +68,14 @@ class Budget:
             that decays for each budget. null: `trainer.max_steps` gives the length.
         tokens: The number of training tokens, instead of FLOPs.
         convention: Which FLOPs the budget counts: `6nd`, or `total` with attention and output head.
+        milestones: The points on the way, ascending, at which a result is recorded without a decay. They count what the
+            budget counts: FLOPs, or tokens.
     """
 
     flops: float | list[float] | None = None
     tokens: float | None = None
     convention: Convention = "6nd"
+    milestones: list[float] = field(default_factory=list)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Weights that move: ours, Hugging Face LLaDA, Hugging Face Llama."""
+"""Checkpoints, read and written: our own, Hugging Face LLaDA, Hugging Face Llama."""
 
 from llada_lightning.checkpoints.language_model import LanguageModel, load_model
 

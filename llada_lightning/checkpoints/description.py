@@ -16,7 +16,8 @@ from llada_lightning.model import Transformer
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, is_positive
 from llada_lightning.objectives import OBJECTIVES, get_objective
 from llada_lightning.support.errors import UserError
-from llada_lightning.support.reading import read_json, shortened
+from llada_lightning.support.printing import shortened
+from llada_lightning.support.reading import read_json
 
 MODEL_TYPE = "llada_lightning"
 """The ``model_type`` of our own ``config.json``, and the key of our own values in those of other layouts."""
@@ -204,11 +205,11 @@ class ConfigFile:
         """The error for a value that cannot be used; it names the file."""
         return UserError(f"'{self.path}': {mistake(key, self.values.get(key), fix)}")
 
-    def whole(self, key: str, absent: int | None = None, least: int = 1) -> int:
-        """A whole number, not below ``least``; ``absent`` where it is null or not there."""
+    def whole(self, key: str, absent: int | None = None) -> int:
+        """A whole number of at least 1; ``absent`` where it is null or not there."""
         value = self.get(key, absent)
-        if not is_whole(value, least):
-            raise self.mistake(key, f"it must be a whole number of at least {least}")
+        if not is_whole(value, 1):
+            raise self.mistake(key, "it must be a whole number of at least 1")
         return int(value)
 
     def number(self, key: str, absent: float | None = None) -> float:

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import ReadItem
 
 from llada_lightning.identity import with_stable_names
+from llada_lightning.records import read_records
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.torch_internals import index_names, set_nested
 
@@ -68,6 +69,24 @@ def final_checkpoint(folder: Path) -> Path | None:
     lengths = [int(branch.name) for branch in (folder / BRANCHES).glob("*") if branch.name.isdigit()]
     found = (last_checkpoint(folder / BRANCHES / str(length) / CHECKPOINTS) for length in sorted(lengths)[::-1])
     return next((path for path in found if path is not None), None) or last_checkpoint(folder / CHECKPOINTS)
+
+
+def result_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint of each result of a run's folder that still has one, of its milestones and budgets alike.
+
+    Raises:
+        UserError: The folder holds no result, or its results have no checkpoints.
+    """
+    records = read_records(folder)
+    steps = sorted(record["steps"] for record in records)
+    found = []
+    for step in steps:
+        places = (folder / BRANCHES / str(step) / CHECKPOINTS, folder / CHECKPOINTS)
+        found += [path for place in places if (path := checkpoint_of_step(place, step)).exists()][:1]
+    if not found:
+        what = f"{len(records)} results without a checkpoint" if records else "no result"
+        raise UserError(f"checkpoint: '{folder}' holds {what}; give the folder of a run that has reached a budget")
+    return found
 
 
 def run_folder_of(checkpoint: Path) -> Path | None:
@@ -259,7 +278,7 @@ class ShardedCheckpointReader(dcp.FileSystemReader):
         """The index of the tensors and of the bytes that the shards hold.
 
         Raises:
-            pickle.UnpicklingError: it holds other objects than an index does.
+            pickle.UnpicklingError: It holds other objects than an index does.
         """
         if self._index is None:
             with (Path(self.path) / ".metadata").open("rb") as file:

@@ -212,8 +212,8 @@ def _wrapped(found: set[str], wanted: set[str]) -> str | None:
     return None
 
 
-def _some(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f", and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def common_dtype(weights: Iterable[StoredTensor]) -> torch.dtype:

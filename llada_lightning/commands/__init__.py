@@ -25,7 +25,7 @@ VERBS = (
     Verb("test", "the same under Lightning's other name", "training", "fit", ("test",)),
     Verb("predict", "the nats of each validation sequence, one a line", "training", "fit", ("predict",)),
     Verb("launch", "resolve a fit once and start it on many processes (srun, torchrun)", "training", "launch"),
-    Verb("replay", "what was in one step of a run: its sequences, each with its loss", "training", "replay"),
+    Verb("replay", "one step of a run: its sequences, each with its part of the loss", "training", "replay"),
     Verb("plan", "FLOP budgets -> a table of runs, and the sweep that runs them", "scaling study", "plan"),
     Verb("sweep", "run a sweep file on this machine, skipping what is done", "scaling study", "sweep"),
     Verb("collect", "run folders, W&B projects -> one table of results", "scaling study", "collect"),

@@ -83,7 +83,13 @@ def _line(prompt: str) -> str:
 
 
 class Chat:
-    """A conversation that continues, from settings of the sampler, which `/set` changes, and a system's message."""
+    """A conversation with a model.
+
+    Args:
+        lm: The model, which needs a tokenizer.
+        sampling: The settings of the sampler, which `/set` changes.
+        system: The message with the role `system` before the conversation, if any.
+    """
 
     def __init__(self, lm: LanguageModel, sampling: Sampling, system: str | None = None) -> None:
         from llada_lightning.data.chat import Message

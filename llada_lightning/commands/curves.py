@@ -55,6 +55,9 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="fit the learning rate and batch of a tuning study (llada plan --tune) to a file for llada plan --rule",
     )
+    parser.add_argument(
+        "--paper", action="store_true", help="also draw the scores of tasks over those of the paper's Tables 18 and 19"
+    )
     parser.add_argument("--samples", type=int, default=4000, help="bootstrap draws")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
     add_json(parser)
@@ -81,7 +84,7 @@ def main(argv: list[str]) -> int:
             f"{len(left_out)} of {len(table)} rows left out: not done, no finite loss, or a result twice "
             f"({shortened(', '.join(map(str, left_out)))})"
         )
-    files = _write(table, fits, expanded(options.out), options.convention)
+    files = _write(table, fits, expanded(options.out), options.convention, options.paper)
     if options.json:
         names = {"fits": files[0], "figures": dict(files[1])}
         print_json({**names, "convention": options.convention, "left_out": len(left_out), **fits.as_dict()})
@@ -132,7 +135,7 @@ def _read(results: str) -> tuple[pd.DataFrame, pd.DataFrame | None]:
 
 
 def _with_scores(table: pd.DataFrame) -> pd.DataFrame:
-    """The same with the scores of its ``task_`` columns as numbers."""
+    """The table with the scores of its ``task_`` columns as numbers."""
     import pandas as pd
 
     scores = {}
@@ -147,12 +150,14 @@ def _with_scores(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**scores)
 
 
-def _write(table: pd.DataFrame, fits: StudyFits, folder: Path, convention: Convention) -> tuple[str, dict[str, str]]:
+def _write(
+    table: pd.DataFrame, fits: StudyFits, folder: Path, convention: Convention, over_paper: bool
+) -> tuple[str, dict[str, str]]:
     from llada_lightning.study.plots import draw_study  # matplotlib takes a second to import
 
     path = folder / "fits.json"
     try:
         write_json(path, fits.as_dict())
-        return str(path), draw_study(table, fits, folder, convention)
+        return str(path), draw_study(table, fits, folder, convention, over_paper)
     except OSError as error:
         raise UserError(f"curves: --out {folder} cannot be written ({error.strerror}); choose a folder") from error

@@ -51,6 +51,7 @@ def evaluate_parser() -> CommandParser:
     add("--limit", type=int | None, help="the first documents of each task only, for a try")
     add("--chat", action="store_true", help="prompts through the checkpoint's chat template")
     add("--unsafe-code", action="store_true", help="let tasks run what the model writes, in a sandbox")
+    add("--each-result", action="store_true", help="of a run's folder, the checkpoint of each milestone and budget")
     add("--skip-missing", action="store_true", help="continue without tasks that cannot be loaded")
     add = parser.add_argument_group("likelihoods").add_argument
     add(
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
     try:  # here, since --help should not wait for them
-        from llada_lightning.evaluation.benchmarks import check_varied, load_benchmarks, measure
+        from llada_lightning.evaluation.benchmarks import check_varied, load_benchmarks, measure, unmeasured_results
         from llada_lightning.evaluation.harness import HarnessModel, join_processes
     except ModuleNotFoundError as error:
         raise UserError(f"evaluate: {error.name} is missing; pip install 'llada-lightning[eval]'") from error
@@ -101,25 +102,34 @@ def main(argv: list[str]) -> int:
         left_out=(lambda why: warn(f"note: left out: {why}")) if options.skip_missing else None,
     )
     options.device = join_processes(options.device)
-    model = HarnessModel(
-        shared.load(vars(options)),
-        monte_carlo=options.monte_carlo,
-        cfg_scale=options.cfg_scale or 0.0,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        batch_tokens=options.batch_tokens,
-        progress=False if options.quiet else None,
-    )
-    if options.suite in suites.ABLATIONS:
-        check_varied(suites.ABLATIONS[options.suite], model.lm, loaded)
     how = {"limit": options.limit, "chat": chat, "sampling": sampling, "unsafe_code": options.unsafe_code}
-    outcomes = [outcome for each in loaded for outcome in measure(model, each, **how)]
-    if model.rank == 0:
-        groups = {each.row: each.group for each in suite.benchmarks if each.row and each.group}
-        _report(options, model, [*outcomes, *suites.best_rows(outcomes, groups)], chat)
-        note = loss_note(model.lost_share, "byte_perplexity, bits_per_byte and word_perplexity are too low")
-        if note is not None:
-            warn(note)
+    groups = {each.row: each.group for each in suite.benchmarks if each.row and each.group}
+    records: list[dict[str, Any]] = []
+    checkpoints = [options.checkpoint]
+    if options.each_result:
+        names = {each.name for each in suite.benchmarks}
+        settings = _settings(options, chat) | {"suite": options.suite}
+        checkpoints = unmeasured_results(expanded(options.checkpoint), names, settings)
+    for checkpoint in checkpoints:
+        model = HarnessModel(
+            shared.load(vars(options) | {"checkpoint": checkpoint}),
+            monte_carlo=options.monte_carlo,
+            cfg_scale=options.cfg_scale or 0.0,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            batch_tokens=options.batch_tokens,
+            progress=False if options.quiet else None,
+        )
+        if options.suite in suites.ABLATIONS:
+            check_varied(suites.ABLATIONS[options.suite], model.lm, loaded)
+        outcomes = [outcome for each in loaded for outcome in measure(model, each, **how)]
+        if model.rank == 0:
+            _report(options, checkpoint, model, [*outcomes, *suites.best_rows(outcomes, groups)], chat, records)
+            note = loss_note(model.lost_share, "byte_perplexity, bits_per_byte and word_perplexity are too low")
+            if note is not None:
+                warn(note)
+    if options.json and records:
+        print_json({"results": records} if options.each_result else records[0])
     return 0
 
 
@@ -148,26 +158,36 @@ def _metadata(options: Any) -> dict[str, Any]:
     return found
 
 
-def _report(options: Any, model: HarnessModel, outcomes: list[suites.Outcome], chat: bool) -> None:
+def _report(
+    options: Any,
+    checkpoint: str,
+    model: HarnessModel,
+    outcomes: list[suites.Outcome],
+    chat: bool,
+    records: list[dict[str, Any]],
+) -> None:
+    """Print what came out, join it to the run, and add it to ``records``, which are written to `--out`."""
     from llada_lightning.evaluation.benchmarks import join_run
 
     settings = _settings(options, chat)
     record = {
-        "checkpoint": options.checkpoint,
+        "checkpoint": checkpoint,
         "objective": model.lm.objective,
         "suite": options.suite,
         "settings": settings,
         "results": [vars(outcome) for outcome in outcomes],
     }
+    records.append(record)
     if options.out:
-        write_json(expanded(options.out), record)
+        write_json(expanded(options.out), {"results": records} if options.each_result else record)
     joined = None
     if options.limit is None:  # a try is no result of a run
-        joined = join_run(options.checkpoint, outcomes, settings | {"suite": options.suite})
+        joined = join_run(checkpoint, outcomes, settings | {"suite": options.suite})
     if options.json:
-        print_json(record)
         return
     console = people_console()
+    if options.each_result:
+        console.print(checkpoint, soft_wrap=True, markup=False, highlight=False)
     ablation = suites.ABLATIONS.get(options.suite)
     console.print(suites.outcome_table(outcomes) if ablation is None else suites.row_table(ablation.title, outcomes))
     if any(outcome.best_of for outcome in outcomes):
@@ -179,6 +199,8 @@ def _report(options: Any, model: HarnessModel, outcomes: list[suites.Outcome], c
 def _settings(options: Any, chat: bool) -> dict[str, Any]:
     """How it was measured, as far as the command says."""
     settings = {"monte_carlo": options.monte_carlo, "seed": options.seed, "limit": options.limit, "chat": chat}
+    if options.shots is not None:
+        settings["shots"] = options.shots
     if options.metadata:
         settings["metadata"] = _metadata(options)
     if options.unsafe_code:

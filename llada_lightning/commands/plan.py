@@ -17,7 +17,8 @@ from llada_lightning.run import Stream
 from llada_lightning.settings import check_folder_name
 from llada_lightning.study.plan import Grid, Plan, Recipe, TuningGrid, plan_study
 from llada_lightning.study.plan.base import Base, check_data_path, planned_stream, read_base
-from llada_lightning.study.plan.outputs import Destination, print_plan, write_files
+from llada_lightning.study.plan.outputs import WIDTH, Destination, print_plan, write_files
+from llada_lightning.study.plan.paper import paper_notes, paper_plan, paper_tables
 from llada_lightning.study.plan.tuning import BATCHES, RATES
 from llada_lightning.study.rule_file import FittedRules, read_rule_file
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
@@ -31,7 +32,9 @@ def main(argv: list[str]) -> int:
     """``llada plan --flops C …``: budgets -> a table of runs; with ``--out`` the sweep that runs them."""
     if len(argv) > _MOST_ARGUMENTS:  # the parser would take minutes
         raise UserError(f"plan: {len(argv):,} words given; a plan has at most {MAX_BUDGETS} budgets and as many seeds")
-    options = _parser().parse_args(argv)
+    options = _parser(of_paper="--paper" in argv).parse_args(argv)
+    if options.paper:
+        return _print_paper(options)
     plan, destination = _plan(options, read_base(options.base, vars(options)))
     files = write_files(plan, destination, ["llada", "plan", *argv], options.out, options.slurm)
     if options.json:
@@ -45,13 +48,39 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> CommandParser:
+def _print_paper(options: Namespace) -> int:
+    if options.flops or options.out or options.slurm or options.base:
+        raise UserError(
+            "plan: --paper has the paper's budgets and files (sweeps/paper-scalability.yaml); give it alone"
+        )
+    machine = _machine(options, options.micro_batch)
+    machine.check(OBJECTIVES if options.measured else [])
+    planned = paper_plan(machine)
+    if options.json:
+        print_json({"notes": paper_notes(planned, machine), "rows": planned.astype(object).to_dict("records")})
+        return 0
+    console = people_console()
+    console.width = WIDTH
+    for table in paper_tables(planned):
+        console.print(table)
+    for note in paper_notes(planned, machine):
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+def _parser(of_paper: bool = False) -> CommandParser:
     parser = CommandParser(
         prog="llada plan",
         description="Turn FLOP budgets into a table of runs, and into the sweep that runs them.",
     )
     add = parser.add_argument
-    add("--flops", type=float, nargs="+", required=True, metavar="C", help="budgets of training FLOPs")
+    add("--flops", type=float, nargs="+", required=not of_paper, metavar="C", help="budgets of training FLOPs")
+    add(
+        "--paper",
+        action="store_true",
+        help="instead the rows of the paper's Tables 18 and 19, with memory and hours on a cluster of --devices "
+        "(sweeps/paper-scalability.yaml runs them)",
+    )
     add("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES), help="what to compare")
     add(
         "--budget-convention",
@@ -135,11 +164,7 @@ def _plan(options: Namespace, base: Base) -> tuple[Plan, Destination]:
         settings = {objective: options[f"{setting}_{objective}"] for objective in OBJECTIVES}
         return {objective: value for objective, value in settings.items() if value is not None}
 
-    machine = Machine(
-        **given("device", "devices", "mfu", "sharded"),
-        measured=tuple(rate for path in options.measured for rate in _measured(path)) if options.measured else None,
-        micro_batch=_first(options.micro_batch, base.count("data", "micro_batch")),
-    )
+    machine = _machine(options, _first(options.micro_batch, base.count("data", "micro_batch")))
     if base.section("trainer").get("accumulate_grad_batches") not in (None, 1) and machine.micro_batch is None:
         raise UserError("base: trainer.accumulate_grad_batches follows from the batch; give --micro-batch instead")
     plan = plan_study(
@@ -173,6 +198,17 @@ def _fitted(path: str | None, objectives: Sequence[str], stream: Stream) -> Mapp
     rules = read_rule_file(path)
     rules.check(path, objectives, stream.vocab_size, stream.sequence_length)
     return rules.objectives
+
+
+def _machine(options: Namespace, micro_batch: int | None) -> Machine:
+    return Machine(
+        device=options.device,
+        devices=options.devices,
+        mfu=options.mfu,
+        sharded=options.sharded,
+        measured=tuple(rate for path in options.measured for rate in _measured(path)) if options.measured else None,
+        micro_batch=micro_batch,
+    )
 
 
 def _measured(path: str) -> tuple[MeasuredRate, ...]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llada_lightning.training.replay import StepReplay
 
 _LEAST_CHARACTERS, _OTHER_COLUMNS = 16, 72
-"""Of a sequence's text; and what the other columns take of a line."""
+"""The least characters of a sequence's text, and those of a line that the other columns take."""
 
 
 def main(argv: list[str]) -> int:

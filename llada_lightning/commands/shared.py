@@ -84,9 +84,9 @@ def load(options: Mapping[str, Any]) -> LanguageModel:
 def sample(
     lm: LanguageModel, prompts: Any, sampling: Sampling, names: Sequence[str], console: Console | None, **more: Any
 ) -> Generation:
-    """``generate``; where the console is a terminal the answers unfold meanwhile, several each below its name.
+    """Calls ``generate``; on a terminal the answers are shown while they are sampled, each of several below its name.
 
-    The seed is that of the released sampler too, which draws from torch's generator.
+    The seed holds for the authors' released sampler (``compat``) too, which draws from torch's global generator.
     """
     import torch
 

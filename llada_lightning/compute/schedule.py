@@ -125,7 +125,7 @@ class WSD:
             assert schedule.warmup_steps is not None
             assert schedule.total_steps is not None and schedule.decay_steps is not None
             starts = [schedule.warmup_steps, schedule.total_steps - schedule.decay_steps, schedule.total_steps]
-            starts += [schedule._first_step(plateau) for plateau in schedule.plateaus]
+            starts += [schedule.first_step(plateau) for plateau in schedule.plateaus]
             knots |= {start + side for start in starts for side in (-1, 0, 1)}
         return all(self.at(step) == other.at(step) for step in knots if 0 <= step <= last_step)
 
@@ -137,14 +137,14 @@ class WSD:
             return self.lr * step / self.warmup_steps
         plateau_lr = self.lr
         for plateau in self.plateaus:
-            if step >= self._first_step(plateau):
+            if step >= self.first_step(plateau):
                 plateau_lr = plateau.lr
         into_decay = step - (self.total_steps - self.decay_steps)
         if into_decay <= 0 or not self.decay_steps:
             return plateau_lr
         return plateau_lr + (self.final_lr - plateau_lr) * min(1.0, into_decay / self.decay_steps)
 
-    def _first_step(self, plateau: Plateau) -> int:
+    def first_step(self, plateau: Plateau) -> int:
         """The first step that begins with ``from_tokens`` tokens processed."""
         assert self.tokens_per_step is not None
         return math.ceil(plateau.from_tokens / self.tokens_per_step)
@@ -159,7 +159,7 @@ class WSD:
 
     def _check(self) -> None:
         assert self.warmup_steps is not None and self.decay_steps is not None and self.total_steps is not None
-        knots = [self.warmup_steps, *(self._first_step(p) for p in self.plateaus), self.total_steps - self.decay_steps]
+        knots = [self.warmup_steps, *(self.first_step(p) for p in self.plateaus), self.total_steps - self.decay_steps]
         if knots != sorted(knots):
             raise ScheduleError(
                 f"model.schedule: warmup ends at step {knots[0]}, "

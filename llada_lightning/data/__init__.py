@@ -1,4 +1,4 @@
-"""Corpora -> tokens -> litdata shards -> batches. Here: what a tokenizer is known by, without its library."""
+"""Corpora -> tokens -> litdata shards -> batches. The facts of a tokenizer are here: to read them takes no library."""
 
 from __future__ import annotations
 

@@ -99,12 +99,14 @@ def decode_batch(tokenizer: Tokenizer, ids: Sequence[Sequence[int]], *, skip_spe
 def _run(tokenizer: Tokenizer, name: str, arguments: list[Any], size: int) -> Any:
     """The result of a function of ``_FUNCTIONS``, of so many characters or tokens, in the process that may run it."""
     process = _process_of(tokenizer)
+    # The library raises bare Exceptions. A child process that cannot be started is no fault of the tokenizer.
+    failures: tuple[type[Exception], ...] = (Exception,) if process is None else (CallError, ProcessEndedError)
     try:
         if process is not None:
             return process.call("run", [name, tokenizer.encode_special_tokens, arguments], *_limits(size))
         with panics_as_exceptions():
             return _FUNCTIONS[name](tokenizer, *arguments)
-    except Exception as error:  # the library raises bare Exceptions
+    except failures as error:
         what = f"decode {size:,} tokens" if name == "decode" else f"encode a text of {size:,} characters"
         raise UserError(f"the tokenizer cannot {what}: {_reason(error, size)}; use another tokenizer") from error
 

@@ -301,9 +301,11 @@ def _text_damage(
 ) -> Iterator[Damage]:
     try:
         with opened(folder, name) as file:
-            problem = problem_of(file.read().decode())
+            text = file.read().decode()
     except Exception as error:  # a store's own errors; UnicodeDecodeError
-        problem = _unreadable(error)
+        problem: str | None = _unreadable(error)
+    else:
+        problem = problem_of(text)
     if problem is not None:
         yield Damage(name, problem)
 

@@ -146,7 +146,7 @@ def load_tokenizer(
 
 
 def tokenizer_file(spec: str) -> Path:
-    """Returns the path of a ``tokenizer.json``, which is downloaded from the hub if necessary; ``spec`` as above."""
+    """Returns the path of the ``tokenizer.json`` of a ``spec`` (:func:`load_tokenizer`), from the hub if necessary."""
     path = expanded(spec)
     if path.is_dir():
         if not (path / TOKENIZER_NAME).is_file():

@@ -1,1 +1,1 @@
-"""What a trained model is worth: likelihoods, rankings of candidates, perplexity of long texts."""
+"""The evaluation of trained models: likelihoods, rankings of candidates, perplexity of long texts, benchmarks."""

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +19,20 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.checkpoints.run_folder import CONFIG, final_checkpoint, run_folder_of, saved_step
+from llada_lightning.checkpoints.run_folder import (
+    CONFIG,
+    final_checkpoint,
+    result_checkpoints,
+    run_folder_of,
+    saved_step,
+)
 from llada_lightning.evaluation.harness import HarnessModel, said
 from llada_lightning.evaluation.sandbox import sandboxed_code_eval
 from llada_lightning.evaluation.suites import Ablation, Benchmark, Outcome, merged_settings
 from llada_lightning.generation.sampling import Sampling, only_left_to_right
-from llada_lightning.records import write_evaluations
+from llada_lightning.records import read_evaluations, write_evaluations
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import warn
 
 OUR_TASKS = Path(__file__).parent / "tasks"
 
@@ -191,7 +198,7 @@ def measure(
     sampling: Sampling | Mapping[str, Any] | None = None,
     unsafe_code: bool = False,
 ) -> list[Outcome]:
-    """Runs a benchmark; of a tag, which has no score of its own, one outcome for each task. Nothing off the first rank.
+    """Runs a benchmark; of a tag, which has no score of its own, one outcome for each task. Empty but on rank 0.
 
     Args:
         model: The model. Its sampling, and its guidance where the benchmark sets one, are set to those of the
@@ -276,8 +283,31 @@ def join_run(checkpoint: str, outcomes: Sequence[Outcome], settings: Mapping[str
     shares = [outcome for outcome in outcomes if outcome.is_share and outcome.row is None]
     if stored is None or run is None or not shares:
         return None
-    step, told = saved_step(stored), json.dumps(settings, sort_keys=True)
-    return write_evaluations(run, [outcome.as_row(step, told) for outcome in shares])
+    step = saved_step(stored)
+    return write_evaluations(run, [outcome.as_row(step, _told(settings)) for outcome in shares])
+
+
+def unmeasured_results(folder: Path, names: Collection[str], settings: Mapping[str, Any]) -> list[str]:
+    """The checkpoint of each result of a run that lacks a score of a benchmark under these settings.
+
+    Args:
+        folder: The folder of the run.
+        names: The names of the benchmarks.
+        settings: The settings of :func:`join_run`; with a limit nothing is joined, so everything is measured again.
+    """
+    table = read_evaluations(folder)
+    known = table[table["settings"] == _told(settings)]
+    found = [
+        str(path) for path in result_checkpoints(folder)
+        if not set(names) <= set(known[known["steps"] == saved_step(path)]["task"])
+    ]  # fmt: skip
+    if not found:
+        warn(f"note: every result of {folder} has been measured under these settings; nothing to do")
+    return found
+
+
+def _told(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
 
 
 @contextmanager

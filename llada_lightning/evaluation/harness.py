@@ -166,7 +166,9 @@ class HarnessModel(LM):
         self._remember(settings)
         for start in range(0, len(prompts), self.batch_size):
             batch = prompts[start : start + self.batch_size]
-            yield self._generate(batch, first=numbers[start], **settings).text or []
+            text = self._generate(batch, first=numbers[start], **settings).text
+            assert text is not None  # a harness model has a tokenizer
+            yield text
 
     def settings(
         self, task: Mapping[str, Any], answer_length: int | None = None, longest_prompt: int = 0

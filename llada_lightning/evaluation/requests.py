@@ -1,4 +1,4 @@
-"""What is to be scored, read from a file of pairs, encoded, checked against the model; and what scoring gives."""
+"""Requests for scoring: read from a file of pairs, encoded, and checked against the model; and their scores."""
 
 from __future__ import annotations
 

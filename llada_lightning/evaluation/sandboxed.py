@@ -116,7 +116,9 @@ def in_child(work: Callable[[], None]) -> None:
 
 def _asking(operation: str) -> Callable[..., Any]:
     def ask(self: Remote, /, *arguments: Any, **named: Any) -> Any:
-        return self._peer.ask(operation, self, *arguments, **named)
+        # Not self._peer: a copy has none before it is filled in, and __getattr__ would call itself without end.
+        peer: Peer = object.__getattribute__(self, "_peer")
+        return peer.ask(operation, self, *arguments, **named)
 
     return ask
 
@@ -142,7 +144,8 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "iter": iter,
     "next": next,
 }
-"""What either side may ask of the other's objects: of the tests', functions and iterators that they passed."""
+"""The operations that either side may ask for on the other's objects; on those of the tests only these, of functions
+and iterators that they passed."""
 _OF_THE_PROGRAM = _OPERATIONS | {
     "getattr": getattr, "setattr": setattr, "getitem": operator.getitem, "len": len, "bool": bool, "int": int,
     "float": float, "str": str,

@@ -312,7 +312,7 @@ def _print_text(console: Console, summary: dict[str, Any]) -> None:
 
 
 def _of_one(summary: dict[str, Any]) -> dict[str, Any]:
-    """Of one document or request, which have no error over several: that of the masks is left."""
+    """The summary of one document or request, which has no error over several: its error is that of the masks."""
     spread = summary["monte_carlo_stderr"]
     bits = summary["bits_per_byte"]
     bits_stderr = None if bits is None else spread * _scale(bits, summary["nats_per_token"])
@@ -324,7 +324,7 @@ def _masks_only(summary: dict[str, Any]) -> str:
 
 
 def _scale(value: float, of: float) -> float:
-    """What a number was multiplied by, and so its error."""
+    """The factor by which a number, and so its error, was multiplied."""
     return value / of if of else math.nan
 
 

@@ -1,5 +1,5 @@
-"""What is measured, and the tables of what came out. The paper's benchmarks are suites: which task of
-lm-evaluation-harness, how many shots, how answers are sampled.
+"""The paper's benchmarks as suites, and the tables of their results. A suite names for each benchmark the task of
+lm-evaluation-harness, the number of shots and the settings of sampling.
 
 Shots are those of the paper's Tables 1 and 2, lengths and steps those of Appendix B.6. What the paper leaves open, and
 where lm-evaluation-harness (0.4.13) has the task in another form:

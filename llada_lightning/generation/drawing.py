@@ -143,7 +143,7 @@ def shade(step: int, steps: int) -> Style:
 
     Args:
         step: The step at which the token appeared, from 1.
-        steps: Number of steps of the whole process; the last one is the darkest.
+        steps: The number of steps of the whole process; the last one is the darkest.
     """
     share = 0.0 if steps <= 1 else min(max((step - 1) / (steps - 1), 0.0), 1.0)
     index, between = divmod(share * (len(_BLUES) - 1), 1)
@@ -264,9 +264,9 @@ def _legend(steps: Collection[int]) -> Text:
 
 _SECONDS_BETWEEN_FRAMES = 1 / 15
 _LARGEST_SHARE = 0.1
-"""Of the time, that drawing may take from sampling."""
+"""The largest share of the time that drawing may take from sampling."""
 _LINES_BESIDE = 3
-"""Of the screen, left free for the line of the step and the shell's prompt."""
+"""The lines of the screen that are left free, for the line of the step and the shell's prompt."""
 
 
 class Unfolding:
@@ -309,7 +309,7 @@ class Unfolding:
         self._next_frame = max(began + _SECONDS_BETWEEN_FRAMES, ended + (ended - began) / _LARGEST_SHARE)
 
     def _frame(self, snapshot: Snapshot) -> Group:
-        """The step, and as many lines as the screen has, ending where the last token stands."""
+        """The step, and as many lines as the screen has room for, up to the line of the last token."""
         lines: list[Text] = []
         for number, text in sorted(self._answers.items()):
             if len(self._prompts) > 1:

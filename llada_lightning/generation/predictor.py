@@ -1,6 +1,8 @@
-"""The tokens of a batch while they are denoised, and what the Transformer predicts of them: logits of a block, with
-guidance and with caches, and tokens drawn by noise that is each prompt's own, so that an answer does not depend on the
-rest of the batch."""
+"""The tokens of a batch while they are denoised, and the predictions of the Transformer for them.
+
+The logits of a block are computed with guidance and with caches. Tokens are drawn by noise that is each prompt's own,
+so that an answer does not depend on the rest of the batch.
+"""
 
 from __future__ import annotations
 
@@ -146,10 +148,10 @@ class NoiseByPrompt:
         self._generators = [torch.Generator(device).manual_seed(key) for key in keys]
         self._device = device
 
-    def gumbel(self, rows_M: Tensor, columns_M: Tensor, words: int) -> Tensor:
-        """(M, words) float64, standard Gumbel, for M positions; rows in ascending order."""
+    def gumbel(self, rows_M: Tensor, columns_M: Tensor, vocab_size: int) -> Tensor:
+        """(M, V) float64, standard Gumbel, for M positions; rows in ascending order."""
         # Below float64 the tails of the noise are cut, which lowers the temperature (Zheng et al. 2024).
-        noise_MV = torch.empty(len(rows_M), words, dtype=torch.float64, device=self._device)
+        noise_MV = torch.empty(len(rows_M), vocab_size, dtype=torch.float64, device=self._device)
         for place, row in enumerate(rows_M.tolist()):  # one by one: however many are asked for at a time
             noise_MV[place].exponential_(generator=self._generators[row])
         return -noise_MV.log()
@@ -168,8 +170,9 @@ class ReleasedNoise:
     def __init__(self, batch: int, length: int, device: torch.device) -> None:
         self._batch, self._length, self._device = batch, length, device
 
-    def gumbel(self, rows_M: Tensor, columns_M: Tensor, words: int) -> Tensor:
-        uniform_BLV = torch.rand(self._batch, self._length, words, dtype=torch.float64, device=self._device)
+    def gumbel(self, rows_M: Tensor, columns_M: Tensor, vocab_size: int) -> Tensor:
+        shape = self._batch, self._length, vocab_size
+        uniform_BLV = torch.rand(shape, dtype=torch.float64, device=self._device)
         return -torch.log(-torch.log(uniform_BLV[rows_M, columns_M]))
 
     def uniform(self, rows_R: Tensor, candidates_RK: Tensor, begin: int) -> Tensor:
@@ -186,9 +189,9 @@ SamplerNoise = NoiseByPrompt | ReleasedNoise
 class BlockPredictor:
     """Predicts masked tokens of the columns of one block at a time.
 
-    With a cache, the first pass over a block computes the whole canvas. Later ones take the keys and values of what
-    stands before the block (`prefix`), or also of what stands behind it (`dual`), from that pass, although they
-    would have changed with the block: an approximation (Wu et al. 2025).
+    With a cache, the first pass over a block computes the whole canvas. Later ones take from that pass the keys and
+    values of the columns before the block (`prefix`), or also of those behind it (`dual`), although they would have
+    changed with the block: an approximation (Wu et al. 2025).
     """
 
     def __init__(self, lm: LanguageModel, canvas: Canvas, settings: Sampling) -> None:

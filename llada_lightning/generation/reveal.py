@@ -77,9 +77,13 @@ def token_probability(logits_MV: Tensor, probability_M: Tensor) -> Tensor:
 
 
 def margin(logits_MV: Tensor, probability_M: Tensor) -> Tensor:
-    """The difference between the probabilities of the likeliest token and of the second."""
+    """The difference between the probabilities of the likeliest token and of the second.
+
+    On a grid of the likeliest one's :data:`TIE`: a narrow margin has few digits, and the others are rounding.
+    """
     first_M, second_M = logits_MV.softmax(dim=-1).topk(2, dim=-1).values.unbind(dim=-1)
-    return first_M - second_M
+    width_M = TIE * first_M
+    return ((first_M - second_M) / width_M).round() * width_M
 
 
 def negative_entropy(logits_MV: Tensor, probability_M: Tensor) -> Tensor:

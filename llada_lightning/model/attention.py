@@ -13,9 +13,8 @@ divides H, whether attention is causal, and a mask; it returns (B, H, L, D).
 SDPA on CUDA makes a boolean mask additive in the queries' type, in each call, and its own flash kernel takes none: a
 masked pass costs memory and time that ``flex`` saves.
 
-Rotary position embedding (Su et al. 2021), half-split as in Llama and LLaDA, computed in fp32.
-
-Keys and values of positions that need not be computed again.
+Here, too: rotary position embedding (Su et al. 2021), half-split as in Llama and LLaDA and computed in fp32, and the
+cache of keys and values of positions that need not be computed again.
 """
 
 from __future__ import annotations

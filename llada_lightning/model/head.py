@@ -1,11 +1,12 @@
-"""The output head: logits of positions, or at once their cross-entropies.
+"""The output head: logits of positions, or their cross-entropies.
 
-The output head and the cross-entropy in one, chunk by chunk: the logits of all positions are never in memory at once.
+The cross-entropies are computed together with the head, chunk by chunk, so that the logits of all positions are never
+in memory at once.
 
 The gradient of a weighted sum of cross-entropies is known as soon as the logits are: (softmax - onehot) times the
 weight. So each chunk's gradients are taken while its logits are at hand, and the chunk is let go (as Liger-Kernel and
 Cut Cross-Entropy do; Hsu et al. 2024, Wijmans et al. 2024). PyTorch's own `F.linear_cross_entropy` (2.13) and Liger's
-kernel weigh classes, not positions, which the 1/p of Eq. 3 needs, and know no excluded word.
+kernel weigh classes, not positions, which the 1/p of Eq. 3 needs, and cannot exclude a token.
 """
 
 from __future__ import annotations
@@ -165,9 +166,9 @@ def _chunk_gradient(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> 
     """Cross-entropies (C,), and the gradient of their weighted sum by the logits (C, V), in the logits' type."""
     targets_C1 = targets_C[:, None]
     p_CV = torch.softmax(logits_CV, dim=1, dtype=torch.float32)
-    # By way of the likeliest word, whose probability is at least 1 / V: the target's may be 0 in fp32.
-    top_C1, top_word_C1 = logits_CV.max(dim=1, keepdim=True)
-    log_p_C1 = logits_CV.gather(1, targets_C1).float() - top_C1.float() + p_CV.gather(1, top_word_C1).log()
+    # By way of the likeliest token, whose probability is at least 1 / V: the target's may be 0 in fp32.
+    top_C1, top_token_C1 = logits_CV.max(dim=1, keepdim=True)
+    log_p_C1 = logits_CV.gather(1, targets_C1).float() - top_C1.float() + p_CV.gather(1, top_token_C1).log()
     grad_CV = p_CV.mul_(weights_C[:, None]).to(logits_CV.dtype)
     # p - 1 is taken before it is rounded: where p is nearly 1, a rounded p would leave nothing of the difference.
     grad_CV.scatter_(1, targets_C1, (torch.expm1(log_p_C1) * weights_C[:, None]).to(logits_CV.dtype))

@@ -1,6 +1,6 @@
-"""The part of a tensor that one process of several has.
+"""The part of a tensor that one process of several has, and the cross-entropy over a divided vocabulary.
 
-The cross-entropy where each process of a tensor-parallel group has the logits of some of the vocabulary entries.
+In tensor parallelism each process of a group has the logits of some of the vocabulary entries.
 """
 
 from __future__ import annotations

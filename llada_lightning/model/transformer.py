@@ -36,7 +36,7 @@ NORM_EPS = 1e-5
 ROPE_THETA = 10_000.0
 
 POSITIVE = "it must be a finite number above 0, also in 32 bits"
-"""What ``is_positive`` asks for, for people."""
+"""The condition of ``is_positive``, for messages."""
 
 
 def is_positive(value: Any) -> bool:
@@ -98,7 +98,7 @@ class Block(nn.Module):
 
 
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, *ATTENTION_PRODUCTS}
-"""What takes most of a block's time."""
+"""The operations that take most of a block's time."""
 
 
 def _keep_products() -> Any:

@@ -29,8 +29,8 @@ def sequence_nll(model: Predictor, batch: ValidationBatch) -> Tensor:
 def shift_right(tokens_BL: Tensor, start_token_id: int) -> Tensor:
     """The input of next-token prediction: EOS, then every token but the last.
 
-    EOS stands before the first token because it stands before every document. So `arm` predicts all L tokens of a
-    sequence, just those that `llada` predicts, and the two losses are per the same token.
+    EOS is put before the first token because it precedes every document. So `arm` predicts all L tokens of a sequence,
+    the same ones as `llada`, and both losses are means over the same tokens.
     """
     start_B1 = tokens_BL.new_full((tokens_BL.shape[0], 1), start_token_id)
     return torch.cat([start_B1, tokens_BL[:, :-1]], dim=1)

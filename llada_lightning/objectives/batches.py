@@ -22,11 +22,11 @@ class TrainingBatch(NamedTuple):
         ordinals_B: (B,) int64.
         scored_M: (M,) int64: where masked tokens lie in the flattened (B L), then zeros up to a multiple of ``BUCKET``.
             Known to the host, so that the device is not waited for.
-        scored: how many of them are masked tokens.
+        scored: The number of masked tokens among them, which come first.
         denominator: The tokens of the global batch over the number of its micro-batches. A loss is a weighted sum over
             it. The mean over micro-batches and ranks, which Lightning and DDP take, is then the loss per token of the
             global batch, however it was split.
-        global_tokens: tokens of the global batch, padding not counted.
+        global_tokens: The number of tokens of the global batch, padding not counted.
         documents_BL: (B, L) int64: the document of its sequence that each token belongs to; None: attention crosses
             documents.
         response_BL: (B, L) bool: the response and the one EOS that ends it, which are what `arm` learns of a pair;
@@ -74,7 +74,7 @@ class ValidationBatch(NamedTuple):
         masked_BL: (B, L) bool: exactly l masked a row (Eq. 14).
         counted_B: (B,) bool, False where a row only fills up the batch of a rank that ran out.
         documents_B: (B,) int64: equal for sequences that begin in the same document.
-        documents_BL, attention_mask_BL, response_BL: as in :class:`TrainingBatch`; ``masked_BL`` masks responses only.
+        documents_BL, attention_mask_BL, response_BL: As in :class:`TrainingBatch`; ``masked_BL`` masks responses only.
     """
 
     tokens_BL: Tensor

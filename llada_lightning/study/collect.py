@@ -55,7 +55,7 @@ class Duplicate:
     kept: str
     dropped: str
     difference: float
-    """Absolute, of the two losses in nats per token; NaN where one is not a number."""
+    """The absolute difference of the two losses in nats per token; NaN where one is not a number."""
     relative: float
     """The difference over the kept loss."""
 
@@ -124,7 +124,7 @@ class Collection:
     kept: dict[tuple[str, Any], tuple[str, dict[str, Any]]] = field(default_factory=dict)
     """Run and steps -> where the record was found, and the record."""
     scores: list[dict[str, float]] = field(default_factory=list)
-    """Of each record kept: its scores of tasks, by the name of their column."""
+    """For each record kept, the scores of its tasks by the names of their columns."""
 
     def add(self, where: str, records: Iterable[dict[str, Any]], problems: Iterable[str]) -> None:
         """A run's records and the reasons why it is not finished. What cannot be a record is such a reason too."""
@@ -293,7 +293,7 @@ class _Search:
 
 
 def _is_run(names: Iterable[str], strict: bool) -> bool:
-    """By the names in a folder; what has a file's name and is none is said when it is read."""
+    """Whether a folder is a run's, by the names in it. A name that is not a file's is reported when it is read."""
     present = {RESULT_FILE, CONFIG_FILE, *_BESIDE_CONFIG}.intersection(names)
     return RESULT_FILE in present or (CONFIG_FILE in present and (len(present) > 1 or not strict))
 
@@ -322,7 +322,7 @@ def _open_ends(records: list[dict[str, Any]], expected: int, nothing: str) -> It
     if not records:
         yield nothing
     elif len(records) < expected:
-        yield f"{len(records)} of {expected} budgets reached"
+        yield f"{len(records)} of {expected} results reached"
 
 
 def _first_of(names: list[str]) -> str:
@@ -331,7 +331,7 @@ def _first_of(names: list[str]) -> str:
 
 
 def _soundness(record: dict[str, Any]) -> tuple[bool, bool]:
-    """Of two records of one run that with the larger value is kept: finished, then with a finite loss."""
+    """The rank of a record among those of one run, of which the highest is kept: finished, then with a finite loss."""
     return record["status"] == DONE, math.isfinite(_loss(record))
 
 
@@ -349,13 +349,12 @@ class ProjectRun:
 
     A run of ours leaves its record in its summary: ``records``, a list of all of them (as JSON), where it has several
     budgets, else the record's own keys.
-
     """
 
     where: str
     """``wandb:ENTITY/PROJECT/ID``, with the run's display name."""
     state: str
-    """By W&B: finished, running, crashed, failed, killed, …"""
+    """The state by W&B: finished, running, crashed, failed, killed, …"""
     ours: bool
     """Whether ``llada fit`` made it."""
     records: list[dict[str, Any]]

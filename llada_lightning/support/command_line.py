@@ -104,8 +104,9 @@ def one_line(message: str, command: str) -> str:
     """The parser's report of several lines as one: the key, the value, what was expected.
 
     Args:
-        message: of jsonargparse; for a key within a class it holds, indented, what this function made of the cause.
-        command: whose ``--help`` lists the options.
+        message: The message of jsonargparse. For a key within a class it holds, indented, what this function made of
+            the cause.
+        command: The command whose ``--help`` lists the options.
     """
     key = re.search(r'Parser key "([^"]+)"', message)
     causes = r"\S+: .* given; expected .*|\S+: .* was not imported; .*|Option '\S+' is not accepted.*"

@@ -77,8 +77,9 @@ def resolve_fit(config: Namespace, data: LanguageDataModule) -> Run:
     _refuse_what_breaks_the_contract(config)
     resolved = _resolve_length(config, data)
     steps, trainer = list(resolved.steps), config.trainer
-    if len(steps) > 1 and trainer.enable_checkpointing is False:
-        raise UserError("trainer.enable_checkpointing: false given, but several budgets branch from checkpoints")
+    if (len(steps) > 1 or resolved.milestones) and trainer.enable_checkpointing is False:
+        why = "several budgets branch" if len(steps) > 1 else "a run with milestones continues"
+        raise UserError(f"trainer.enable_checkpointing: false given, but {why} from checkpoints")
     # Three validations on the way (the end is validated anyway); logs and checkpoints at a pace that fits the length.
     _fill(trainer, "val_check_interval", (steps[-1] // 4 + 1) * trainer.accumulate_grad_batches)
     _fill(trainer, "log_every_n_steps", max(1, min(50, steps[0] // 100)))
@@ -170,7 +171,7 @@ def _resolve_length(config: Namespace, data: LanguageDataModule) -> Run:
 
 def _length(config: Namespace, data: LanguageDataModule) -> Length:
     """How long the run is to train: by its budget, else by the data module's epochs, else by `trainer.max_steps`."""
-    budget, given = config.budget, config.trainer.max_steps
+    budget, given, milestones = config.budget, config.trainer.max_steps, tuple(config.budget.milestones)
     if budget.flops is not None and budget.tokens is not None:
         raise UserError(f"budget: flops {budget.flops} and tokens {budget.tokens:g} are both given; give one")
     if data.wanted_steps is not None and (budget.flops, budget.tokens) != (None, None):
@@ -180,14 +181,14 @@ def _length(config: Namespace, data: LanguageDataModule) -> Length:
         if not budgets:
             raise UserError("budget.flops: [] holds no budget; give one, such as 1e12")
         check_budgets("budget.flops", budgets)
-        return Length(flops=tuple(budgets), convention=budget.convention)
+        return Length(flops=tuple(budgets), convention=budget.convention, milestones=milestones)
     if budget.tokens is not None:
-        return Length(tokens=budget.tokens, setting="budget.tokens")
+        return Length(tokens=budget.tokens, setting="budget.tokens", milestones=milestones)
     if data.wanted_steps is not None and given in (-1, data.wanted_steps):
-        return Length(steps=data.wanted_steps, setting="data.epochs")
+        return Length(steps=data.wanted_steps, setting="data.epochs", milestones=milestones)
     if given < 1:
         raise UserError("budget.flops: nothing says how long to train; give --budget.flops, such as 1e12")
-    return Length(steps=given, setting="trainer.max_steps")
+    return Length(steps=given, setting="trainer.max_steps", milestones=milestones)
 
 
 _OURS = {
@@ -257,12 +258,12 @@ def _fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
     # it, and the weights need not have a row for it.
     without = not masks and arguments.get("weights") is not None and arguments.mask_token_id is None
     mask_id = None if without else tokenizer.mask_id
-    words = tokenizer.vocab_size - (without and tokenizer.mask_id == tokenizer.vocab_size - 1)
-    _fill(arguments, "vocab_size", words)
+    entries = tokenizer.vocab_size - (without and tokenizer.mask_id == tokenizer.vocab_size - 1)
+    _fill(arguments, "vocab_size", entries)
     check_vocabulary("model.vocab_size", arguments.vocab_size)
-    if arguments.vocab_size < words:
+    if arguments.vocab_size < entries:
         raise UserError(
-            f"model.vocab_size: {arguments.vocab_size} is below the {words} tokens of the data's tokenizer; leave it "
+            f"model.vocab_size: {arguments.vocab_size} is below the {entries} tokens of the data's tokenizer; leave it "
             "out (a larger one pads)"
         )
     for key, value in {"mask_token_id": mask_id, "eos_token_id": tokenizer.eos_id}.items():

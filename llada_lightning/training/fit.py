@@ -178,7 +178,7 @@ class LladaCLI(HookedCLI):
             self.run_name = run_name(self.settings, data, schedules)
             if self.settings.run.name is None:
                 self.settings.run.name = self.run_name
-            self.phases = phases_of(self.settings, data, schedules, self.folder)
+            self.phases = phases_of(self.settings, data, schedules, self.folder, run.milestones)
             self.resolved = self._dump()
             if self._execute:
                 self.check_folder()
@@ -305,7 +305,7 @@ class LladaCLI(HookedCLI):
                         self._fit(phase)
                     except DivergedError as stop:
                         self._give_up(phase, stop)
-                        if phase.run is None:
+                        if phase.continues:
                             break
             if self.wandb is not None:
                 self.wandb.finish()
@@ -338,7 +338,7 @@ class LladaCLI(HookedCLI):
         """Record that a budget, or with its trunk every budget from here on, has no loss: once is enough."""
         say(str(stop))
         without_validation(self.model)
-        lost = [phase] if phase.run else self.phases[self.phases.index(phase) :]
+        lost = self.phases[self.phases.index(phase) :] if phase.continues else [phase]
         self._write_records(phase, [other.run for other in lost if other.run])
 
     @rank_zero_only
@@ -379,7 +379,8 @@ class LladaCLI(HookedCLI):
     def _write_records(self, phase: Phase, runs: list[str]) -> None:
         parent = phase.parent_hash()
         for run in runs:
-            record = result_record(run, self.trainer, self.model, self.datamodule, self.accounting, parent)
+            parts = (self.trainer, self.model, self.datamodule, self.accounting)
+            record = result_record(run, *parts, phase.result.decay_steps, parent)
             add_record(self.folder, record, self.model.val_by_document, self.wandb, several=len(self.phases) > 1)
             self._warn_of_few_documents()
 

@@ -59,10 +59,10 @@ class UpdateGuard:
         spike_zscore: The z-score above which a loss is a spike.
 
     Attributes:
-        skipped: updates skipped so far. This and what follows hold up to the last :meth:`settle`.
-        streak: updates skipped in a row.
-        last_update: the last step whose update was made.
-        faults: what was found; who writes it down empties the list.
+        skipped: The number of updates skipped so far. This and the next three are as of the last :meth:`settle`.
+        streak: The number of updates skipped in a row.
+        last_update: The last step whose update was made.
+        faults: The faults that were found. The callback that writes them down empties the list.
     """
 
     def __init__(self, spikes: Spikes = "report", spike_zscore: float = 30.0) -> None:

@@ -1,4 +1,4 @@
-"""What a configuration asks of the machine: devices that are there, a type that they multiply, ways to be faster."""
+"""What a configuration needs of the machine: devices, a precision that they compute in hardware, ways to be faster."""
 
 from __future__ import annotations
 

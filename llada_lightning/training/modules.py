@@ -39,7 +39,7 @@ from llada_lightning.training.machine import Speed, apply_speed
 from llada_lightning.training.parallel import shard, total_norm
 
 VALIDATION_METRICS = ("val_nats_per_token", "val_stderr", "val_bits_per_byte")
-"""What a module logs for callbacks: at each validation, and nothing else."""
+"""The metrics that a module logs for callbacks, at each validation. It logs nothing else."""
 
 
 @dataclass

@@ -51,8 +51,10 @@ class Phase:
         val_check_interval: The number of micro-batches between validations. A branch has none before its end.
         identity: The identity of the run that it is a part of.
         run: The name of the result at its end; None where it ends in none.
+        result: The schedule of that result: of a milestone, which ends a fit that has not decayed, another one.
+        continues: Whether the run continues from its end: it is a part of a trunk, or ends at a milestone.
         parent: The checkpoint of another run, or of the trunk, that it starts from.
-        forks: The steps whose checkpoints are kept because branches start there.
+        forks: The steps whose checkpoints are kept: branches start there, or a milestone is there.
     """
 
     title: str
@@ -63,6 +65,8 @@ class Phase:
     val_check_interval: int
     identity: dict[str, Any]
     run: str | None
+    result: WSD
+    continues: bool = False
     parent: Path | None = None
     forks: frozenset[int] = frozenset()
 
@@ -96,6 +100,11 @@ class Phase:
             raise UserError(f"run.resume: never given, but {self.folder} has checkpoints; delete it, or resume: auto")
         if own is not None:
             check_identity(saved_identity(own), self.identity)
+        if own is not None and self.continues and self.run is not None and saved_step(own) > self.last_step:
+            raise UserError(
+                f"budget.milestones: the run in {self.folder} has passed step {self.last_step}, where a new milestone "
+                "would have been; leave it out, or choose another --run.name"
+            )
         if self.is_passed() and not checkpoint_of_step(self.checkpoints, self.last_step).exists():
             raise UserError(
                 f"budget.flops: the trunk in {self.folder} has passed step {self.last_step}, where a new budget would "
@@ -109,8 +118,8 @@ class Phase:
             check_history(saved_identity(parent), self.identity, step)
             if step > self.last_step or (step == self.last_step and self.run is None):
                 raise UserError(
-                    f"ckpt_path: '{parent}' is at step {step}, and a budget ends or branches off at step "
-                    f"{self.last_step}; leave that budget out"
+                    f"ckpt_path: '{parent}' is at step {step}, and a budget or milestone ends or branches off at step "
+                    f"{self.last_step}; leave it out"
                 )
         return damaged
 
@@ -125,21 +134,46 @@ class Phase:
         config.trainer.val_check_interval = self.val_check_interval
 
 
-def phases_of(config: Namespace, data: LanguageDataModule, schedules: Sequence[WSD], folder: Path) -> list[Phase]:
-    """The fits of a resolved configuration, in the order in which they are run; schedules come shortest first."""
+def phases_of(
+    config: Namespace,
+    data: LanguageDataModule,
+    schedules: Sequence[WSD],
+    folder: Path,
+    milestones: Sequence[WSD] = (),
+) -> list[Phase]:
+    """The fits of a resolved configuration, in the order in which they are run.
+
+    Args:
+        config: The resolved configuration.
+        data: The data module.
+        schedules: The schedule of each budget, shortest first.
+        folder: The folder of the run.
+        milestones: The schedule of each milestone, shortest first (:class:`run.Run`).
+    """
+    given = Path(config.ckpt_path) if config.ckpt_path else None
 
     def phase(schedule: WSD, last_step: int | None, title: str = "", **others: Any) -> Phase:
         assert last_step is not None
-        values = {"folder": folder, "first_step": 0, "val_check_interval": config.trainer.val_check_interval, **others}
+        given_interval = config.trainer.val_check_interval
+        values = {"folder": folder, "first_step": 0, "val_check_interval": given_interval, "result": schedule, **others}
         known = identity(config, data, schedule)
         return Phase(title=title, schedule=schedule, last_step=last_step, identity=known, **values)
 
-    given = Path(config.ckpt_path) if config.ckpt_path else None
+    def up_to(milestone: WSD, number: int, schedule: WSD, kept: frozenset[int]) -> Phase:
+        title = f"to milestone {number} of {len(milestones)}"
+        named, own = name_of(config, data, [milestone]), {"result": milestone, "continues": True}
+        return phase(schedule, milestone.total_steps, title, run=named, parent=given, forks=kept, **own)
+
+    stops = frozenset(milestone.total_steps or 0 for milestone in milestones)
+    numbered = list(enumerate(milestones, 1))
     if len(schedules) == 1:
         [schedule] = schedules
-        return [phase(schedule, schedule.total_steps, run=name_of(config, data, schedules), parent=given)]
+        before = [up_to(milestone, number, schedule, stops) for number, milestone in numbered]
+        named = name_of(config, data, schedules)
+        return [*before, phase(schedule, schedule.total_steps, run=named, parent=given, forks=stops)]
     forks = [fork_step(schedule) for schedule in schedules]
     trunk = replace(schedules[-1], total_steps=forks[-1], decay_steps=0)
+    kept = frozenset(forks) | stops
     phases = []
     for number, (schedule, fork) in enumerate(zip(schedules, forks, strict=True), 1):
         length = schedule.total_steps
@@ -149,8 +183,11 @@ def phases_of(config: Namespace, data: LanguageDataModule, schedules: Sequence[W
                 f"model.schedule: the decay of {length} steps is shorter than one; several budgets need a decay: raise "
                 "decay_fraction"
             )
+        while numbered and (numbered[0][1].total_steps or 0) <= fork:
+            reached, milestone = numbered.pop(0)
+            phases.append(up_to(milestone, reached, trunk, kept))
         phases += [
-            phase(trunk, fork, "trunk", run=None, parent=given, forks=frozenset(forks)),
+            phase(trunk, fork, "trunk", run=None, parent=given, forks=kept, continues=True),
             phase(
                 schedule,
                 length,

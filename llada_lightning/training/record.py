@@ -39,6 +39,7 @@ def result_record(
     module: LanguageModule,
     data: LanguageDataModule,
     accounting: Accounting,
+    decay_steps: int | None,
     parent_checkpoint: str | None = None,
 ) -> dict[str, Any]:
     """One record of ``result.json`` (keys and units: ``records.RESULT_COLUMNS``) of a run that has been validated.
@@ -46,6 +47,7 @@ def result_record(
     Args:
         run: The name of the run, which holds the hash of its configuration.
         trainer, module, data, accounting: The parts of the run, after its last step.
+        decay_steps: The number of steps over which the rate has fallen; 0 at a milestone.
         parent_checkpoint: ``content_hash`` of the checkpoint of another run, or of the trunk, that it started from.
     """
     steps, schedule, validation = trainer.global_step, module.schedule, module.validation
@@ -54,7 +56,7 @@ def result_record(
     return {
         "run": run,
         "objective": module.objective,
-        "variant": variant(module, data),
+        "variant": variant(module, data, decayed=decay_steps != 0),
         "shape": shape_name(module.shape),
         "params_total": module.shape.params_total(module.vocab_size),
         "params_nonembedding": module.shape.params_nonembedding,
@@ -68,7 +70,7 @@ def result_record(
         "lr": schedule.lr,
         "schedule": "wsd",
         "warmup_steps": schedule.warmup_steps,
-        "decay_steps": schedule.decay_steps,
+        "decay_steps": decay_steps,
         "seed": module.seed,
         "parent_checkpoint": parent_checkpoint,
         "data_fingerprint": data.fingerprint,
@@ -119,11 +121,12 @@ _CORRUPTION = ("mask_eps", "time_sampling")
 """Settings of the data that belong to an objective which masks: how the mask ratio is drawn."""
 
 
-def variant(module: LanguageModule, data: LanguageDataModule) -> str | None:
+def variant(module: LanguageModule, data: LanguageDataModule, decayed: bool = True) -> str | None:
     """What tells a run from the default recipe of its objective, such as `compat=llada;optimizer.weight_decay=0`.
 
     The pairs are sorted: the class of the module where it is not the objective's own, and each setting that is not at
-    its default: of the module and its optimizer, and of how the data draw the mask ratio. None where all are.
+    its default: of the module and its optimizer, and of how the data draw the mask ratio. A result of a constant rate,
+    as at a milestone, has `decay_steps=0`. None where all are at their defaults.
     """
     kind, objective = type(module), OBJECTIVES.get(module.objective)
     given = _flat(module.identity.get("model", {}).get("init_args", {}))
@@ -138,6 +141,8 @@ def variant(module: LanguageModule, data: LanguageDataModule) -> str | None:
     }
     if objective is None or pydoc.locate(objective.module) is not kind:
         found["module"] = f"{kind.__module__}.{kind.__qualname__}"
+    if not decayed:
+        found["decay_steps"] = "0"
     return ";".join(f"{name}={value}" for name, value in sorted(found.items())) or None
 
 
@@ -172,7 +177,7 @@ def _shown(value: Any) -> str:
 
 
 def without_validation(module: LanguageModule) -> None:
-    """Of a run that broke off: it has no loss at its budget."""
+    """Give a module, in place, the validation of a run that broke off: it has no loss at its budget."""
     module.validation = dict.fromkeys(VALIDATION_METRICS, math.nan)
     module.val_by_document = []
 

@@ -76,6 +76,27 @@ def test_scores_of_a_run_join_its_results(prepared: Path, tasks: Path, tmp_path:
     assert task_accuracy(table).axes[0].get_title() == "local_choice"
 
 
+def test_each_result_of_a_run_is_measured_once(prepared: Path, tasks: Path, tmp_path: Path, capsys: Any) -> None:
+    milestones = ("--trainer.max_steps=-1", "--budget.tokens=1024", "--budget.milestones=[512.0]")
+    run = fit("arm", prepared, tmp_path / "runs", *milestones)
+    arguments = ["evaluate", str(run), "--tasks", "local_choice", "--include-path", str(tasks), "--each-result"]
+    capsys.readouterr()
+    assert main([*arguments, "--quiet", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [Path(each["checkpoint"]).name for each in results] == ["step=00000002.ckpt", "step=00000004.ckpt"]
+    rows = read_evaluations(run).to_dict("records")
+    values = [100 * each["results"][0]["value"] for each in results]
+    assert [(row["steps"], row["score"]) for row in rows] == list(zip((2, 4), map(pytest.approx, values), strict=True))
+    table, _ = collect([tmp_path / "runs"])
+    assert table["task_local_choice"].tolist() == pytest.approx(values)
+    assert main([*arguments, "--quiet"]) == 0
+    assert "every result of" in capsys.readouterr().err
+    assert main([*arguments, "--quiet", "--json", "--shots", "1"]) == 0  # other settings
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["results"]) == 2
+    assert main(["evaluate", str(tmp_path), *arguments[2:], "--quiet"]) == 2
+    assert "holds no result; give the folder of a run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -64,6 +65,16 @@ def test_a_child_process_gives_what_the_library_gives(special: bool) -> None:
         found = [decode(tokenizer, ids, skip_special_tokens=skip) for ids in expected]
         assert found == tokenizer.decode_batch(expected, skip_special_tokens=skip)
     assert process_of(tokenizer).poll() is None
+
+
+def test_a_child_process_that_cannot_be_started_is_no_fault_of_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    tokenizer = split(r"\s+|\w+|.")
+    monkeypatch.setattr("llada_lightning.support.limited_process.subprocess.Popen", full)
+    with pytest.raises(OSError, match="Too many open files"):  # which a command says with its own remedy
+        encode(tokenizer, TEXT)
 
 
 def test_an_endless_regular_expression_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:

@@ -145,6 +145,13 @@ except Exception as error:
     assert result.verdict == "passed", result.errors
 
 
+def test_an_object_of_the_program_can_be_copied() -> None:
+    program = "class Pair:\n    def __init__(self): self.a = 3\n\ndef pair(): return Pair()\n"
+    tests = "import copy\nfound = pair()\nassert copy.copy(found).a == found.a == 3"
+    result = run_program(program, tests=tests)
+    assert result.verdict == "passed", result.errors
+
+
 def test_a_function_may_have_the_name_of_one_that_is_built_in() -> None:
     """As of MBPP's task 126."""
     assert verdict("def sum(a, b): return 6", "assert sum(10, 15) == 6\nassert sum(1, 2) == 6") == "passed"

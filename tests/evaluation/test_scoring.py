@@ -33,7 +33,7 @@ def test_windows_score_every_token_once_behind_what_stands_before_it(length: int
 
 
 @pytest.mark.parametrize("lm", [LLADA, ARM], ids=["llada", "arm"])
-def test_the_sum_of_itswindows(lm: Any) -> None:
+def test_the_sum_of_its_windows(lm: Any) -> None:
     found = rolling_log_likelihood(lm, TEXTS, 40, 30, text_bytes=[300, 70, 150], samples=16)
     pairs = [pair for text in TEXTS for pair in windows(text, 40, 30)]
     scores = log_likelihood(lm, pairs, samples=16)

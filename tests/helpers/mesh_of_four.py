@@ -1,6 +1,6 @@
 """Four processes with a model in shards, 2 data-parallel x 2 tensor-parallel.
 
-Rows that the processes of one dimension divide evenly and those of the other do not: the embedding has 394 words.
+Rows that the processes of one dimension divide evenly and those of the other do not: the embedding has 394 rows.
 """
 
 from __future__ import annotations

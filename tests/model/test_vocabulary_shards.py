@@ -91,7 +91,7 @@ def test_every_process_has_the_values_and_its_entries_gradients(
     torch.testing.assert_close(torch.cat([part[3] for part in parts]), grad_weight, rtol=1e-4, atol=1e-3)
 
 
-def test_a_word_that_is_nearly_certain_keeps_its_gradient_in_bf16() -> None:
+def test_a_token_that_is_nearly_certain_keeps_its_gradient_in_bf16() -> None:
     """p - 1 = -1e-3 is nothing in bf16 once p is rounded to 1."""
     logits = torch.tensor([[0.0, 7.0, 0.0, 0.0]])
     [(nll, gradient), (other_nll, other)] = _chunk(logits.bfloat16(), torch.tensor([1]))
@@ -113,7 +113,7 @@ def _chunk(logits: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
         return list(threads.map(rank, range(2)))
 
 
-def test_a_word_lies_with_one_process() -> None:
+def test_a_token_lies_with_one_process() -> None:
     shards = [VocabularyShards(None, first, 4) for first in (0, 4, 8)]
     assert [part.column(6) for part in shards] == [None, 2, None]
     assert [part.column(None) for part in shards] == [None] * 3

@@ -129,7 +129,7 @@ def test_a_run_that_lacks_a_budget_is_unfinished(tmp_path: Path) -> None:
     (tmp_path / "run/config.yaml").write_text("budget: {flops: [1.0e+12, 3.0e+12]}")
     table, report = collect([tmp_path])
     assert len(table) == 1
-    assert report.unfinished == {str(tmp_path / "run"): "1 of 2 budgets reached"}
+    assert report.unfinished == {str(tmp_path / "run"): "1 of 2 results reached"}
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ def test_folders_and_projects_make_one_table(tmp_path: Path, monkeypatch: pytest
     assert (report.folders, report.wandb_runs, report.records) == (1, 8, 4)
     assert report.foreign == {project: ["x (someone's)", "y"]}
     assert report.diverged == [f"{project}/d"]
-    assert report.unfinished[f"{project}/agent7 (arm trunk)"] == "2 of 3 budgets reached"
+    assert report.unfinished[f"{project}/agent7 (arm trunk)"] == "2 of 3 results reached"
     assert report.unfinished[f"{project}/r"] == "state crashed; no record in its summary"
     assert report.unfinished[f"{project}/torn"].startswith("summary key records is not JSON: ")
     assert report.unfinished[f"{project}/deep"].startswith("summary key records is nested too deeply")

@@ -93,7 +93,7 @@ def test_a_run_that_lacks_a_budget_is_not_done(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/config.yaml").write_text("budget: {flops: [1.0e+9, 2.0e+9]}")
     outcome = study.run()
-    assert [failed.reason for failed in outcome.failed] == ["ended with 1 of 2 budgets"]
+    assert [failed.reason for failed in outcome.failed] == ["ended with 1 of 2 results"]
 
 
 def test_a_diverged_run_is_settled_and_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,11 @@ import datasets
 
 from helpers.tiny_runs import fit, losses
 from llada_lightning.commands.main import main
+from llada_lightning.data.sft import SftDataModule
 from llada_lightning.records import read_evaluations
 from llada_lightning.support.errors import UserError
+from llada_lightning.training import ArmModule
+from llada_lightning.training.callbacks import evaluate_tasks
 from llada_lightning.training.callbacks.evaluate_tasks import EvaluateTasks
 
 
@@ -50,3 +54,24 @@ def test_scores_in_training_are_those_of_the_checkpoint(
 def test_counts_below_one_are_refused(option: str) -> None:
     with pytest.raises(UserError, match=f"EvaluateTasks: {option} is 0; it must be at least 1"):
         EvaluateTasks(["piqa"], **{option: 0})  # type: ignore[arg-type]
+
+
+def test_a_fine_tuning_is_measured_with_its_own_tokenizer_and_the_context_of_its_weights(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``load_model`` reads a checkpoint of the run. Its data module has no prepared folder with a tokenizer."""
+    before = {"end_token_ids": [0, 5], "context_length": 512}
+    monkeypatch.setattr(evaluate_tasks, "inherited", lambda path: before)
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("\n".join(json.dumps({"prompt": f"{n}?", "response": "yes"}) for n in range(4)))
+    data = SftDataModule(str(rows), tokenizer=str(prepared), context_length=64, global_batch=2)
+    ids = data.tokenizer
+    shape = {"n_layers": 1, "d_model": 8, "n_heads": 1, "n_kv_heads": 1, "d_ff": 8}
+    module = ArmModule(shape, ids.vocab_size, ids.mask_id, ids.eos_id)
+    module.configure_model()
+    lm = evaluate_tasks._language_model(SimpleNamespace(datamodule=data), module)  # type: ignore[arg-type]
+    assert lm.decode(lm.encode("def f(x):")) == "def f(x):"
+    assert (lm.context_length, lm.start_token_id) == (64, ids.eos_id)
+    module.weights = "a checkpoint"
+    lm = evaluate_tasks._language_model(SimpleNamespace(datamodule=data), module)  # type: ignore[arg-type]
+    assert (lm.context_length, lm.end_token_ids) == (512, (0, 5))

@@ -85,7 +85,7 @@ class StudyFits:
     reference: str | None
     """The name of the objective that multipliers divide by; None where the table has no runs of it."""
     compute_multiplier: list[Multiplier]
-    """Of each other objective at each of the reference's budgets on its envelope, by every convention and method."""
+    """Each other objective's multipliers at each budget of the reference's envelope, by every convention and method."""
     multiplier_curve: list[Multiplier]
     """The same over a grid between the smallest and the largest of those budgets, for figures."""
     held_out: list[HeldOut]

@@ -46,7 +46,7 @@ class EnvelopeFit:
     law: PowerLaw | None
     note: str | None = None
     spread: Spread = field(default=UNKNOWN, repr=False)
-    """Of the runs beyond their known errors."""
+    """The spread of log loss between runs beyond their known errors."""
 
     @property
     def flops_range(self) -> tuple[float, float]:
@@ -63,7 +63,7 @@ class EnvelopeFit:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Of one objective: the means over runs of one N and D, and what each budget has of them."""
+    """The mean log losses of one objective's runs of the same N and D, and which of the means belong to each budget."""
 
     rows: list[npt.NDArray[np.intp]]
     """The runs of each mean, as positions in the objective's table."""
@@ -112,7 +112,7 @@ class Candidates:
         return float(np.mean(self._missed(budget, errors) - of_best))
 
     def means(self, column: pd.Series) -> Array:
-        """Of a column of the runs' table."""
+        """The means of a column of the runs' table, in the order of ``rows``."""
         return _means(column, self.rows)
 
     def _missed(self, budget: npt.NDArray[np.intp], errors: Array) -> Array:

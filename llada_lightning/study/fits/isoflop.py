@@ -28,7 +28,7 @@ MIN_SHAPES = 3
 """A parabola has three parameters."""
 
 MIN_SHAPES_FOR_CHECK = 5
-"""A cubic has four, and a parabola without the outermost two shapes needs three others."""
+"""A cubic has four parameters, and a parabola without the outermost two shapes needs three others."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class IsoflopBudget:
     """The positions of its runs in the objective's table."""
     runs: tuple[str, ...]
     log_n: Array
-    """Of non-embedding parameters, one for each run."""
+    """The logarithm of the non-embedding parameters of each run."""
     center: float
     coefficients: Array
     n_opt: Estimate
@@ -92,7 +92,7 @@ class LossCurve:
     c0: float
     coefficients: Array
     scatter: Spread
-    """Of the optima's log loss about the curve, beyond their own errors."""
+    """The residual spread of the optima's log loss about the curve, beyond their own errors."""
     misfit: float
     """p-value of the test of lack of fit (``Noise.misfit``); NaN where it cannot be made."""
     draws: Array = field(repr=False, compare=False)
@@ -128,7 +128,7 @@ class IsoflopFit:
 
     @property
     def flops_range(self) -> tuple[float, float]:
-        """Of the budgets that the laws go through."""
+        """The smallest and the largest training FLOPs of the budgets that the laws go through."""
         flops = [budget.flops for budget in self.budgets if budget.interior]
         return min(flops), max(flops)
 
@@ -162,7 +162,7 @@ class _Budget:
 
     @property
     def cubic_design(self) -> Array:
-        """The same where there are too few shapes for a cubic."""
+        """The design of a cubic; that of the parabola where there are too few shapes for a cubic."""
         enough = len(np.unique(self.x)) >= MIN_SHAPES_FOR_CHECK
         return np.column_stack([self.design, self.x**3]) if enough else self.design
 
@@ -329,7 +329,7 @@ def _grid_shifts(group: _Budget, weights: Array, errors: Array, x_opt: float, dr
 
 
 def _largest(shifts: list[Estimate]) -> float | None:
-    """Of shifts of log N the largest, as a relative change of N."""
+    """The largest of some shifts of log N, as a relative change of N; None where there is none."""
     return max((float(np.expm1(abs(shift.value))) for shift in shifts), default=None)
 
 

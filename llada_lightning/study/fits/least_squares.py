@@ -115,7 +115,7 @@ class PowerLaw:
     residual: float
     """Root mean square of the residuals of log y."""
     scatter: Spread
-    """Of log y beyond the errors that are known."""
+    """The residual spread of log y beyond the known errors."""
     misfit: float
     """p-value of the test of lack of fit (``Noise.misfit``); NaN where it cannot be made."""
     draws: Array = field(repr=False, compare=False)

@@ -27,11 +27,11 @@ METHODS: tuple[Method, ...] = get_args(Method)
 class LossLine:
     """The best loss at given training FLOPs by some method, at its point estimate and in every draw.
 
-    What asks for a multiplier or a prediction sees an estimator through this alone.
+    Multipliers and held-out predictions use the fit of a method through this class alone.
     """
 
     flops_range: tuple[float, float]
-    """Of the budgets that it goes through."""
+    """The smallest and the largest training FLOPs of the budgets that it goes through."""
     loss: Callable[[npt.ArrayLike], Array]
     """FLOPs (k,) -> losses (k,)."""
     drawn: Callable[[npt.ArrayLike], Array]
@@ -57,7 +57,7 @@ class ObjectiveFits:
     parametric: ParametricFit | None
     parametric_note: str | None
     spread: Spread
-    """Of the runs beyond their known errors, as envelope and isoFLOP take it."""
+    """The spread of log loss between runs beyond their known errors, which the envelope and the isoFLOP fit use."""
 
     def line(self, method: Method, convention: Convention) -> LossLine | None:
         """The best loss against FLOPs by a method; None where it has no fit, or one that the data leave open."""
@@ -220,7 +220,7 @@ def _divided(runs: pd.DataFrame, planned: Convention) -> tuple[npt.NDArray[np.in
 
 
 Observation = tuple[float, float, Array]
-"""What a budget that was held out shows: FLOPs, log loss, and true less observed in every draw (samples,)."""
+"""A held-out budget: its FLOPs, its log loss, and the true less the observed log loss in every draw (samples,)."""
 
 
 def _best_shape(budget: Candidates, runs: pd.DataFrame, convention: Convention, spread: Spread) -> Observation:

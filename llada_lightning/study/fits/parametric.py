@@ -28,7 +28,7 @@ from llada_lightning.study.fits.runs import TokenCost, Unit, flops_column, losse
 from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread, blocks
 
 HUBER_DELTA = 1e-3
-"""Of the residuals of log loss, as Hoffmann et al. 2022 have it."""
+"""The residual of log loss from which on the Huber loss is linear, as in Hoffmann et al. 2022."""
 
 EXPONENT_GRID = np.geomspace(0.03, 2.0, 18)
 """alpha and beta of the starts' grid."""
@@ -45,7 +45,7 @@ SANE_EXPONENTS = (0.02, 3.0)
 RUNAWAY_SHARE = 0.025
 SEARCH_WIDTH, SEARCH_STEPS = 10.0, 40
 SMALLEST_E = 0.01
-"""As a share of the smallest loss: below it, E is not told from zero."""
+"""The share of the smallest loss below which E cannot be told from zero."""
 
 
 class Frontier(NamedTuple):
@@ -70,9 +70,9 @@ class ParametricFit:
     r_squared: float
     """Share of the variance of log loss that the law explains."""
     reduced_chi_square: float | None
-    """Of log loss with the runs' own errors; None where they are not known."""
+    """The reduced chi-square of log loss by the runs' own errors; None where these are not known."""
     scatter: Spread
-    """Of log loss beyond the errors that are known."""
+    """The residual spread of log loss beyond the known errors."""
     misfit: float
     """p-value of the test of lack of fit (``Noise.misfit``); NaN where it cannot be made."""
     gradient: float

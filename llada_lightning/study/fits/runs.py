@@ -248,7 +248,7 @@ SAME_SIZE = 0.01
 """Shapes whose log N differs by less are one knot: the slope between them would be noise."""
 
 SANE_SLOPES = (0.5, 1.5)
-"""Of log FLOPs a token against log N: 1 by 6ND, less where the head is a large part."""
+"""The range of slopes of log FLOPs per token against log N: 1 by 6ND, less where the head is a large part."""
 
 
 @dataclass(frozen=True)

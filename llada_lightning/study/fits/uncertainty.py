@@ -56,7 +56,7 @@ NOTHING = Spread(0.0, 0, np.nan)
 """No spread beyond the known errors."""
 
 ENOUGH_DOF = 3
-"""With fewer, tau is hardly known: of one degree of freedom a 95 % interval is six times as wide as of many."""
+"""With fewer degrees of freedom tau is hardly known: with one, a 95 % interval is six times as wide as with many."""
 
 
 def best_known(*spreads: Spread) -> Spread:
@@ -71,7 +71,7 @@ MOST_NUMBERS = 2**18
 
 
 def blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Rows in slices of at most ``MOST_NUMBERS`` numbers of so many columns, and of at least one row."""
+    """Slices of the rows of an array of ``columns`` columns, each of at most ``MOST_NUMBERS`` numbers or of one row."""
     length = max(1, MOST_NUMBERS // max(1, columns))
     return (slice(start, min(start + length, rows)) for start in range(0, rows, length))
 
@@ -81,11 +81,11 @@ class Draws:
     """What was drawn for m log losses: three arrays (samples, m), which every fit of them shares."""
 
     errors: Array
-    """From N(0, V). Runs that err together do so in every draw, over all objectives."""
+    """Draws from N(0, V). Runs that err together do so in every draw, over all objectives."""
     normals: Array
     """Standard normals for the spread."""
     uniforms: Array
-    """For the spread's own uncertainty."""
+    """Uniform draws for the uncertainty of the spread itself."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Noise:
     columns: npt.NDArray[np.intp]
     """Where the n losses are among the m that were drawn."""
     shares: Array
-    """Of tau^2 in each loss (n,): 1, and 1/k for the mean of k runs."""
+    """The share of tau^2 in the variance of each loss (n,): 1, and 1/k for the mean of k runs."""
 
     @classmethod
     def of(cls, covariance: Array, model: NoiseModel, samples: int, seed: int) -> Noise:
@@ -147,14 +147,14 @@ class Noise:
         return np.diagonal(self.covariance)
 
     def take(self, rows: npt.ArrayLike) -> Noise:
-        """Of some of the runs, draws and all."""
+        """The noise of some of the runs, with their draws."""
         rows = np.asarray(rows, np.intp)
         return replace(
             self, covariance=self.covariance[np.ix_(rows, rows)], columns=self.columns[rows], shares=self.shares[rows]
         )
 
     def averaged(self, groups: Sequence[npt.NDArray[np.intp]]) -> Noise:
-        """Of the means of log losses over groups of runs."""
+        """The noise of the means of log losses over groups of runs."""
         means = np.zeros((len(groups), len(self.covariance)))
         for row, members in zip(means, groups, strict=True):
             row[members] = 1 / len(members)

@@ -109,7 +109,7 @@ class Plan:
         return None if seconds is None else seconds / 3600
 
     def totals(self) -> dict[str, Any]:
-        """Of the whole study: runs and results, FLOPs computed by each count, what trunks save, data, hours.
+        """The totals of the study: runs and results, FLOPs computed by each count, what trunks save, data, hours.
 
         ``saved_flops`` and ``saved_share`` compare with one run for each result, all three FLOP counts together;
         ``tokens_needed`` and ``epochs`` are of the run that needs most data, ``by_objective`` the same of each
@@ -141,7 +141,7 @@ class Plan:
         return {"tokens_needed": self.stream.tokens_per_step(max(longest)), "epochs": self.stream.epochs(max(longest))}
 
     def longest_wall_hours(self) -> float | None:
-        """Of the longest single run."""
+        """The wall hours of the longest single run; None where nothing tells the speed."""
         hours = [
             self._wall_hours(trunk, branches[0].steps if self.separate else trunk.trunk_steps)
             for trunk, branches in self.runs()

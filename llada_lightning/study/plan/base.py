@@ -17,7 +17,7 @@ from llada_lightning.support.reading import read_yaml
 _SCHEDULE, _DATA, _MODEL = "model.init_args.schedule", "data.init_args", "model.init_args"
 
 _DECIDED = {
-    "budget": ("flops", "tokens"),
+    "budget": ("flops", "tokens", "milestones"),
     "trainer": ("max_steps",),
     _SCHEDULE: ("decay_steps", "decay_tokens", "plateaus", "total_steps"),
 }
@@ -66,7 +66,7 @@ class Base:
         return number
 
     def count(self, section: str, key: str) -> int | None:
-        """As ``number``, a positive whole number.
+        """The positive whole number that the ``init_args`` of ``model`` or ``data`` give for a key, or None.
 
         Raises:
             UserError: The value is not such a number.

@@ -1,4 +1,4 @@
-"""What a plan gives out: a table for people, a W&B sweep with the table as CSV beside it, and a SLURM job array."""
+"""The outputs of a plan: a table for people, a W&B sweep with the table as CSV beside it, and a SLURM job array."""
 
 from __future__ import annotations
 

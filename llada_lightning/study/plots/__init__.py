@@ -19,13 +19,16 @@ __all__ = [
 ]  # fmt: skip
 
 
-def study_figures(table: pd.DataFrame, fits: StudyFits, convention: Convention = "6nd") -> dict[str, StudyFigure]:
+def study_figures(
+    table: pd.DataFrame, fits: StudyFits, convention: Convention = "6nd", over_paper: bool = False
+) -> dict[str, StudyFigure]:
     """The figures that a study has the data for, by name.
 
     A figure without its fit is left out, and the notes of ``fits`` tell why.
 
     ``scaling`` always; ``isoflop`` with three shapes at a budget; ``optimum`` where there is one; ``multiplier`` (its
-    panels are the conventions) and ``parametric`` with such fits; ``tasks`` with columns ``task_<name>``.
+    panels are the conventions) and ``parametric`` with such fits; ``tasks`` with columns ``task_<name>``; ``paper``,
+    the same over the points of the paper, where that is asked for.
 
     Raises:
         UserError: The table lacks the FLOPs of this convention.
@@ -42,16 +45,22 @@ def study_figures(table: pd.DataFrame, fits: StudyFits, convention: Convention =
         figures["parametric"] = parametric_residuals(table, fits)
     if task_names(usable_runs(table)):
         figures["tasks"] = task_accuracy(usable_runs(table), convention)
+    if over_paper:
+        figures["paper"] = paper_figure3(convention, usable_runs(table))
     return figures
 
 
 def draw_study(
-    table: pd.DataFrame, fits: StudyFits, folder: Path | str, convention: Convention = "6nd"
+    table: pd.DataFrame,
+    fits: StudyFits,
+    folder: Path | str,
+    convention: Convention = "6nd",
+    over_paper: bool = False,
 ) -> dict[str, str]:
     """Writes each of ``study_figures`` to ``folder`` as PNG and SVG.
 
     Returns:
         The figure's name -> the path of its PNG; the SVG lies beside it.
     """
-    figures = study_figures(table, fits, convention)
+    figures = study_figures(table, fits, convention, over_paper)
     return {name: str(write_figure(figure, folder, name)) for name, figure in figures.items()}

@@ -251,7 +251,7 @@ def _draw_multipliers(axes: Axes, entries: list[Multiplier], style: Style) -> No
 
 
 def _limits(entries: Sequence[Multiplier]) -> tuple[float, float]:
-    """Around everything finite, but no further than a factor of 3 from the points: open intervals leave the panel."""
+    """The limits of y: around all that is finite, at most a factor of 3 from the points. Open ends leave the panel."""
     values = np.array([entry.multiplier for entry in entries])
     ends = np.array([[entry.low, entry.high] for entry in entries]).ravel()
     ends = ends[np.isfinite(ends) & (ends > 0)]

@@ -161,7 +161,7 @@ def label_counts(axis: Axis, limits: tuple[float, float]) -> None:
 
 
 def _label_logarithmic(axis: Axis, limits: tuple[float, float], text: Callable[[float], str], narrow: float) -> None:
-    """Three labels a power of ten where the limits are closer than a factor, two where they are not far apart."""
+    """Labels at 1, 2 and 5 times powers of ten if the limits span less than ``narrow``, else at 1 and 3, or at 1."""
     low, high = limits
     subs = (1.0, 2.0, 5.0) if high / low < narrow else (1.0, 3.0) if high / low < 10**2.5 else (1.0,)
     axis.set_major_locator(LogLocator(10, subs=subs, numticks=20))

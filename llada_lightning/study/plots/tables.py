@@ -133,8 +133,12 @@ def _draw_task(
         )
 
 
-def paper_figure3(convention: Convention = "6nd") -> StudyFigure:
+def paper_figure3(convention: Convention = "6nd", own: pd.DataFrame | None = None) -> StudyFigure:
     """Figure 3 of the paper from its Tables 18 and 19: six tasks against training FLOPs.
+
+    Args:
+        convention: The convention by which the x axis counts FLOPs.
+        own: A table with scores of the same tasks, whose points are drawn, too; those of the paper are then named so.
 
     The paper counts 6ND. The total needs what it does not say; see ``paper_scalability``, and the remark in the figure.
     Above 1B the two objectives differ in size: 5.8b for the ARM, 6.98b for LLaDA.
@@ -143,8 +147,13 @@ def paper_figure3(convention: Convention = "6nd") -> StudyFigure:
         f"attention and head at length {PAPER_SEQUENCE_LENGTH} and {PAPER_VOCAB_SIZE:,} vocabulary entries, "
         "logits at every position (assumed)"
     )
+    table = paper_scalability()
+    if own is not None:
+        scores = [column for column in own.columns if column.startswith(_PREFIX)]
+        kept = ["objective", "variant", "params_nonembedding", flops_column(convention), *scores]
+        table = pd.concat([own[[name for name in kept if name in own]], table.assign(variant="paper")])
     return task_accuracy(
-        paper_scalability(),
+        table,
         convention,
         titles=PAPER_TASKS,
         chance=PAPER_CHANCE,

@@ -194,7 +194,7 @@ def settings_of(point: Point) -> dict[str, Any]:
 def fit_arguments(command: list[str]) -> list[str]:
     """What follows ``llada`` (or ``python -m llada_lightning``) in a rendered command: ``fit`` and its arguments.
 
-    Of ``llada launch … -- fit …`` what is launched: how is the business of the machine.
+    Of ``llada launch … -- fit …`` these are the words after ``--``: each machine launches a run in its own way.
 
     Raises:
         UserError: The command is another one.

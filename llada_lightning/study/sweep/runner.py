@@ -42,6 +42,8 @@ _CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 @dataclass(frozen=True)
 class FailedRun:
+    """A run that failed: its name, why, and the path of its log."""
+
     name: str
     reason: str
     log: str
@@ -288,7 +290,7 @@ def _reason(folder: Path, code: int, line: str) -> str:
         with suppress(UserError):
             records, budgets = read_records(folder), expected_records(folder)
             if records and len(records) < budgets:
-                return f"ended with {len(records)} of {budgets} budgets"
+                return f"ended with {len(records)} of {budgets} results"
             states = {str(record.get("status")) for record in records}
             return f"ended with status {', '.join(sorted(states))}" if states else f"ended without a {RESULT_FILE}"
     what = f"killed by signal {-code}" if code < 0 else f"exit code {code}"

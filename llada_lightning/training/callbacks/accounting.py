@@ -32,10 +32,10 @@ class Accounting(Callback):
         per_token: The training FLOPs of a token.
 
     Attributes:
-        tokens: training tokens so far, padding not counted.
-        train_seconds: seconds in training steps, without validation, over all starts of the run.
-        wall_seconds: all seconds since the first start that checkpoints know of, validation included.
-        last: what was logged last.
+        tokens: The training tokens so far, padding not counted.
+        train_seconds: The seconds in training steps, without validation, over all starts of the run.
+        wall_seconds: All seconds since the first start that checkpoints know of, validation included.
+        last: The values that were logged last, by column.
     """
 
     def __init__(self, per_token: TrainingFlops) -> None:

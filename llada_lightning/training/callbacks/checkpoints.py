@@ -213,7 +213,7 @@ def _written_or_gone(partial: Path, target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
-        # torch's writers complain of their own state, with what the disk said as the context.
+        # torch's writers raise errors about their own state, with the error of the disk as their context.
         seen: BaseException | None = error
         if isinstance(error, CheckpointException):
             seen = next(iter(error.failures.values()))[0]

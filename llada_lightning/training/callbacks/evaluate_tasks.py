@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.checkpoints.run_folder import BRANCHES
 from llada_lightning.data import TOKENIZER_NAME
-from llada_lightning.data.manifest import read_tokenizer_text
+from llada_lightning.data.datamodule import LanguageDataModule
 from llada_lightning.data.tokenizers import tokenizer_from_text
 from llada_lightning.generation.sampling import Sampling
 from llada_lightning.records import write_evaluations
@@ -92,7 +92,7 @@ class EvaluateTasks(Callback):
         finally:
             pl_module.model.train()
         logger = next((each for each in trainer.loggers if isinstance(each, MetricsCSV)), None)
-        if rows and logger is not None:  # None on ranks that write nothing
+        if rows and logger is not None:  # only rank 0 has rows, and only `llada fit` has this logger
             folder = Path(logger.save_dir)
             write_evaluations(folder.parent.parent if folder.parent.name == BRANCHES else folder, rows)
         if accounting is not None:
@@ -115,20 +115,20 @@ class EvaluateTasks(Callback):
 
 def _language_model(trainer: Trainer, module: LanguageModule) -> LanguageModel:
     """The model as it is being trained, with the tokenizer of its data."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    folder = next(iter(data.weights))
+    data: LanguageDataModule = trainer.datamodule  # type: ignore[attr-defined]
     assert module.eos_token_id is not None
     starts_with_eos = module.facts.starts_with_eos and module.text_prefix_ids is None
+    before = {} if module.weights is None else inherited(module.weights)
     return LanguageModel(
         objective=module.objective,
         model=module.model,
         mask_token_id=module.mask_token_id,
         eos_token_id=module.eos_token_id,
-        context_length=data.sequence_length,
-        tokenizer=tokenizer_from_text(read_tokenizer_text(folder), TOKENIZER_NAME),
+        context_length=max(data.sequence_length, before.get("context_length") or 0),  # as its checkpoints have it
+        tokenizer=tokenizer_from_text(data.tokenizer_files()[TOKENIZER_NAME], TOKENIZER_NAME),
         start_token_id=module.eos_token_id if starts_with_eos else None,
         text_prefix_ids=tuple(module.text_prefix_ids or ()),
-        end_token_ids=() if module.weights is None else tuple(inherited(module.weights)["end_token_ids"]),
+        end_token_ids=tuple(before.get("end_token_ids", ())),
         compat=module.compat,
         name="the model in training",
     )

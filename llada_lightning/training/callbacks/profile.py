@@ -32,9 +32,9 @@ from llada_lightning.training.profiles import PHASES, SUMMARY_FILE, page
 from llada_lightning.training.record import describe_devices, git_commit, versions
 
 VALIDATION = "validation"
-"""Between two training steps, and no part of either."""
+"""The phase between two training steps that is a part of neither."""
 _OPERATIONS = 10
-"""Number of most expensive operations that are named."""
+"""The number of most expensive operations that are named."""
 _COMMUNICATION = re.compile(r"nccl|rccl|gloo|c10d|record_param_comms", re.IGNORECASE)
 _PHASE_OF_HOOK = {
     "train_dataloader_next": "data",
@@ -52,7 +52,7 @@ Mark = Any
 
 
 def stopwatch(device: torch.device) -> Callable[[], Mark]:
-    """What notes a moment on a device without waiting for it.
+    """A function that notes a moment on a device without waiting for it.
 
     A GPU works behind the host. There a moment is an event in its queue, and a phase is the time between two of them:
     what the host does while the GPU is busy costs nothing, and what the GPU waits for costs what it waits.
