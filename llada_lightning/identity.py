@@ -31,6 +31,10 @@ _KINDS = {"model": "objective", "data": "kind"}
 """The key of each part of an identity that holds the name."""
 
 
+HASH_DIGITS = 10
+"""The digits of an identity's hash that end the name of its run."""
+
+
 _CLASSES = {path.rpartition(".")[2]: name for name, path in _HASHED_AS.items()}
 
 
@@ -86,7 +90,7 @@ def run_name(objective: str, shape: Shape, flops: Sequence[float], identities: S
     ends = "-to-".join(f"{spent:.2g}" for spent in ([flops[0]] if len(flops) == 1 else [flops[0], flops[-1]]))
     hashed = [as_hashed(identity) for identity in identities]
     text = json.dumps(hashed[0] if len(hashed) == 1 else hashed, sort_keys=True)
-    digits = hashlib.sha256(text.encode()).hexdigest()[:10]
+    digits = hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]
     return f"{objective}-{shape_name(shape)}-{ends}flops-{digits}"
 
 
@@ -103,29 +107,31 @@ def model_identity(identity: dict[str, Any]) -> dict[str, Any]:
     return {"model": {**kind, **arguments}, "tokenizer": identity.get("tokenizer")}
 
 
-def check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
+def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: object, fix: str) -> None:
     """Refuse a checkpoint whose run (or whose model) is another one.
 
+    Args:
+        saved: The identity of the run that wrote it.
+        current: The identity of the run that is to read it.
+        checkpoint: Its path, for the message.
+        fix: What the user can do, for the message.
+
     Raises:
-        UserError: Names every difference.
+        UserError: Names the checkpoint and every difference.
     """
     found = differences(saved, current)
     if found:
-        raise UserError(
-            f"checkpoint: of another run ({'; '.join(found)}); restore these settings, or start a new --run.name"
-        )
+        raise UserError(f"checkpoint: '{checkpoint}' is of another run ({'; '.join(found)}); {fix}")
 
 
-def check_history(saved: dict[str, Any], current: dict[str, Any], step: int) -> None:
+def check_history(saved: dict[str, Any], current: dict[str, Any], step: int, checkpoint: object, fix: str) -> None:
     """Refuse a checkpoint that the current run would not have reached by itself after ``step`` steps.
 
-    Another length is allowed while both schedules still agree: so a branch starts from its trunk.
-
-    Raises:
-        UserError: Names every difference.
+    Another length is allowed while both schedules still agree: so a branch starts from its trunk. The other arguments
+    and the error are those of :func:`check_identity`.
     """
     if saved != current and not _same_history(saved, current, step):
-        check_identity(saved, current)
+        check_identity(saved, current, checkpoint, fix)
 
 
 def _same_history(saved: dict[str, Any], current: dict[str, Any], step: int) -> bool:

@@ -8,22 +8,25 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from llada_lightning.commands.main import main
-from llada_lightning.compute.rules import LEARNING_RATE_RULES
+from llada_lightning.compute import rules
 from llada_lightning.data import corpora
 from llada_lightning.generation import reveal
-from llada_lightning.objectives import OBJECTIVES
+from llada_lightning.objectives import OBJECTIVES, register
 from llada_lightning.support.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PARTS = re.split(r"^## ", (ROOT / "docs" / "extending.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
 MODULES = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", "".join(PARTS), re.DOTALL | re.MULTILINE))
-TABLES = (OBJECTIVES, corpora.SOURCES, reveal.RULES, LEARNING_RATE_RULES)
+TABLES = (
+    OBJECTIVES, corpora.SOURCES, reveal.RULES, rules.LEARNING_RATE_RULES, rules.BATCH_RULES, rules.WARMUP_RULES,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -74,6 +77,32 @@ def test_the_examples_run(modules: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_a_name_that_a_table_has_is_refused(modules: Path) -> None:
+    kept = [dict(table) for table in TABLES]
     for name in ("igsm", "hf"):
         with pytest.raises(UserError, match=f"source: the prefix '{name}' has a source already"):
             corpora.register(name, lambda source: corpora.open_corpus("python-stdlib"))
+    with pytest.raises(UserError, match="objective: 'arm' is in the table already"):
+        register(replace(OBJECTIVES["arm"], label="mine"))
+    with pytest.raises(UserError, match="reveal rule 'margin': there is another one"):
+        reveal.register("margin", reveal.Rule(choice=reveal.random_count))
+    for setting, name in (("lr", "kaplan"), ("batch", "lone"), ("warmup", "study")):
+        with pytest.raises(
+            UserError, match=rf"^rules\.{setting}: there is another rule '{name}'; choose another name$"
+        ):
+            rules.register(setting, name, lambda size: 1)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^rules: 'decay' has no table of rules; choose from lr, batch, warmup$"):
+        rules.register("decay", "mine", lambda size: 1)  # type: ignore[arg-type]
+    assert [dict(table) for table in TABLES] == kept
+
+
+def test_rules_of_every_setting_are_registered_and_then_known(modules: Path) -> None:
+    rule = rules.LEARNING_RATE_RULES["kaplan"]
+    for setting, table in (
+        ("lr", rules.LEARNING_RATE_RULES),
+        ("batch", rules.BATCH_RULES),
+        ("warmup", rules.WARMUP_RULES),
+    ):
+        for _ in range(2):  # the same again is no other one
+            rules.register(setting, "mine", rule)  # type: ignore[arg-type]
+        assert table["mine"] is rule  # type: ignore[index]
+        rules.Rules(**{setting: "mine"}).check()

@@ -1,16 +1,17 @@
 """Hyperparameter rules: tables of functions that turn size, tokens and compute into rate, batch and warmup.
 
-A rule is a function and one row of a table. A run names its rules (:class:`Rules`), and a plan does, too. Each rule is
-a default that a number in the configuration replaces. All were fitted to autoregressive models. They serve every
-objective until a study has tuned its own. `docs/extending.md` adds one.
+A rule is a function and one row of a table; :func:`register` adds one (`docs/extending.md`). A run names its rules
+(:class:`Rules`), and a plan does, too. Each rule is a default that a number in the configuration replaces. All were
+fitted to autoregressive models. They serve every objective until a study has tuned its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
+from typing import Any, Literal
 
 from llada_lightning.support.errors import UserError
 
@@ -173,6 +174,27 @@ WarmupRule = Callable[[Sequence[int]], int]
 WARMUP_RULES: dict[str, WarmupRule] = {"study": study_warmup, "lone": lone_warmup}
 """Name -> function of the runs' lengths in steps that gives the warmup steps they share."""
 
+_TABLES: dict[str, dict[str, Any]] = {"lr": LEARNING_RATE_RULES, "batch": BATCH_RULES, "warmup": WARMUP_RULES}
+
+
+def register(
+    setting: Literal["lr", "batch", "warmup"], name: str, rule: LearningRateRule | BatchRule | WarmupRule
+) -> None:
+    """Add a rule to the table of a setting.
+
+    Args:
+        setting: The setting that it gives: `lr`, `batch` or `warmup`, as in `--rules.lr`.
+        name: The name of the rule.
+        rule: A function as the table of the setting describes it.
+
+    Raises:
+        UserError: There is no such setting, or its table has another rule of this name.
+    """
+    if setting not in _TABLES:
+        raise UserError(f"rules: '{setting}' has no table of rules; choose from {', '.join(_TABLES)}")
+    if _TABLES[setting].setdefault(name, rule) is not rule:
+        raise UserError(f"rules.{setting}: there is another rule '{name}'; choose another name")
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -198,8 +220,7 @@ class Rules:
         Raises:
             UserError: Names the rule and those there are.
         """
-        tables: dict[str, Collection[str]] = {"lr": LEARNING_RATE_RULES, "batch": BATCH_RULES, "warmup": WARMUP_RULES}
-        for key, table in tables.items():
+        for key, table in _TABLES.items():
             given = getattr(self, key)
             if given not in table:
                 raise UserError(f"{name}.{key}: '{given}' is not a rule; choose from {', '.join(table)}")

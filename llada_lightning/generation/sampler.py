@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from typing import Any, cast
 
 import torch
@@ -66,9 +67,15 @@ def generate(
 
     Raises:
         UserError: A setting or a prompt is not possible, see there.
+        TypeError: There is no setting of a name; the message says the nearest.
     """
     if not isinstance(lm, LanguageModel):
         raise UserError(f"lm: {str(lm)[:60]!r} given for the model; give what load_model returns of it")
+    known = [field.name for field in fields(Sampling)]
+    for name in settings:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            raise TypeError(f"generate: '{name}' is no setting" + (f"; the nearest is '{near[0]}'" if near else ""))
     sampling = replace(sampling or Sampling(), **settings)
     rows = prompt_ids(lm, prompts, attention_mask, sampling.infill)
     if first < 0:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from llada_lightning.generation.reveal import RULES
+from llada_lightning.generation.reveal import RULES, random_count
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import warn_once
 
 if TYPE_CHECKING:
     from llada_lightning.checkpoints.language_model import LanguageModel
@@ -40,6 +41,7 @@ class Sampling:
         length: The largest number of tokens of an answer; with `diffusion` the exact number, EOS and what follows it
             included. By default 128, or what the context leaves of that. With `infill` the gaps say it.
         steps: The number of steps of the whole answer, spread evenly over its blocks; by default one for each token.
+            More than that reveal nothing but with `random`, where a finer process reveals fewer tokens at once.
         block_length: The number of tokens that are denoised together, a divisor of the length; by default all of them.
             Blocks follow one another from left to right.
         strategy: `diffusion`: of a fixed length, in one block, or in several from left to right; `block_diffusion`:
@@ -155,6 +157,7 @@ class Sampling:
     def resolved(self, lm: LanguageModel) -> Sampling:
         """The settings as they run, checked: what was given, and what follows from it and the model.
 
+        A note on stderr, once a process, says where more steps are given than there are tokens to reveal.
         ``steps`` stays None where a threshold decides, or where each text with gaps has as many steps as gaps.
         """
         assert self.length is not None
@@ -182,6 +185,12 @@ class Sampling:
             )
         if steps is None and not self.infill and self.threshold is None:
             steps = self.length
+        by_count = self.compat is not None or RULES[self.remasking].choice in (None, random_count)
+        if steps is not None and steps > self.length and by_count:
+            warn_once(
+                f"note: steps: {steps} given for {self.length} tokens, and a step reveals at least one; "
+                f"{steps - self.length} steps reveal nothing, so give at most {self.length}"
+            )
         if self.stop and lm.tokenizer is None:
             raise UserError(f"stop: {self.stop[0]!r} given, but '{lm.name}' has no tokenizer that could spell it")
         for text in self.stop:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import yaml
@@ -12,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import strict_json
+from llada_lightning.support.jsonargparse_internals import option_names
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import FormatError, check_yaml
 from llada_lightning.support.security import not_trusted
@@ -56,7 +59,7 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises UserError: the command, what is wrong, and where to read the options."""
-        raise UserError(one_line(message, self.prog)) from ex
+        raise UserError(one_line(message, self.prog, option_names(self))) from ex
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """As inherited; raises UserError for values that no option can take (:func:`refuse_unusable`)."""
@@ -100,16 +103,17 @@ def refuse_unusable(value: Any, name: str) -> None:
         raise UserError(f"{name}: '{shortened(value)}' given; text must not contain the NUL character")
 
 
-def one_line(message: str, command: str) -> str:
+def one_line(message: str, command: str, options: Iterable[str] = ()) -> str:
     """The parser's report of several lines as one: the key, the value, what was expected.
 
     Args:
         message: The message of jsonargparse. For a key within a class it holds, indented, what this function made of
             the cause.
         command: The command whose ``--help`` lists the options.
+        options: The names of the parser's options, of which a misspelt one is told the nearest.
     """
     key = re.search(r'Parser key "([^"]+)"', message)
-    causes = r"\S+: .* given; expected .*|\S+: .* was not imported; .*|Option '\S+' is not accepted.*"
+    causes = rf"\S+: .* given; expected .*|\S+: .* was not imported; .*|(?:{_UNKNOWN}).*"
     within = re.search(rf"^ +- ({causes})$", message, re.MULTILINE)
     value = re.search(r"(?:Given|Got) value: (.+)", message)
     expected = re.findall(r"Expected an? (?:<class '([\w.]+)'>|(\w[\w.]*\[.*\]|tuple with \d+ elements))", message)
@@ -126,14 +130,56 @@ def one_line(message: str, command: str) -> str:
         return f"{name}: {shortened(given, 40)} given; it must be a smaller number"
     if key and within:  # ends with `see` already
         inner = within[1]
-        return f"{key[1]}: {inner}" if inner.startswith("Option") else f"{key[1]}.{inner}"
+        if not re.match(_UNKNOWN, inner):
+            return f"{key[1]}.{inner}"
+        inner = inner.removesuffix(see).replace(" --", f" --{key[1]}.") + see
+        return inner if inner.startswith(_UNRECOGNIZED) else f"{key[1]}: {inner}"
     if key and key[1] == "model":
         given = f"{shortened(value[1])} given" if value and "NestedArg" not in value[1] else "which one is not said"
         return f"model: {given}; expected ArmModule, LladaModule or the path of a class of yours{see}"
     if key and value and expected:
         types = dict.fromkeys((name or union.removeprefix("typing.")) for name, union in expected)
         return f"{key[1]}: {shortened(value[1])} given; expected {' or '.join(types).replace('NoneType', 'null')}{see}"
-    return " ".join(message.split()).rstrip(".") + see
+    return " ".join(message.split()).rstrip(".") + _nearest(message, list(options)) + see
+
+
+_UNRECOGNIZED = "unrecognized arguments: "
+_UNKNOWN = rf"{_UNRECOGNIZED}|Option '\S+' is not accepted|(?:Group|Subcommand) '\S+' does not accept option '\S+'"
+"""How the parser's reports of options that it does not have begin."""
+
+
+def _unknown_options(message: str) -> list[str]:
+    """The names of the options that a report of the parser says it does not have; none in another report."""
+    if message.startswith(_UNRECOGNIZED):
+        words = message.removeprefix(_UNRECOGNIZED).partition("; ")[0].split()
+        return [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
+    if not re.match(_UNKNOWN, message):
+        return []
+    group, name = re.fullmatch(r"(?:Group '(\S+)')?.*[Oo]ption '(\S+)'.*", message, re.DOTALL).groups()  # type: ignore[union-attr]
+    return [name if group is None else f"{group}.{name}"]
+
+
+def _nearest(message: str, options: Sequence[str]) -> str:
+    """What a message about misspelt options adds: the nearest that there are, where some are near."""
+    plain = [name for name in options if not name.endswith(".help")]
+    # An option that takes a class, whose arguments are not among the options, has a help of its own.
+    classes = [name for name in plain if "." not in name and f"{name}.help" in options]
+    near: list[str] = []
+    for name in _unknown_options(message):
+        first, _, rest = name.partition(".")
+        of_class = get_close_matches(first, classes, 1) if rest and first not in classes else []
+        near += [f"{of_class[0]}.{rest}"] if of_class else get_close_matches(name, plain, 1)
+    return f"; the nearest is {', '.join(f'--{name}' for name in dict.fromkeys(near))}" if near else ""
+
+
+def as_keys(message: str) -> str:
+    """A message about options that there are not, as one about the keys of nested settings; another one as it is."""
+    message = re.sub("(?<=; the nearest is )--", "", message)
+    names = _unknown_options(message) if message.startswith(_UNRECOGNIZED) else []
+    if not names:
+        return message
+    near = re.search(r"; the nearest is .*(?=; see ')", message)
+    return f"{', '.join(names)}: there is no such setting{near[0] if near else ''}"
 
 
 def unescaped(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Union, get_args
 
 from jsonargparse import ArgumentParser
@@ -19,3 +20,12 @@ def whole_numbers_first(parser: ArgumentParser) -> None:
             first, second = kinds.index(float), kinds.index(int)
             kinds[first], kinds[second] = int, float
             action._typehint = Union[tuple(kinds)]  # type: ignore[attr-defined]  # noqa: UP007 (keeps the order)
+
+
+def option_names(parser: ArgumentParser) -> Iterator[str]:
+    """The names of a parser's options and of those of its subcommands, such as `budget.flops`; some more than once."""
+    for action in parser._actions:
+        yield from (option.removeprefix("--") for option in action.option_strings if option.startswith("--"))
+        for below in action.choices.values() if isinstance(action.choices, dict) else ():
+            if isinstance(below, ArgumentParser):
+                yield from option_names(below)

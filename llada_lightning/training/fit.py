@@ -18,7 +18,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from llada_lightning.checkpoints.run_folder import CHECKPOINTS, CONFIG, final_checkpoint, require_whole, saved_identity
+from llada_lightning.checkpoints.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    final_checkpoint,
+    require_whole,
+    run_folder_of,
+    saved_identity,
+)
 from llada_lightning.compute.rules import Rules
 from llada_lightning.compute.shapes import shape_name
 from llada_lightning.data.datamodule import LanguageDataModule, require_open_files
@@ -28,7 +35,7 @@ from llada_lightning.identity import check_identity, model_identity
 from llada_lightning.records import read_records
 from llada_lightning.settings import Budget, Guard, Place, Profile, Wandb, check_seed
 from llada_lightning.support.cluster import agreed_launch
-from llada_lightning.support.command_line import refuse_unusable
+from llada_lightning.support.command_line import as_keys, refuse_unusable
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import written_atomically
 from llada_lightning.support.jsonargparse_internals import whole_numbers_first
@@ -83,6 +90,10 @@ def fit(**settings: Any) -> list[dict[str, Any]]:
         folder = LladaCLI(["fit", *(word for name, value in settings.items() for word in _words(name, value))]).folder
     except RunIsDone as done:
         folder = done.folder
+    except UserError as error:
+        if (said := as_keys(str(error))) == str(error):
+            raise
+        raise UserError(said) from error
     return read_records(folder)
 
 
@@ -262,7 +273,12 @@ class LladaCLI(HookedCLI):
     def subcommand_arguments(self, subcommand: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("ckpt_path") is not None:
             given = Path(kwargs["ckpt_path"])
-            check_identity(model_identity(saved_identity(given)), model_identity(self.identity))
+            own = run_folder_of(given)
+            known = own is not None and (own / CONFIG).is_file()
+            config = f"'{own}/{CONFIG}'" if known else f"the {CONFIG} of its run"
+            otherwise = "give another one" if self.settings.run.name is None else "leave --ckpt_path out"
+            fix = f"give --config {config} to {subcommand} it, or {otherwise}"
+            check_identity(model_identity(saved_identity(given)), model_identity(self.identity), given, fix)
             require_whole(given)
             return kwargs
         # A given config.yaml may lie in a copy of the folder that it names.

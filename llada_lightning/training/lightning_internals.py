@@ -13,6 +13,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from llada_lightning.support.command_line import one_line
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.jsonargparse_internals import option_names
 
 
 class HookedCLI(LightningCLI):
@@ -50,7 +51,7 @@ class OneLineParser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(one_line(message, "llada fit")) from ex
+        raise UserError(one_line(message, "llada fit", option_names(self))) from ex
 
 
 def class_first(args: list[str]) -> list[str]:

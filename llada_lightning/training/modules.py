@@ -233,10 +233,11 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         """Refuse another run's checkpoint; to validate, another model's or tokenizer's."""
         assert self.trainer is not None
         saved = with_stable_names(checkpoint.get("identity", {}))
+        fix = "restore these settings, or give another ckpt_path"
         if not self.trainer.training:
-            check_identity(model_identity(saved), model_identity(self.identity))
+            check_identity(model_identity(saved), model_identity(self.identity), self.trainer.ckpt_path, fix)
             return
-        check_history(saved, self.identity, checkpoint["global_step"])
+        check_history(saved, self.identity, checkpoint["global_step"], self.trainer.ckpt_path, fix)
         if "guard" in checkpoint:  # older ones have none
             self.guard.load_state_dict(checkpoint["guard"])
         # Lightning counts micro-batches and steps where the count divides by the accumulation. A run may resume with

@@ -9,7 +9,7 @@ To resume is to start such a fit from its own last whole checkpoint (:meth:`Phas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -22,6 +22,7 @@ from llada_lightning.checkpoints.run_folder import (
     CHECKPOINTS,
     checkpoint_of_step,
     content_hash,
+    last_checkpoint,
     require_whole,
     saved_identity,
     saved_step,
@@ -29,7 +30,7 @@ from llada_lightning.checkpoints.run_folder import (
 )
 from llada_lightning.compute.schedule import WSD
 from llada_lightning.data.datamodule import LanguageDataModule
-from llada_lightning.identity import check_history, check_identity
+from llada_lightning.identity import HASH_DIGITS, check_history, check_identity, differences, identity_hash
 from llada_lightning.records import read_records
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.signals import say
@@ -99,7 +100,8 @@ class Phase:
         if never and (own is not None or damaged):
             raise UserError(f"run.resume: never given, but {self.folder} has checkpoints; delete it, or resume: auto")
         if own is not None:
-            check_identity(saved_identity(own), self.identity)
+            fix = "restore these settings, or start a new --run.name"
+            check_identity(saved_identity(own), self.identity, own, fix)
         if own is not None and self.continues and self.run is not None and saved_step(own) > self.last_step:
             raise UserError(
                 f"budget.milestones: the run in {self.folder} has passed step {self.last_step}, where a new milestone "
@@ -115,7 +117,8 @@ class Phase:
             require_whole(parent)
         if parent is not None and not self.first_step:  # a branch's parent is yet to be made
             step = saved_step(parent)
-            check_history(saved_identity(parent), self.identity, step)
+            fix = "restore these settings, or leave --ckpt_path out"
+            check_history(saved_identity(parent), self.identity, step, parent, fix)
             if step > self.last_step or (step == self.last_step and self.run is None):
                 raise UserError(
                     f"ckpt_path: '{parent}' is at step {step}, and a budget or milestone ends or branches off at step "
@@ -216,6 +219,19 @@ class RunIsDone(SystemExit):
         self.folder = folder
 
 
+def _differences_of(record: Mapping[str, Any], phases: Sequence[Phase], folder: Path) -> list[str]:
+    """The settings in which a record's run differs from the nearest of the phases; none where no checkpoint tells."""
+    branch = folder / BRANCHES / str(record.get("steps"))
+    checkpoint = last_checkpoint((branch if branch.is_dir() else folder) / CHECKPOINTS)
+    try:
+        saved = {} if checkpoint is None else saved_identity(checkpoint)
+    except UserError:  # damaged
+        return []
+    if not str(record.get("run")).endswith(identity_hash(saved)[:HASH_DIGITS]):  # of a trunk, or of another program
+        return []
+    return min((differences(saved, phase.identity) for phase in phases if phase.run is not None), key=len)
+
+
 def check_run(phases: Sequence[Phase], folder: Path, run_name: str, never: bool) -> None:
     """Refuse a folder of another run, or one that a phase cannot start in; raise :class:`RunIsDone` where all is done.
 
@@ -223,12 +239,13 @@ def check_run(phases: Sequence[Phase], folder: Path, run_name: str, never: bool)
     """
     records = read_records(folder)
     names = {phase.run for phase in phases if phase.run is not None}
-    for record in records:
-        if record.get("run") not in names:
-            raise UserError(
-                f"run.name: {folder} holds the finished run {record.get('run')}, not {run_name}; choose another "
-                "--run.name, or leave it out"
-            )
+    if others := [record for record in records if record.get("run") not in names]:
+        apart = next(filter(None, (_differences_of(record, phases, folder) for record in others)), [])
+        settings, restore = (f" of other settings ({'; '.join(apart)}):", "restore them, ") if apart else ("", "")
+        raise UserError(
+            f"run.name: {folder} holds the finished run{settings} {others[0].get('run')}, not {run_name}; {restore}"
+            "choose another --run.name, or leave it out"
+        )
     if len(records) == len(names):
         for record in records:
             say(f"{folder} is done ({describe_result(record)}); nothing to do")

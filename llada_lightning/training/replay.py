@@ -148,7 +148,7 @@ class ReplayCLI(LladaCLI):
             raise UserError(f"replay: --step {self._step} given, but {self._folder} has steps {steps}")
         saved = last_checkpoint(phase.checkpoints)
         if saved is not None:
-            check_identity(saved_identity(saved), phase.identity)
+            check_identity(saved_identity(saved), phase.identity, saved, "restore these settings")
         super()._enter(phase)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -55,9 +55,14 @@ def test_an_unknown_command(fails) -> None:
 
 SEE = "; see 'llada fit --help'"
 MISTAKES = [
-    ("budget.flop=1e9", "--budget.flop"),  # no abbreviation
-    ("modell.shape=3", "--modell.shape=3"),
-    ("model.init_args.shapee=3", "shapee"),
+    ("budget.flop=1e9", f"unrecognized arguments: --budget.flop=1e9; the nearest is --budget.flops{SEE}"),
+    ("modell.shape=3", f"unrecognized arguments: --modell.shape=3; the nearest is --model.shape{SEE}"),
+    ("model.init_args.shapee=3", f"model: Option 'shapee' is not accepted; the nearest is --model.shape{SEE}"),
+    ("model.schedule.lrr=3", f"arguments: --model.schedule.lrr=3; the nearest is --model.schedule.lr{SEE}"),
+    ("model.optimizer={beta: 3}", f"does not accept option 'beta'; the nearest is --model.optimizer.betas{SEE}"),
+    ("data.valsequences=3", f"data: Option 'valsequences' is not accepted; the nearest is --data.val_sequences{SEE}"),
+    ("trainer.max_step=3", f"the nearest is --trainer.max_steps{SEE}"),
+    ("zzz=3", f"error: unrecognized arguments: --zzz=3{SEE}"),
     ("budget.flops=much", f"error: budget.flops: much given; expected float or list or null{SEE}"),
     ("data.sequence_length=long", f"error: data.sequence_length: long given; expected int{SEE}"),
     ("model.rope_theta=big", f"error: model.rope_theta: big given; expected float{SEE}"),
@@ -116,6 +121,22 @@ def test_an_unknown_key_of_a_file(fails, tmp_path: Path, config: dict) -> None:
     path.write_text(yaml.safe_dump(config))
     line = fails("fit", f"--config={path}", "--model=ArmModule")
     assert "modell" in line or "max_stepps" in line
+    if {} not in config.values() and {} not in config.get("trainer", {}).values():
+        assert line.endswith(("; the nearest is --model.shape" + SEE, "; the nearest is --trainer.max_steps" + SEE))
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["validate", "--ckptpath=x", "--model=ArmModule"], "--ckpt_path"),
+        (["generate", "x", "--lenght=4"], "--length"),
+        (["plan", "--flops=1e9", "--centre-amr=3"], "--centre-arm"),
+        (["collect", "a", "--outt", "x"], "--out"),
+        (["launch", "--lanucher=x", "--", "fit"], "--launcher"),
+    ],
+)
+def test_a_misspelt_option_of_any_verb_is_told_the_nearest(fails, words: list[str], near: str) -> None:
+    assert f"; the nearest is {near}; see 'llada " in fails(*words)
 
 
 def test_an_unknown_module(fails) -> None:

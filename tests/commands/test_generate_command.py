@@ -15,6 +15,7 @@ from llada_lightning.commands.generate import generate_parser
 from llada_lightning.commands.main import main
 from llada_lightning.commands.shared import given_settings
 from llada_lightning.generation import Sampling, generate
+from llada_lightning.support.printing import warn_once
 
 Captured = pytest.CaptureFixture[str]
 FEW = ["--length", "8", "--steps", "4"]
@@ -173,6 +174,14 @@ def test_the_released_sampler_is_repeated_by_its_seed(lm: LanguageModel, capsys:
         assert main([*given, "--seed", seed, "--json"]) == 0
         answers.append(json.loads(capsys.readouterr().out)["tokens"])
     assert answers[0] == answers[2] != answers[1]
+
+
+def test_more_steps_than_tokens_are_said_beside_the_answer(lm: LanguageModel, capsys: Captured) -> None:
+    warn_once.cache_clear()
+    assert main(["generate", "small", "--prompt", "one", "--length", "8", "--steps", "99", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("note: steps: 99 given for 8 tokens") and len(err.splitlines()) == 1
+    assert json.loads(out)["settings"]["steps"] == 99
 
 
 def test_on_a_terminal_the_answer_is_in_colour(

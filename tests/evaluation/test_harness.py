@@ -34,6 +34,7 @@ from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.suites import SUITES, Benchmark, Outcome
 from llada_lightning.generation.sampler import generate
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import warn_once
 
 OBJECTIVES = ("arm", "llada")
 
@@ -202,6 +203,13 @@ def test_settings_of_a_task_and_of_the_user(models: Any) -> None:
     assert large.settings({}) | {"stop": []} == {"length": 30, "steps": 30, "block_length": 5, "stop": []}
     sampled = HarnessModel(models["arm"]).settings({"do_sample": True, "top_p": 0.9, "max_gen_toks": 4})
     assert (sampled["temperature"], sampled["top_p"], sampled["length"]) == (1.0, 0.9, 4)
+
+
+def test_more_steps_than_tokens_are_said(models: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    warn_once.cache_clear()
+    model = HarnessModel(models["llada"], sampling={"steps": 9})
+    model.generate_until([asked("one", {"max_gen_toks": 4}), asked("two", {"max_gen_toks": 4})])
+    assert capsys.readouterr().err.count("note: steps: 9 given for 4 tokens, and a step reveals at least one") == 1
 
 
 def test_stop_strings_and_long_prompts(models: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 from helpers.sampler_toys import MASK, WORDS, ToyPredictor, letters, random_model, toy
 from llada_lightning.generation import Sampling, generate
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import warn_once
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("llada", {"length": 0}, "length: 0 given"),
@@ -107,6 +108,44 @@ def test_prompts_that_cannot_be(prompts: Any, settings: dict[str, Any], words: s
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "settings"),
+    [
+        ([[5]], {"length": 8}),
+        ([[5]], {"length": 8, "block_length": 4}),
+        ([[5]], {"length": 8, "block_length": 4, "strategy": "block_diffusion"}),
+        ([[5]], {"length": 8, "remasking": "random_count"}),
+        ([[5]], {"length": 8, "remasking": "margin", "cache": "dual"}),
+        ([[5]], {"length": 8, "compat": "llada", "remasking": "random"}),
+        ([[5, *[MASK] * 8], [MASK, 6, MASK]], {"infill": True}),
+    ],
+    ids=str,
+)
+def test_steps_that_reveal_nothing_are_said_once(
+    prompts: list[list[int]], settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    warn_once.cache_clear()
+    lm = random_model()
+    more, again = (generate(lm, prompts, steps=98, **settings) for _ in range(2))
+    assert capsys.readouterr().err == (
+        "note: steps: 98 given for 8 tokens, and a step reveals at least one; 90 steps reveal nothing, so give at most "
+        "8\n"
+    )
+    enough = generate(lm, prompts, steps=8, **settings)
+    assert capsys.readouterr().err == ""
+    if not str(settings.get("remasking")).startswith("random"):  # these draw noise in such steps, too
+        assert more.tokens == again.tokens == enough.tokens
+
+
+def test_a_finer_reverse_process_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    """With more steps fewer tokens appear in the same step (Algorithm 4)."""
+    warn_once.cache_clear()
+    coarse, fine = (generate(random_model(), [[]] * 50, length=8, steps=n, remasking="random") for n in (8, 800))
+    alone = [sum(len(set(row)) == 8 for row in found.step_of_token) for found in (coarse, fine)]
+    assert alone[0] < 10 and alone[1] > 40
+    assert capsys.readouterr().err == ""
+
+
 def test_settings_in_one_object_or_by_their_names() -> None:
     lm, prompts = random_model(), [[5, 6, 7], [8]]
     settings: dict[str, Any] = {"length": 8, "steps": 4, "temperature": 1.0, "seed": 3}
@@ -115,8 +154,10 @@ def test_settings_in_one_object_or_by_their_names() -> None:
     assert whole.tokens == generate(lm, prompts, Sampling(**{**settings, "steps": 8}), steps=4).tokens
     expected = {"strategy": "diffusion", "block_length": 8, "cache": "none", "first": 0}
     assert whole.settings == vars(Sampling(**settings)) | expected
-    with pytest.raises(TypeError, match="lenght"):
+    with pytest.raises(TypeError, match=r"^generate: 'lenght' is no setting; the nearest is 'length'$"):
         generate(lm, prompts, lenght=8)
+    with pytest.raises(TypeError, match=r"^generate: 'zzz' is no setting$"):
+        generate(lm, prompts, zzz=8)
 
 
 def test_settings_are_checked_before_there_is_a_model() -> None:

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.studies import CHINCHILLA, LAWS, Chinchilla, simulated_study, study
+from helpers.studies import CHINCHILLA, LAWS, Chinchilla, record, simulated_study, study
 from llada_lightning.study.fits import Estimate, StudyFits, fit_table
+from llada_lightning.study.results import table_of_records
 from llada_lightning.support.files import strict_json
 
 STUDY, _ = simulated_study(CHINCHILLA, shapes=5, budgets=tuple(np.geomspace(1e17, 1e19, 5)))
@@ -46,6 +47,16 @@ def assert_same(fits: StudyFits, rel: float, *, by_position: bool = False) -> No
         assert list(other.values()) == pytest.approx(list(one.values()), rel=rel)
     else:
         assert other == pytest.approx(one, rel=rel)
+
+
+def test_notes_of_one_run_of_each_objective_say_what_is_missing() -> None:
+    table = table_of_records([record("arm", "107k", 1e10, 5.1), record("llada", "107k", 1e10, 5.9)])
+    notes = fit_table(table, samples=100, conventions=("6nd",)).notes
+    assert notes[0].startswith(
+        "no common loss by 6ND: arm's loss is 5.100, llada's 5.900, so no multiplier is measured"
+    )
+    assert "arm, isoflop, 6nd: no fit: all runs are of one shape; a parabola needs at least 3 at a budget" in notes
+    assert any(note.startswith("arm, parametric: no fit: 1 run of 1 N and 1 D; at least 6 runs") for note in notes)
 
 
 @given(st.permutations(range(len(STUDY))))

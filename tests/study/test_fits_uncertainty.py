@@ -7,6 +7,8 @@ import tracemalloc
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import llada_lightning.study.fits.uncertainty as noise_module
 from helpers.studies import CHINCHILLA, VALLEYS, simulated_study
@@ -123,11 +125,54 @@ def bad_covariances(good: pd.DataFrame) -> dict[str, pd.DataFrame]:
     }
 
 
-def test_a_covariance_that_lacks_a_run_is_not_used_and_a_note_says_so() -> None:
+def test_a_run_that_a_covariance_lacks_has_an_error_of_its_own() -> None:
+    table, covariance = simulated_study(VALLEYS, noise=0.001, shared=0.01)
+    runs, names = usable_runs(table), list(covariance)
+    noise = noise_of_runs(runs, covariance.drop(index=names[3], columns=names[3]), 20_000, 0)
+    relative = 0.001**2 * np.eye(60) + 0.01**2
+    relative[3], relative[:, 3] = 0.0, 0.0
+    relative[3, 3] = 0.001**2 + 0.01**2  # val_stderr over the loss
+    np.testing.assert_allclose(noise.covariance, relative, rtol=1e-9)
+    of_differences = (noise.errors[:, [0, 0]] - noise.errors[:, [1, 3]]).std(axis=0)
+    assert of_differences[0] == pytest.approx(0.001 * np.sqrt(2), rel=0.03)  # the shared error cancels
+    assert of_differences[1] == pytest.approx(np.sqrt(2 * (0.001**2 + 0.01**2)), rel=0.03)
+    assert np.corrcoef(noise.errors[:, [0, 3]].T)[0, 1] == pytest.approx(0.0, abs=0.03)
+    whole = noise_of_runs(runs, covariance, 100, 0)
+    losses = table["val_nats_per_token"]
+    np.testing.assert_array_equal(whole.covariance, covariance.to_numpy() / np.outer(losses, losses))
+
+
+@given(st.integers(2, 8), st.data())
+def test_errors_stay_a_covariance_whatever_runs_are_lacking(rank: int, data: st.DataObject) -> None:
+    table, _ = simulated_study(VALLEYS, budgets=(1e17, 1e18), shapes=3)
+    runs = usable_runs(table)
+    names = [f"{run}@{steps}" for run, steps in zip(runs["run"], runs["steps"], strict=True)]
+    factor = np.random.default_rng(data.draw(st.integers(0, 99))).standard_normal((12, rank)) * 0.01
+    kept = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+    covariance = pd.DataFrame(factor @ factor.T, names, names).loc[kept, kept]
+    noise = noise_of_runs(runs, covariance, 100, 0)
+    values = np.linalg.eigvalsh(noise.covariance)
+    assert noise.model == "covariance" and values[0] > -1e-12 * values[-1]
+    own = (runs["val_stderr"] / runs["val_nats_per_token"]).to_numpy() ** 2
+    inside = np.isin(names, kept)
+    np.testing.assert_allclose(noise.variances[~inside], own[~inside])
+    assert not noise.covariance[np.ix_(inside, ~inside)].any()
+
+
+def test_a_covariance_that_lacks_runs_serves_the_others_and_a_note_says_so() -> None:
     table, covariance = simulated_study(VALLEYS, shared=0.01)
-    fits = fit_table(table, samples=100, covariance=covariance.iloc[1:, 1:])
-    assert fits.noise_model == "standard errors"
-    assert "it lacks 1 of 60 runs" in fits.notes[0]
+    lacking = list(covariance)[1::-1]  # in the order of their tokens
+    part = covariance.iloc[2:, 2:]
+    fits = fit_table(table, samples=100, covariance=part)
+    assert fits.noise_model == "covariance"
+    note = f"it lacks 2 of 60 runs ({', '.join(lacking)})"
+    assert fits.notes[0] == f"covariance: {note}, whose errors are taken as independent"
+    table.loc[1, "val_stderr"] = np.nan  # of a run that it lacks
+    fits = fit_table(table, samples=100, covariance=part)
+    assert fits.noise_model == "scatter"
+    assert fits.notes[0] == f"covariance not used: {note}, of which not all have a standard error"
+    table.loc[[0, 1, 2], "val_stderr"] = [0.01, 0.01, np.nan]  # of one that it has
+    assert fit_table(table, samples=100, covariance=part).noise_model == "covariance"
 
 
 @pytest.mark.parametrize("words", bad_covariances(pd.DataFrame(np.ones((3, 3)))).keys())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -207,9 +208,25 @@ def test_data_needed_is_set_against_data_present() -> None:
     assert plan_study([1e12], STREAM, grid=SHAPES).table().epochs.isna().all()
 
 
-def test_a_centre_below_the_smallest_shape_is_said() -> None:
-    notes = plan_study([1e10], STREAM, objectives=["llada"]).warnings()
-    assert any("1e+10 FLOPs of llada: the centre, 105" in line for line in notes)
+def test_shapes_that_are_all_on_one_side_of_the_best_are_said_in_one_line() -> None:
+    def said(*budgets: float, **arguments: Any) -> list[str]:
+        plan = plan_study(budgets, STREAM, **arguments)
+        return [line for line in plan.warnings() if "best shape" in line]
+
+    plan = plan_study([1e9, 4e9, 1e15], STREAM)
+    reached = plan.table().query("budget == 4e9").groupby("objective").tokens_per_param.max()
+    [line] = said(1e9, 4e9, 1e15)
+    ends = "at 1e+09 to 4e+09 FLOPs (at most"
+    assert line == (
+        f"the best shape may be smaller than all that are proposed: arm {ends} {reached['arm']:.3g} tokens per "
+        f"parameter, best expected at 25), llada {ends} {reached['llada']:.3g} tokens per parameter, best expected at "
+        "105); plan larger budgets, or give smaller --shapes"
+    )
+    [line] = said(1e10, objectives=["llada"])
+    assert "proposed: llada at 1e+10 FLOPs (at most" in line
+    [line] = said(1e15, objectives=["arm"], grid=Grid(centres={"arm": 1e-9}))
+    assert "may be larger than" in line and line.endswith("plan smaller budgets, or give larger --shapes")
+    assert not said(1e15) and not said(1e9, grid=SHAPES)
 
 
 def test_few_steps_are_said() -> None:

@@ -107,6 +107,12 @@ def test_a_family_done_is_left_alone_and_validated_at_its_largest_budget(
     capsys.readouterr()
     assert main(fit_arguments("arm", prepared, tmp_path, *budgets(12, 24))) == 0
     assert capsys.readouterr().err.count("is done") == 2
+    assert main(fit_arguments("arm", prepared, tmp_path, *budgets(12, 24), "--model.schedule.lr=0.02")) == 2
+    said = capsys.readouterr().err
+    assert "holds the finished run of other settings (model.init_args.schedule." in said
+    assert "lr was 0.01, is 0.02): " in said
+    assert main(fit_arguments("arm", prepared, tmp_path, *budgets(12, 26))) == 2
+    assert "schedule.total_steps was 24, is 26" in capsys.readouterr().err  # of the nearest budget
     assert (folder / "result.json").read_bytes() == before
     assert main(["fit", "--config", str(folder / "config.yaml")]) == 0  # resolves to the same run
     assert main(["validate", "--config", str(folder / "config.yaml")]) == 0

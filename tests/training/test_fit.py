@@ -166,10 +166,19 @@ def test_another_models_checkpoint_is_not_validated(
     model = change if change.startswith("--model=") else "--model=ArmModule"
     arguments = [a for a in fit_arguments("arm", prepared, tmp_path) if a.startswith("--data")]
     shape = "--model.shape={n_layers: 2, d_model: 32, n_heads: 2, n_kv_heads: 1, d_ff: 64}"
-    checkpoint = f"--ckpt_path={folder / 'checkpoints' / 'step=00000004.ckpt'}"
-    extra = [] if change == model else [change]
-    assert main(["validate", model, shape, *extra, *arguments, checkpoint, "--trainer.accelerator=cpu"]) == 2
-    assert capsys.readouterr().err.startswith("error: checkpoint: of another run (model.")
+    checkpoint = folder / "checkpoints" / "step=00000004.ckpt"
+    settings = [model, shape, *([] if change == model else [change]), *arguments, "--trainer.accelerator=cpu"]
+    config = folder / "config.yaml"
+    for verb, extra, otherwise in [
+        ("validate", [], "give another one"),
+        ("test", ["--run.name=other"], "leave --ckpt_path out"),
+        ("predict", [], "give another one"),
+    ]:
+        assert main([verb, *settings, f"--ckpt_path={checkpoint}", *extra]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: checkpoint: '{checkpoint}' is of another run (model.")
+        assert said.endswith(f"; give --config '{config}' to {verb} it, or {otherwise}\n")
+    assert main(["validate", "--config", str(config), f"--ckpt_path={checkpoint}"]) == 0  # as it says
 
 
 def test_both_objectives_share_initial_weights_and_data(prepared: Path, tmp_path: Path) -> None:

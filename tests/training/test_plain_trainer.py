@@ -65,6 +65,10 @@ def test_its_checkpoints_load_and_resume(kind: type, prepared: Path, tmp_path: P
     trainer().fit(resumed, data(prepared), ckpt_path=str(tmp_path / "half.ckpt"))
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name])
+    with pytest.raises(UserError) as refused:
+        trainer().fit(kind(SHAPE, seed=1), data(prepared), ckpt_path=str(path))
+    assert str(refused.value).startswith(f"checkpoint: '{path}' is of another run (model.init_args.seed was 0, is 1; ")
+    assert str(refused.value).endswith("); restore these settings, or give another ckpt_path")
 
 
 def test_it_is_the_run_that_the_command_makes(prepared: Path, tmp_path: Path) -> None:
@@ -106,3 +110,20 @@ def test_fit_does_what_the_command_does_and_returns_the_records(prepared: Path, 
     assert records == fit(**settings)  # done: nothing is trained again
     with pytest.raises(UserError, match=r"^budget\.flops: 1 is below one step of llada"):
         fit(**{**settings, "budget": {"flops": 1}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"budgets": {"flops": 1e9}}, "budgets.flops: there is no such setting; the nearest is budget.flops"),
+        ({"zzz": 1}, "zzz: there is no such setting"),
+        (
+            {"data": {"pth": "x"}},
+            "data: Option 'pth' is not accepted; the nearest is data.path; see 'llada fit --help'",
+        ),
+    ],
+)
+def test_a_misspelt_setting_is_told_the_nearest_key(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        fit(model="LladaModule", **settings)
+    assert str(refused.value) == said

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from helpers.tiny_runs import fit, fit_process, kill_at, losses, metrics, record, weights
+from helpers.tiny_runs import fit, fit_arguments, fit_process, kill_at, losses, metrics, record, weights
 from llada_lightning.commands.main import main
 
 
@@ -101,8 +102,6 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(prepared: Path, tmp_path: P
 def test_a_given_checkpoint_that_is_none_is_refused(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from helpers.tiny_runs import fit_arguments
-
     (tmp_path / "garbage.ckpt").write_bytes(b"no checkpoint")
     for name, said in {"garbage.ckpt": "damaged", "absent.ckpt": "does not exist"}.items():
         assert main(fit_arguments("arm", prepared, tmp_path, f"--ckpt_path={tmp_path / name}")) == 2
@@ -121,21 +120,43 @@ def test_a_given_checkpoint_that_is_none_is_refused(
 def test_a_checkpoint_of_another_run_is_refused(
     prepared: Path, tmp_path: Path, change: str, named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from helpers.tiny_runs import fit_arguments
-
     folder = fit("arm", prepared, tmp_path, "--trainer.max_steps=10")
+    last, run = folder / "checkpoints" / "step=00000010.ckpt", record(folder)["run"]
+
+    def error(root: Path, *extra: str) -> str:
+        assert main(fit_arguments("arm", prepared, root, "--trainer.max_steps=10", change, *extra)) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    finished = error(tmp_path)
+    start, _, rest = finished.partition(" (")
+    differences, _, rest = rest.partition("): ")
+    assert start == f"error: run.name: {folder} holds the finished run of other settings"
+    assert named in differences.split("; ")
+    assert rest.startswith(f"{run}, not arm-")
+    assert rest.endswith("; restore them, choose another --run.name, or leave it out")
+    of_another = f"error: checkpoint: '{last}' is of another run ({differences}); restore these settings"
+    assert error(tmp_path / "other", f"--ckpt_path={last}") == f"{of_another}, or leave --ckpt_path out"
     (folder / "result.json").unlink()
-    assert main(fit_arguments("arm", prepared, tmp_path, "--trainer.max_steps=10", change)) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: checkpoint:")
-    assert named in error
+    assert error(tmp_path) == f"{of_another}, or start a new --run.name"
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"no checkpoint")])
+def test_a_finished_run_whose_checkpoint_tells_nothing_is_refused_by_its_name(
+    prepared: Path, tmp_path: Path, damage: Callable[[Path], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = fit("arm", prepared, tmp_path, "--trainer.max_steps=4")
+    run = record(folder)["run"]
+    damage(folder / "checkpoints" / "step=00000004.ckpt")
+    capsys.readouterr()
+    assert main(fit_arguments("arm", prepared, tmp_path, "--trainer.max_steps=4", "--seed_everything=5")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: run.name: {folder} holds the finished run {run}, not arm-")
+    assert error.endswith("; choose another --run.name, or leave it out\n")
 
 
 def test_a_checkpoint_of_other_data_is_refused(
     prepared: Path, prepared_second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from helpers.tiny_runs import fit_arguments
-
     folder = fit("llada", prepared, tmp_path, "--trainer.max_steps=10")
     (folder / "result.json").unlink()
     assert main(fit_arguments("llada", prepared_second, tmp_path, "--trainer.max_steps=10")) == 2

@@ -57,6 +57,7 @@ from llada_lightning.study.fits.runs import (
 )
 from llada_lightning.study.fits.uncertainty import NOISE_MODELS, Noise, NoiseModel, Spread, best_known
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import shortened
 
 __all__ = [
     "BUDGET_TOLERANCE", "METHODS", "NOISE_MODELS", "NO_COMMON_LOSS", "UNITS", "UNIT_NAMES", "Disagreement",
@@ -152,7 +153,8 @@ def fit_table(
         samples: The number of bootstrap draws.
         seed: The seed of the draws.
         covariance: The covariance of the losses in nats^2, index and columns ``run@steps``, all objectives in one.
-            None, or where it lacks a run (a note names it): the table's standard errors, taken as independent.
+            The error of a run that it lacks (a note names it) is its standard error, taken as independent of the
+            others. None, or where such a run has none: the table's standard errors, taken as independent.
         conventions: The conventions by which FLOPs are counted. One by which a run's FLOPs are missing is left out
             with a note.
         reference: The name of the objective that multipliers divide by. None: ``objectives.REFERENCE``, as far as
@@ -175,7 +177,7 @@ def fit_table(
     names = objective_names(runs)
     divisor = _reference(names, reference)
     lacking = runs_without(covariance, runs) if covariance is not None else []
-    noise = noise_of_runs(runs, None if lacking else covariance, samples, seed)
+    noise = noise_of_runs(runs, covariance, samples, seed)
     objectives: dict[str, ObjectiveFits] = {}
     held_out: list[HeldOut] = []
     parts = {name: np.flatnonzero((runs["objective"] == name).to_numpy(bool)) for name in names}
@@ -197,7 +199,12 @@ def fit_table(
     if repeated:
         notes.append(f"{repeated} rows left out: their results are in the table twice (run, steps, seed)")
     if lacking:
-        notes.append(f"covariance not used: it lacks {len(lacking)} of {len(runs)} runs ({lacking[0]} …)")
+        lacks = f"it lacks {len(lacking)} of {len(runs)} runs ({shortened(', '.join(lacking))})"
+        notes.append(
+            f"covariance: {lacks}, whose errors are taken as independent"
+            if noise.model == "covariance"
+            else f"covariance not used: {lacks}, of which not all have a standard error"
+        )
     notes += [note for fits in objectives.values() for note in fits.notes()]
     apart = disagreements(objectives.values(), at_budgets)
     settings = (unit, samples, seed, noise.model, counted)

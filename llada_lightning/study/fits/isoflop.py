@@ -236,7 +236,9 @@ def _budgets_of(runs: pd.DataFrame, convention: Convention, unit: Unit) -> tuple
             groups.append(_Budget(rows, budget, log_n[rows] - center, center, log_loss[rows]))
     notes = []
     name = CONVENTION_NAMES[convention]
-    if apart and not groups:
+    if len(np.unique(log_n)) == 1:
+        notes.append(f"all runs are of one shape; a parabola needs at least {MIN_SHAPES} at a budget")
+    elif apart and not groups:
         notes.append(f"runs of several shapes do not share budgets by {name}: they were not planned to be equal by it")
     elif apart:
         notes.append(f"{len(apart)} runs left out: by {name} they share no budget with runs of other shapes")

@@ -209,10 +209,16 @@ def no_common_loss(
     by = f", by a factor of about {factor:.2g} ({least.method})" if least and factor else ""
     printed = "; what is printed is extrapolated" if any(entry.shown for entry in found) else ""
     smaller, larger = (reference, objective) if behind else (objective, reference)
+    if len(theirs) == len(own) == 1:
+        reached = f"{reference}'s loss is {theirs[0].loss:.3f}, {objective}'s {own[0].loss:.3f}"
+    else:
+        reached = (
+            f"{reference}'s best losses go from {theirs[0].loss:.3f} to {theirs[-1].loss:.3f}, {objective}'s from "
+            f"{own[0].loss:.3f} to {own[-1].loss:.3f}"
+        )
     return (
-        f"{NO_COMMON_LOSS} by {CONVENTION_NAMES[convention]}: {reference}'s best losses go from {theirs[0].loss:.3f} "
-        f"to {theirs[-1].loss:.3f}, {objective}'s from {own[0].loss:.3f} to {own[-1].loss:.3f}, so no multiplier is "
-        f"measured{printed}; add smaller budgets for {smaller} or larger ones for {larger}{by}"
+        f"{NO_COMMON_LOSS} by {CONVENTION_NAMES[convention]}: {reached}, so no multiplier is measured{printed}; add "
+        f"smaller budgets for {smaller} or larger ones for {larger}{by}"
     )
 
 

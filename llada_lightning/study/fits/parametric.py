@@ -197,7 +197,7 @@ def too_few(runs: pd.DataFrame) -> str | None:
     if len(runs) >= MIN_RUNS and min(sizes, tokens) >= MIN_SIZES:
         return None
     return (
-        f"no fit: {len(runs)} runs of {sizes} N and {tokens} D; "
+        f"no fit: {len(runs)} run{'s' * (len(runs) > 1)} of {sizes} N and {tokens} D; "
         f"at least {MIN_RUNS} runs of {MIN_SIZES} N and {MIN_SIZES} D are needed"
     )
 

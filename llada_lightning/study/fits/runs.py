@@ -197,17 +197,24 @@ def planned_flops(runs: pd.DataFrame) -> Array:
 def noise_of_runs(runs: pd.DataFrame, covariance: pd.DataFrame | None, samples: int, seed: int) -> Noise:
     """The noise of the usable runs of a results table, all objectives at once, in a number of bootstrap draws.
 
-    ``covariance`` is that of all the runs' ``val_nats_per_token`` in nats^2, index and columns ``run@steps``. None:
-    the table's standard errors, or, where one of them is missing or zero, the scatter alone.
+    ``covariance`` is that of the runs' ``val_nats_per_token`` in nats^2, index and columns ``run@steps``. A run that it
+    lacks has its own standard error, and no covariance with the others: V is block diagonal, so it stays positive
+    semi-definite, and the error of a difference from such a run is not made too small where errors are shared. None,
+    or where a run has an error in neither: the table's standard errors, or, where one of them is missing or zero, the
+    scatter alone.
 
     Raises:
-        UserError: The matrix is no covariance.
+        UserError: The matrix is no covariance, or lacks all runs.
     """
     loss, stderr = losses(runs, "nats_per_token")
+    known = np.isfinite(stderr) & (stderr > 0)
     if covariance is not None:
-        relative = _matching(covariance, runs) / np.outer(loss, loss)
-        return Noise.of(relative, "covariance", samples, seed)
-    if np.all(np.isfinite(stderr) & (stderr > 0)):
+        lacking = np.isin(run_names(runs), runs_without(covariance, runs))
+        if np.all(known[lacking]):
+            joint = np.diag(np.where(lacking, stderr, 0.0) ** 2)
+            joint[np.ix_(~lacking, ~lacking)] = _matching(covariance, runs[~lacking])
+            return Noise.of(joint / np.outer(loss, loss), "covariance", samples, seed)
+    if np.all(known):
         return Noise.of(np.diag((stderr / loss) ** 2), "standard errors", samples, seed)
     return Noise.of(np.zeros((len(runs), len(runs))), "scatter", samples, seed)
 
@@ -230,7 +237,6 @@ def runs_without(covariance: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
 
 def _matching(covariance: pd.DataFrame, runs: pd.DataFrame) -> Array:
     names = run_names(runs)
-    assert not runs_without(covariance, runs)
     if covariance.index.has_duplicates or covariance.columns.has_duplicates:
         raise UserError("covariance: a run's name is in it twice; write it again")
     matrix = covariance.loc[names, names].to_numpy(float)

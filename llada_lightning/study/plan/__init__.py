@@ -205,17 +205,28 @@ class Plan:
     def _lost_centres(self, table: pd.DataFrame) -> list[str]:
         if self.grid.shapes or self.grid.tokens_per_param:
             return []
-        found = []
-        for objective, budget in table[["objective", "budget"]].drop_duplicates().itertuples(index=False):
-            ratios = table[(table.objective == objective) & (table.budget == budget)].tokens_per_param
-            centre = self.grid.centre(objective)
-            if not ratios.min() <= centre <= ratios.max():
-                side = f"above {ratios.max():.3g}" if centre > ratios.max() else f"below {ratios.min():.3g}"
-                found.append(
-                    f"{budget:g} FLOPs of {objective}: the centre, {centre:g} tokens per parameter, lies {side}, "
-                    "out of reach of the shapes that are proposed; so may the minimum"
-                )
-        return found
+        smaller: list[str] = []
+        larger: list[str] = []
+        for name in self.objectives:
+            centre, ratios = self.grid.centre(name), table[table.objective == name].groupby("budget").tokens_per_param
+            least, most = ratios.min(), ratios.max()
+            for found, which, beyond in (
+                (smaller, "most", most[most < centre]),
+                (larger, "least", least[least > centre]),
+            ):
+                if not beyond.empty:
+                    ends = " to ".join(dict.fromkeys(f"{budget:g}" for budget in (beyond.index[0], beyond.index[-1])))
+                    nearest = min(beyond, key=lambda ratio: abs(math.log(ratio / centre)))
+                    found.append(
+                        f"{name} at {ends} FLOPs (at {which} {nearest:.3g} tokens per parameter, best expected at "
+                        f"{centre:g})"
+                    )
+        return [
+            f"the best shape may be {than} than all that are proposed: {', '.join(found)}; plan {budgets} budgets, or "
+            f"give {than} --shapes"
+            for than, budgets, found in (("smaller", "larger", smaller), ("larger", "smaller", larger))
+            if found
+        ]
 
 
 def _counted(flops: Sequence[TrainingFlops]) -> dict[str, float]:

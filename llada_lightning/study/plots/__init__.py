@@ -46,7 +46,8 @@ def study_figures(
     if task_names(usable_runs(table)):
         figures["tasks"] = task_accuracy(usable_runs(table), convention)
     if over_paper:
-        figures["paper"] = paper_figure3(convention, usable_runs(table))
+        usable = usable_runs(table)["run"]
+        figures["paper"] = paper_figure3(convention, table[table["run"].isin(usable)])
     return figures
 
 

@@ -139,6 +139,7 @@ def paper_figure3(convention: Convention = "6nd", own: pd.DataFrame | None = Non
     Args:
         convention: The convention by which the x axis counts FLOPs.
         own: A table with scores of the same tasks, whose points are drawn, too; those of the paper are then named so.
+            Results with and without a decay are joined. Other variants of an objective have lines of their own.
 
     The paper counts 6ND. The total needs what it does not say; see ``paper_scalability``, and the remark in the figure.
     Above 1B the two objectives differ in size: 5.8b for the ARM, 6.98b for LLaDA.
@@ -149,9 +150,7 @@ def paper_figure3(convention: Convention = "6nd", own: pd.DataFrame | None = Non
     )
     table = paper_scalability()
     if own is not None:
-        scores = [column for column in own.columns if column.startswith(_PREFIX)]
-        kept = ["objective", "variant", "params_nonembedding", flops_column(convention), *scores]
-        table = pd.concat([own[[name for name in kept if name in own]], table.assign(variant="paper")])
+        table = pd.concat([table.assign(variant="paper"), _as_in_the_paper(own)])
     return task_accuracy(
         table,
         convention,
@@ -159,6 +158,14 @@ def paper_figure3(convention: Convention = "6nd", own: pd.DataFrame | None = Non
         chance=PAPER_CHANCE,
         remark="" if convention == "6nd" else remark,
     )
+
+
+def _as_in_the_paper(own: pd.DataFrame) -> pd.DataFrame:
+    """A table without the variants that are one objective at one size, as the paper's own models are."""
+    variants = own["variant"].fillna("") if "variant" in own else pd.Series("", own.index)
+    decayed = variants.str.replace(r"(^|;)decay_steps=0(?=;|$)", "", regex=True).str.removeprefix(";")
+    several = decayed.groupby([own["objective"], own["params_nonembedding"]], observed=True).nunique().max() > 1
+    return own.assign(variant=decayed if several else "")
 
 
 # --- a plan ----------------------------------------------------------------------------------------------------------
