@@ -3,6 +3,7 @@
 - ``result.json``: a list with one record for each budget that the run reached. The keys of a record are the columns of
   the results table (``study/results.py``) and of W&B's summary.
 - ``validation.csv``: the loss of each validation document at each budget.
+- ``held_out/NAME.csv``: the same of the documents of a held-out corpus.
 - ``evaluations.csv``: the score of each evaluated checkpoint on each task.
 - ``faults.csv``: the steps whose loss or gradient was not usable, and what was done about each of them.
 """
@@ -31,18 +32,30 @@ RESULT_COLUMNS = (
     "steps", "global_batch_tokens", "sequence_length", "flops_6nd", "flops_attention", "flops_head", "flops_total",
     "lr", "schedule", "warmup_steps", "decay_steps", "seed", "parent_checkpoint", "data_fingerprint", "tokenizer",
     "vocab_size", "val_nats_per_token", "val_stderr", "val_kind", "val_bits_per_byte", "tokens_per_second", "mfu",
-    "device", "precision", "wall_seconds", "versions", "git_commit", "status",
+    "device", "precision", "wall_seconds", "versions", "git_commit", "status", "val_by_source", "val_held_out",
 )  # fmt: skip
 """Keys of a record and columns of the table. FLOPs are those of training, losses of validation in nats per token;
 ``val_stderr`` is one standard error of ``val_nats_per_token``; ``val_kind`` is ``exact`` or ``bound``; ``variant``
-lists the settings of objective and optimizer that are not at their defaults, and is missing where all of them are."""
+lists the settings of objective and optimizer that are not at their defaults, and is missing where all of them are.
+``val_by_source`` holds the loss of each source of a mixture, and ``val_held_out`` that of each held-out corpus, as a
+mapping from names to ``CORPUS_KEYS``; they are missing where there are none."""
 
-LATER_COLUMNS = frozenset({"variant"})
+LATER_COLUMNS = frozenset({"variant", "val_by_source", "val_held_out"})
 """Columns that older records and tables lack. A missing value means the default."""
+
+MAPPING_COLUMNS = frozenset({"versions", "val_by_source", "val_held_out"})
+"""Columns whose values are mappings in a record, and JSON in a table."""
+
+CORPUS_KEYS = ("nats_per_token", "stderr", "bits_per_byte", "documents", "sequences", "first_document", "fingerprint")
+"""What a record holds of a source or a held-out corpus: its loss with one standard error, in nats per token, and in
+bits per byte where they are known; the numbers of its validation documents and sequences; the lowest number that a
+document of it has in ``validation.csv``; and the fingerprint of its prepared folder."""
 
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
 VALIDATION_FILE = "validation.csv"
+HELD_OUT = "held_out"
+"""The folder, in a run's folder, with the losses of the documents of each held-out corpus."""
 VALIDATION_COLUMNS = ("steps", "document", "sequences", "nats_per_token")
 DONE = "done"
 DIVERGED = "diverged"
@@ -123,33 +136,43 @@ def has_diverged(folder: Path | str) -> bool:
     return is_done(folder) and any(record["status"] == DIVERGED for record in read_records(folder))
 
 
-def write_validation(folder: Path | str, steps: int, documents: Sequence[tuple[int, int, float]]) -> Path:
+def validation_path(folder: Path | str, held_out: str | None = None) -> Path:
+    """The path of a run's losses by document: of its own validation, or of the held-out corpus of a name."""
+    return Path(folder) / (VALIDATION_FILE if held_out is None else f"{HELD_OUT}/{held_out}.csv")
+
+
+def write_validation(
+    folder: Path | str, steps: int, documents: Sequence[tuple[int, int, float]], held_out: str | None = None
+) -> Path:
     """Writes the validation loss of each document after ``steps`` optimizer steps; rows of other steps stay. Atomic.
 
     ``documents`` holds a tuple for every validation document: its number, the number of its sequences, and their mean
-    loss in nats per token. The folder is made if it does not exist.
+    loss in nats per token. ``held_out`` is the name of the corpus that they belong to; None: the run's own validation.
+    The folder is made if it does not exist.
     """
     import pandas as pd
 
-    path = Path(folder) / VALIDATION_FILE
+    path = validation_path(folder, held_out)
     table = pd.DataFrame([(steps, *row) for row in documents], columns=list(VALIDATION_COLUMNS))
     with suppress(UserError):  # a damaged file must not cost a finished run its result
         if path.exists():
-            before = read_validation(folder)
+            before = read_validation(folder, held_out)
             table = pd.concat([before[before["steps"] != steps], table]).sort_values(["steps", "document"])
     with written_atomically(path) as temporary:
         table.to_csv(temporary, index=False)
     return path
 
 
-def read_validation(folder: Path | str) -> pd.DataFrame:
+def read_validation(folder: Path | str, held_out: str | None = None) -> pd.DataFrame:
     """The columns ``VALIDATION_COLUMNS``: whole numbers, and nats per token to the last digit (NaN if it diverged).
+
+    They are of the run's own validation, or of the held-out corpus of a name.
 
     Raises:
         UserError: There is no such file, or it is damaged.
     """
     types = dict(zip(VALIDATION_COLUMNS, ("int64", "int64", "int64", "float64"), strict=True))
-    return read_typed_csv(Path(folder) / VALIDATION_FILE, types, "delete it and run again")
+    return read_typed_csv(validation_path(folder, held_out), types, "delete it and run again")
 
 
 def read_typed_csv(path: Path, types: Mapping[str, Any], fix: str) -> pd.DataFrame:

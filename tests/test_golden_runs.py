@@ -22,7 +22,8 @@ from golden_runs.package import LONE_FIT_RULES, main, resolved
 from golden_runs.workplace import CHECKPOINT_STEP, GOLDEN, OBJECTIVES, ROOT, RUNS, assert_same, outcome, restore
 from llada_lightning import read_results
 
-CASES, SWEEPS = workplace.cases(), sorted((ROOT / "sweeps").glob("*.yaml"))
+CASES = workplace.cases()
+SWEEPS = [ROOT / "sweeps" / name for name in sorted(json.loads((GOLDEN / "sweeps.json").read_text()))]
 TWINS = {name for name in CASES if name.startswith("arm-") and name.replace("arm-", "llada-", 1) in CASES} - set(RUNS)
 """Cases that a case of the other objective also shows."""
 ONE_OBJECTIVE = [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("arm-") else []) for name in RUNS]

@@ -7,12 +7,14 @@ import math
 import resource
 from abc import ABC, abstractmethod
 from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from llada_lightning.compute.flops import MASK_EPS, MAX_BATCH, expected_length
@@ -27,14 +29,15 @@ from llada_lightning.data.datasets import (
     take_batch,
 )
 from llada_lightning.data.manifest import (
-    TOLERATED_LOSS,
     Manifest,
+    bits_per_byte,
     check_sequence_length,
     read_manifest,
     read_tokenizer_text,
 )
 from llada_lightning.data.order import WINDOW_SHARDS, Mixture
 from llada_lightning.data.shards import check_shards
+from llada_lightning.data.validation import ValidationCorpus, held_out_corpora, mixture_sources
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.run import Stream, sequences_read
 from llada_lightning.settings import MAX_PROCESSES
@@ -186,9 +189,17 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
 
     def bits_per_byte(self, nats_per_token: float) -> float | None:
         """The bits per byte of a loss on the validation text; None where the tokens do not decode to that text."""
-        if self.lost_share > TOLERATED_LOSS:
-            return None
-        return nats_per_token / self.bytes_per_token / math.log(2)
+        return bits_per_byte(nats_per_token, self.bytes_per_token, self.lost_share)
+
+    @property
+    def val_sources(self) -> list[ValidationCorpus]:
+        """The sources of a mixture, each with a validation loss of its own; empty where there is one source."""
+        return []
+
+    @property
+    def held_out_corpora(self) -> list[ValidationCorpus]:
+        """Further corpora, in the order of the loaders behind the first one of a validation that has several."""
+        return []
 
     @property
     def micro_batch(self) -> int:
@@ -269,6 +280,9 @@ class TokenDataModule(LanguageDataModule):
         train_tokens: The number of distinct training tokens, which are read again and again; null: all. They come from
             the beginning of each shard and are the same for every seed; each source of a mixture gives the share of
             its weight.
+        held_out: Further corpora, as a mapping from a name to a prepared folder with the same tokenizer. The loss on
+            the `val` split of each is measured at the end of a run, and by `llada validate`. It changes neither the run
+            nor its own validation loss.
         loader: The other settings of :class:`LanguageDataModule`, by name.
     """
 
@@ -280,6 +294,7 @@ class TokenDataModule(LanguageDataModule):
         window_shards: int = WINDOW_SHARDS,
         document_mask: bool = False,
         train_tokens: int | None = None,
+        held_out: dict[str, str] | None = None,
         **loader: Any,
     ) -> None:
         super().__init__(sequence_length=sequence_length, **loader)
@@ -295,6 +310,7 @@ class TokenDataModule(LanguageDataModule):
         self.weights = {path: 1.0} if isinstance(path, str) else dict(path)
         self.random_length_share, self.window_shards = random_length_share, window_shards
         self.document_mask = document_mask
+        self.held_out = dict(held_out or {})
 
     @cached_property
     def manifests(self) -> list[Manifest]:
@@ -326,6 +342,15 @@ class TokenDataModule(LanguageDataModule):
             return self.manifests[0].fingerprint
         parts = [f"{m.fingerprint}:{w!r}" for m, w in zip(self.manifests, self.weights.values(), strict=True)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @cached_property
+    def val_sources(self) -> list[ValidationCorpus]:
+        return mixture_sources(list(self.weights), self.manifests, self.sequence_length)
+
+    @cached_property
+    def held_out_corpora(self) -> list[ValidationCorpus]:
+        """The corpora of ``held_out``; a UserError where one of them cannot be validated on."""
+        return held_out_corpora(self.held_out, self.tokenizer, self.sequence_length)
 
     @property
     def tokens_per_sequence(self) -> float:
@@ -366,11 +391,12 @@ class TokenDataModule(LanguageDataModule):
         for folder, manifest in zip(self.weights, self.manifests, strict=True):
             check_shards(folder, manifest)
             check_sequence_length(manifest, self.sequence_length)
+        assert self.held_out_corpora is not None  # each is checked when it is read
 
     def train_dataloader(self) -> DataLoader:
         return self._training_loader(
             TrainingDataset(
-                self._stream("train", self.seed, self._train_sequences()),
+                self._stream("train", self.seed, self.weights, self.manifests, self._train_sequences()),
                 seed=self.seed,
                 mask_eps=self.mask_eps,
                 time_sampling=self.time_sampling,
@@ -382,8 +408,22 @@ class TokenDataModule(LanguageDataModule):
             )
         )
 
-    def val_dataloader(self) -> DataLoader:
-        stream = self._stream("val", self.val_seed)
+    def val_dataloader(self) -> Any:
+        """The loader of the validation sequences; outside of training also one for each held-out corpus behind it."""
+        own = self.predict_dataloader()
+        assert self.trainer is not None
+        if not self.held_out or self.trainer.state.fn == TrainerFn.FITTING:
+            return own
+        return [own, *(self._loader_of({c.folder: 1.0}, [c.manifest]) for c in self.held_out_corpora)]
+
+    test_dataloader = val_dataloader
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._loader_of(self.weights, self.manifests)
+
+    def _loader_of(self, weights: Mapping[str, float], manifests: Sequence[Manifest]) -> DataLoader:
+        """The validation sequences of corpora, as many as no source repeats and ``val_sequences`` allows."""
+        stream = self._stream("val", self.val_seed, weights, manifests)
         totals = np.array([order.items for order in stream.orders])
 
         def repeats(sequences: int) -> bool:  # any source
@@ -395,17 +435,21 @@ class TokenDataModule(LanguageDataModule):
         dataset = ValidationDataset(stream, sequences, self.val_seed, self.tokenizer.eos_id, self.document_mask)
         return self._validation_loader(dataset, sequences)
 
-    test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
-
-    def _stream(self, split: str, seed: int, limits: list[int] | None = None) -> TokenStream:
+    def _stream(
+        self,
+        split: str,
+        seed: int,
+        weights: Mapping[str, float],
+        manifests: Sequence[Manifest],
+        limits: list[int] | None = None,
+    ) -> TokenStream:
         # litdata takes ~ and file:// resolved, and its own prefix local: kept.
-        folders = [f if f.startswith("local:") else local_path(f) or f for f in self.weights]
+        folders = [f if f.startswith("local:") else local_path(f) or f for f in weights]
         return TokenStream(
             [folder.rstrip("/") for folder in folders],
-            self.manifests,
+            manifests,
             split,
-            list(self.weights.values()),
+            list(weights.values()),
             self.sequence_length,
             seed,
             self.window_shards,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
@@ -123,6 +124,13 @@ def loss_note(share: float, consequence: str = "bits per byte are left out, as t
     if share <= TOLERATED_LOSS:
         return None
     return f"note: {100 * share:.3g} % of the text's bytes do not come back from its tokens; {consequence}"
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float, lost_share: float) -> float | None:
+    """Returns the bits per byte of a loss on a text; None where too large a share of it is lost in its tokens."""
+    if lost_share > TOLERATED_LOSS:
+        return None
+    return nats_per_token / bytes_per_token / math.log(2)
 
 
 def data_fingerprint(splits: Mapping[str, Split], tokenizer_fingerprint: str) -> str:
@@ -258,8 +266,8 @@ def _is_whole(value: Any, least: int) -> bool:
     return type(value) is int and value >= least
 
 
-def check_sequence_length(manifest: Manifest, sequence_length: int) -> None:
-    """Checks that every split holds at least one block of ``sequence_length`` tokens within a shard.
+def check_sequence_length(manifest: Manifest, sequence_length: int, splits: Sequence[str] = SPLITS) -> None:
+    """Checks that every one of the splits holds at least one block of ``sequence_length`` tokens within a shard.
 
     litdata would give an empty dataset, without an error.
 
@@ -268,7 +276,8 @@ def check_sequence_length(manifest: Manifest, sequence_length: int) -> None:
     """
     if sequence_length < 1:
         raise UserError(f"sequence length {sequence_length} is below 1; give at least 1")
-    for name, split in manifest.splits.items():
+    for name in splits:
+        split = manifest.splits[name]
         longest = max((shard.tokens for shard in split.shards), default=0)
         if longest < sequence_length:
             blocks = ", ".join(f"{key} {value.items(sequence_length)}" for key, value in manifest.splits.items())

@@ -27,15 +27,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llada_lightning.records import LATER_COLUMNS, RESULT_COLUMNS, VALIDATION_FILE, read_validation
+from llada_lightning.records import (
+    LATER_COLUMNS,
+    MAPPING_COLUMNS,
+    RESULT_COLUMNS,
+    VALIDATION_FILE,
+    read_validation,
+)
 from llada_lightning.support.errors import UserError
-from llada_lightning.support.files import is_there, require_replaceable, written_atomically
+from llada_lightning.support.files import is_there, require_replaceable, strict_json, written_atomically
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.reading import FormatError, read_text
 
 _TEXT_COLUMNS = frozenset({
     "run", "objective", "variant", "shape", "schedule", "parent_checkpoint", "data_fingerprint", "tokenizer",
-    "val_kind", "device", "precision", "versions", "git_commit", "status",
+    "val_kind", "device", "precision", "git_commit", "status", *MAPPING_COLUMNS,
 })  # fmt: skip
 _INTEGER_COLUMNS = frozenset({
     "params_total", "params_nonembedding", "tokens", "unique_tokens", "steps", "global_batch_tokens",
@@ -59,10 +65,11 @@ _DEVIATION = "document "
 def table_of_records(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """A table with the columns ``RESULT_COLUMNS``; a key that a record lacks is missing there."""
     columns = {column: [record.get(column) for record in records] for column in RESULT_COLUMNS}
-    columns["versions"] = [
-        None if versions is None else json.dumps(versions, sort_keys=True, separators=(",", ":"))
-        for versions in columns["versions"]
-    ]
+    for column in MAPPING_COLUMNS:
+        columns[column] = [
+            None if value is None else json.dumps(strict_json(value), sort_keys=True, separators=(",", ":"))
+            for value in columns[column]
+        ]
     return _typed(pd.DataFrame(columns, dtype=object), [f"record {n}" for n in range(1, len(records) + 1)])
 
 
@@ -74,7 +81,7 @@ def typed_record(record: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
     typed = {column: record.get(column) for column in RESULT_COLUMNS}
     for column, value in typed.items():
-        if value is not None and column != "versions":
+        if value is not None and column not in MAPPING_COLUMNS:
             converted = _column_type(column)[1](value, column, source)
             typed[column] = None if converted is pd.NA else converted
     return typed
@@ -340,7 +347,7 @@ def write_covariance(rows: Sequence[Row], results: Path | str) -> CovarianceRepo
     read = lru_cache(maxsize=1)(read_validation)  # a run's budgets share one file
     for row in sorted(rows, key=lambda row: row.label):
         try:
-            losses = _validation_of(row, read)
+            losses = documents_of(row, read)
         except UserError as error:
             report.left_out.setdefault(str(error), []).append(row.label)
         else:
@@ -389,8 +396,17 @@ def read_covariance(path: Path | str) -> pd.DataFrame:
     return table
 
 
-def _validation_of(row: Row, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
-    """The row's validation losses, in order of document. Raises UserError with the reason why it has none."""
+def documents_of(row: Row, read: Callable[[Path], pd.DataFrame], file: Path | None = None) -> pd.DataFrame:
+    """The losses of a row's validation documents, in order of document.
+
+    Args:
+        row: The row of the results table.
+        read: The function that reads the table of all rows of a folder.
+        file: The file that it reads; None: ``validation.csv``.
+
+    Raises:
+        UserError: There are none; it says why.
+    """
     loss = row.record["val_nats_per_token"]
     if loss is None or not math.isfinite(loss):
         raise UserError("loss not finite")
@@ -398,14 +414,15 @@ def _validation_of(row: Row, read: Callable[[Path], pd.DataFrame]) -> pd.DataFra
         raise UserError("a record without a run's name")
     if row.folder is None:
         raise UserError("from W&B, which does not hold the losses by document")
-    if not is_there(row.folder / VALIDATION_FILE):
-        raise UserError(f"no {VALIDATION_FILE}")
+    file = file or row.folder / VALIDATION_FILE
+    if not is_there(file):
+        raise UserError(f"no {file.name}")
     table = read(row.folder)
     table = table[table["steps"] == row.record["steps"]].sort_values("document")
     if table.empty:
-        raise UserError(f"not in {VALIDATION_FILE}")
+        raise UserError(f"not in {file.name}")
     if len(table) < 2:
         raise UserError("fewer than two validation documents")
     if not ((table["sequences"] > 0) & (table["nats_per_token"].abs() <= LARGEST_NUMBER)).all():
-        raise UserError(f"a document without sequences, or without a finite loss, in {VALIDATION_FILE}")
+        raise UserError(f"a document without sequences, or without a finite loss, in {file.name}")
     return table

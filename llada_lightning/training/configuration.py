@@ -275,9 +275,10 @@ def _fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
 _TRAINER_IDENTITY = ("max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
 _NOT_IN_IDENTITY = (
     "path", "tokenizer", "chat_template", "workers", "micro_batch", "val_batch",
-    "mask_token", "eos_token", "vocab_size", "text_prefix_ids",
+    "mask_token", "eos_token", "vocab_size", "text_prefix_ids", "held_out",
 )  # fmt: skip
-"""Settings of the data: the machine's, and what is read of the tokenizer, which is in fingerprints."""
+"""Settings of the data: the machine's, what is read of the tokenizer, which is in fingerprints, and corpora that are
+measured only."""
 _DATA_OPTIONS = {"document_mask": False, "train_tokens": None}
 _MODEL_OPTIONS = {"norm_eps": NORM_EPS, "text_prefix_ids": None}
 """Options that came later. At its default, none is in an identity, so that older runs keep theirs."""

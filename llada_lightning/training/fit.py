@@ -56,7 +56,15 @@ from llada_lightning.training.machine import Speed, check_devices, resolve_speed
 from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.parallel import check_parallel, launched_settings, tensor_parallel
 from llada_lightning.training.phases import Phase, RunIsDone, check_run, phases_of
-from llada_lightning.training.record import add_record, describe_loss, few_documents, result_record, without_validation
+from llada_lightning.training.record import (
+    add_record,
+    describe_corpora,
+    describe_loss,
+    few_documents,
+    not_measured,
+    result_record,
+    without_validation,
+)
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
@@ -104,7 +112,7 @@ def _words(name: str, value: Any) -> list[str]:
     if isinstance(value, Mapping) and "class_path" in value:
         inner = value.get("init_args", {})
         return [f"--{name}={value['class_path']}", *(w for k, v in inner.items() for w in _words(f"{name}.{k}", v))]
-    if isinstance(value, Mapping) and value and name != "data.path":
+    if isinstance(value, Mapping) and value and name not in ("data.path", "data.held_out"):  # whose keys are names
         return [word for key, item in value.items() for word in _words(f"{name}.{key}", item)]
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}"]
 
@@ -362,7 +370,10 @@ class LladaCLI(HookedCLI):
         """The figure, with its error bar, on stdout."""
         if not self.model.validation:
             raise UserError(f"trainer: its limits leave no sequence to {self.subcommand}; leave them out")
-        print(describe_loss(self.model.validation, self.model.facts.val_kind))
+        kind = self.model.facts.val_kind
+        print(describe_loss(self.model.validation, kind))
+        for line in describe_corpora(self.model.val_by_source, self.model.val_held_out, kind):
+            print(line)
         self._warn_of_few_documents()
         self._warn_of_lost_text()
 
@@ -397,12 +408,20 @@ class LladaCLI(HookedCLI):
         for run in runs:
             parts = (self.trainer, self.model, self.datamodule, self.accounting)
             record = result_record(run, *parts, phase.result.decay_steps, parent)
-            add_record(self.folder, record, self.model.val_by_document, self.wandb, several=len(self.phases) > 1)
+            documents = (self.model.val_by_document, self.model.held_out_by_document)
+            add_record(self.folder, record, *documents, self.wandb, several=len(self.phases) > 1)
             self._warn_of_few_documents()
 
     def check_folder(self) -> None:
         """Leave if the run is done; refuse the folder of another run. Nothing is written here."""
-        check_run(self.phases, self.folder, self.run_name, never=self.settings.run.resume == "never")
+        try:
+            check_run(self.phases, self.folder, self.run_name, never=self.settings.run.resume == "never")
+        except RunIsDone:
+            held_out = self.settings.data.init_args.get("held_out") or {}
+            note = not_measured(read_records(self.folder), list(held_out), self.folder / CONFIG)
+            if note is not None:
+                say(note)
+            raise
         given = self.settings.ckpt_path
         if given is not None and self.phases[0].foreign_parent is None:
             say(f"--ckpt_path {given} is this run's own; it resumes from its last one (to go back, remove later ones)")

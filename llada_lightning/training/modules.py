@@ -15,10 +15,8 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.distributed as dist
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from llada_lightning.checkpoints.description import excluded_token_id
 from llada_lightning.compute.flops import TrainingFlops
@@ -30,13 +28,19 @@ from llada_lightning.model.head import token_nll
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
 from llada_lightning.objectives import Objective, arm, get_objective, llada
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch
-from llada_lightning.objectives.standard_errors import clustered_mean_and_stderr, mean_by_cluster
 from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.first_weights import fill_weights, inherited
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.machine import Speed, apply_speed
 from llada_lightning.training.parallel import shard, total_norm
+from llada_lightning.training.validation import (
+    DocumentLosses,
+    ValidationLoss,
+    as_metrics,
+    corpus_loss,
+    losses_by_source,
+)
 
 VALIDATION_METRICS = ("val_nats_per_token", "val_stderr", "val_bits_per_byte")
 """The metrics that a module logs for callbacks, at each validation. It logs nothing else."""
@@ -120,9 +124,12 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         self.grad_norm: Tensor | None = None
         self.step_loss: Tensor | None = None
         self._micro_losses: list[Tensor] = []
-        self.val_loss = ValidationLoss()
+        self.val_loss, self.held_out_losses = ValidationLoss(), nn.ModuleList()
         self.validation: dict[str, float] = {}
-        self.val_by_document: list[tuple[int, int, float]] = []
+        self.val_by_document: DocumentLosses = []
+        self.val_by_source: dict[str, dict[str, Any]] = {}
+        self.val_held_out: dict[str, dict[str, Any]] = {}
+        self.held_out_by_document: dict[str, DocumentLosses] = {}
         self.model: Transformer = None  # type: ignore[assignment]  # configure_model builds it
 
     def setup(self, stage: str) -> None:
@@ -199,9 +206,16 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         self._micro_losses.append(loss.detach())
         return loss
 
-    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: ValidationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add up the losses of the run's own validation (the first loader), or of a held-out corpus (a later one)."""
+        while len(self.held_out_losses) < dataloader_idx:
+            made = ValidationLoss().to(self.device)
+            made.process_group = self.val_loss.process_group
+            self.held_out_losses.append(made)
+        loss = self.val_loss if dataloader_idx == 0 else self.held_out_losses[dataloader_idx - 1]
+        assert isinstance(loss, ValidationLoss)
         nats_per_token_B = self.sequence_nll(batch) / batch.scored_counts()
-        self.val_loss.update(nats_per_token_B[batch.counted_B], batch.documents_B[batch.counted_B])
+        loss.update(nats_per_token_B[batch.counted_B], batch.documents_B[batch.counted_B])
 
     def on_validation_epoch_end(self) -> None:
         mean, stderr, self.val_by_document = self.val_loss.compute()
@@ -214,6 +228,20 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
             self.validation["val_bits_per_byte"] = bits
         # For callbacks; the accounting logs them, by step. Every rank has the same values: they are gathered.
         self.log_dict(self.validation, logger=False, rank_zero_only=True)
+        sources = [] if data is None else data.val_sources
+        self.val_by_source = losses_by_source(sources, self.val_by_document) if sources else {}
+        self.held_out_by_document, self.val_held_out = {}, {}
+        for corpus, loss in zip([] if data is None else data.held_out_corpora, self.held_out_losses, strict=False):
+            assert isinstance(loss, ValidationLoss)
+            if loss.update_called:  # not in a validation during training
+                *_, documents = loss.compute()
+                loss.reset()
+                self.held_out_by_document[corpus.name] = documents
+                self.val_held_out[corpus.name] = corpus_loss(corpus, documents)
+
+    def corpus_metrics(self) -> dict[str, float]:
+        """What is logged of each source of a mixture, and of each held-out corpus, at the last validation."""
+        return as_metrics("val", self.val_by_source) | as_metrics("held_out", self.val_held_out)
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
@@ -335,31 +363,3 @@ class LladaModule(LanguageModule):
     objective = "llada"
     training_loss = llada.training_loss
     sequence_nll = llada.sequence_nll
-
-
-class ValidationLoss(Metric):
-    """Mean of per-sequence values and its standard error, clustered by document, in fp64.
-
-    Every sequence's value is gathered from all ranks, so the result does not depend on how they were spread.
-    """
-
-    full_state_update = False
-    values: list[Tensor]
-    documents: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("values", default=[], dist_reduce_fx="cat")
-        self.add_state("documents", default=[], dist_reduce_fx="cat")
-
-    def update(self, values_B: Tensor, documents_B: Tensor) -> None:
-        """The value of each sequence, and the document that it begins in (int64)."""
-        self.values.append(values_B.double())
-        self.documents.append(documents_B)
-
-    def compute(self) -> tuple[float, float, list[tuple[int, int, float]]]:
-        """The mean over all sequences of all ranks, its standard error (NaN with fewer than two documents), and the
-        document, the number of sequences and the mean of each document."""
-        values, documents = dim_zero_cat(self.values), dim_zero_cat(self.documents)
-        columns = (column_G.tolist() for column_G in mean_by_cluster(values, documents))
-        return *clustered_mean_and_stderr(values, documents), list(zip(*columns, strict=True))

@@ -8,7 +8,7 @@ import math
 import platform
 import pydoc
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from lightning import Trainer
 
 import llada_lightning
+from llada_lightning.compute.rules import DECAY_FRACTION
 from llada_lightning.compute.shapes import shape_name
 from llada_lightning.data.datamodule import LanguageDataModule
 from llada_lightning.objectives import OBJECTIVES
@@ -26,6 +27,7 @@ from llada_lightning.support.signals import say
 from llada_lightning.training.callbacks.accounting import Accounting, by_count, device_name
 from llada_lightning.training.callbacks.loggers import SafeWandbLogger
 from llada_lightning.training.modules import VALIDATION_METRICS, LanguageModule
+from llada_lightning.training.validation import DocumentLosses
 
 FEW_DOCUMENTS = 20
 """Below this many clusters a standard error has itself an error of a sixth and more."""
@@ -56,7 +58,8 @@ def result_record(
     return {
         "run": run,
         "objective": module.objective,
-        "variant": variant(module, data, decayed=decay_steps != 0),
+        # A run of one or two steps is too short for the default decay.
+        "variant": variant(module, data, decayed=decay_steps != 0 or round(DECAY_FRACTION * steps) == 0),
         "shape": shape_name(module.shape),
         "params_total": module.shape.params_total(module.vocab_size),
         "params_nonembedding": module.shape.params_nonembedding,
@@ -86,13 +89,16 @@ def result_record(
         "versions": versions(),
         "git_commit": git_commit(),
         "status": DONE if finite else DIVERGED,
+        "val_by_source": module.val_by_source or None,
+        "val_held_out": module.val_held_out or None,
     }
 
 
 def add_record(
     folder: Path,
     record: dict[str, Any],
-    by_document: list[tuple[int, int, float]],
+    by_document: DocumentLosses,
+    held_out_by_document: Mapping[str, DocumentLosses],
     wandb: SafeWandbLogger | None,
     several: bool,
 ) -> None:
@@ -101,6 +107,8 @@ def add_record(
     Of several budgets, the summary holds the figures of the largest one, and all of them below one key.
     """
     write_validation(folder, record["steps"], by_document)
+    for name, documents in held_out_by_document.items():
+        write_validation(folder, record["steps"], documents, held_out=name)
     records = sorted([*read_records(folder), record], key=lambda known: int(known["steps"]))
     if wandb is not None:
         everything = {"records": json.dumps(strict_json(records))} if several else {}
@@ -110,6 +118,8 @@ def add_record(
         f"{record['run']}: {describe_result(record)}, {record['flops_6nd']:.3g} FLOPs (6ND), "
         f"{record['wall_seconds']:.0f} s; {path}"
     )
+    for line in describe_corpora(record["val_by_source"], record["val_held_out"], record["val_kind"]):
+        say(line)
 
 
 _AXES = frozenset({
@@ -180,6 +190,7 @@ def without_validation(module: LanguageModule) -> None:
     """Give a module, in place, the validation of a run that broke off: it has no loss at its budget."""
     module.validation = dict.fromkeys(VALIDATION_METRICS, math.nan)
     module.val_by_document = []
+    module.val_by_source, module.val_held_out, module.held_out_by_document = {}, {}, {}
 
 
 def describe_devices(trainer: Trainer) -> str:
@@ -225,6 +236,30 @@ def describe_loss(values: Mapping[str, float | None], kind: str) -> str:
     in_bits = "" if bits is None else f", {bits:.4f} bits/byte"
     error = "n/a" if stderr is None or math.isnan(stderr) else f"{stderr:.4f}"  # of one document there is none
     return f"{math.nan if loss is None else loss:.4f} ± {error} nats/token ({kind}){in_bits}"
+
+
+def describe_corpora(
+    by_source: Mapping[str, Any] | None, held_out: Mapping[str, Any] | None, kind: str
+) -> Iterator[str]:
+    """A line for each source of a mixture, and for each held-out corpus: its loss, and the documents behind it."""
+    for title, losses in (("source", by_source), ("held out", held_out)):
+        for name, loss in (losses or {}).items():
+            values = {f"val_{key}": loss[key] for key in ("nats_per_token", "stderr", "bits_per_byte")}
+            documents = loss["documents"]
+            count = f"{documents} document{'s' * (documents != 1)}"
+            yield f"  {title} {name}: {describe_loss(values, kind)}, {count}"
+
+
+def not_measured(records: Sequence[Mapping[str, Any]], held_out: Sequence[str], config: Path) -> str | None:
+    """A note for the user of a run that is done, where held-out corpora are asked for whose loss it lacks."""
+    known = [record.get("val_held_out") or {} for record in records if record["status"] != DIVERGED]
+    missing = [name for name in held_out if not all(name in losses for losses in known)]
+    if not missing:
+        return None
+    return (
+        f"note: a run that is done measures no further corpus ({', '.join(missing)}); "
+        f"`llada validate --config {config} --data.held_out …` does, from its last checkpoint"
+    )
 
 
 def few_documents(documents: int, of_dialogues: bool = False) -> str | None:

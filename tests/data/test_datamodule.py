@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from litdata import StreamingDataset, TokensLoader
 
 from llada_lightning.data.datamodule import TokenDataModule
-from llada_lightning.data.manifest import read_data_facts
+from llada_lightning.data.manifest import read_data_facts, read_manifest
+from llada_lightning.data.validation import mixture_sources
 from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.objectives.forward_process import random_lengths
 from llada_lightning.run import Stream
@@ -218,6 +220,41 @@ def test_sequences_know_the_document_they_begin_in(prepared: Path, prepared_seco
         own = [(n, by_item[stream.locate(n)[1]]) for n in range(len(documents)) if stream.locate(n)[0] == source]
         pairs = {(documents[n], ordinal) for n, ordinal in own}
         assert len(pairs) == len({d for d, _ in pairs}) == len({o for _, o in pairs})
+
+
+def test_the_number_of_a_document_tells_its_source(prepared: Path, prepared_second: Path) -> None:
+    data = module({str(prepared): 2, str(prepared_second): 1}, val_sequences=None)
+    starts = [source.first_document for source in data.val_sources]
+    assert starts == [0, read_manifest(str(prepared)).splits["val"].items(L) * L]
+    dataset = data.val_dataloader().dataset
+    for n in range(dataset.sequences):
+        document = dataset.stream.document(n, data.tokenizer.eos_id)
+        assert (document >= starts[1]) == dataset.stream.locate(n)[0]
+    assert module(str(prepared)).val_sources == []
+
+
+def test_sources_are_named_by_their_folders(prepared: Path) -> None:
+    manifest = read_manifest(str(prepared))
+
+    def names(*folders: str) -> list[str]:
+        return [source.name for source in mixture_sources(folders, [manifest] * len(folders), L)]
+
+    assert names("data/web/", "s3://bucket/code") == ["web", "code"]
+    assert names("a/data", "b/data", "c/books") == ["a/data", "b/data", "books"]
+
+
+def test_held_out_corpora_are_read_outside_of_training_only(prepared: Path, prepared_second: Path) -> None:
+    data = module(str(prepared), held_out={"more": str(prepared_second)}, val_sequences=16)
+    data.trainer.state = SimpleNamespace(fn=TrainerFn.FITTING)
+    own = list(data.val_dataloader())
+    data.trainer.state = SimpleNamespace(fn=TrainerFn.VALIDATING)
+    again, more = data.val_dataloader()
+    assert all(a.tokens_BL.equal(b.tokens_BL) for a, b in zip(own, again, strict=True))
+    alone = module(str(prepared_second), val_sequences=16).val_dataloader()
+    for one, other in zip(more, alone, strict=True):
+        assert one.tokens_BL.equal(other.tokens_BL) and one.masked_BL.equal(other.masked_BL)
+        assert one.documents_B.equal(other.documents_B)
+    assert len(list(data.predict_dataloader())) == len(own)
 
 
 def test_no_sequence_is_read_twice_to_find_where_documents_begin(prepared: Path) -> None:

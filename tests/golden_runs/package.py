@@ -41,5 +41,5 @@ def resolved(arguments: Sequence[str]) -> Resolved:
     """
     quiet_libraries()
     command = LladaCLI(list(arguments), execute=False)
-    ends = [phase for phase in command.phases if phase.run is not None]
+    ends = [phase for phase in command.phases if phase.run is not None and not phase.continues]  # no milestones
     return Resolved(command.run_name, [str(phase.run) for phase in ends], [as_hashed(phase.identity) for phase in ends])

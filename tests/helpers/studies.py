@@ -66,6 +66,8 @@ def record(objective: str, shape: str, budget: float, loss: float, **other: Any)
         "versions": {"torch": "2.13.0", "python": "3.11.7"},
         "git_commit": "0123abc",
         "status": "done",
+        "val_by_source": None,
+        "val_held_out": None,
     }
     return {**values, **other}
 

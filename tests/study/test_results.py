@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from helpers.studies import record, sound, study
 from llada_lightning.records import (
+    LATER_COLUMNS,
     RESULT_COLUMNS,
     read_records,
     read_validation,
@@ -67,15 +68,15 @@ def test_csv_keeps_every_digit(tmp_path_factory: pytest.TempPathFactory, loss: f
     assert list(read_results(path).loc[0, ["val_nats_per_token", "seed"]]) == [loss, seed]
 
 
-def test_records_and_tables_from_before_the_variant_are_read_and_written_again(tmp_path: Path) -> None:
+def test_records_and_tables_from_before_later_columns_are_read_and_written_again(tmp_path: Path) -> None:
     """They count as the default recipe of their objective."""
-    old = {key: value for key, value in record("llada", "107k", 1e12, 4.0).items() if key != "variant"}
+    old = {key: value for key, value in record("llada", "107k", 1e12, 4.0).items() if key not in LATER_COLUMNS}
     write_records(tmp_path, [old])
-    assert read_records(tmp_path) == [{**old, "variant": None}]
+    assert read_records(tmp_path) == [{**old, **dict.fromkeys(LATER_COLUMNS)}]
     path = tmp_path / "results.csv"
-    study().drop(columns="variant").to_csv(path, index=False)
+    study().drop(columns=list(LATER_COLUMNS)).to_csv(path, index=False)
     table = read_results(path)
-    assert list(table.columns) == list(RESULT_COLUMNS) and table["variant"].isna().all()
+    assert list(table.columns) == list(RESULT_COLUMNS) and table[list(LATER_COLUMNS)].isna().all(axis=None)
     pd.testing.assert_frame_equal(table, study())
 
 
@@ -157,9 +158,9 @@ def test_wrong_values_are_named_with_their_line(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda lines: [lines[0], "x," + lines[1], *lines[2:]], r"line 2: 38 cells under 37 columns"),
-        (lambda lines: [*lines[:3], lines[3] + ",", *lines[4:]], r"line 4: 38 cells under 37 columns"),
-        (lambda lines: [*lines[:-1], lines[-1][:40]], r"line 13: \d+ cells under 37 columns"),
+        (lambda lines: [lines[0], "x," + lines[1], *lines[2:]], r"line 2: 40 cells under 39 columns"),
+        (lambda lines: [*lines[:3], lines[3] + ",", *lines[4:]], r"line 4: 40 cells under 39 columns"),
+        (lambda lines: [*lines[:-1], lines[-1][:40]], r"line 13: \d+ cells under 39 columns"),
         (lambda lines: [lines[0], '"' + lines[1]], r"line \d+: not CSV"),
         (lambda lines: [f"{lines[0]},run", *(f"{line},x" for line in lines[1:])], "there twice: run"),
         (lambda lines: [*lines, "x" * 200_000], "line 14: not CSV"),

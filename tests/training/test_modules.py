@@ -20,7 +20,8 @@ from llada_lightning.objectives.standard_errors import clustered_mean_and_stderr
 from llada_lightning.records import read_validation
 from llada_lightning.study.collect import gather
 from llada_lightning.study.results import covariance_of_means, read_covariance, write_covariance
-from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule, ValidationLoss
+from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule
+from llada_lightning.training.validation import ValidationLoss
 
 WORDS, EOS, MASK, LENGTH = 23, 0, 22, 40
 SHAPE = {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}

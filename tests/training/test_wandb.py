@@ -94,7 +94,7 @@ def test_an_agents_runs_are_collected_and_the_same_sweep_has_nothing_left(
 def test_an_offline_run_is_synchronised_and_read_back(prepared: Path, tmp_path: Path, server: WandbStandIn) -> None:
     """What a run without network wrote, sent later by `wandb sync`, gives the very record of its folder."""
     offline = ("--wandb.project=study", "--wandb.offline=true", "--trainer.max_steps=4")
-    folder = fit("llada", prepared, tmp_path / "runs", *offline)
+    folder = fit("llada", prepared, tmp_path / "runs", *offline, f"--data.held_out={{a.b-c: {prepared}}}")
     assert server.runs == {}
     [written] = (folder / "wandb").glob("offline-run-*")
     wandb_command("sync", str(written))
@@ -105,6 +105,7 @@ def test_an_offline_run_is_synchronised_and_read_back(prepared: Path, tmp_path: 
     remote, _ = collect([PROJECT])
     for column in RESULT_COLUMNS:
         assert remote[column].equals(table[column]), column
+    assert "a.b-c" in json.loads(remote["val_held_out"][0])
 
 
 def test_a_projects_runs_come_page_by_page(server: WandbStandIn) -> None:

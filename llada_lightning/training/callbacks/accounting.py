@@ -116,8 +116,11 @@ class Accounting(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._advance()
+        metrics = dict(getattr(pl_module, "validation", {}))
+        if isinstance(pl_module, LanguageModule):
+            metrics |= pl_module.corpus_metrics()
         for logger in trainer.loggers:
-            logger.log_metrics(getattr(pl_module, "validation", {}), step=trainer.global_step)
+            logger.log_metrics(metrics, step=trainer.global_step)
             logger.save()
 
     def on_before_optimizer_step(
