@@ -23,7 +23,18 @@ from llada_lightning.compute.flops import (
     flops_6nd,
     steps_for_budget,
 )
-from llada_lightning.compute.rules import BATCH_RULES, LONE_BATCH, WARMUP_RULES, Rules, Size, learning_rate
+from llada_lightning.compute.rules import (
+    BATCH_RULES,
+    LONE_BATCH,
+    RANGES,
+    WARMUP_RULES,
+    BatchRule,
+    LearningRateRule,
+    Range,
+    Rules,
+    Size,
+    learning_rate,
+)
 from llada_lightning.compute.schedule import WSD
 from llada_lightning.compute.shapes import Shape, shape_name
 from llada_lightning.objectives import Objective
@@ -172,6 +183,8 @@ class Spec:
         rules: The rules of what is not given.
         lr_scale: A factor on the learning rate that the rule gives.
         batch_quantum: The batch that a rule gives is a power of two times this number of sequences.
+        lr_rule: A rule of the learning rate in place of the named one.
+        batch_rule: A rule of the global batch in place of the named one.
     """
 
     objective: Objective
@@ -183,6 +196,8 @@ class Spec:
     rules: Rules = field(default_factory=Rules)
     lr_scale: float = 1.0
     batch_quantum: int = 1
+    lr_rule: LearningRateRule | None = None
+    batch_rule: BatchRule | None = None
 
     @property
     def who(self) -> str:
@@ -236,11 +251,15 @@ class Run:
         warmup = spec.schedule.warmup_fraction if spec.schedule.warmup_steps is None else spec.schedule.warmup_steps
         count = len(self.milestones)
         milestones = f", {count} milestone{'s' * (count > 1)}" if count else ""
+        used = [(spec.rules.batch, spec.global_batch), (spec.rules.lr, spec.schedule.lr)]
+        rules, size = dict.fromkeys(rule for rule, given in used if given is None), _size(spec, self.global_batch)
+        outside = [rule for rule in rules if RANGES.get(rule, Range()).outside(size)]
+        far = f"; outside of the range that {' and '.join(outside)} was fitted on" if outside else ""
         return (
             f"run: {' and '.join(f'{steps:,}' for steps in self.steps)} steps of {self.global_batch:,} sequences "
             f"({source(spec.global_batch, spec.rules.batch)}), the first {schedule.warmup_steps:,} warm up "
             f"({source(warmup, spec.rules.warmup)}), learning rate {schedule.lr:.4g} "
-            f"({source(spec.schedule.lr, spec.rules.lr)}){milestones}"
+            f"({source(spec.schedule.lr, spec.rules.lr)}){milestones}{far}"
         )
 
 
@@ -255,7 +274,8 @@ def resolve(spec: Spec) -> Run:
     lengths = _lengths(spec, batch)
     per_step = spec.stream.tokens_per_step(batch)
     of_steps = [length * flops_6nd(spec.shape.params_nonembedding, per_step) for length in lengths]
-    rate = learning_rate(spec.rules.lr, _size(spec, batch, geometric_mean(of_steps)), spec.lr_scale)
+    size = _size(spec, batch, geometric_mean(of_steps))
+    rate = learning_rate(spec.lr_rule or spec.rules.lr, size, spec.lr_scale)
     schedules = spec.schedule.resolve_all(lengths, per_step, rate, WARMUP_RULES[spec.rules.warmup])
     return Run(spec, batch, tuple(schedules), _milestones(spec, batch, schedules))
 
@@ -276,7 +296,7 @@ def _size(spec: Spec, batch: float, flops_of_steps: float = math.nan) -> Size:
 
 def _batch_by_rule(spec: Spec) -> int:
     """The sequences of a global batch: the rule's, rounded to a power of two times the quantum."""
-    rule = BATCH_RULES[spec.rules.batch]
+    rule = spec.batch_rule or BATCH_RULES[spec.rules.batch]
     if rule is None:
         return LONE_BATCH
     per_sequence = spec.stream.tokens_per_step(1)

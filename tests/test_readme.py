@@ -13,12 +13,18 @@ import pytest
 import yaml
 
 import llada_lightning
+from helpers.tuning_studies import Bowl, finish_tuning_runs
 from llada_lightning.commands import VERBS
 from llada_lightning.commands.main import main
 from llada_lightning.study.results import read_results
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(llada_lightning.__file__).parent
+TUNED = {
+    "arm": Bowl(lr=9.5e-3, lr_exponent=-0.1, batch=400, batch_exponent=0.2),
+    "llada": Bowl(lr=3e-3, lr_exponent=-0.12, batch=900, batch_exponent=0.2, loss=5.0),
+}
+"""The losses of the tuning study of study-howto.md, whose runs are not trained here."""
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TOUR = ("cli", "sampling", "sft", "evaluation", "python")
 """The documents that follow one another: what one makes the next ones use."""
@@ -140,8 +146,14 @@ def test_the_tour_from_a_corpus_to_text(
 @pytest.mark.slow
 def test_the_study_by_hand(checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_llada(commands(document("cli"))[0]) == 0
+    (tuning,) = (line for line in commands(document("study-howto")) if "--tune " in line)
+    assert run_llada(tuning) == 0
+    assert finish_tuning_runs("runs/tune.yaml", TUNED) == 72  # in place of the training, which takes minutes
     capsys.readouterr()
     printed = run_document("study-howto", capsys, monkeypatch)
+    assert "72 done before" in next(out for line, out in printed.items() if "sweep run runs/tune.yaml" in line)
+    rules = next(out for line, out in printed.items() if "--rules" in line)
+    assert "‡" not in rules and "llada: batch = " in rules
     assert "6 runs: 6 done" in next(out for line, out in printed.items() if "sweep show" in line)
     table = read_results(checkout / "runs" / "small" / "results.csv")
     added = [out for line, out in printed.items() if "--append" in line]

@@ -48,7 +48,7 @@ def test_the_line_for_people_names_each_rule_or_that_it_is_set() -> None:
     by_rule = resolve(spec(length=Length(steps=600), rules=Rules(lr="kaplan"), global_batch=None))
     assert by_rule.described() == (
         f"run: 600 steps of {by_rule.global_batch} sequences (rule deepseek), the first 30 warm up (rule study), "
-        f"learning rate {by_rule.schedules[0].lr:.4g} (rule kaplan)"
+        f"learning rate {by_rule.schedules[0].lr:.4g} (rule kaplan); outside of the range that deepseek was fitted on"
     )
     schedule = WSD(lr=1e-3, warmup_fraction=0.1)
     given = resolve(spec(length=Length(flops=(1e11, 2e11)), schedule=schedule, global_batch=4))

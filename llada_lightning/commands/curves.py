@@ -6,11 +6,13 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jsonargparse import Namespace
+
 from llada_lightning.compute.flops import CONVENTION_NAMES, CONVENTIONS, Convention
 from llada_lightning.objectives import REFERENCE
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
-from llada_lightning.support.files import expanded, write_json
+from llada_lightning.support.files import expanded, file_sha256, write_json
 from llada_lightning.support.printing import people_console, shortened
 
 if TYPE_CHECKING:
@@ -49,6 +51,11 @@ def main(argv: list[str]) -> int:
         "--unit", choices=("nats_per_token", "bits_per_byte"), default="nats_per_token", help="unit of the loss"
     )
     parser.add_argument(
+        "--rules",
+        action="store_true",
+        help="fit the learning rate and batch of a tuning study (llada plan --tune) to a file for llada plan --rule",
+    )
+    parser.add_argument(
         "--paper", action="store_true", help="also draw the scores of tasks over those of the paper's Tables 18 and 19"
     )
     parser.add_argument("--samples", type=int, default=4000, help="bootstrap draws")
@@ -59,6 +66,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"curves: --samples is {options.samples}; 95 % intervals need at least 100")
     if options.seed < 0:
         raise UserError(f"curves: --seed is {options.seed}; it must be at least 0")
+    if options.rules:
+        return _rules(options)
     from llada_lightning.study.fits import fit_table, usable_runs  # after the parser: --help answers at once
     from llada_lightning.study.report import print_report
 
@@ -81,6 +90,35 @@ def main(argv: list[str]) -> int:
         print_json({**names, "convention": options.convention, "left_out": len(left_out), **fits.as_dict()})
     else:
         print_report(table, fits, options.convention, [files[0], *files[1].values()])
+    return 0
+
+
+def _rules(options: Namespace) -> int:
+    """``llada curves --rules``: a tuning study -> ``rules.json``, a figure, and a printed table."""
+    from llada_lightning.study.fits.rules import fit_rules
+    from llada_lightning.study.plots import write_figure
+    from llada_lightning.study.plots.rules import tuning_figure
+    from llada_lightning.study.report import print_rules
+    from llada_lightning.study.rule_file import RULE_FILE, write_rule_file
+
+    if options.results == PUBLISHED:
+        raise UserError(f"curves: --rules fits a tuning study; {PUBLISHED} has one rate and batch at each budget")
+    table, covariance = _read(options.results)
+    fits = fit_rules(table, covariance=covariance, samples=options.samples, seed=options.seed)
+    results, folder = Path(options.results), expanded(options.out)
+    rules = fits.rule_file(results.name, file_sha256(results))
+    files = {"rules": str(folder / RULE_FILE)} if rules is not None else {}
+    try:
+        if rules is not None:
+            write_rule_file(folder / RULE_FILE, rules)
+        files["figure"] = str(write_figure(tuning_figure(fits), folder, "rules"))
+    except OSError as error:
+        raise UserError(f"curves: --out {folder} cannot be written ({error.strerror}); choose a folder") from error
+    if options.json:
+        objectives = {name: own.as_dict() for name, own in fits.objectives.items()}
+        print_json({"rules": None, **files, "objectives": objectives, "notes": fits.notes})
+    else:
+        print_rules(fits, list(files.values()))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,13 +12,16 @@ from llada_lightning.compute.flops import CONVENTIONS, MAX_BUDGETS, Convention
 from llada_lightning.compute.hardware import Machine, MeasuredRate, measured_rates
 from llada_lightning.compute.rules import BATCH_RULES, DECAY_FRACTION, LEARNING_RATE_RULES
 from llada_lightning.data.manifest import read_data_facts
-from llada_lightning.objectives import OBJECTIVES
+from llada_lightning.objectives import OBJECTIVES, REFERENCE
+from llada_lightning.run import Stream
 from llada_lightning.settings import check_folder_name
-from llada_lightning.study.plan import Grid, Plan, Recipe, plan_study
+from llada_lightning.study.plan import Grid, Plan, Recipe, TuningGrid, plan_study
 from llada_lightning.study.plan.base import Base, check_data_path, planned_stream, read_base
 from llada_lightning.study.plan.extension import extend, read_commands
 from llada_lightning.study.plan.outputs import WIDTH, Destination, print_plan, run_values, write_files
 from llada_lightning.study.plan.paper import paper_notes, paper_plan, paper_tables
+from llada_lightning.study.plan.tuning import BATCHES, RATES
+from llada_lightning.study.rule_file import FittedRules, read_rule_file
 from llada_lightning.study.sweep import read_sweep
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
@@ -95,7 +99,7 @@ def _append_parser() -> CommandParser:
 
 
 def _print_paper(options: Namespace) -> int:
-    if options.flops or options.out or options.slurm or options.base:
+    if any(options[name] for name in ("flops", "out", "slurm", "base", "tune", "overlap", "rule")):
         raise UserError(
             "plan: --paper has the paper's budgets and files (sweeps/paper-scalability.yaml); give it alone"
         )
@@ -136,7 +140,7 @@ def _parser(of_paper: bool = False) -> CommandParser:
     add("--seeds", type=int, nargs="+", default=[0], help="each run once for each of them")
     add("--separate", action="store_true", help="a run for each budget, instead of trunks that serve several")
 
-    add("--points", type=int, default=5, help="shapes at each budget, around the objective's centre")
+    add("--points", type=int, help="shapes at each budget, around the objective's centre; default 5, with --tune 1")
     for name, objective in OBJECTIVES.items():
         centre = objective.tokens_per_param
         add(f"--centre-{name}", type=float, default=centre, help="tokens per parameter at the centre")
@@ -147,7 +151,7 @@ def _parser(of_paper: bool = False) -> CommandParser:
     add("--batch-rule", choices=BATCH_RULES, default="deepseek", help="global batch by tokens or budget")
     add("--lr", type=float, help="one learning rate for all runs instead")
     for name in OBJECTIVES:
-        add(f"--lr-scale-{name}", type=float, default=1.0, metavar="X", help="times the learning rate")
+        add(f"--lr-scale-{name}", type=float, metavar="X", help="times the learning rate")
     add("--batch", type=int, metavar="SEQUENCES", help="one global batch for all runs instead")
     add(
         "--warmup-steps",
@@ -155,6 +159,17 @@ def _parser(of_paper: bool = False) -> CommandParser:
         help="for all runs; default 5 % of the mean length, at most 2000 and a quarter of the shortest run",
     )
     add("--decay-fraction", type=float, default=DECAY_FRACTION, help="share of each run over which the rate falls")
+
+    add("--rule", type=str, metavar="FILE", help="learning rate and batch by the rules that a tuning study measured")
+    add("--tune", action="store_true", help="a tuning study: rates x batches at every budget, around the rules'")
+    add("--tune-rates", type=float, nargs="+", default=list(RATES), metavar="X", help="its rates, times the rule's")
+    add("--tune-batches", type=float, nargs="+", default=list(BATCHES), metavar="X", help="its batches, likewise")
+    add(
+        "--overlap",
+        action="store_true",
+        help=f"lower {REFERENCE}'s budgets to the losses of the others; so does --tune",
+    )
+    add("--multiplier", type=float, metavar="X", help=f"FLOPs of the others over {REFERENCE}'s; default: as measured")
 
     add("--base", type=str, metavar="YAML", help="configuration under every run's own settings")
     add("--data", type=dict[str, float] | str, metavar="DIR", help="prepared data, or a mixture {DIR: weight, ...}")
@@ -198,7 +213,8 @@ def _plan(options: Namespace, base: Base) -> tuple[Plan, Destination]:
         return {name: options[name] for name in names}
 
     def of_each(setting: str) -> dict[str, float]:
-        return {objective: options[f"{setting}_{objective}"] for objective in OBJECTIVES}
+        settings = {objective: options[f"{setting}_{objective}"] for objective in OBJECTIVES}
+        return {objective: value for objective, value in settings.items() if value is not None}
 
     machine = _machine(options, _first(options.micro_batch, base.count("data", "micro_batch")))
     if base.section("trainer").get("accumulate_grad_batches") not in (None, 1) and machine.micro_batch is None:
@@ -206,18 +222,34 @@ def _plan(options: Namespace, base: Base) -> tuple[Plan, Destination]:
     plan = plan_study(
         options.flops,
         stream,
-        grid=Grid(centres=of_each("centre"), **given("points", "shapes", "tokens_per_param")),
+        grid=Grid(
+            centres=of_each("centre"),
+            points=_first(options.points, 1 if options.tune else Grid.points),
+            **given("shapes", "tokens_per_param"),
+        ),
         recipe=Recipe(
             lr_scale=of_each("lr_scale"),
+            fitted=_fitted(options.rule, options.objectives, stream),
             **given("lr_rule", "batch_rule", "lr", "batch", "warmup_steps", "decay_fraction"),
         ),
         machine=machine,
         convention=_convention(options, base),
-        **given("objectives", "seeds", "separate"),
+        overlap=options.overlap or (options.tune and REFERENCE in options.objectives and len(options.objectives) > 1),
+        tuning=TuningGrid(options.tune_rates, options.tune_batches) if options.tune else None,
+        **given("objectives", "seeds", "separate", "multiplier"),
     )
     study = str(_first(options.study, base.section("run").get("study"), Path(options.out or "plan").stem))
     check_folder_name("plan: --study", study, nested=True)
     return plan, Destination(study=study, data=path, base=options.base, vocab_size=vocab_size)
+
+
+def _fitted(path: str | None, objectives: Sequence[str], stream: Stream) -> Mapping[str, FittedRules]:
+    """The rules of a file, by objective; none without a path."""
+    if path is None:
+        return {}
+    rules = read_rule_file(path)
+    rules.check(path, objectives, stream.vocab_size, stream.sequence_length)
+    return rules.objectives
 
 
 def _machine(options: Namespace, micro_batch: int | None) -> Machine:

@@ -88,6 +88,70 @@ BATCH_RULES: dict[str, BatchRule | None] = {"deepseek": _deepseek_batch, "step-l
 """Name -> function of the size that gives the tokens of a global batch; None: :data:`LONE_BATCH` sequences."""
 
 
+@dataclass(frozen=True)
+class Outside:
+    """A size beyond the range of a rule.
+
+    Args:
+        quantity: The field of :class:`Size` that is furthest beyond.
+        value: Its value.
+        ends: The least and the largest value that the rule was fitted on.
+        factor: By what factor the value is beyond the nearer end, above 1.
+    """
+
+    quantity: str
+    value: float
+    ends: tuple[float, float]
+    factor: float
+
+    def __str__(self) -> str:
+        side = "below" if self.value < self.ends[0] else "above"
+        return (
+            f"{self.value:.2g} {_QUANTITIES[self.quantity]}, {self.factor:.2g} times {side} "
+            f"{self.ends[0]:.3g} to {self.ends[1]:.3g}"
+        )
+
+
+_QUANTITIES = {"params_nonembedding": "parameters", "tokens": "tokens", "flops": "FLOPs"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The least and the largest sizes that a rule was fitted on. None: the rule's source does not bound it.
+
+    Args:
+        params_nonembedding: The number of parameters without embedding and head, N.
+        tokens: The number of training tokens, D.
+        flops: The training FLOPs by 6ND, C.
+    """
+
+    params_nonembedding: tuple[float, float] | None = None
+    tokens: tuple[float, float] | None = None
+    flops: tuple[float, float] | None = None
+
+    def outside(self, size: Size) -> Outside | None:
+        """What of a size is furthest beyond the range; None where nothing is."""
+        found = []
+        for quantity in _QUANTITIES:
+            ends, value = getattr(self, quantity), getattr(size, quantity)
+            factor = 1.0 if ends is None else max(ends[0] / value, value / ends[1])
+            if ends is not None and factor > 1:
+                found.append(Outside(quantity, value, ends, factor))
+        return max(found, key=lambda own: own.factor, default=None)
+
+
+RANGES: dict[str, Range] = {
+    # "compute budgets ranging from 1e17 to 2e19" (Bi et al. 2024, Sec. 3.1); they tested the rules at 1e20.
+    "deepseek": Range(flops=(1e17, 2e19)),
+    "lone": Range(flops=(1e17, 2e19)),
+    # The dense grid of losses that the authors released with the rule (step-law.github.io): 18 pairs of N and D.
+    "step-law": Range(params_nonembedding=(2.15e8, 1.07e9), tokens=(4e9, 1e11)),
+    # A rule of thumb without a fit, "used for most runs" (Kaplan et al. 2020, App. D.6): those of Sec. 3.
+    "kaplan": Range(params_nonembedding=(768, 1.5e9)),
+}
+"""Name of a rule -> the sizes that it was fitted on. The range of a rule that is not listed is not known."""
+
+
 def study_warmup(lengths: Sequence[int], fraction: float = WARMUP_FRACTION) -> int:
     """The warmup steps of runs that share a trunk: a share of the geometric mean of their lengths, from 1 to 2000.
 
@@ -162,17 +226,17 @@ class Rules:
                 raise UserError(f"{name}.{key}: '{given}' is not a rule; choose from {', '.join(table)}")
 
 
-def learning_rate(rule: str, size: Size, scale: float = 1.0) -> float:
-    """The peak learning rate by a named rule.
+def learning_rate(rule: str | LearningRateRule, size: Size, scale: float = 1.0) -> float:
+    """The peak learning rate by a rule.
 
     Rules but `lone` give three significant digits: a rule is not known better, and people read the number.
 
     Args:
-        rule: The name of the rule.
+        rule: The name of the rule, or the rule itself.
         size: The size of the run.
         scale: A factor on the rate of the rule.
     """
-    rate = LEARNING_RATE_RULES[rule](size) * scale
+    rate = (LEARNING_RATE_RULES[rule] if isinstance(rule, str) else rule)(size) * scale
     return rate if rule == "lone" else significant(rate)
 
 

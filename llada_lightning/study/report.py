@@ -32,6 +32,7 @@ from llada_lightning.study.fits import (
     planned_flops,
     usable_runs,
 )
+from llada_lightning.study.fits.rules import TuningFits
 from llada_lightning.support.printing import people_console
 
 DOUBT = "†"
@@ -114,7 +115,7 @@ def _run_row(run: Any, convention: Convention) -> list[str]:
     loss, stderr = (values[0] for values in losses(run.to_frame().T, "nats_per_token"))
     return [
         run["objective"],
-        re.sub(r"^L(\d+)-d(\d+)-.*", r"\1x\2", str(run["shape"])),  # of a shape without a name, depth and width: `2x32`
+        _short_shape(str(run["shape"])),
         _flops(run[flops_column(convention)]),
         format_count(run["params_nonembedding"]),
         format_count(run["tokens"]),
@@ -123,6 +124,11 @@ def _run_row(run: Any, convention: Convention) -> list[str]:
         _known(run["val_bits_per_byte"], ".3f"),
         _known(run["tokens_per_second"], ",.0f"),
     ]
+
+
+def _short_shape(shape: str) -> str:
+    """Of a shape without a name, depth and width: `2x32`."""
+    return re.sub(r"^L(\d+)-d(\d+)-.*", r"\1x\2", shape)
 
 
 def _known(value: float, form: str) -> str:
@@ -261,6 +267,64 @@ def _disagreement(entry: Disagreement) -> str:
         for method, value, ends in zip(entry.methods, entry.values, entry.intervals, strict=True)
     )
     return f"{entry.quantity}{at}, {entry.convention}: methods disagree, {' against '.join(sides)}"
+
+
+# --- rules of a tuning study ------------------------------------------------------------------------------------------
+
+EDGE = "‡"
+
+
+def print_rules(fits: TuningFits, files: list[str]) -> None:
+    """Prints the optimal rate and batch of every budget of a tuning study, and their laws."""
+    console = people_console()
+    console.print(rules_table(fits))
+    console.print()
+    for line in law_lines(fits):
+        console.print(line, highlight=False, soft_wrap=True)
+    notes = [*fits.notes, *(note for own in fits.objectives.values() for note in own.notes)]
+    if notes:
+        console.print("To note:")
+    for note in notes:
+        console.print(f"- {note}", highlight=False, soft_wrap=True)
+    console.print(f"-> {', '.join(files)}", soft_wrap=True)
+
+
+def rules_table(fits: TuningFits) -> Table:
+    """The optimum of every budget and shape; one that is not inside of its grid is marked."""
+    printed = _titled(
+        "Lowest loss over rates and batches (budgets by 6ND; intervals at 95 %)",
+        *("objective", "budget ", "shape", "rate", "", "batch", "", "loss"),
+    )
+    for name, rules in fits.objectives.items():
+        for own in rules.optima:
+            rate, batch = own.lr, own.batch
+            batches = Estimate(*(value / fits.sequence_length for value in (batch.value, batch.low, batch.high)))
+            printed.add_row(
+                *(name, _flops(own.flops), _short_shape(own.shape), f"{rate.value:.2g}{'' if own.inside else EDGE}"),
+                f"({_short(rate)})",
+                f"{batches.value:.3g}",
+                f"({_short(batches)})" if own.batch_varied else "",
+                f"{own.loss.value:.3f}",
+            )
+        printed.add_section()
+    marked = any(not own.inside for rules in fits.objectives.values() for own in rules.optima)
+    return _captioned(printed, f"batches in sequences{f'; {EDGE} not inside of the grid' if marked else ''}")
+
+
+def law_lines(fits: TuningFits) -> list[str]:
+    """The laws in words, with the intervals of value and exponent."""
+    lines = []
+    for name, rules in fits.objectives.items():
+        laws = (("rate", "C", rules.lr_law, 1), ("batch", "D", rules.batch_law, fits.sequence_length))
+        for what, symbol, law, unit in laws:
+            if law is not None:
+                value = Estimate(*(end / unit for end in (law.a, *law.interval_a)))
+                unit_name = "" if unit == 1 else " sequences"
+                lines.append(
+                    f"{name}: {what} = {value.value:.3g} ({_short(value)}){unit_name} × ({symbol} / {_flops(law.c0)})^"
+                    f"{law.b:.3f} ({_short(law.exponent)})"
+                )
+    return lines
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

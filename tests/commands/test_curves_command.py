@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from helpers.studies import CHINCHILLA, VALLEYS, Chinchilla, simulated_study, study, true_multiplier
+from helpers.tuning_studies import BOWLS, tuning_study
 from llada_lightning.commands.curves import main as curves
 from llada_lightning.study.results import write_results
 from llada_lightning.support.errors import UserError
@@ -248,3 +250,44 @@ def test_a_table_that_counts_the_total_alone_is_drawn_by_it(tmp_path: Path) -> N
     options = [str(path), "--out", str(tmp_path), "--samples", "200", "--convention", "total"]
     assert curves(options) == 0
     assert {"scaling.png", "parametric.png"} <= {file.name for file in tmp_path.iterdir()}
+
+
+# --- tuning studies --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.rendered
+def test_the_rules_of_a_tuning_study_are_printed_drawn_and_written(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    path = write_results(tuning_study()[0], tmp_path / "results.csv")
+    assert curves([str(path), "--rules", "--out", str(tmp_path / "out"), "--samples", "200"]) == 0
+    out = capsys.readouterr().out
+    assert {own.name for own in (tmp_path / "out").iterdir()} == {"rules.json", "rules.png", "rules.svg"}
+    rows = [line for line in out.splitlines() if line.startswith(("arm  ", "llada  "))]
+    assert len(rows) == 6 and all(len(line.rstrip()) <= 80 for line in rows)
+    laws = [line for line in out.splitlines() if " = " in line and not line.startswith("-")]
+    assert [line.split(" = ")[0] for line in laws] == ["arm: rate", "arm: batch", "llada: rate", "llada: batch"]
+    rules = json.loads((tmp_path / "out/rules.json").read_text())
+    assert rules["table"] == "results.csv" and rules["table_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert f"× (C / {rules['objectives']['arm']['lr']['c0']:.1e}".replace("e+", "e") in laws[0]
+
+
+def test_an_optimum_at_an_edge_is_marked_and_leaves_no_rule_file(tmp_path: Path, capsys: Captured) -> None:
+    off = tuning_study({"arm": BOWLS["arm"]}, noise=0.0, off=(8.0, 1.0))[0]
+    path = write_results(off, tmp_path / "results.csv")
+    (tmp_path / "out").mkdir()
+    assert curves([str(path), "--rules", "--out", str(tmp_path / "out"), "--samples", "200", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rules"] is None and not (tmp_path / "out" / "rules.json").exists()
+    assert all(own["continue_with"] for own in found["objectives"]["arm"]["optima"])
+    assert curves([str(path), "--rules", "--out", str(tmp_path / "out"), "--samples", "200"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("‡") == 4 and "go on with rates below" in out
+
+
+def test_what_is_no_tuning_study_has_no_rules(table: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no budget has 3 rates"):
+        curves([table, "--rules", "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="published has one rate and batch at each budget"):
+        curves(["published", "--rules", "--out", str(tmp_path)])

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers.tuning_studies import tuning_study
 from llada_lightning.commands.main import main
 from llada_lightning.study.plan import Grid, Stream, plan_study
+from llada_lightning.study.results import write_results
 from llada_lightning.study.sweep import fit_arguments, read_sweep, render_command
 
 QUICK = ["--sequence-length", "64", "--shapes", "107k", "214k", "443k"]
@@ -260,3 +262,89 @@ def test_a_base_may_repeat_what_the_plan_is_told(tmp_path: Path, capsys: pytest.
 def test_a_vocabulary_below_the_datas_is_refused(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(plan("--data", str(prepared), "--vocab-size", "100")) == 2
     assert "--vocab-size 100 is below the" in capsys.readouterr().err
+
+
+# --- tuning ----------------------------------------------------------------------------------------------------------
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
+    assert main(["plan", "--vocab-size", "512", "--sequence-length", "64", "--json", *words]) == 0, (
+        capsys.readouterr().err
+    )
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_plan_without_a_rule_file_is_what_it_was_before_there_were_any() -> None:
+    """Rates, batches, warmups and steps as version 0.1 planned them, and so the names of the runs."""
+    found = plan_study([1e11, 4e11], Stream(512, 64), grid=Grid(shapes=["107k", "214k", "443k"])).trunks
+    assert [(own.lr, own.global_batch, own.warmup_steps, own.branches[-1].steps) for own in found] == 2 * [
+        (0.0121, 32, 8, 306),
+        (0.0121, 16, 8, 306),
+        (0.0121, 8, 7, 295),
+    ]
+
+
+def test_overlap_lowers_the_references_budgets_and_a_multiplier_says_by_how_much(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    by_number = planned(capsys, "--flops", "1e12", "2e12", "--overlap", "--multiplier", "10")
+    budgets = {(run["objective"], run["budget"]) for run in by_number["runs"]}
+    assert budgets == {("arm", 1e11), ("arm", 2e11), ("llada", 1e12), ("llada", 2e12)}
+    measured = planned(capsys, "--flops", "1e12", "2e12", "--overlap")
+    assert {run["budget"] for run in measured["runs"] if run["objective"] == "arm"} == {2.63e10, 5.26e10}
+    assert not any("share no loss" in note for note in measured["warnings"])
+
+
+def test_a_tuning_plan_overlaps_by_itself_where_there_are_objectives_to_compare(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    both = planned(capsys, "--tune", "--flops", "1e12", "2e12", "4e12")
+    assert len(both["runs"]) == 72
+    assert {run["budget"] for run in both["runs"] if run["objective"] == "arm"} == {2.63e10, 5.26e10, 1.05e11}
+    alone = planned(capsys, "--tune", "--flops", "1e12", "2e12", "4e12", "--objectives", "arm")
+    assert {run["budget"] for run in alone["runs"]} == {1e12, 2e12, 4e12}
+    chosen = planned(
+        capsys, "--tune", "--flops", "1e12", "--tune-rates", "1", "2", "--tune-batches", "1", "--points", "2"
+    )
+    assert len(chosen["runs"]) == 2 * 2 * 2
+
+
+def test_a_tuning_study_its_rules_and_the_plan_by_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a results table to a plan: the rates of the plan are the laws', and other vocabularies are refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llada_lightning.study.plots.write_figure", lambda figure, folder, name: Path(folder) / name)
+    write_results(tuning_study(noise=0.0)[0], "results.csv")
+    assert main(["curves", "results.csv", "--rules", "--out", "out", "--samples", "200"]) == 0
+    assert "arm: rate = 0.00325 " in capsys.readouterr().out  # 4e-3 x 4^-0.15
+    words = ["plan", "--flops", "4e12", "--rule", "out/rules.json", "--sequence-length", "128", "--json"]
+    assert main([*words, "--vocab-size", "1024"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {run["lr"] for run in found["runs"] if run["objective"] == "arm"} == {0.00325}
+    assert not any("rules were fitted on" in note for note in found["warnings"])
+    for wrong, message in {
+        ("--vocab-size", "512"): "was measured with 1024 vocabulary entries, and the plan has 512",
+        ("--vocab-size", "1024", "--sequence-length", "64"): "was measured at sequence length 128",
+    }.items():
+        assert main([*words, *wrong]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rule", "nowhere.json"], "'nowhere.json' cannot be read"),
+        (["--tune", "--tune-rates", "-1"], "--tune-rates -1 must be a number above 0"),
+        (["--tune", "--points", "0"], "--points 0 is below 1"),
+        (["--points", "2"], "--points 2 is below 3, which a parabola needs"),
+        (["--overlap", "--objectives", "arm"], "--objectives names arm: give arm and another one"),
+        (["--overlap", "--multiplier", "0"], "--multiplier 0 must be a number above 0"),
+        (["--overlap", "--multiplier", "1e9"], "is below one step of arm"),
+    ],
+)
+def test_a_mistake_in_tuning_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(plan("--vocab-size", "512", "--sequence-length", "64", *words)) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1

@@ -10,6 +10,8 @@ from llada_lightning.compute.hardware import MEMORY_GB, PEAK_FLOPS_BF16, memory_
 from llada_lightning.compute.rules import (
     BATCH_RULES,
     LEARNING_RATE_RULES,
+    RANGES,
+    Range,
     Rules,
     Size,
     learning_rate,
@@ -142,3 +144,26 @@ def batch_tokens(name: str, size: Size) -> float:
     rule = BATCH_RULES[name]
     assert rule is not None
     return rule(size)
+
+
+def test_a_rules_range_is_that_of_its_source() -> None:
+    assert set(RANGES) == set(LEARNING_RATE_RULES)
+    assert RANGES["deepseek"] == Range(flops=(1e17, 2e19))
+    assert RANGES["step-law"].tokens == (4e9, 1e11)
+
+
+def test_a_size_beyond_a_range_is_said_with_the_factor() -> None:
+    below = RANGES["deepseek"].outside(Size(1e6, 1e8, 1e15))
+    assert below is not None
+    assert (below.quantity, below.value, below.factor) == ("flops", 1e15, pytest.approx(100))
+    assert str(below) == "1e+15 FLOPs, 1e+02 times below 1e+17 to 2e+19"
+    above = RANGES["deepseek"].outside(Size(1e9, 1e11, 4e19))
+    assert above is not None and str(above) == "4e+19 FLOPs, 2 times above 1e+17 to 2e+19"
+    assert RANGES["deepseek"].outside(Size(1e9, 1e9, 6e18)) is None
+    assert Range().outside(Size(1.0, 1.0, 1.0)) is None
+
+
+def test_of_several_quantities_the_one_furthest_beyond_is_said() -> None:
+    outside = RANGES["step-law"].outside(Size(1e8, 1e6, 6e14))
+    assert outside is not None
+    assert outside.quantity == "tokens" and outside.factor == pytest.approx(4000)

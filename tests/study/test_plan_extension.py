@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from helpers.tiny_runs import metrics, timeless
 from llada_lightning.commands.main import main
-from llada_lightning.study.plan import Grid, Plan, Recipe, Stream, plan_study
+from llada_lightning.study.plan import Grid, Plan, Recipe, Stream, TuningGrid, plan_study
 from llada_lightning.study.plan.extension import extend, is_unedited, sealed
 from llada_lightning.study.plan.outputs import Destination, run_config, run_values
 from llada_lightning.study.sweep import check_unchanged, read_sweep
@@ -108,6 +108,23 @@ def test_in_whatever_order_a_study_grows_it_has_the_results_of_one_plan(powers: 
     assert results(plan) == every and len(plan.table()) == len(every)
     for trunk in plan.trunks:
         assert 0 <= trunk.start_step < trunk.branches[0].fork_step
+
+
+def test_a_plan_with_lowered_budgets_of_the_reference_lowers_the_new_ones_alike() -> None:
+    stream, grid = Stream(300, 32), Grid(shapes=SHAPES)
+    plan = plan_study([1e9, 2e9], stream, grid=grid, overlap=True, multiplier=4.0)
+    grown = extend(plan, [4e9], [])
+    assert grown.budgets_of("llada") == (1e9, 2e9, 4e9)
+    assert grown.budgets_of("arm") == (2.5e8, 5e8, 1e9)  # 1e9 is a budget of llada, and new for arm
+    assert grown.trunks[: len(plan.trunks)] == plan.trunks
+    with pytest.raises(UserError, match=r"--flops 5e[+]08 is in the sweep already"):
+        extend(plan, [2e9], [])
+
+
+def test_a_tuning_study_is_planned_again() -> None:
+    plan = plan_study([1e9], Stream(300, 32), grid=Grid(shapes=SHAPES[:1]), tuning=TuningGrid([0.5, 1.0], [1.0]))
+    with pytest.raises(UserError, match="--append to a tuning study; plan another one"):
+        extend(plan, [2e9], [])
 
 
 def test_separate_runs_are_appended_as_separate_runs() -> None:

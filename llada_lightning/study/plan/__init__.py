@@ -11,17 +11,28 @@ from typing import TYPE_CHECKING, Any
 from llada_lightning.compute.flops import Convention, TrainingFlops, check_budgets
 from llada_lightning.compute.hardware import Machine
 from llada_lightning.compute.shapes import MAX_WIDTH, Shape, check_vocabulary, shape_name
-from llada_lightning.objectives import OBJECTIVES, REFERENCE, get_objective
+from llada_lightning.objectives import OBJECTIVES, get_objective
 from llada_lightning.run import MIN_STEPS, Stream
 from llada_lightning.settings import check_seed
-from llada_lightning.study.plan.trunk import Branch, Grid, Recipe, Trunk, check_positive, plan_trunk, shapes_at
+from llada_lightning.study.plan.comparison import budgets_of, comparison_notes, overlap_factor
+from llada_lightning.study.plan.trunk import (
+    MIN_SHAPES,
+    Branch,
+    Grid,
+    Recipe,
+    Trunk,
+    check_positive,
+    plan_trunk,
+    shapes_at,
+)
+from llada_lightning.study.plan.tuning import TuningGrid, tuning_notes, tuning_trunks
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import shortened
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Grid", "Machine", "Plan", "Recipe", "Stream", "plan_study"]
+__all__ = ["Grid", "Machine", "Plan", "Recipe", "Stream", "TuningGrid", "plan_study"]
 
 _GIB = 2**30
 
@@ -39,6 +50,14 @@ class Plan:
     trunks: tuple[Trunk, ...]
     grid: Grid
     separate: bool
+    multiplier: float | None = None
+    tuning: TuningGrid | None = None
+    lowered_by: float = 1.0
+
+    def budgets_of(self, objective: str) -> tuple[float, ...]:
+        """The budgets of one objective, ascending."""
+        own = {branch.budget for trunk in self.trunks if trunk.objective == objective for branch in trunk.branches}
+        return tuple(sorted(own))
 
     def runs(self) -> list[tuple[Trunk, tuple[Branch, ...]]]:
         """The runs of ``llada fit``: a trunk with all its branches, or, if separate, with each of them alone."""
@@ -94,13 +113,12 @@ class Plan:
         """The totals of the study: runs and results, FLOPs computed by each count, what trunks save, data, hours.
 
         ``saved_flops`` and ``saved_share`` compare with one run for each result, all three FLOP counts together;
-        ``tokens_needed`` and ``epochs`` are of the run that needs most data; ``wall_hours`` is one run after another.
+        ``tokens_needed`` and ``epochs`` are of the run that needs most data, ``by_objective`` the same of each
+        objective; ``wall_hours`` is one run after another.
         """
         executed = [trunk.separate_steps if self.separate else trunk.trunk_steps for trunk in self.trunks]
         counted = _counted([trunk.per_step * steps for trunk, steps in zip(self.trunks, executed, strict=True)])
         separate = math.fsum((trunk.per_step * trunk.separate_steps).flops_total for trunk in self.trunks)
-        longest = [(trunk.branches[-1].steps, trunk.global_batch) for trunk in self.trunks]
-        passes = [self.stream.epochs(steps * batch) for steps, batch in longest]
         hours = [self._wall_hours(trunk, steps) for trunk, steps in zip(self.trunks, executed, strict=True)]
         wall_hours = None if None in hours else math.fsum(hour for hour in hours if hour is not None)
         return {
@@ -109,12 +127,19 @@ class Plan:
             **counted,
             "saved_flops": separate - counted["flops_total"],
             "saved_share": 1 - counted["flops_total"] / separate,
-            "tokens_needed": max(steps * self.stream.tokens_per_step(batch) for steps, batch in longest),
+            **self._data_needed(self.objectives),
             "tokens_present": self.stream.tokens_present,
-            "epochs": max((count for count in passes if count is not None), default=None),
+            "by_objective": {name: self._data_needed([name]) for name in self.objectives},
             "device_hours": None if wall_hours is None else wall_hours * self.machine.devices,
             "wall_hours": wall_hours,
         }
+
+    def _data_needed(self, objectives: Sequence[str]) -> dict[str, float | None]:
+        """The tokens and the epochs of that run of some objectives that needs most data."""
+        longest = [
+            trunk.branches[-1].steps * trunk.global_batch for trunk in self.trunks if trunk.objective in objectives
+        ]
+        return {"tokens_needed": self.stream.tokens_per_step(max(longest)), "epochs": self.stream.epochs(max(longest))}
 
     def longest_wall_hours(self) -> float | None:
         """The wall hours of the longest single run; None where nothing tells the speed."""
@@ -133,8 +158,8 @@ class Plan:
             *self._few_steps(table),
             *self._memory(),
             *self._repeated_data(table),
-            *self._lost_centres(table),
-            *(line for name in self.objectives for line in (*self._tuned_rate(name), *self._no_common_loss(name))),
+            *(self._lost_centres(table) if self.tuning is None else ()),
+            *(comparison_notes(self) if self.tuning is None else tuning_notes(self)),
         ]
 
     def _few_steps(self, table: pd.DataFrame) -> list[str]:
@@ -166,11 +191,15 @@ class Plan:
         found = []
         for name in self.objectives:
             most = get_objective(name).max_epochs
-            repeated = table[(table.objective == name) & (table.epochs.astype(float) > (most or math.inf))]
+            repeated = table[(table.objective == name) & (table.epochs.astype(float) > (most or 1.0))]
             if not repeated.empty:
+                worth = (
+                    f"beyond {most:.0f} times new data is worth more (Muennighoff et al. 2023)"
+                    if most
+                    else f"up to how often repeated data is as good as new for {name} is not known"
+                )
                 found.append(
-                    f"{len(repeated)} results of {name} read the data up to {repeated.epochs.max():.1f} times; beyond "
-                    f"{most:.0f} times new data is worth more (Muennighoff et al. 2023)"
+                    f"{len(repeated)} results of {name} read the data up to {repeated.epochs.max():.1f} times; {worth}"
                 )
         return found
 
@@ -200,34 +229,6 @@ class Plan:
             if found
         ]
 
-    def _tuned_rate(self, name: str) -> list[str]:
-        """Where the rule's rate is used, the factor on it that tuning found best."""
-        recipe, objective = self.recipe, get_objective(name)
-        scaled = recipe.lr_scale.get(name, 1.0) != 1.0
-        if objective.lr_scale == 1.0 or recipe.lr is not None or recipe.lr_rule != "deepseek" or scaled:
-            return []
-        return [
-            f"{name}'s best learning rate was about {objective.lr_scale:g} times the rule's "
-            f"{objective.lr_scale_source}: --lr-scale-{name} {objective.lr_scale:g}"
-        ]
-
-    def _no_common_loss(self, name: str) -> list[str]:
-        """Where a measured multiplier exceeds the span of the budgets, so that no loss may be reached by both."""
-        measured = get_objective(name).multipliers.get(self.convention, ())
-        if not measured or REFERENCE not in self.objectives:
-            return []
-        least, most = self.budgets[0], self.budgets[-1]
-        _, multiplier, source = min(measured, key=lambda own: abs(math.log(own[0] / most)))
-        missing = multiplier * least / most
-        if missing <= 1:
-            return []
-        return [
-            f"these budgets may share no loss: they span a factor of {most / least:.3g}, and {name} needs about "
-            f"{multiplier:g} times {REFERENCE}'s FLOPs for {REFERENCE}'s loss ({source}). A factor of {missing:.2g} "
-            f"is missing: plan {REFERENCE} from {least / missing:.2g} or {name} up to {most * missing:.2g} FLOPs "
-            "(--objectives)"
-        ]
-
 
 def _counted(flops: Sequence[TrainingFlops]) -> dict[str, float]:
     """The sum of training FLOPs by each count."""
@@ -246,6 +247,9 @@ def plan_study(
     convention: Convention = "6nd",
     seeds: Sequence[int] = (0,),
     separate: bool = False,
+    overlap: bool = False,
+    multiplier: float | None = None,
+    tuning: TuningGrid | None = None,
 ) -> Plan:
     """Plans a study: every shape of the grid at every budget, for every objective.
 
@@ -259,6 +263,9 @@ def plan_study(
         convention: Which FLOPs a budget counts, and so which are equal between objectives.
         seeds: The seeds. There is a run for each of them.
         separate: Whether each budget is a run of its own instead of a branch, with the same rates, batches and warmups.
+        overlap: Whether the reference's budgets are lowered to where it has the losses of the other objectives.
+        multiplier: The FLOPs of the other objectives over the reference's at equal loss; None: as measured.
+        tuning: A grid of rates and batches, instead of one rate and batch for each shape.
 
     Raises:
         UserError: A budget is below one step, a grid has fewer than three shapes, or a number is out of range.
@@ -269,7 +276,7 @@ def plan_study(
     for what, values in {"objectives": objectives, "seeds": seeds}.items():
         if not values or len(set(values)) < len(values):
             raise UserError(f"plan: --{what} {shortened(' '.join(map(str, values)))}: give each once, and at least one")
-    grid.check()
+    grid.check(MIN_SHAPES if tuning is None else 1)
     recipe.check()
     machine.check(objectives)
     check_vocabulary("plan: --vocab-size", stream.vocab_size)
@@ -278,16 +285,38 @@ def plan_study(
     for seed in seeds:
         check_seed("plan: --seeds", seed)
     stream.check()
-    trunks = []
+    if multiplier is not None:
+        check_positive("multiplier", multiplier)
+    if tuning is not None:
+        tuning.check()
+    lowered_by = overlap_factor(ordered, objectives, convention, multiplier) if overlap else 1.0
+    by_objective = {name: budgets_of(name, ordered, lowered_by) for name in objectives}
+    trunks: list[Trunk] = []
     for objective in objectives:
         served: dict[Shape, list[float]] = {}
-        for budget in ordered:
+        for budget in by_objective[objective]:
+            if tuning is not None:
+                trunks += tuning_trunks(objective, budget, seeds, tuning, grid, stream, recipe, machine, convention)
+                continue
             for shape in shapes_at(budget, objective, grid, stream, convention):
                 served.setdefault(shape, []).append(budget)
         for shape in sorted(served, key=lambda shape: shape.params_nonembedding):
             for seed in seeds:
                 trunks.append(plan_trunk(objective, shape, seed, served[shape], stream, recipe, machine, convention))
-    return Plan(ordered, tuple(objectives), stream, convention, recipe, machine, tuple(trunks), grid, separate)
+    return Plan(
+        budgets=tuple(sorted({budget for own in by_objective.values() for budget in own})),
+        objectives=tuple(objectives),
+        stream=stream,
+        convention=convention,
+        recipe=recipe,
+        machine=machine,
+        trunks=tuple(trunks),
+        grid=grid,
+        separate=separate or tuning is not None,
+        multiplier=multiplier,
+        tuning=tuning,
+        lowered_by=lowered_by,
+    )
 
 
 def checked_budgets(budgets: Iterable[float]) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.settings import check_seed
 from llada_lightning.study.plan import Plan, checked_budgets
+from llada_lightning.study.plan.comparison import budgets_of
 from llada_lightning.study.plan.trunk import Branch, Recipe, Trunk, plan_trunk, shapes_at
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import is_there
@@ -113,17 +114,25 @@ def extend(plan: Plan, budgets: Sequence[float], seeds: Sequence[int]) -> Plan:
 
     Args:
         plan: The plan.
-        budgets: The training FLOPs of the new budgets, for the seeds of before and for new ones.
+        budgets: The training FLOPs of the new budgets, for the seeds of before and for new ones. A plan that lowers the
+            reference's budgets lowers these by the same factor.
         seeds: The new seeds, for the budgets of before and for new ones.
 
     Raises:
         UserError: A budget or a seed is there already, or does not fit.
     """
+    if plan.tuning is not None:
+        raise UserError(
+            "plan: --append to a tuning study; plan another one with other --flops, --tune-rates or --tune-batches for "
+            "the same --study (runs that both have are not repeated)"
+        )
     added = checked_budgets(budgets) if budgets else ()
+    of_each = {objective: budgets_of(objective, added, plan.lowered_by) for objective in plan.objectives}
     old_seeds = list(dict.fromkeys(trunk.seed for trunk in plan.trunks))
-    for option, new, old in (("flops", added, plan.budgets), ("seeds", seeds, old_seeds)):
-        if present := [value for value in new if value in old]:
-            raise UserError(f"plan: --{option} {present[0]:g} is in the sweep already; leave it out")
+    present = [("flops", own) for name in plan.objectives for own in of_each[name] if own in plan.budgets_of(name)]
+    present += [("seeds", seed) for seed in seeds if seed in old_seeds]
+    for option, value in present[:1]:
+        raise UserError(f"plan: --{option} {value:g} is in the sweep already; leave it out")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"plan: --seeds {shortened(' '.join(map(str, seeds)))}: give each once")
     for seed in seeds:
@@ -133,7 +142,7 @@ def extend(plan: Plan, budgets: Sequence[float], seeds: Sequence[int]) -> Plan:
     trunks: list[Trunk] = []
     for objective in plan.objectives:
         served: dict[Shape, list[float]] = {}
-        for budget in added:
+        for budget in of_each[objective]:
             for shape in shapes_at(budget, objective, plan.grid, plan.stream, plan.convention):
                 served.setdefault(shape, []).append(budget)
         for shape in sorted(served, key=lambda shape: shape.params_nonembedding):
@@ -145,7 +154,8 @@ def extend(plan: Plan, budgets: Sequence[float], seeds: Sequence[int]) -> Plan:
                 every.setdefault(trunk.shape, set()).update(branch.budget for branch in trunk.branches)
         for shape in sorted(every, key=lambda shape: shape.params_nonembedding):
             trunks += [_trunk(plan, objective, shape, seed, sorted(every[shape])) for seed in seeds]
-    return replace(plan, budgets=tuple(sorted([*plan.budgets, *added])), trunks=(*plan.trunks, *trunks))
+    every_budget = {*plan.budgets, *(budget for own in of_each.values() for budget in own)}
+    return replace(plan, budgets=tuple(sorted(every_budget)), trunks=(*plan.trunks, *trunks))
 
 
 def _trunk(plan: Plan, objective: str, shape: Shape, seed: int, budgets: Sequence[float]) -> Trunk:

@@ -106,6 +106,9 @@ def describe_totals(plan: Plan) -> list[str]:
     needed = f"data: the longest run reads {totals['tokens_needed']:.3g} tokens"
     if totals["tokens_present"] is not None:
         needed += f" of {totals['tokens_present']:.3g} present ({totals['epochs']:.2g} epochs)"
+        if len(plan.objectives) > 1:
+            passes = {name: own["epochs"] for name, own in totals["by_objective"].items()}
+            needed += "; epochs at most: " + ", ".join(f"{name} {count:.2g}" for name, count in passes.items())
     lines.append(needed)
     if totals["wall_hours"] is not None:
         of = plan.machine.device or "device"

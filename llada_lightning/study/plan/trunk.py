@@ -11,14 +11,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from statistics import geometric_mean
 
-from llada_lightning.compute.flops import MAX_BATCH, MAX_STEPS, Convention, TrainingFlops
+from llada_lightning.compute.flops import MAX_BATCH, MAX_STEPS, Convention, TrainingFlops, flops_6nd
 from llada_lightning.compute.hardware import Machine
-from llada_lightning.compute.rules import DECAY_FRACTION, Rules, significant
+from llada_lightning.compute.rules import DECAY_FRACTION, Rules, Size, significant
 from llada_lightning.compute.schedule import WSD, ScheduleError
 from llada_lightning.compute.shapes import Shape, get_shape, proposable_shapes, propose_shape, shape_name
 from llada_lightning.objectives import get_objective
 from llada_lightning.run import Length, Spec, Stream, resolve
+from llada_lightning.study.rule_file import FittedRules
 from llada_lightning.support.errors import UserError
 
 GRID_STEP = math.sqrt(3)
@@ -59,16 +61,17 @@ class Grid:
         """The tokens per non-embedding parameter at the centre of an objective."""
         return self.centres.get(objective, get_objective(objective).tokens_per_param)
 
-    def check(self) -> None:
-        """Raises UserError where a setting makes no grid."""
+    def check(self, least: int = MIN_SHAPES) -> None:
+        """Raises UserError where a setting makes no grid, of fewer shapes than ``least`` at a budget."""
         if self.shapes and self.tokens_per_param:
             raise UserError("plan: --shapes and --tokens-per-param are both given; give one of them")
         for ratio in self.tokens_per_param:
             check_positive("tokens-per-param", ratio)
         for objective, centre in self.centres.items():
             check_positive(f"centre-{objective}", centre)
-        if self.points < MIN_SHAPES:
-            raise UserError(f"plan: --points {self.points} is below {MIN_SHAPES}, which a parabola needs")
+        if self.points < least:
+            needs = f"{least}, which a parabola needs" if least == MIN_SHAPES else f"{least}"
+            raise UserError(f"plan: --points {self.points} is below {needs}")
 
 
 @cache
@@ -80,11 +83,13 @@ def grid_shapes() -> tuple[Shape, ...]:
     return tuple(dict.fromkeys(propose_shape(size) for size in sizes))
 
 
-def shapes_at(budget: float, objective: str, grid: Grid, stream: Stream, convention: Convention) -> tuple[Shape, ...]:
+def shapes_at(
+    budget: float, objective: str, grid: Grid, stream: Stream, convention: Convention, least: int = MIN_SHAPES
+) -> tuple[Shape, ...]:
     """The shapes that are trained with one budget, by rising N.
 
     Raises:
-        UserError: There are fewer than three different ones.
+        UserError: There are fewer different ones than ``least``.
     """
 
     def distance(ratio: float) -> Callable[[Shape], float]:
@@ -101,7 +106,7 @@ def shapes_at(budget: float, objective: str, grid: Grid, stream: Stream, convent
     else:
         chosen = sorted(grid_shapes(), key=distance(grid.centre(objective)))[: grid.points]
     different = sorted(set(chosen), key=lambda shape: shape.params_nonembedding)
-    if len(different) < MIN_SHAPES:
+    if len(different) < least:
         names = ", ".join(shape_name(shape) for shape in different)
         raise UserError(
             f"plan: {budget:g} FLOPs have {len(different)} shape(s) of {objective} ({names}), and a parabola needs "
@@ -125,6 +130,7 @@ class Recipe:
         batch: The global batch of all runs, in sequences.
         warmup_steps: The warmup steps of all runs.
         decay_fraction: The share of the steps of a run over which the rate falls.
+        fitted: Rules that a tuning study has measured, by objective, in place of the named ones.
     """
 
     lr_rule: str = "deepseek"
@@ -134,6 +140,7 @@ class Recipe:
     batch: int | None = None
     warmup_steps: int | None = None
     decay_fraction: float = DECAY_FRACTION
+    fitted: Mapping[str, FittedRules] = field(default_factory=dict)
 
     @property
     def rules(self) -> Rules:
@@ -179,6 +186,7 @@ class Trunk:
         branches: The branches by rising budget.
         start_step: The step of the fork, of a run that was planned before, from which it starts; 0: from the beginning.
         continues: The budgets of each run of the same objective, shape and seed that may have that fork.
+        suffix: What is appended to the name, where several trunks have one objective, shape and seed.
     """
 
     objective: str
@@ -193,10 +201,18 @@ class Trunk:
     branches: tuple[Branch, ...]
     start_step: int = 0
     continues: tuple[tuple[float, ...], ...] = ()
+    suffix: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.objective}-{shape_name(self.shape)}-s{self.seed}"
+        return f"{self.objective}-{shape_name(self.shape)}-s{self.seed}{self.suffix}"
+
+    @property
+    def size(self) -> Size:
+        """The size by which its rules go: that of the geometric mean of its budgets."""
+        params = self.shape.params_nonembedding
+        flops = geometric_mean([branch.steps for branch in self.branches]) * self.per_step.flops_6nd
+        return Size(params, flops / flops_6nd(params, 1), flops)
 
     @property
     def separate_steps(self) -> int:
@@ -224,7 +240,7 @@ def plan_trunk(
     Raises:
         UserError: A budget is below one step, two budgets make the same steps, or warmup and decay do not fit.
     """
-    scale = recipe.lr_scale.get(objective, 1.0)
+    scale, fitted = recipe.lr_scale.get(objective, 1.0), recipe.fitted.get(objective)
     spec = Spec(
         objective=get_objective(objective),
         shape=shape,
@@ -239,6 +255,8 @@ def plan_trunk(
         rules=recipe.rules,
         lr_scale=scale,
         batch_quantum=machine.devices * (machine.micro_batch or 1),
+        lr_rule=None if fitted is None else fitted.lr,
+        batch_rule=None if fitted is None else fitted.batch,
     )
     try:
         run = resolve(spec)
