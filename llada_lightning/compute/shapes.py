@@ -94,6 +94,9 @@ class Shape:
 PAPER_VOCAB_SIZE = 126_464
 """Vocabulary of the four models of Table 5."""
 
+PAPER_SEQUENCE_LENGTH = 4096
+"""Sequence length of the paper's pre-training (Sec. 2.2)."""
+
 PAPER_SHAPES = {
     "arm-1b": Shape(n_layers=22, d_model=2048, n_heads=32, n_kv_heads=4, d_ff=5634),
     "llada-1b": Shape(n_layers=22, d_model=2048, n_heads=32, n_kv_heads=4, d_ff=5634),

@@ -15,10 +15,9 @@ from rich.table import Table
 
 from llada_lightning.compute.hardware import Machine, training_memory_bytes
 from llada_lightning.compute.schedule import WSD, Plateau
-from llada_lightning.compute.shapes import PAPER_VOCAB_SIZE, Shape, format_count, get_shape
+from llada_lightning.compute.shapes import PAPER_SEQUENCE_LENGTH, PAPER_VOCAB_SIZE, Shape, format_count, get_shape
 from llada_lightning.objectives import get_objective
 from llada_lightning.run import Length, Run, Spec, Stream, resolve
-from llada_lightning.study.reference import PAPER_SEQUENCE_LENGTH, paper_scalability
 from llada_lightning.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ class PaperRun:
 
     Args:
         shape: The name of the shape (Table 5), which names the model, too.
-        objective: The name of the objective.
         global_batch: The sequences of an optimizer step.
         schedule: The schedule of the learning rate.
         random_length_share: The share of the sequences that are cut to a random length.
@@ -44,22 +42,22 @@ class PaperRun:
     """
 
     shape: str
-    objective: str
     global_batch: int
     schedule: WSD
     random_length_share: float = 0.01
     tokens: float | None = None
 
-    def resolved(self, rows: list[float]) -> Run:
+    def resolved(self, objective: str, rows: list[float]) -> Run:
         """The run with a milestone at each row.
 
         Args:
+            objective: The name of the objective.
             rows: The training tokens of each row, ascending.
         """
         *before, last = rows if self.tokens is None else [*rows, self.tokens]
         stream = Stream(PAPER_VOCAB_SIZE, PAPER_SEQUENCE_LENGTH, random_length_share=self.random_length_share)
         return resolve(Spec(
-            objective=get_objective(self.objective),
+            objective=get_objective(objective),
             shape=get_shape(self.shape),
             stream=stream,
             length=Length(tokens=last, milestones=tuple(before), setting="budget.tokens"),
@@ -70,11 +68,11 @@ class PaperRun:
 
 _CONSTANT = WSD(lr=4e-4, warmup_steps=2000, decay_steps=0)
 PAPER_RUNS = (
-    PaperRun("arm-1b", "arm", 1280, _CONSTANT),
-    PaperRun("arm-7b", "arm", 4224, replace(_CONSTANT, lr=4.2e-4), random_length_share=0.0),
-    PaperRun("llada-1b", "llada", 1280, _CONSTANT),
+    PaperRun("arm-1b", 1280, _CONSTANT),
+    PaperRun("arm-7b", 4224, replace(_CONSTANT, lr=4.2e-4), random_length_share=0.0),
+    PaperRun("llada-1b", 1280, _CONSTANT),
     PaperRun(
-        "llada-8b", "llada", 1280,
+        "llada-8b", 1280,
         WSD(lr=4e-4, warmup_steps=2000, plateaus=[Plateau(1e-4, 1.2e12)], decay_tokens=3e11, final_lr=1e-5),
         tokens=2.3e12,
     ),
@@ -100,20 +98,23 @@ def paper_plan(machine: Machine) -> pd.DataFrame:
     """
     import pandas as pd
 
+    from llada_lightning.study.reference import paper_scalability  # `llada plan --help` needs no pandas
+
     printed = paper_scalability()
     rows: list[dict[str, Any]] = []
     for own in PAPER_RUNS:
         table = printed[printed["shape"] == own.shape]
-        run = own.resolved(list(table["tokens"]))
+        [objective] = table["objective"].unique()
+        run = own.resolved(objective, list(table["tokens"]))
         degree, micro_batch, memory = _division(own, machine)
         schedules = [*run.milestones, *run.schedules]
         for schedule, row in zip(schedules, table.to_dict("records"), strict=False):
             flops = run.per_step * (schedule.total_steps or 0)
-            seconds = machine.seconds(own.objective, run.spec.shape.params_nonembedding, flops.flops_total)
+            seconds = machine.seconds(objective, run.spec.shape.params_nonembedding, flops.flops_total)
             hours = math.nan if seconds is None else seconds / 3600
             rows.append({
                 "model": row["model"],
-                "objective": own.objective,
+                "objective": objective,
                 "tokens": row["tokens"],
                 "flops_printed": row["flops_6nd"],
                 "steps": schedule.total_steps,

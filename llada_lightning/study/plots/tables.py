@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
-from llada_lightning.compute.shapes import PAPER_VOCAB_SIZE, format_count
+from llada_lightning.compute.shapes import PAPER_SEQUENCE_LENGTH, PAPER_VOCAB_SIZE, format_count
 from llada_lightning.study.fits.runs import flops_column, named_variants, objective_names
 from llada_lightning.study.plots.style import (
     CHANCE,
@@ -31,7 +31,7 @@ from llada_lightning.study.plots.style import (
     objective_styles,
     side_legend,
 )
-from llada_lightning.study.reference import PAPER_SEQUENCE_LENGTH, PAPER_TASKS, paper_scalability
+from llada_lightning.study.reference import PAPER_TASKS, paper_scalability
 from llada_lightning.support.errors import UserError
 
 # --- task scores -----------------------------------------------------------------------------------------------------

@@ -8,13 +8,10 @@ from typing import Any
 import pandas as pd
 
 from llada_lightning.compute.flops import attention_flops_per_token, head_flops_per_token
-from llada_lightning.compute.shapes import PAPER_SHAPES, PAPER_VOCAB_SIZE
+from llada_lightning.compute.shapes import PAPER_SEQUENCE_LENGTH, PAPER_SHAPES, PAPER_VOCAB_SIZE
 from llada_lightning.objectives import get_objective
 from llada_lightning.records import DONE
 from llada_lightning.study.results import table_of_records
-
-PAPER_SEQUENCE_LENGTH = 4096
-"""Sequence length of the paper's pre-training (Sec. 2.2)."""
 
 PAPER_TASKS = {
     "mmlu": "MMLU", "cmmlu": "CMMLU", "arc_c": "ARC-C", "piqa": "PIQA", "gsm8k": "GSM8K", "humaneval": "HumanEval",
