@@ -163,11 +163,11 @@ def label_counts(axis: Axis, limits: tuple[float, float]) -> None:
 def _label_logarithmic(axis: Axis, limits: tuple[float, float], text: Callable[[float], str], narrow: float) -> None:
     """Labels at 1, 2 and 5 times powers of ten if the limits span less than ``narrow``, else at 1 and 3, or at 1.
 
-    From seven powers of ten on, some of them have none.
+    From eleven powers of ten on, some of them have none.
     """
     low, high = limits
     subs = (1.0, 2.0, 5.0) if high / low < narrow else (1.0, 3.0) if high / low < 10**2.5 else (1.0,)
-    axis.set_major_locator(LogLocator(10, subs=subs, numticks=20 if high / low < 1e7 else 5))
+    axis.set_major_locator(LogLocator(10, subs=subs, numticks=20 if high / low < 1e11 else 5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     axis.set_minor_locator(LogLocator(10, subs="all", numticks=100))
     axis.set_minor_formatter(NullFormatter())
