@@ -272,18 +272,21 @@ def check_run(phases: Sequence[Phase], folder: Path, run_name: str, never: bool)
     """
     records = read_records(folder)
     names = {phase.run for phase in phases if phase.run is not None}
-    if others := [record for record in records if record.get("run") not in names]:
+    done = {record["run"] for record in records}
+    ends = {phase.run for phase in phases if not phase.continues}
+    # A milestone that is no longer asked for stays in the folder of its run.
+    left_out = {record["run"] for record in records if record.get("decay_steps") == 0 and done & ends}
+    if others := [record for record in records if record["run"] not in names | left_out]:
         apart = next(filter(None, (_differences_of(record, phases, folder) for record in others)), [])
         settings, restore = (f" of other settings ({'; '.join(apart)}):", "restore them, ") if apart else ("", "")
         raise UserError(
             f"run.name: {folder} holds the finished run{settings} {others[0].get('run')}, not {run_name}; {restore}"
             "choose another --run.name, or leave it out"
         )
-    if len(records) == len(names):
+    if names <= done:
         for record in records:
             say(f"{folder} is done ({describe_result(record)}); nothing to do")
         raise RunIsDone(folder)
-    done = {record["run"] for record in records}
     damaged: dict[Path, str] = {}
     for phase, following in zip_longest(phases, phases[1:]):
         if phase.run in done or (phase.run is None and following.run in done):

@@ -49,7 +49,7 @@ def test_hours_follow_from_all_flops_and_memory_from_the_division() -> None:
             ["--device", "H100", "--devices", "2"],
             "plan: arm-7b does not fit 2 x H100: a device needs 82 GiB of 67 usabl",
         ),
-        (["--device", "H100", "--devices", "2"], "give at least 3 devices"),
+        (["--device", "H100", "--devices", "2"], "the least that holds all four models is 4"),
         (
             ["--devices", "96"],
             "does not divide the 1280 sequences of a batch of arm-1b, nor does it in groups of up to 8",
@@ -62,6 +62,16 @@ def test_clusters_that_do_not_fit_are_refused(words: list[str], said: str, capsy
     assert main(["plan", "--paper", *words]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_what_is_advised_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    for device, devices, advised in (("H100", 2, 4), ("A100", 1, 8), ("H100", 96, 64)):
+        assert main(["plan", "--paper", "--device", device, "--devices", str(devices)]) == 2
+        assert capsys.readouterr().err.strip().endswith(f" {advised}")
+        assert main(["plan", "--paper", "--device", device, "--devices", str(advised)]) == 0
+        capsys.readouterr()
+    assert main(["plan", "--paper", "--device", "B100"]) == 0
+    assert "memory: n/a: --device B100 is not known; known: " in capsys.readouterr().out
 
 
 def test_the_table_is_printed_with_how_it_was_counted(capsys: pytest.CaptureFixture[str]) -> None:

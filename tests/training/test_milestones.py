@@ -55,6 +55,9 @@ def test_a_milestone_is_the_run_that_ends_there_and_changes_nothing_else(prepare
     assert is_done(run) and expected_records(run) == 3
     table, report = collect([tmp_path / "run"])
     assert len(table) == 3 and not report.unfinished
+    before = (run / "result.json").read_bytes()
+    assert main(fit_arguments("llada", prepared, tmp_path / "run", *budget(24, milestones=(7,)))) == 0  # one left out
+    assert (run / "result.json").read_bytes() == before
 
 
 def test_a_killed_run_ends_with_the_same_milestones(prepared: Path, tmp_path: Path) -> None:

@@ -166,8 +166,9 @@ class Plan:
         few = table[table.steps < MIN_STEPS]
         if few.empty:
             return []
+        smaller = "" if few.global_batch.max() == 1 else "a smaller --batch, "
         return [
-            f"{len(few)} results have fewer than {MIN_STEPS} steps (the fewest {few.steps.min()}); a smaller --batch, "
+            f"{len(few)} results have fewer than {MIN_STEPS} steps (the fewest {few.steps.min()}); {smaller}"
             "shorter sequences or larger budgets give more"
         ]
 

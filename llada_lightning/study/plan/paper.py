@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from llada_lightning.compute.hardware import Machine, training_memory_bytes
+from llada_lightning.compute.hardware import MEMORY_GB, Machine, training_memory_bytes
 from llada_lightning.compute.schedule import WSD, Plateau
 from llada_lightning.compute.shapes import PAPER_SEQUENCE_LENGTH, PAPER_VOCAB_SIZE, Shape, format_count, get_shape
 from llada_lightning.objectives import get_objective
@@ -133,26 +133,31 @@ def paper_plan(machine: Machine) -> pd.DataFrame:
 def _division(own: PaperRun, machine: Machine) -> tuple[int, int, float]:
     """The least tensor parallelism with which the cluster divides the batch and holds the model, the sequences of a
     micro-batch, and the bytes of one device."""
-    shape, batch = get_shape(own.shape), own.global_batch
-    degrees = [
-        degree for degree in TENSOR_PARALLEL
-        if machine.devices % degree == 0 and batch % (machine.devices // degree) == 0 and shape.n_kv_heads % degree == 0
-    ]  # fmt: skip
+    degrees, given = _degrees(own, machine.devices), machine.micro_batch
     if not degrees:
-        usable = max(d for d in range(1, machine.devices + 1) if batch % d == 0)
+        usable = max(d for d in range(1, machine.devices + 1) if all(_degrees(each, d) for each in PAPER_RUNS))
         raise UserError(
-            f"plan: --devices {machine.devices} does not divide the {batch} sequences of a batch of {own.shape}, nor "
-            f"does it in groups of up to {TENSOR_PARALLEL[-1]}; give {usable}"
+            f"plan: --devices {machine.devices} does not divide the {own.global_batch} sequences of a batch of "
+            f"{own.shape}, nor does it in groups of up to {TENSOR_PARALLEL[-1]}; give {usable}"
         )
     for degree in degrees:
         replicas = machine.devices // degree
-        given = machine.micro_batch
-        sizes = [size for size in range(batch // replicas, 0, -1) if batch % (replicas * size) == 0]
+        sizes = [n for n in range(own.global_batch // replicas, 0, -1) if own.global_batch % (replicas * n) == 0]
         for size in sizes if given is None else [given]:
-            memory = _memory(shape, machine.devices, degree, size)
+            memory = _memory(get_shape(own.shape), machine.devices, degree, size)
             if machine.memory is None or memory <= machine.memory:
                 return degree, size, memory
-    raise UserError(_too_small(own, shape, machine))
+    raise UserError(_too_small(own, machine))
+
+
+def _degrees(own: PaperRun, devices: int) -> list[int]:
+    """The degrees of tensor parallelism in which so many devices divide the batch and the heads of a model."""
+    heads = get_shape(own.shape).n_kv_heads
+    return [
+        degree
+        for degree in TENSOR_PARALLEL
+        if devices % degree == 0 and own.global_batch % (devices // degree) == 0 and heads % degree == 0
+    ]
 
 
 def _memory(shape: Shape, devices: int, degree: int, micro_batch: int) -> float:
@@ -161,19 +166,22 @@ def _memory(shape: Shape, devices: int, degree: int, micro_batch: int) -> float:
     return training_memory_bytes(shape, PAPER_VOCAB_SIZE, length, micro_batch, shards=devices)
 
 
-def _too_small(own: PaperRun, shape: Shape, machine: Machine) -> str:
+def _too_small(own: PaperRun, machine: Machine) -> str:
     assert machine.memory is not None
-    micro_batch = machine.micro_batch or 1
-    enough = [
-        devices for devices in range(1, own.global_batch + 1)
-        if own.global_batch % (devices * micro_batch) == 0
-        and _memory(shape, devices, 1, micro_batch) <= machine.memory
-    ]  # fmt: skip
-    needs = _memory(shape, machine.devices, 1, micro_batch) / _GIB
-    fix = f"give at least {enough[0]} devices" if enough else "give devices with more memory"
+    usable, size = machine.memory, machine.micro_batch or 1
+
+    def holds(each: PaperRun, devices: int) -> bool:
+        shape = get_shape(each.shape)
+        return any(_memory(shape, devices, degree, size) <= usable for degree in _degrees(each, devices))
+
+    most = max(each.global_batch for each in PAPER_RUNS)
+    enough = (d for d in range(1, most + 1) if all(holds(each, d) for each in PAPER_RUNS))
+    least = next(enough, None)
+    needs = _memory(get_shape(own.shape), machine.devices, 1, size) / _GIB
+    fix = "give devices with more memory" if least is None else f"the least that holds all four models is {least}"
     return (
         f"plan: {own.shape} does not fit {machine.devices} x {machine.device}: a device needs {needs:.0f} GiB of "
-        f"{machine.memory / _GIB:.0f} usable with {micro_batch} sequence(s) of {PAPER_SEQUENCE_LENGTH} tokens; {fix}"
+        f"{usable / _GIB:.0f} usable with {size} sequence(s) of {PAPER_SEQUENCE_LENGTH} tokens; {fix}"
     )
 
 
@@ -213,6 +221,8 @@ def paper_notes(plan: pd.DataFrame, machine: Machine) -> list[str]:
         "llada computes at masked positions only",
         "memory: weights, gradients and moments in fp32 divided among all devices, activations without recomputation",
     ]
+    if machine.device is not None and machine.memory is None:
+        notes.append(f"memory: n/a: --device {machine.device} is not known; known: {', '.join(MEMORY_GB)}")
     if lasts["wall_hours"].isna().any():
         notes.append("hours: n/a; give --device and --mfu, or --measured RESULTS")
     else:
