@@ -116,7 +116,8 @@ class Attention(nn.Module):
         queries: slice = ALL,
     ) -> Tensor:
         k, v = (self._heads(projection(x_BLD)) for projection in (self.k_proj, self.v_proj))
-        q = self._heads(self.q_proj(x_BLD[:, queries]))
+        # Not cut where nothing is: torch 2.9 cannot cut what tensor parallelism hands over.
+        q = self._heads(self.q_proj(x_BLD if queries == ALL else x_BLD[:, queries]))
         q, k = apply_rope(q, *(table[..., queries, :] for table in rope)), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
