@@ -158,7 +158,7 @@ class TokenDataModule(LanguageDataModule):
         for folder, manifest in zip(self.weights, self.manifests, strict=True):
             check_shards(folder, manifest)
             check_sequence_length(manifest, self.sequence_length)
-        assert self.held_out_corpora is not None  # each is checked when it is read
+        _ = self.held_out_corpora  # each is checked when it is read
 
     def train_dataloader(self) -> DataLoader:
         return self._training_loader(

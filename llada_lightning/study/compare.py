@@ -291,12 +291,16 @@ def _corpora(row: Row, column: str) -> dict[str, dict[str, Any]]:
     value = row.record[column] or {}
     try:
         for loss in value.values():
-            assert set(loss) >= set(CORPUS_KEYS)
             numbers = [loss[key] for key in ("nats_per_token", "bits_per_byte", "first_document")]
-            assert all(number is None or abs(float(number)) < LARGEST_NUMBER for number in numbers)
-            assert isinstance(loss["first_document"], int) and isinstance(loss["fingerprint"], str)
+            if not (
+                set(loss) >= set(CORPUS_KEYS)
+                and all(number is None or abs(float(number)) < LARGEST_NUMBER for number in numbers)
+                and isinstance(loss["first_document"], int)
+                and isinstance(loss["fingerprint"], str)
+            ):
+                raise ValueError
         return dict(sorted(value.items(), key=lambda each: int(each[1]["first_document"])))
-    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"compare: {column} of {row.label} is damaged; run it again") from error
 
 
