@@ -152,7 +152,7 @@ def test_whole_numbers_stay_whole_whatever_was_imported_first(prepared: Path, tm
     """The name of a run holds them: `1` must not become 1.0."""
     python = (
         "from typing import Optional, Union; Optional[Union[float, int]]\n"
-        "import sys; from llada_lightning.training.fit import LladaCLI\n"
+        "import sys; from llada_lightning.training.cli import LladaCLI\n"
         "trainer = LladaCLI(sys.argv[1:], execute=False).settings.trainer\n"
         "print(repr([trainer.gradient_clip_val, trainer.val_check_interval, trainer.limit_predict_batches]))"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
+from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import people_console
 
 if TYPE_CHECKING:
@@ -22,16 +23,15 @@ def main(argv: list[str]) -> int:
         description="The difference of two validation losses, A minus B, with its standard error over the documents "
         "that both were validated on: in total, for each source of a mixture, and for each held-out corpus.",
     )
-    for name, text in (
-        ("a", "run folder, or FOLDER/RESULT where it holds several"),
-        ("b", "the same, to be taken off"),
-    ):
-        parser.add_argument(name, type=str, metavar="RUN", help=text)
+    which = "two run folders, or FOLDER/RESULT where one holds several; the second loss is taken off the first"
+    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help=which)
     add_json(parser)
     options = parser.parse_args(argv)
+    if len(options.runs) != 2:
+        raise UserError(f"compare: {len(options.runs)} result{'s' * (len(options.runs) != 1)} given; give two")
     from llada_lightning.study.compare import compare, find_result  # after the parser: --help answers at once
 
-    comparison = compare(find_result(options.a), find_result(options.b))
+    comparison = compare(*map(find_result, options.runs))
     if options.json:
         print_json(comparison.as_dict())
     else:

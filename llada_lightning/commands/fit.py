@@ -8,7 +8,7 @@ from llada_lightning.support.libraries import quiet_libraries
 def main(argv: list[str]) -> int:
     """Run one of the four commands, from its name and its arguments."""
     quiet_libraries()
-    from llada_lightning.training.fit import LladaCLI
+    from llada_lightning.training.cli import LladaCLI
 
     LladaCLI(argv)
     return 0

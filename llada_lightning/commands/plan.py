@@ -45,9 +45,11 @@ def main(argv: list[str]) -> int:
         options = _append_parser().parse_args(argv)
         plan, files, added = _append(options, argv)
     else:
-        options = _parser(of_paper="--paper" in argv).parse_args(argv)
+        options = _parser().parse_args(argv)
         if options.paper:
             return _print_paper(options)
+        if not options.flops:
+            raise UserError("plan: no budget is given; give --flops C ..., or --paper, or --append FILE")
         plan, destination = _plan(options, read_base(options.base, vars(options)))
         files = write_files(plan, destination, [*_NAME, *argv], options.out, options.slurm, force=options.force)
     if options.json:
@@ -118,13 +120,13 @@ def _print_paper(options: Namespace) -> int:
     return 0
 
 
-def _parser(of_paper: bool = False) -> CommandParser:
+def _parser() -> CommandParser:
     parser = CommandParser(
         prog="llada plan",
         description="Turn FLOP budgets into a table of runs, and into the sweep that runs them.",
     )
     add = parser.add_argument
-    add("--flops", type=float, nargs="+", required=not of_paper, metavar="C", help="budgets of training FLOPs")
+    add("--flops", type=float, nargs="+", default=[], metavar="C", help="budgets of training FLOPs")
     add(
         "--paper",
         action="store_true",

@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
         return _verify(verified, as_json=as_json, quiet=quiet)
     if options["document_separator"] is not None:
         options["document_separator"] = unescaped(options["document_separator"])
-    from llada_lightning.data.prepare import prepare, prepared_table  # after the parser, so that --help answers at once
+    from llada_lightning.data.display import prepared_table
+    from llada_lightning.data.prepare import prepare  # after the parser, so that --help answers at once
 
     manifest = prepare(**options, progress=not quiet)
     if as_json:
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> int:
 
 def _verify(folder: str, *, as_json: bool, quiet: bool) -> int:
     """Name every damaged file in a table or JSON object, and the first one in the error."""
-    from llada_lightning.data.prepare import verification_table, verify_with_progress
+    from llada_lightning.data.display import verification_table, verify_with_progress
 
     found = verify_with_progress(folder, quiet=quiet)
     if as_json:

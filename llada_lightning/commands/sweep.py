@@ -15,6 +15,7 @@ from llada_lightning.study.sweep import (
     planned_run,
     read_sweep,
     render_command,
+    runs_that_left,
     state_of,
 )
 from llada_lightning.study.sweep.runner import SweepOutcome, budget_share, run_sweep
@@ -78,6 +79,8 @@ def _run_one(sweep: Sweep, index: int, extra: list[str], edited: bool) -> int:
 def _show(sweep: Sweep, extra: list[str], as_json: bool) -> int:
     runs = [planned_run(sweep, point, run_folder, extra) for point in sweep.points]
     states = [state_of(run.folder) for run in runs]
+    studies = dict.fromkeys(run.folder.parent for run in runs) if sweep.path is not None else {}
+    left = {str(study): count for study in studies if (count := len(runs_that_left(sweep, study)))}
     if as_json:
         listed = [
             {
@@ -88,7 +91,7 @@ def _show(sweep: Sweep, extra: list[str], as_json: bool) -> int:
             }
             for index, (run, state) in enumerate(zip(runs, states, strict=True))
         ]
-        print_json({"name": sweep.name, "runs": listed})
+        print_json({"name": sweep.name, "runs": listed, "left_the_file": left})
         return 0
     console = people_console()
     for index, (run, state) in enumerate(zip(runs, states, strict=True)):
@@ -96,6 +99,8 @@ def _show(sweep: Sweep, extra: list[str], as_json: bool) -> int:
         console.print(f"{index:>5}  {what:<10}  {run.folder!s}", soft_wrap=True, highlight=False)
     counts = Counter(states)
     console.print(f"{len(runs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+    for study, count in left.items():
+        console.print(f"note: {count} of the runs that {study} was begun with have left the file", soft_wrap=True)
     return 0
 
 

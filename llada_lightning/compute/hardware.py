@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
@@ -264,6 +265,16 @@ class Machine:
     def peak(self) -> float | None:
         """Dense bf16 FLOP/s of one device."""
         return peak_flops(self.device) if self.device else None
+
+    @property
+    def unknown(self) -> str | None:
+        """A note where a device is named of which nothing is known; None where its memory is."""
+        if self.device is None or self.memory is not None:
+            return None
+        name = " ".join(word for word in _WORDS.split(self.device.upper()))
+        near = get_close_matches(name, MEMORY_GB, 1)
+        nearest = f"; the nearest is {near[0]}" if near else ""
+        return f"memory: n/a: --device {self.device} is not known{nearest}; known: {', '.join(MEMORY_GB)}"
 
     @property
     def memory(self) -> float | None:

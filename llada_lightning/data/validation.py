@@ -69,7 +69,11 @@ def held_out_corpora(
                 f"data.held_out: '{shortened(name, 60)}' cannot name a corpus; a name has letters, digits, '.', '_' "
                 "and '-', such as wiki"
             )
-        manifest = read_manifest(folder)
+        try:
+            manifest = read_manifest(folder)
+        except UserError as error:
+            fix = " --tokenizer DATA (the training data)" * ("llada prepare" in str(error))
+            raise UserError(f"data.held_out: {name}: {error}{fix}") from error
         if manifest.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(
                 f"data.held_out: {name} ('{shortened(folder)}') was prepared with another tokenizer than the training "

@@ -206,7 +206,11 @@ def compare(a: Row, b: Row) -> Comparison:
                 left_out[f"held out {name}"] = str(other)
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise UserError(f"compare: {a.label} and {b.label} share no validation documents that have losses ({reasons})")
+        apart = a.record["data_fingerprint"] != b.record["data_fingerprint"]
+        way = "; runs on different data are compared on a corpus that both were given as data.held_out" * apart
+        raise UserError(
+            f"compare: {a.label} and {b.label} share no validation documents that have losses ({reasons}){way}"
+        )
     return Comparison(a, b, found, left_out)
 
 

@@ -3,6 +3,7 @@ package relies on, all in this file. Seen in Lightning 2.6."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -51,7 +52,19 @@ class OneLineParser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(one_line(message, "llada fit", option_names(self))) from ex
+        raise UserError(_with_its_help(one_line(message, "llada fit", option_names(self)))) from ex
+
+
+def _with_its_help(line: str) -> str:
+    """A message that ends with where the options are listed, with the list that holds the setting which it begins with.
+
+    The arguments of a class are in no `--help` of the command; each class has its own.
+    """
+    setting = re.match(r"(?:unrecognized arguments: --)?(data|model)(?:\.|: Option)", line)
+    if setting is None:
+        return line
+    kind = {"data": "TokenDataModule", "model": "LladaModule"}[setting[1]]
+    return line.replace("see 'llada fit --help'", f"see 'llada fit --{setting[1]}.help {kind}'")
 
 
 def class_first(args: list[str]) -> list[str]:

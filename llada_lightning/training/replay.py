@@ -37,7 +37,7 @@ from llada_lightning.support.signals import say
 from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO
 from llada_lightning.training.callbacks.leaving import MemoryAdvice
 from llada_lightning.training.callbacks.loggers import read_rows
-from llada_lightning.training.fit import LladaCLI
+from llada_lightning.training.cli import LladaCLI
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.parallel import tensor_parallel

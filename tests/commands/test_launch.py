@@ -12,7 +12,8 @@ import yaml
 from helpers.forked import run_command
 from llada_lightning.commands.launch import launcher_words
 from llada_lightning.commands.main import main
-from llada_lightning.training.fit import LladaCLI, resolved_run
+from llada_lightning.training.cli import LladaCLI
+from llada_lightning.training.fit import resolved_run
 
 BUDGET = ("--budget.flops=1e9", "--model.shape={n_layers: 1, d_model: 16, n_heads: 1, n_kv_heads: 1, d_ff: 32}")
 

@@ -217,7 +217,7 @@ def test_a_base_may_be_short_as_llada_fit_takes_it(
     short: dict[str, Any], prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A plan and a fit read the same of a short form as of the full one."""
-    from llada_lightning.training.fit import LladaCLI
+    from llada_lightning.training.cli import LladaCLI
 
     mixture, out, base = {str(prepared): 2.0}, tmp_path / "s.yaml", tmp_path / "base.yaml"
     full = {"data": {"init_args": {"path": "MIXTURE", "sequence_length": 32}}}

@@ -19,8 +19,9 @@ from helpers.small_corpora import forgetful_tokenizer
 from llada_lightning.commands import prepare as prepare_command
 from llada_lightning.commands.main import main
 from llada_lightning.data import prepare as prepare_module
+from llada_lightning.data.display import PrepareProgress
 from llada_lightning.data.manifest import Manifest, Split, read_manifest
-from llada_lightning.data.prepare import PrepareProgress, in_validation, prepare
+from llada_lightning.data.prepare import in_validation, prepare
 from llada_lightning.data.tokenizers import TokenizerFiles, train_tokenizer
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import building

@@ -9,7 +9,7 @@ from typing import Any
 from llada_lightning.commands.main import main
 from llada_lightning.identity import as_hashed
 from llada_lightning.support.libraries import quiet_libraries
-from llada_lightning.training.fit import LladaCLI
+from llada_lightning.training.cli import LladaCLI
 
 __all__ = ["LONE_FIT_RULES", "Resolved", "main", "resolved"]
 

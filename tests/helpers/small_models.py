@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import combinations
 
+import numpy as np
 import torch
 
 from llada_lightning.checkpoints.language_model import LanguageModel
@@ -18,10 +19,16 @@ VOCAB_SIZE, MASK, EOS = 40, 39, 38
 def random_model(
     objective: str = "llada", scale: float = 4.0, seed: int = 0, vocab_size: int = VOCAB_SIZE, **fields: object
 ) -> LanguageModel:
-    """A model of 40 words, [MASK] 39 and EOS 38, with an output head ``scale`` times as large as at initialisation."""
+    """A model of 40 words, [MASK] 39 and EOS 38, with an output head ``scale`` times as large as at initialisation.
+
+    Its weights are drawn by numpy: those that torch draws from a seed are others in another version of torch.
+    """
     model = Transformer(Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=2, d_ff=64), vocab_size)
-    model.initialise(torch.Generator().manual_seed(seed))
+    rng = np.random.default_rng(seed)
     with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.copy_(torch.from_numpy(rng.normal(scale=weight.shape[1] ** -0.5, size=weight.shape)))
         model.head.weight *= scale
     start = EOS if objective == "arm" else None
     values = {"mask_token_id": MASK, "eos_token_id": EOS, "context_length": 48, "start_token_id": start, **fields}
@@ -30,7 +37,7 @@ def random_model(
 
 def ids(length: int, seed: int) -> list[int]:
     """Random words, neither EOS nor [MASK]."""
-    return torch.randint(EOS, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return np.random.default_rng(seed).integers(EOS, size=length).tolist()
 
 
 def masked_log_prob(

@@ -22,11 +22,11 @@ def test_the_rehearsal_ends_in_the_figure(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(ROOT / name)
     commands = tmp_path / "bin"
     commands.mkdir()
-    for name, module in (("llada", "llada_lightning"), ("torchrun", "torch.distributed.run")):
+    modules = {"llada": "-m llada_lightning", "torchrun": "-m torch.distributed.run", "python": ""}
+    for name, module in modules.items():
         script = commands / name
-        script.write_text(f'#!/bin/bash\nexec "{sys.executable}" -m {module} "$@"\n')
+        script.write_text(f'#!/bin/bash\nexec "{sys.executable}" {module} "$@"\n')
         script.chmod(0o755)
-    (commands / "python").symlink_to(sys.executable)
     environment = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     script = ["bash", "experiments/paper/rehearsal/run.sh"]
     done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)

@@ -67,7 +67,7 @@ def test_llada_fit_resolves_to_what_was_planned(
     prepared: Path, tmp_path: Path, convention: str, with_base: bool
 ) -> None:
     """Steps, rates, batches, warmups and decays of the sweep's commands, as the fit's own parser makes them."""
-    from llada_lightning.training.fit import LladaCLI
+    from llada_lightning.training.cli import LladaCLI
 
     facts = read_data_facts(str(prepared), 64)
     stream = replace(Stream(facts.vocab_size, 64), random_length_share=0.1, sources=facts.sources)
@@ -107,7 +107,7 @@ def test_llada_fit_resolves_to_what_was_planned(
 
 def test_trunks_and_separate_runs_of_a_plan_have_the_same_results(prepared: Path, tmp_path: Path) -> None:
     """One fit a trunk ends in the very runs, by name, that separate fits would be; forks and steps are the plan's."""
-    from llada_lightning.training.fit import LladaCLI
+    from llada_lightning.training.cli import LladaCLI
 
     facts = read_data_facts(str(prepared), 64)
     stream = Stream(facts.vocab_size, 64, sources=facts.sources)

@@ -248,7 +248,7 @@ def test_settings_that_mean_nothing_are_refused(
 
 
 def test_skipped_spikes_make_another_run_and_reported_ones_do_not(prepared: Path, tmp_path: Path) -> None:
-    from llada_lightning.training.fit import LladaCLI
+    from llada_lightning.training.cli import LladaCLI
 
     def name(*settings: str) -> str:
         return LladaCLI(fit_arguments("arm", prepared, tmp_path, *settings), execute=False).run_name

@@ -294,7 +294,7 @@ def test_fp8_on_hardware_without_it_is_refused(
 
 
 def test_fp8_makes_another_run(prepared: Path, tmp_path: Path) -> None:
-    from llada_lightning.training.fit import LladaCLI
+    from llada_lightning.training.cli import LladaCLI
 
     arguments = [a for a in fit_arguments("llada", prepared, tmp_path) if not a.startswith("--run.name")]
     names = [LladaCLI([*arguments, *extra], execute=False).run_name for extra in ([], ["--speed.fp8=true"])]

@@ -47,14 +47,14 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def plan_table(plan: Plan) -> Table:
-    """The plan of its first seed. Runs have numbers: rows with the same one are served by one trunk."""
+    """The plan of its first seed. The column `run` is the number by which ``llada sweep run --index`` knows the run."""
     table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for name in ("N", "shape", "tokens", "per N", "steps", "batch", "lr", "warmup", "decay", "total", "epochs", "GiB",
                  "hours", "run"):  # fmt: skip
         table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)
     rows = plan.table()
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(rows.trunk))}
     rows = rows[rows.seed == rows.seed.iloc[0]]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(rows.trunk), start=1)}
     for (objective, budget), group in rows.groupby(["objective", "budget"], sort=False):
         table.add_section()
         table.add_row(str(objective), f"{budget:.3g} FLOPs", style="bold")
@@ -110,6 +110,8 @@ def describe_totals(plan: Plan) -> list[str]:
             passes = {name: own["epochs"] for name, own in totals["by_objective"].items()}
             needed += "; epochs at most: " + ", ".join(f"{name} {count:.2g}" for name, count in passes.items())
     lines.append(needed)
+    if plan.machine.unknown is not None:
+        lines.append(plan.machine.unknown)
     if totals["wall_hours"] is not None:
         of = plan.machine.device or "device"
         lines.append(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from llada_lightning.compute.hardware import MEMORY_GB, Machine, training_memory_bytes
+from llada_lightning.compute.hardware import Machine, training_memory_bytes
 from llada_lightning.compute.schedule import WSD, Plateau
 from llada_lightning.compute.shapes import PAPER_SEQUENCE_LENGTH, PAPER_VOCAB_SIZE, Shape, format_count, get_shape
 from llada_lightning.objectives import get_objective
@@ -221,8 +221,8 @@ def paper_notes(plan: pd.DataFrame, machine: Machine) -> list[str]:
         "llada computes at masked positions only",
         "memory: weights, gradients and moments in fp32 divided among all devices, activations without recomputation",
     ]
-    if machine.device is not None and machine.memory is None:
-        notes.append(f"memory: n/a: --device {machine.device} is not known; known: {', '.join(MEMORY_GB)}")
+    if machine.unknown is not None:
+        notes.append(machine.unknown)
     if lasts["wall_hours"].isna().any():
         notes.append("hours: n/a; give --device and --mfu, or --measured RESULTS")
     else:

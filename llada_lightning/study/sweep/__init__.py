@@ -286,6 +286,12 @@ def kept_copy(sweep: Sweep, study: Path) -> Path:
     return study / f"{sweep.path.stem}.sweep.yaml"
 
 
+def runs_that_left(sweep: Sweep, study: Path) -> list[list[str]]:
+    """The commands of the runs that a study was begun with and that its sweep file no longer has."""
+    copy, now = kept_copy(sweep, study), _commands(sweep)
+    return [command for command in _commands(read_sweep(copy)) if command not in now] if copy.is_file() else []
+
+
 def check_unchanged(sweep: Sweep, study: Path, *, by_index: bool = False, edited: bool = False) -> int:
     """Compare a sweep file with the copy that its study was begun with, and keep a new copy.
 
@@ -305,8 +311,7 @@ def check_unchanged(sweep: Sweep, study: Path, *, by_index: bool = False, edited
         return 0
     copy = kept_copy(sweep, study)
     before = _commands(read_sweep(copy)) if copy.is_file() else []
-    now = _commands(sweep)
-    gone = [command for command in before if command not in now]
+    now, gone = _commands(sweep), runs_that_left(sweep, study)
     if gone and not edited:
         raise UserError(
             f"sweep: {sweep.path} was edited: {len(gone)} of the {len(before)} runs that {study} was begun with have "
