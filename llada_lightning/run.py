@@ -86,6 +86,23 @@ def sequences_read(
     return [min(share, held) for share, held in zip(shares, present, strict=True)]
 
 
+def check_block_length(setting: str, block_length: int, sequence_length: int) -> None:
+    """Refuse blocks that do not divide the sequence.
+
+    Raises:
+        UserError: Names the setting and the nearest lengths that do.
+    """
+    if block_length >= 1 and sequence_length % block_length == 0:
+        return
+    divisors = [length for length in range(1, sequence_length + 1) if sequence_length % length == 0]
+    below = max((length for length in divisors if length < block_length), default=1)
+    above = min((length for length in divisors if length > block_length), default=sequence_length)
+    nearest = f"{below}" if below == above else f"{below} or {above}"
+    raise UserError(
+        f"{setting}: {block_length} given, which does not divide sequences of {sequence_length}; give {nearest}"
+    )
+
+
 @dataclass(frozen=True)
 class Stream:
     """The stream of sequences that all objectives train on. The defaults are those of ``llada fit``.
@@ -100,6 +117,7 @@ class Stream:
         attended_length: The length whose attention a token costs on average; None: L.
         response_share: The share of the tokens that the forward process may mask.
         density: The density of the mask ratio; None: uniform.
+        block_length: The number of tokens of a block, for objectives that predict in blocks; None: their default.
     """
 
     vocab_size: int
@@ -111,6 +129,7 @@ class Stream:
     attended_length: int | None = None
     response_share: float = 1.0
     density: Density | None = None
+    block_length: int | None = None
 
     def check(self) -> None:
         """Refuse what ``llada fit`` would refuse.
@@ -122,6 +141,8 @@ class Stream:
             raise UserError(f"plan: random_length_share {self.random_length_share:g} must lie between 0 and 1")
         if not 0 < self.mask_eps < 1:
             raise UserError(f"plan: mask_eps {self.mask_eps:g} must lie between 0 and 1")
+        if self.block_length is not None:
+            check_block_length("plan: --block-length", self.block_length, self.sequence_length)
 
     def flops_per_token(self, shape: Shape, objective: Objective, steps: int | None = None) -> TrainingFlops:
         """The expected training FLOPs of one token of an objective, a mean over the first ``steps`` steps of a run.
@@ -130,7 +151,13 @@ class Stream:
         """
         attended = self.attended_length or self.sequence_length
         return objective.flops_per_token(
-            shape, self.vocab_size, attended, self.mask_eps, self.response_share, self.mean_ratio(steps)
+            shape,
+            self.vocab_size,
+            attended,
+            self.mask_eps,
+            self.response_share,
+            self.mean_ratio(steps),
+            self.block_length,
         )
 
     def mean_ratio(self, steps: int | None = None) -> float | None:

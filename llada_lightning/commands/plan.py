@@ -12,7 +12,7 @@ from llada_lightning.compute.flops import CONVENTIONS, MAX_BUDGETS, Convention
 from llada_lightning.compute.hardware import Machine, MeasuredRate, measured_rates
 from llada_lightning.compute.rules import BATCH_RULES, DECAY_FRACTION, LEARNING_RATE_RULES
 from llada_lightning.data.manifest import read_data_facts
-from llada_lightning.objectives import OBJECTIVES, REFERENCE
+from llada_lightning.objectives import BLOCK_LENGTH, COMPARED, OBJECTIVES, REFERENCE
 from llada_lightning.run import Stream
 from llada_lightning.settings import check_folder_name
 from llada_lightning.study.plan import Grid, Plan, Recipe, TuningGrid, plan_study
@@ -133,7 +133,7 @@ def _parser() -> CommandParser:
         help="instead the rows of the paper's Tables 18 and 19, with memory and hours on a cluster of --devices "
         "(sweeps/paper-scalability.yaml runs them)",
     )
-    add("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES), help="what to compare")
+    add("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(COMPARED), help="what to compare")
     add(
         "--budget-convention",
         choices=CONVENTIONS,
@@ -177,6 +177,7 @@ def _parser() -> CommandParser:
     add("--data", type=dict[str, float] | str, metavar="DIR", help="prepared data, or a mixture {DIR: weight, ...}")
     add("--vocab-size", type=int, help="words of the model; default: the data's tokenizer")
     add("--sequence-length", type=int, help="tokens of a sequence (default 256)")
+    add("--block-length", type=int, metavar="TOKENS", help=f"block of block diffusion (default {BLOCK_LENGTH})")
     add("--study", type=str, help="folder of the results; default: the sweep's name")
 
     add("--device", type=str, metavar="NAME", help="such as H100: for memory, and for hours with --mfu")
@@ -209,7 +210,7 @@ def _plan(options: Namespace, base: Base) -> tuple[Plan, Destination]:
         raise UserError(f"plan: --sequence-length {sequence_length} must be at least 1")
     vocab_size = _first(options.vocab_size, base.count("model", "vocab_size"))
     facts = None if path is None else read_data_facts(path, sequence_length)
-    stream = planned_stream(base, facts, vocab_size, sequence_length)
+    stream = planned_stream(base, facts, vocab_size, sequence_length, options.block_length)
 
     def given(*names: str) -> dict[str, Any]:
         return {name: options[name] for name in names}

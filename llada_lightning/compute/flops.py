@@ -7,6 +7,9 @@ Sec. 2.1). They add up to what a training step computes in matrix products:
 - ``flops_attention``: 12 * layers * width * length a token for the two products of attention, half where causal;
 - ``flops_head``: 6 * width * vocabulary a token whose logits are computed.
 
+Block diffusion computes a clean copy of the sequence beside it. Its 6 N a position are in the total alone: D counts the
+tokens of the data, each once.
+
 A budget of training FLOPs turned into optimizer steps.
 """
 
@@ -34,16 +37,18 @@ class TrainingFlops:
     flops_6nd: float
     flops_attention: float
     flops_head: float
+    flops_copy: float = 0.0
 
     @property
     def flops_total(self) -> float:
-        return self.flops_6nd + self.flops_attention + self.flops_head
+        return self.flops_6nd + self.flops_attention + self.flops_head + self.flops_copy
 
     def by(self, convention: Convention) -> float:
         return self.flops_6nd if convention == "6nd" else self.flops_total
 
     def __mul__(self, tokens: float) -> TrainingFlops:
-        return TrainingFlops(self.flops_6nd * tokens, self.flops_attention * tokens, self.flops_head * tokens)
+        counts = (self.flops_6nd, self.flops_attention, self.flops_head, self.flops_copy)
+        return TrainingFlops(*(count * tokens for count in counts))
 
 
 def flops_6nd(params_nonembedding: float, tokens: float) -> float:
@@ -51,9 +56,9 @@ def flops_6nd(params_nonembedding: float, tokens: float) -> float:
     return 6.0 * params_nonembedding * tokens
 
 
-def attention_flops_per_token(shape: Shape, sequence_length: int, causal: bool) -> float:
-    """Scores and weighted sum over ``sequence_length`` keys, forward and backward; half of them where causal."""
-    full = 12.0 * shape.n_layers * shape.d_model * sequence_length
+def attention_flops_per_token(shape: Shape, keys: float, causal: bool) -> float:
+    """Scores and weighted sum over a number of keys, forward and backward; half of them where causal."""
+    full = 12.0 * shape.n_layers * shape.d_model * keys
     return full / 2 if causal else full
 
 
@@ -78,6 +83,32 @@ def flops_per_token(
         flops_6nd=flops_6nd(shape.params_nonembedding, 1),
         flops_attention=attention_flops_per_token(shape, sequence_length, causal=causal),
         flops_head=head_flops_per_token(shape, vocab_size) * logit_share,
+    )
+
+
+def block_flops_per_token(
+    shape: Shape, vocab_size: int, sequence_length: int, block_length: int, logit_share: float
+) -> TrainingFlops:
+    """Training FLOPs of one token of block diffusion (``objectives.block``), with a clean copy beside the sequence.
+
+    A noisy token sees its own block and the clean blocks before it, (L + L') / 2 positions on average. A token of the
+    copy sees the clean blocks up to its own, L / 2 on average. The last block has no copy, and the last layer computes
+    the keys and the values of the copy alone, which are counted in full. With one block these are the FLOPs of `llada`.
+
+    Args:
+        shape: The dimensions of the Transformer.
+        vocab_size: The width of the output head.
+        sequence_length: The number of tokens of a sequence, L.
+        block_length: The number of tokens of a block, L'.
+        logit_share: The share of the positions whose logits are computed.
+    """
+    copied = 1 - block_length / sequence_length  # positions of the copy for each token
+    keys = (sequence_length + block_length) / 2 + copied * sequence_length / 2
+    return TrainingFlops(
+        flops_6nd=flops_6nd(shape.params_nonembedding, 1),
+        flops_attention=attention_flops_per_token(shape, keys, causal=False),
+        flops_head=head_flops_per_token(shape, vocab_size) * logit_share,
+        flops_copy=flops_6nd(shape.params_nonembedding, copied),
     )
 
 

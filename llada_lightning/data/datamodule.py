@@ -173,6 +173,7 @@ class TokenDataModule(LanguageDataModule):
                 micro_batch=self.micro_batch,
                 document_mask=self.document_mask,
                 density=self.density,
+                block_length=self.block_length,
             )
         )
 
@@ -200,7 +201,8 @@ class TokenDataModule(LanguageDataModule):
         sequences = bisect_left(range(1, int(totals.sum()) + 2), True, key=repeats)
         if self.val_sequences is not None:
             sequences = min(sequences, self.val_sequences)
-        dataset = ValidationDataset(stream, sequences, self.val_seed, self.tokenizer.eos_id, self.document_mask)
+        end, blocks = self.tokenizer.eos_id, self.block_length
+        dataset = ValidationDataset(stream, sequences, self.val_seed, end, self.document_mask, blocks)
         return self._validation_loader(dataset, sequences)
 
     def _stream(

@@ -135,14 +135,16 @@ class TrainingDataset(Dataset[TrainingBatch]):
     micro_batch: int
     document_mask: bool = False
     density: Density | None = None
+    block_length: int | None = None
 
     def __getitems__(self, ordinals: list[int]) -> TrainingBatch:
         n_B = np.asarray(ordinals, dtype=np.int64)
         length = self.stream.sequence_length
         lengths_B = self._lengths(n_B)
-        t_B, q_B = forward_process.drawn_ratio(self.seed, n_B, self.time_sampling, self.density, self.global_batch)
+        drawn = (self.seed, n_B, self.time_sampling, self.density, self.global_batch)
+        t_B, q_B = forward_process.drawn_ratio(*drawn, self.block_length, length)
         p_B = forward_process.mask_probability(t_B, self.mask_eps)
-        masked_BL = torch.from_numpy(forward_process.random_mask(self.seed, n_B, p_B, length))
+        masked_BL = torch.from_numpy(forward_process.random_mask(self.seed, n_B, p_B, length, self.block_length))
         tokens_BL = self.stream.tokens(ordinals)
         attention_mask_BL = None
         if (lengths_B < length).any():
@@ -184,14 +186,14 @@ class ValidationDataset(Dataset[ValidationBatch]):
     noise_seed: int
     eos_token_id: int
     document_mask: bool = False
+    block_length: int | None = None
 
     def __getitems__(self, ordinals: list[int]) -> ValidationBatch:
         n_B = np.asarray(ordinals, dtype=np.int64)
         counted_B = n_B < self.sequences
         n_B = np.where(counted_B, n_B, 0)
         length = self.stream.sequence_length
-        counts_B = forward_process.stratified_mask_counts(self.noise_seed, n_B, length)
-        masked_BL = forward_process.fixed_count_mask(self.noise_seed, n_B, counts_B, length)
+        masked_BL = forward_process.validation_mask(self.noise_seed, n_B, length, self.block_length)
         tokens_BL = self.stream.tokens(n_B.tolist())
         return ValidationBatch(
             tokens_BL=tokens_BL,
@@ -256,6 +258,7 @@ class PairDataset(Dataset[TrainingBatch]):
     time_sampling: TimeSampling
     global_batch: int
     density: Density | None = None
+    block_length: int | None = None
     _tokens_of_step: dict[int, int] = field(default_factory=dict, init=False)
     """The tokens of the last step alone, whose micro-batches ask for the same."""
 
@@ -265,9 +268,10 @@ class PairDataset(Dataset[TrainingBatch]):
         pairs_B, padded_B = stream.drawn(n_B), stream.padded_lengths(n_B)
         prompts_B, lengths_B = stream.pairs.prompts_P[pairs_B], stream.pairs.lengths[pairs_B]
         length = int(padded_B.max())
-        t_B, q_B = forward_process.drawn_ratio(seed, n_B, self.time_sampling, self.density, self.global_batch)
+        drawn = (seed, n_B, self.time_sampling, self.density, self.global_batch)
+        t_B, q_B = forward_process.drawn_ratio(*drawn, self.block_length, int(stream.pairs.lengths.max()))
         p_B = forward_process.mask_probability(t_B, self.mask_eps)
-        masked_BL = torch.from_numpy(forward_process.random_mask(seed, n_B, p_B, length))
+        masked_BL = torch.from_numpy(forward_process.random_mask(seed, n_B, p_B, length, self.block_length))
         masked_BL &= _between(prompts_B, padded_B, length)
         step = int(n_B[0]) // self.global_batch
         if step not in self._tokens_of_step:
@@ -302,6 +306,7 @@ class PairValidationDataset(Dataset[ValidationBatch]):
     dialogues_N: Ints
     seed: int
     eos_id: int
+    block_length: int | None = None
 
     def __getitems__(self, ordinals: list[int]) -> ValidationBatch:
         n_B = np.asarray(ordinals, dtype=np.int64)
@@ -312,9 +317,8 @@ class PairValidationDataset(Dataset[ValidationBatch]):
         length = int(lengths_B.max())
         masked_BL = torch.zeros(len(n_B), length, dtype=torch.bool)
         for row, n, begin, end in zip(masked_BL, n_B, prompts_B, lengths_B, strict=True):
-            count = forward_process.stratified_mask_counts(self.seed, n[None], int(end - begin))
-            own = forward_process.fixed_count_mask(self.seed, n[None], count, int(end - begin))
-            row[begin:end] = torch.from_numpy(own[0])
+            place = (int(end - begin), self.block_length, int(begin), int(self.pairs.lengths.max()))
+            row[begin:end] = torch.from_numpy(forward_process.validation_mask(self.seed, n[None], *place)[0])
         return ValidationBatch(
             tokens_BL=self.pairs.rows(pairs_B, self.eos_id, length),
             masked_BL=masked_BL,

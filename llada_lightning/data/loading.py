@@ -58,6 +58,9 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
     """
 
     document_mask = False
+    block_length: int | None = None
+    """The number of tokens that share a mask ratio, where the module that trains on the data predicts in blocks; None:
+    the whole sequence."""
 
     def __init__(
         self,
@@ -181,6 +184,7 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
             attended_length=self.attended_length,
             response_share=self.response_share,
             density=self.density,
+            block_length=self.block_length,
         )
 
     def bits_per_byte(self, nats_per_token: float) -> float | None:

@@ -240,12 +240,21 @@ class SftDataModule(LanguageDataModule):
 
     def train_dataloader(self) -> DataLoader:
         return self._training_loader(
-            PairDataset(self.stream, self.tokenizer.eos_id, self.mask_eps, self.time_sampling, self.batch, self.density)
+            PairDataset(
+                self.stream,
+                self.tokenizer.eos_id,
+                self.mask_eps,
+                self.time_sampling,
+                self.batch,
+                self.density,
+                self.block_length,
+            )
         )
 
     def val_dataloader(self) -> DataLoader:
         held = self.splits["val"]
-        dataset = PairValidationDataset(self.pairs, held, self.val_seed, self.tokenizer.eos_id)
+        end, blocks = self.tokenizer.eos_id, self.block_length
+        dataset = PairValidationDataset(self.pairs, held, self.val_seed, end, blocks)
         return self._validation_loader(dataset, len(held))
 
     test_dataloader = val_dataloader

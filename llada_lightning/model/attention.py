@@ -121,16 +121,11 @@ class Attention(nn.Module):
         q, k = apply_rope(q, *(table[..., queries, :] for table in rope)), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        kernel = self.kernel if is_whole(cache, queries) else sdpa
+        kernel = self.kernel if isinstance(mask, BlockMask) or (cache is None and queries == ALL) else sdpa
         return self.out_proj(kernel(q, k, v, causal, mask).transpose(1, 2).flatten(2))
 
     def _heads(self, x_BLE: Tensor) -> Tensor:
         return x_BLE.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-
-def is_whole(cache: KeyValueCache | None, queries: slice) -> bool:
-    """Whether a pass has as many queries as keys; only those go through another back end than SDPA."""
-    return cache is None and queries == ALL
 
 
 def check_backend(

@@ -122,13 +122,13 @@ def dense(pattern: Pattern, batch: int, queries: int, keys: int, device: torch.d
     return pattern(b, h, q, torch.arange(keys, device=device)[None, None, None])
 
 
-def block_sparse(pattern: Pattern, batch: int, length: int, device: torch.device) -> BlockMask:
-    """A pattern as flex_attention takes it, of ``length`` queries and as many keys.
+def block_sparse(pattern: Pattern, batch: int, queries: int, keys: int, device: torch.device) -> BlockMask:
+    """A pattern as flex_attention takes it, of the first ``queries`` positions and all keys.
 
-    On CUDA it is compiled, because it would else hold all of (batch, length, length).
+    On CUDA it is compiled, because it would else hold all of (batch, queries, keys).
     """
     make = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
-    return make(pattern, batch, None, length, length, device=device)
+    return make(pattern, batch, None, queries, keys, device=device)
 
 
 @cache

@@ -24,7 +24,6 @@ from llada_lightning.model.attention import (
     Backend,
     KeyValueCache,
     Mask,
-    is_whole,
     rope_tables,
 )
 from llada_lightning.model.head import OutputHead
@@ -166,14 +165,14 @@ class Transformer(nn.Module):
                 the cache is written.
             cache: The keys and values of other positions to attend to; those of ``tokens_BL`` are written at its
                 ``position``.
-            queries: The positions whose result is wanted; the last block computes no other. Not where causal.
+            queries: The positions whose result is wanted, one after the other; the last block computes no other. Not
+                where causal.
 
         Returns:
             (B, L, D), or as many positions as wanted, in the parameters' type; ``head`` makes logits of any selection
             of its rows.
         """
-        same_for_all = not causal and documents_BL is None and pattern is None
-        assert queries == ALL or same_for_all, "which keys a query sees is said for all queries"
+        assert queries == ALL or not causal, "a causal pass wants all positions"
         assert cache is None or documents_BL is None, "documents are of these tokens, and a cache holds others"
         length = tokens_BL.shape[1]
         start = 0 if cache is None else cache.position
@@ -186,11 +185,12 @@ class Transformer(nn.Module):
             rope = cos[positions_BL][:, None], sin[positions_BL][:, None]
         causal = causal and length > 1  # a single query is the last: it sees every key
         seen = patterns.combined(causal, attention_mask_BL, documents_BL, pattern)
-        mask = self._mask(seen, tokens_BL, keys, start, is_whole(cache, queries))
+        mask = self._mask(seen, tokens_BL, keys, start, ALL, whole=cache is None)
+        wanted = mask if queries == ALL else self._mask(seen, tokens_BL, keys, start, queries, whole=cache is None)
         *blocks, last = self.blocks
         for block in blocks:
             x_BLD = block(x_BLD, rope, causal, mask, cache, ALL)
-        return self.norm(last(x_BLD, rope, causal, mask, cache, queries))
+        return self.norm(last(x_BLD, rope, causal, wanted, cache, queries))
 
     def forward(
         self,
@@ -205,16 +205,19 @@ class Transformer(nn.Module):
             self.hidden(tokens_BL, causal=causal, attention_mask_BL=attention_mask_BL, documents_BL=documents_BL)
         )
 
-    def _mask(self, seen: Pattern | None, tokens_BL: Tensor, keys: int, start: int, whole: bool) -> Mask:
+    def _mask(
+        self, seen: Pattern | None, tokens_BL: Tensor, keys: int, start: int, queries: slice, whole: bool
+    ) -> Mask:
         """As the back end takes it; None where nothing is hidden, or only what is not yet written."""
         batch, length = tokens_BL.shape
         if seen is None:
             return None
-        if self.attention_backend == "flex" and whole:
-            return patterns.block_sparse(seen, batch, length, tokens_BL.device)
+        first, end, _ = queries.indices(length)
+        if self.attention_backend == "flex" and whole and first == 0:
+            return patterns.block_sparse(seen, batch, end, keys, tokens_BL.device)
         if seen is patterns.earlier_or_same and start == 0:
             return None  # the others have a way of their own for it
-        return patterns.dense(seen, batch, length, keys, tokens_BL.device, start)
+        return patterns.dense(seen, batch, end - first, keys, tokens_BL.device, start + first)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:

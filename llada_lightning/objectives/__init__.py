@@ -12,9 +12,18 @@ from dataclasses import dataclass, field
 from inspect import signature
 from typing import Literal
 
-from llada_lightning.compute.flops import Convention, TrainingFlops, expected_mask_probability, flops_per_token
+from llada_lightning.compute.flops import (
+    Convention,
+    TrainingFlops,
+    block_flops_per_token,
+    expected_mask_probability,
+    flops_per_token,
+)
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.support.errors import UserError
+
+BLOCK_LENGTH = 16
+"""The number of tokens of a block where none is given."""
 
 ValidationKind = Literal["exact", "bound"]
 TrainingKind = Literal["exact", "bound", "surrogate"]
@@ -42,6 +51,7 @@ class Objective:
         logit_share: A function of the smallest mask probability that gives the expected share of the positions whose
             logits the training loss needs. Where it takes a second argument, that is the mean mask ratio of the data.
         tokens_per_param: The tokens per non-embedding parameter at the centre of an IsoFLOP grid.
+        in_blocks: Whether a sequence is predicted block by block, each with a mask ratio of its own.
         layouts: The kinds of Hugging Face checkpoints that a model of this objective can be converted to.
         max_epochs: The number of passes over the data up to which repeated data is about as good as new data; None:
             not known.
@@ -64,6 +74,7 @@ class Objective:
     starts_with_eos: bool
     logit_share: Callable[..., float]
     tokens_per_param: float
+    in_blocks: bool = False
     layouts: tuple[str, ...] = ()
     max_epochs: float | None = None
     lr_scale: float = 1.0
@@ -78,6 +89,7 @@ class Objective:
         mask_eps: float,
         response_share: float = 1.0,
         mean_ratio: float | None = None,
+        block_length: int | None = None,
     ) -> TrainingFlops:
         """The expected training FLOPs of one token, by the three counts of ``compute.flops``.
 
@@ -88,11 +100,14 @@ class Objective:
             mask_eps: The smallest mask probability.
             response_share: The share of the tokens that the forward process may mask.
             mean_ratio: The mean of the mask ratio; None: that of the uniform density.
+            block_length: The number of tokens of a block, of an objective that predicts in blocks.
         """
         # An objective that masks by a rule of its own has a share that the density of the data does not change.
         by_ratio = mean_ratio is not None and len(signature(self.logit_share).parameters) > 1
         share = self.logit_share(mask_eps, mean_ratio) if by_ratio else self.logit_share(mask_eps)
         share *= response_share if self.masks else 1.0
+        if self.in_blocks:
+            return block_flops_per_token(shape, vocab_size, sequence_length, block_length or BLOCK_LENGTH, share)
         return flops_per_token(shape, vocab_size, sequence_length, causal=self.causal, logit_share=share)
 
 
@@ -139,8 +154,25 @@ OBJECTIVES: dict[str, Objective] = {
             "total": ((1.4e14, 20, "docs/study.md, H100, 6ND + attention + head, at 1.4e14 FLOPs of llada"),),
         },
     ),
+    "block": Objective(
+        name="block",
+        label="block (bound, NELBO)",
+        colour="#009E73",
+        line="-.",
+        marker="D",
+        filled=False,
+        module="llada_lightning.training.modules.BlockDiffusionModule",
+        val_kind="bound",
+        causal=False,
+        masks=True,
+        starts_with_eos=False,
+        logit_share=expected_mask_probability,
+        tokens_per_param=105.0,
+        in_blocks=True,
+    ),
 }
-"""The objectives by their names, in the order in which plots and tables list them.
+"""The objectives by their names, in the order in which plots and tables list them. The centre of `block` is that of
+`llada`, with which it shares a loss; its own has not been measured.
 
 ``tokens_per_param`` comes from published IsoFLOP losses (133 runs on C4, 3e18 to 3e20 FLOPs,
 github.com/chen-hao-chao/mdm-prime-v2; parabolas in ln N at each of seven budgets). The N that is printed there is
@@ -148,6 +180,9 @@ nominal, 12 x layers x width^2, and leaves out the third matrix of SwiGLU. The t
 ratios are 3/4 of the nominal 34 (`arm`, 26 to 41 over the budgets) and 143 (`llada`, 93 to 176; geometric means), 26
 and 107. Both fall slightly with the budget and are rounded down for that. Hoffmann et al. 2022 found 20 for `arm`,
 embeddings counted. A grid of five shapes covers a factor of 9 to either side."""
+
+COMPARED = ("arm", "llada")
+"""The objectives that a plan compares unless others are named: those of the paper."""
 
 REFERENCE = "arm"
 """The objective that a compute multiplier divides by, unless another one is named."""

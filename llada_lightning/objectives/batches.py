@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from llada_lightning.model.patterns import Pattern
+
 BUCKET = 64
 """Counts of scored positions are rounded up to multiples of it: fewer shapes, of a size that GPUs multiply well."""
 
@@ -18,7 +20,8 @@ class TrainingBatch(NamedTuple):
         tokens_BL: (B, L) int64; EOS where padded.
         attention_mask_BL: (B, L) bool, False where padded; None where every sequence is full.
         masked_BL: (B, L) bool: what the forward process masks, padding never. `arm` leaves it unread.
-        p_B: (B,) float32: the probability with which each sequence's tokens were masked.
+        p_B: (B,) float32: the probability with which each sequence's tokens were masked; (B, K) that of each of its K
+            blocks, where blocks have probabilities of their own.
         ordinals_B: (B,) int64.
         scored_M: (M,) int64: where masked tokens lie in the flattened (B L), then zeros up to a multiple of ``BUCKET``.
             Known to the host, so that the device is not waited for.
@@ -33,7 +36,8 @@ class TrainingBatch(NamedTuple):
             None: there is no prompt, and every token is learned.
         response_lengths_B: (B,) int64: tokens that the forward process may mask, padding EOS included (Eq. 5); None
             with ``response_BL``. Each response's loss is divided by its own length, and ``denominator`` is B.
-        density_B: (B,) float32: the density q(t) of the mask ratio t, at each sequence's t; None: 1, as t is uniform.
+        density_B: (B,) or (B, K) float32: the density q(t) of the mask ratio t, at the t of each p; None: 1, as t is
+            uniform.
     """
 
     tokens_BL: Tensor
@@ -73,7 +77,7 @@ class ValidationBatch(NamedTuple):
 
     Attributes:
         tokens_BL: (B, L) int64.
-        masked_BL: (B, L) bool: exactly l masked a row (Eq. 14).
+        masked_BL: (B, L) bool: exactly l masked a row, or a block (Eq. 14).
         counted_B: (B,) bool, False where a row only fills up the batch of a rank that ran out.
         documents_B: (B,) int64: equal for sequences that begin in the same document.
         documents_BL, attention_mask_BL, response_BL: As in :class:`TrainingBatch`; ``masked_BL`` masks responses only.
@@ -110,6 +114,9 @@ class Predictor(Protocol):
         attention_mask_BL: Tensor | None = None,
         *,
         causal: bool,
+        pattern: Pattern | None = None,
+        positions_L: Tensor | None = None,
+        queries: slice = slice(None),
     ) -> Tensor:
         """(B, L, D): the normalised residual stream of inputs that see the token ids before them."""
 

@@ -39,8 +39,14 @@ def drawn_ratio(
     sampling: TimeSampling,
     density: Density | None,
     global_batch: int,
+    block_length: int | None = None,
+    longest: int = 0,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64] | None]:
-    """t of each sequence, drawn from a density: its quantiles at the points of :func:`mask_ratio`.
+    """t of each sequence, or of each of its blocks, drawn from a density: its quantiles at :func:`mask_ratio`'s points.
+
+    With blocks, the k-th of the K blocks of sequence n has the point of the ordinal n K + k. So each block has a ratio
+    of its own (Arriola et al. 2025), the blocks of a sequence are stratified, too, and one block has the ratio of the
+    sequence.
 
     Args:
         seed: The seed of the noise.
@@ -48,10 +54,17 @@ def drawn_ratio(
         sampling: How the points are drawn.
         density: The density; None: uniform.
         global_batch: The sequences of a step, by which the step of an ordinal, and so of a curriculum, follows.
+        block_length: The number of tokens of a block; None: the whole sequence.
+        longest: The tokens of the longest sequence, by which a sequence has K blocks.
 
     Returns:
-        (B,) float64 t; (B,) float64 q(t), None where the density is uniform.
+        (B,) float64 t; (B,) float64 q(t), None where the density is uniform. With blocks (B, K).
     """
+    if block_length is not None:
+        blocks = -(-longest // block_length)
+        of_blocks_N = (ordinals[:, None] * blocks + np.arange(blocks)).ravel()
+        t_N, q_N = drawn_ratio(seed, of_blocks_N, sampling, density, global_batch * blocks)
+        return t_N.reshape(-1, blocks), None if q_N is None else q_N.reshape(-1, blocks)
     t_B = mask_ratio(seed, ordinals, sampling)
     if density is None:
         return t_B, None
@@ -68,15 +81,21 @@ def mask_probability(t: npt.NDArray[np.float64], eps: float = MASK_EPS) -> npt.N
 
 
 def random_mask(
-    seed: int, ordinals: npt.NDArray[np.int64], p_B: npt.NDArray[np.float64], sequence_length: int
+    seed: int,
+    ordinals: npt.NDArray[np.int64],
+    p_B: npt.NDArray[np.float64],
+    sequence_length: int,
+    block_length: int | None = None,
 ) -> npt.NDArray[np.bool_]:
-    """Mask each token independently with its sequence's probability (Eq. 8).
+    """Mask each token independently with the probability of its sequence (Eq. 8), or (B, K) of its block.
 
     Returns:
         (B, L) bool, True where masked.
     """
     uniform_BL = np.stack([noise.uniform(seed, Purpose.MASK, int(n), sequence_length) for n in ordinals])
-    return uniform_BL < p_B[:, None]
+    if block_length is None:
+        return uniform_BL < p_B[:, None]
+    return uniform_BL < p_B[:, np.arange(sequence_length) // block_length]
 
 
 def stratified_mask_counts(seed: int, ordinals: npt.NDArray[np.int64], sequence_length: int) -> npt.NDArray[np.int64]:
@@ -100,6 +119,46 @@ def fixed_count_mask(
         (B, L) bool, True where masked.
     """
     words_BL = np.stack([noise.random_words(seed, Purpose.VALIDATION_MASK, int(n), sequence_length) for n in ordinals])
+    return _first_in_order(words_BL, counts_B)
+
+
+def validation_mask(
+    seed: int,
+    ordinals: npt.NDArray[np.int64],
+    length: int,
+    block_length: int | None = None,
+    first: int = 0,
+    longest: int | None = None,
+) -> npt.NDArray[np.bool_]:
+    """The masks of Eq. 14: l tokens of each sequence, or of each block, l stratified over consecutive ordinals.
+
+    With blocks, the k-th of the K blocks of sequence n has the l of the ordinal n K + k. One block is the sequence.
+
+    Args:
+        seed: The seed of the noise.
+        ordinals: (B,) int64.
+        length: The number of tokens that may be masked.
+        block_length: The number of tokens of a block; None: the whole sequence.
+        first: The position of the first of these tokens, where tokens before it are never masked.
+        longest: The tokens of the longest sequence, by which a sequence has K blocks; None: that of this one.
+
+    Returns:
+        (B, length) bool, True where masked.
+    """
+    words_BL = np.stack([noise.random_words(seed, Purpose.VALIDATION_MASK, int(n), length) for n in ordinals])
+    if block_length is None:
+        return _first_in_order(words_BL, stratified_mask_counts(seed, ordinals, length))
+    blocks = -(-(longest or first + length) // block_length)
+    masked_BL = np.empty(words_BL.shape, dtype=np.bool_)
+    for k in range(first // block_length, -(-(first + length) // block_length)):
+        of_block = slice(max(0, k * block_length - first), min(length, (k + 1) * block_length - first))
+        counts_B = stratified_mask_counts(seed, ordinals * blocks + k, of_block.stop - of_block.start)
+        masked_BL[:, of_block] = _first_in_order(words_BL[:, of_block], counts_B)
+    return masked_BL
+
+
+def _first_in_order(words_BL: npt.NDArray[np.uint64], counts_B: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """(B, L) bool: as many of the smallest words of each row as are wanted."""
     ranks_BL = np.argsort(np.argsort(words_BL, axis=1, kind="stable"), axis=1, kind="stable")
     return ranks_BL < counts_B[:, None]
 

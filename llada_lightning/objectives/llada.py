@@ -95,22 +95,48 @@ def training_loss(model: Predictor, batch: TrainingBatch, weight: LossWeight = B
 
     With a weight other than that of the bound it is a surrogate loss.
     """
-    hidden_ND = _hidden(model, batch)
+    return masked_loss(model, batch, _hidden(model, batch), weight)
+
+
+def sequence_nll(model: Predictor, batch: ValidationBatch) -> Tensor:
+    """(B,) float64: a sample of the bound of each sequence (Eq. 14) or response (Eq. 6), in nats."""
+    return masked_nll(model, batch, _hidden(model, batch))
+
+
+def masked_loss(
+    model: Predictor, batch: TrainingBatch, hidden_ND: Tensor, weight: LossWeight, block_length: int | None = None
+) -> Tensor:
+    """The weighted loss of the masked tokens of a micro-batch, in nats per token of the global batch.
+
+    Args:
+        model: The model.
+        batch: The micro-batch.
+        hidden_ND: (B L, D) hidden states of all positions.
+        weight: The weight of each masked token.
+        block_length: The number of tokens that share a mask ratio; None: those of a sequence.
+    """
     hidden_MD, targets_M = (x.index_select(0, batch.scored_M) for x in (hidden_ND, batch.tokens_BL.flatten()))
-    rows_M = batch.scored_M // batch.tokens_BL.shape[1]
-    weights_M = masked_diffusion_weights(weight.divisors(batch)[rows_M], batch.scored)
+    length = batch.tokens_BL.shape[1]
+    rows_M, divisors = batch.scored_M // length, weight.divisors(batch)
+    divisors_M = divisors[rows_M]
+    if divisors.ndim == 2:
+        assert block_length is not None
+        divisors_M = divisors_M.gather(1, (batch.scored_M % length // block_length)[:, None])[:, 0]
+    weights_M = masked_diffusion_weights(divisors_M, batch.scored)
     if batch.response_lengths_B is not None:
         weights_M = weights_M / batch.response_lengths_B[rows_M]
     return model.head_nll(hidden_MD, targets_M, weights_M)[0] / batch.denominator
 
 
-def sequence_nll(model: Predictor, batch: ValidationBatch) -> Tensor:
-    """(B,) float64: a sample of the bound of each sequence (Eq. 14) or response (Eq. 6), in nats."""
+def masked_nll(model: Predictor, batch: ValidationBatch, hidden_ND: Tensor, block_length: int | None = None) -> Tensor:
+    """(B,) float64: a sample of the bound of each sequence or response, or the sum of those of its blocks, in nats."""
     masked_N = batch.masked_BL.flatten()
-    hidden_MD = _hidden(model, batch)[masked_N]
-    targets_M = batch.tokens_BL.flatten()[masked_N]
+    hidden_MD, targets_M = hidden_ND[masked_N], batch.tokens_BL.flatten()[masked_N]
     _, nll_M = model.head_nll(hidden_MD, targets_M, torch.ones_like(targets_M, dtype=torch.float32))
-    return nll_bound(nll_M, batch.masked_BL, batch.scored_counts())
+    if block_length is None:
+        return nll_bound(nll_M, batch.masked_BL, batch.scored_counts())
+    may_be_masked_BL = torch.ones_like(batch.masked_BL) if batch.response_BL is None else batch.response_BL
+    return nll_bound_of_blocks(nll_M, batch.masked_BL, may_be_masked_BL, block_length)
 
 
 def masked_diffusion_weights(divisors_M: Tensor, scored: int) -> Tensor:
@@ -145,6 +171,34 @@ def nll_bound(nll_M: Tensor, masked_BL: Tensor, lengths_B: Tensor | None = None)
     sums_B = torch.zeros(masked_BL.shape[0], dtype=torch.float64, device=nll_M.device)
     sums_B.index_add_(0, rows_M, nll_M.double())
     return sums_B * (masked_BL.shape[1] if lengths_B is None else lengths_B) / counts_B
+
+
+def nll_bound_of_blocks(nll_M: Tensor, masked_BL: Tensor, may_be_masked_BL: Tensor, block_length: int) -> Tensor:
+    """The sum over the blocks of each sequence of :func:`nll_bound`, each given the blocks before it.
+
+    Args:
+        nll_M: (M,) negative log-likelihood of the masked tokens, in the order of ``masked_BL.nonzero()``.
+        masked_BL: (B, L) bool, at least one True in each block that has tokens which may be masked.
+        may_be_masked_BL: (B, L) bool, the tokens whose likelihood is asked for.
+        block_length: The number of tokens of a block.
+
+    Returns:
+        (B,) float64, nats per sequence or response.
+    """
+    rows, length = masked_BL.shape
+    blocks = -(-length // block_length)
+    of_block_N = (
+        torch.arange(rows, device=masked_BL.device)[:, None] * blocks
+        + torch.arange(length, device=masked_BL.device) // block_length
+    ).flatten()
+    counts_K, lengths_K = (
+        torch.bincount(of_block_N[chosen_BL.flatten()], minlength=rows * blocks)
+        for chosen_BL in (masked_BL, may_be_masked_BL)
+    )
+    assert bool((counts_K[lengths_K > 0] > 0).all()), "Eq. 14 masks at least one token of each block"
+    sums_K = torch.zeros(rows * blocks, dtype=torch.float64, device=nll_M.device)
+    sums_K.index_add_(0, of_block_N[masked_BL.flatten()], nll_M.double())
+    return (sums_K * lengths_K / counts_K.clamp(min=1)).view(rows, blocks).sum(dim=1)
 
 
 def _hidden(model: Predictor, batch: TrainingBatch | ValidationBatch) -> Tensor:

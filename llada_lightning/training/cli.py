@@ -183,7 +183,7 @@ class LladaCLI(HookedCLI):
         check_monitors(self.trainer, self.model)
         require_open_files(self.datamodule.loader_workers(self.trainer))
         check_parallel(self.trainer, self.model.shape, self.model.vocab_size, self.datamodule.sequence_length)
-        self.model.identity = self.identity
+        self.model.identity, self.datamodule.block_length = self.identity, self.model.block_length
         given, fits = Speed(**vars(self.settings.speed)), self.subcommand == "fit"
         self.model.speed, self.speed_lines = resolve_speed(given, self.model.shape, self.trainer, training=fits)
 

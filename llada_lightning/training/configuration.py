@@ -23,12 +23,13 @@ from llada_lightning.compute.rules import Rules
 from llada_lightning.compute.schedule import WSD, schedule_from
 from llada_lightning.compute.shapes import check_vocabulary, get_shape
 from llada_lightning.data.loading import LanguageDataModule
+from llada_lightning.data.sft import SftDataModule
 from llada_lightning.identity import run_name as name_of
 from llada_lightning.identity import with_stable_names
 from llada_lightning.model.transformer import NORM_EPS
 from llada_lightning.objectives import get_objective
 from llada_lightning.objectives.llada import LossWeight
-from llada_lightning.run import Length, Run, Spec, resolve
+from llada_lightning.run import Length, Run, Spec, check_block_length, resolve
 from llada_lightning.settings import Budget, check_folder_name, check_seed
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.reading import read_yaml
@@ -59,6 +60,7 @@ def resolve_data(config: Namespace) -> LanguageDataModule:
     if config.model.init_args.get("weights") is not None:
         take_over(config, module_class(config).objective)
     data = _located(config.data.class_path, LanguageDataModule)(**config.data.init_args.as_dict())  # type: ignore[type-abstract]
+    _check_blocks(config.model.init_args, data)
     data.check()
     _check_weight(config.model.init_args, data)
     if config.trainer.precision is None:
@@ -105,6 +107,7 @@ def resolve_from_python(module: LanguageModule, trainer: Trainer) -> None:
     arguments = config.model.init_args
     if arguments.get("weights") is not None:
         take_over(config, module.objective)
+    _check_blocks(arguments, data)
     _check_weight(arguments, data)
     _fill_vocabulary(config, data)
     if trainer.training:
@@ -192,6 +195,13 @@ def _length(config: Namespace, data: LanguageDataModule) -> Length:
     if given < 1:
         raise UserError("budget.flops: nothing says how long to train; give --budget.flops, such as 1e12")
     return Length(steps=given, setting="trainer.max_steps", milestones=milestones)
+
+
+def _check_blocks(model: Namespace, data: LanguageDataModule) -> None:
+    """Tell the data the blocks that have mask ratios of their own; refuse those that do not divide the sequences."""
+    data.block_length = model.get("block_length")
+    if data.block_length is not None and not isinstance(data, SftDataModule):
+        check_block_length("model.block_length", data.block_length, data.sequence_length)
 
 
 def _check_weight(model: Namespace, data: LanguageDataModule) -> None:

@@ -24,9 +24,11 @@ from llada_lightning.compute.schedule import WSD
 from llada_lightning.compute.shapes import MAX_PARAMETERS, Shape, check_vocabulary, get_shape
 from llada_lightning.identity import check_history, check_identity, model_identity, with_stable_names
 from llada_lightning.model import Transformer
+from llada_lightning.model.attention import ALL
 from llada_lightning.model.head import token_nll
+from llada_lightning.model.patterns import Pattern
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
-from llada_lightning.objectives import Objective, TrainingKind, arm, get_objective, llada
+from llada_lightning.objectives import BLOCK_LENGTH, Objective, TrainingKind, arm, block, get_objective, llada
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch
 from llada_lightning.objectives.densities import DensitySetting
 from llada_lightning.support.arguments import KeepsArguments
@@ -85,6 +87,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
 
     objective: ClassVar[str]
     """The name of the objective in the table of ``objectives``."""
+    block_length: int | None = None
+    """The number of tokens that are predicted together, of an objective that predicts in blocks."""
 
     def __init__(
         self,
@@ -307,7 +311,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         """The expected training FLOPs of a token, by the three counts; arguments as of ``Objective``."""
         assert self.vocab_size is not None
         sizes = (self.shape, self.vocab_size, sequence_length)
-        return self.facts.flops_per_token(*sizes, mask_eps, response_share, mean_ratio)
+        return self.facts.flops_per_token(*sizes, mask_eps, response_share, mean_ratio, self.block_length)
 
     def head_nll(self, hidden_MD: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sum of negative log-likelihoods with a gradient, and each of them (M,) in nats."""
@@ -337,6 +341,9 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         attention_mask_BL: Tensor | None = None,
         *,
         causal: bool,
+        pattern: Pattern | None = None,
+        positions_L: Tensor | None = None,
+        queries: slice = ALL,
     ) -> Tensor:
         """(B, L, D): the normalised residual stream of inputs that see the token ids before them.
 
@@ -346,8 +353,12 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
             documents_BL: (B, L) int64, the document of each input; None: attention crosses documents.
             attention_mask_BL: (B, L) bool, False where an input is padding.
             causal: Whether a position attends to earlier positions only.
+            pattern: The inputs that each input sees; None: all of them, or those before it.
+            positions_L: (L,) int64, the position of each input; None: one after the other.
+            queries: The inputs whose result is wanted.
         """
         count = len(start_ids)
+        assert not count or (pattern is None and positions_L is None and queries == ALL)
         if count:
             before_BK = inputs_BL.new_tensor(start_ids).expand(len(inputs_BL), -1)
             inputs_BL = torch.cat([before_BK, inputs_BL], dim=1)
@@ -356,7 +367,13 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
                 for own in (documents_BL, attention_mask_BL)
             )
         hidden_BLD = self.model.hidden(
-            inputs_BL, causal=causal, attention_mask_BL=attention_mask_BL, documents_BL=documents_BL
+            inputs_BL,
+            causal=causal,
+            attention_mask_BL=attention_mask_BL,
+            documents_BL=documents_BL,
+            pattern=pattern,
+            positions_BL=None if positions_L is None else positions_L[None],
+            queries=queries,
         )
         return hidden_BLD[:, count:]
 
@@ -401,3 +418,36 @@ class LladaModule(LanguageModule):
 
     def training_kind(self, density: DensitySetting | None = None) -> TrainingKind:
         return self.loss_weight.kind(density)
+
+
+class BlockDiffusionModule(LladaModule):
+    """Block diffusion, see ``objectives.block``.
+
+    Args:
+        settings: The settings of :class:`LladaModule`, by position.
+        block_length: The number of tokens of a block, a divisor of `data.sequence_length`. With the whole sequence the
+            run is that of `llada`; with 1 the bound is exact.
+        named: The settings of :class:`LladaModule`, by name.
+    """
+
+    objective = "block"
+    block_length: int
+
+    def __init__(self, *settings: Any, block_length: int = BLOCK_LENGTH, **named: Any) -> None:
+        super().__init__(*settings, **named)
+        if block_length < 1:
+            raise UserError(f"model.block_length: {block_length} given; it must be at least 1")
+        if self.text_prefix_ids is not None:
+            raise UserError(
+                f"model.text_prefix_ids: {self.text_prefix_ids} given, but {self.objective} begins with the text; "
+                "leave it out"
+            )
+        self.block_length = block_length
+
+    def training_loss(self, batch: TrainingBatch) -> Tensor:
+        """The loss of Eq. 3 within each block of a micro-batch, or a surrogate of it, in nats per token."""
+        return block.training_loss(self, batch, self.block_length, self.loss_weight)
+
+    def sequence_nll(self, batch: ValidationBatch) -> Tensor:
+        """(B,) float64: a sample of the bound of each sequence or response, summed over its blocks, in nats."""
+        return block.sequence_nll(self, batch, self.block_length)

@@ -110,6 +110,6 @@ def test_queries_behind_a_cache_see_what_they_see_in_the_whole(start: int) -> No
 def test_a_block_sparse_pattern_leaves_out_what_no_query_sees() -> None:
     """300 positions are three blocks of 128: the first document is the first block, the second the others."""
     documents_BL = (torch.arange(300) >= 128).long()[None]
-    mask = patterns.block_sparse(patterns.same_document(documents_BL), 1, 300, CPU)
+    mask = patterns.block_sparse(patterns.same_document(documents_BL), 1, 300, 300, CPU)
     assert mask.to_dense()[0, 0].tolist() == [[1, 0, 0], [0, 1, 1], [0, 1, 1]]
     assert mask.shape == (1, 1, 300, 300)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llada_lightning.compute.flops import Convention, TrainingFlops, check_budgets
 from llada_lightning.compute.hardware import Machine
 from llada_lightning.compute.shapes import MAX_WIDTH, Shape, check_vocabulary, shape_name
-from llada_lightning.objectives import OBJECTIVES, get_objective
+from llada_lightning.objectives import COMPARED, get_objective
 from llada_lightning.run import MIN_STEPS, Stream
 from llada_lightning.settings import check_seed
 from llada_lightning.study.plan.comparison import budgets_of, comparison_notes, overlap_factor
@@ -94,7 +94,7 @@ class Plan:
             "lr": trunk.lr,
             "warmup_steps": trunk.warmup_steps,
             "decay_steps": branch.decay_steps,
-            **_counted([branch.flops]),
+            **{name: count for name, count in _counted([branch.flops]).items() if name != "flops_copy"},
             "epochs": stream.epochs(branch.steps * trunk.global_batch),
             "memory_gib": trunk.memory / _GIB,
             "device_hours": None if wall_hours is None else wall_hours * self.machine.devices,
@@ -232,7 +232,7 @@ class Plan:
 
 def _counted(flops: Sequence[TrainingFlops]) -> dict[str, float]:
     """The sum of training FLOPs by each count."""
-    counts = ("flops_6nd", "flops_attention", "flops_head", "flops_total")
+    counts = ("flops_6nd", "flops_attention", "flops_head", "flops_copy", "flops_total")
     return {count: math.fsum(getattr(own, count) for own in flops) for count in counts}
 
 
@@ -256,7 +256,7 @@ def plan_study(
     Args:
         budgets: The training FLOPs of each budget, in any order.
         stream: The vocabulary, the sequence length, and the data if it is known.
-        objectives: The names of the objectives; None: all of the table.
+        objectives: The names of the objectives; None: `arm` and `llada`.
         grid: How shapes are chosen.
         recipe: How hyperparameters follow.
         machine: The machine that runs it, for memory and hours.
@@ -271,7 +271,7 @@ def plan_study(
         UserError: A budget is below one step, a grid has fewer than three shapes, or a number is out of range.
     """
     grid, recipe, machine = grid or Grid(), recipe or Recipe(), machine or Machine()
-    objectives = list(OBJECTIVES) if objectives is None else objectives
+    objectives = COMPARED if objectives is None else objectives
     ordered = checked_budgets(budgets)
     for what, values in {"objectives": objectives, "seeds": seeds}.items():
         if not values or len(set(values)) < len(values):

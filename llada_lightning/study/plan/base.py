@@ -149,7 +149,13 @@ def _is_same(value: Any, chosen: Any) -> bool:
         return [value] == chosen  # of shapes
 
 
-def planned_stream(base: Base, facts: DataFacts | None, vocab_size: int | None, sequence_length: int) -> Stream:
+def planned_stream(
+    base: Base,
+    facts: DataFacts | None,
+    vocab_size: int | None,
+    sequence_length: int,
+    block_length: int | None = None,
+) -> Stream:
     """The training stream of a plan's runs; ``vocab_size`` is the model's, by default that of the data.
 
     Raises:
@@ -178,6 +184,7 @@ def planned_stream(base: Base, facts: DataFacts | None, vocab_size: int | None, 
         mask_eps=Stream.mask_eps if mask_eps is None else mask_eps,
         sources=sources,
         density=None if setting is None else setting.density,
+        block_length=block_length,
     )
 
 

@@ -91,10 +91,11 @@ def describe_totals(plan: Plan) -> list[str]:
     totals = plan.totals()
     results = f"{totals['results']} results"
     runs = f"{totals['runs']} runs" + ("" if plan.separate else f" (trunks) for {results}")
+    copy = f"+ {totals['flops_copy']:.3g} clean copies " if totals["flops_copy"] else ""
     lines = [
         f"{runs}; budgets count {CONVENTION_NAMES[plan.convention]}",
         f"FLOPs computed: {totals['flops_6nd']:.3g} 6ND + {totals['flops_attention']:.3g} attention + "
-        f"{totals['flops_head']:.3g} head = {totals['flops_total']:.3g}",
+        f"{totals['flops_head']:.3g} head {copy}= {totals['flops_total']:.3g}",
     ]
     if plan.separate:
         lines.append("separate runs: nothing is shared between budgets")
@@ -144,12 +145,15 @@ def run_config(plan: Plan, trunk: Trunk, branches: Sequence[Branch], destination
     """The configuration of one ``llada fit``: everything that the plan has decided, over the base."""
     budgets = [branch.budget for branch in branches]
     schedule = {"lr": trunk.lr, "warmup_steps": trunk.warmup_steps, "decay_fraction": plan.recipe.decay_fraction}
-    path = get_objective(trunk.objective).module
+    objective, block_length = get_objective(trunk.objective), plan.stream.block_length
+    path = objective.module
     if path.startswith("llada_lightning."):
         path = path.rpartition(".")[2]  # modules of the package are named by their class alone
     model: dict[str, Any] = {"shape": shape_name(trunk.shape), "schedule": schedule}
     if destination.vocab_size is not None:
         model["vocab_size"] = destination.vocab_size
+    if objective.in_blocks and block_length is not None:
+        model["block_length"] = block_length
     data: dict[str, Any] = {
         "sequence_length": plan.stream.sequence_length,
         "global_batch": trunk.global_batch,

@@ -1,0 +1,60 @@
+"""Block diffusion: masked diffusion within blocks, autoregression from block to block (Arriola et al. 2025,
+arXiv:2503.09573). Its validation loss is the sum over the blocks of the bound of Eq. 14.
+
+A sequence of L tokens is L/L' blocks of L' tokens. Each has a mask ratio of its own, and is predicted from what is not
+masked of itself and from the clean blocks before it. One block is `llada`; blocks of one token are an autoregressive
+factorisation, whose bound is exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llada_lightning.model.patterns import block_diffusion
+from llada_lightning.objectives import llada
+from llada_lightning.objectives.batches import Predictor, TrainingBatch, ValidationBatch
+from llada_lightning.objectives.llada import BOUND, LossWeight
+
+
+def training_loss(model: Predictor, batch: TrainingBatch, block_length: int, weight: LossWeight = BOUND) -> Tensor:
+    """The loss of Eq. 3 within each block of a micro-batch, in nats per token of the global batch."""
+    return llada.masked_loss(model, batch, _hidden(model, batch, block_length), weight, block_length)
+
+
+def sequence_nll(model: Predictor, batch: ValidationBatch, block_length: int) -> Tensor:
+    """(B,) float64: a sample of the bound of each sequence or response, summed over its blocks, in nats."""
+    return llada.masked_nll(model, batch, _hidden(model, batch, block_length), block_length)
+
+
+def copied_positions(length: int, block_length: int) -> int:
+    """The positions of the clean copy: all blocks but the last, which no other block sees."""
+    return (-(-length // block_length) - 1) * block_length
+
+
+def _hidden(model: Predictor, batch: TrainingBatch | ValidationBatch, block_length: int) -> Tensor:
+    """(B L, D): what the head makes logits of, by one pass over the noisy sequence and its clean copy behind it."""
+    assert model.mask_token_id is not None
+    tokens_BL, length = batch.tokens_BL, batch.tokens_BL.shape[1]
+    noisy_BL = tokens_BL.masked_fill(batch.masked_BL, model.mask_token_id)
+    copied = copied_positions(length, block_length)
+    if not copied:  # `llada`, to the last bit
+        hidden_BLD = model.hidden_after((), noisy_BL, batch.documents_BL, batch.attention_mask_BL, causal=False)
+        return hidden_BLD.flatten(0, 1)
+
+    def with_copy(noisy_BL: Tensor, clean_BL: Tensor) -> Tensor:
+        return torch.cat([noisy_BL, clean_BL[:, :copied]], dim=1)
+
+    documents_BL, mask_BL = batch.documents_BL, batch.attention_mask_BL
+    positions_L = torch.arange(length, device=tokens_BL.device)
+    hidden_BLD = model.hidden_after(
+        (),
+        with_copy(noisy_BL, tokens_BL),
+        None if documents_BL is None else with_copy(documents_BL, documents_BL),
+        None if mask_BL is None else with_copy(mask_BL, mask_BL),
+        causal=False,
+        pattern=block_diffusion(length, block_length),
+        positions_L=torch.cat([positions_L, positions_L[:copied]]),
+        queries=slice(0, length),
+    )
+    return hidden_BLD.flatten(0, 1)
