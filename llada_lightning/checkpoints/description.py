@@ -45,6 +45,7 @@ class Description:
             the tokenizer adds.
         compat: The objective whose released code is followed: `llada` where [MASK] had a logit in training.
         bos_token_id, pad_token_id: The ids as they are written for other programs; nothing here uses them.
+        block_length: The number of tokens of a block, of an objective that predicts in blocks; None of others.
         source: The run, its step and the hash of its identity, where they are known.
 
     Raises:
@@ -66,6 +67,7 @@ class Description:
     compat: Literal["llada"] | None = None
     bos_token_id: int | None = None
     pad_token_id: int | None = None
+    block_length: int | None = None
     source: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,6 +81,8 @@ class Description:
         for key in ("vocab_size", "context_length"):
             if not is_whole(value := getattr(self, key), 1):
                 raise mistake(key, value, "it must be a whole number of at least 1")
+        if get_objective(self.objective).in_blocks and not is_whole(self.block_length, 1):
+            raise mistake("block_length", self.block_length, "it must be a whole number of at least 1")
         for key in ("rope_theta", "norm_eps"):
             if not is_positive(value := getattr(self, key)):
                 raise mistake(key, value, POSITIVE)
@@ -117,7 +121,10 @@ def excluded_token_id(compat: str | None, mask_token_id: int | None) -> int | No
 
 def write_config(description: Description, dtype: str) -> dict[str, Any]:
     """Our own ``config.json``."""
-    return {"model_type": MODEL_TYPE, "format": FORMAT, **asdict(description), "dtype": dtype}
+    values = asdict(description)
+    if description.block_length is None:  # so that versions before it read the file
+        del values["block_length"]
+    return {"model_type": MODEL_TYPE, "format": FORMAT, **values, "dtype": dtype}
 
 
 def read_config(config: ConfigFile) -> Description:
@@ -134,6 +141,7 @@ def read_config(config: ConfigFile) -> Description:
         **{key: config.get(key) for key in plain},
         **{key: config.told_id(key, config.whole("vocab_size")) for key in ("bos_token_id", "pad_token_id")},
         end_token_ids=config.several("end_token_ids"),
+        block_length=config.get("block_length", None),
         **_ours_alone(config),
     )
 

@@ -18,6 +18,7 @@ from llada_lightning.checkpoints.stored_tensors import common_dtype, dtype_named
 from llada_lightning.data.chat import ChatTemplate
 from llada_lightning.data.encoding import decode, encode, lost_bytes
 from llada_lightning.model import Transformer
+from llada_lightning.model.patterns import Pattern, block_causal
 from llada_lightning.objectives import Objective, get_objective
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import shortened
@@ -43,6 +44,7 @@ class LanguageModel:
         text_prefix_ids: The token ids before a prompt that is given as text, such as the BOS that a Llama's tokenizer
             adds.
         compat: The objective whose released code is followed: `llada` where [MASK] had a logit in training.
+        block_length: The number of tokens of a block, of a model that predicts in blocks; None of others.
         chat_template: The chat template in Jinja; None where there is none.
         special_tokens: The special tokens by their names in a chat template, such as ``bos_token``, as in the
             tokenizer's files.
@@ -59,6 +61,7 @@ class LanguageModel:
     start_token_id: int | None = None
     text_prefix_ids: tuple[int, ...] = ()
     compat: Literal["llada"] | None = None
+    block_length: int | None = None
     chat_template: str | None = None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
@@ -75,6 +78,11 @@ class LanguageModel:
     @property
     def causal(self) -> bool:
         return self.facts.causal
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The positions that each position of an unpadded sequence sees, of a model that predicts in blocks."""
+        return None if self.block_length is None else block_causal(self.block_length)
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +112,8 @@ class LanguageModel:
 
         Args:
             tokens_BL: (B, L) int64; no token is put before it.
-            attention_mask_BL: (B, L), False or 0 where a token is padding, on either side.
+            attention_mask_BL: (B, L), False or 0 where a token is padding, on either side; on the right only of a model
+                that predicts in blocks.
 
         Returns:
             (B, L, V) float32: `llada` predicts the token at each position, `arm` the one behind it.
@@ -112,7 +121,10 @@ class LanguageModel:
         if attention_mask_BL is not None:
             attention_mask_BL = attention_mask_BL.to(self.device).bool()
         logits_BLV: Tensor = self.model(
-            tokens_BL.to(self.device), causal=self.causal, attention_mask_BL=attention_mask_BL
+            tokens_BL.to(self.device),
+            causal=self.causal,
+            attention_mask_BL=attention_mask_BL,
+            pattern=self.pattern,
         )
         return logits_BLV.float()
 
@@ -203,6 +215,7 @@ def load_model(
         start_token_id=description.start_token_id,
         text_prefix_ids=stored.text_prefix_ids,
         compat=description.compat,
+        block_length=description.block_length,
         chat_template=None if files is None else files.chat_template,
         special_tokens={} if files is None else files.special_tokens,
         name=str(path),

@@ -209,6 +209,7 @@ def _description(content: Mapping[str, Any], path: Path) -> Description:
         compat=arguments["compat"],
         bos_token_id=inherited.get("bos_token_id", start),
         pad_token_id=inherited.get("pad_token_id"),
+        block_length=arguments.get("block_length"),
         source={
             "run": None if run is None else run.name,
             "step": content["global_step"],

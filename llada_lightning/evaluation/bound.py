@@ -21,6 +21,8 @@ Student's t of R - 1 degrees of freedom times the error (2.1 for 95 % at 16; 2.4
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,9 @@ import numpy.typing as npt
 from llada_lightning.evaluation.requests import FloatArray, Method, Request, Score
 from llada_lightning.objectives.noise import Purpose, random_words, words_to_uniform
 from llada_lightning.support.errors import UserError
+
+if TYPE_CHECKING:
+    from llada_lightning.checkpoints.language_model import LanguageModel
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -58,6 +63,11 @@ class Bound:
         self._exact_mean = 0.0 if self.length == 0 else None
         self._values: list[float] = []
         self._all_planned = False
+
+    @property
+    def parts(self) -> list[Bound]:
+        """What masks are planned for, and log-probabilities are added to."""
+        return [self]
 
     @property
     def exact(self) -> bool:
@@ -146,6 +156,64 @@ class Bound:
         """Masks of a replicate; those of a round are as many as the samples of the first."""
         size, more = divmod(self._first_samples, self._first_replicates)
         return size + (replicate % self._first_replicates < more)
+
+
+class BoundOfBlocks:
+    """The lower bound of one request to a model that predicts in blocks: the sum of the bounds of its blocks.
+
+    Each is given the prompt and the clean blocks before it. Blocks are those of the sequence, so that the first one may
+    begin within the prompt.
+
+    Args:
+        request: The request.
+        block_length: The number of tokens of a block.
+        settings: The arguments of :class:`Bound` behind the request.
+    """
+
+    def __init__(self, request: Request, block_length: int, *settings: Any, **named: Any) -> None:
+        self.request, self.length = request, len(request.continuation)
+        whole, begin = (*request.prompt, *request.continuation), len(request.prompt)
+        edges = [begin, *range((begin // block_length + 1) * block_length, len(whole), block_length), len(whole)]
+        self.parts = [
+            Bound(Request(whole[:first], whole[first:last]), *settings, **named)
+            for first, last in pairwise(edges)
+            if last > first
+        ]
+
+    @property
+    def exact(self) -> bool:
+        return all(part.exact for part in self.parts)
+
+    @property
+    def values(self) -> FloatArray:
+        """(R,) independent unbiased estimates in nats, one a replicate; (1,) the value itself where exact."""
+        return np.sum(np.broadcast_arrays(*(part.values for part in self.parts)), axis=0) if self.parts else np.zeros(1)
+
+    @property
+    def score(self) -> Score:
+        scores, values = [part.score for part in self.parts], self.values
+        methods: tuple[Method, ...] = ("monte carlo", "enumerated", "one pass")
+        found = [method for method in methods if any(score.method == method for score in scores)]
+        sampled = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        return Score(
+            mean=float(values.mean()),
+            stderr=0.0 if self.exact else sampled,
+            exact=self.exact,
+            samples=max((score.samples for score in scores), default=0),
+            tokens=self.length,
+            method=found[0] if found else "empty",
+            truncated=self.request.truncated,
+        )
+
+
+AnyBound = Bound | BoundOfBlocks
+
+
+def bound_of(lm: LanguageModel, request: Request, *settings: Any, **named: Any) -> AnyBound:
+    """The bound of a request to a model; settings as of :class:`Bound`."""
+    if lm.block_length is None:
+        return Bound(request, *settings, **named)
+    return BoundOfBlocks(request, lm.block_length, *settings, **named)
 
 
 def all_masks(length: int) -> BoolArray:

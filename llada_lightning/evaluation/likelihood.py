@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.evaluation.bound import REPLICATES, BoolArray, Bound, check_sampling
+from llada_lightning.evaluation.bound import REPLICATES, AnyBound, BoolArray, Bound, bound_of, check_sampling
 from llada_lightning.evaluation.requests import FloatArray, Ids, Request, Score, Truncation, check_request
 from llada_lightning.generation.predictor import guide
 from llada_lightning.model.head import token_nll
@@ -93,7 +93,7 @@ def log_likelihood(
         if not lm.facts.masks:
             scores = exact_scores(scorer, checked)
         else:
-            bounds = {request: Bound(request, samples, seed, exact) for request in dict.fromkeys(checked)}
+            bounds = {request: bound_of(lm, request, samples, seed, exact) for request in dict.fromkeys(checked)}
             wanted, most = list(bounds.values()), max_samples or 32 * samples
             draw(scorer, wanted, samples)
             while target_stderr is not None and samples < most:
@@ -157,12 +157,12 @@ def exact_scores(scorer: Scorer, requests: Sequence[Request]) -> dict[Request, S
     }
 
 
-def draw(scorer: Scorer, bounds: Sequence[Bound], samples: int) -> None:
+def draw(scorer: Scorer, bounds: Sequence[AnyBound], samples: int) -> None:
     """Adds samples to every bound until it has ``samples``, in passes of many requests.
 
     A mask that is drawn twice is scored once.
     """
-    for wave in _waves(bounds, samples):
+    for wave in _waves([part for bound in bounds for part in bound.parts], samples):
         distinct = [np.unique(masks_NL, axis=0, return_inverse=True) for _, masks_NL in wave]
         inputs = [
             _masked_input(scorer.lm, bound.request, mask_L)
@@ -288,6 +288,7 @@ class Scorer:
             torch.from_numpy(np.concatenate(branches)).to(device),
             causal=self.lm.causal,
             attention_mask_BL=None if real_BT is None else real_BT.repeat(len(branches), 1),
+            pattern=self.lm.pattern,
         )
         hidden_NMD = hidden_BTD.unflatten(0, (len(branches), -1)).flatten(1, 2)[:, at_M]
         step = max(1, _LOGITS_AT_ONCE // self.lm.model.vocab_size // len(branches))

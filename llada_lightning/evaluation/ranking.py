@@ -25,7 +25,7 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.evaluation.bound import Bound, check_sampling
+from llada_lightning.evaluation.bound import AnyBound, bound_of, check_sampling
 from llada_lightning.evaluation.likelihood import Scorer, ScoringProgress, check_guidance, draw, exact_scores
 from llada_lightning.evaluation.requests import FloatArray, Ids, Score, Truncation, check_question
 from llada_lightning.support.errors import UserError
@@ -57,7 +57,7 @@ class Ranking:
 
 @dataclass
 class _Question:
-    bounds: list[Bound]
+    bounds: list[AnyBound]
     sizes: FloatArray
     contenders: list[int]
 
@@ -121,7 +121,7 @@ def rank_candidates(
             known = exact_scores(scorer, [request for group in requests for request in group])
             return [rank_scores([known[r] for r in group], size) for group, size in zip(requests, sizes, strict=True)]
         all_up_to = min(_ALL_MASKS_UP_TO, max(_ALL_MASKS_ALWAYS, max_samples))
-        bounds = {r: Bound(r, samples, seed, all_up_to=all_up_to) for group in requests for r in group}
+        bounds = {r: bound_of(lm, r, samples, seed, all_up_to=all_up_to) for group in requests for r in group}
         every = [
             _Question([bounds[r] for r in group], size, list(range(len(group))))
             for group, size in zip(requests, sizes, strict=True)

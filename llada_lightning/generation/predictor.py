@@ -16,6 +16,7 @@ from torch import Tensor
 from llada_lightning.generation.reveal import RULES
 from llada_lightning.generation.sampling import Sampling, Snapshot
 from llada_lightning.model.attention import KeyValueCache
+from llada_lightning.model.patterns import Pattern, block_causal
 from llada_lightning.objectives.noise import Purpose, random_words
 
 if TYPE_CHECKING:
@@ -191,7 +192,8 @@ class BlockPredictor:
 
     With a cache, the first pass over a block computes the whole canvas. Later ones take from that pass the keys and
     values of the columns before the block (`prefix`), or also of those behind it (`dual`), although they would have
-    changed with the block: an approximation (Wu et al. 2025).
+    changed with the block: an approximation (Wu et al. 2025). A model that predicts in blocks sees nothing behind a
+    block, so that what is before it stays: `kv` is exact.
     """
 
     def __init__(self, lm: LanguageModel, canvas: Canvas, settings: Sampling) -> None:
@@ -201,9 +203,19 @@ class BlockPredictor:
         self._positions_BL, self._attention_mask_BL = canvas.positions, canvas.attention_mask
         self.passes = 0
 
+    def _pattern(self, rows_R: Tensor) -> Pattern | None:
+        """What the columns of rows of the canvas see, of a model that predicts in blocks: those of each text."""
+        if self._lm.block_length is None or self._positions_BL is None:
+            return self._lm.pattern
+        return block_causal(self._lm.block_length, self._positions_BL[rows_R])
+
     def open_block(self, begin: int, end: int, visible: int) -> None:
         """Turn to the columns ``begin`` to ``end`` of a canvas of which the first ``visible`` columns exist."""
         self._begin, self._end, self._visible = begin, end, visible
+        # Where keys and values change with the block, of which the prompt may have a part (of a model of blocks).
+        self._changes = begin
+        if self._lm.block_length is not None:
+            self._changes -= (begin - int(self._canvas.padding_B[0])) % self._lm.block_length
         self._cache = KeyValueCache(visible) if self._settings.cache != "none" else None
         self._fresh = True
 
@@ -223,7 +235,7 @@ class BlockPredictor:
         first, last = 0, self._visible
         if self._cache is not None:
             if not self._fresh:  # the rest is held
-                first, last = self._begin, self._visible if self._settings.cache == "prefix" else self._end
+                first, last = self._changes, self._end if self._settings.cache == "dual" else self._visible
             self._cache.position = first
         tokens_RT = self._canvas.tokens_BL[rows_R, first:last]
         self._rows = len(rows_R)
@@ -237,6 +249,7 @@ class BlockPredictor:
             causal=False,
             attention_mask_BL=None if mask_BL is None else mask_BL[rows_R, : self._visible],
             positions_BL=None if positions_BL is None else positions_BL[rows_R, first:last],
+            pattern=self._pattern(rows_R),
             cache=self._cache,
             queries=slice(self._begin - first, self._end - first),
         )

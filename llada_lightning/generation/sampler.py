@@ -4,9 +4,10 @@ fixed length, or in blocks that grow (Sec. 2.4, B.4)."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -88,11 +89,12 @@ def generate(
             raise UserError(f"length: {length} given; the gaps of a text say how many tokens are filled; leave it out")
         length = max(row.count(-1 if lm.mask_token_id is None else lm.mask_token_id) for row in rows)
     elif length is None:
-        length = default_length(lm.context_length - max(map(len, rows)), sampling.block_length)
+        room = lm.context_length - max(map(len, rows))
+        length = default_length(room, sampling.block_length or lm.block_length)
     run = replace(sampling, length=length).resolved(lm)
     check_context(lm, rows, 0 if run.infill else length)
     began, size = time.perf_counter(), batch_size or len(rows)
-    parts = [_batch(lm, rows[start : start + size], run, first, start, on_step) for start in range(0, len(rows), size)]
+    parts = [_batch(lm, rows[start:end], run, first, start, on_step) for start, end in _batches(lm, rows, size)]
     if lm.device.type == "cuda":
         torch.cuda.synchronize(lm.device)
     seconds = time.perf_counter() - began
@@ -111,6 +113,19 @@ def generate(
         cache=str(run.cache),
         settings=vars(run) | {"first": first},
     )
+
+
+def _batches(lm: LanguageModel, rows: list[list[int]], size: int) -> Iterator[tuple[int, int]]:
+    """The first and the last prompt, exclusive, of each batch.
+
+    The blocks of a model that predicts in blocks must lie at the same columns in all rows of a batch.
+    """
+    start = 0
+    for end in range(1, len(rows) + 1):
+        whole = end == len(rows) or end - start == size
+        if whole or (lm.block_length is not None and (len(rows[end]) - len(rows[start])) % lm.block_length):
+            yield start, end
+            start = end
 
 
 def _batch(
@@ -249,11 +264,9 @@ class Denoiser:
         A row whose answer has ended leaves the batch: what is still masked behind its EOS would be discarded.
         ``on_step`` is called with the number of each step that revealed something.
         """
-        canvas, settings, steps_before = self.canvas, self.settings, 0
-        # Texts with gaps are one block: of all columns, of which what is not masked stays.
-        size = canvas.length if settings.infill or settings.block_length is None else settings.block_length
-        for begin in range(canvas.answer, canvas.length, size):
-            self._open_block(begin, begin + size)
+        settings, steps_before = self.settings, 0
+        for number, (begin, end) in enumerate(self._blocks()):
+            self._open_block(begin, end, number)
             steps_done = 0
             while self.rows is not None:
                 steps_done += 1
@@ -262,13 +275,24 @@ class Denoiser:
             steps_before += settings.steps_per_block or steps_done
         return self.predictor.passes
 
-    def _open_block(self, begin: int, end: int) -> None:
-        """Turn to the columns ``begin`` to ``end``."""
+    def _blocks(self) -> list[tuple[int, int]]:
+        """The columns of each block, first and behind the last."""
+        canvas, settings = self.canvas, self.settings
+        # Texts with gaps are one block: of all columns, of which what is not masked stays.
+        size = canvas.length if settings.infill or settings.block_length is None else settings.block_length
+        first = canvas.answer
+        if self.lm.block_length is not None:  # the blocks of the text, of which the prompt has a part of one
+            first -= (first - int(canvas.padding_B[0])) % size
+        edges = [canvas.answer, *range(first + size, canvas.length, size), canvas.length]
+        return list(pairwise(edges))
+
+    def _open_block(self, begin: int, end: int, number: int) -> None:
+        """Turn to the columns ``begin`` to ``end``, the block of this number."""
         masked_B = self.canvas.masked_BL[:, begin:end].sum(dim=1)
         rows_R = (~self.done_B & (masked_B > 0)).nonzero()[:, 0]
         masked_R, steps = masked_B[rows_R], self.settings.steps_per_block
         if steps is not None:
-            self.steps_B.fill_((begin - self.canvas.answer) // (end - begin) * steps)
+            self.steps_B.fill_(number * steps)
         if not len(rows_R):
             self.rows = None
             return

@@ -46,7 +46,8 @@ class Sampling:
             Blocks follow one another from left to right.
         strategy: `diffusion`: of a fixed length, in one block, or in several from left to right; `block_diffusion`:
             grows block by block until EOS; `autoregressive`: grows token by token (paper, Fig. 4). By default
-            `diffusion` for a masked diffusion model such as `llada`, `autoregressive` for `arm`.
+            `diffusion` for a masked diffusion model such as `llada`, `autoregressive` for `arm`, and `block_diffusion`
+            for `block`, which has no other, in blocks of its own length.
         remasking: The reveal rule: which predictions stay at the end of a step. Those of the highest probability
             (`low_confidence`, Algorithm 5), of the widest margin to the second candidate (`margin`), or of the lowest
             entropy (`entropy`); or by chance, each with the probability of the reverse process (`random`, Algorithm 4),
@@ -60,8 +61,8 @@ class Sampling:
         zero_eos_confidence: Whether predictions of EOS are kept last (paper, B.4).
         stop: A text that ends an answer; there can be several. On the command line, '\n' is a new line.
         infill: Whether the prompts hold [MASK]s, and these are what is filled.
-        cache: The cache of keys and values. `kv`: of `arm`, exact. `prefix`, `dual`: what is before a block of `llada`,
-            or before and behind it, is computed once a block, which is approximate.
+        cache: The cache of keys and values. `kv`: of `arm` and `block`, exact. `prefix`, `dual`: what is before a block
+            of `llada`, or before and behind it, is computed once a block, which is approximate.
         seed: The seed of the noise, which depends on the number of the prompt as well.
         compat: `llada` samples as the authors' released code does; an answer then depends on its batch.
 
@@ -152,6 +153,8 @@ class Sampling:
 
     def strategy_for(self, lm: LanguageModel) -> Strategy:
         """The strategy that is given, or else the default of a model."""
+        if lm.block_length is not None:
+            return self.strategy or "block_diffusion"
         return self.strategy or ("autoregressive" if only_left_to_right(lm) else "diffusion")
 
     def resolved(self, lm: LanguageModel) -> Sampling:
@@ -170,6 +173,13 @@ class Sampling:
             if steps not in (None, self.length):
                 raise UserError(f"steps: {steps} given; {takes} {self.length}, one for each token; leave it out")
             block_length = 1
+        elif lm.block_length is not None:
+            if block_length not in (None, lm.block_length):
+                raise UserError(
+                    f"block_length: {block_length} given, but '{lm.name}' predicts blocks of {lm.block_length}; leave "
+                    "it out"
+                )
+            block_length = lm.block_length
         elif self.infill and block_length is not None:
             raise UserError(f"block_length: {block_length} given; infilling takes all gaps of a text together")
         block_length = block_length or self.length
@@ -199,10 +209,11 @@ class Sampling:
                     f"stop: {text!r} holds a special token, which is never part of an answer's text; leave it out (the "
                     "end of a text ends an answer by itself)"
                 )
-        cache = self.cache or ("kv" if only_left_to_right(lm) else "none")
+        exact = only_left_to_right(lm) or lm.block_length is not None
+        cache = self.cache or ("kv" if exact else "none")
         settings = replace(self, strategy=strategy, block_length=block_length, steps=steps, cache=cache)
         settings._check_model(lm)
-        if strategy == "block_diffusion" and self.block_length is None:
+        if strategy == "block_diffusion" and (self.block_length or lm.block_length) is None:
             raise UserError(
                 "block_length: not given; block_diffusion grows by so many tokens at a time; give 32, as the paper"
             )
@@ -220,6 +231,15 @@ class Sampling:
                 remasking=self.remasking != "low_confidence",
                 zero_eos_confidence=self.zero_eos_confidence,
                 cache=self.cache not in ("none", "kv"),
+                compat=self.compat is not None,
+            )
+            return
+        if lm.block_length is not None:
+            self._refuse(
+                f"'{lm.name}' is of {lm.objective}, which predicts one block after the other",
+                strategy=self.strategy not in (None, "block_diffusion"),
+                infill=self.infill,
+                cache=self.cache not in (None, "none", "kv"),
                 compat=self.compat is not None,
             )
             return
@@ -305,7 +325,7 @@ class Generation:
         forward_passes: The number of passes of the model over (what was left of) the batch. With guidance one pass
             holds each sequence twice, with and without its prompt, and so costs what two do.
         seconds: The wall-clock time of the sampling.
-        cache: The cache: `none` (exact), `kv` (exact, of `arm`), `prefix` or `dual` (approximate).
+        cache: The cache: `none` (exact), `kv` (exact, of `arm` and `block`), `prefix` or `dual` (approximate).
         settings: The settings as they ran (:class:`Sampling`), and the number of the first prompt.
     """
 

@@ -53,11 +53,18 @@ def same_document(documents_BL: Tensor) -> Pattern:
     return same
 
 
-def block_causal(block_length: int) -> Pattern:
-    """A token sees all of its own block and of those before (semi-autoregressive; Arriola et al. 2025)."""
+def block_causal(block_length: int, positions_BL: Tensor | None = None) -> Pattern:
+    """A token sees all of its own block and of those before (semi-autoregressive; Arriola et al. 2025).
+
+    Args:
+        block_length: The number of tokens of a block.
+        positions_BL: (B, L) int64, the position of each index in its text; None: the index itself.
+    """
     assert block_length > 0
 
     def causal_between_blocks(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        if positions_BL is not None:
+            q, kv = positions_BL[b, q], positions_BL[b, kv]
         return kv // block_length <= q // block_length
 
     return causal_between_blocks

@@ -199,11 +199,11 @@ class Transformer(nn.Module):
         causal: bool,
         attention_mask_BL: Tensor | None = None,
         documents_BL: Tensor | None = None,
+        pattern: Pattern | None = None,
     ) -> Tensor:
         """Logits (B, L, V) of every position; arguments as in :meth:`hidden`."""
-        return self.head(
-            self.hidden(tokens_BL, causal=causal, attention_mask_BL=attention_mask_BL, documents_BL=documents_BL)
-        )
+        given = {"attention_mask_BL": attention_mask_BL, "documents_BL": documents_BL, "pattern": pattern}
+        return self.head(self.hidden(tokens_BL, causal=causal, **given))  # type: ignore[arg-type]
 
     def _mask(
         self, seen: Pattern | None, tokens_BL: Tensor, keys: int, start: int, queries: slice, whole: bool
