@@ -19,7 +19,7 @@ from lightning import Callback, LightningModule, Trainer
 from helpers.forked import run_command
 from llada_lightning.commands.main import main
 
-MODELS = {"arm": "ArmModule", "llada": "LladaModule"}
+MODELS = {"arm": "ArmModule", "llada": "LladaModule", "block": "BlockDiffusionModule"}
 TESTS = Path(__file__).parents[1]
 
 

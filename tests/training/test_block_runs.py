@@ -1,0 +1,116 @@
+"""Runs of block diffusion: through every command, on any number of devices, and with one block that of `llada`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from helpers.tiny_runs import fit, fit_arguments, fit_process, losses, record
+from llada_lightning.commands.main import main
+
+FOUR = "--model.block_length=4"
+
+
+@pytest.fixture(scope="module")
+def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, blocks of four tokens."""
+    return fit("block", prepared, tmp_path_factory.mktemp("block"), FOUR)
+
+
+def test_with_one_block_the_run_is_that_of_llada(prepared: Path, tmp_path: Path) -> None:
+    llada = fit("llada", prepared, tmp_path / "llada")
+    one = fit("block", prepared, tmp_path / "one", "--model.block_length=32")
+    assert losses(one) == losses(llada)
+    same = ("val_nats_per_token", "val_stderr", "tokens", "flops_6nd", "flops_attention", "flops_head", "flops_total")
+    assert [record(one)[key] for key in same] == [record(llada)[key] for key in same]
+
+
+def test_the_record_says_what_it_is(run: Path) -> None:
+    found = record(run)
+    assert (found["objective"], found["variant"], found["val_kind"]) == ("block", "block_length=4", "bound")
+    counted = found["flops_6nd"] + found["flops_attention"] + found["flops_head"]
+    assert found["flops_total"] - counted == pytest.approx(found["flops_6nd"] * 28 / 32)  # the clean copy
+
+
+def test_micro_batches_only_cut_the_same_batches(prepared: Path, run: Path, tmp_path: Path) -> None:
+    cut = fit("block", prepared, tmp_path, FOUR, "--trainer.accumulate_grad_batches=2", "--data.workers=2")
+    assert losses(cut) == pytest.approx(losses(run), abs=1e-5)
+    assert record(cut)["val_nats_per_token"] == pytest.approx(record(run)["val_nats_per_token"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_make_the_same_run(prepared: Path, run: Path, tmp_path: Path, strategy: str) -> None:
+    devices = ("--trainer.devices=2", f"--trainer.strategy={strategy}")
+    done = fit_process("block", prepared, tmp_path, FOUR, *devices)
+    assert done.returncode == 0, done.stderr
+    two = tmp_path / "test" / "run"
+    assert losses(two) == pytest.approx(losses(run), abs=1e-5)
+    assert record(two)["val_nats_per_token"] == pytest.approx(record(run)["val_nats_per_token"], abs=1e-5)
+
+
+def test_documents_and_densities_go_together_with_blocks(prepared: Path, tmp_path: Path) -> None:
+    more = ("--data.document_mask=true", "--data.density={name: beta, a: 1.5, b: 1}", "--model.loss_weight=ce")
+    found = record(fit("block", prepared, tmp_path, FOUR, *more, "--trainer.max_steps=4"))
+    assert found["variant"] == "block_length=4;density=beta(a=1.5,b=1);loss_weight=ce"
+
+
+def test_blocks_must_divide_the_sequences(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given, said in (
+        ("5", "model.block_length: 5 given, which does not divide sequences of 32; give 4 or 8"),
+        ("64", "model.block_length: 64 given, which does not divide sequences of 32; give 32"),
+        ("0", "model.block_length: 0 given, which does not divide sequences of 32; give 1"),
+    ):
+        assert main(fit_arguments("block", prepared, tmp_path, f"--model.block_length={given}")) == 2
+        assert capsys.readouterr().err == f"error: {said}\n"
+    assert (
+        main(["plan", "--flops", "1e9", "--vocab-size", "384", "--sequence-length", "32", "--block-length", "5"]) == 2
+    )
+    assert "plan: --block-length: 5 given, which does not divide" in capsys.readouterr().err
+    assert not (tmp_path / "test").exists()
+
+
+def test_it_goes_through_every_command(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def as_json(*arguments: object) -> Any:
+        capsys.readouterr()
+        assert main([*map(str, arguments), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    monkeypatch.chdir(tmp_path)
+    base = {
+        "trainer": {"accelerator": "cpu", "precision": "32-true"},
+        "data": {"class_path": "TokenDataModule", "init_args": {"val_sequences": 8, "workers": 0}},
+    }
+    Path("base.yaml").write_text(yaml.safe_dump(base))
+    shapes = [f"L1-d{width}-h2-kv1-ff{2 * width}" for width in (8, 16, 32)]
+    plan = as_json(
+        "plan", "--objectives", "block", "--block-length", 4, "--flops", "1e7", "2e7", "--shapes", *shapes, "--data",
+        prepared, "--sequence-length", 16, "--batch", 4, "--lr", 0.01, "--base", "base.yaml", "--out", "s.yaml",
+    )  # fmt: skip
+    first = plan["runs"][0]
+    counted = first["flops_6nd"] + first["flops_attention"] + first["flops_head"]
+    assert first["flops_total"] - counted == pytest.approx(first["flops_6nd"] * 12 / 16)
+    assert plan["totals"]["flops_copy"] > 0
+    for index in range(3):
+        assert main(["sweep", "run", "s.yaml", "--index", str(index)]) == 0
+    as_json("collect", "runs/s", "--out", "results.csv")
+    curves = as_json("curves", "results.csv", "--out", "curves", "--samples", 100)
+    assert curves["block [block_length=4]"] and Path("curves/scaling.png").is_file()
+
+    one = next(Path("runs/s").glob("block-*"))
+    Path("pairs.jsonl").write_text(json.dumps({"prompt": "1 plus", "continuation": " 2 is 3"}) + "\n")
+    score = as_json("score", one, "--pairs", "pairs.jsonl", "--samples", 16)
+    assert (score["objective"], score["kind"]) == ("block", "bound")
+    answer = as_json("generate", one, "--prompt", "one plus", "--length", 4)
+    assert answer["settings"]["strategy"] == "block_diffusion" and answer["settings"]["block_length"] == 4
+    assert main(["convert", str(one), "ours"]) == 0
+    assert as_json("score", "ours", "--pairs", "pairs.jsonl", "--samples", 16)["results"] == score["results"]
+    config = yaml.safe_load((one / "config.yaml").read_text())
+    assert config["model"]["init_args"]["block_length"] == 4
+    assert main(["validate", "--config", str(one / "config.yaml")]) == 0
