@@ -368,6 +368,8 @@ def density_setting(given: Any, setting: str = "data.density") -> DensitySetting
 
 
 def _made(given: Any, setting: str) -> DensitySetting:
+    if hasattr(given, "as_dict"):  # a Namespace, as which the parser holds what has a class_path
+        given = given.as_dict()
     given = {"name": given} if isinstance(given, str) else given
     if not isinstance(given, Mapping) or ("name" in given) == ("class_path" in given):
         raise UserError(

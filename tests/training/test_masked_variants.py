@@ -160,6 +160,26 @@ def test_settings_that_mean_the_same_have_one_name(prepared: Path) -> None:
     assert first == same != other
 
 
+def test_a_density_of_ones_own_may_be_a_part_of_a_curriculum(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """From a file, and from the run's own configuration again."""
+    own = "from llada_lightning.objectives.densities import Beta\nclass Mine(Beta):\n    pass\n"
+    (tmp_path / "mine_density.py").write_text(own)
+    monkeypatch.syspath_prepend(tmp_path)
+    start = {"class_path": "mine_density.Mine", "init_args": {"a": 0.5, "b": 1}}
+    density = {"name": "curriculum", "start": start, "end": "uniform", "steps": 4}
+    (tmp_path / "own.yaml").write_text(json.dumps({"data": {"init_args": {"density": density}}}))
+    words = [f"--config={tmp_path / 'own.yaml'}", "--trainer.max_steps=2"]
+    assert main(fit_arguments("llada", prepared, tmp_path, *words)) == 2
+    assert "data.density.start: 'mine_density.Mine' is not of llada_lightning" in capsys.readouterr().err
+    monkeypatch.setenv("LLADA_TRUSTED_MODULES", "mine_density")
+    folder = fit("llada", prepared, tmp_path, *words)
+    assert record(folder)["variant"] == ("density=curriculum(start=mine_density.Mine(a=0.5,b=1),end=uniform,steps=4)")
+    assert main(["fit", f"--config={folder / 'config.yaml'}"]) == 0
+    assert "nothing to do" in capsys.readouterr().err
+
+
 def test_a_variant_is_an_objective_of_its_own_in_a_table() -> None:
     table = pd.DataFrame({"objective": ["llada", "llada"], "variant": [None, f"{VARIANT};loss_weight=ce"]})
     [plain, own] = named_variants(table)["objective"]
