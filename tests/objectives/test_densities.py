@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -130,6 +130,7 @@ def test_the_step_of_a_curriculum_follows_from_the_ordinal(seed: int, first: int
 
 
 @given(st.one_of(steady, curricula))
+@example(Beta(1.041, 0.5835))  # whose inverse in scipy 1.17 is NaN at 2^-54
 def test_the_points_at_the_ends_give_numbers(density: Density) -> None:
     for step in (0, 1, 100):
         t_B, q_B = density.at(step).draw(np.array([SMALLEST_QUANTILE, 1 - 2.0**-53]))

@@ -292,7 +292,7 @@ def loss_by_row(
     total = training_loss(predictor, batch, weight)
     sums_B = torch.zeros(rows, dtype=torch.float64)
     sums_B.index_add_(0, batch.scored_M // length, predictor.parts_M.double())
-    assert float(total) == pytest.approx(float(sums_B.sum()), rel=1e-4)
+    assert float(total) == pytest.approx(float(sums_B.sum()), rel=1e-4, abs=1e-5)
     return sums_B.numpy()
 
 
@@ -318,7 +318,7 @@ def expected_loss(
 def test_the_loss_of_every_density_with_mass_everywhere_has_the_expectation_of_eq_3(name: str, table: Array) -> None:
     x0_L = np.arange(length_of(table)) % WORDS
     expected = moment_of_eq_3(nll_by_set(table, x0_L), MASK_EPS)
-    assert expected_loss(table, x0_L, WITH_MASS[name], WEIGHTS["elbo"]) == pytest.approx(expected, rel=2e-6)
+    assert expected_loss(table, x0_L, WITH_MASS[name], WEIGHTS["elbo"]) == pytest.approx(expected, rel=5e-6, abs=1e-5)
 
 
 @pytest.mark.parametrize("sampling", TIME_SAMPLINGS)
@@ -352,7 +352,7 @@ def test_other_weights_have_the_expectation_of_their_formula(name: str, table: A
     }[name]
     probability_TS = p_T1**counts_S * (1 - p_T1) ** (length - counts_S)
     formula = float((node_weights / 2 * (probability_TS * weight_TS * sums_S).sum(axis=1)).sum())
-    assert expected_loss(table, x0_L, Range(low, high), WEIGHTS[name]) == pytest.approx(formula, rel=1e-3)
+    assert expected_loss(table, x0_L, Range(low, high), WEIGHTS[name]) == pytest.approx(formula, rel=1e-3, abs=1e-5)
 
 
 @settings(max_examples=10, deadline=None)
@@ -362,7 +362,7 @@ def test_the_mean_of_masked_tokens_is_nearly_the_bound_where_t_is_uniform(table:
     length = length_of(table)
     x0_L = np.full(length, 1)
     mean = expected_loss(table, x0_L, Uniform(), WEIGHTS["per_masked_token"], eps=1e-9)
-    assert mean == pytest.approx(length / (length + 1) * moment_of_eq_14(nll_by_set(table, x0_L)), rel=1e-6)
+    assert mean == pytest.approx(length / (length + 1) * moment_of_eq_14(nll_by_set(table, x0_L)), rel=5e-6, abs=1e-5)
 
 
 def test_a_loss_is_called_a_bound_where_its_expectation_is_that_of_eq_3_and_nowhere_else() -> None:
