@@ -368,6 +368,8 @@ def density_setting(given: Any, setting: str = "data.density") -> DensitySetting
 
 
 def _made(given: Any, setting: str) -> DensitySetting:
+    if hasattr(given, "as_dict"):  # a Namespace, as which the parser holds what has a class_path
+        given = given.as_dict()
     given = {"name": given} if isinstance(given, str) else given
     if not isinstance(given, Mapping) or ("name" in given) == ("class_path" in given):
         raise UserError(
@@ -434,7 +436,10 @@ def _bound(kind: type[Density], arguments: Mapping[str, Any], setting: str, who:
     except TypeError as error:
         raise UserError(f"{setting}: {who}: {error}; {taken}") from error
     bound.apply_defaults()
-    declared = get_type_hints(kind.__init__)
+    try:
+        declared = get_type_hints(kind.__init__)
+    except NameError:  # of a class of the user's, whose types only a type checker can read
+        declared = {}
     return {
         key: _made(value, f"{setting}.{key}")
         if declared.get(key) is Density

@@ -18,8 +18,10 @@ from llada_lightning.objectives.noise import Purpose
 TimeSampling = Literal["weyl", "iid"]
 TIME_SAMPLINGS: tuple[TimeSampling, ...] = get_args(TimeSampling)
 
-SMALLEST_QUANTILE = 2.0**-54
-"""What stands for a point of 0, whose quantile is the end of the density: half of the distance between two points."""
+SMALLEST_QUANTILE = 2.0**-53
+"""What stands for a point of 0, whose quantile is the end of the density: the smallest point above it.
+
+Below it, scipy's inverse of the beta distribution is NaN for some exponents."""
 
 
 def mask_ratio(seed: int, ordinals: npt.NDArray[np.int64], sampling: TimeSampling = "weyl") -> npt.NDArray[np.float64]:
