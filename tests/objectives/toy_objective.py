@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llada_lightning.objectives import Objective, llada, register
+from llada_lightning.objectives import Objective, TrainingKind, llada, register
 from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.objectives.forward_process import random_mask
 from llada_lightning.training.modules import LanguageModule
@@ -52,3 +52,6 @@ class ToyModule(LanguageModule):
             masked_BL &= batch.attention_mask_BL
         once = batch.rows(slice(None), masked_BL)._replace(p_B=torch.ones_like(batch.p_B))
         return llada.training_loss(self, once)
+
+    def training_kind(self, *given: object) -> TrainingKind:
+        return "surrogate"
