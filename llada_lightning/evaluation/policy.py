@@ -42,7 +42,7 @@ POLICIES: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
 """The policies by their names: how sure the model is of each of its predictions, as the reveal rules have it
 (``generation.reveal.Rule.confidence``). The surest are revealed, of equals the first. None: the first are revealed."""
 
-_LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 28}
+_LOGITS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 28}
 """Logits that are made and used before the next are: on a CPU what stays near its caches."""
 
 
@@ -196,11 +196,9 @@ def _predicted(
     for begin in range(0, max(1, len(true_M)), at_once):
         these = slice(begin, begin + at_once)
         logits_MV = states.logits(hidden_GMD[:, these])
-        log_sum_M = logits_MV.logsumexp(dim=-1)
-        log_p_M = logits_MV.gather(1, true_M[these, None])[:, 0] - log_sum_M
-        confidence_M = log_p_M
-        if rule is not None:
-            confidence_M = rule(logits_MV, (logits_MV.amax(dim=-1) - log_sum_M).exp())
+        log_p_MV = logits_MV.log_softmax(dim=-1)
+        log_p_M = log_p_MV.gather(1, true_M[these, None])[:, 0]
+        confidence_M = log_p_M if rule is None else rule(logits_MV, log_p_MV.amax(dim=-1).exp())
         parts.append((log_p_M, confidence_M))
     log_p_M, confidence_M = (torch.cat(column) for column in zip(*parts, strict=True))
     return log_p_M, confidence_M.float()
@@ -257,13 +255,21 @@ class _ScoredStates:
         if self._scorer.cfg_scale:
             assert self._lm.mask_token_id is not None
             branches.append(inputs_RL.masked_fill(self._prompt_BT[rows_R], self._lm.mask_token_id))
-        columns = wanted_RL.any(dim=0).nonzero()[:, 0].tolist()
+        tokens_RL = torch.cat(branches)
+        real_RL = None if self._real_BT is None else self._real_BT[rows_R].repeat(len(branches), 1)
+        columns, positions_RL = wanted_RL.any(dim=0).nonzero()[:, 0].tolist(), None
         span = slice(columns[0], columns[-1] + 1)  # the last block computes no other
+        counts_R = wanted_RL.sum(dim=1)
+        if (most := int(counts_R.max())) < span.stop - span.start:
+            # Attention does not know the order of its columns, only their positions: so the wanted ones go first.
+            order_RL = wanted_RL.logical_not().int().argsort(dim=1, stable=True)
+            positions_RL = order_RL.repeat(len(branches), 1)
+            tokens_RL = tokens_RL.gather(1, positions_RL)
+            real_RL = None if real_RL is None else real_RL.gather(1, positions_RL)
+            span = slice(0, most)
+            wanted_RL = torch.arange(wanted_RL.shape[1], device=wanted_RL.device) < counts_R[:, None]
         hidden_RLD = self._lm.model.hidden(
-            torch.cat(branches),
-            causal=False,
-            attention_mask_BL=None if self._real_BT is None else self._real_BT[rows_R].repeat(len(branches), 1),
-            queries=span,
+            tokens_RL, causal=False, attention_mask_BL=real_RL, positions_BL=positions_RL, queries=span
         )
         return hidden_RLD.unflatten(0, (len(branches), -1))[:, wanted_RL[:, span]]
 
