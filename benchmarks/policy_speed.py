@@ -1,8 +1,8 @@
 """The exact likelihood under a decoding policy, one sequence at a time and many at once: sequences a CPU second.
 
 Both ways compute the same: sequences of 64 tokens, one token a step, so 64 predictions each. The plain way takes one
-sequence at a time, and logits of every position. Ours takes many sequences at once, and logits of the positions that the
-policy chooses among. The line between them is ours with one sequence at a time. The largest difference of the two
+sequence at a time, and logits of every position. Ours takes many sequences at once, and logits of the positions that
+the policy chooses among. The column between them is ours with one sequence at a time. The largest difference of the two
 values, in nats, is printed beside. On a CPU the seconds are those of this process, on one thread.
 
     python benchmarks/policy_speed.py --shape 107k --sequences 64
@@ -54,8 +54,9 @@ def plain(lm: LanguageModel, policy: Policy, tokens: list[int]) -> float:
         log_p_LV = logits_LV.log_softmax(dim=-1)
         order_1L = -torch.arange(len(tokens), device=lm.device, dtype=torch.float32)[None]
         if rule is not None:
-            sure_L = rule(logits_LV, log_p_LV.amax(dim=-1).exp())
-            order_1L = without_rounding(sure_L.masked_fill(~masked_L, -torch.inf)[None])
+            sure_L, scale_L = rule(log_p_LV)
+            scale_11 = scale_L[masked_L].amax()[None, None]
+            order_1L = without_rounding(sure_L.masked_fill(~masked_L, -torch.inf)[None], scale_11)
         chosen_L = most_confident(order_1L, masked_L[None], torch.tensor([k], device=lm.device))[0]
         total += float(log_p_LV[chosen_L, tokens_L[chosen_L]].double().sum())
         masked_L &= ~chosen_L
@@ -130,7 +131,9 @@ def main() -> None:
     else:
         lm = random_model(given.shape, given.vocab_size, given.device)
     results = compare(lm, given.sequences, given.alone, given.tokens_per_step, given.repeats)
-    print(f"{lm.name}; {lm.device.type}; torch {torch.__version__}; {LENGTH} tokens, {given.sequences} sequences at once")
+    print(
+        f"{lm.name}; {lm.device.type}; torch {torch.__version__}; {LENGTH} tokens, {given.sequences} sequences at once"
+    )
     ways = list(results[0]["sequences_per_second"])
     print(f"{'sequences/s':18}" + "".join(f"{way:>22}" for way in ways) + f"{'ratio':>8}{'difference, nats':>18}")
     for each in results:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Protocol
 
-from llada_lightning.generation.reveal import margin, most_confident, token_probability, without_rounding
+from llada_lightning.generation.reveal import most_confident, without_rounding
 from llada_lightning.objectives import Objective
 from llada_lightning.support.errors import UserError
 
@@ -34,13 +34,29 @@ if TYPE_CHECKING:  # the names of the policies are read where torch is not loade
 
 LEFT_TO_RIGHT = "left_to_right"
 
-POLICIES: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
+
+def likeliest(log_p_MV: Tensor) -> tuple[Tensor, Tensor]:
+    """(M,) each: the probability of the likeliest token, which is the confidence, and its scale."""
+    first_M = log_p_MV.amax(dim=-1).exp()
+    return first_M, first_M
+
+
+def margin(log_p_MV: Tensor) -> tuple[Tensor, Tensor]:
+    """(M,) each: the probability of the likeliest token less that of the second, and the scale: the likeliest one's."""
+    first_M, token_M = log_p_MV.max(dim=-1)
+    second_M = log_p_MV.scatter(1, token_M[:, None], -float("inf")).amax(dim=-1)
+    return first_M.exp() - second_M.exp(), first_M.exp()
+
+
+POLICIES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]] | None] = {
     LEFT_TO_RIGHT: None,
-    "confidence": token_probability,
+    "confidence": likeliest,
     "margin": margin,
 }
-"""The policies by their names: how sure the model is of each of its predictions, as the reveal rules have it
-(``generation.reveal.Rule.confidence``). The surest are revealed, of equals the first. None: the first are revealed."""
+"""The policies by their names: a function from the log-probabilities (M, V) of the predictions to how sure the model is
+of each, as the reveal rules `low_confidence` and `margin` have it, and to the size of the numbers that this is computed
+from. The surest are revealed. Confidences that differ by less than ``reveal.TIE`` of that size are equal, and of equals
+the first is revealed. None: the first are revealed."""
 
 _LOGITS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 28}
 """Logits that are made and used before the next are: on a CPU what stays near its caches."""
@@ -64,7 +80,7 @@ class Policy:
     def __post_init__(self) -> None:
         if self.name not in POLICIES:
             near = get_close_matches(str(self.name), POLICIES, 1)
-            nearest = f"the nearest is '{near[0]}'; " * bool(near)
+            nearest = f"the nearest is '{near[0]}'; " if near else ""
             raise UserError(f"policy: '{self.name}' is not known; {nearest}choose from {', '.join(POLICIES)}")
         if type(self.tokens_per_step) is not int or self.tokens_per_step < 1:
             raise UserError(
@@ -164,12 +180,14 @@ def revealed_log_probs(
         chosen_RL = candidates_RL & (candidates_RL.cumsum(dim=1) <= k) if rule is None else None
         wanted_RL = candidates_RL if chosen_RL is None else chosen_RL
         hidden_GMD = states.hidden(true_RL.masked_fill(candidates_RL, mask_token_id), wanted_RL, rows_R)
-        log_p_M, confidence_M = _predicted(hidden_GMD, true_RL[wanted_RL], states, rule)
+        log_p_M, confidence_M, scale_M = _predicted(hidden_GMD, true_RL[wanted_RL], states, rule)
         if chosen_RL is None:
-            confidence_RL = torch.full(wanted_RL.shape, -torch.inf, device=tokens_BL.device)
-            confidence_RL[wanted_RL] = confidence_M
-            counts_R = torch.full_like(rows_R, k)
-            chosen_RL = most_confident(without_rounding(confidence_RL), candidates_RL, counts_R)
+            confidence_RL, scale_RL = (
+                torch.full(wanted_RL.shape, lowest, device=tokens_BL.device) for lowest in (-torch.inf, 0.0)
+            )
+            confidence_RL[wanted_RL], scale_RL[wanted_RL] = confidence_M, scale_M
+            confidence_RL = without_rounding(confidence_RL, scale_RL.amax(dim=1, keepdim=True))
+            chosen_RL = most_confident(confidence_RL, candidates_RL, torch.full_like(rows_R, k))
         row_N, column_N = chosen_RL.nonzero(as_tuple=True)
         place_N = rows_R[row_N], column_N
         log_p_BL[place_N] = log_p_M[chosen_RL[wanted_RL]].double()
@@ -183,11 +201,15 @@ def steps_needed(masked_BL: Tensor, tokens_per_step: int) -> int:
 
 
 def _predicted(
-    hidden_GMD: Tensor, true_M: Tensor, states: States, rule: Callable[[Tensor, Tensor], Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """(M,) float32 each: the log-probabilities of the true tokens, and the confidences of the predictions (0: no rule).
+    hidden_GMD: Tensor,
+    true_M: Tensor,
+    states: States,
+    rule: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
+) -> tuple[Tensor, ...]:
+    """(M,) float32 each: the log-probabilities of the true tokens, the confidences of the predictions and their scale.
 
-    All logits together would be the largest tensor of all, so they are made some at a time.
+    All logits together would be the largest tensor of all, so they are made some at a time. Without a rule there are
+    no confidences, and what stands in their place is not read.
     """
     import torch
 
@@ -195,13 +217,10 @@ def _predicted(
     at_once = max(1, _LOGITS_AT_ONCE.get(true_M.device.type, 1 << 26) // states.vocab_size)
     for begin in range(0, max(1, len(true_M)), at_once):
         these = slice(begin, begin + at_once)
-        logits_MV = states.logits(hidden_GMD[:, these])
-        log_p_MV = logits_MV.log_softmax(dim=-1)
+        log_p_MV = states.logits(hidden_GMD[:, these]).log_softmax(dim=-1)
         log_p_M = log_p_MV.gather(1, true_M[these, None])[:, 0]
-        confidence_M = log_p_M if rule is None else rule(logits_MV, log_p_MV.amax(dim=-1).exp())
-        parts.append((log_p_M, confidence_M))
-    log_p_M, confidence_M = (torch.cat(column) for column in zip(*parts, strict=True))
-    return log_p_M, confidence_M.float()
+        parts.append((log_p_M, *((log_p_M, log_p_M) if rule is None else rule(log_p_MV))))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 # --- through a model for inference ------------------------------------------------------------------------------------

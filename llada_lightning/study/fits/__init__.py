@@ -170,6 +170,7 @@ def fit_table(
         UserError: The table has no usable run, or none of the given reference, its losses cannot be compared, or the
             covariance does not fit it.
     """
+    yardstick = yardstick_of(table)  # before rows are dropped as results that are there twice
     runs = usable_runs(table)
     if runs.empty:
         raise UserError(f"results: none of {len(table)} rows is a finished run with a finite loss; nothing to fit")
@@ -197,7 +198,6 @@ def fit_table(
         own_seed = seed + _seed_of(name, names)
         objectives[name] = fit_objective(name, own, counted, unit, errors, own_seed, borrowed=borrowed)
         held_out += hold_out(own, objectives[name], unit, errors, own_seed, borrowed=borrowed)
-    yardstick = yardstick_of(runs)
     at_budgets, curve = (
         [replace(entry, named=yardstick) for entry in with_doubts(found, objectives.values(), held_out)]
         for found in _multipliers(objectives, divisor, counted)
