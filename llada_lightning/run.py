@@ -255,8 +255,9 @@ class Run:
         rules, size = dict.fromkeys(rule for rule, given in used if given is None), _size(spec, self.global_batch)
         outside = [rule for rule in rules if RANGES.get(rule, Range()).outside(size)]
         far = f"; outside of the range that {' and '.join(outside)} was fitted on" if outside else ""
+        sequences = f"{self.global_batch:,} sequence{'s' * (self.global_batch > 1)}"
         return (
-            f"run: {' and '.join(f'{steps:,}' for steps in self.steps)} steps of {self.global_batch:,} sequences "
+            f"run: {' and '.join(f'{steps:,}' for steps in self.steps)} steps of {sequences} "
             f"({source(spec.global_batch, spec.rules.batch)}), the first {schedule.warmup_steps:,} warm up "
             f"({source(warmup, spec.rules.warmup)}), learning rate {schedule.lr:.4g} "
             f"({source(spec.schedule.lr, spec.rules.lr)}){milestones}{far}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -34,6 +35,19 @@ def test_a_batch_by_rule_is_a_power_of_two_and_leaves_steps_enough(objective: st
 def test_the_steps_cost_the_budget_to_half_a_step(flops: float, batch: int) -> None:
     run = resolve(spec(length=Length(flops=(flops,)), global_batch=batch))
     assert abs(run.steps[0] * run.per_step.flops_6nd - flops) <= 0.5 * run.per_step.flops_6nd * (1 + 1e-9)
+
+
+def test_the_steps_of_the_example_in_the_documents() -> None:
+    stream = Stream(vocab_size=512, sequence_length=64)
+    run = resolve(spec(stream=stream, length=Length(flops=(1e10,)), global_batch=16))
+    text = " ".join((Path(__file__).parents[1] / "docs" / "cli.md").read_text().split())
+    assert (
+        f"a step costs 6 × {SHAPE.params_nonembedding:,} × 16 × 63.685 = {run.per_step.flops_6nd:.3g} FLOPs".replace(
+            "e+08", "e8"
+        )
+        in text
+    )
+    assert f"a budget of 1e10 makes {run.steps[0]} steps" in text
 
 
 def test_budgets_share_a_trunk_and_end_in_decays_of_their_own() -> None:

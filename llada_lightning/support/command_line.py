@@ -122,6 +122,11 @@ def one_line(message: str, command: str, options: Iterable[str] = ()) -> str:
     if unnamed:
         return "model: which one is not said; give --model ArmModule or LladaModule, or --config of a run"
     see = f"; see '{command} --help'"
+    missing = re.search(r"(File does not exist|Path is not a file): '(.+)'", message)
+    if key and missing:
+        problem = "is no file" if missing[1].startswith("Path") else "does not exist"
+        fix = "give the path of a configuration, such as a run's config.yaml"
+        return f"{key[1]}: '{shortened(missing[2])}' {problem}; {fix}"
     untrusted = re.search(r"Importing '([^']+)' is not allowed", message)
     if untrusted:
         return f"{key[1] if key else 'class_path'}: {not_trusted(untrusted[1])}"

@@ -54,18 +54,22 @@ def test_an_unknown_command(fails) -> None:
 
 
 SEE = "; see 'llada fit --help'"
+SEE_DATA, SEE_MODEL = "; see 'llada fit --data.help TokenDataModule'", "; see 'llada fit --model.help LladaModule'"
 MISTAKES = [
     ("budget.flop=1e9", f"unrecognized arguments: --budget.flop=1e9; the nearest is --budget.flops{SEE}"),
     ("modell.shape=3", f"unrecognized arguments: --modell.shape=3; the nearest is --model.shape{SEE}"),
-    ("model.init_args.shapee=3", f"model: Option 'shapee' is not accepted; the nearest is --model.shape{SEE}"),
-    ("model.schedule.lrr=3", f"arguments: --model.schedule.lrr=3; the nearest is --model.schedule.lr{SEE}"),
+    ("model.init_args.shapee=3", f"model: Option 'shapee' is not accepted; the nearest is --model.shape{SEE_MODEL}"),
+    ("model.schedule.lrr=3", f"arguments: --model.schedule.lrr=3; the nearest is --model.schedule.lr{SEE_MODEL}"),
     ("model.optimizer={beta: 3}", f"does not accept option 'beta'; the nearest is --model.optimizer.betas{SEE}"),
-    ("data.valsequences=3", f"data: Option 'valsequences' is not accepted; the nearest is --data.val_sequences{SEE}"),
+    (
+        "data.valsequences=3",
+        f"data: Option 'valsequences' is not accepted; the nearest is --data.val_sequences{SEE_DATA}",
+    ),
     ("trainer.max_step=3", f"the nearest is --trainer.max_steps{SEE}"),
     ("zzz=3", f"error: unrecognized arguments: --zzz=3{SEE}"),
     ("budget.flops=much", f"error: budget.flops: much given; expected float or list or null{SEE}"),
-    ("data.sequence_length=long", f"error: data.sequence_length: long given; expected int{SEE}"),
-    ("model.rope_theta=big", f"error: model.rope_theta: big given; expected float{SEE}"),
+    ("data.sequence_length=long", f"error: data.sequence_length: long given; expected int{SEE_DATA}"),
+    ("model.rope_theta=big", f"error: model.rope_theta: big given; expected float{SEE_MODEL}"),
     ("trainer.precision=half", "trainer.precision: half given; expected"),
     ("model.shape=9z", "shape: '9z' is not known; choose from arm-1b"),
     ("data.sequence_length=4096", "4096"),  # longer than a shard
@@ -137,6 +141,12 @@ def test_an_unknown_key_of_a_file(fails, tmp_path: Path, config: dict) -> None:
 )
 def test_a_misspelt_option_of_any_verb_is_told_the_nearest(fails, words: list[str], near: str) -> None:
     assert f"; the nearest is {near}; see 'llada " in fails(*words)
+
+
+def test_a_configuration_that_is_not_there(fails, tmp_path: Path) -> None:
+    fix = "give the path of a configuration, such as a run's config.yaml"
+    assert fails("validate", f"--config={tmp_path}/none.yaml").endswith(f"none.yaml' does not exist; {fix}")
+    assert fails("fit", f"--config={tmp_path}").endswith(f"' is no file; {fix}")
 
 
 def test_an_unknown_module(fails) -> None:

@@ -64,7 +64,7 @@ def test_a_mistake_is_one_line(runs: list[str], capsys: pytest.CaptureFixture[st
     assert main(["compare", runs[0], f"{runs[0]}x"]) == 2
     assert capsys.readouterr().err.startswith("error: compare: ")
     assert main(["compare", runs[0]]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert capsys.readouterr().err == "error: compare: 1 result given; give two\n"
 
 
 def test_neither_torch_nor_lightning_is_imported(runs: list[str]) -> None:

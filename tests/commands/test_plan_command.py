@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -348,3 +349,24 @@ def test_a_mistake_in_tuning_is_one_line(words: list[str], message: str, capsys:
     assert main(plan("--vocab-size", "512", "--sequence-length", "64", *words)) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1
+
+
+def test_without_a_budget_the_ways_to_give_one_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--vocab-size", "512"]) == 2
+    given = "give --flops C ..., or --paper, or --append FILE"
+    assert capsys.readouterr().err == f"error: plan: no budget is given; {given}\n"
+
+
+def test_a_device_that_is_not_known_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(plan("--vocab-size", "512", "--device", "RTX4090")) == 0
+    assert "memory: n/a: --device RTX4090 is not known; the nearest is RTX 4090; known: " in capsys.readouterr().out
+
+
+def test_a_run_has_the_number_by_which_a_sweep_knows_it(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "s.yaml"
+    assert main(plan("--data", str(prepared), "--sequence-length", "32", "--out", str(out))) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" *[\d.]+[km] ", line)]
+    numbers = list(dict.fromkeys(int(row[-1]) for row in rows))
+    assert sorted(numbers) == list(range(len(read_sweep(out).points)))

@@ -10,7 +10,7 @@ import pytest
 from helpers.studies import record
 from llada_lightning.commands import sweep as module
 from llada_lightning.records import write_records
-from llada_lightning.study.sweep import Sweep
+from llada_lightning.study.sweep import Sweep, check_unchanged, read_sweep
 from llada_lightning.study.sweep.runner import FailedRun, SweepOutcome
 from llada_lightning.support.errors import UserError
 
@@ -100,3 +100,15 @@ def test_show_lists_every_runs_state(
     shown = json.loads(capsys.readouterr().out)["runs"]
     assert [run["state"] for run in shown] == ["done", "not begun"]
     assert shown[1]["command"] == "llada fit --seed=2"
+
+
+def test_show_says_which_runs_have_left_the_file(
+    monkeypatch: pytest.MonkeyPatch, sweep_file: str, tmp_path: Path, capsys: Captured
+) -> None:
+    monkeypatch.setattr(module, "run_folder", lambda arguments: tmp_path / "study" / arguments[1])
+    check_unchanged(read_sweep(sweep_file), tmp_path / "study")
+    Path(sweep_file).write_text(Path(sweep_file).read_text().replace("[1, 2]", "[2, 3]"))
+    assert module.main(["show", sweep_file]) == 0
+    assert f"note: 1 of the runs that {tmp_path}/study was begun with have left the file" in capsys.readouterr().out
+    assert module.main(["show", sweep_file, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["left_the_file"] == {str(tmp_path / "study"): 1}

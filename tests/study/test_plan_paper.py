@@ -71,7 +71,7 @@ def test_what_is_advised_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["plan", "--paper", "--device", device, "--devices", str(advised)]) == 0
         capsys.readouterr()
     assert main(["plan", "--paper", "--device", "B100"]) == 0
-    assert "memory: n/a: --device B100 is not known; known: " in capsys.readouterr().out
+    assert "memory: n/a: --device B100 is not known; the nearest is H100; known: " in capsys.readouterr().out
 
 
 def test_the_table_is_printed_with_how_it_was_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from llada_lightning.study.sweep import (
     launch_fit,
     read_sweep,
     render_command,
+    runs_that_left,
     state_of,
 )
 from llada_lightning.support.errors import UserError
@@ -238,6 +239,7 @@ def test_runs_that_have_left_the_file_are_refused_until_it_is_meant(tmp_path: Pa
     with pytest.raises(UserError, match=r"was edited: 1 of the 2 runs .* have left it; .*\(the first: --shape=b\)"):
         check_unchanged(edited, study)
     assert "[a, b]" in kept_copy(before, study).read_text()
+    assert runs_that_left(edited, study) == [["llada", "fit", "--shape=b"]]
     assert check_unchanged(edited, study, edited=True) == 1
     assert check_unchanged(edited, study) == 0
 

@@ -180,7 +180,10 @@ def test_a_corpus_that_cannot_be_measured_is_one_line(
             r"wiki \('.*other'\) was prepared with another tokenizer than the training",
         ),
         (f"{{'a/b': {prepared}}}", "'a/b' cannot name a corpus; a name has letters"),
-        (f"{{wiki: {tmp_path / 'none'}}}", "data folder '.*none' does not exist"),
+        (
+            f"{{wiki: {tmp_path / 'none'}}}",
+            "wiki: data folder '.*none' does not exist; .* --out .*none --tokenizer DATA \\(the training data\\)$",
+        ),
         (str(prepared), ".* given; expected dict or null"),
     ):
         assert main(fit_arguments("arm", prepared, tmp_path, f"--data.held_out={given}")) == 2

@@ -169,16 +169,17 @@ def short_results(plan: Plan, name: str) -> Iterator[str]:
     low = max(map(min, reached.values())) / _TOLERANCE
     high = min(map(max, reached.values())) * _TOLERANCE
     deciding = [
-        (branch.steps, trunk.objective, branch.budget)
+        (branch.steps, trunk.objective, branch.budget, trunk.global_batch)
         for trunk in plan.trunks
         for branch in trunk.branches
         if trunk.objective in over and low <= branch.budget / over[trunk.objective] <= high
     ]
     short = [result for result in deciding if result[0] < ENOUGH_STEPS]
     if short:
-        steps, objective, budget = min(short)
+        steps, objective, budget, _ = min(short)
+        smaller = "" if all(batch == 1 for *_, batch in short) else "a smaller --batch or "
         yield (
             f"{len(short)} of {len(deciding)} results whose losses {REFERENCE} and {name} may share have fewer than "
             f"{ENOUGH_STEPS} steps (the fewest: {steps} of {objective} at {budget:.3g} FLOPs). They decide the "
-            "multiplier, and lie on the steep start of the curve; a smaller --batch or larger budgets lengthen them"
+            f"multiplier, and lie on the steep start of the curve; {smaller}larger budgets lengthen them"
         )
