@@ -5,6 +5,8 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 LLADA := $(BIN)/python -m llada_lightning
 JOBS ?= 2
+# One more than the two cores: a test often waits for the processes that it has started.
+WORKERS ?= 3
 GPU_JOBS ?= 8
 FIGURES ?= runs/benchmarks
 SOURCE ?= data/books.jsonl.xz
@@ -70,12 +72,12 @@ study-report: setup  ## docs/study.md, its figures and fits from the committed t
 
 test: setup  ## lint, types and tests
 	$(MAKE) lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Where no CPU build of the lowest torch is at hand, this downloads the build for CUDA: 5 GB.
 test-lowest:  ## the tests with the lowest supported versions of the dependencies, in .venv-lowest
 	$(MAKE) setup VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
-	.venv-lowest/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	.venv-lowest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup  ## the tests that take minutes: kills, soaks, coverage of the fits' intervals in full
 	$(BIN)/python -m pytest -m slow

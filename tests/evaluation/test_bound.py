@@ -104,7 +104,7 @@ def test_unbiased_for_every_number_of_samples(length: int, samples: int) -> None
     assert means.std() > 0.01
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(length=st.integers(3, 7), samples=st.integers(2, 40), seed=st.integers(0, 1000), rounds=st.integers(1, 2))
 def test_the_squared_standard_error_is_the_variance_on_the_average(
     length: int, samples: int, seed: int, rounds: int

@@ -87,7 +87,10 @@ def small_coverage(world: World, shapes: int, studies: int, samples: int) -> dic
 
 
 @pytest.mark.parametrize("shapes", [3, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("world", [VALLEYS, CHINCHILLA], ids=["valleys", "chinchilla"])
+@pytest.mark.parametrize(
+    "world",
+    [pytest.param(VALLEYS, id="valleys"), pytest.param(CHINCHILLA, id="chinchilla", marks=pytest.mark.slow)],
+)
 def test_small_studies_with_seed_spread_hold_the_truth(world: World, shapes: int) -> None:
     found = small_coverage(world, shapes, studies=10, samples=200)
     assert found["N_opt"] >= 0.75, found  # of 60; at 95 % each, and few of them independent

@@ -284,6 +284,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [{key: record[key] for key in EXACT} for record in timeless(folder)]
 
 
+@pytest.mark.slow
 def test_a_study_that_grows_twice_repeats_no_run_and_ends_as_one_planned_at_once(
     prepared: Path, sweep: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

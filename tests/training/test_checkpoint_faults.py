@@ -216,6 +216,7 @@ def test_checkpoints_beside_training_are_the_same(whole: Path, prepared: Path, t
         assert all(torch.equal(moments[0][n]["exp_avg"], state["exp_avg"]) for n, state in moments[1].items())
 
 
+@pytest.mark.slow
 def test_a_signal_within_a_validation_costs_no_row(whole: Path, prepared: Path, tmp_path: Path) -> None:
     often = ("--trainer.val_check_interval=6", "--data.val_batch=4")
     undisturbed = fit("llada", prepared, tmp_path / "undisturbed", *SAVED, *often)

@@ -170,6 +170,7 @@ def test_accumulation_and_workers_give_the_same_curve(
     assert record(folder)["val_nats_per_token"] == pytest.approx(record(reference)["val_nats_per_token"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_same_curve(reference: Path, prepared: Path, tmp_path: Path) -> None:
     ranks = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.val_batch=5")
     done = fit_command(objective(reference), prepared, tmp_path, *ranks)

@@ -256,6 +256,7 @@ def test_one_process_replays_its_steps(two: Path) -> None:
     assert [sequence.ordinal for sequence in replayed.sequences] == list(range(21 * 8, 22 * 8))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_one_process(prepared: Path, tmp_path: Path, one: dict[str, Path]) -> None:
     """And accumulated micro-batches are the same batch."""
     assert fit_process("arm", prepared, tmp_path, *TP, ACCUMULATED, kill_at(13)).returncode != 0

@@ -52,6 +52,7 @@ def wandb_command(*words: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_an_agents_runs_are_collected_and_the_same_sweep_has_nothing_left(
     prepared: Path, tmp_path: Path, server: WandbStandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
