@@ -6,6 +6,8 @@ the policy chooses among. The column between them is ours with one sequence at a
 values, in nats, is printed beside. On a CPU the seconds are those of this process, on one thread.
 
     python benchmarks/policy_speed.py --shape 107k --sequences 64
+
+The default is a model of 53,440 parameters without embeddings.
 """
 
 from __future__ import annotations
@@ -74,7 +76,10 @@ def timed(work: Any, device: torch.device) -> tuple[float, Any]:
 
 
 def compare(lm: LanguageModel, sequences: int, alone: int, tokens_per_step: int, repeats: int) -> list[dict[str, Any]]:
-    """For each policy the sequences a second of the three ways: the median of the repeats, which take turns."""
+    """For each policy the sequences a second of the three ways: the best of the repeats, which take turns.
+
+    Other work on the machine only slows a repeat down, and the ways differently: it takes their caches.
+    """
     rng = np.random.default_rng(0)
     texts = rng.integers(0, lm.model.vocab_size - 2, size=(sequences, LENGTH)).tolist()
     found = []
@@ -101,12 +106,12 @@ def compare(lm: LanguageModel, sequences: int, alone: int, tokens_per_step: int,
             ):
                 spent, values[way] = timed(work, lm.device)
                 seconds[way].append(spent / count)
-        medians = {way: float(np.median(own)) for way, own in seconds.items()}
+        best = {way: min(own) for way, own in seconds.items()}
         found.append(
             {
                 "policy": policy.label,
-                "sequences_per_second": {way: 1 / own for way, own in medians.items()},
-                "ratio": medians["plain"] / medians["ours"],
+                "sequences_per_second": {way: 1 / own for way, own in best.items()},
+                "ratio": best["plain"] / best["ours"],
                 "largest_difference": float(np.abs(np.subtract(values["plain"], values["ours"][:alone])).max()),
             }
         )
@@ -116,12 +121,12 @@ def compare(lm: LanguageModel, sequences: int, alone: int, tokens_per_step: int,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", help="a llada checkpoint instead of random weights")
-    parser.add_argument("--shape", default="107k")
+    parser.add_argument("--shape", default="L1-d64-h2-kv2-ff192")
     parser.add_argument("--vocab-size", type=int, default=512)
     parser.add_argument("--sequences", type=int, default=64, help="decoded at once")
     parser.add_argument("--alone", type=int, default=4, help="decoded one at a time")
     parser.add_argument("--tokens-per-step", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the result here too")
     given = parser.parse_args()

@@ -44,7 +44,7 @@ def likeliest(log_p_MV: Tensor) -> tuple[Tensor, Tensor]:
 def margin(log_p_MV: Tensor) -> tuple[Tensor, Tensor]:
     """(M,) each: the probability of the likeliest token less that of the second, and the scale: the likeliest one's."""
     first_M, token_M = log_p_MV.max(dim=-1)
-    second_M = log_p_MV.scatter(1, token_M[:, None], -float("inf")).amax(dim=-1)
+    second_M = log_p_MV.scatter_(1, token_M[:, None], -float("inf")).amax(dim=-1)  # in place: they are not read again
     return first_M.exp() - second_M.exp(), first_M.exp()
 
 
