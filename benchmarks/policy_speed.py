@@ -56,7 +56,7 @@ def plain(lm: LanguageModel, policy: Policy, tokens: list[int]) -> float:
         log_p_LV = logits_LV.log_softmax(dim=-1)
         order_1L = -torch.arange(len(tokens), device=lm.device, dtype=torch.float32)[None]
         if rule is not None:
-            sure_L, scale_L = rule(log_p_LV)
+            sure_L, scale_L = rule(log_p_LV.clone())  # which it may overwrite
             scale_11 = scale_L[masked_L].amax()[None, None]
             order_1L = without_rounding(sure_L.masked_fill(~masked_L, -torch.inf)[None], scale_11)
         chosen_L = most_confident(order_1L, masked_L[None], torch.tensor([k], device=lm.device))[0]

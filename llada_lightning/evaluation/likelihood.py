@@ -195,7 +195,7 @@ def draw(scorer: Scorer, bounds: Sequence[Bound], samples: int) -> None:
     for wave in _waves(bounds, samples):
         distinct = [np.unique(masks_NL, axis=0, return_inverse=True) for _, masks_NL in wave]
         inputs = [
-            _masked_input(scorer.lm, bound.request, mask_L)
+            masked_input(scorer.lm, bound.request, mask_L)
             for (bound, _), (masks_NL, _) in zip(wave, distinct, strict=True)
             for mask_L in masks_NL
         ]
@@ -240,7 +240,7 @@ class ScoredInput:
     prompt_length: int = 0
 
 
-def _masked_input(lm: LanguageModel, request: Request, mask_L: BoolArray) -> ScoredInput:
+def masked_input(lm: LanguageModel, request: Request, mask_L: BoolArray) -> ScoredInput:
     assert lm.mask_token_id is not None
     continuation_L = np.array(request.continuation)
     prompt = np.array(request.prompt, dtype=np.int64)

@@ -53,10 +53,10 @@ POLICIES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]] | None] = {
     "confidence": likeliest,
     "margin": margin,
 }
-"""The policies by their names: a function from the log-probabilities (M, V) of the predictions to how sure the model is
-of each, as the reveal rules `low_confidence` and `margin` have it, and to the size of the numbers that this is computed
-from. The surest are revealed. Confidences that differ by less than ``reveal.TIE`` of that size are equal, and of equals
-the first is revealed. None: the first are revealed."""
+"""The policies by their names: a function from the log-probabilities (M, V) of the predictions, which it may overwrite,
+to how sure the model is of each, as the reveal rules `low_confidence` and `margin` have it, and to the size of the
+numbers that this is computed from. The surest are revealed. Confidences that differ by less than ``reveal.TIE`` of that
+size are equal, and of equals the first is revealed. None: the first are revealed."""
 
 _LOGITS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 28}
 """Logits that are made and used before the next are: on a CPU what stays near its caches."""
