@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from helpers.small_models import ids, masked_log_prob, random_model
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.evaluation.likelihood import log_likelihood
-from llada_lightning.evaluation.policy import POLICIES, Policy, policies_of
+from llada_lightning.evaluation.policy import POLICIES, Policy, policies_of, revealed_log_probs
 from llada_lightning.evaluation.scoring import rolling_log_likelihood
 from llada_lightning.generation.reveal import TIE
 from llada_lightning.objectives import get_objective
@@ -184,3 +184,44 @@ def test_a_setting_of_several_policies() -> None:
     found = policies_of({"confidence": 2, "left_to_right": 1}, get_objective("llada"), 8)
     assert [policy.label for policy in found] == ["confidence@2", "left_to_right@1"]
     assert policies_of(None, get_objective("llada"), 8) == ()
+
+
+# --- data of known entropy --------------------------------------------------------------------------------------------
+
+
+class MarkovStates:
+    """The true conditionals of a Markov source of three words, for texts of five: a perfect model's predictions."""
+
+    vocab_size = 4  # [MASK] is the last
+    first = (0.5, 0.3, 0.2)
+    then = ((0.7, 0.2, 0.1), (0.1, 0.3, 0.6), (0.25, 0.5, 0.25))
+
+    def __init__(self) -> None:
+        self.texts_NL = torch.tensor(list(itertools.product(range(3), repeat=5)))
+        first, then = torch.tensor(self.first).double(), torch.tensor(self.then).double()
+        self.p_N = first[self.texts_NL[:, 0]] * then[self.texts_NL[:, :-1], self.texts_NL[:, 1:]].prod(dim=1)
+
+    def hidden(self, inputs_RL: torch.Tensor, wanted_RL: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
+        fits_RN = ((inputs_RL[:, None] == self.texts_NL) | (inputs_RL[:, None] == 3)).all(dim=2)
+        p_RN = (fits_RN * self.p_N) / (fits_RN * self.p_N).sum(dim=1, keepdim=True)
+        p_RLV = torch.stack([p_RN @ (self.texts_NL == word).double() for word in range(4)], dim=2)
+        return p_RLV[wanted_RL][None]
+
+    def logits(self, hidden_GMD: torch.Tensor) -> torch.Tensor:
+        return hidden_GMD[0].log().float()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_perfect_model_reaches_the_entropy_at_one_token_a_step_and_stays_above_it_at_more(name: str) -> None:
+    states = MarkovStates()
+    masked_NL = torch.ones_like(states.texts_NL, dtype=torch.bool)
+    entropy = float(-(states.p_N * states.p_N.log()).sum())
+    losses = []
+    for k in range(1, 6):
+        log_p_NL = revealed_log_probs(Policy(name, k), states.texts_NL, masked_NL, 3, states)
+        losses.append(float(-(states.p_N * log_p_NL.sum(dim=1)).sum()))
+        assert float(log_p_NL.sum(dim=1).exp().sum()) == pytest.approx(1.0, abs=1e-5)
+        if k == 1:  # the chain rule holds in every order
+            assert log_p_NL.sum(dim=1).tolist() == pytest.approx(states.p_N.log().tolist(), abs=1e-5)
+    assert losses[0] == pytest.approx(entropy, abs=1e-5)
+    assert all(loss > entropy + 0.01 for loss in losses[1:])
