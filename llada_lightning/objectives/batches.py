@@ -33,6 +33,7 @@ class TrainingBatch(NamedTuple):
             None: there is no prompt, and every token is learned.
         response_lengths_B: (B,) int64: tokens that the forward process may mask, padding EOS included (Eq. 5); None
             with ``response_BL``. Each response's loss is divided by its own length, and ``denominator`` is B.
+        density_B: (B,) float32: the density q(t) of the mask ratio t, at each sequence's t; None: 1, as t is uniform.
     """
 
     tokens_BL: Tensor
@@ -47,6 +48,7 @@ class TrainingBatch(NamedTuple):
     documents_BL: Tensor | None = None
     response_BL: Tensor | None = None
     response_lengths_B: Tensor | None = None
+    density_B: Tensor | None = None
 
     def rows(self, rows: slice, masked_BL: Tensor | None = None) -> TrainingBatch:
         """Some of the sequences, masked as they are or as given (of these rows); the denominator stays."""
