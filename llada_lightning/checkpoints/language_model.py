@@ -79,10 +79,13 @@ class LanguageModel:
     def causal(self) -> bool:
         return self.facts.causal
 
-    @property
-    def pattern(self) -> Pattern | None:
-        """The positions that each position of an unpadded sequence sees, of a model that predicts in blocks."""
-        return None if self.block_length is None else block_causal(self.block_length)
+    def pattern(self, positions_BL: Tensor | None = None) -> Pattern | None:
+        """What each input sees, of a model that predicts in blocks; None: everything, or what is before it.
+
+        Args:
+            positions_BL: (B, L) int64, the position of each input in its text; None: one after the other.
+        """
+        return None if self.block_length is None else block_causal(self.block_length, positions_BL)
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +127,7 @@ class LanguageModel:
             tokens_BL.to(self.device),
             causal=self.causal,
             attention_mask_BL=attention_mask_BL,
-            pattern=self.pattern,
+            pattern=self.pattern(),
         )
         return logits_BLV.float()
 

@@ -158,11 +158,22 @@ class Bound:
         return size + (replicate % self._first_replicates < more)
 
 
+def requests_by_block(request: Request, block_length: int | None) -> list[Request]:
+    """The parts of a request that a model predicts one after the other, each with what is before it as its prompt.
+
+    They are the blocks of the sequence, the first of which may begin within the prompt; None: the whole continuation.
+    """
+    if block_length is None:
+        return [request] if request.continuation else []
+    whole, begin = (*request.prompt, *request.continuation), len(request.prompt)
+    edges = [begin, *range((begin // block_length + 1) * block_length, len(whole), block_length), len(whole)]
+    return [Request(whole[:first], whole[first:last]) for first, last in pairwise(edges) if last > first]
+
+
 class BoundOfBlocks:
     """The lower bound of one request to a model that predicts in blocks: the sum of the bounds of its blocks.
 
-    Each is given the prompt and the clean blocks before it. Blocks are those of the sequence, so that the first one may
-    begin within the prompt.
+    Each is given the prompt and the clean blocks before it (:func:`requests_by_block`).
 
     Args:
         request: The request.
@@ -172,13 +183,7 @@ class BoundOfBlocks:
 
     def __init__(self, request: Request, block_length: int, *settings: Any, **named: Any) -> None:
         self.request, self.length = request, len(request.continuation)
-        whole, begin = (*request.prompt, *request.continuation), len(request.prompt)
-        edges = [begin, *range((begin // block_length + 1) * block_length, len(whole), block_length), len(whole)]
-        self.parts = [
-            Bound(Request(whole[:first], whole[first:last]), *settings, **named)
-            for first, last in pairwise(edges)
-            if last > first
-        ]
+        self.parts = [Bound(part, *settings, **named) for part in requests_by_block(request, block_length)]
 
     @property
     def exact(self) -> bool:

@@ -16,7 +16,6 @@ from torch import Tensor
 from llada_lightning.generation.reveal import RULES
 from llada_lightning.generation.sampling import Sampling, Snapshot
 from llada_lightning.model.attention import KeyValueCache
-from llada_lightning.model.patterns import Pattern, block_causal
 from llada_lightning.objectives.noise import Purpose, random_words
 
 if TYPE_CHECKING:
@@ -203,12 +202,6 @@ class BlockPredictor:
         self._positions_BL, self._attention_mask_BL = canvas.positions, canvas.attention_mask
         self.passes = 0
 
-    def _pattern(self, rows_R: Tensor) -> Pattern | None:
-        """What the columns of rows of the canvas see, of a model that predicts in blocks: those of each text."""
-        if self._lm.block_length is None or self._positions_BL is None:
-            return self._lm.pattern
-        return block_causal(self._lm.block_length, self._positions_BL[rows_R])
-
     def open_block(self, begin: int, end: int, visible: int) -> None:
         """Turn to the columns ``begin`` to ``end`` of a canvas of which the first ``visible`` columns exist."""
         self._begin, self._end, self._visible = begin, end, visible
@@ -249,7 +242,7 @@ class BlockPredictor:
             causal=False,
             attention_mask_BL=None if mask_BL is None else mask_BL[rows_R, : self._visible],
             positions_BL=None if positions_BL is None else positions_BL[rows_R, first:last],
-            pattern=self._pattern(rows_R),
+            pattern=self._lm.pattern(None if positions_BL is None else positions_BL[rows_R]),
             cache=self._cache,
             queries=slice(self._begin - first, self._end - first),
         )

@@ -33,28 +33,52 @@ def copied_positions(length: int, block_length: int) -> int:
 
 
 def _hidden(model: Predictor, batch: TrainingBatch | ValidationBatch, block_length: int) -> Tensor:
-    """(B L, D): what the head makes logits of, by one pass over the noisy sequence and its clean copy behind it."""
+    """(B L, D): what the head makes logits of."""
     assert model.mask_token_id is not None
-    tokens_BL, length = batch.tokens_BL, batch.tokens_BL.shape[1]
-    noisy_BL = tokens_BL.masked_fill(batch.masked_BL, model.mask_token_id)
+    noisy_BL = batch.tokens_BL.masked_fill(batch.masked_BL, model.mask_token_id)
+    hidden_BLD = hidden_beside_copy(
+        model, noisy_BL, batch.tokens_BL, block_length, batch.documents_BL, batch.attention_mask_BL
+    )
+    return hidden_BLD.flatten(0, 1)
+
+
+def hidden_beside_copy(
+    model: Predictor,
+    noisy_BL: Tensor,
+    tokens_BL: Tensor,
+    block_length: int,
+    documents_BL: Tensor | None = None,
+    attention_mask_BL: Tensor | None = None,
+) -> Tensor:
+    """The normalised residual stream of a noisy sequence, by one pass over it and its clean copy behind it.
+
+    Args:
+        model: The model.
+        noisy_BL: (B, L) int64, the sequences with [MASK] where something is to be predicted.
+        tokens_BL: (B, L) int64, the sequences themselves.
+        block_length: The number of tokens of a block.
+        documents_BL: (B, L) int64, the document of each token; None: attention crosses documents.
+        attention_mask_BL: (B, L) bool, False where a token is padding.
+
+    Returns:
+        (B, L, D), each position by its own noisy block and the clean blocks before it.
+    """
+    length = tokens_BL.shape[1]
     copied = copied_positions(length, block_length)
     if not copied:  # `llada`, to the last bit
-        hidden_BLD = model.hidden_after((), noisy_BL, batch.documents_BL, batch.attention_mask_BL, causal=False)
-        return hidden_BLD.flatten(0, 1)
+        return model.hidden_after((), noisy_BL, documents_BL, attention_mask_BL, causal=False)
 
-    def with_copy(noisy_BL: Tensor, clean_BL: Tensor) -> Tensor:
-        return torch.cat([noisy_BL, clean_BL[:, :copied]], dim=1)
+    def with_copy(first_BL: Tensor, clean_BL: Tensor) -> Tensor:
+        return torch.cat([first_BL, clean_BL[:, :copied]], dim=1)
 
-    documents_BL, mask_BL = batch.documents_BL, batch.attention_mask_BL
     positions_L = torch.arange(length, device=tokens_BL.device)
-    hidden_BLD = model.hidden_after(
+    return model.hidden_after(
         (),
         with_copy(noisy_BL, tokens_BL),
         None if documents_BL is None else with_copy(documents_BL, documents_BL),
-        None if mask_BL is None else with_copy(mask_BL, mask_BL),
+        None if attention_mask_BL is None else with_copy(attention_mask_BL, attention_mask_BL),
         causal=False,
         pattern=block_diffusion(length, block_length),
         positions_L=torch.cat([positions_L, positions_L[:copied]]),
         queries=slice(0, length),
     )
-    return hidden_BLD.flatten(0, 1)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, permutations
 
 import pytest
 import torch
 
 from helpers.small_models import MASK, ids, random_model
 from llada_lightning.checkpoints.language_model import LanguageModel
+from llada_lightning.evaluation.any_order import any_order_log_likelihood
 from llada_lightning.evaluation.likelihood import log_likelihood
+from llada_lightning.evaluation.policy import Policy
 from llada_lightning.evaluation.ranking import rank_candidates
+from llada_lightning.support.errors import UserError
 
 
 def block_model(block_length: int) -> LanguageModel:
@@ -71,3 +74,68 @@ def test_candidates_are_ranked() -> None:
     [ranking] = rank_candidates(lm, [(ids(3, 9), candidates)])
     values = [brute_force(lm, ids(3, 9), candidate) for candidate in candidates]
     assert ranking.settled and ranking.best == max(range(4), key=values.__getitem__)
+
+
+@pytest.mark.parametrize("name", ["left_to_right", "confidence", "margin"])
+@pytest.mark.parametrize("tokens_per_step", [1, 2])
+def test_a_policy_decodes_block_by_block(name: str, tokens_per_step: int) -> None:
+    policy = Policy(name, tokens_per_step)
+    lm, prompt, answer = block_model(4), ids(6, 1), ids(9, 2)
+    text = [*prompt, *answer]
+    parts = [(text[:6], text[6:8]), (text[:8], text[8:12]), (text[:12], text[12:])]
+    whole, *each = log_likelihood(lm, [(prompt, answer), *parts], policy=policy)
+    assert whole.mean == pytest.approx(sum(score.mean for score in each), abs=1e-5)
+    assert (whole.kind, whole.tokens, whole.samples) == (policy.kind, 9, sum(score.samples for score in each))
+    if tokens_per_step == 1:
+        assert each[2].mean == pytest.approx(math.fsum(one_by_one(lm, *parts[2], name)), abs=1e-5)
+
+
+def one_by_one(lm: LanguageModel, prompt: list[int], answer: list[int], name: str) -> list[float]:
+    """The log-probabilities of the tokens of a block that is the last of the text, in the order of a policy."""
+    masked, found = list(range(len(answer))), []
+    while masked:
+        tokens = [*prompt, *(MASK if i in masked else token for i, token in enumerate(answer))]
+        logits_LV = lm.logits(torch.tensor([tokens]))[0].clone()
+        logits_LV[:, MASK] = -math.inf
+        p_LV = logits_LV.double().softmax(-1)[len(prompt) :]
+        first_LK = p_LV.topk(2, dim=-1).values
+        sure_L = {
+            "left_to_right": -torch.arange(len(answer)),
+            "confidence": first_LK[:, 0],
+            "margin": first_LK[:, 0] - first_LK[:, 1],
+        }[name]
+        best = max(masked, key=sure_L.tolist().__getitem__)
+        found.append(math.log(float(p_LV[best, answer[best]])))
+        masked.remove(best)
+    return found
+
+
+def test_blocks_of_one_token_have_one_value() -> None:
+    lm, request = block_model(1), (ids(3, 1), ids(5, 2))
+    [bound] = log_likelihood(lm, [request])
+    for name in ("left_to_right", "confidence"):
+        [score] = log_likelihood(lm, [request], policy=Policy(name))
+        assert score.mean == pytest.approx(bound.mean, abs=1e-5)
+    [orders] = any_order_log_likelihood(lm, [request], orders=4)
+    assert orders.exact == pytest.approx(bound.mean, abs=1e-5)
+
+
+def test_the_exact_value_of_blocks_is_the_mean_over_all_orders_of_each() -> None:
+    lm, prompt, answer = block_model(3), ids(2, 1), ids(7, 2)
+    [score] = any_order_log_likelihood(lm, [(prompt, answer)], orders=8)
+    text, expected = [*prompt, *answer], 0.0
+    for begin, end in ((2, 3), (3, 6), (6, 9)):
+        values = []
+        for order in permutations(range(begin, end)):
+            log_p = 0.0
+            for step, position in enumerate(order):
+                tokens = [MASK if i in order[step:] else token for i, token in enumerate(text[:end])]
+                logits_LV = lm.logits(torch.tensor([tokens]))[0].clone()
+                logits_LV[:, MASK] = -math.inf
+                log_p += float(logits_LV.double().log_softmax(-1)[position, text[position]])
+            values.append(math.exp(log_p))
+        expected += math.log(sum(values) / len(values))
+    assert score.exact == pytest.approx(expected, abs=1e-5)
+    assert brute_force(lm, prompt, answer) < expected
+    with pytest.raises(UserError, match="policy confidence: 4 tokens a step given, and the longest text has 3"):
+        log_likelihood(lm, [(prompt, answer)], policy=Policy("confidence", 4))

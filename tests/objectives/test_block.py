@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.compute.flops import MASK_EPS
 from llada_lightning.compute.shapes import Shape
+from llada_lightning.evaluation.likelihood import log_likelihood
+from llada_lightning.evaluation.policy import Policy
 from llada_lightning.model.patterns import block_causal
 from llada_lightning.objectives import block, get_objective, llada
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch, scored_positions
@@ -24,6 +27,7 @@ from llada_lightning.objectives.forward_process import (
 )
 from llada_lightning.objectives.llada import LossWeight
 from llada_lightning.training.modules import BlockDiffusionModule, LladaModule
+from llada_lightning.training.validation import policy_nll
 
 LENGTH, VOCAB_SIZE, MASK, EOS = 12, 20, 19, 18
 SHAPE = Shape(n_layers=2, d_model=16, n_heads=2, n_kv_heads=1, d_ff=32)
@@ -231,3 +235,19 @@ def test_llada_weighs_as_before() -> None:
     training, _ = batches(None)
     assert torch.equal(LossWeight().divisors(training), training.p_B)
     assert llada.training_loss(module(LladaModule), training).ndim == 0
+
+
+@pytest.mark.parametrize("name", ["left_to_right", "confidence"])
+def test_a_validation_under_a_policy_decodes_all_blocks_at_once(name: str) -> None:
+    made, (_, validation) = module(block_length=4), batches(4)
+    lm = LanguageModel("block", made.model, MASK, EOS, context_length=LENGTH, block_length=4)
+    with torch.no_grad():
+        nll_B = policy_nll(made, validation, Policy(name))
+    scores = log_likelihood(lm, [([], row) for row in validation.tokens_BL.tolist()], policy=Policy(name))
+    assert nll_B.tolist() == pytest.approx([-score.mean for score in scores], abs=1e-4)
+    short = validation._replace(tokens_BL=validation.tokens_BL[:, :10], masked_BL=validation.masked_BL[:, :10])
+    with torch.no_grad():
+        nll_B = policy_nll(made, short, Policy(name))
+    scores = log_likelihood(lm, [([], row) for row in short.tokens_BL.tolist()], policy=Policy(name))
+    # The sampler knows where a text ends: its last block is as long as what is left.
+    assert nll_B.tolist() == pytest.approx([-score.mean for score in scores], abs=1e-4)
