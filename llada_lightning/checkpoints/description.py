@@ -45,6 +45,7 @@ class Description:
             the tokenizer adds.
         compat: The objective whose released code is followed: `llada` where [MASK] had a logit in training.
         bos_token_id, pad_token_id: The ids as they are written for other programs; nothing here uses them.
+        qk_norm: Whether queries and keys are normalised before they are rotated.
         source: The run, its step and the hash of its identity, where they are known.
 
     Raises:
@@ -66,6 +67,7 @@ class Description:
     compat: Literal["llada"] | None = None
     bos_token_id: int | None = None
     pad_token_id: int | None = None
+    qk_norm: bool = False
     source: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -74,6 +76,8 @@ class Description:
             raise mistake("objective", self.objective, f"it must be {known}, or of a module in LLADA_PLUGINS")
         if self.compat not in (None, "llada"):
             raise mistake("compat", self.compat, "it must be null or llada")
+        if not isinstance(self.qk_norm, bool):
+            raise mistake("qk_norm", self.qk_norm, "it must be true or false")
         if not isinstance(self.source, dict):
             raise mistake("source", self.source, "it must be a mapping")
         for key in ("vocab_size", "context_length"):
@@ -107,7 +111,7 @@ class Description:
 
     def transformer(self) -> Transformer:
         """The Transformer, on the device and in the type of the context, with torch's initial weights."""
-        return Transformer(self.shape, self.vocab_size, self.rope_theta, self.norm_eps)
+        return Transformer(self.shape, self.vocab_size, self.rope_theta, self.norm_eps, self.qk_norm)
 
 
 def excluded_token_id(compat: str | None, mask_token_id: int | None) -> int | None:
@@ -117,7 +121,10 @@ def excluded_token_id(compat: str | None, mask_token_id: int | None) -> int | No
 
 def write_config(description: Description, dtype: str) -> dict[str, Any]:
     """Our own ``config.json``."""
-    return {"model_type": MODEL_TYPE, "format": FORMAT, **asdict(description), "dtype": dtype}
+    values = asdict(description)
+    if not description.qk_norm:  # so that versions before it read the file
+        del values["qk_norm"]
+    return {"model_type": MODEL_TYPE, "format": FORMAT, **values, "dtype": dtype}
 
 
 def read_config(config: ConfigFile) -> Description:
@@ -134,6 +141,7 @@ def read_config(config: ConfigFile) -> Description:
         **{key: config.get(key) for key in plain},
         **{key: config.told_id(key, config.whole("vocab_size")) for key in ("bos_token_id", "pad_token_id")},
         end_token_ids=config.several("end_token_ids"),
+        qk_norm=config.get("qk_norm", False),
         **_ours_alone(config),
     )
 
