@@ -8,7 +8,7 @@ run is all that makes its weights what they are; its hash is in the run's name.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import geometric_mean
@@ -38,6 +38,7 @@ from llada_lightning.compute.rules import (
 from llada_lightning.compute.schedule import WSD
 from llada_lightning.compute.shapes import Shape, shape_name
 from llada_lightning.objectives import Objective
+from llada_lightning.objectives.densities import Density
 from llada_lightning.support.errors import UserError
 
 
@@ -98,6 +99,7 @@ class Stream:
         tokens_per_sequence: The expected tokens of a sequence; None: of L and the share of random lengths.
         attended_length: The length whose attention a token costs on average; None: L.
         response_share: The share of the tokens that the forward process may mask.
+        density: The density of the mask ratio; None: uniform.
     """
 
     vocab_size: int
@@ -108,6 +110,7 @@ class Stream:
     tokens_per_sequence: float | None = None
     attended_length: int | None = None
     response_share: float = 1.0
+    density: Density | None = None
 
     def check(self) -> None:
         """Refuse what ``llada fit`` would refuse.
@@ -120,10 +123,19 @@ class Stream:
         if not 0 < self.mask_eps < 1:
             raise UserError(f"plan: mask_eps {self.mask_eps:g} must lie between 0 and 1")
 
-    def flops_per_token(self, shape: Shape, objective: Objective) -> TrainingFlops:
-        """The expected training FLOPs of one token of an objective."""
+    def flops_per_token(self, shape: Shape, objective: Objective, steps: int | None = None) -> TrainingFlops:
+        """The expected training FLOPs of one token of an objective, a mean over the first ``steps`` steps of a run.
+
+        The steps matter where the density of the mask ratio changes with them. None: a run without an end.
+        """
         attended = self.attended_length or self.sequence_length
-        return objective.flops_per_token(shape, self.vocab_size, attended, self.mask_eps, self.response_share)
+        return objective.flops_per_token(
+            shape, self.vocab_size, attended, self.mask_eps, self.response_share, self.mean_ratio(steps)
+        )
+
+    def mean_ratio(self, steps: int | None = None) -> float | None:
+        """The mean mask ratio of the first ``steps`` steps; None: that of the uniform density."""
+        return None if self.density is None else self.density.mean_until(steps)
 
     def tokens_per_step(self, global_batch: float) -> float:
         """The expected tokens of a step, whose global batch is given in sequences."""
@@ -207,7 +219,11 @@ class Spec:
     @property
     def per_token(self) -> TrainingFlops:
         """The expected training FLOPs of one token."""
-        return self.stream.flops_per_token(self.shape, self.objective)
+        return self.per_token_until(None)
+
+    def per_token_until(self, steps: int | None) -> TrainingFlops:
+        """The expected training FLOPs of one token, a mean over the first ``steps`` steps (``Stream``)."""
+        return self.stream.flops_per_token(self.shape, self.objective, steps)
 
 
 @dataclass(frozen=True)
@@ -238,8 +254,12 @@ class Run:
 
     @property
     def per_step(self) -> TrainingFlops:
-        """The expected training FLOPs of an optimizer step."""
-        return self.spec.per_token * self.tokens_per_step
+        """The expected training FLOPs of an optimizer step: a mean over the steps of the longest budget."""
+        return self.per_step_until(self.steps[-1])
+
+    def per_step_until(self, steps: int) -> TrainingFlops:
+        """The expected training FLOPs of an optimizer step: a mean over the first ``steps`` of them."""
+        return self.spec.per_token_until(steps) * self.tokens_per_step
 
     def described(self) -> str:
         """One line for people: steps, batch, learning rate and warmup, each with the rule that it comes from."""
@@ -330,9 +350,15 @@ def _lengths(spec: Spec, batch: int) -> list[int]:
             )
         return [steps]
     check_budgets(name, length.flops)
-    lengths = [
-        steps_for_budget(flops, spec.per_token, per_step, length.convention, name, spec.who) for flops in length.flops
-    ]
+
+    def steps_of(flops: float) -> int:
+        def count(steps: int | None) -> int:
+            of_a_token = spec.per_token_until(steps)
+            return steps_for_budget(flops, of_a_token, per_step, length.convention, name, spec.who)
+
+        return _settled(count)
+
+    lengths = [steps_of(flops) for flops in length.flops]
     for (lower, fewer), (higher, more) in pairwise(zip(length.flops, lengths, strict=True)):
         if more <= fewer:
             raise UserError(
@@ -340,6 +366,20 @@ def _lengths(spec: Spec, batch: int) -> list[int]:
                 "ascend by a step each: space them further apart, or lower the batch"
             )
     return lengths
+
+
+def _settled(count: Callable[[int | None], int]) -> int:
+    """The number of steps that a function of that number gives back.
+
+    What a step costs depends on how many there are with a curriculum only; else the second call gives what the first
+    gave.
+    """
+    steps = count(None)
+    for _ in range(50):
+        before, steps = steps, count(steps)
+        if steps == before:
+            break
+    return steps
 
 
 def _milestones(spec: Spec, batch: int, schedules: Sequence[WSD]) -> tuple[WSD, ...]:
@@ -353,12 +393,15 @@ def _milestones(spec: Spec, batch: int, schedules: Sequence[WSD]) -> tuple[WSD, 
     check_budgets(name, length.milestones)
     assert last.total_steps is not None and last.decay_steps is not None
     decays = last.total_steps - last.decay_steps
-    of_a_token = spec.per_token.by(length.convention) if length.flops else 1.0
+
+    def of_a_token(steps: int | None) -> float:
+        return spec.per_token_until(steps).by(length.convention) if length.flops else 1.0
+
     found: list[WSD] = []
     for given in length.milestones:
-        step = round(given / of_a_token / per_step)
+        step = _settled(lambda steps, given=given: round(given / of_a_token(steps) / per_step))  # type: ignore[misc]
         if step < 1:
-            where = f"step 0 of {per_step * of_a_token:.4g} {'FLOPs' if length.flops else 'tokens'} each; raise it"
+            where = f"step 0 of {per_step * of_a_token(1):.4g} {'FLOPs' if length.flops else 'tokens'} each; raise it"
         elif step >= last.total_steps:
             where = f"step {step}, and the last budget ends at step {last.total_steps}; leave it out"
         elif step > decays:

@@ -18,7 +18,7 @@ from llada_lightning.commands.main import main
 from llada_lightning.compute import rules
 from llada_lightning.data import corpora
 from llada_lightning.generation import reveal
-from llada_lightning.objectives import OBJECTIVES, register
+from llada_lightning.objectives import OBJECTIVES, densities, register
 from llada_lightning.support.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +26,7 @@ PARTS = re.split(r"^## ", (ROOT / "docs" / "extending.md").read_text(encoding="u
 MODULES = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", "".join(PARTS), re.DOTALL | re.MULTILINE))
 TABLES = (
     OBJECTIVES, corpora.SOURCES, reveal.RULES, rules.LEARNING_RATE_RULES, rules.BATCH_RULES, rules.WARMUP_RULES,
+    densities.DENSITIES,
 )  # fmt: skip
 
 
@@ -72,6 +73,9 @@ def test_the_examples_run(modules: Path, monkeypatch: pytest.MonkeyPatch, capsys
     [steps] = answer["step_of_token"]
     assert steps == sorted(steps, reverse=True) and len(set(steps)) == 8
     rate = yaml.safe_load(Path("runs/mine/rate/config.yaml").read_text())["model"]["init_args"]["schedule"]["lr"]
+    [falling] = json.loads(Path("runs/mine/falling/result.json").read_text())
+    assert falling["variant"] == "density=my_density.Falling(slope=0.8)" and falling["val_kind"] == "bound"
+    assert "train_nats_per_token" in Path("runs/mine/falling/metrics.csv").read_text().splitlines()[0]
     [record] = json.loads(Path("runs/mine/rate/result.json").read_text())
     assert rate == pytest.approx(record["params_nonembedding"] ** -0.5, rel=5e-3)
 

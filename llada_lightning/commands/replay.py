@@ -46,9 +46,10 @@ def _print(replay: StepReplay) -> None:
 
     console = people_console()
     done = "update skipped" if replay.skipped else "update made"
+    loss = f"{replay.loss:.6f}"
+    named = f"surrogate loss {loss}" if replay.kind == "surrogate" else f"loss {loss} nats/token"
     console.print(
-        f"step {replay.step}: loss {replay.loss:.6f} nats/token, gradient norm {replay.grad_norm:.6g}, "
-        f"learning rate {replay.lr:.4g}: {done}",
+        f"step {replay.step}: {named}, gradient norm {replay.grad_norm:.6g}, learning rate {replay.lr:.4g}: {done}",
         soft_wrap=True,
     )
     if replay.seen_loss is not None and replay.seen_grad_norm is not None:

@@ -94,9 +94,9 @@ MASK_EPS = 1e-3
 """Smallest mask probability, as in the authors' training code: it bounds the weight 1/p of Eq. 3 by 1000."""
 
 
-def expected_mask_probability(eps: float = MASK_EPS) -> float:
-    """E[p] of p = (1 - eps) t + eps over t ~ U[0, 1]: the share of positions that are masked."""
-    return (1 + eps) / 2
+def expected_mask_probability(eps: float = MASK_EPS, mean_ratio: float = 0.5) -> float:
+    """E[p] of p = (1 - eps) t + eps: the share of positions that are masked. By default t ~ U[0, 1]."""
+    return (1 + eps) / 2 if mean_ratio == 0.5 else (1 - eps) * mean_ratio + eps  # the same, but for rounding
 
 
 def expected_length(sequence_length: int, share: float) -> float:

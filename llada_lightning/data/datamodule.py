@@ -172,6 +172,7 @@ class TokenDataModule(LanguageDataModule):
                 global_batch=self.batch,
                 micro_batch=self.micro_batch,
                 document_mask=self.document_mask,
+                density=self.density,
             )
         )
 

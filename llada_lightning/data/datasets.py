@@ -20,6 +20,7 @@ from llada_lightning.data.order import EpochOrder, Mixture
 from llada_lightning.data.shards import ShardReader
 from llada_lightning.objectives import forward_process
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch, scored_positions
+from llada_lightning.objectives.densities import Density
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.support.errors import UserError
 
@@ -133,12 +134,13 @@ class TrainingDataset(Dataset[TrainingBatch]):
     global_batch: int
     micro_batch: int
     document_mask: bool = False
+    density: Density | None = None
 
     def __getitems__(self, ordinals: list[int]) -> TrainingBatch:
         n_B = np.asarray(ordinals, dtype=np.int64)
         length = self.stream.sequence_length
         lengths_B = self._lengths(n_B)
-        t_B = forward_process.mask_ratio(self.seed, n_B, self.time_sampling)
+        t_B, q_B = forward_process.drawn_ratio(self.seed, n_B, self.time_sampling, self.density, self.global_batch)
         p_B = forward_process.mask_probability(t_B, self.mask_eps)
         masked_BL = torch.from_numpy(forward_process.random_mask(self.seed, n_B, p_B, length))
         tokens_BL = self.stream.tokens(ordinals)
@@ -162,6 +164,7 @@ class TrainingDataset(Dataset[TrainingBatch]):
             denominator=global_tokens * self.micro_batch / self.global_batch,
             global_tokens=global_tokens,
             documents_BL=document_numbers(tokens_BL, self.eos_token_id) if self.document_mask else None,
+            density_B=None if q_B is None else torch.from_numpy(q_B).float(),
         )
 
     def _lengths(self, ordinals_B: Ints) -> Ints:
@@ -252,6 +255,7 @@ class PairDataset(Dataset[TrainingBatch]):
     mask_eps: float
     time_sampling: TimeSampling
     global_batch: int
+    density: Density | None = None
     _tokens_of_step: dict[int, int] = field(default_factory=dict, init=False)
     """The tokens of the last step alone, whose micro-batches ask for the same."""
 
@@ -261,7 +265,8 @@ class PairDataset(Dataset[TrainingBatch]):
         pairs_B, padded_B = stream.drawn(n_B), stream.padded_lengths(n_B)
         prompts_B, lengths_B = stream.pairs.prompts_P[pairs_B], stream.pairs.lengths[pairs_B]
         length = int(padded_B.max())
-        p_B = forward_process.mask_probability(forward_process.mask_ratio(seed, n_B, self.time_sampling), self.mask_eps)
+        t_B, q_B = forward_process.drawn_ratio(seed, n_B, self.time_sampling, self.density, self.global_batch)
+        p_B = forward_process.mask_probability(t_B, self.mask_eps)
         masked_BL = torch.from_numpy(forward_process.random_mask(seed, n_B, p_B, length))
         masked_BL &= _between(prompts_B, padded_B, length)
         step = int(n_B[0]) // self.global_batch
@@ -281,6 +286,7 @@ class PairDataset(Dataset[TrainingBatch]):
             global_tokens=self._tokens_of_step[step],
             response_BL=_between(prompts_B, lengths_B, length),
             response_lengths_B=torch.from_numpy(padded_B - prompts_B),
+            density_B=None if q_B is None else torch.from_numpy(q_B).float(),
         )
 
 

@@ -24,6 +24,7 @@ from llada_lightning.data.manifest import (
 )
 from llada_lightning.data.validation import ValidationCorpus
 from llada_lightning.objectives.batches import TrainingBatch
+from llada_lightning.objectives.densities import Density, density_setting
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.run import Stream
 from llada_lightning.settings import MAX_PROCESSES
@@ -46,6 +47,9 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
         val_batch: The number of sequences of a validation batch on one device; null: the micro-batch.
         mask_eps: The smallest mask probability of the forward process.
         time_sampling: How the mask ratios t are drawn: stratified over the global batch (weyl), or independently (iid).
+        density: The density of the mask ratios: a name with its arguments, such as `{name: beta, a: 1.5, b: 1}`
+            (uniform, beta, logit_normal, range, curriculum), or the `class_path` and `init_args` of a class of yours;
+            null: uniform on (0, 1), as in the paper.
         workers: The number of loader processes; 0: the training process loads; null: 2 on a GPU, else 0.
         seed: The seed of order and noise; null: the seed of the run.
         val_seed: The seed that chooses the validation sequences and their noise, shared by runs that are compared.
@@ -68,6 +72,7 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
         workers: int | None = None,
         seed: int | None = None,
         val_seed: int = 0,
+        density: str | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         ranges = {
@@ -89,7 +94,13 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
         self._micro_batch, self._val_batch = micro_batch, val_batch
         self.val_sequences = val_sequences
         self.mask_eps, self.time_sampling, self.workers = mask_eps, time_sampling, workers
+        self.density_setting = density_setting(density)
         self.seed, self.val_seed = seed or 0, val_seed
+
+    @property
+    def density(self) -> Density | None:
+        """The density of the mask ratios; None: uniform on (0, 1)."""
+        return None if self.density_setting is None else self.density_setting.density
 
     @property
     @abstractmethod
@@ -176,6 +187,7 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
             tokens_per_sequence=self.tokens_per_sequence,
             attended_length=self.attended_length,
             response_share=self.response_share,
+            density=self.density,
         )
 
     def bits_per_byte(self, nats_per_token: float) -> float | None:

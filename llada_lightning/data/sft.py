@@ -240,7 +240,7 @@ class SftDataModule(LanguageDataModule):
 
     def train_dataloader(self) -> DataLoader:
         return self._training_loader(
-            PairDataset(self.stream, self.tokenizer.eos_id, self.mask_eps, self.time_sampling, self.batch)
+            PairDataset(self.stream, self.tokenizer.eos_id, self.mask_eps, self.time_sampling, self.batch, self.density)
         )
 
     def val_dataloader(self) -> DataLoader:

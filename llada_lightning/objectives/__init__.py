@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Literal
 
 from llada_lightning.compute.flops import Convention, TrainingFlops, expected_mask_probability, flops_per_token
@@ -16,6 +17,8 @@ from llada_lightning.compute.shapes import Shape
 from llada_lightning.support.errors import UserError
 
 ValidationKind = Literal["exact", "bound"]
+TrainingKind = Literal["exact", "bound", "surrogate"]
+"""What the expectation of a training loss is: the negative log-likelihood, its bound, or neither."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Objective:
             likelihood is exact.
         starts_with_eos: Whether an EOS is put before every sequence, so that the first token is predicted, too.
         logit_share: A function of the smallest mask probability that gives the expected share of the positions whose
-            logits the training loss needs.
+            logits the training loss needs. Where it takes a second argument, that is the mean mask ratio of the data.
         tokens_per_param: The tokens per non-embedding parameter at the centre of an IsoFLOP grid.
         layouts: The kinds of Hugging Face checkpoints that a model of this objective can be converted to.
         max_epochs: The number of passes over the data up to which repeated data is about as good as new data; None:
@@ -59,7 +62,7 @@ class Objective:
     causal: bool
     masks: bool
     starts_with_eos: bool
-    logit_share: Callable[[float], float]
+    logit_share: Callable[..., float]
     tokens_per_param: float
     layouts: tuple[str, ...] = ()
     max_epochs: float | None = None
@@ -68,7 +71,13 @@ class Objective:
     multipliers: Mapping[Convention, tuple[tuple[float, float, str], ...]] = field(default_factory=dict)
 
     def flops_per_token(
-        self, shape: Shape, vocab_size: int, sequence_length: int, mask_eps: float, response_share: float = 1.0
+        self,
+        shape: Shape,
+        vocab_size: int,
+        sequence_length: int,
+        mask_eps: float,
+        response_share: float = 1.0,
+        mean_ratio: float | None = None,
     ) -> TrainingFlops:
         """The expected training FLOPs of one token, by the three counts of ``compute.flops``.
 
@@ -78,8 +87,12 @@ class Objective:
             sequence_length: The number of positions that a token attends to, before the causal half.
             mask_eps: The smallest mask probability.
             response_share: The share of the tokens that the forward process may mask.
+            mean_ratio: The mean of the mask ratio; None: that of the uniform density.
         """
-        share = self.logit_share(mask_eps) * (response_share if self.masks else 1.0)
+        # An objective that masks by a rule of its own has a share that the density of the data does not change.
+        by_ratio = mean_ratio is not None and len(signature(self.logit_share).parameters) > 1
+        share = self.logit_share(mask_eps, mean_ratio) if by_ratio else self.logit_share(mask_eps)
+        share *= response_share if self.masks else 1.0
         return flops_per_token(shape, vocab_size, sequence_length, causal=self.causal, logit_share=share)
 
 

@@ -34,6 +34,7 @@ class TrainingBatch(NamedTuple):
         response_lengths_B: (B,) int64: tokens that the forward process may mask, padding EOS included (Eq. 5); None
             with ``response_BL``. Each response's loss is divided by its own length, and ``denominator`` is B.
         noisy_BL: (B, L) int64: what the model sees in place of ``tokens_BL``, which stay the targets; None: the same.
+        density_B: (B,) float32: the density q(t) of the mask ratio t, at each sequence's t; None: 1, as t is uniform.
     """
 
     tokens_BL: Tensor
@@ -48,6 +49,7 @@ class TrainingBatch(NamedTuple):
     documents_BL: Tensor | None = None
     response_BL: Tensor | None = None
     response_lengths_B: Tensor | None = None
+    density_B: Tensor | None = None
     noisy_BL: Tensor | None = None
 
     def rows(self, rows: slice, masked_BL: Tensor | None = None) -> TrainingBatch:

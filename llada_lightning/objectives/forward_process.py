@@ -12,10 +12,16 @@ import numpy.typing as npt
 
 from llada_lightning.compute.flops import MASK_EPS
 from llada_lightning.objectives import noise
+from llada_lightning.objectives.densities import Density
 from llada_lightning.objectives.noise import Purpose
 
 TimeSampling = Literal["weyl", "iid"]
 TIME_SAMPLINGS: tuple[TimeSampling, ...] = get_args(TimeSampling)
+
+SMALLEST_QUANTILE = 2.0**-53
+"""What stands for a point of 0, whose quantile is the end of the density: the smallest point above it.
+
+Below it, scipy's inverse of the beta distribution is NaN for some exponents."""
 
 
 def mask_ratio(seed: int, ordinals: npt.NDArray[np.int64], sampling: TimeSampling = "weyl") -> npt.NDArray[np.float64]:
@@ -27,6 +33,35 @@ def mask_ratio(seed: int, ordinals: npt.NDArray[np.int64], sampling: TimeSamplin
     if sampling == "weyl":
         return noise.weyl(seed, Purpose.TIME, ordinals)
     return noise.uniform_by_ordinal(seed, Purpose.TIME, ordinals)[:, 0]
+
+
+def drawn_ratio(
+    seed: int,
+    ordinals: npt.NDArray[np.int64],
+    sampling: TimeSampling,
+    density: Density | None,
+    global_batch: int,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64] | None]:
+    """t of each sequence, drawn from a density: its quantiles at the points of :func:`mask_ratio`.
+
+    Args:
+        seed: The seed of the noise.
+        ordinals: (B,) int64.
+        sampling: How the points are drawn.
+        density: The density; None: uniform.
+        global_batch: The sequences of a step, by which the step of an ordinal, and so of a curriculum, follows.
+
+    Returns:
+        (B,) float64 t; (B,) float64 q(t), None where the density is uniform.
+    """
+    t_B = mask_ratio(seed, ordinals, sampling)
+    if density is None:
+        return t_B, None
+    u_B, q_B, steps_B = np.maximum(t_B, SMALLEST_QUANTILE), np.empty_like(t_B), ordinals // global_batch
+    for step in np.unique(steps_B).tolist():
+        own = steps_B == step
+        t_B[own], q_B[own] = density.at(step).draw(u_B[own])
+    return t_B, q_B
 
 
 def mask_probability(t: npt.NDArray[np.float64], eps: float = MASK_EPS) -> npt.NDArray[np.float64]:

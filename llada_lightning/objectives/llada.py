@@ -2,18 +2,103 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
+from llada_lightning.objectives import TrainingKind
 from llada_lightning.objectives.batches import Predictor, TrainingBatch, ValidationBatch
+from llada_lightning.objectives.densities import DensitySetting, covers_all_ratios, end_without_mass
+from llada_lightning.support.errors import UserError
+
+WeightName = Literal["elbo", "ce", "clipped", "per_masked_token"]
 
 
-def training_loss(model: Predictor, batch: TrainingBatch) -> Tensor:
-    """The loss of Eq. 3 of a micro-batch (Eq. 5 of responses), in nats per token of the global batch."""
+@dataclass(frozen=True)
+class LossWeight:
+    """What the training loss weighs each masked token by.
+
+    Args:
+        name: `elbo`: 1/(p q(t)), so that the expectation of the loss is that of Eq. 3 whatever the density q of the
+            mask ratios; `clipped`: the same, at most ``limit``; `ce`: 1; `per_masked_token`: the length of the sequence
+            over the number of its masked tokens, which gives their mean (MaskGIT: Chang et al. 2022).
+        limit: The largest weight of `clipped`; the others have none.
+
+    Raises:
+        UserError: There is no such weight, or the limit does not fit it.
+    """
+
+    name: WeightName = "elbo"
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        names = get_args(WeightName)
+        if self.name not in names:
+            near = get_close_matches(str(self.name), names, 1)
+            nearest = f"the nearest is {near[0]}; " if near else ""
+            raise UserError(f"model.loss_weight: '{self.name}' is no weight; {nearest}choose from {', '.join(names)}")
+        if self.name == "clipped" and (self.limit is None or not 0 < self.limit < math.inf):
+            given = "none given" if self.limit is None else f"{self.limit:g} given"
+            raise UserError(f"model.loss_weight_limit: {given}; loss_weight clipped needs a number above 0, such as 5")
+        if self.name != "clipped" and self.limit is not None:
+            raise UserError(
+                f"model.loss_weight_limit: {self.limit:g} given, but loss_weight {self.name} has no limit; leave it "
+                "out, or give loss_weight clipped"
+            )
+
+    def kind(self, density: DensitySetting | None) -> TrainingKind:
+        """Whether the loss estimates the bound without bias. None is the uniform density."""
+        bound = self.name == "elbo" and covers_all_ratios(None if density is None else density.density)
+        return "bound" if bound else "surrogate"
+
+    def check(self, density: DensitySetting | None) -> None:
+        """Refuse a density with which the weight has no limit that a run could average over.
+
+        Raises:
+            UserError: Names both settings.
+        """
+        end = None if self.name != "elbo" or density is None else end_without_mass(density.density)
+        if end is not None:
+            raise UserError(
+                f"data.density: {density} falls to 0 at t = {end:g} faster than in proportion to the distance, so that "
+                "model.loss_weight elbo, 1/(p q(t)), is infinite there and its average does not settle; take a density "
+                "with more mass at that end (of beta: a and b up to 2), or another loss_weight: clipped, ce, "
+                "per_masked_token"
+            )
+
+    def divisors(self, batch: TrainingBatch) -> Tensor:
+        """(B,) float32: 1 over the weight of the masked tokens of each sequence."""
+        if self.name == "ce":
+            return torch.ones_like(batch.p_B)
+        if self.name == "per_masked_token":
+            if batch.response_lengths_B is not None:
+                lengths_B = batch.response_lengths_B
+            elif batch.attention_mask_BL is not None:
+                lengths_B = batch.attention_mask_BL.sum(dim=1)
+            else:
+                lengths_B = torch.full_like(batch.ordinals_B, batch.tokens_BL.shape[1])
+            return batch.masked_BL.sum(dim=1) / lengths_B
+        divisors_B = batch.p_B if batch.density_B is None else batch.p_B * batch.density_B
+        return divisors_B if self.limit is None else divisors_B.clamp(min=1 / self.limit)
+
+
+BOUND = LossWeight()
+"""The weight of Eq. 3."""
+
+
+def training_loss(model: Predictor, batch: TrainingBatch, weight: LossWeight = BOUND) -> Tensor:
+    """The loss of Eq. 3 of a micro-batch (Eq. 5 of responses), in nats per token of the global batch.
+
+    With a weight other than that of the bound it is a surrogate loss.
+    """
     hidden_ND = _hidden(model, batch)
     hidden_MD, targets_M = (x.index_select(0, batch.scored_M) for x in (hidden_ND, batch.tokens_BL.flatten()))
     rows_M = batch.scored_M // batch.tokens_BL.shape[1]
-    weights_M = masked_diffusion_weights(batch.p_B[rows_M], batch.scored)
+    weights_M = masked_diffusion_weights(weight.divisors(batch)[rows_M], batch.scored)
     if batch.response_lengths_B is not None:
         weights_M = weights_M / batch.response_lengths_B[rows_M]
     return model.head_nll(hidden_MD, targets_M, weights_M)[0] / batch.denominator
@@ -28,18 +113,18 @@ def sequence_nll(model: Predictor, batch: ValidationBatch) -> Tensor:
     return nll_bound(nll_M, batch.masked_BL, batch.scored_counts())
 
 
-def masked_diffusion_weights(p_M: Tensor, scored: int) -> Tensor:
+def masked_diffusion_weights(divisors_M: Tensor, scored: int) -> Tensor:
     """What the loss of Eq. 3 weighs the masked tokens' negative log-likelihoods by; that of Eq. 2 takes each once.
 
     Args:
-        p_M: (M,) probability with which each of them was masked.
+        divisors_M: (M,) the probability p with which each of them was masked (:meth:`LossWeight.divisors`).
         scored: The number of masked tokens, which come first; what follows only fills up a shape, and counts nothing.
 
     Returns:
         (M,) 1/p, and 0 behind the scored ones.
     """
-    fills_M = torch.arange(len(p_M), device=p_M.device) >= scored
-    return p_M.reciprocal().masked_fill(fills_M, 0.0)
+    fills_M = torch.arange(len(divisors_M), device=divisors_M.device) >= scored
+    return divisors_M.reciprocal().masked_fill(fills_M, 0.0)
 
 
 def nll_bound(nll_M: Tensor, masked_BL: Tensor, lengths_B: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 class KeepsArguments:
     """A base class whose objects know the arguments of their constructor, defaults included.
 
-    Where a subclass passes its keywords on (``**kwargs``), those of the base class are known, too.
+    Where a subclass passes its arguments on (``*args``, ``**kwargs``), those of the base class are known, too.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -33,11 +33,14 @@ def _bound(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
         return {}
     bound.apply_defaults()
     found: dict[str, Any] = {}
+    passed_on: tuple[Any, ...] = ()
     for name, value in list(bound.arguments.items())[1:]:
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_KEYWORD:
             base = next(base for base in cls.__mro__[1:] if "__init__" in vars(base))
-            found = {**_bound(base, (), value), **found}
-        elif kind is not inspect.Parameter.VAR_POSITIONAL:
+            found = {**_bound(base, passed_on, value), **found}
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            passed_on = value
+        else:
             found[name] = value
     return found

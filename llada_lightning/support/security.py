@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import Any
 
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import shortened
 
 PLUGINS = "LLADA_PLUGINS"
 """The environment variable that names plugins, separated by commas. Child processes inherit it."""
@@ -110,6 +111,27 @@ def not_trusted(class_path: str) -> str:
         f"it was not imported; if you trust it, set {TRUSTED}={module} "
         f"({PLUGINS}={module} if it registers an objective)"
     )
+
+
+def import_named(class_path: str) -> Any:
+    """The class of a class path, which is of this package or of a module that the user has named.
+
+    For settings that the parser takes as plain mappings, and so does not import itself.
+
+    Raises:
+        UserError: The module is not trusted, cannot be imported, or has no such class.
+    """
+    module, _, name = class_path.rpartition(".")
+    trusted = ("llada_lightning", *named_modules(TRUSTED), *named_modules(PLUGINS))
+    if not any(module == own or module.startswith(f"{own}.") for own in trusted):
+        raise UserError(not_trusted(shortened(class_path)))
+    try:
+        return getattr(import_module(module), name)
+    except Exception as error:  # whatever a module of the user raises
+        reason = f"{type(error).__name__}: {shortened(error)}"
+        raise UserError(
+            f"'{class_path}' cannot be imported ({reason}); correct it, or put its folder on PYTHONPATH"
+        ) from error
 
 
 # --- secrets ----------------------------------------------------------------------------------------------------------

@@ -197,7 +197,9 @@ class LladaCLI(HookedCLI):
             return super().instantiate_trainer(callbacks=[*progress, self.memory], **kwargs)
         phase = self.phase
         data, model = self.datamodule, self.model
-        self.accounting = Accounting(model.flops_per_token(data.attended_length, data.mask_eps, data.response_share))
+        stream = data.stream_facts(model.vocab_size)
+        counted = (data.attended_length, data.mask_eps, data.response_share)
+        self.accounting = Accounting(lambda steps: model.flops_per_token(*counted, stream.mean_ratio(steps)))
         guard = self.settings.guard
         model.guard = UpdateGuard(guard.spikes, guard.spike_zscore)
         bad_numbers = BadNumbers(phase.folder, data.batch, guard.patience)
@@ -302,7 +304,8 @@ class LladaCLI(HookedCLI):
             self._enter(phase)
             self.instantiate_classes()
         # W&B's steps only rise, and a branch's last steps are beyond those with which the trunk continues.
-        own = [MetricsCSV(phase.folder), *_as_list(self.wandb if phase.folder == self.folder else None)]
+        kind = self.model.training_kind(self.datamodule.density_setting)
+        own = [MetricsCSV(phase.folder, kind), *_as_list(self.wandb if phase.folder == self.folder else None)]
         self.trainer.loggers = [*own, *self.trainer.loggers]
         start = phase.start()
         if start is not None:

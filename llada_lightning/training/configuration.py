@@ -27,6 +27,7 @@ from llada_lightning.identity import run_name as name_of
 from llada_lightning.identity import with_stable_names
 from llada_lightning.model.transformer import NORM_EPS
 from llada_lightning.objectives import get_objective
+from llada_lightning.objectives.llada import LossWeight
 from llada_lightning.run import Length, Run, Spec, resolve
 from llada_lightning.settings import Budget, check_folder_name, check_seed
 from llada_lightning.support.errors import UserError
@@ -60,6 +61,7 @@ def resolve_data(config: Namespace) -> LanguageDataModule:
         take_over(config, module_class(config).objective)
     data = _located(config.data.class_path, LanguageDataModule)(**config.data.init_args.as_dict())  # type: ignore[type-abstract]
     data.check()
+    _check_weight(config.model.init_args, data)
     if config.trainer.precision is None:
         config.trainer.precision = native_precision(str(config.trainer.accelerator))
     elif str(config.trainer.precision).startswith("16"):
@@ -104,6 +106,7 @@ def resolve_from_python(module: LanguageModule, trainer: Trainer) -> None:
     arguments = config.model.init_args
     if arguments.get("weights") is not None:
         take_over(config, module.objective)
+    _check_weight(arguments, data)
     _fill_vocabulary(config, data)
     if trainer.training:
         if trainer.max_steps < 1 and data.wanted_steps is None:
@@ -201,6 +204,12 @@ def _length(config: Namespace, data: LanguageDataModule) -> Length:
     return Length(steps=given, setting="trainer.max_steps", milestones=milestones)
 
 
+def _check_weight(model: Namespace, data: LanguageDataModule) -> None:
+    """Refuse a weight of the loss that does not fit the density of the mask ratios."""
+    if "loss_weight" in model:
+        LossWeight(model["loss_weight"], model["loss_weight_limit"]).check(data.density_setting)
+
+
 _OURS = {
     "fast_dev_run": False,
     "limit_train_batches": None,
@@ -289,9 +298,10 @@ _NOT_IN_IDENTITY = (
 )  # fmt: skip
 """Settings of the data: the machine's, what is read of the tokenizer, which is in fingerprints, and corpora that are
 measured only."""
-_DATA_OPTIONS = {"document_mask": False, "train_tokens": None}
+_DATA_OPTIONS = {"document_mask": False, "train_tokens": None, "density": None}
 _MODEL_OPTIONS = {
-    "norm_eps": NORM_EPS, "text_prefix_ids": None, "qk_norm": False, "z_loss": 0.0, "dropout": 0.0, "token_noise": 0.0,
+    "norm_eps": NORM_EPS, "text_prefix_ids": None, "loss_weight": "elbo", "loss_weight_limit": None,
+    "qk_norm": False, "z_loss": 0.0, "dropout": 0.0, "token_noise": 0.0,
 }  # fmt: skip
 _OPTIMIZER_OPTIONS = {"decay_embeddings": True, "name": ADAMW, "muon": asdict(Muon()), "arguments": {}}
 """Options that came later. At its default, none is in an identity, so that older runs keep theirs."""
@@ -315,6 +325,8 @@ def identity(config: Namespace, data: LanguageDataModule, schedule: WSD | None =
     eight_bits = {"fp8": True} if plain.get("speed", {}).get("fp8") else {}
     data_arguments = {k: v for k, v in plain["data"]["init_args"].items() if k not in _NOT_IN_IDENTITY}
     model_arguments = plain["model"]["init_args"]
+    density = data.density_setting  # the same, however it was written
+    data_arguments["density"] = None if density is None else _plain(density.settings)
     with_options = (
         (data_arguments, _DATA_OPTIONS),
         (model_arguments, _MODEL_OPTIONS),

@@ -26,8 +26,9 @@ from llada_lightning.model import Transformer
 from llada_lightning.model.dropout import check_dropout
 from llada_lightning.model.head import token_nll, with_z_loss
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
-from llada_lightning.objectives import Objective, arm, get_objective, llada
+from llada_lightning.objectives import Objective, TrainingKind, arm, get_objective, llada
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch
+from llada_lightning.objectives.densities import DensitySetting
 from llada_lightning.objectives.forward_process import noisy_tokens
 from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError
@@ -302,10 +303,21 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         """What the table of objectives knows of this one."""
         return get_objective(self.objective)
 
-    def flops_per_token(self, sequence_length: int, mask_eps: float, response_share: float = 1.0) -> TrainingFlops:
+    def training_kind(self, density: DensitySetting | None = None) -> TrainingKind:
+        """What the expectation of the training loss is, with a density of the mask ratios; None: the uniform one.
+
+        A surrogate loss is logged as ``train_surrogate``, and is not shown as nats per token. A module of one's own
+        whose loss is one says so here.
+        """
+        return self.facts.val_kind
+
+    def flops_per_token(
+        self, sequence_length: int, mask_eps: float, response_share: float = 1.0, mean_ratio: float | None = None
+    ) -> TrainingFlops:
         """The expected training FLOPs of a token, by the three counts; arguments as of ``Objective``."""
         assert self.vocab_size is not None
-        return self.facts.flops_per_token(self.shape, self.vocab_size, sequence_length, mask_eps, response_share)
+        sizes = (self.shape, self.vocab_size, sequence_length)
+        return self.facts.flops_per_token(*sizes, mask_eps, response_share, mean_ratio)
 
     def head_nll(self, hidden_MD: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sum of negative log-likelihoods with a gradient, and each of them (M,) in nats.
@@ -384,8 +396,34 @@ class ArmModule(LanguageModule):
 
 
 class LladaModule(LanguageModule):
-    """Masked diffusion, see ``objectives.llada``."""
+    """Masked diffusion, see ``objectives.llada``.
+
+    Args:
+        settings: The settings of :class:`LanguageModule`, by position.
+        loss_weight: The weight of a masked token in the training loss: `elbo`, 1/(p q(t)), whose expectation is the
+            bound for every density q of the mask ratios (`data.density`); `ce`, 1; `clipped`, that of `elbo` up to a
+            limit; or `per_masked_token`, which gives the mean over the masked tokens of a sequence. The validation
+            loss is the bound in any case.
+        loss_weight_limit: The largest weight of `clipped`.
+        named: The settings of :class:`LanguageModule`, by name.
+    """
 
     objective = "llada"
-    training_loss = llada.training_loss
     sequence_nll = llada.sequence_nll
+
+    def __init__(
+        self,
+        *settings: Any,
+        loss_weight: llada.WeightName = "elbo",
+        loss_weight_limit: float | None = None,
+        **named: Any,
+    ) -> None:
+        super().__init__(*settings, **named)
+        self.loss_weight = llada.LossWeight(loss_weight, loss_weight_limit)
+
+    def training_loss(self, batch: TrainingBatch) -> Tensor:
+        """The loss of Eq. 3 (Eq. 5 of responses) of a micro-batch, or a surrogate of it, in nats per token."""
+        return llada.training_loss(self, batch, self.loss_weight)
+
+    def training_kind(self, density: DensitySetting | None = None) -> TrainingKind:
+        return self.loss_weight.kind(density)

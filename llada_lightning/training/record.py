@@ -144,6 +144,8 @@ def variant(module: LanguageModule, data: LanguageDataModule, decayed: bool = Tr
     if objective is None or objective.masks:
         given |= {name: getattr(data, name) for name in _CORRUPTION}
         defaults |= {name: _defaults(type(data)).get(name) for name in _CORRUPTION}
+        if data.density_setting is not None:
+            given["density"] = str(data.density_setting)
     found = {
         name: _shown(value)
         for name, value in given.items()

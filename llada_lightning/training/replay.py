@@ -27,6 +27,7 @@ from llada_lightning.data.encoding import decode
 from llada_lightning.data.manifest import read_tokenizer_text
 from llada_lightning.data.tokenizers import tokenizer_from_text
 from llada_lightning.identity import check_identity
+from llada_lightning.objectives import TrainingKind
 from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.records import read_faults
 from llada_lightning.support.cluster import device_count
@@ -36,7 +37,7 @@ from llada_lightning.support.reading import read_yaml
 from llada_lightning.support.signals import say
 from llada_lightning.training.callbacks.checkpoints import AtomicCheckpointIO
 from llada_lightning.training.callbacks.leaving import MemoryAdvice
-from llada_lightning.training.callbacks.loggers import read_rows
+from llada_lightning.training.callbacks.loggers import loss_column, read_rows
 from llada_lightning.training.cli import LladaCLI
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.modules import LanguageModule
@@ -79,6 +80,7 @@ class StepReplay:
     """A step made again.
 
     Attributes:
+        kind: Whether the loss is `exact`, the `bound`, or a `surrogate` whose expectation is neither.
         loss: The loss in nats per token of the global batch, before the update.
         grad_norm: The gradient norm before clipping.
         skipped: Whether the guard skips the update.
@@ -88,6 +90,7 @@ class StepReplay:
 
     step: int
     lr: float
+    kind: TrainingKind
     loss: float
     grad_norm: float
     skipped: bool
@@ -115,13 +118,15 @@ def replay_step(folder: Path, step: int, settings: Sequence[str] = ()) -> StepRe
     model, recorder = cli.model, cli.recorder
     assert isinstance(model, LanguageModule) and model.step_loss is not None and model.grad_norm is not None
     model.guard.settle()
+    kind = model.training_kind(cli.datamodule.density_setting)
     return StepReplay(
         step=step,
         lr=model.schedule.at(step - 1),
+        kind=kind,
         loss=float(model.step_loss),
         grad_norm=float(model.grad_norm),
         skipped=model.guard.last_update < step,
-        seen_loss=_seen(folder, step, "train_nats_per_token", "loss"),
+        seen_loss=_seen(folder, step, loss_column(kind), "loss"),
         seen_grad_norm=_seen(folder, step, "grad_norm", "grad_norm"),
         sequences=sorted(recorder.sequences, key=lambda sequence: sequence.ordinal),
     )

@@ -20,16 +20,19 @@ from scipy.special import beta, log_softmax
 
 from llada_lightning.compute.flops import MASK_EPS
 from llada_lightning.model.head import token_nll
+from llada_lightning.objectives.batches import TrainingBatch, scored_positions
+from llada_lightning.objectives.densities import Beta, Curriculum, Density, LogitNormal, Range, Uniform, density_setting
 from llada_lightning.objectives.forward_process import (
     TIME_SAMPLINGS,
     TimeSampling,
+    drawn_ratio,
     fixed_count_mask,
     mask_probability,
     mask_ratio,
     random_mask,
     stratified_mask_counts,
 )
-from llada_lightning.objectives.llada import masked_diffusion_weights, nll_bound
+from llada_lightning.objectives.llada import LossWeight, masked_diffusion_weights, nll_bound, training_loss
 
 WORDS = 3
 MASK = WORDS
@@ -219,3 +222,161 @@ def test_exact_counts_lower_the_variance_of_a_windows_mean() -> None:
     table = random_table(LENGTH, seed=1)
     means_14, means_3 = (v_RB.mean(axis=1) for v_RB in (estimates_of_eq_14(table), estimates_of_eq_3(table, "weyl")))
     assert means_14.var() < 0.1 * means_3.var()
+
+
+# --- other densities of the mask ratio, and other weights ------------------------------------------------------------
+
+WITH_MASS: dict[str, Density] = {
+    "uniform": Uniform(),
+    "beta at the ends": Beta(0.5, 0.7),
+    "beta": Beta(1.5, 1.2),
+    "beta to the limit": Beta(2, 2),
+    "logit-normal": LogitNormal(-0.5, 4.0),
+    "whole range": Range(0, 1),
+    "in a curriculum": Curriculum(Beta(0.7, 1), Beta(1.5, 1), steps=8).at(3),
+}
+"""Densities with which the weight `elbo` gives the bound."""
+WEIGHTS = {
+    "elbo": LossWeight(),
+    "ce": LossWeight("ce"),
+    "clipped": LossWeight("clipped", 3.0),
+    "per_masked_token": LossWeight("per_masked_token"),
+}
+
+
+class TablePredictor:
+    """The arbitrary predictor in the place of a Transformer; it keeps what each token adds to the loss."""
+
+    mask_token_id = MASK
+
+    def __init__(self, table: Array) -> None:
+        self.logits = torch.tensor(table)
+        self.parts_M = torch.zeros(0)
+
+    def start_ids(self, batch: object) -> tuple[int, ...]:
+        return ()
+
+    def hidden_after(
+        self, start_ids: tuple[int, ...], inputs_BL: torch.Tensor, *others: object, causal: bool
+    ) -> torch.Tensor:
+        assert not causal
+        return self.logits[tuple(inputs_BL.T)]
+
+    def head_nll(
+        self, hidden_MD: torch.Tensor, targets_M: torch.Tensor, weights_M: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        nll_M = token_nll(hidden_MD, targets_M, excluded_token_id=MASK)
+        self.parts_M = nll_M * weights_M
+        return self.parts_M.sum(), nll_M
+
+
+def loss_by_row(
+    table: Array, x0_L: npt.NDArray[np.int64], masked_BL: npt.NDArray[np.bool_], p_B: Array, q_B: Array | None,
+    weight: LossWeight,
+) -> Array:  # fmt: skip
+    """(B,) the training loss of each row of a micro-batch, as the package computes it."""
+    rows, length = masked_BL.shape
+    masked = torch.tensor(masked_BL)
+    batch = TrainingBatch(
+        tokens_BL=torch.tensor(x0_L).repeat(rows, 1),
+        attention_mask_BL=None,
+        masked_BL=masked,
+        p_B=torch.tensor(p_B).float(),
+        ordinals_B=torch.arange(rows),
+        denominator=1.0,
+        global_tokens=rows * length,
+        density_B=None if q_B is None else torch.tensor(q_B).float(),
+        **dict(zip(("scored_M", "scored"), scored_positions(masked), strict=True)),
+    )
+    predictor = TablePredictor(table)
+    total = training_loss(predictor, batch, weight)
+    sums_B = torch.zeros(rows, dtype=torch.float64)
+    sums_B.index_add_(0, batch.scored_M // length, predictor.parts_M.double())
+    assert float(total) == pytest.approx(float(sums_B.sum()), rel=1e-4, abs=1e-5)
+    return sums_B.numpy()
+
+
+def expected_loss(
+    table: Array, x0_L: npt.NDArray[np.int64], density: Density, weight: LossWeight, eps: float = MASK_EPS
+) -> float:
+    """The expectation of the training loss: over all masks by enumeration, over t by double exponential quadrature."""
+    x_K = np.arange(-3.0, 3.0, 1 / 32)
+    u_K = 1 / (1 + np.exp(-np.pi * np.sinh(x_K)))
+    node_weights_K = np.pi * np.cosh(x_K) * u_K * (1 - u_K) / 32
+    t_K, q_K = density.draw(u_K)
+    p_K, sets_SL = mask_probability(t_K, eps), mask_sets(len(x0_L))
+    counts_S = sets_SL.sum(axis=1)
+    probability_KS = p_K[:, None] ** counts_S * (1 - p_K[:, None]) ** (len(x0_L) - counts_S)
+    nodes, sets = len(u_K), len(sets_SL)
+    loss_N = loss_by_row(table, x0_L, np.tile(sets_SL, (nodes, 1)), np.repeat(p_K, sets), np.repeat(q_K, sets), weight)
+    return float((node_weights_K[:, None] * probability_KS * loss_N.reshape(nodes, sets)).sum())
+
+
+@settings(max_examples=3, deadline=None)
+@given(predictors)
+@pytest.mark.parametrize("name", WITH_MASS)
+def test_the_loss_of_every_density_with_mass_everywhere_has_the_expectation_of_eq_3(name: str, table: Array) -> None:
+    x0_L = np.arange(length_of(table)) % WORDS
+    expected = moment_of_eq_3(nll_by_set(table, x0_L), MASK_EPS)
+    assert expected_loss(table, x0_L, WITH_MASS[name], WEIGHTS["elbo"]) == pytest.approx(expected, rel=5e-6, abs=1e-5)
+
+
+@pytest.mark.parametrize("sampling", TIME_SAMPLINGS)
+@pytest.mark.parametrize("name", WITH_MASS)
+def test_the_loss_of_every_density_with_mass_everywhere_is_unbiased(name: str, sampling: TimeSampling) -> None:
+    table = random_table(LENGTH, seed=1)
+    n_B = np.arange(7000, 7000 + WINDOW)
+    values = []
+    for seed in range(RUNS):
+        t_B, q_B = drawn_ratio(seed, n_B, sampling, WITH_MASS[name], global_batch=WINDOW)
+        p_B = mask_probability(t_B)
+        values.append(loss_by_row(table, X0_L, random_mask(seed, n_B, p_B, LENGTH), p_B, q_B, LossWeight()))
+    assert_unbiased(np.array(values), moment_of_eq_3(nll_by_set(table, X0_L), MASK_EPS))
+
+
+@settings(max_examples=3, deadline=None)
+@given(predictors)
+@pytest.mark.parametrize("name", ["ce", "clipped", "per_masked_token"])
+def test_other_weights_have_the_expectation_of_their_formula(name: str, table: Array) -> None:
+    """Of t on a range, by Gauss-Legendre quadrature."""
+    low, high = 0.05, 0.6
+    length = length_of(table)
+    x0_L = np.zeros(length, dtype=np.int64)
+    counts_S, sums_S = masked_sums(nll_by_set(table, x0_L))
+    nodes, node_weights = np.polynomial.legendre.leggauss(200)
+    p_T1 = mask_probability((low + (high - low) * (nodes + 1) / 2)[:, None])
+    weight_TS = {
+        "ce": np.ones_like(p_T1),
+        "clipped": np.minimum((high - low) / p_T1, 3.0),
+        "per_masked_token": length / np.maximum(counts_S, 1),
+    }[name]
+    probability_TS = p_T1**counts_S * (1 - p_T1) ** (length - counts_S)
+    formula = float((node_weights / 2 * (probability_TS * weight_TS * sums_S).sum(axis=1)).sum())
+    assert expected_loss(table, x0_L, Range(low, high), WEIGHTS[name]) == pytest.approx(formula, rel=1e-3, abs=1e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(predictors)
+def test_the_mean_of_masked_tokens_is_nearly_the_bound_where_t_is_uniform(table: Array) -> None:
+    """Then l is uniform on 0..L, and that of Eq. 14 on 1..L: L/(L+1) of the bound, for a smallest probability of 0."""
+    length = length_of(table)
+    x0_L = np.full(length, 1)
+    mean = expected_loss(table, x0_L, Uniform(), WEIGHTS["per_masked_token"], eps=1e-9)
+    assert mean == pytest.approx(length / (length + 1) * moment_of_eq_14(nll_by_set(table, x0_L)), rel=5e-6, abs=1e-5)
+
+
+def test_a_loss_is_called_a_bound_where_its_expectation_is_that_of_eq_3_and_nowhere_else() -> None:
+    """One table tells the expectations apart; what `kind` says is what they are."""
+    table = random_table(3, seed=2)
+    bound = moment_of_eq_3(nll_by_set(table, X0_L[:3]), MASK_EPS)
+    settings_of = {
+        "beta": {"name": "beta", "a": 1.5, "b": 1.2},
+        "range": {"name": "range", "low": 0.05, "high": 0.6},
+        "most of the range": {"name": "range", "low": 0, "high": 0.9},
+    }
+    for given_setting in (None, *settings_of.values()):
+        setting = density_setting(given_setting)
+        density = Uniform() if setting is None else setting.density
+        for weight in WEIGHTS.values():
+            is_bound = expected_loss(table, X0_L[:3], density, weight) == pytest.approx(bound, rel=1e-5)
+            assert weight.kind(setting) == ("bound" if is_bound else "surrogate")

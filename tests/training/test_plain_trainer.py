@@ -119,7 +119,7 @@ def test_fit_does_what_the_command_does_and_returns_the_records(prepared: Path, 
         ({"zzz": 1}, "zzz: there is no such setting"),
         (
             {"data": {"pth": "x"}},
-            "data: Option 'pth' is not accepted; the nearest is data.path; see 'llada fit --help'",
+            "data: Option 'pth' is not accepted; the nearest is data.path; see 'llada fit --data.help TokenDataModule'",
         ),
     ],
 )

@@ -20,6 +20,8 @@ from llada_lightning.data.sft import SftDataModule
 from llada_lightning.generation.prompts import conversation_ids
 from llada_lightning.objectives.arm import shift_right
 from llada_lightning.objectives.batches import TrainingBatch
+from llada_lightning.objectives.forward_process import mask_ratio
+from llada_lightning.objectives.llada import LossWeight, WeightName
 from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule
 
 SHAPE = {"n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64}
@@ -92,6 +94,37 @@ def test_the_loss_of_llada_is_equation_5_by_hand(prepared: Path, pairs: Path) ->
         prompt = int(np.flatnonzero(batch.response_BL[i])[0])
         total = total + (nll_L * masked_L).sum() / batch.p_B[i] / (len(tokens_L) - prompt)
     assert float(module.training_loss(batch).detach()) == pytest.approx(float(total.detach()) / 8, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [("elbo", None), ("ce", None), ("clipped", 3.0), ("per_masked_token", None)])
+def test_densities_and_weights_hold_for_responses_by_hand(
+    prepared: Path, pairs: Path, weight: tuple[WeightName, float | None]
+) -> None:
+    given = {"name": "beta", "a": 1.5, "b": 0.8}
+    data = SftDataModule(str(pairs), str(prepared), context_length=128, global_batch=8, density=given)
+    setting, module = data.density_setting, module_of(LladaModule, data)
+    assert setting is not None and isinstance(module, LladaModule)
+    module.loss_weight = LossWeight(*weight)
+    dataset = PairDataset(data.stream, data.tokenizer.eos_id, data.mask_eps, data.time_sampling, 8, data.density)
+    batch = dataset.__getitems__(list(range(8)))
+    points_B = mask_ratio(data.seed, np.arange(8), data.time_sampling)
+    t_B, q_B = setting.density.draw(points_B)
+    p_B = 0.999 * t_B + 0.001
+    np.testing.assert_allclose(batch.p_B, p_B, rtol=1e-6)
+    logits_BLV = module.model(batch.tokens_BL.masked_fill(batch.masked_BL, data.tokenizer.mask_id), causal=False,
+                              attention_mask_BL=batch.attention_mask_BL)  # fmt: skip
+    logits_BLV[..., data.tokenizer.mask_id] = -torch.inf
+    nll_BL = -logits_BLV.log_softmax(-1).gather(2, batch.tokens_BL[..., None])[..., 0]
+    sums_B = (nll_BL * batch.masked_BL).sum(dim=1).detach().numpy()
+    lengths_B, counts_B = batch.response_lengths_B.numpy(), batch.masked_BL.sum(dim=1).numpy()
+    weight_B = {
+        "elbo": 1 / (p_B * q_B),
+        "ce": 1.0,
+        "clipped": np.minimum(1 / (p_B * q_B), 3.0),
+        "per_masked_token": lengths_B / np.maximum(counts_B, 1),
+    }[weight[0]]
+    expected = float((weight_B * sums_B / lengths_B).mean())
+    assert float(module.training_loss(batch).detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_loss_of_arm_is_of_responses_and_one_eos_by_hand(prepared: Path, pairs: Path) -> None:

@@ -78,7 +78,6 @@ class Plan:
     def _row(self, trunk: Trunk, branch: Branch) -> dict[str, Any]:
         shape, stream = trunk.shape, self.stream
         tokens = branch.steps * stream.tokens_per_step(trunk.global_batch)
-        flops = trunk.per_step * branch.steps
         wall_hours = self._wall_hours(trunk, branch.steps)
         return {
             "objective": trunk.objective,
@@ -95,7 +94,7 @@ class Plan:
             "lr": trunk.lr,
             "warmup_steps": trunk.warmup_steps,
             "decay_steps": branch.decay_steps,
-            **_counted([flops]),
+            **_counted([branch.flops]),
             "epochs": stream.epochs(branch.steps * trunk.global_batch),
             "memory_gib": trunk.memory / _GIB,
             "device_hours": None if wall_hours is None else wall_hours * self.machine.devices,

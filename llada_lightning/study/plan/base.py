@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llada_lightning.objectives.densities import density_setting
 from llada_lightning.run import DataFacts, Source, Stream, sequences_read
 from llada_lightning.support.command_line import refuse_unusable
 from llada_lightning.support.errors import UserError
@@ -152,7 +153,7 @@ def planned_stream(base: Base, facts: DataFacts | None, vocab_size: int | None, 
     """The training stream of a plan's runs; ``vocab_size`` is the model's, by default that of the data.
 
     Raises:
-        UserError: The vocabulary is not known, or is smaller than the data's.
+        UserError: The vocabulary is not known, or is smaller than the data's, or the base has a density that is none.
     """
     if facts is not None and vocab_size is not None and vocab_size < facts.vocab_size:
         raise UserError(
@@ -162,6 +163,7 @@ def planned_stream(base: Base, facts: DataFacts | None, vocab_size: int | None, 
     if vocab_size is None and facts is None:
         raise UserError("plan: the vocabulary is not known; give --data DIR, or --vocab-size")
     length_share, mask_eps = base.number("data", "random_length_share"), base.number("data", "mask_eps")
+    setting = density_setting(base.data.get("density"), "base: data.init_args.density")
     sources: tuple[Source, ...] = ()
     if facts is not None:  # a limit on distinct tokens leaves fewer sequences of each source
         present, weights = [each.sequences for each in facts.sources], [each.weight for each in facts.sources]
@@ -175,6 +177,7 @@ def planned_stream(base: Base, facts: DataFacts | None, vocab_size: int | None, 
         random_length_share=Stream.random_length_share if length_share is None else length_share,
         mask_eps=Stream.mask_eps if mask_eps is None else mask_eps,
         sources=sources,
+        density=None if setting is None else setting.density,
     )
 
 

@@ -163,11 +163,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Branch:
-    """One budget of a trunk: the result that a separate run of this length would have."""
+    """One budget of a trunk: the result that a separate run of this length would have.
+
+    Args:
+        flops: The expected training FLOPs of that run.
+    """
 
     budget: float
     steps: int
     decay_steps: int
+    flops: TrainingFlops
 
     @property
     def fork_step(self) -> int:
@@ -180,7 +185,7 @@ class Trunk:
     """All budgets of one objective, shape and seed, with the settings that they share.
 
     Args:
-        per_step: The expected training FLOPs of one step.
+        per_step: The expected training FLOPs of one step, a mean over the steps of the largest budget.
         accumulation: The number of micro-batches of a step on one device.
         memory: The peak memory of one device, in bytes.
         branches: The branches by rising budget.
@@ -278,7 +283,7 @@ def plan_trunk(
         accumulation=accumulation,
         memory=machine.memory_of(shape, stream.vocab_size, stream.sequence_length, micro_batch),
         branches=tuple(
-            Branch(budget, schedule.total_steps, schedule.decay_steps)  # type: ignore[arg-type]  # resolved
-            for budget, schedule in zip(budgets, run.schedules, strict=True)
+            Branch(budget, steps, schedule.decay_steps or 0, run.per_step_until(steps) * steps)
+            for budget, steps, schedule in zip(budgets, run.steps, run.schedules, strict=True)
         ),
     )

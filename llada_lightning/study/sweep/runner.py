@@ -372,6 +372,8 @@ def describe_state(share: float, metrics: dict[str, str]) -> str:
     with suppress(KeyError, ValueError):
         words.append(f"{float(metrics['train_nats_per_token']):.3f} nats/token")
     with suppress(KeyError, ValueError):
+        words.append(f"surrogate loss {float(metrics['train_surrogate']):.3f}")
+    with suppress(KeyError, ValueError):
         words.append(f"{float(metrics['tokens_per_second']):,.0f} tokens/s")
     return "  ".join(words)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from llada_lightning.compute.flops import TrainingFlops
 from llada_lightning.compute.hardware import peak_flops
+from llada_lightning.objectives import TrainingKind
 from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.support.printing import people_console
+from llada_lightning.training.callbacks.loggers import SURROGATE_LOSS, TRAINING_LOSS, loss_column
 from llada_lightning.training.modules import LanguageModule
 
 _WINDOW = 20
@@ -29,7 +32,7 @@ class Accounting(Callback):
     """Tokens, FLOPs by the three counts, achieved FLOP/s, MFU, peak memory; counters survive with the checkpoint.
 
     Args:
-        per_token: The training FLOPs of a token.
+        per_token: The training FLOPs of a token, or a function that gives their mean over the first steps of the run.
 
     Attributes:
         tokens: The training tokens so far, padding not counted.
@@ -38,8 +41,8 @@ class Accounting(Callback):
         last: The values that were logged last, by column.
     """
 
-    def __init__(self, per_token: TrainingFlops) -> None:
-        self.per_token = per_token
+    def __init__(self, per_token: TrainingFlops | Callable[[int], TrainingFlops]) -> None:
+        self._per_token = per_token
         self.tokens = 0
         self.train_seconds = 0.0
         self.wall_seconds = 0.0
@@ -48,6 +51,11 @@ class Accounting(Callback):
         self._step = 0
         self._tick = 0.0
         self._window: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
+
+    @property
+    def per_token(self) -> TrainingFlops:
+        """The training FLOPs of a token, a mean over the steps so far."""
+        return self._per_token(self._step) if callable(self._per_token) else self._per_token
 
     @property
     def flops(self) -> TrainingFlops:
@@ -94,10 +102,12 @@ class Accounting(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self._advance(training=True)
-        return {"tokens": self.tokens, "train_seconds": self.train_seconds, "wall_seconds": self.wall_seconds}
+        clocks = {"train_seconds": self.train_seconds, "wall_seconds": self.wall_seconds}
+        return {"tokens": self.tokens, "step": self._step, **clocks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens = state_dict["tokens"]
+        self._step = state_dict.get("step", 0)  # older checkpoints have none, and no curriculum
         self.train_seconds, self.wall_seconds = state_dict["train_seconds"], state_dict["wall_seconds"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -143,11 +153,12 @@ class Accounting(Callback):
         loss = float(module.step_loss)  # waits for the device, so the clock is read after it
         self._advance(training=True)
         module.guard.settle()
+        kind = training_kind(trainer, module)
         values: dict[str, float] = {
             "tokens": self.tokens,
             **by_count(self.flops),
             "lr": self._lr,
-            "train_nats_per_token": loss,
+            loss_column(kind): loss,
             "seconds": self.wall_seconds,
             "skipped_updates": module.guard.skipped,
         }
@@ -168,6 +179,11 @@ class Accounting(Callback):
         if seconds == first_seconds:
             return {}
         return self.rates(trainer, (tokens - first_tokens) / (seconds - first_seconds))
+
+
+def training_kind(trainer: Trainer, module: LanguageModule) -> TrainingKind:
+    """What the training loss of a run is, with the mask ratios of its data."""
+    return module.training_kind(getattr(getattr(trainer, "datamodule", None), "density_setting", None))
 
 
 def by_count(flops: TrainingFlops) -> dict[str, float]:
@@ -246,7 +262,8 @@ class BudgetProgress(ProgressBar):
         last, step = self._accounting.last, trainer.global_step
         if last and last is not self._shown:
             self._shown = last
-            self._losses.append(last["train_nats_per_token"])
+            self._column = next(column for column in (TRAINING_LOSS, SURROGATE_LOSS) if column in last)
+            self._losses.append(last[self._column])
         if self._progress is not None:
             self._progress.update(self._task, completed=step, figures=self._figures(trainer))
         elif self._shown and (step >= self._next_line or step == trainer.max_steps):
@@ -273,9 +290,10 @@ class BudgetProgress(ProgressBar):
         parts = [f"step {trainer.global_step}/{trainer.max_steps}"]
         if self._losses:
             loss = sum(self._losses) / len(self._losses)
-            parts.append(f"training loss {loss:.3f} nats/token")
+            surrogate = self._column == SURROGATE_LOSS
+            parts.append(f"surrogate loss {loss:.3f}" if surrogate else f"training loss {loss:.3f} nats/token")
             data = getattr(trainer, "datamodule", None)
-            bits = None if data is None else data.bits_per_byte(loss)
+            bits = None if data is None or surrogate else data.bits_per_byte(loss)
             if bits is not None:
                 parts.append(f"{bits:.3f} bits/byte")
         if "tokens_per_second" in self._accounting.last:

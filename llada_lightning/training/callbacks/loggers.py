@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
+from llada_lightning.objectives import TrainingKind
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import written_atomically
 from llada_lightning.support.printing import shortened
@@ -29,15 +30,29 @@ COLUMNS = (
     "val_stderr", "val_bits_per_byte",
 )  # fmt: skip
 
+TRAINING_LOSS, SURROGATE_LOSS = "train_nats_per_token", "train_surrogate"
+"""The column of the training loss: of the exact loss or its bound, and of a loss whose expectation is neither."""
+
+
+def loss_column(kind: TrainingKind) -> str:
+    """The column of a training loss of a kind."""
+    return SURROGATE_LOSS if kind == "surrogate" else TRAINING_LOSS
+
 
 class MetricsCSV(Logger):
     """One row a step. The first row that a process writes replaces all rows of later steps, which a killed process may
-    have left behind its last checkpoint; columns that others log are added to the file."""
+    have left behind its last checkpoint; columns that others log are added to the file.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: The folder of the file.
+        kind: What the training loss is, which names its column.
+    """
+
+    def __init__(self, folder: Path, kind: TrainingKind = "bound") -> None:
         super().__init__()
         self._path = folder / "metrics.csv"
-        self._columns = list(COLUMNS)
+        self._own = [loss_column(kind) if name == TRAINING_LOSS else name for name in COLUMNS]
+        self._columns = list(self._own)
         self._row: dict[str, Any] | None = None
 
     @property
@@ -81,7 +96,7 @@ class MetricsCSV(Logger):
     def _open(self, step: int) -> dict[str, Any]:
         """Keep the rows before ``step``; return that step's row as it is."""
         rows = read_rows(self._path)
-        self._columns = list(dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)]))
+        self._columns = list(dict.fromkeys([*self._own, *(key for row in rows for key in row)]))
         self._write([row for row in rows if int(row["step"]) < step])
         same: dict[str, Any] = next((row for row in rows if int(row["step"]) == step), {})
         return {**same, "step": step}
