@@ -4,6 +4,7 @@
   the results table (``study/results.py``) and of W&B's summary.
 - ``validation.csv``: the loss of each validation document at each budget.
 - ``held_out/NAME.csv``: the same of the documents of a held-out corpus.
+- ``policies/NAME.csv``: the same as ``validation.csv``, by the exact likelihood under a decoding policy.
 - ``evaluations.csv``: the score of each evaluated checkpoint on each task.
 - ``faults.csv``: the steps whose loss or gradient was not usable, and what was done about each of them.
 """
@@ -33,17 +34,20 @@ RESULT_COLUMNS = (
     "lr", "schedule", "warmup_steps", "decay_steps", "seed", "parent_checkpoint", "data_fingerprint", "tokenizer",
     "vocab_size", "val_nats_per_token", "val_stderr", "val_kind", "val_bits_per_byte", "tokens_per_second", "mfu",
     "device", "precision", "wall_seconds", "versions", "git_commit", "status", "val_by_source", "val_held_out",
+    "val_policies",
 )  # fmt: skip
 """Keys of a record and columns of the table. FLOPs are those of training, losses of validation in nats per token;
 ``val_stderr`` is one standard error of ``val_nats_per_token``; ``val_kind`` is ``exact`` or ``bound``; ``variant``
 lists the settings of objective and optimizer that are not at their defaults, and is missing where all of them are.
 ``val_by_source`` holds the loss of each source of a mixture, and ``val_held_out`` that of each held-out corpus, as a
-mapping from names to ``CORPUS_KEYS``; they are missing where there are none."""
+mapping from names to ``CORPUS_KEYS``; they are missing where there are none. ``val_policies`` holds the exact loss of
+the validation sequences under each decoding policy that was asked for, as a mapping from labels such as `confidence@1`
+to ``POLICY_KEYS``."""
 
-LATER_COLUMNS = frozenset({"variant", "val_by_source", "val_held_out"})
+LATER_COLUMNS = frozenset({"variant", "val_by_source", "val_held_out", "val_policies"})
 """Columns that older records and tables lack. A missing value means the default."""
 
-MAPPING_COLUMNS = frozenset({"versions", "val_by_source", "val_held_out"})
+MAPPING_COLUMNS = frozenset({"versions", "val_by_source", "val_held_out", "val_policies"})
 """Columns whose values are mappings in a record, and JSON in a table."""
 
 CORPUS_KEYS = ("nats_per_token", "stderr", "bits_per_byte", "documents", "sequences", "first_document", "fingerprint")
@@ -51,11 +55,18 @@ CORPUS_KEYS = ("nats_per_token", "stderr", "bits_per_byte", "documents", "sequen
 bits per byte where they are known; the numbers of its validation documents and sequences; the lowest number that a
 document of it has in ``validation.csv``; and the fingerprint of its prepared folder."""
 
+POLICY_KEYS = ("nats_per_token", "stderr", "bits_per_byte", "documents", "sequences")
+"""What a record holds of a decoding policy: the exact negative log-likelihood of the validation sequences under it,
+with one standard error by document, in nats per token, and in bits per byte where they are known; and the numbers of
+documents and sequences. The documents are numbered as in ``validation.csv``."""
+
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
 VALIDATION_FILE = "validation.csv"
 HELD_OUT = "held_out"
 """The folder, in a run's folder, with the losses of the documents of each held-out corpus."""
+POLICIES = "policies"
+"""The folder, in a run's folder, with the losses of the validation documents under each decoding policy."""
 VALIDATION_COLUMNS = ("steps", "document", "sequences", "nats_per_token")
 DONE = "done"
 DIVERGED = "diverged"
@@ -136,43 +147,52 @@ def has_diverged(folder: Path | str) -> bool:
     return is_done(folder) and any(record["status"] == DIVERGED for record in read_records(folder))
 
 
-def validation_path(folder: Path | str, held_out: str | None = None) -> Path:
-    """The path of a run's losses by document: of its own validation, or of the held-out corpus of a name."""
+def validation_path(folder: Path | str, held_out: str | None = None, policy: str | None = None) -> Path:
+    """The path of a run's losses by document: of its own validation, of the held-out corpus of a name, or of its own
+    validation under the decoding policy of a label."""
+    if policy is not None:
+        return Path(folder) / POLICIES / f"{policy}.csv"
     return Path(folder) / (VALIDATION_FILE if held_out is None else f"{HELD_OUT}/{held_out}.csv")
 
 
 def write_validation(
-    folder: Path | str, steps: int, documents: Sequence[tuple[int, int, float]], held_out: str | None = None
+    folder: Path | str,
+    steps: int,
+    documents: Sequence[tuple[int, int, float]],
+    held_out: str | None = None,
+    policy: str | None = None,
 ) -> Path:
     """Writes the validation loss of each document after ``steps`` optimizer steps; rows of other steps stay. Atomic.
 
     ``documents`` holds a tuple for every validation document: its number, the number of its sequences, and their mean
     loss in nats per token. ``held_out`` is the name of the corpus that they belong to; None: the run's own validation.
-    The folder is made if it does not exist.
+    ``policy`` is the label of the decoding policy that gives the losses; None: none does. The folder is made if it does
+    not exist.
     """
     import pandas as pd
 
-    path = validation_path(folder, held_out)
+    path = validation_path(folder, held_out, policy)
     table = pd.DataFrame([(steps, *row) for row in documents], columns=list(VALIDATION_COLUMNS))
     with suppress(UserError):  # a damaged file must not cost a finished run its result
         if path.exists():
-            before = read_validation(folder, held_out)
+            before = read_validation(folder, held_out, policy)
             table = pd.concat([before[before["steps"] != steps], table]).sort_values(["steps", "document"])
     with written_atomically(path) as temporary:
         table.to_csv(temporary, index=False)
     return path
 
 
-def read_validation(folder: Path | str, held_out: str | None = None) -> pd.DataFrame:
+def read_validation(folder: Path | str, held_out: str | None = None, policy: str | None = None) -> pd.DataFrame:
     """The columns ``VALIDATION_COLUMNS``: whole numbers, and nats per token to the last digit (NaN if it diverged).
 
-    They are of the run's own validation, or of the held-out corpus of a name.
+    They are of the run's own validation, of the held-out corpus of a name, or of the run's own validation under the
+    decoding policy of a label.
 
     Raises:
         UserError: There is no such file, or it is damaged.
     """
     types = dict(zip(VALIDATION_COLUMNS, ("int64", "int64", "int64", "float64"), strict=True))
-    return read_typed_csv(validation_path(folder, held_out), types, "delete it and run again")
+    return read_typed_csv(validation_path(folder, held_out, policy), types, "delete it and run again")
 
 
 def read_typed_csv(path: Path, types: Mapping[str, Any], fix: str) -> pd.DataFrame:

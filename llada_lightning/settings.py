@@ -100,6 +100,9 @@ class Place:
         keep_fork: Whether the checkpoint of the step at which the decay begins is written and kept, too, so that a run
             of a larger budget can start from it (`budget.trunks`). A run of several budgets keeps its own in any case.
         parent: The checkpoint from which the run starts. It follows from `budget.trunks`.
+        policies: The decoding policies under which the validation sequences are measured as well, at the end of each
+            budget, at milestones, and by `validate`: a mapping from names to the tokens that a step reveals, such as
+            `{confidence: 1}`. They are no part of the run's identity.
         async_checkpoints: Whether checkpoints are written while training continues, from a copy in memory. Sharded
             checkpoints cannot be.
     """
@@ -114,6 +117,7 @@ class Place:
     keep_best: bool = False
     keep_fork: bool = False
     parent: str | None = None
+    policies: dict[str, int] = field(default_factory=dict)
     async_checkpoints: bool = False
 
     @property

@@ -14,7 +14,8 @@ from llada_lightning.support.printing import people_console
 def main(argv: list[str]) -> int:
     """``llada collect PATH … --out results.csv``: run folders and W&B projects -> one results table.
 
-    Beside it comes ``results.covariance.csv``, the joint error of the losses, from the folders' validation files.
+    Beside it comes ``results.covariance.csv``, the joint error of the losses, from the folders' validation files, and
+    ``results.NAME.covariance.csv`` of the losses by each yardstick that a run has measured.
     What is unfinished, damaged or left out is named on stderr, and in the object that ``--json`` prints.
     """
     parser = CommandParser(
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from llada_lightning.study.collect import gather  # after the parser: --help answers at once
     from llada_lightning.study.results import check_destination, write_covariance, write_results
+    from llada_lightning.study.yardstick import write_yardstick_covariances
 
     options.out = str(expanded(options.out))
     check_destination(Path(options.out))
@@ -47,6 +49,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"collect: no results under {', '.join(options.paths)} ({found}, none has a record yet)")
     path = write_results(table, options.out)
     report.covariance = write_covariance(collection.rows(), path)
+    report.yardsticks = write_yardstick_covariances(collection.rows(), path)
     for line in report.lines():
         notes.print(line, soft_wrap=True)
     if options.json:
@@ -57,4 +60,7 @@ def main(argv: list[str]) -> int:
     if report.covariance.path:
         joint = f"joint errors of {report.covariance.rows} results -> {report.covariance.path}"
         console.print(joint, soft_wrap=True)
+    for name, own in report.yardsticks.items():
+        if own.path:
+            console.print(f"joint errors of {own.rows} results by {name} -> {own.path}", soft_wrap=True)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,13 @@ def main(argv: list[str]) -> int:
         "where the results hold several",
     )
     parser.add_argument(
+        "--yardstick",
+        type=str,
+        metavar="NAME",
+        help="loss that is held equal: that under a decoding policy which runs have measured, such as confidence@1 "
+        "(default: the validation loss)",
+    )
+    parser.add_argument(
         "--unit", choices=("nats_per_token", "bits_per_byte"), default="nats_per_token", help="unit of the loss"
     )
     parser.add_argument(
@@ -71,9 +79,10 @@ def main(argv: list[str]) -> int:
     from llada_lightning.study.fits import fit_table, usable_runs  # after the parser: --help answers at once
     from llada_lightning.study.report import print_report
 
-    table, covariance = _read(options.results)
+    table, covariance, notes = _read(options.results, options.yardstick)
     how = {name: options[name] for name in ("unit", "samples", "seed", "reference")}
     fits = fit_table(table, covariance=covariance, **how)
+    fits = replace(fits, notes=[*notes, *fits.notes])
     if options.convention not in fits.conventions:
         counted = " and ".join(fits.conventions)
         name = CONVENTION_NAMES[options.convention]
@@ -101,9 +110,11 @@ def _rules(options: Namespace) -> int:
     from llada_lightning.study.report import print_rules
     from llada_lightning.study.rule_file import RULE_FILE, write_rule_file
 
+    if options.yardstick is not None:
+        raise UserError("curves: --rules fits the validation loss, by which runs are tuned; leave --yardstick out")
     if options.results == PUBLISHED:
         raise UserError(f"curves: --rules fits a tuning study; {PUBLISHED} has one rate and batch at each budget")
-    table, covariance = _read(options.results)
+    table, covariance, _ = _read(options.results)
     fits = fit_rules(table, covariance=covariance, samples=options.samples, seed=options.seed)
     results, folder = Path(options.results), expanded(options.out)
     rules = fits.rule_file(results.name, file_sha256(results))
@@ -122,16 +133,21 @@ def _rules(options: Namespace) -> int:
     return 0
 
 
-def _read(results: str) -> tuple[pd.DataFrame, pd.DataFrame | None]:
-    """The table, and the covariance of its losses where a file beside it holds one."""
-    if results == PUBLISHED:
+def _read(results: str, yardstick: str | None = None) -> tuple[pd.DataFrame, pd.DataFrame | None, list[str]]:
+    """The table with the losses by a yardstick, their covariance where a file beside it holds one, and notes."""
+    from llada_lightning.study.results import covariance_path, read_covariance, read_results
+    from llada_lightning.study.yardstick import with_yardstick
+
+    published = results == PUBLISHED
+    if published:
         from llada_lightning.study.reference import published_isoflop
 
-        return published_isoflop(), None
-    from llada_lightning.study.results import covariance_path, read_covariance, read_results
-
-    table, path = read_results(results), covariance_path(Path(results))
-    return _with_scores(table), read_covariance(path) if path.is_file() else None
+        table = published_isoflop()
+    else:
+        table = _with_scores(read_results(results))
+    table, notes = (table, []) if yardstick is None else with_yardstick(table, yardstick)
+    path = covariance_path(Path(results), yardstick)
+    return table, read_covariance(path) if not published and path.is_file() else None, notes
 
 
 def _with_scores(table: pd.DataFrame) -> pd.DataFrame:

@@ -53,7 +53,9 @@ def evaluate_parser() -> CommandParser:
     add("--unsafe-code", action="store_true", help="let tasks run what the model writes, in a sandbox")
     add("--each-result", action="store_true", help="of a run's folder, the checkpoint of each milestone and budget")
     add("--skip-missing", action="store_true", help="continue without tasks that cannot be loaded")
-    add = parser.add_argument_group("likelihoods").add_argument
+    likelihoods = parser.add_argument_group("likelihoods")
+    shared.add_policy_options(likelihoods)
+    add = likelihoods.add_argument
     add(
         "--monte-carlo",
         type=int,
@@ -84,6 +86,7 @@ def main(argv: list[str]) -> int:
     suite = suites.chosen_suite(options.suite, options.tasks, options.shots, options["values"], sampling)
     chat = suite.chat or options.chat
     _check(options)
+    policy = shared.chosen_policy("evaluate", options)
     for name in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):  # their bars would stand between ours
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -115,6 +118,7 @@ def main(argv: list[str]) -> int:
             shared.load(vars(options) | {"checkpoint": checkpoint}),
             monte_carlo=options.monte_carlo,
             cfg_scale=options.cfg_scale or 0.0,
+            policy=policy,
             seed=options.seed,
             batch_size=options.batch_size,
             batch_tokens=options.batch_tokens,
@@ -199,6 +203,9 @@ def _report(
 def _settings(options: Any, chat: bool) -> dict[str, Any]:
     """How it was measured, as far as the command says."""
     settings = {"monte_carlo": options.monte_carlo, "seed": options.seed, "limit": options.limit, "chat": chat}
+    policy = shared.chosen_policy("evaluate", options)
+    if policy is not None:
+        settings["policy"] = policy.label
     if options.shots is not None:
         settings["shots"] = options.shots
     if options.metadata:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llada_lightning.commands.shared import add_model_options, check_out, load, write_lines
+from llada_lightning.commands.shared import (
+    add_model_options,
+    add_policy_options,
+    check_out,
+    chosen_policy,
+    load,
+    write_lines,
+)
 from llada_lightning.data.manifest import loss_note
 from llada_lightning.evaluation.bound import REPLICATES, check_sampling
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
@@ -20,7 +27,8 @@ def score_parser() -> CommandParser:
     """The options of ``llada score``."""
     parser = CommandParser(
         prog="llada score",
-        description="Log-likelihood in nats: exact for arm, the lower bound of Eq. 6 for llada.",
+        description="Log-likelihood in nats: exact for arm; for llada the lower bound of Eq. 6, or with --policy the "
+        "exact value of decoding by it.",
     )
     add_model_options(parser)
     add = parser.add_argument_group("what is scored", "one of the two").add_argument
@@ -42,7 +50,9 @@ def score_parser() -> CommandParser:
     add("--window", type=int | None, help="tokens of a pass over --text; the context")
     add("--stride", type=int | None, help="new tokens of a window; the rest is context; the window")
     add("--truncate", choices=("left",), help="cut the left of prompts beyond the context")
-    add = parser.add_argument_group("how").add_argument
+    how = parser.add_argument_group("how")
+    add_policy_options(how)
+    add = how.add_argument
     add(
         "--samples",
         type=int | None,
@@ -70,16 +80,20 @@ def main(argv: list[str]) -> int:
     if options.samples is None:
         options.samples = _FIXED_SAMPLES if options.confidence is None else REPLICATES
     _check(options)
+    policy = chosen_policy("score", options)
     from llada_lightning.evaluation.scoring import print_report, score_texts  # after the parser: --help answers at once
 
     lm = load(vars(options))
-    if not lm.facts.masks and sampled:
+    if sampled and (policy is not None or not lm.facts.masks):
         without = ", ".join(map(_option, sampled))
-        warn(f"note: {without}: without effect, the value of {lm.objective} is exact")
+        exact = lm.objective if policy is None else f"a policy ({policy.label})"
+        warn(f"note: {without}: without effect, the value of {exact} is exact")
     how = {
         name: options[name] for name in ("samples", "target_stderr", "max_samples", "cfg_scale", "seed", "batch_tokens")
     }
-    how["progress"] = False if options.quiet else None
+    how |= {"progress": False if options.quiet else None, "policy": policy}
+    if policy is not None:  # nothing is drawn
+        how |= {"target_stderr": None, "max_samples": None}
     if options.text:
         summary = score_texts(lm, _texts(options), options.window, options.stride, **how)
         results = [summary]
@@ -113,6 +127,8 @@ def _pairs(lm: Any, options: Any, how: dict[str, Any]) -> tuple[dict[str, Any], 
 
     pairs = read_pairs(Path(options.pairs), lm, options.truncate)
     if pairs[0].is_choice:
+        if options.confidence is not None:
+            how = {name: value for name, value in how.items() if name != "policy"}
         return score_choices(lm, pairs, options.normalisation or "none", options.confidence, **how)
     if options.normalisation is not None:
         raise UserError(f"score: --normalisation is of choices, and {options.pairs} has continuations; leave it out")
@@ -138,6 +154,8 @@ def _check(options: Any) -> None:
         raise UserError("score: --confidence and --target-stderr both say when to stop; give one of them")
     if options.max_samples is not None and options.confidence is None and options.target_stderr is None:
         raise UserError("score: --max-samples does nothing without --target-stderr or --confidence; give one of them")
+    if options.confidence is not None and options.policy is not None:
+        raise UserError("score: --confidence samples on, and the value of a --policy is exact; leave one of them out")
     if options.confidence is not None and options.text:
         raise UserError("score: --confidence is of choices, and --text has none; use --target-stderr")
     given, idle = (

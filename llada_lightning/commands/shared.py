@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llada_lightning.checkpoints import LanguageModel
+    from llada_lightning.evaluation.policy import Policy
     from llada_lightning.generation.sampling import Generation
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -136,3 +137,30 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
             temporary.write_text("".join(lines), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out '{path}' cannot be written ({error.strerror}); choose another file") from error
+
+
+def add_policy_options(group: Any) -> None:
+    """Adds `--policy` and `--tokens-per-step` to a group of likelihoods."""
+    from llada_lightning.evaluation.policy import POLICIES
+
+    group.add_argument(
+        "--policy",
+        type=str | None,
+        help=f"exact likelihood of decoding by a policy instead of the bound (llada): {', '.join(POLICIES)}",
+    )
+    group.add_argument("--tokens-per-step", type=int | None, help="tokens that a step of --policy reveals; 1")
+
+
+def chosen_policy(command: str, options: Any) -> Policy | None:
+    """The policy that `--policy` and `--tokens-per-step` name.
+
+    Raises:
+        UserError: There is none of this name, or one of the options has no effect.
+    """
+    from llada_lightning.evaluation.policy import Policy
+
+    if options.policy is None and options.tokens_per_step is not None:
+        raise UserError(f"{command}: --tokens-per-step does nothing without --policy; give one, or leave it out")
+    if options.policy is None:
+        return None
+    return Policy(options.policy, 1 if options.tokens_per_step is None else options.tokens_per_step)

@@ -18,6 +18,7 @@ from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.data.chat import Message
 from llada_lightning.data.encoding import decode
 from llada_lightning.evaluation.likelihood import ScoringProgress, document_log_likelihoods, log_likelihood
+from llada_lightning.evaluation.policy import Policy
 from llada_lightning.evaluation.requests import encode_pair, encode_text, encode_with_gap
 from llada_lightning.evaluation.suites import MONTE_CARLO
 from llada_lightning.generation.prompts import conversation_ids
@@ -42,10 +43,11 @@ _INFILL_LACKS = frozenset({"length", "steps", "block_length", "stop", "strategy"
 class HarnessModel(LM):
     """A :class:`LanguageModel` as lm-evaluation-harness asks it.
 
-    `loglikelihood` gives log p for `arm` and the lower bound of Eq. 6 for `llada`, and whether greedy decoding gives
-    the continuation. For a masked diffusion model that has no one meaning. Here as in the released evaluation: with the
-    continuation's length known, one token a step, the most confident first. It costs as many passes as tokens, and no
-    multiple choice reads it, so it is only computed with ``greedy``; otherwise it is False.
+    `loglikelihood` gives log p for `arm` and the lower bound of Eq. 6 for `llada`, or its log p under a decoding
+    policy, and whether greedy decoding gives the continuation. For a masked diffusion model that has no one meaning.
+    Here as in the released evaluation: with the continuation's length known, one token a step, the most confident
+    first. It costs as many passes as tokens, and no multiple choice reads it, so it is only computed with ``greedy``;
+    otherwise it is False.
 
     Beside the keys of lm-evaluation-harness, `generation_kwargs` of a task may hold three of ours. ``truncate: false``:
     a prompt that does not fit is refused instead of cut, and an answer may take all the room that the prompts leave.
@@ -61,6 +63,8 @@ class HarnessModel(LM):
             texts that are encoded one by one) with as many tokens as its `canonical_solution` has. An `arm` continues.
         greedy: Whether greedy decoding is tried in `loglikelihood`.
         cfg_scale: The scale w of classifier-free guidance (Eq. 16) in likelihoods.
+        policy: The decoding policy whose exact likelihood is taken, instead of the bound; None: the bound. A
+            continuation of fewer tokens than a step reveals is decoded in one step.
         seed: The seed of masks and of samples.
         batch_size: The number of prompts sampled together.
         batch_tokens, progress: As of :func:`likelihood.log_likelihood`.
@@ -75,6 +79,7 @@ class HarnessModel(LM):
         infill: bool = False,
         greedy: bool = False,
         cfg_scale: float = 0.0,
+        policy: Policy | None = None,
         seed: int = 0,
         batch_size: int = 8,
         batch_tokens: int | None = None,
@@ -85,11 +90,13 @@ class HarnessModel(LM):
             if count < 1:
                 raise UserError(f"{name} is {count}; it must be at least 1")
         lm.encode("")  # raises where there is no tokenizer
+        if policy is not None:
+            policy.check(lm.facts, lm.context_length)
         self.lm, self.sampling, self.infill, self.greedy = lm, said(sampling), infill, greedy
         self.batch_size, self.progress, self.seed = batch_size, progress, seed
         self.scoring: dict[str, Any] = {
-            "samples": monte_carlo, "cfg_scale": cfg_scale, "seed": seed, "batch_tokens": batch_tokens,
-            "progress": progress,
+            "samples": monte_carlo, "cfg_scale": cfg_scale, "policy": policy, "seed": seed,
+            "batch_tokens": batch_tokens, "progress": progress,
         }  # fmt: skip
         self._device = lm.device
         self._chats: dict[str, list[int]] = {}

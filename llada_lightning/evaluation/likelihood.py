@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.evaluation.bound import REPLICATES, BoolArray, Bound, check_sampling
+from llada_lightning.evaluation.policy import Policy, policy_log_probs
 from llada_lightning.evaluation.requests import FloatArray, Ids, Request, Score, Truncation, check_request
 from llada_lightning.generation.predictor import guide
 from llada_lightning.model.head import token_nll
@@ -39,15 +40,17 @@ def log_likelihood(
     cfg_scale: float = 0.0,
     seed: int = 0,
     truncate: Truncation | None = None,
+    policy: Policy | None = None,
     batch_tokens: int | None = None,
     progress: bool | None = False,
 ) -> list[Score]:
     """The log-likelihood of each continuation given its prompt, in nats.
 
     `arm`: exact. `llada`: the lower bound whose negative is Eq. 6, estimated without bias (``bound.Bound``): exact for
-    one token, and where all masks are no more than the samples. An empty continuation has log-likelihood 0. An empty
-    prompt is scored as the start of a text: behind EOS for an `arm` of ours, behind its BOS (or EOS) for a Llama,
-    behind nothing for `llada`.
+    one token, and where all masks are no more than the samples. With a policy it is the exact log-likelihood of the
+    sampler that decodes the continuation by it (``evaluation.policy``), and nothing is drawn. An empty continuation has
+    log-likelihood 0. An empty prompt is scored as the start of a text: behind EOS for an `arm` of ours, behind its BOS
+    (or EOS) for a Llama, behind nothing for `llada`.
 
     A score depends on the seed and on its request's content alone, and to rounding not on what else is scored. Requests
     with one prompt share their random numbers, which makes differences between them more precise. Equal requests are
@@ -71,12 +74,15 @@ def log_likelihood(
         seed: The seed of the masks.
         truncate: The handling of prompts that do not fit the context. `left` cuts them; `Score.truncated` holds the
             number of tokens cut.
+        policy: The deterministic decoding policy whose likelihood is wanted; None: the bound. `arm` has its own order
+            only, `Policy("left_to_right")`.
         batch_tokens: The number of tokens of one forward pass, padding included; None: a number that suits the device.
         progress: Whether a progress bar is shown on stderr; None: where that is a terminal.
 
     Raises:
         UserError: No model, a request that is no pair, no token of the vocabulary, [MASK] within a
-            continuation, more tokens than the context, or an option out of range.
+            continuation, more tokens than the context, a policy that the model cannot decode by, or an option out of
+            range.
     """
     if not isinstance(lm, LanguageModel):
         raise UserError(f"lm is {str(lm)[:60]!r}, no model; give what load_model returns for it")
@@ -88,10 +94,14 @@ def log_likelihood(
         check_request(lm, *_pair(request, f"request {n}"), truncate, f"request {n}")
         for n, request in enumerate(requests)
     ]
+    if policy is not None:
+        policy.check(lm.facts, max((len(request.continuation) for request in checked), default=0) or lm.context_length)
     with ScoringProgress(progress) as bar:
         scorer = Scorer(lm, cfg_scale, batch_tokens, bar)
         if not lm.facts.masks:
             scores = exact_scores(scorer, checked)
+        elif policy is not None:
+            scores = policy_scores(scorer, checked, policy)
         else:
             bounds = {request: Bound(request, samples, seed, exact) for request in dict.fromkeys(checked)}
             wanted, most = list(bounds.values()), max_samples or 32 * samples
@@ -157,6 +167,26 @@ def exact_scores(scorer: Scorer, requests: Sequence[Request]) -> dict[Request, S
     }
 
 
+def policy_scores(scorer: Scorer, requests: Sequence[Request], policy: Policy) -> dict[Request, Score]:
+    """The exact scores of a masked diffusion model under a policy; equal requests once."""
+    distinct = list(dict.fromkeys(requests))
+    inputs = [_whole_input(request) for request in distinct if request.continuation]
+    sums = iter(policy_log_probs(scorer, inputs, policy))
+    return {
+        request: Score(
+            mean=next(sums) if request.continuation else 0.0,
+            stderr=0.0,
+            exact=True,
+            samples=-(-len(request.continuation) // policy.tokens_per_step),
+            tokens=len(request.continuation),
+            method="policy" if request.continuation else "empty",
+            truncated=request.truncated,
+            policy=policy.label if request.continuation else None,
+        )
+        for request in distinct
+    }
+
+
 def draw(scorer: Scorer, bounds: Sequence[Bound], samples: int) -> None:
     """Adds samples to every bound until it has ``samples``, in passes of many requests.
 
@@ -165,7 +195,7 @@ def draw(scorer: Scorer, bounds: Sequence[Bound], samples: int) -> None:
     for wave in _waves(bounds, samples):
         distinct = [np.unique(masks_NL, axis=0, return_inverse=True) for _, masks_NL in wave]
         inputs = [
-            _masked_input(scorer.lm, bound.request, mask_L)
+            masked_input(scorer.lm, bound.request, mask_L)
             for (bound, _), (masks_NL, _) in zip(wave, distinct, strict=True)
             for mask_L in masks_NL
         ]
@@ -210,7 +240,7 @@ class ScoredInput:
     prompt_length: int = 0
 
 
-def _masked_input(lm: LanguageModel, request: Request, mask_L: BoolArray) -> ScoredInput:
+def masked_input(lm: LanguageModel, request: Request, mask_L: BoolArray) -> ScoredInput:
     assert lm.mask_token_id is not None
     continuation_L = np.array(request.continuation)
     prompt = np.array(request.prompt, dtype=np.int64)
@@ -220,6 +250,13 @@ def _masked_input(lm: LanguageModel, request: Request, mask_L: BoolArray) -> Sco
         targets=continuation_L[mask_L],
         prompt_length=len(prompt),
     )
+
+
+def _whole_input(request: Request) -> ScoredInput:
+    """The true tokens, nothing masked yet."""
+    prompt, continuation = (np.array(ids, dtype=np.int64) for ids in (request.prompt, request.continuation))
+    positions = len(prompt) + np.arange(len(continuation))
+    return ScoredInput(np.concatenate([prompt, continuation]), positions, continuation, len(prompt))
 
 
 def _causal_input(lm: LanguageModel, request: Request) -> ScoredInput:
@@ -247,7 +284,7 @@ class Scorer:
         """(M,) float64 nats for each input, in their order. What an input gives does not depend on the others."""
         results: list[FloatArray] = [np.empty(0)] * len(inputs)
         self.progress.expect(len(inputs))
-        for batch in self._batches(inputs):
+        for batch in self.batches(inputs):
             values = self._batch([inputs[i] for i in batch])
             ends = np.cumsum([len(inputs[i].positions) for i in batch])
             for i, value in zip(batch, np.split(values, ends[:-1]), strict=True):
@@ -255,7 +292,18 @@ class Scorer:
             self.progress.advance(len(batch))
         return results
 
-    def _batches(self, inputs: Sequence[ScoredInput]) -> Iterator[list[int]]:
+    def padded(self, rows: Sequence[ScoredInput]) -> tuple[IntArray, Tensor | None]:
+        """(B, T) tokens of rows of which the first is the longest, and (B, T) bool: no padding; None where none is."""
+        width = len(rows[0].tokens)
+        lengths_B = np.array([len(row.tokens) for row in rows])
+        tokens_BT = np.full((len(rows), width), self.lm.eos_token_id, dtype=np.int64)
+        for b, row in enumerate(rows):
+            tokens_BT[b, : len(row.tokens)] = row.tokens
+        padded = bool((lengths_B < width).any())
+        real_BT = torch.from_numpy(np.arange(width) < lengths_B[:, None]).to(self.lm.device) if padded else None
+        return tokens_BT, real_BT
+
+    def batches(self, inputs: Sequence[ScoredInput]) -> Iterator[list[int]]:
         """Indices of inputs that go together, longest first: so what does not fit into memory fails at once."""
         tokens_each = self.batch_tokens // (2 if self.cfg_scale else 1)
         batch: list[int] = []
@@ -271,12 +319,7 @@ class Scorer:
     def _batch(self, rows: list[ScoredInput]) -> FloatArray:
         """The log-probabilities of the rows' targets, one row behind the other; the first row is the longest."""
         device, width = self.lm.device, len(rows[0].tokens)
-        lengths_B = np.array([len(row.tokens) for row in rows])
-        padded = bool((lengths_B < width).any())
-        tokens_BT = np.full((len(rows), width), self.lm.eos_token_id, dtype=np.int64)
-        for b, row in enumerate(rows):
-            tokens_BT[b, : len(row.tokens)] = row.tokens
-        real_BT = torch.from_numpy(np.arange(width) < lengths_B[:, None]).to(device) if padded else None
+        tokens_BT, real_BT = self.padded(rows)
         at_M = torch.from_numpy(np.concatenate([b * width + row.positions for b, row in enumerate(rows)])).to(device)
         targets_M = torch.from_numpy(np.concatenate([row.targets for row in rows])).to(device)
         branches = [tokens_BT]
@@ -292,12 +335,12 @@ class Scorer:
         hidden_NMD = hidden_BTD.unflatten(0, (len(branches), -1)).flatten(1, 2)[:, at_M]
         step = max(1, _LOGITS_AT_ONCE // self.lm.model.vocab_size // len(branches))
         parts = [
-            token_nll(self._logits(hidden_NMD[:, m : m + step]), targets_M[m : m + step], self.lm.excluded_token_id)
+            token_nll(self.logits(hidden_NMD[:, m : m + step]), targets_M[m : m + step], self.lm.excluded_token_id)
             for m in range(0, len(targets_M), step)
         ]
         return -torch.cat(parts).double().cpu().numpy()
 
-    def _logits(self, hidden_NMD: Tensor) -> Tensor:
+    def logits(self, hidden_NMD: Tensor) -> Tensor:
         """(M, V) float32; of two branches the guided ones (Eq. 16)."""
         logits_NMV = self.lm.model.head(hidden_NMD).float()
         if len(logits_NMV) == 1:

@@ -25,7 +25,7 @@ Ids = Sequence[int]
 FloatArray = npt.NDArray[np.float64]
 Written = str | list[int]
 """A text, or the ids of one."""
-Method = Literal["autoregressive", "one pass", "enumerated", "monte carlo", "empty"]
+Method = Literal["autoregressive", "one pass", "enumerated", "monte carlo", "policy", "empty"]
 Truncation = Literal["left"]
 
 
@@ -38,11 +38,14 @@ class Score:
             with its sign changed: an unbiased estimate (nearly so where a target decided when to stop), or exact.
         stderr: The standard error of `mean` by Monte Carlo, in nats: 0 where `exact`, NaN of one sample.
         exact: Whether no Monte Carlo error is left. A bound may be exact and still be a bound: see `method`.
-        samples: The number of masks that were drawn; all of them where enumerated; 1 for `arm`; 0 of an empty one.
+        samples: The number of masks that were drawn; all of them where enumerated; the steps of a policy; 1 for `arm`;
+            0 of an empty one.
         tokens: The number of tokens of the continuation.
         method: `autoregressive` and `one pass` (one token of `llada`) give the model's own log-likelihood; `enumerated`
-            (over all masks) and `monte carlo` give the bound; `empty`: no token, so 0.
+            (over all masks) and `monte carlo` give the bound; `policy` gives the log-likelihood of a sampler that
+            decodes by a policy; `empty`: no token, so 0.
         truncated: The number of tokens cut from the prompt's left.
+        policy: The policy's label, such as `confidence@1`, where the method is `policy`.
     """
 
     mean: float
@@ -52,10 +55,14 @@ class Score:
     tokens: int
     method: Method
     truncated: int = 0
+    policy: str | None = None
 
     @property
-    def kind(self) -> Literal["exact", "bound"]:
-        """Whether `mean` tells of the log-likelihood itself or of its lower bound."""
+    def kind(self) -> str:
+        """Whether `mean` tells of the log-likelihood itself (`exact`, with its policy where it has one) or of its lower
+        bound (`bound`)."""
+        if self.policy is not None:
+            return f"exact (policy {self.policy})"
         return "bound" if self.method in ("enumerated", "monte carlo") else "exact"
 
 

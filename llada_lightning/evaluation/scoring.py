@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -45,7 +45,7 @@ class RollingScore:
         perplexity: The exponential of ``nats_per_token``.
         bits_per_byte, bits_per_byte_stderr: The bits per UTF-8 byte, and the standard error over documents of the ratio
             of bits and bytes; None where the bytes are not known.
-        kind: `exact` for `arm`; `bound`, an upper one, for `llada`.
+        kind: `exact` for `arm`; `bound`, an upper one, for `llada`; `exact (policy …)` where a policy decodes.
         tokens, documents, windows, bytes: The numbers of them; bytes None where they are not known.
         window, context: The largest number of tokens of a pass, and of those before the scored ones of every window but
             a document's first, which has none.
@@ -57,7 +57,7 @@ class RollingScore:
     perplexity: float
     bits_per_byte: float | None
     bits_per_byte_stderr: float | None
-    kind: Literal["exact", "bound"]
+    kind: str
     tokens: int
     documents: int
     windows: int
@@ -120,7 +120,7 @@ def rolling_log_likelihood(
         perplexity=math.exp(mean) if mean < 700 else math.inf,
         bits_per_byte=bits,
         bits_per_byte_stderr=bits_stderr,
-        kind=lm.facts.val_kind,
+        kind=_kind(scores, lm.facts.val_kind),
         tokens=sum(tokens),
         documents=len(kept),
         windows=len(pairs),
@@ -167,7 +167,7 @@ def score_continuations(lm: LanguageModel, pairs: Sequence[Pair], **options: Any
         "requests": len(scores),
         "tokens": sum(tokens),
         "truncated": sum(score.truncated > 0 for score in scores),
-        "kind": "exact" if all(score.kind == "exact" for score in scores) else "bound",
+        "kind": _kind(scores),
         "nats_per_token": per_token,
         "stderr": stderr,
         "monte_carlo_stderr": monte_carlo_stderr(requests, scores) / sum(tokens),
@@ -236,6 +236,13 @@ def score_choices(
         "samples": sum(score.samples for ranking in rankings for score in ranking.scores),
     }
     return summary, records
+
+
+def _kind(scores: Sequence[Score], otherwise: str | None = None) -> str:
+    """The kind of a sum of scores: that of the policy by which they are decoded, or a bound if one of them is."""
+    kinds = {score.kind for score in scores}
+    policies = kinds - {"exact", "bound"}
+    return min(policies) if policies else otherwise or ("bound" if "bound" in kinds else "exact")
 
 
 def _record(score: Score) -> dict[str, Any]:

@@ -145,14 +145,15 @@ def most_confident(confidence_RK: Tensor, candidates_RK: Tensor, counts_R: Tenso
     return chosen_RK & candidates_RK
 
 
-def without_rounding(confidence_RK: Tensor) -> Tensor:
+def without_rounding(confidence_RK: Tensor, scale_R1: Tensor | None = None) -> Tensor:
     """Confidences on a grid from each row's highest down, so that what is equal but for rounding is equal.
 
     Where nothing but masks is seen, all positions get the same prediction. Which of them comes first must not depend
-    on the last bit, which another batch rounds in another way.
+    on the last bit, which another batch rounds in another way. The grid's width is :data:`TIE` of the highest, or of a
+    scale (R, 1) where the confidences are differences of larger numbers.
     """
     highest_R1 = confidence_RK.amax(dim=1, keepdim=True)
-    width_R1 = (TIE * highest_R1.abs()).clamp(min=1e-30)
+    width_R1 = (TIE * (highest_R1.abs() if scale_R1 is None else scale_R1)).clamp(min=1e-30)
     below_RK = ((highest_R1 - confidence_RK) / width_R1).round()
     return (highest_R1 - below_RK * width_R1).where(confidence_RK.isfinite(), confidence_RK)
 

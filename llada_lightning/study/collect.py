@@ -97,6 +97,8 @@ class CollectReport:
     """W&B project -> its runs that are not ours."""
     covariance: CovarianceReport | None = None
     """Filled in by the command, which writes the file."""
+    yardsticks: dict[str, CovarianceReport] = field(default_factory=dict)
+    """The same for the losses by each named yardstick."""
 
     def lines(self) -> list[str]:
         """The report for people, one line a finding."""
@@ -113,6 +115,7 @@ class CollectReport:
                 for project, runs in self.foreign.items()
             ),
             *(self.covariance.lines() if self.covariance else []),
+            *(f"{name}: {line}" for name, own in self.yardsticks.items() for line in own.lines()),
         ]
 
 

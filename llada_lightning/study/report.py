@@ -45,6 +45,8 @@ MOST_RUNS = 40
 def print_report(table: pd.DataFrame, fits: StudyFits, convention: Convention, files: list[str]) -> None:
     """Prints the runs, then their fits by one convention."""
     console = people_console()
+    if fits.yardstick is not None:
+        console.print(f"Yardstick: {fits.yardstick}, the exact loss under this decoding policy\n", highlight=False)
     multipliers = [multiplier_table(fits, convention, name) for name in fits.compared]
     laws = (optima_table(fits, convention), parameters_table(fits, convention))
     for printed in (runs_table(table, convention), *laws, *multipliers, held_out_table(fits, convention)):

@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -326,28 +326,36 @@ def _covariance_of_deviations(deviations_GR: np.ndarray) -> np.ndarray:
     return np.asarray(groups / (groups - 1) * (deviations_GR.T @ deviations_GR))
 
 
-def covariance_path(results: Path) -> Path:
-    """The path of the covariance of a table's losses: ``results.covariance.csv`` beside ``results.csv``."""
-    return results.with_name(f"{results.stem}.covariance.csv")
+def covariance_path(results: Path, yardstick: str | None = None) -> Path:
+    """The path of the covariance of a table's losses: ``results.covariance.csv`` beside ``results.csv``, and of its
+    losses by a named yardstick ``results.NAME.covariance.csv``."""
+    return results.with_name(f"{results.stem}{'' if yardstick is None else f'.{yardstick}'}.covariance.csv")
 
 
-def write_covariance(rows: Sequence[Row], results: Path | str) -> CovarianceReport:
+def write_covariance(
+    rows: Sequence[Row],
+    results: Path | str,
+    yardstick: str | None = None,
+    documents: Callable[[Row], pd.DataFrame] | None = None,
+) -> CovarianceReport:
     """Writes ``STEM.covariance.csv`` beside the results table ``STEM.csv``: the covariance of the rows' losses.
 
     In it are all rows with finite losses of the same validation documents, of the largest such group if there are
     several. An older file of this name is removed where there is nothing to write, since it would belong to another
-    table.
+    table. ``yardstick`` is the name of the yardstick of the losses, and ``documents`` reads a row's losses by document;
+    None: those of its validation.
 
     Returns:
         Where the file is, and which rows are not in it, and why.
     """
-    path, report = covariance_path(Path(results)), CovarianceReport()
+    path, report = covariance_path(Path(results), yardstick), CovarianceReport()
     # Data, documents and the sequences that begin in each -> label -> losses.
     groups: dict[tuple[Any, bytes], dict[str, np.ndarray]] = {}
     read = lru_cache(maxsize=1)(read_validation)  # a run's budgets share one file
+    own = documents or partial(documents_of, read=read)
     for row in sorted(rows, key=lambda row: row.label):
         try:
-            losses = documents_of(row, read)
+            losses = own(row)
         except UserError as error:
             report.left_out.setdefault(str(error), []).append(row.label)
         else:

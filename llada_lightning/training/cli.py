@@ -22,12 +22,14 @@ from llada_lightning.checkpoints.run_folder import (
     require_whole,
     run_folder_of,
     saved_identity,
+    saved_step,
 )
 from llada_lightning.compute.rules import Rules
 from llada_lightning.compute.shapes import shape_name
 from llada_lightning.data.loading import LanguageDataModule, require_open_files
 from llada_lightning.data.manifest import loss_note
 from llada_lightning.data.sft import SftDataModule
+from llada_lightning.evaluation.policy import Policy, policies_of
 from llada_lightning.identity import check_identity, model_identity
 from llada_lightning.records import read_records
 from llada_lightning.settings import Budget, Guard, Place, Profile, Wandb, check_seed
@@ -54,14 +56,17 @@ from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.parallel import check_parallel, launched_settings, tensor_parallel
 from llada_lightning.training.phases import Phase, RunIsDone, check_run, phases_of, trunk_checkpoint
 from llada_lightning.training.record import (
+    add_policies,
     add_record,
     describe_corpora,
     describe_loss,
+    describe_policies,
     few_documents,
     not_measured,
     result_record,
     without_validation,
 )
+from llada_lightning.training.validation import PolicyLosses
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
@@ -183,6 +188,8 @@ class LladaCLI(HookedCLI):
         check_monitors(self.trainer, self.model)
         require_open_files(self.datamodule.loader_workers(self.trainer))
         check_parallel(self.trainer, self.model.shape, self.model.vocab_size, self.datamodule.sequence_length)
+        policies = policies_of(self.settings.run.policies, self.model.facts, self.datamodule.sequence_length)
+        self.model.policy_losses = PolicyLosses(policies)
         self.model.identity = self.identity
         given, fits = Speed(**vars(self.settings.speed)), self.subcommand == "fit"
         self.model.speed, self.speed_lines = resolve_speed(given, self.model.shape, self.trainer, training=fits)
@@ -250,6 +257,7 @@ class LladaCLI(HookedCLI):
             fix = f"give --config {config} to {subcommand} it, or {otherwise}"
             check_identity(model_identity(saved_identity(given)), model_identity(self.identity), given, fix)
             require_whole(given)
+            self.read = given
             return kwargs
         # A given config.yaml may lie in a copy of the folder that it names.
         given_files = [Path(str(path)).absolute() for path in filter(None, self.settings.get("config") or [])]
@@ -259,6 +267,7 @@ class LladaCLI(HookedCLI):
             raise UserError(f"ckpt_path: nothing to {subcommand}; give --ckpt_path, or a run's config.yaml")
         require_whole(checkpoint)
         say(f"reading {checkpoint}")
+        self.read = checkpoint
         return {**kwargs, "ckpt_path": str(checkpoint)}
 
     def run_subcommand(self, subcommand: str) -> None:
@@ -337,10 +346,20 @@ class LladaCLI(HookedCLI):
         print(describe_loss(self.model.validation, kind))
         for line in describe_corpora(self.model.val_by_source, self.model.val_held_out, kind):
             print(line)
+        for line in describe_policies(self.model.policy_losses.measured):
+            print(line)
+        if self.model.policy_losses.measured:
+            self._record_policies()
         self._warn_of_few_documents()
         self._warn_of_lost_text()
 
     after_test = after_validate
+
+    def _record_policies(self) -> None:
+        """Of a run's own checkpoint, its record gets what was measured under policies."""
+        own = run_folder_of(self.read)
+        if own is not None:
+            say(add_policies(own, saved_step(self.read), self.model))
 
     def predict(self, **kwargs: Any) -> None:
         """The nats of each validation sequence, one line each, on stdout."""
@@ -371,7 +390,8 @@ class LladaCLI(HookedCLI):
         for run in runs:
             parts = (self.trainer, self.model, self.datamodule, self.accounting)
             record = result_record(run, *parts, phase.result.decay_steps, parent)
-            documents = (self.model.val_by_document, self.model.held_out_by_document)
+            by_policy = self.model.policy_losses.by_document
+            documents = (self.model.val_by_document, self.model.held_out_by_document, by_policy)
             add_record(self.folder, record, *documents, self.wandb, several=len(self.phases) > 1)
             self._warn_of_few_documents()
 
@@ -381,7 +401,8 @@ class LladaCLI(HookedCLI):
             check_run(self.phases, self.folder, self.run_name, never=self.settings.run.resume == "never")
         except RunIsDone:
             held_out = self.settings.data.init_args.get("held_out") or {}
-            note = not_measured(read_records(self.folder), list(held_out), self.folder / CONFIG)
+            labels = [Policy(*given).label for given in self.settings.run.policies.items()]
+            note = not_measured(read_records(self.folder), list(held_out), labels, self.folder / CONFIG)
             if note is not None:
                 say(note)
             raise

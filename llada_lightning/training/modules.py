@@ -39,6 +39,7 @@ from llada_lightning.training.optimizers import OptimizerSettings
 from llada_lightning.training.parallel import shard, total_norm
 from llada_lightning.training.validation import (
     DocumentLosses,
+    PolicyLosses,
     ValidationLoss,
     as_metrics,
     corpus_loss,
@@ -136,6 +137,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         self.val_by_source: dict[str, dict[str, Any]] = {}
         self.val_held_out: dict[str, dict[str, Any]] = {}
         self.held_out_by_document: dict[str, DocumentLosses] = {}
+        self.policy_losses = PolicyLosses()
         self.model: Transformer = None  # type: ignore[assignment]  # configure_model builds it
 
     def setup(self, stage: str) -> None:
@@ -227,6 +229,9 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         assert isinstance(loss, ValidationLoss)
         nats_per_token_B = self.sequence_nll(batch) / batch.scored_counts()
         loss.update(nats_per_token_B[batch.counted_B], batch.documents_B[batch.counted_B])
+        assert self.trainer is not None
+        if dataloader_idx == 0 and self.trainer.state.fn != "fit":  # a policy takes as many passes as it has steps
+            self.policy_losses.update(self, batch)
 
     def on_validation_epoch_end(self) -> None:
         mean, stderr, self.val_by_document = self.val_loss.compute()
@@ -239,6 +244,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
             self.validation["val_bits_per_byte"] = bits
         # For callbacks; the accounting logs them, by step. Every rank has the same values: they are gathered.
         self.log_dict(self.validation, logger=False, rank_zero_only=True)
+        self.policy_losses.compute(lambda nats: None if data is None else data.bits_per_byte(nats))
         sources = [] if data is None else data.val_sources
         self.val_by_source = losses_by_source(sources, self.val_by_document) if sources else {}
         self.held_out_by_document, self.val_held_out = {}, {}
@@ -251,8 +257,9 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
                 self.val_held_out[corpus.name] = corpus_loss(corpus, documents)
 
     def corpus_metrics(self) -> dict[str, float]:
-        """What is logged of each source of a mixture, and of each held-out corpus, at the last validation."""
-        return as_metrics("val", self.val_by_source) | as_metrics("held_out", self.val_held_out)
+        """What is logged of each source, of each held-out corpus, and under each policy, at the last validation."""
+        by_corpus = as_metrics("val", self.val_by_source) | as_metrics("held_out", self.val_held_out)
+        return by_corpus | as_metrics("policy", self.policy_losses.measured)
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end

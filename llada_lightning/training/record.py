@@ -21,7 +21,15 @@ from llada_lightning.compute.rules import DECAY_FRACTION
 from llada_lightning.compute.shapes import shape_name
 from llada_lightning.data.loading import LanguageDataModule
 from llada_lightning.objectives import OBJECTIVES
-from llada_lightning.records import DIVERGED, DONE, read_records, write_records, write_validation
+from llada_lightning.records import (
+    DIVERGED,
+    DONE,
+    read_records,
+    read_validation,
+    write_records,
+    write_validation,
+)
+from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import strict_json
 from llada_lightning.support.signals import say
 from llada_lightning.training.callbacks.accounting import Accounting, by_count, device_name
@@ -31,6 +39,10 @@ from llada_lightning.training.validation import DocumentLosses
 
 FEW_DOCUMENTS = 20
 """Below this many clusters a standard error has itself an error of a sixth and more."""
+
+SAME_LOSS = 1e-3
+"""The relative difference of two losses of a document up to which they are of one model: rounding is far below, and
+other weights, or another draw of the noise, are above for some document."""
 
 _VERSIONED = ("torch", "lightning", "litdata", "tokenizers", "numpy")
 
@@ -91,6 +103,7 @@ def result_record(
         "status": DONE if finite else DIVERGED,
         "val_by_source": module.val_by_source or None,
         "val_held_out": module.val_held_out or None,
+        "val_policies": module.policy_losses.measured or None,
     }
 
 
@@ -99,6 +112,7 @@ def add_record(
     record: dict[str, Any],
     by_document: DocumentLosses,
     held_out_by_document: Mapping[str, DocumentLosses],
+    by_policy: Mapping[str, DocumentLosses],
     wandb: SafeWandbLogger | None,
     several: bool,
 ) -> None:
@@ -109,6 +123,8 @@ def add_record(
     write_validation(folder, record["steps"], by_document)
     for name, documents in held_out_by_document.items():
         write_validation(folder, record["steps"], documents, held_out=name)
+    for name, documents in by_policy.items():
+        write_validation(folder, record["steps"], documents, policy=name)
     records = sorted([*read_records(folder), record], key=lambda known: int(known["steps"]))
     if wandb is not None:
         everything = {"records": json.dumps(strict_json(records))} if several else {}
@@ -119,6 +135,8 @@ def add_record(
         f"{record['wall_seconds']:.0f} s; {path}"
     )
     for line in describe_corpora(record["val_by_source"], record["val_held_out"], record["val_kind"]):
+        say(line)
+    for line in describe_policies(record["val_policies"]):
         say(line)
 
 
@@ -193,6 +211,7 @@ def without_validation(module: LanguageModule) -> None:
     module.validation = dict.fromkeys(VALIDATION_METRICS, math.nan)
     module.val_by_document = []
     module.val_by_source, module.val_held_out, module.held_out_by_document = {}, {}, {}
+    module.policy_losses.clear()
 
 
 def describe_devices(trainer: Trainer) -> str:
@@ -252,10 +271,57 @@ def describe_corpora(
             yield f"  {title} {name}: {describe_loss(values, kind)}, {count}"
 
 
-def not_measured(records: Sequence[Mapping[str, Any]], held_out: Sequence[str], config: Path) -> str | None:
-    """A note for the user of a run that is done, where held-out corpora are asked for whose loss it lacks."""
+def describe_policies(measured: Mapping[str, Any] | None) -> Iterator[str]:
+    """A line for each decoding policy under which the validation sequences were measured."""
+    for label, loss in (measured or {}).items():
+        values = {f"val_{key}": loss[key] for key in ("nats_per_token", "stderr", "bits_per_byte")}
+        yield f"  policy {label}: {describe_loss(values, 'exact')}"
+
+
+def add_policies(folder: Path, steps: int, module: LanguageModule) -> str:
+    """Add to the result of a run that is done what `validate` has measured under decoding policies.
+
+    The result is that of the same step whose documents and losses are those of this validation.
+
+    Returns:
+        A line for the user: where they are recorded, or why they are not.
+    """
+    try:
+        records = read_records(folder)
+        [record] = [known for known in records if known["steps"] == steps]
+        table = read_validation(folder)
+    except (UserError, ValueError):
+        return f"not recorded: {folder} has no result of step {steps}"
+    table = table[table["steps"] == steps].sort_values("document")
+    ours = sorted(module.val_by_document)
+    same = [tuple(row) for row in table[["document", "sequences"]].to_numpy().tolist()] == [own[:2] for own in ours]
+    if not same or not all(
+        math.isclose(loss, own[2], rel_tol=SAME_LOSS) for loss, own in zip(table["nats_per_token"], ours, strict=True)
+    ):
+        return (
+            f"not recorded: the result of step {steps} in {folder} has other validation documents or losses than this "
+            "checkpoint and these settings"
+        )
+    losses = module.policy_losses
+    for name, documents in losses.by_document.items():
+        write_validation(folder, steps, documents, policy=name)
+    record["val_policies"] = {**(record.get("val_policies") or {}), **losses.measured}
+    return f"recorded: {write_records(folder, records)}"
+
+
+def not_measured(
+    records: Sequence[Mapping[str, Any]], held_out: Sequence[str], policies: Sequence[str], config: Path
+) -> str | None:
+    """A note for the user of a run that is done, where corpora or policies are asked for whose loss it lacks."""
     known = [record.get("val_held_out") or {} for record in records if record["status"] != DIVERGED]
     missing = [name for name in held_out if not all(name in losses for losses in known)]
+    by_policy = [record.get("val_policies") or {} for record in records if record["status"] != DIVERGED]
+    undecoded = [name for name in policies if not all(name in losses for losses in by_policy)]
+    if undecoded:
+        return (
+            f"note: a run that is done measures no further policy ({', '.join(undecoded)}); `llada validate --config "
+            f"{config} --run.policies …` does, from its last checkpoint, and records it"
+        )
     if not missing:
         return None
     return (

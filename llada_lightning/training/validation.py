@@ -1,17 +1,27 @@
-"""The validation loss with its standard error: of all sequences, of each source of a mixture, of held-out corpora."""
+"""The validation loss with its standard error: of all sequences, of each source of a mixture, of held-out corpora, and
+under decoding policies."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from llada_lightning.checkpoints.description import excluded_token_id
 from llada_lightning.data.validation import ValidationCorpus
+from llada_lightning.evaluation.policy import Policy, revealed_log_probs, steps_needed
+from llada_lightning.objectives.batches import ValidationBatch
 from llada_lightning.objectives.standard_errors import clustered_mean_and_stderr, mean_by_cluster, ratio_and_stderr
+from llada_lightning.records import POLICY_KEYS
+
+if TYPE_CHECKING:
+    from llada_lightning.training.modules import LanguageModule
 
 DocumentLosses = list[tuple[int, int, float]]
 """Of each document its number, its number of sequences, and their mean loss in nats per token."""
@@ -82,3 +92,88 @@ def as_metrics(prefix: str, losses: Mapping[str, Mapping[str, Any]]) -> dict[str
         for key in ("nats_per_token", "stderr", "bits_per_byte")
         if loss[key] is not None
     }
+
+
+# --- under decoding policies ------------------------------------------------------------------------------------------
+
+
+class PolicyLosses(torch.nn.Module):
+    """The validation losses of the run's own validation sequences under decoding policies.
+
+    Attributes:
+        measured: Of each policy's label, what a record holds (``records.POLICY_KEYS``).
+        by_document: Of each policy's label, the losses of the documents.
+    """
+
+    def __init__(self, policies: Sequence[Policy] = ()) -> None:
+        super().__init__()
+        self.policies = tuple(policies)
+        self._losses = torch.nn.ModuleList(ValidationLoss() for _ in self.policies)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what was measured."""
+        self.measured: dict[str, dict[str, Any]] = {}
+        self.by_document: dict[str, DocumentLosses] = {}
+
+    def update(self, module: LanguageModule, batch: ValidationBatch) -> None:
+        """Adds the sequences of a batch; metrics are shared by the processes that share those of the module."""
+        for policy, loss in zip(self.policies, self._losses, strict=True):
+            assert isinstance(loss, ValidationLoss)
+            loss.process_group = module.val_loss.process_group
+            nats_per_token_B = policy_nll(module, batch, policy) / batch.scored_counts()
+            loss.update(nats_per_token_B[batch.counted_B], batch.documents_B[batch.counted_B])
+
+    def compute(self, bits_per_byte: Callable[[float], float | None]) -> None:
+        """Fills in what was measured, the same in all processes."""
+        self.clear()
+        for policy, loss in zip(self.policies, self._losses, strict=True):
+            assert isinstance(loss, ValidationLoss)
+            if loss.update_called:  # not in a validation during training
+                nats, stderr, documents = loss.compute()
+                loss.reset()
+                sequences = sum(count for _, count, _ in documents)
+                values = (nats, stderr, bits_per_byte(nats), len(documents), sequences)
+                self.measured[policy.label] = dict(zip(POLICY_KEYS, values, strict=True))
+                self.by_document[policy.label] = documents
+
+
+def policy_nll(module: LanguageModule, batch: ValidationBatch, policy: Policy) -> Tensor:
+    """(B,) float64: the exact negative log-likelihood of each sequence or response under a policy, in nats."""
+    if not module.facts.masks:
+        return module.sequence_nll(batch)  # in its own order, the only one that Policy.check lets through
+    assert module.mask_token_id is not None
+    masked_BL = batch.response_BL
+    if masked_BL is None:
+        masked_BL = torch.ones_like(batch.tokens_BL, dtype=torch.bool)
+        if batch.attention_mask_BL is not None:
+            masked_BL = batch.attention_mask_BL
+    steps = torch.tensor(steps_needed(masked_BL, policy.tokens_per_step), device=masked_BL.device)
+    if dist.is_initialized():  # of a sharded model all processes predict together
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+    states = _BatchStates(module, batch)
+    log_p_BL = revealed_log_probs(policy, batch.tokens_BL, masked_BL, module.mask_token_id, states, int(steps))
+    return -log_p_BL.sum(dim=1)
+
+
+class _BatchStates:
+    """The states of a validation batch, for ``policy.revealed_log_probs``."""
+
+    def __init__(self, module: LanguageModule, batch: ValidationBatch) -> None:
+        assert module.vocab_size is not None
+        self._module, self._batch, self.vocab_size = module, batch, module.vocab_size
+
+    def hidden(self, inputs_RL: Tensor, wanted_RL: Tensor, rows_R: Tensor) -> Tensor:
+        documents_RL, attention_mask_RL = (
+            None if own is None else own[rows_R] for own in (self._batch.documents_BL, self._batch.attention_mask_BL)
+        )
+        start_ids = self._module.start_ids(self._batch)
+        hidden_RLD = self._module.hidden_after(start_ids, inputs_RL, documents_RL, attention_mask_RL, causal=False)
+        return hidden_RLD[wanted_RL][None]
+
+    def logits(self, hidden_GMD: Tensor) -> Tensor:
+        logits_MV: Tensor = self._module.model.head(hidden_GMD[0]).float()
+        excluded = excluded_token_id(self._module.compat, self._module.mask_token_id)
+        if excluded is not None:
+            logits_MV[:, excluded] = -torch.inf
+        return logits_MV

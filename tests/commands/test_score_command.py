@@ -21,6 +21,7 @@ from helpers.small_tokenizers import letters, written
 from llada_lightning.checkpoints.language_model import load_model
 from llada_lightning.commands.main import main
 from llada_lightning.evaluation.likelihood import log_likelihood
+from llada_lightning.evaluation.policy import Policy
 from llada_lightning.evaluation.scoring import _with_error, rolling_log_likelihood
 
 LLADA, ARM = (replace(random_model(objective), tokenizer=letters()) for objective in ("llada", "arm"))  # type: ignore[arg-type]
@@ -349,3 +350,63 @@ def test_where_results_cannot_go_is_told_before_anything_is_scored(
     monkeypatch.setattr("os.access", lambda *_: False)
     code, _, stderr = run("no such model", "--pairs", path, "--out", tmp_path / "out.jsonl")
     assert code == 2 and "cannot be written into" in stderr and not (tmp_path / "out.jsonl").exists()
+
+
+# --- by a decoding policy ---------------------------------------------------------------------------------------------
+
+
+def test_a_policy_gives_exact_values(run: Run, tmp_path: Path) -> None:
+    path = written(tmp_path, *PAIRS)
+    how = ("--policy", "confidence", "--tokens-per-step", "2")
+    code, stdout, stderr = run("llada", "--pairs", path, *how, "--json")
+    assert (code, stderr) == (0, "")
+    found = json.loads(stdout)
+    assert found["kind"] == "exact (policy confidence@2)" and found["monte_carlo_stderr"] == 0
+    requests = [(LLADA.encode("abc"), LLADA.encode("d")), (LLADA.encode("ab"), LLADA.encode(" efghijklm"))]
+    scores = log_likelihood(LLADA, requests, policy=Policy("confidence", 2))
+    assert [row["mean"] for row in found["results"]] == [score.mean for score in scores]
+    assert {row["policy"] for row in found["results"]} == {"confidence@2"}
+    code, stdout, _ = run("llada", "--pairs", path, *how)
+    assert code == 0 and "exact (policy confidence@2)" in stdout
+    code, stdout, stderr = run("llada", "--pairs", path, *how, "--samples", "8", "--target-stderr", "0.1")
+    assert code == 0
+    assert stderr == (
+        "note: --samples, --target-stderr: without effect, the value of a policy (confidence@2) is exact\n"
+    )
+
+
+def test_choices_and_texts_by_a_policy(run: Run, tmp_path: Path) -> None:
+    code, stdout, _ = run("llada", "--pairs", written(tmp_path, *CHOICES), "--policy", "margin", "--json")
+    assert code == 0
+    choices = json.loads(stdout)["results"][0]["choices"]
+    asked = [(CHOICES[0]["prompt"], choice) for choice in CHOICES[0]["choices"]]
+    expected = log_likelihood(LLADA, asked, policy=Policy("margin"))
+    assert [choice["mean"] for choice in choices] == pytest.approx([score.mean for score in expected], abs=1e-4)
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefghijklmnop" * 5)
+    code, stdout, _ = run("llada", "--text", text, "--policy", "left_to_right", "--tokens-per-step", "4")
+    assert code == 0 and "nats/token (exact (policy left_to_right@4))" in stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("llada", ("--policy", "confidnce"), "policy: 'confidnce' is not known; the nearest is 'confidence'"),
+        ("llada", ("--policy", "margin", "--tokens-per-step", "0"), "policy margin: 0 tokens a step given"),
+        ("llada", ("--policy", "margin", "--tokens-per-step", "99"), "policy margin: 99 tokens a step given, and the"),
+        ("llada", ("--tokens-per-step", "2"), "score: --tokens-per-step does nothing without --policy"),
+        ("arm", ("--policy", "margin"), "policy margin@1: arm has no [MASK]"),
+    ],
+)
+def test_a_policy_that_cannot_be_is_one_line(
+    run: Run, tmp_path: Path, name: str, options: tuple[str, ...], words: str
+) -> None:
+    code, _, stderr = run(name, "--pairs", written(tmp_path, *PAIRS), *options)
+    [line] = stderr.splitlines()
+    assert code == 2 and line.startswith(f"error: {words}"), line
+
+
+def test_sampling_on_by_confidence_and_a_policy_exclude_each_other(run: Run, tmp_path: Path) -> None:
+    path = written(tmp_path, *CHOICES)
+    code, _, stderr = run("llada", "--pairs", path, "--policy", "margin", "--confidence", "0.9")
+    assert code == 2 and "--confidence samples on, and the value of a --policy is exact" in stderr

@@ -31,6 +31,7 @@ from llada_lightning.checkpoints.language_model import LanguageModel, load_model
 from llada_lightning.evaluation.benchmarks import OUR_TASKS, load_benchmark, measure, runs_code, task_manager
 from llada_lightning.evaluation.harness import HarnessModel
 from llada_lightning.evaluation.likelihood import log_likelihood
+from llada_lightning.evaluation.policy import Policy
 from llada_lightning.evaluation.suites import SUITES, Benchmark, Outcome
 from llada_lightning.generation.sampler import generate
 from llada_lightning.support.errors import UserError
@@ -371,3 +372,19 @@ def test_code_runs_on_request_only_and_in_the_sandbox(models: Any, tmp_path: Pat
     loaded = load_benchmark(manager, benchmark, unsafe_code=True)
     (found,) = measure(HarnessModel(models["arm"]), loaded, unsafe_code=True)
     assert (found.value, found.n, found.name) == (1 / 3, 3, "code")
+
+
+def test_likelihoods_by_a_policy(models: Any) -> None:
+    lm, policy = models["llada"], Policy("confidence", 2)
+    model = HarnessModel(lm, policy=policy)
+    requests = [asked("ab", " cd"), asked("abc", "defgh")]
+    pairs = [
+        (lm.encode(context), lm.encode_after(context, text)) for context, text in [("ab", " cd"), ("abc", "defgh")]
+    ]
+    expected = [score.mean for score in log_likelihood(lm, pairs, policy=policy)]
+    assert [value for value, _ in model.loglikelihood(requests)] == pytest.approx(expected, abs=1e-4)
+    [rolling] = model.loglikelihood_rolling([asked("abcdefgh")])
+    [whole] = log_likelihood(lm, [([], lm.encode("abcdefgh"))], policy=policy)
+    assert rolling == pytest.approx(whole.mean, abs=1e-4)
+    with pytest.raises(UserError, match=r"policy confidence@2: arm has no \[MASK\]"):
+        HarnessModel(models["arm"], policy=policy)

@@ -68,6 +68,7 @@ def record(objective: str, shape: str, budget: float, loss: float, **other: Any)
         "status": "done",
         "val_by_source": None,
         "val_held_out": None,
+        "val_policies": None,
     }
     return {**values, **other}
 

@@ -56,6 +56,7 @@ from llada_lightning.study.fits.runs import (
     usable_runs,
 )
 from llada_lightning.study.fits.uncertainty import NOISE_MODELS, Noise, NoiseModel, Spread, best_known
+from llada_lightning.study.yardstick import yardstick_of
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import shortened
 
@@ -92,6 +93,8 @@ class StudyFits:
     held_out: list[HeldOut]
     disagreements: list[Disagreement]
     notes: list[str]
+    yardstick: str | None = None
+    """The name of the yardstick of the losses; None: they are validation losses."""
 
     @property
     def compared(self) -> list[str]:
@@ -126,6 +129,8 @@ class StudyFits:
             "starts": STARTS,
             "budget_tolerance": BUDGET_TOLERANCE,
         }
+        if self.yardstick is not None:
+            settings |= {"yardstick": self.yardstick, "val_kind": "exact"}
         lists = ("compute_multiplier", "multiplier_curve", "held_out", "disagreements")
         return {
             "settings": settings,
@@ -148,7 +153,8 @@ def fit_table(
     """Fits every objective of a results table by every method, and compares each with the reference.
 
     Args:
-        table: A results table. Runs that are unfinished or diverged are left out.
+        table: A results table, or one that ``yardstick.with_yardstick`` returned. Runs that are unfinished or diverged
+            are left out.
         unit: The unit of the losses.
         samples: The number of bootstrap draws.
         seed: The seed of the draws.
@@ -164,6 +170,7 @@ def fit_table(
         UserError: The table has no usable run, or none of the given reference, its losses cannot be compared, or the
             covariance does not fit it.
     """
+    yardstick = yardstick_of(table)  # before rows are dropped as results that are there twice
     runs = usable_runs(table)
     if runs.empty:
         raise UserError(f"results: none of {len(table)} rows is a finished run with a finite loss; nothing to fit")
@@ -192,7 +199,8 @@ def fit_table(
         objectives[name] = fit_objective(name, own, counted, unit, errors, own_seed, borrowed=borrowed)
         held_out += hold_out(own, objectives[name], unit, errors, own_seed, borrowed=borrowed)
     at_budgets, curve = (
-        with_doubts(found, objectives.values(), held_out) for found in _multipliers(objectives, divisor, counted)
+        [replace(entry, named=yardstick) for entry in with_doubts(found, objectives.values(), held_out)]
+        for found in _multipliers(objectives, divisor, counted)
     )
     missing = [CONVENTION_NAMES[name] for name in conventions if name not in counted]
     notes = [f"not counted by {name}: the table lacks the FLOPs of some runs" for name in missing]
@@ -208,7 +216,7 @@ def fit_table(
     notes += [note for fits in objectives.values() for note in fits.notes()]
     apart = disagreements(objectives.values(), at_budgets)
     settings = (unit, samples, seed, noise.model, counted)
-    fits = StudyFits(*settings, objectives, divisor, at_budgets, curve, held_out, apart, notes)
+    fits = StudyFits(*settings, objectives, divisor, at_budgets, curve, held_out, apart, notes, yardstick)
     return replace(fits, notes=_notes_of_pairs(fits))
 
 

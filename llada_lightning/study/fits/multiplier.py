@@ -52,12 +52,21 @@ class Multiplier:
     """Whether one of them reaches that loss only outside of the budgets that its fit goes through (within a decade)."""
     doubt: str | None = None
     """Why the number is not to be relied on, as ``with_doubts`` found it; None where nothing was found."""
+    named: str | None = None
+    """The name of the yardstick of the losses, which are exact then; None: they are validation losses."""
 
     @property
-    def yardstick(self) -> ValidationKind:
-        """The quantity that is held equal: a bound if the validation loss of one of the two is a bound."""
+    def kind(self) -> ValidationKind:
+        """Of what kind the losses are that are held equal: a bound if that of one of the two is a bound."""
+        if self.named is not None:
+            return "exact"
         kinds = {get_objective(base_objective(name)).val_kind for name in (self.objective, self.reference)}
         return "bound" if "bound" in kinds else "exact"
+
+    @property
+    def yardstick(self) -> str:
+        """The quantity that is held equal: the name of the yardstick, or the kind of the validation losses."""
+        return self.named or self.kind
 
     @property
     def trusted(self) -> bool:
@@ -78,8 +87,9 @@ class Multiplier:
     def as_dict(self) -> dict[str, Any]:
         """The record in ``fits.json``. The FLOPs of the default reference have their older name, too."""
         alias = {f"{REFERENCE}_flops": self.reference_flops} if self.reference == REFERENCE else {}
-        found = {**vars(self), "yardstick": self.yardstick, "trusted": self.trusted, "interval": self.estimate.interval}
-        return found | alias
+        found = {name: value for name, value in vars(self).items() if name != "named"}
+        found |= {"yardstick": self.yardstick, "trusted": self.trusted, "interval": self.estimate.interval}
+        return found | ({} if self.named is None else {"kind": self.kind}) | alias
 
 
 def compute_multipliers(

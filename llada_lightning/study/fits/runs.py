@@ -13,6 +13,7 @@ from llada_lightning.compute.flops import CONVENTIONS, Convention
 from llada_lightning.objectives import OBJECTIVES, get_objective
 from llada_lightning.records import DONE
 from llada_lightning.study.fits.uncertainty import Array, Noise
+from llada_lightning.study.yardstick import yardstick_of
 from llada_lightning.support.errors import UserError
 
 Unit = Literal["nats_per_token", "bits_per_byte"]
@@ -77,7 +78,8 @@ def finished_runs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def check_comparable(table: pd.DataFrame) -> None:
-    """Raises UserError where the losses of a table cannot be compared."""
+    """Raises UserError where the losses of a table cannot be compared: of other data, or of other yardsticks."""
+    yardstick = yardstick_of(table)
     for column in ("tokenizer", "data_fingerprint", "sequence_length"):
         kinds = sorted(table[column].dropna().unique())
         if len(kinds) > 1:
@@ -87,7 +89,7 @@ def check_comparable(table: pd.DataFrame) -> None:
             run = table.loc[table["objective"].eq(objective) | table["objective"].isna(), "run"].iloc[0]
             known = ", ".join(OBJECTIVES)
             raise UserError(f"results: objective {objective!r} of {run} is not known; it is one of {known}")
-        own = get_objective(base_objective(objective)).val_kind
+        own = get_objective(base_objective(objective)).val_kind if yardstick is None else "exact"
         if pd.isna(kind) or kind != own:
             raise UserError(f"results: val_kind of {objective} is {kind!r}; it must be {own!r}")
 

@@ -10,7 +10,7 @@ from llada_lightning.compute.flops import Convention
 from llada_lightning.study.fits import StudyFits, usable_runs
 from llada_lightning.study.plots.loss import isoflop_curves, parametric_residuals, scaling_curve
 from llada_lightning.study.plots.optima import compute_multiplier, has_optimum, optimum
-from llada_lightning.study.plots.style import StudyFigure, write_figure
+from llada_lightning.study.plots.style import INK, StudyFigure, write_figure
 from llada_lightning.study.plots.tables import paper_figure3, plan_grid, task_accuracy, task_names
 
 __all__ = [
@@ -43,6 +43,9 @@ def study_figures(
         figures["multiplier"] = compute_multiplier(fits)
     if any(fit.parametric for fit in members):
         figures["parametric"] = parametric_residuals(table, fits)
+    if fits.yardstick is not None:
+        for figure in figures.values():
+            figure.suptitle(f"yardstick: {fits.yardstick}, exact", fontsize=10, color=INK)
     if task_names(usable_runs(table)):
         figures["tasks"] = task_accuracy(usable_runs(table), convention)
     if over_paper:

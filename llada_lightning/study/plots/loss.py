@@ -42,6 +42,7 @@ from llada_lightning.study.plots.style import (
     hold_limits,
     label_counts,
     label_plain,
+    loss_label,
     marker_handle,
     markers_of,
     new_figure,
@@ -72,7 +73,7 @@ def scaling_curve(table: pd.DataFrame, fits: StudyFits, convention: Convention =
     shapes = markers_of(runs.sort_values("params_nonembedding")["shape"])
     figure = new_figure(8.2, 4.6)
     axes = figure.subplots()
-    styles = objective_styles(fits.objectives)
+    styles = objective_styles(fits.objectives, fits.yardstick)
     for objective, fit in fits.envelopes(convention).items():
         style, members = styles[objective], runs[runs["objective"] == objective]
         markers = shapes if len(shapes) <= _MOST_SHAPES else dict.fromkeys(shapes, style.marker)
@@ -82,7 +83,7 @@ def scaling_curve(table: pd.DataFrame, fits: StudyFits, convention: Convention =
     axes.margins(x=0.06, y=0.08)
     drawn = losses(runs, fits.unit)[0]
     hold_limits(axes, drawn, max(1.1, drawn.max() / drawn.min()))
-    axes.set_ylabel(f"validation loss ({UNIT_NAMES[fits.unit]})", color=INK)
+    axes.set_ylabel(loss_label(fits.unit, fits.yardstick), color=INK)
     axes.set_xlabel(flops_label(convention), color=INK)
     flops_axis(axes)
     label_plain(axes.yaxis)
@@ -144,7 +145,7 @@ def _scaling_legend(
 ) -> list[list[Line2D]]:
     envelopes, many = fits.envelopes(convention), len(shapes) > _MOST_SHAPES
     lines = []
-    for fit, style in zip(envelopes.values(), objective_styles(envelopes).values(), strict=True):
+    for fit, style in zip(envelopes.values(), objective_styles(envelopes, fits.yardstick).values(), strict=True):
         law = "" if fit.law is None else "\n" + exponent_text("loss", fit.law.exponent, fit.law.sign)
         lines.append(style.handle(style.label + law, marker=style.marker if many else "", face=style.color))
     shape_handles = [marker_handle(marker, name) for name, marker in shapes.items()]
@@ -187,7 +188,7 @@ def isoflop_curves(table: pd.DataFrame, fits: StudyFits, convention: Convention 
     runs = usable_runs(table)
     figure = new_figure(3.6 * len(fits.objectives) + 2.6, 4.4)
     panels = figure.subplots(1, len(fits.objectives), sharex=True, sharey=True, squeeze=False)[0]
-    names, styles = [], objective_styles(fits.objectives)
+    names, styles = [], objective_styles(fits.objectives, fits.yardstick)
     for panel, (objective, fit) in zip(panels, fits.objectives.items(), strict=True):
         members = runs[runs["objective"] == objective].reset_index(drop=True)
         names.append(_draw_budgets(panel, members, fit.isoflop[convention], fits, convention, styles[objective]))
@@ -199,7 +200,7 @@ def isoflop_curves(table: pd.DataFrame, fits: StudyFits, convention: Convention 
     panels[0].margins(x=0.08, y=0.06)
     low, high = panels[0].get_xlim()
     panels[0].set_xlim(low, high * (high / low) ** 0.09)  # room for the budgets' names
-    panels[0].set_ylabel(f"validation loss ({UNIT_NAMES[fits.unit]})", color=INK)
+    panels[0].set_ylabel(loss_label(fits.unit, fits.yardstick), color=INK)
     label_counts(panels[0].xaxis, panels[0].get_xlim())
     label_plain(panels[0].yaxis)
     for panel, own in zip(panels, names, strict=True):
@@ -311,13 +312,13 @@ def parametric_residuals(table: pd.DataFrame, fits: StudyFits) -> StudyFigure:
     figure = new_figure(3.6 * len(laws) + 1.8, 3.9)
     panels = figure.subplots(1, len(laws), sharey=True, squeeze=False)[0]
     budgets: dict[str, str] = {}
-    styles = objective_styles(fits.objectives)
+    styles = objective_styles(fits.objectives, fits.yardstick)
     for panel, (objective, law) in zip(panels, laws.items(), strict=True):
         members = runs[runs["objective"] == objective].reset_index(drop=True)
         budgets |= _draw_residuals(panel, members, law, styles[objective].color, fits.unit)
         panel.axhline(0, color=GREY, linewidth=1, zorder=1)
         panel.set_title(f"{styles[objective].label}\n{_describe(law)}", fontsize=9, color=INK)
-        panel.set_xlabel(f"predicted loss ({UNIT_NAMES[fits.unit]})", color=INK)
+        panel.set_xlabel(f"predicted {loss_label(fits.unit, fits.yardstick).removeprefix('validation ')}", color=INK)
         panel.margins(x=0.08, y=0.1)
         label_plain(panel.xaxis, 6)
         label_plain(panel.yaxis)

@@ -65,7 +65,7 @@ def optimum(fits: StudyFits, convention: Convention = "6nd") -> StudyFigure:
     fits.check_counted(convention)
     figure = new_figure(11.4, 3.6)
     panels = figure.subplots(1, 3)
-    styles = objective_styles(fits.objectives)
+    styles = objective_styles(fits.objectives, fits.yardstick)
     for objective, fit in fits.objectives.items():
         _draw_isoflop(panels, _interior(fit, convention), fit.isoflop[convention], styles[objective])
         if fit.parametric is not None and _has_frontier(fit, convention):
@@ -146,7 +146,7 @@ def _draw_frontier(panels: Sequence[Axes], fit: ParametricFit, style: Style, con
 def _optimum_legend(fits: StudyFits, convention: Convention) -> list[list[Artist]]:
     groups: list[list[Artist]] = []
     isoflop = laws = frontier = False
-    for objective, style in objective_styles(fits.objectives).items():
+    for objective, style in objective_styles(fits.objectives, fits.yardstick).items():
         fit = fits.objectives[objective]
         fitted, points = fit.isoflop[convention], bool(_interior(fit, convention))
         texts = [exponent_text(name, law.exponent) for name, law in (("N", fitted.n_law), ("D", fitted.d_law)) if law]

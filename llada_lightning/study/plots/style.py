@@ -28,7 +28,7 @@ from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
 from llada_lightning.compute.shapes import format_count
 from llada_lightning.objectives import get_objective
 from llada_lightning.study.fits.least_squares import Estimate
-from llada_lightning.study.fits.runs import base_objective
+from llada_lightning.study.fits.runs import UNIT_NAMES, Unit, base_objective
 from llada_lightning.support.files import written_atomically
 
 LineStyle = Literal["-", "--", "-.", ":"]
@@ -72,10 +72,11 @@ INK, GREY, GRID = "#222222", "#8A8A8A", "#E4E4E4"
 PNG_DPI, NOTEBOOK_DPI = 160, 90
 
 
-def objective_styles(names: Iterable[str]) -> dict[str, Style]:
+def objective_styles(names: Iterable[str], yardstick: str | None = None) -> dict[str, Style]:
     """The styles of objectives, as the table of objectives gives them, by the names of ``named_variants``.
 
-    The variants of an objective have its colour, each with another line and another marker.
+    The variants of an objective have its colour, each with another line and another marker. With a named yardstick the
+    losses are exact, and the labels say so.
     """
     styles: dict[str, Style] = {}
     for name in names:
@@ -84,7 +85,8 @@ def objective_styles(names: Iterable[str]) -> dict[str, Style]:
         line = LINES[(LINES.index(own.line) + number) % len(LINES)]
         markers = own.marker + MARKERS.replace(own.marker, "")
         marker = markers[number % len(markers)]
-        styles[name] = Style(own.label + name.removeprefix(base), own.colour, line, marker, own.filled)
+        label = own.label if yardstick is None or own.val_kind == "exact" else f"{base} (exact, {yardstick})"
+        styles[name] = Style(label + name.removeprefix(base), own.colour, line, marker, own.filled)
     return styles
 
 
@@ -142,6 +144,12 @@ def dress(axes: Axes) -> None:
 def flops_label(convention: Convention, whose: str = "training FLOPs") -> str:
     """The label of an axis of FLOPs."""
     return f"{whose} ({CONVENTION_NAMES[convention]})"
+
+
+def loss_label(unit: Unit, yardstick: str | None) -> str:
+    """The label of an axis of losses, with the name of their yardstick where they are no validation losses."""
+    what = "validation loss" if yardstick is None else f"exact loss by {yardstick}"
+    return f"{what} ({UNIT_NAMES[unit]})"
 
 
 def flops_axis(axes: Axes) -> None:

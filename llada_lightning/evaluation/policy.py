@@ -1,0 +1,299 @@
+"""The exact log-likelihood of a text under a deterministic decoding policy (DUEL, arXiv:2603.01367).
+
+A policy chooses which masked positions a sampler reveals next, from what is revealed and from the model's predictions.
+Together with the model it is a sampler: in each step, the tokens at the chosen positions are drawn from the
+predictions, each independently of the others. The positions of a step are a function of the tokens before it. So a text
+can be drawn in one way only, and its probability is the product of the probabilities of the tokens that the steps
+reveal:
+
+    log p(x) = sum over steps k, and over the positions S_k that step k reveals, of log p(x_i | revealed before)
+
+This is no bound. Each policy, with each number of tokens a step, is a distribution of its own over the texts of a
+length, whose probabilities add up to 1. With several tokens a step, the value is the likelihood of that faster and
+coarser sampler, and is exact, too. Positions are chosen by the prediction at each of them, never by the true token,
+which the sampler does not know.
+
+A text of L tokens costs L / k predictions, one after the other. So many texts go through the model at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Protocol
+
+from llada_lightning.generation.reveal import most_confident, without_rounding
+from llada_lightning.objectives import Objective
+from llada_lightning.support.errors import UserError
+
+if TYPE_CHECKING:  # the names of the policies are read where torch is not loaded
+    from torch import Tensor
+
+    from llada_lightning.evaluation.likelihood import ScoredInput, Scorer
+
+LEFT_TO_RIGHT = "left_to_right"
+
+
+def likeliest(log_p_MV: Tensor) -> tuple[Tensor, Tensor]:
+    """(M,) each: the probability of the likeliest token, which is the confidence, and its scale."""
+    first_M = log_p_MV.amax(dim=-1).exp()
+    return first_M, first_M
+
+
+def margin(log_p_MV: Tensor) -> tuple[Tensor, Tensor]:
+    """(M,) each: the probability of the likeliest token less that of the second, and the scale: the likeliest one's."""
+    first_M, token_M = log_p_MV.max(dim=-1)
+    second_M = log_p_MV.scatter_(1, token_M[:, None], -float("inf")).amax(dim=-1)  # in place: they are not read again
+    return first_M.exp() - second_M.exp(), first_M.exp()
+
+
+POLICIES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]] | None] = {
+    LEFT_TO_RIGHT: None,
+    "confidence": likeliest,
+    "margin": margin,
+}
+"""The policies by their names: a function from the log-probabilities (M, V) of the predictions, which it may overwrite,
+to how sure the model is of each, as the reveal rules `low_confidence` and `margin` have it, and to the size of the
+numbers that this is computed from. The surest are revealed. Confidences that differ by less than ``reveal.TIE`` of that
+size are equal, and of equals the first is revealed. None: the first are revealed."""
+
+_LOGITS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 28}
+"""Logits that are made and used before the next are: on a CPU what stays near its caches."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A deterministic decoding policy.
+
+    Args:
+        name: The name in :data:`POLICIES`.
+        tokens_per_step: The number of tokens that a step reveals; the last one reveals what is left.
+
+    Raises:
+        UserError: There is no policy of this name, or a step reveals no token.
+    """
+
+    name: str
+    tokens_per_step: int = 1
+
+    def __post_init__(self) -> None:
+        if self.name not in POLICIES:
+            near = get_close_matches(str(self.name), POLICIES, 1)
+            nearest = f"the nearest is '{near[0]}'; " if near else ""
+            raise UserError(f"policy: '{self.name}' is not known; {nearest}choose from {', '.join(POLICIES)}")
+        if type(self.tokens_per_step) is not int or self.tokens_per_step < 1:
+            raise UserError(
+                f"policy {self.name}: {self.tokens_per_step} tokens a step given; it must be a whole number of at "
+                "least 1"
+            )
+
+    @property
+    def label(self) -> str:
+        """The name with the tokens of a step, such as `confidence@1`, by which tables and curves know its values."""
+        return f"{self.name}@{self.tokens_per_step}"
+
+    @property
+    def kind(self) -> str:
+        """What a likelihood by it is called."""
+        return f"exact (policy {self.label})"
+
+    def check(self, facts: Objective, longest: int) -> None:
+        """Refuses a model or a length that the policy cannot decode.
+
+        Args:
+            facts: The facts of the model's objective.
+            longest: The tokens of the longest text.
+
+        Raises:
+            UserError: The model has no [MASK], and the policy is not its own order; or a step reveals more tokens than
+                there are.
+        """
+        if not facts.masks and (self.name != LEFT_TO_RIGHT or self.tokens_per_step > 1):
+            raise UserError(
+                f"policy {self.label}: {facts.name} has no [MASK] and predicts one token after the other; its own "
+                f"policy is {LEFT_TO_RIGHT}@1, by which its likelihood is exact"
+            )
+        if self.tokens_per_step > longest:
+            raise UserError(
+                f"policy {self.name}: {self.tokens_per_step} tokens a step given, and the longest text has {longest}; "
+                "lower it"
+            )
+
+
+def policies_of(given: Mapping[str, int] | None, facts: Objective, longest: int) -> tuple[Policy, ...]:
+    """The policies of a setting that maps names to tokens a step; arguments and errors as of :class:`Policy`."""
+    found = tuple(Policy(name, count) for name, count in (given or {}).items())
+    for policy in found:
+        policy.check(facts, longest)
+    return found
+
+
+class States(Protocol):
+    """How a model predicts the masked positions of a batch of states.
+
+    Attributes:
+        vocab_size: The width of its logits.
+    """
+
+    vocab_size: int
+
+    def hidden(self, inputs_RL: Tensor, wanted_RL: Tensor, rows_R: Tensor) -> Tensor:
+        """(G, M, D), what the M wanted positions are predicted from.
+
+        Args:
+            inputs_RL: (R, L) int64, the tokens, [MASK] where still masked.
+            wanted_RL: (R, L) bool, the M positions.
+            rows_R: (R,) int64, the place of these rows in the batch.
+        """
+
+    def logits(self, hidden_GMD: Tensor) -> Tensor:
+        """(M, V) float32 of some of them; -inf where a token gets no probability."""
+
+
+def revealed_log_probs(
+    policy: Policy, tokens_BL: Tensor, masked_BL: Tensor, mask_token_id: int, states: States, passes: int | None = None
+) -> Tensor:
+    """The log-probability of each token in the step in which the policy reveals it, on the true tokens.
+
+    Args:
+        policy: The policy.
+        tokens_BL: (B, L) int64, the true tokens.
+        masked_BL: (B, L) bool, the positions to decode; the others are given from the start.
+        mask_token_id: The id of [MASK].
+        states: The model.
+        passes: The number of predictions to make, where another process must make as many; None: as many as needed.
+
+    Returns:
+        (B, L) float64, nats; 0 at the positions that were given.
+    """
+    import torch
+
+    rule, k = POLICIES[policy.name], policy.tokens_per_step
+    masked_BL = masked_BL.clone()
+    log_p_BL = torch.zeros(tokens_BL.shape, dtype=torch.float64, device=tokens_BL.device)
+    for _ in range(steps_needed(masked_BL, k) if passes is None else passes):
+        rows_R = masked_BL.any(dim=1).nonzero()[:, 0]
+        if not len(rows_R):  # another process is not done, and a sharded model predicts in all of them at once
+            rows_R = rows_R.new_zeros(1)
+        candidates_RL, true_RL = masked_BL[rows_R], tokens_BL[rows_R]
+        chosen_RL = candidates_RL & (candidates_RL.cumsum(dim=1) <= k) if rule is None else None
+        wanted_RL = candidates_RL if chosen_RL is None else chosen_RL
+        hidden_GMD = states.hidden(true_RL.masked_fill(candidates_RL, mask_token_id), wanted_RL, rows_R)
+        log_p_M, confidence_M, scale_M = _predicted(hidden_GMD, true_RL[wanted_RL], states, rule)
+        if chosen_RL is None:
+            confidence_RL, scale_RL = (
+                torch.full(wanted_RL.shape, lowest, device=tokens_BL.device) for lowest in (-torch.inf, 0.0)
+            )
+            confidence_RL[wanted_RL], scale_RL[wanted_RL] = confidence_M, scale_M
+            confidence_RL = without_rounding(confidence_RL, scale_RL.amax(dim=1, keepdim=True))
+            chosen_RL = most_confident(confidence_RL, candidates_RL, torch.full_like(rows_R, k))
+        row_N, column_N = chosen_RL.nonzero(as_tuple=True)
+        place_N = rows_R[row_N], column_N
+        log_p_BL[place_N] = log_p_M[chosen_RL[wanted_RL]].double()
+        masked_BL[place_N] = False
+    return log_p_BL
+
+
+def steps_needed(masked_BL: Tensor, tokens_per_step: int) -> int:
+    """The steps in which every masked position of (B, L) is revealed."""
+    return -(-int(masked_BL.sum(dim=1).max()) // tokens_per_step) if len(masked_BL) else 0
+
+
+def _predicted(
+    hidden_GMD: Tensor,
+    true_M: Tensor,
+    states: States,
+    rule: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
+) -> tuple[Tensor, ...]:
+    """(M,) float32 each: the log-probabilities of the true tokens, the confidences of the predictions and their scale.
+
+    All logits together would be the largest tensor of all, so they are made some at a time. Without a rule there are
+    no confidences, and what stands in their place is not read.
+    """
+    import torch
+
+    parts = []
+    at_once = max(1, _LOGITS_AT_ONCE.get(true_M.device.type, 1 << 26) // states.vocab_size)
+    for begin in range(0, max(1, len(true_M)), at_once):
+        these = slice(begin, begin + at_once)
+        log_p_MV = states.logits(hidden_GMD[:, these]).log_softmax(dim=-1)
+        log_p_M = log_p_MV.gather(1, true_M[these, None])[:, 0]
+        parts.append((log_p_M, *((log_p_M, log_p_M) if rule is None else rule(log_p_MV))))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+# --- through a model for inference ------------------------------------------------------------------------------------
+
+
+def policy_log_probs(scorer: Scorer, inputs: Sequence[ScoredInput], policy: Policy) -> list[float]:
+    """The log-likelihood of each input's targets under a policy, nats, in their order.
+
+    Args:
+        scorer: The model, which has a [MASK], with its guidance and its batches.
+        inputs: The true tokens, and the positions that are decoded.
+        policy: The policy.
+    """
+    import torch
+
+    mask_token_id = scorer.lm.mask_token_id
+    assert mask_token_id is not None
+    results = [0.0] * len(inputs)
+    scorer.progress.expect(len(inputs))
+    for batch in scorer.batches(inputs):
+        with torch.inference_mode():
+            states = _ScoredStates(scorer, [inputs[i] for i in batch])
+            log_p_BT = revealed_log_probs(policy, states.tokens_BT, states.targets_BT, mask_token_id, states)
+        for i, value in zip(batch, log_p_BT.sum(dim=1).tolist(), strict=True):
+            results[i] = value
+        scorer.progress.advance(len(batch))
+    return results
+
+
+class _ScoredStates:
+    """The states of a batch of inputs, of which the first is the longest."""
+
+    def __init__(self, scorer: Scorer, rows: Sequence[ScoredInput]) -> None:
+        import torch
+
+        self._scorer, self._lm, device = scorer, scorer.lm, scorer.lm.device
+        self.vocab_size = self._lm.model.vocab_size
+        tokens_BT, self._real_BT = scorer.padded(rows)
+        self.tokens_BT = torch.from_numpy(tokens_BT).to(device)
+        targets_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool)
+        for targets_T, row in zip(targets_BT, rows, strict=True):
+            targets_T[torch.from_numpy(row.positions)] = True
+        self.targets_BT = targets_BT.to(device)
+        prompts_B = torch.tensor([row.prompt_length for row in rows], device=device)
+        self._prompt_BT = torch.arange(tokens_BT.shape[1], device=device) < prompts_B[:, None]
+
+    def hidden(self, inputs_RL: Tensor, wanted_RL: Tensor, rows_R: Tensor) -> Tensor:
+        import torch
+
+        branches = [inputs_RL]
+        if self._scorer.cfg_scale:
+            assert self._lm.mask_token_id is not None
+            branches.append(inputs_RL.masked_fill(self._prompt_BT[rows_R], self._lm.mask_token_id))
+        tokens_RL = torch.cat(branches)
+        real_RL = None if self._real_BT is None else self._real_BT[rows_R].repeat(len(branches), 1)
+        columns, positions_RL = wanted_RL.any(dim=0).nonzero()[:, 0].tolist(), None
+        span = slice(columns[0], columns[-1] + 1)  # the last block computes no other
+        counts_R = wanted_RL.sum(dim=1)
+        if (most := int(counts_R.max())) < span.stop - span.start:
+            # Attention does not know the order of its columns, only their positions: so the wanted ones go first.
+            order_RL = wanted_RL.logical_not().int().argsort(dim=1, stable=True)
+            positions_RL = order_RL.repeat(len(branches), 1)
+            tokens_RL = tokens_RL.gather(1, positions_RL)
+            real_RL = None if real_RL is None else real_RL.gather(1, positions_RL)
+            span = slice(0, most)
+            wanted_RL = torch.arange(wanted_RL.shape[1], device=wanted_RL.device) < counts_R[:, None]
+        hidden_RLD = self._lm.model.hidden(
+            tokens_RL, causal=False, attention_mask_BL=real_RL, positions_BL=positions_RL, queries=span
+        )
+        return hidden_RLD.unflatten(0, (len(branches), -1))[:, wanted_RL[:, span]]
+
+    def logits(self, hidden_GMD: Tensor) -> Tensor:
+        logits_MV = self._scorer.logits(hidden_GMD)
+        if self._lm.excluded_token_id is not None:
+            logits_MV[:, self._lm.excluded_token_id] = -float("inf")
+        return logits_MV
