@@ -74,13 +74,18 @@ def convert(
     if to not in fitting:
         choice = " or ".join(f"--to {target}" for target in fitting)
         raise UserError(f"--to {to}: '{model.path}' is of {description.objective}; choose {choice}")
+    if description.qk_norm and layout.qk_norm is None:
+        raise UserError(
+            f"--to {to}: '{model.path}' normalises queries and keys (qk_norm), and a {layout.title} has no such norm; "
+            "choose --to llada"
+        )
     if out.exists() and not out.is_dir():
         raise UserError(f"'{out}' is a file; give the name of a folder that is not there yet")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"'{out}' is there already and is not empty; choose another name")
     if out.is_symlink() or (out.exists() and out.samefile(Path.cwd())):
         raise UserError(f"'{out}' is the folder you are in, or a link, and cannot be replaced; choose a new name")
-    names = layout.names(description.shape.n_layers)
+    names = layout.names(description.shape.n_layers, description.qk_norm)
     weights = {names[name]: weight for name, weight in model.weights.items()}
     stored_as = name_of(dtype or common_dtype(weights.values()))
     try:

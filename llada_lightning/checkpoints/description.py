@@ -46,6 +46,7 @@ class Description:
         compat: The objective whose released code is followed: `llada` where [MASK] had a logit in training.
         bos_token_id, pad_token_id: The ids as they are written for other programs; nothing here uses them.
         block_length: The number of tokens of a block, of an objective that predicts in blocks; None of others.
+        qk_norm: Whether queries and keys are normalised before they are rotated.
         source: The run, its step and the hash of its identity, where they are known.
 
     Raises:
@@ -68,6 +69,7 @@ class Description:
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     block_length: int | None = None
+    qk_norm: bool = False
     source: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,6 +78,8 @@ class Description:
             raise mistake("objective", self.objective, f"it must be {known}, or of a module in LLADA_PLUGINS")
         if self.compat not in (None, "llada"):
             raise mistake("compat", self.compat, "it must be null or llada")
+        if not isinstance(self.qk_norm, bool):
+            raise mistake("qk_norm", self.qk_norm, "it must be true or false")
         if not isinstance(self.source, dict):
             raise mistake("source", self.source, "it must be a mapping")
         for key in ("vocab_size", "context_length"):
@@ -111,7 +115,7 @@ class Description:
 
     def transformer(self) -> Transformer:
         """The Transformer, on the device and in the type of the context, with torch's initial weights."""
-        return Transformer(self.shape, self.vocab_size, self.rope_theta, self.norm_eps)
+        return Transformer(self.shape, self.vocab_size, self.rope_theta, self.norm_eps, self.qk_norm)
 
 
 def excluded_token_id(compat: str | None, mask_token_id: int | None) -> int | None:
@@ -124,6 +128,8 @@ def write_config(description: Description, dtype: str) -> dict[str, Any]:
     values = asdict(description)
     if description.block_length is None:  # so that versions before it read the file
         del values["block_length"]
+    if not description.qk_norm:  # so that versions before it read the file
+        del values["qk_norm"]
     return {"model_type": MODEL_TYPE, "format": FORMAT, **values, "dtype": dtype}
 
 
@@ -142,6 +148,7 @@ def read_config(config: ConfigFile) -> Description:
         **{key: config.told_id(key, config.whole("vocab_size")) for key in ("bos_token_id", "pad_token_id")},
         end_token_ids=config.several("end_token_ids"),
         block_length=config.get("block_length", None),
+        qk_norm=config.get("qk_norm", False),
         **_ours_alone(config),
     )
 

@@ -207,6 +207,7 @@ def _description(content: Mapping[str, Any], path: Path) -> Description:
         start_token_id=start,
         text_prefix_ids=tuple(prefix or ()),
         compat=arguments["compat"],
+        qk_norm=arguments.get("qk_norm", False),
         bos_token_id=inherited.get("bos_token_id", start),
         pad_token_id=inherited.get("pad_token_id"),
         block_length=arguments.get("block_length"),

@@ -156,7 +156,7 @@ def weights_of(
     Raises:
         UserError: Tensors are missing, are too many, have another shape, or hold other than floating-point numbers.
     """
-    names = layout.names(len(model.blocks))
+    names = layout.names(len(model.blocks), model.qk_norm)
     wanted = {ours: tuple(weight.shape) for ours, weight in model.state_dict().items()}
     assert names.keys() == wanted.keys()
     head = names["head.weight"]
@@ -240,7 +240,8 @@ _BLOCK = (
     "attention_norm", "attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj",
     "feed_forward_norm", "feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj",
 )  # fmt: skip
-"""Our names, without `.weight`, of the weights outside and within a block."""
+_QK_NORM = ("attention.q_norm", "attention.k_norm")
+"""Our names, without `.weight`, of the weights outside and within a block, and of those that few models have."""
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,7 @@ class Layout:
         whole_model: Its names, without `.weight`, of the weights outside the blocks, in the order of ours.
         blocks: The part of a name before a block's number.
         block: Its names, without `.weight`, of the weights within a block, in the order of ours.
+        qk_norm: Its names, without `.weight`, of the gains of queries and keys; None: its models have no such norm.
         ignored: The ends of names that hold no weights, such as tables that follow from the configuration.
     """
 
@@ -259,21 +261,27 @@ class Layout:
     whole_model: tuple[str, ...]
     blocks: str
     block: tuple[str, ...]
+    qk_norm: tuple[str, ...] | None = None
     ignored: tuple[str, ...] = ()
 
-    def names(self, n_layers: int) -> dict[str, str]:
-        """Our name -> theirs of each weight of a model, in the model's order."""
+    def names(self, n_layers: int, qk_norm: bool = False) -> dict[str, str]:
+        """Our name -> theirs of each weight of a model."""
+        assert not qk_norm or self.qk_norm is not None
+        ours_of_block = (*_BLOCK, *(_QK_NORM if qk_norm else ()))
+        theirs_of_block = (*self.block, *((qk_norm and self.qk_norm) or ()))
         embedding, *last = zip(_WHOLE_MODEL, self.whole_model, strict=True)
         blocks = [
             (f"blocks.{i}.{ours}", f"{self.blocks}.{i}.{theirs}")
             for i in range(n_layers)
-            for ours, theirs in zip(_BLOCK, self.block, strict=True)
+            for ours, theirs in zip(ours_of_block, theirs_of_block, strict=True)
         ]
         return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in [embedding, *blocks, *last]}
 
 
-OURS = Layout("llada-lightning", _WHOLE_MODEL, "blocks", _BLOCK)
-TRAINING = Layout("training checkpoint", tuple(f"model.{name}" for name in _WHOLE_MODEL), "model.blocks", _BLOCK)
+OURS = Layout("llada-lightning", _WHOLE_MODEL, "blocks", _BLOCK, _QK_NORM)
+TRAINING = Layout(
+    "training checkpoint", tuple(f"model.{name}" for name in _WHOLE_MODEL), "model.blocks", _BLOCK, _QK_NORM
+)
 HF_LLADA = Layout(
     "Hugging Face LLaDA",
     ("model.transformer.wte", "model.transformer.ln_f", "model.transformer.ff_out"),

@@ -23,6 +23,7 @@ from llada_lightning.data.manifest import (
     bits_per_byte,
 )
 from llada_lightning.data.validation import ValidationCorpus
+from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.objectives.densities import Density, density_setting
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.run import Stream
@@ -162,6 +163,12 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
 
     def setup(self, stage: str | None = None) -> None:
         self.check()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Let the module that is trained add the noise of its inputs while the batch is on the host."""
+        assert self.trainer is not None
+        add: Any = getattr(self.trainer.lightning_module, "with_noise", None)
+        return add(batch) if isinstance(batch, TrainingBatch) and add is not None else batch
 
     @property
     def batch(self) -> int:

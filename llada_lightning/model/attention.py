@@ -91,11 +91,17 @@ KERNELS: dict[Backend, Kernel] = {"sdpa": sdpa, "flash": flash, "flex": flex}
 class Attention(nn.Module):
     """Grouped-query attention.
 
+    Args:
+        shape: The dimensions.
+        layer: The number of the block.
+        qk_norm_eps: The number added within the root of an RMSNorm, with a gain, over the dimensions of each query and
+            of each key before they are rotated (Dehghani et al. 2023, arXiv:2302.05442); None: there is none.
+
     Attributes:
         kernel: The kernel of the back end; ``Transformer.attend_with`` sets it.
     """
 
-    def __init__(self, shape: Shape, layer: int) -> None:
+    def __init__(self, shape: Shape, layer: int, qk_norm_eps: float | None = None) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = shape.head_dim
@@ -104,6 +110,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(shape.d_model, kv_width, bias=False)
         self.v_proj = nn.Linear(shape.d_model, kv_width, bias=False)
         self.out_proj = nn.Linear(shape.d_model, shape.d_model, bias=False)
+        self.q_norm = self.k_norm = None
+        if qk_norm_eps is not None:
+            self.q_norm, self.k_norm = (nn.RMSNorm(shape.head_dim, eps=qk_norm_eps) for _ in range(2))
         self.kernel: Kernel = sdpa
 
     def forward(
@@ -118,6 +127,7 @@ class Attention(nn.Module):
         k, v = (self._heads(projection(x_BLD)) for projection in (self.k_proj, self.v_proj))
         # Not cut where nothing is: torch 2.9 cannot cut what tensor parallelism hands over.
         q = self._heads(self.q_proj(x_BLD if queries == ALL else x_BLD[:, queries]))
+        q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
         q, k = apply_rope(q, *(table[..., queries, :] for table in rope)), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
@@ -126,6 +136,11 @@ class Attention(nn.Module):
 
     def _heads(self, x_BLE: Tensor) -> Tensor:
         return x_BLE.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def _normed(x_BHLD: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    """In fp32; the result has the input's type."""
+    return x_BHLD if norm is None else norm(x_BHLD.float()).to(x_BHLD.dtype)
 
 
 def check_backend(

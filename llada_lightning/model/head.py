@@ -36,7 +36,12 @@ class OutputHead(nn.Linear):
         self.compiled = False
 
     def nll(
-        self, hidden_MD: Tensor, targets_M: Tensor, weights_M: Tensor, excluded_token_id: int | None = None
+        self,
+        hidden_MD: Tensor,
+        targets_M: Tensor,
+        weights_M: Tensor,
+        excluded_token_id: int | None = None,
+        z_loss: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Weighted sum of the negative log-likelihoods, and each of them; the M x V logits are never all in memory.
 
@@ -45,6 +50,7 @@ class OutputHead(nn.Linear):
             targets_M: (M,) int64.
             weights_M: (M,) float32.
             excluded_token_id: The id of a token that gets no probability.
+            z_loss: The coefficient of the z-loss, which is in the gradient alone (see :func:`linear_cross_entropy`).
 
         Returns:
             () float32 with a gradient; (M,) float32, nats, without.
@@ -55,7 +61,7 @@ class OutputHead(nn.Linear):
             shards = VocabularyShards.of(weight_VD)
             weight_VD = weight_VD.to_local()
         return linear_cross_entropy(
-            hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, self.compiled, shards
+            hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, self.compiled, shards, z_loss
         )
 
 
@@ -81,6 +87,23 @@ def token_nll(logits_NV: Tensor, targets_N: Tensor, excluded_token_id: int | Non
     return F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
 
 
+def with_z_loss(total: Tensor, logits_NV: Tensor, weights_N: Tensor, z_loss: float) -> Tensor:
+    """A weighted sum of negative log-likelihoods whose gradient holds that of the z-loss, too; its value stays.
+
+    The z-loss is the coefficient times (log Z)^2, where Z is the sum of the exponentials of a position's logits. It
+    keeps the logits from drifting, which no likelihood sees (Chowdhery et al. 2022, "PaLM", Sec. 5). A position has in
+    it the weight that it has in the sum, so that no division into micro-batches changes the gradient.
+
+    Args:
+        total: () the sum.
+        logits_NV: (N, V), any floating type, -inf where a token is excluded.
+        weights_N: (N,) float32, of the sum.
+        z_loss: The coefficient.
+    """
+    z = z_loss * (logits_NV.float().logsumexp(dim=1).square() * weights_N).sum()
+    return total + (z - z.detach())
+
+
 def linear_cross_entropy(
     hidden_MD: Tensor,
     weight_VD: Tensor,
@@ -89,6 +112,7 @@ def linear_cross_entropy(
     excluded_token_id: int | None = None,
     compiled: bool = False,
     shards: VocabularyShards | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropies of a linear layer's output, and their weighted sum.
 
@@ -103,6 +127,7 @@ def linear_cross_entropy(
         compiled: Whether ``torch.compile`` fuses what lies between the two products.
         shards: The place of this process where the weight holds some vocabulary entries only. Other processes hold the
             others, with the same positions.
+        z_loss: The coefficient of the z-loss (see :func:`with_z_loss`).
 
     Returns:
         () float32, the sum, differentiable once by hidden and weight; (M,) float32, nats, without gradient.
@@ -111,7 +136,7 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
     gradients = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(
-        hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, dtype, gradients, compiled, shards
+        hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, dtype, gradients, compiled, shards, z_loss
     )
 
 
@@ -128,6 +153,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients: bool,
         compiled: bool,
         shards: VocabularyShards | None,
+        z_loss: float,
     ) -> tuple[Tensor, Tensor]:
         column = excluded_token_id if shards is None else shards.column(excluded_token_id)
         with torch.autocast(hidden_MD.device.type, enabled=False):
@@ -144,7 +170,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits_CV = hidden_CD @ matrix_VD.T
                 if column is not None:
                     logits_CV[:, column] = float("-inf")
-                nll_M[rows], grad_CV = chunk_gradient(logits_CV, targets_M[rows], weights_M[rows])
+                nll_M[rows], grad_CV = chunk_gradient(logits_CV, targets_M[rows], weights_M[rows], z_loss)
                 if grad_hidden_MD is not None and grad_weight_VD is not None:
                     grad_hidden_MD[rows] = grad_CV @ matrix_VD
                     _add_product(grad_weight_VD, grad_CV.T, hidden_CD)
@@ -159,24 +185,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         hidden_MD, weight_VD = ctx.gradients
         ctx.gradients = None  # used up: they are scaled in place
-        return hidden_MD.mul_(grad), weight_VD.mul_(grad), None, None, None, None, None, None, None
+        return hidden_MD.mul_(grad), weight_VD.mul_(grad), None, None, None, None, None, None, None, None
 
 
-def _chunk_gradient(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropies (C,), and the gradient of their weighted sum by the logits (C, V), in the logits' type."""
-    targets_C1 = targets_C[:, None]
+def _chunk_gradient(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropies (C,), and the gradient of their weighted sum by the logits (C, V), in the logits' type.
+
+    The gradient of the z-loss is p times 2 z_loss log Z.
+    """
+    targets_C1, weights_C1 = targets_C[:, None], weights_C[:, None]
     p_CV = torch.softmax(logits_CV, dim=1, dtype=torch.float32)
     # By way of the likeliest token, whose probability is at least 1 / V: the target's may be 0 in fp32.
     top_C1, top_token_C1 = logits_CV.max(dim=1, keepdim=True)
-    log_p_C1 = logits_CV.gather(1, targets_C1).float() - top_C1.float() + p_CV.gather(1, top_token_C1).log()
-    grad_CV = p_CV.mul_(weights_C[:, None]).to(logits_CV.dtype)
+    top_log_p_C1 = p_CV.gather(1, top_token_C1).log()
+    log_p_C1 = logits_CV.gather(1, targets_C1).float() - top_C1.float() + top_log_p_C1
     # p - 1 is taken before it is rounded: where p is nearly 1, a rounded p would leave nothing of the difference.
-    grad_CV.scatter_(1, targets_C1, (torch.expm1(log_p_C1) * weights_C[:, None]).to(logits_CV.dtype))
+    target_C1 = torch.expm1(log_p_C1) * weights_C1
+    if z_loss:
+        drift_C1 = 2 * z_loss * (top_C1.float() - top_log_p_C1)
+        target_C1 = target_C1 + log_p_C1.exp() * drift_C1 * weights_C1
+        weights_C1 = weights_C1 * (1 + drift_C1)
+    grad_CV = p_CV.mul_(weights_C1).to(logits_CV.dtype)
+    grad_CV.scatter_(1, targets_C1, target_C1.to(logits_CV.dtype))
     return -log_p_C1[:, 0], grad_CV
 
 
 @functools.cache
-def _compiled_chunk_gradient() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _compiled_chunk_gradient() -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]:
     return torch.compile(_chunk_gradient, dynamic=True)
 
 

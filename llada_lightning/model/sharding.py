@@ -41,6 +41,17 @@ def fill(sharded: DTensor, whole: Tensor) -> None:
         sharded.to_local().copy_(own_part(whole, sharded))
 
 
+def gathered(part: DTensor) -> Tensor:
+    """The whole tensor of which each process has a part: in every process, and the inverse of :func:`own_part`."""
+    whole = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
+    with torch.no_grad():
+        own_part(whole, part).copy_(part.to_local())
+        for axis, placement in enumerate(part.placements):
+            if not placement.is_replicate():
+                dist.all_reduce(whole, group=part.device_mesh.get_group(axis))
+    return whole
+
+
 def _chunk(tensor: Tensor, dim: int, rank: int, ranks: int) -> Tensor:
     """As ``torch.chunk`` cuts: equal but for the last ones, which may be shorter or empty."""
     size = tensor.shape[dim]
@@ -78,23 +89,28 @@ class VocabularyShards:
         """Replace each process's tensor by their sum."""
         dist.all_reduce(tensor, group=self.group)
 
-    def chunk_gradient(self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk_gradient(
+        self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, z_loss: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Cross-entropies (C,), the same everywhere, and the gradient of their weighted sum by this process's logits.
 
         Three figures of each position are exchanged: the largest logit, then the sum of exponentials and the target's
         logit below it.
         """
-        return self._chunk_gradient(logits_CV, targets_C, weights_C, _sums, _gradient)
+        return self._chunk_gradient(logits_CV, targets_C, weights_C, z_loss, _sums, _gradient)
 
-    def compiled_chunk_gradient(self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> tuple[Tensor, Tensor]:
+    def compiled_chunk_gradient(
+        self, logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, z_loss: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """As :meth:`chunk_gradient`, with what lies between the exchanges fused by ``torch.compile``."""
-        return self._chunk_gradient(logits_CV, targets_C, weights_C, _compiled(_sums), _compiled(_gradient))
+        return self._chunk_gradient(logits_CV, targets_C, weights_C, z_loss, _compiled(_sums), _compiled(_gradient))
 
     def _chunk_gradient(
         self,
         logits_CV: Tensor,
         targets_C: Tensor,
         weights_C: Tensor,
+        z_loss: float,
         sums: Callable[..., Tensor],
         gradient: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
@@ -105,7 +121,7 @@ class VocabularyShards:
         dist.all_reduce(top_C1, dist.ReduceOp.MAX, group=self.group)
         sums_2C1 = sums(logits_CV, top_C1, column_C1, own_C1)
         self.add_up(sums_2C1)
-        return gradient(logits_CV, top_C1, column_C1, own_C1, sums_2C1, weights_C[:, None])
+        return gradient(logits_CV, top_C1, column_C1, own_C1, sums_2C1, weights_C[:, None], z_loss)
 
 
 def _sums(logits_CV: Tensor, top_C1: Tensor, column_C1: Tensor, own_C1: Tensor) -> Tensor:
@@ -115,14 +131,23 @@ def _sums(logits_CV: Tensor, top_C1: Tensor, column_C1: Tensor, own_C1: Tensor) 
 
 
 def _gradient(
-    logits_CV: Tensor, top_C1: Tensor, column_C1: Tensor, own_C1: Tensor, sums_2C1: Tensor, weights_C1: Tensor
+    logits_CV: Tensor,
+    top_C1: Tensor,
+    column_C1: Tensor,
+    own_C1: Tensor,
+    sums_2C1: Tensor,
+    weights_C1: Tensor,
+    z_loss: float,
 ) -> tuple[Tensor, Tensor]:
     log_p_C1 = sums_2C1[1] - sums_2C1[0].log()
+    target_C1 = torch.expm1(log_p_C1) * weights_C1
+    if z_loss:  # as in ``head``
+        drift_C1 = 2 * z_loss * (top_C1 + sums_2C1[0].log())
+        target_C1 = target_C1 + log_p_C1.exp() * drift_C1 * weights_C1
+        weights_C1 = weights_C1 * (1 + drift_C1)
     grad_CV = ((logits_CV.float() - top_C1).exp() * (weights_C1 / sums_2C1[0])).to(logits_CV.dtype)
     # p - 1 is taken before it is rounded (see ``linear_cross_entropy``); where the target is elsewhere, p stays.
-    target_C1 = torch.where(
-        own_C1, (torch.expm1(log_p_C1) * weights_C1).to(grad_CV.dtype), grad_CV.gather(1, column_C1)
-    )
+    target_C1 = torch.where(own_C1, target_C1.to(grad_CV.dtype), grad_CV.gather(1, column_C1))
     return -log_p_C1[:, 0], grad_CV.scatter(1, column_C1, target_C1)
 
 

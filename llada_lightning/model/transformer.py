@@ -26,6 +26,7 @@ from llada_lightning.model.attention import (
     Mask,
     rope_tables,
 )
+from llada_lightning.model.dropout import dropout_keys, dropped
 from llada_lightning.model.head import OutputHead
 from llada_lightning.model.patterns import Pattern
 from llada_lightning.model.sharding import fill
@@ -66,15 +67,19 @@ class Block(nn.Module):
     Attributes:
         recompute: What the backward pass computes again instead of keeping it: nothing, all but products and
             attention, or everything between the block's input and output.
+        dropout: The probability with which a value of either part's output is dropped before it joins the residual
+            stream, where keys say which.
+        sequence_rank: Which of equal parts of the positions this process has; 0 where it has all.
     """
 
-    def __init__(self, shape: Shape, layer: int, norm_eps: float) -> None:
+    def __init__(self, shape: Shape, layer: int, norm_eps: float, qk_norm: bool = False) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(shape.d_model, eps=norm_eps)
-        self.attention = Attention(shape, layer)
+        self.attention = Attention(shape, layer, norm_eps if qk_norm else None)
         self.feed_forward_norm = nn.RMSNorm(shape.d_model, eps=norm_eps)
         self.feed_forward = FeedForward(shape)
         self.recompute: Recompute = "none"
+        self.dropout, self.sequence_rank = 0.0, 0
 
     def forward(self, x_BLD: Tensor, *arguments: Any) -> Tensor:
         """Arguments as ``_forward`` has them."""
@@ -91,9 +96,18 @@ class Block(nn.Module):
         mask: Mask,
         cache: KeyValueCache | None = None,
         queries: slice = ALL,
+        dropout_keys_SB: Tensor | None = None,
     ) -> Tensor:
-        x_BLD = x_BLD[:, queries] + self.attention(self.attention_norm(x_BLD), rope, causal, mask, cache, queries)
-        return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD))
+        # In this order, in which gradients are added up: another one would round them otherwise.
+        x_BLD = x_BLD[:, queries] + self._dropped(
+            self.attention(self.attention_norm(x_BLD), rope, causal, mask, cache, queries), dropout_keys_SB, 0
+        )
+        return x_BLD + self._dropped(self.feed_forward(self.feed_forward_norm(x_BLD)), dropout_keys_SB, 1)
+
+    def _dropped(self, x_BLD: Tensor, keys_SB: Tensor | None, site: int) -> Tensor:
+        if keys_SB is None:
+            return x_BLD
+        return dropped(x_BLD, keys_SB[site], self.dropout, self.sequence_rank * x_BLD.shape[1])
 
 
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, *ATTENTION_PRODUCTS}
@@ -116,18 +130,40 @@ class Transformer(nn.Module):
         vocab_size: The number of vocabulary entries, [MASK] and EOS among them.
         rope_theta: The base of the rotary frequencies (10,000; LLaDA-8B: 500,000).
         norm_eps: The number added within the root of every RMSNorm (1e-5; some checkpoints of Llama: 1e-6).
+        qk_norm: Whether queries and keys are normalised before they are rotated (see ``model.attention.Attention``).
+
+    Attributes:
+        dropout_seed: The seed of the masks of dropout (see :meth:`drop`).
     """
 
     def __init__(
-        self, shape: Shape, vocab_size: int, rope_theta: float = ROPE_THETA, norm_eps: float = NORM_EPS
+        self,
+        shape: Shape,
+        vocab_size: int,
+        rope_theta: float = ROPE_THETA,
+        norm_eps: float = NORM_EPS,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.shape, self.vocab_size, self.rope_theta, self.norm_eps = shape, vocab_size, rope_theta, norm_eps
+        self.qk_norm = qk_norm
         self.embedding = nn.Embedding(vocab_size, shape.d_model)
-        self.blocks = nn.ModuleList(Block(shape, layer, norm_eps) for layer in range(shape.n_layers))
+        self.blocks = nn.ModuleList(Block(shape, layer, norm_eps, qk_norm) for layer in range(shape.n_layers))
         self.norm = nn.RMSNorm(shape.d_model, eps=norm_eps)
         self.head = OutputHead(shape.d_model, vocab_size)
         self.attention_backend: Backend = "sdpa"
+        self.dropout_seed = 0
+
+    def drop(self, rate: float, seed: int) -> None:
+        """Let passes that are given ordinals drop values of the blocks' outputs (see ``model.dropout``).
+
+        Args:
+            rate: The probability with which a value is dropped.
+            seed: The seed of the masks.
+        """
+        self.dropout_seed = seed
+        for block in self.blocks:
+            block.dropout = rate  # type: ignore[assignment]
 
     def attend_with(self, backend: Backend) -> None:
         """Compute attention by another back end (see ``model.attention``): the same numbers but for rounding.
@@ -150,6 +186,7 @@ class Transformer(nn.Module):
         positions_BL: Tensor | None = None,
         cache: KeyValueCache | None = None,
         queries: slice = ALL,
+        dropped_ordinals_B: Tensor | None = None,
     ) -> Tensor:
         """The normalised residual stream before the output head.
 
@@ -167,6 +204,8 @@ class Transformer(nn.Module):
                 ``position``.
             queries: The positions whose result is wanted, one after the other; the last block computes no other. Not
                 where causal.
+            dropped_ordinals_B: (B,) int64, the ordinals of the sequences, which decide what :meth:`drop` drops; None:
+                nothing. With queries from the first position on only.
 
         Returns:
             (B, L, D), or as many positions as wanted, in the parameters' type; ``head`` makes logits of any selection
@@ -187,10 +226,15 @@ class Transformer(nn.Module):
         seen = patterns.combined(causal, attention_mask_BL, documents_BL, pattern)
         mask = self._mask(seen, tokens_BL, keys, start, ALL, whole=cache is None)
         wanted = mask if queries == ALL else self._mask(seen, tokens_BL, keys, start, queries, whole=cache is None)
+        layers = len(self.blocks)
+        keys_LSB: Any = [None] * layers
+        if dropped_ordinals_B is not None:
+            assert not queries.start and cache is None, "positions are counted from the first"
+            keys_LSB = dropout_keys(self.dropout_seed, dropped_ordinals_B, layers)
         *blocks, last = self.blocks
-        for block in blocks:
-            x_BLD = block(x_BLD, rope, causal, mask, cache, ALL)
-        return self.norm(last(x_BLD, rope, causal, wanted, cache, queries))
+        for layer, block in enumerate(blocks):
+            x_BLD = block(x_BLD, rope, causal, mask, cache, ALL, keys_LSB[layer])
+        return self.norm(last(x_BLD, rope, causal, wanted, cache, queries, keys_LSB[-1]))
 
     def forward(
         self,

@@ -39,10 +39,16 @@ def shift_right(tokens_BL: Tensor, start_token_id: int) -> Tensor:
 def _nll(model: Predictor, batch: TrainingBatch | ValidationBatch, weights_BL: Tensor) -> tuple[Tensor, Tensor]:
     """The weighted sum of the negative log-likelihoods, and (B L,) of every token."""
     tokens_BL, start_ids = batch.tokens_BL, model.start_ids(batch)
+    seen_BL, ordinals_B = tokens_BL, None
+    if isinstance(batch, TrainingBatch):
+        seen_BL, ordinals_B = tokens_BL if batch.noisy_BL is None else batch.noisy_BL, batch.ordinals_B
     # Right padding lies in the future of every token that counts: causal attention needs no mask for it.
     if start_ids:
-        inputs_BL = shift_right(tokens_BL, start_ids[-1])
-        hidden_BLD = model.hidden_after(start_ids[:-1], inputs_BL, batch.documents_BL, causal=True)
+        inputs_BL = shift_right(seen_BL, start_ids[-1])
+        hidden_BLD = model.hidden_after(
+            start_ids[:-1], inputs_BL, batch.documents_BL, causal=True, ordinals_B=ordinals_B
+        )
     else:  # the first token is given and has no weight: what is put at its place does not matter
-        hidden_BLD = model.hidden_after((), tokens_BL, batch.documents_BL, causal=True).roll(1, dims=1)
+        hidden_BLD = model.hidden_after((), seen_BL, batch.documents_BL, causal=True, ordinals_B=ordinals_B)
+        hidden_BLD = hidden_BLD.roll(1, dims=1)
     return model.head_nll(hidden_BLD.flatten(0, 1), tokens_BL.flatten(), weights_BL.flatten())

@@ -36,6 +36,7 @@ class TrainingBatch(NamedTuple):
             None: there is no prompt, and every token is learned.
         response_lengths_B: (B,) int64: tokens that the forward process may mask, padding EOS included (Eq. 5); None
             with ``response_BL``. Each response's loss is divided by its own length, and ``denominator`` is B.
+        noisy_BL: (B, L) int64: what the model sees in place of ``tokens_BL``, which stay the targets; None: the same.
         density_B: (B,) or (B, K) float32: the density q(t) of the mask ratio t, at the t of each p; None: 1, as t is
             uniform.
     """
@@ -53,6 +54,7 @@ class TrainingBatch(NamedTuple):
     response_BL: Tensor | None = None
     response_lengths_B: Tensor | None = None
     density_B: Tensor | None = None
+    noisy_BL: Tensor | None = None
 
     def rows(self, rows: slice, masked_BL: Tensor | None = None) -> TrainingBatch:
         """Some of the sequences, masked as they are or as given (of these rows); the denominator stays."""
@@ -117,8 +119,12 @@ class Predictor(Protocol):
         pattern: Pattern | None = None,
         positions_L: Tensor | None = None,
         queries: slice = slice(None),
+        ordinals_B: Tensor | None = None,
     ) -> Tensor:
-        """(B, L, D): the normalised residual stream of inputs that see the token ids before them."""
+        """(B, L, D): the normalised residual stream of inputs that see the token ids before them.
+
+        Ordinals are those of a training batch, which decide what dropout drops; None: nothing.
+        """
 
     def head_nll(self, hidden_MD: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum of negative log-likelihoods, with a gradient, and each of them (M,), in nats."""

@@ -37,7 +37,13 @@ def _hidden(model: Predictor, batch: TrainingBatch | ValidationBatch, block_leng
     assert model.mask_token_id is not None
     noisy_BL = batch.tokens_BL.masked_fill(batch.masked_BL, model.mask_token_id)
     hidden_BLD = hidden_beside_copy(
-        model, noisy_BL, batch.tokens_BL, block_length, batch.documents_BL, batch.attention_mask_BL
+        model,
+        noisy_BL,
+        batch.tokens_BL,
+        block_length,
+        batch.documents_BL,
+        batch.attention_mask_BL,
+        batch.ordinals_B if isinstance(batch, TrainingBatch) else None,
     )
     return hidden_BLD.flatten(0, 1)
 
@@ -49,6 +55,7 @@ def hidden_beside_copy(
     block_length: int,
     documents_BL: Tensor | None = None,
     attention_mask_BL: Tensor | None = None,
+    ordinals_B: Tensor | None = None,
 ) -> Tensor:
     """The normalised residual stream of a noisy sequence, by one pass over it and its clean copy behind it.
 
@@ -59,6 +66,7 @@ def hidden_beside_copy(
         block_length: The number of tokens of a block.
         documents_BL: (B, L) int64, the document of each token; None: attention crosses documents.
         attention_mask_BL: (B, L) bool, False where a token is padding.
+        ordinals_B: (B,) int64, the ordinals of a training batch, which decide what dropout drops; None: nothing.
 
     Returns:
         (B, L, D), each position by its own noisy block and the clean blocks before it.
@@ -66,7 +74,7 @@ def hidden_beside_copy(
     length = tokens_BL.shape[1]
     copied = copied_positions(length, block_length)
     if not copied:  # `llada`, to the last bit
-        return model.hidden_after((), noisy_BL, documents_BL, attention_mask_BL, causal=False)
+        return model.hidden_after((), noisy_BL, documents_BL, attention_mask_BL, causal=False, ordinals_B=ordinals_B)
 
     def with_copy(first_BL: Tensor, clean_BL: Tensor) -> Tensor:
         return torch.cat([first_BL, clean_BL[:, :copied]], dim=1)
@@ -81,4 +89,5 @@ def hidden_beside_copy(
         pattern=block_diffusion(length, block_length),
         positions_L=torch.cat([positions_L, positions_L[:copied]]),
         queries=slice(0, length),
+        ordinals_B=ordinals_B,
     )

@@ -178,3 +178,32 @@ def random_lengths(
     u_B4 = noise.uniform_by_ordinal(seed, Purpose.LENGTH, ordinals)
     short = 1 + np.floor(u_B4[:, 1] * sequence_length).astype(np.int64)
     return np.where(u_B4[:, 0] < share, short, sequence_length)
+
+
+def noisy_tokens(
+    seed: int,
+    ordinals: npt.NDArray[np.int64],
+    tokens_BL: npt.NDArray[np.int64],
+    share: float,
+    vocab_size: int,
+    special_ids: tuple[int, ...],
+) -> npt.NDArray[np.int64]:
+    """Replace each token independently, with probability ``share``, by a token drawn evenly from the vocabulary.
+
+    Special tokens are neither replaced nor drawn, so that documents and padding stay. A drawn token may be the same.
+
+    Args:
+        tokens_BL: (B, L) int64.
+        vocab_size: The number of ids, special ones included.
+        special_ids: The ids of the special tokens.
+
+    Returns:
+        (B, L) int64.
+    """
+    plain_V = np.setdiff1d(np.arange(vocab_size), special_ids)
+    assert len(plain_V), "a vocabulary has tokens that are not special"
+    count = tokens_BL.shape[1]
+    uniform_B2L = np.stack([noise.uniform(seed, Purpose.TOKEN, int(n), 2 * count) for n in ordinals])
+    chosen_BL, drawn_BL = uniform_B2L[:, :count], uniform_B2L[:, count:]
+    replaced_BL = (chosen_BL < share) & ~np.isin(tokens_BL, special_ids)
+    return np.where(replaced_BL, plain_V[np.floor(drawn_BL * len(plain_V)).astype(np.int64)], tokens_BL)

@@ -206,6 +206,11 @@ def _hidden(model: Predictor, batch: TrainingBatch | ValidationBatch) -> Tensor:
     assert model.mask_token_id is not None
     inputs_BL = batch.tokens_BL.masked_fill(batch.masked_BL, model.mask_token_id)
     hidden_BLD = model.hidden_after(
-        model.start_ids(batch), inputs_BL, batch.documents_BL, batch.attention_mask_BL, causal=False
+        model.start_ids(batch),
+        inputs_BL,
+        batch.documents_BL,
+        batch.attention_mask_BL,
+        causal=False,
+        ordinals_B=batch.ordinals_B if isinstance(batch, TrainingBatch) else None,
     )
     return hidden_BLD.flatten(0, 1)

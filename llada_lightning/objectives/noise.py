@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     TURN = 9
     HELD_OUT = 10
     FACTS = 11
+    TOKEN = 12
 
 
 def random_words(seed: int, purpose: Purpose, ordinal: int, count: int, sub_ordinal: int = 0) -> npt.NDArray[np.uint64]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -91,6 +91,16 @@ def trust_known_modules() -> None:
         # Else any class that a value of no declared type names would be built.
         instantiate_subclass_spec_in_any=False,
     )
+
+
+def is_trusted(class_path: str) -> bool:
+    """Whether a configuration may name a class, by the rules of :func:`trust_known_modules`."""
+
+    def within(modules: Iterable[str]) -> bool:
+        return any(class_path.startswith(f"{module}.") for module in modules)
+
+    given = [*named_modules(TRUSTED), *named_modules(PLUGINS)]
+    return within(given) or (within(_KNOWN) and not within(_NEVER) and class_path not in _NEVER)
 
 
 def not_trusted(class_path: str) -> str:

@@ -37,6 +37,7 @@ from llada_lightning.training.first_weights import take_over, weights_hash
 from llada_lightning.training.lightning_internals import replaces_samplers
 from llada_lightning.training.machine import native_precision
 from llada_lightning.training.modules import LanguageModule
+from llada_lightning.training.optimizers import ADAMW, Muon
 
 T = TypeVar("T")
 
@@ -118,7 +119,16 @@ def resolve_from_python(module: LanguageModule, trainer: Trainer) -> None:
         module.schedule = _resolve_length(config, data).schedules[0]
         trainer.fit_loop.epoch_loop.max_steps = config.trainer.max_steps
     module.shape = get_shape(arguments.shape)
-    for name in ("vocab_size", "mask_token_id", "eos_token_id", "compat", "rope_theta", "norm_eps", "text_prefix_ids"):
+    for name in (
+        "vocab_size",
+        "mask_token_id",
+        "eos_token_id",
+        "compat",
+        "rope_theta",
+        "norm_eps",
+        "text_prefix_ids",
+        "qk_norm",
+    ):
         setattr(module, name, arguments[name])
     module.identity = identity(config, data)
 
@@ -299,7 +309,11 @@ _NOT_IN_IDENTITY = (
 """Settings of the data: the machine's, what is read of the tokenizer, which is in fingerprints, and corpora that are
 measured only."""
 _DATA_OPTIONS = {"document_mask": False, "train_tokens": None, "density": None}
-_MODEL_OPTIONS = {"norm_eps": NORM_EPS, "text_prefix_ids": None, "loss_weight": "elbo", "loss_weight_limit": None}
+_MODEL_OPTIONS = {
+    "norm_eps": NORM_EPS, "text_prefix_ids": None, "loss_weight": "elbo", "loss_weight_limit": None,
+    "qk_norm": False, "z_loss": 0.0, "dropout": 0.0, "token_noise": 0.0,
+}  # fmt: skip
+_OPTIMIZER_OPTIONS = {"decay_embeddings": True, "name": ADAMW, "muon": asdict(Muon()), "arguments": {}}
 """Options that came later. At its default, none is in an identity, so that older runs keep theirs."""
 
 
@@ -323,7 +337,12 @@ def identity(config: Namespace, data: LanguageDataModule, schedule: WSD | None =
     model_arguments = plain["model"]["init_args"]
     density = data.density_setting  # the same, however it was written
     data_arguments["density"] = None if density is None else _plain(density.settings)
-    for arguments, options in ((data_arguments, _DATA_OPTIONS), (model_arguments, _MODEL_OPTIONS)):
+    with_options = (
+        (data_arguments, _DATA_OPTIONS),
+        (model_arguments, _MODEL_OPTIONS),
+        (model_arguments.get("optimizer", {}), _OPTIMIZER_OPTIONS),
+    )
+    for arguments, options in with_options:
         for option, default in options.items():
             if option in arguments and arguments[option] == default:
                 del arguments[option]

@@ -50,9 +50,9 @@ def take_over(config: Namespace, objective: str) -> None:
     if given != DEFAULT_SHAPE and get_shape(given) != description.shape:
         raise UserError(f"model.shape: {given} is not that of model.weights; leave it out")
     arguments.shape = asdict(description.shape)
-    same = ("vocab_size", "mask_token_id", "eos_token_id", "compat", "rope_theta", "norm_eps")
+    same = ("vocab_size", "mask_token_id", "eos_token_id", "compat", "rope_theta", "norm_eps", "qk_norm")
     taken = {key: getattr(description, key) for key in same} | {"text_prefix_ids": _text_prefix(stored)}
-    not_given = {"rope_theta": ROPE_THETA, "norm_eps": NORM_EPS}
+    not_given = {"rope_theta": ROPE_THETA, "norm_eps": NORM_EPS, "qk_norm": False}
     for key, value in taken.items():
         given = arguments[key]
         if key == "mask_token_id" and value is None and given is not None:

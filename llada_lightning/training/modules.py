@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,17 +24,20 @@ from llada_lightning.compute.shapes import MAX_PARAMETERS, Shape, check_vocabula
 from llada_lightning.identity import check_history, check_identity, model_identity, with_stable_names
 from llada_lightning.model import Transformer
 from llada_lightning.model.attention import ALL
-from llada_lightning.model.head import token_nll
+from llada_lightning.model.dropout import check_dropout
+from llada_lightning.model.head import token_nll, with_z_loss
 from llada_lightning.model.patterns import Pattern
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
 from llada_lightning.objectives import BLOCK_LENGTH, Objective, TrainingKind, arm, block, get_objective, llada
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch
 from llada_lightning.objectives.densities import DensitySetting
+from llada_lightning.objectives.forward_process import noisy_tokens
 from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.first_weights import fill_weights, inherited
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.machine import Speed, apply_speed
+from llada_lightning.training.optimizers import OptimizerSettings
 from llada_lightning.training.parallel import shard, total_norm
 from llada_lightning.training.validation import (
     DocumentLosses,
@@ -48,21 +50,6 @@ from llada_lightning.training.validation import (
 
 VALIDATION_METRICS = ("val_nats_per_token", "val_stderr", "val_bits_per_byte")
 """The metrics that a module logs for callbacks, at each validation. It logs nothing else."""
-
-
-@dataclass
-class AdamW:
-    """AdamW (Loshchilov & Hutter 2019).
-
-    Args:
-        betas: The decay rates of the moments; (0.9, 0.95) as GPT-3 and Llama.
-        eps: The number that is added to the root of the second moment.
-        weight_decay: The weight decay, on matrices only (paper, B.2: 0.1); norms' gains get none.
-    """
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
 
 
 class LanguageModule(KeepsArguments, LightningModule, ABC):
@@ -78,12 +65,17 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         text_prefix_ids: The token ids before a text, such as the BOS of a Llama, in place of the EOS that our `arm` has
             before every sequence. A dialogue begins as its template writes it. null: those of `weights`, else as in our
             own runs.
-        optimizer: The settings of AdamW.
+        optimizer: Which optimizer, and its settings.
         schedule: The schedule of the learning rate.
         compat: The objective whose released code is followed: with `llada`, [MASK] has a logit.
         weights: The path of a checkpoint of any kind to start from, whose shape and vocabulary are taken; null: weights
             are drawn.
         seed: The seed of the initial weights; null: the run's seed.
+        qk_norm: Whether an RMSNorm with a gain normalises each query and each key before they are rotated.
+        z_loss: The coefficient of the z-loss, such as 1e-4, which is in the gradient and not in the reported loss.
+        dropout: The probability with which a value of the outputs of attention and feed-forward is dropped in training.
+        token_noise: The share of the input tokens that are replaced by random ones in training; the targets stay. For
+            an objective that predicts the next token.
     """
 
     objective: ClassVar[str]
@@ -100,11 +92,15 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         rope_theta: float = ROPE_THETA,
         norm_eps: float = NORM_EPS,
         text_prefix_ids: list[int] | None = None,
-        optimizer: AdamW = AdamW(),  # noqa: B008 (read only; the parser shows its defaults)
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008 (read only; the parser shows its defaults)
         schedule: WSD = WSD(),  # noqa: B008
         compat: Literal["llada"] | None = None,
         weights: str | None = None,
         seed: int | None = None,
+        qk_norm: bool = False,
+        z_loss: float = 0.0,
+        dropout: float = 0.0,
+        token_noise: float = 0.0,
     ) -> None:
         super().__init__()
         self.shape: Shape = get_shape(shape)
@@ -121,8 +117,17 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
                 raise UserError(f"model.{name}: {number} given; {POSITIVE}")
         self.rope_theta, self.norm_eps, self.text_prefix_ids = rope_theta, norm_eps, text_prefix_ids
         self.compat, self.weights, self.seed = compat, weights, seed or 0
-        if not (all(0 <= beta < 1 for beta in optimizer.betas) and optimizer.eps > 0 <= optimizer.weight_decay):
-            raise UserError(f"model.optimizer: {optimizer}; betas must lie in [0, 1), eps above 0, weight_decay from 0")
+        if not 0 <= z_loss <= 1:
+            raise UserError(f"model.z_loss: {z_loss} given; it must lie in [0, 1], such as 1e-4")
+        check_dropout(dropout)
+        if not 0 <= token_noise < 1:
+            raise UserError(f"model.token_noise: {token_noise} given; it must lie in [0, 1), such as 0.1")
+        if token_noise and not self.facts.causal:
+            raise UserError(
+                f"model.token_noise: {token_noise} given, but {self.objective} corrupts its inputs itself; leave it out"
+            )
+        self.qk_norm, self.z_loss, self.dropout, self.token_noise = qk_norm, z_loss, dropout, token_noise
+        optimizer.check()
         self.optimizer_settings, self.schedule = optimizer, schedule
         self.identity: dict[str, Any] = {}
         self.guard = UpdateGuard()
@@ -154,7 +159,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         assert self.vocab_size is not None, "the command fills in the vocabulary from the data"
         mesh = self.device_mesh
         with nullcontext() if mesh is None else torch.device("meta"):
-            self.model = Transformer(self.shape, self.vocab_size, self.rope_theta, self.norm_eps)
+            self.model = Transformer(self.shape, self.vocab_size, self.rope_theta, self.norm_eps, self.qk_norm)
+        self.model.drop(self.dropout, self.seed)
         apply_speed(self.model, self.speed, whole_blocks=mesh is None or mesh["tensor_parallel"].size() == 1)
         if mesh is not None:
             assert self.trainer is not None
@@ -167,15 +173,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
                 fill_weights(self.model, self.weights)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with decay on matrices only, and the schedule by step."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        settings = self.optimizer_settings
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        # The rate itself is the multiplier of a base rate of 1: the schedule speaks in rates.
-        optimizer = torch.optim.AdamW(groups, lr=1.0, betas=settings.betas, eps=settings.eps, fused=True)
+        """The optimizer, and the schedule by step."""
+        optimizer = self.optimizer_settings.build([(n, p) for n, p in self.named_parameters() if p.requires_grad])
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.at(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -191,7 +190,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
             # The guard judges what goes into the update: the gradients times at most clip / norm. Both are finite
             # together with the product, since the factor is 1 at most; so the norm tells, where the clip is a number.
             judged = self.grad_norm if math.isfinite(clip) else torch.full_like(self.grad_norm, math.nan)
-        # What torch's fused optimizers take from a GradScaler: 1 leaves weights, moments and step counts as they are.
+        # What optimizers take as from a GradScaler: 1 leaves weights, moments and step counts as they are.
         optimizer.found_inf = self._judge(judged)  # type: ignore[attr-defined]
 
     def _judge(self, grad_norm: Tensor) -> Tensor:
@@ -207,6 +206,17 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
 
     def on_train_start(self) -> None:
         self._micro_losses.clear()  # of a step that an interrupt broke off
+
+    def with_noise(self, batch: TrainingBatch) -> TrainingBatch:
+        """A batch on the host, where the noise of ordinals is made, with what the model sees of it."""
+        if not self.token_noise:
+            return batch
+        assert self.trainer is not None
+        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        special = tuple(i for i in (tokenizer.eos_id, tokenizer.mask_id) if i is not None)
+        tokens_BL, ordinals_B = batch.tokens_BL.numpy(), batch.ordinals_B.numpy()
+        noisy_BL = noisy_tokens(self.seed, ordinals_B, tokens_BL, self.token_noise, tokenizer.vocab_size, special)
+        return batch._replace(noisy_BL=torch.from_numpy(noisy_BL))
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         loss = self.training_loss(batch)
@@ -321,12 +331,17 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         return self.facts.flops_per_token(*sizes, mask_eps, response_share, mean_ratio, self.block_length)
 
     def head_nll(self, hidden_MD: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted sum of negative log-likelihoods with a gradient, and each of them (M,) in nats."""
+        """Weighted sum of negative log-likelihoods with a gradient, and each of them (M,) in nats.
+
+        The gradient of the z-loss is in that of the sum, whose value does not hold it.
+        """
         excluded = excluded_token_id(self.compat, self.mask_token_id)
         if self.speed.loss == "chunked":
-            return self.model.head.nll(hidden_MD, targets_M, weights_M, excluded)
-        nll_M = token_nll(self.model.head(hidden_MD), targets_M, excluded)
-        return (nll_M * weights_M).sum(), nll_M
+            return self.model.head.nll(hidden_MD, targets_M, weights_M, excluded, self.z_loss)
+        logits_MV = self.model.head(hidden_MD)
+        nll_M = token_nll(logits_MV, targets_M, excluded)
+        total = (nll_M * weights_M).sum()
+        return with_z_loss(total, logits_MV, weights_M, self.z_loss) if self.z_loss else total, nll_M
 
     def start_ids(self, batch: TrainingBatch | ValidationBatch) -> tuple[int, ...]:
         """The token ids before the sequences of a batch, none of which is predicted."""
@@ -351,6 +366,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         pattern: Pattern | None = None,
         positions_L: Tensor | None = None,
         queries: slice = ALL,
+        ordinals_B: Tensor | None = None,
     ) -> Tensor:
         """(B, L, D): the normalised residual stream of inputs that see the token ids before them.
 
@@ -363,7 +379,13 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
             pattern: The inputs that each input sees; None: all of them, or those before it.
             positions_L: (L,) int64, the position of each input; None: one after the other.
             queries: The inputs whose result is wanted.
+            ordinals_B: (B,) int64, the ordinals of a training batch, which decide what dropout drops; None: nothing.
         """
+        if self.dropout and ordinals_B is None and self.training and torch.is_grad_enabled():
+            raise UserError(
+                f"model.dropout: {self.dropout} given, but the training loss of {self.objective} gives hidden_after no "
+                "ordinals_B; leave it out, or correct the objective"
+            )
         count = len(start_ids)
         assert not count or (pattern is None and positions_L is None and queries == ALL)
         if count:
@@ -381,6 +403,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
             pattern=pattern,
             positions_BL=None if positions_L is None else positions_L[None],
             queries=queries,
+            dropped_ordinals_B=ordinals_B if self.dropout else None,
         )
         return hidden_BLD[:, count:]
 

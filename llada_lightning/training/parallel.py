@@ -62,6 +62,8 @@ from llada_lightning.training.lightning_internals import forks_processes
 
 _SEQUENCE = 1
 """The dimension of (B, L, D) along which positions are divided."""
+_HEADS = 1
+"""The dimension of (B, H, L, D) along which heads are divided."""
 
 
 class FullySharded(ModelParallelStrategy):
@@ -270,11 +272,15 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
         _parallelise(model, mesh["tensor_parallel"])
     mesh = mesh["data_parallel"]
     matrices = torch.bfloat16 if precision == "bf16-mixed" else None
+    rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = MixedPrecisionPolicy(param_dtype=matrices, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         assert isinstance(block, Block)
+        norms = (block.attention.q_norm, block.attention.k_norm)
+        gains: list[nn.Module] = [norm for norm in norms if norm is not None]
+        if gains:
+            fully_shard(gains, mesh=mesh, mp_policy=rest)
         fully_shard([block.attention, block.feed_forward], mesh=mesh, mp_policy=policy)
-    rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(model.head, mesh=mesh, mp_policy=rest)
     fully_shard(model, mesh=mesh, mp_policy=rest)
     register_fsdp_forward_method(model.head, "nll")
@@ -301,6 +307,9 @@ def _parallelise(model: Transformer, mesh: DeviceMesh) -> None:
         "feed_forward.up_proj": columns,
         "feed_forward.down_proj": rows,
     }
+    if model.qk_norm:  # each process has some of the heads
+        heads = SequenceParallel(sequence_dim=_HEADS, use_local_output=True)
+        of_a_block |= {"attention.q_norm": heads, "attention.k_norm": heads}
     plan = {f"blocks.*.{name}": style for name, style in of_a_block.items()}
     plan["embedding"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(_SEQUENCE))
     plan["norm"], plan["head"] = norm, ColwiseParallel(output_layouts=Replicate())
@@ -315,6 +324,7 @@ def _parallelise(model: Transformer, mesh: DeviceMesh) -> None:
         return logits_NV.clone()  # as it comes out of the plan it may not be written to
 
     for block in model.blocks:
+        block.sequence_rank = mesh.get_local_rank()  # type: ignore[assignment]
         for name in ("attention", "feed_forward"):
             part = block.get_submodule(name)
             part.forward = _gathering(part.forward, mesh)

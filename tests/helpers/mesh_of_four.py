@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.model import Transformer
-from llada_lightning.model.sharding import fill
+from llada_lightning.model.sharding import fill, gathered
 from llada_lightning.training.parallel import shard, total_norm
 
 SHAPE, WORDS, MASK = Shape(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=66), 394, 1
@@ -61,6 +61,7 @@ def work(rank: int, port: int, folder: Path) -> None:
     dcp.save({"skipped": parts}, checkpoint_id=folder / "skipped")
     for name, whole in initialised().state_dict().items():
         fill(parts[name], 2 * whole)
+        assert torch.equal(gathered(parts[name]), 2 * whole)
     dcp.save({"filled": parts}, checkpoint_id=folder / "filled")
     if rank == 0:
         layouts = {name: [str(placement) for placement in part.placements] for name, part in parts.items()}

@@ -62,6 +62,43 @@ def test_values_and_gradients_are_those_of_the_plain_loss(
         torch.testing.assert_close(ours / scale, theirs / scale, rtol=1e-5, atol=1e-5)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    positions=st.integers(1, 40),
+    words=st.integers(3, 40),
+    rows=st.integers(1, 50),
+    excludes=st.booleans(),
+    z_loss=st.sampled_from([1e-4, 0.1, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_the_z_loss_is_in_the_gradient_and_not_in_the_value(
+    positions: int, words: int, rows: int, excludes: bool, z_loss: float, seed: int
+) -> None:
+    """Chunked, and by the plain way, against the gradient of the sum that is written out."""
+    hidden, weight, targets, weights = inputs(positions, words, 6, seed)
+    excluded = words - 1 if excludes else None
+    likelihood = plain(hidden, weight, targets, weights, excluded)
+
+    def logits() -> Tensor:
+        hidden_by_words = F.linear(hidden, weight)
+        return hidden_by_words.masked_fill(torch.arange(words) == (words if excluded is None else excluded), -torch.inf)
+
+    written_out = likelihood + z_loss * (logits().exp().sum(dim=1).log().square() * weights).sum()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(module.CHUNK_BYTES, "cpu", 4 * words * rows)
+        total, nll = linear_cross_entropy(hidden, weight, targets, weights, excluded, z_loss=z_loss)
+    again = plain(hidden, weight, targets, weights, excluded)
+    by_the_plain_way = module.with_z_loss(again, logits(), weights, z_loss)
+    torch.testing.assert_close(total, likelihood, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(by_the_plain_way, likelihood, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(nll @ weights, likelihood, rtol=1e-5, atol=1e-4)
+    scale = max(1.0, float(weights.max()) / 7)
+    expected = gradients(written_out, hidden, weight)
+    for found in (gradients(total, hidden, weight), gradients(by_the_plain_way, hidden, weight)):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours / scale, theirs / scale, rtol=1e-4, atol=2e-5)
+
+
 def test_a_weight_of_a_position_is_the_weight_of_its_gradient() -> None:
     """The fault of fused kernels that sum first: a gradient as if all weights were alike."""
     hidden, weight, targets, _ = inputs(8, 11, 5)
@@ -125,9 +162,13 @@ def test_no_position_at_all() -> None:
     assert float(torch.autograd.grad(total, weight)[0].abs().sum()) == 0
 
 
-def test_compiled_is_the_same() -> None:
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_compiled_is_the_same(z_loss: float) -> None:
     hidden, weight, targets, weights = inputs(40, 9, 4)
-    results = [linear_cross_entropy(hidden, weight, targets, weights, 8, compiled=flag) for flag in (False, True)]
+    results = [
+        linear_cross_entropy(hidden, weight, targets, weights, 8, compiled=flag, z_loss=z_loss)
+        for flag in (False, True)
+    ]
     (total, nll), (compiled_total, compiled_nll) = results
     torch.testing.assert_close(compiled_nll, nll, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(gradients(compiled_total, hidden, weight), gradients(total, hidden, weight), strict=True):

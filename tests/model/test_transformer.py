@@ -256,3 +256,34 @@ def test_initial_predictions_are_near_uniform() -> None:
     model = build(replace(MULTI_HEAD, d_model=128, n_layers=4))
     logits_BLV = model(random_tokens(4, 32), causal=False)
     assert logits_BLV.std().item() == pytest.approx(1, rel=0.25)  # unit-variance states times 1/sqrt(d) weights
+
+
+def test_normalised_queries_and_keys_change_no_initial_weight() -> None:
+    """Gains are ones: nothing is drawn for them, and the other weights are drawn in the same order."""
+    plain, normed = build(), Transformer(GROUPED, WORDS, qk_norm=True)
+    normed.initialise(torch.Generator().manual_seed(0))
+    gains = {name: value for name, value in normed.state_dict().items() if name not in plain.state_dict()}
+    assert sorted(gains) == [f"blocks.{n}.attention.{part}_norm.weight" for n in range(2) for part in "kq"]
+    assert all(torch.equal(gain, torch.ones(GROUPED.head_dim)) for gain in gains.values())
+    assert all(torch.equal(normed.state_dict()[name], value) for name, value in plain.state_dict().items())
+    total = sum(p.numel() for p in normed.parameters())
+    assert total == GROUPED.params_total(WORDS) + 2 * GROUPED.n_layers * GROUPED.head_dim
+
+
+def test_normalised_queries_and_keys_have_no_length() -> None:
+    """Larger projections change nothing but the number within the root; gains do what the projections did."""
+    model, tokens_BL = Transformer(GROUPED, WORDS, qk_norm=True), random_tokens(2, 9)
+    model.initialise(torch.Generator().manual_seed(0))
+    expected = model(tokens_BL, causal=False)
+    with torch.no_grad():
+        for block in model.blocks:
+            attention = block.attention
+            assert isinstance(attention, Attention) and attention.q_norm is not None
+            attention.q_proj.weight *= 1000
+            attention.k_proj.weight *= 100
+    scaled = model(tokens_BL, causal=False)
+    torch.testing.assert_close(scaled, expected, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.q_norm.weight *= 3  # type: ignore[union-attr, operator]
+    assert float((model(tokens_BL, causal=False) - scaled).abs().max().detach()) > 1e-2

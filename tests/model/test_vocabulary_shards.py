@@ -58,7 +58,9 @@ def in_parts(size: int, hidden: Tensor, weight: Tensor, *rest: Any) -> list[tupl
 
     def rank(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shards = VocabularyShards(group, number * entries, entries)
-        return result(hidden, weight[shards.first : shards.first + entries], *rest, False, shards)
+        excluded, z_loss = rest[2:]
+        own = weight[shards.first : shards.first + entries]
+        return result(hidden, own, *rest[:2], excluded, False, shards, z_loss)
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(size) as threads:
         patch.setattr(sharding.dist, "all_reduce", group.all_reduce)
@@ -72,18 +74,19 @@ def in_parts(size: int, hidden: Tensor, weight: Tensor, *rest: Any) -> list[tupl
     entries=st.integers(1, 9),
     rows=st.integers(1, 50),
     excludes=st.booleans(),
+    z_loss=st.sampled_from([0.0, 0.1]),
     seed=st.integers(0, 1000),
 )
 def test_every_process_has_the_values_and_its_entries_gradients(
-    positions: int, size: int, entries: int, rows: int, excludes: bool, seed: int
+    positions: int, size: int, entries: int, rows: int, excludes: bool, z_loss: float, seed: int
 ) -> None:
     everything = inputs(positions, max(size * entries, 2 * size), seed)
     count = len(everything[1]) // size
     excluded = size * count - 1 if excludes else None
-    total, nll, grad_hidden, grad_weight = result(*everything, excluded)
+    total, nll, grad_hidden, grad_weight = result(*everything, excluded, False, None, z_loss)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(module.CHUNK_BYTES, "cpu", 4 * count * rows)
-        parts = in_parts(size, *everything, excluded)
+        parts = in_parts(size, *everything, excluded, z_loss)
     for part in parts:
         torch.testing.assert_close(part[0], total, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(part[1], nll, rtol=1e-5, atol=1e-5)

@@ -18,6 +18,7 @@ from llada_lightning.objectives.forward_process import (
     fixed_count_mask,
     mask_probability,
     mask_ratio,
+    noisy_tokens,
     random_lengths,
     random_mask,
     stratified_mask_counts,
@@ -168,3 +169,28 @@ def test_length_does_not_tell_the_mask_ratio() -> None:
     lengths_B = random_lengths(0, n_B, 1000, share=1.0)
     for sampling in TIME_SAMPLINGS:
         assert abs(np.corrcoef(lengths_B, mask_ratio(0, n_B, sampling))[0, 1]) < 4 / sqrt(20_000)
+
+
+@given(seeds, st.lists(ordinals, min_size=1, max_size=4, unique=True), st.sampled_from([0.0, 0.1, 0.5, 0.99]))
+def test_noisy_tokens_are_a_function_of_seed_and_ordinal(seed: int, numbers: list[int], share: float) -> None:
+    tokens_BL = np.random.default_rng(0).integers(0, 20, (len(numbers), 33))
+    noisy_BL = noisy_tokens(seed, np.array(numbers), tokens_BL, share, 20, (0, 19))
+    for row, number in enumerate(numbers):
+        alone_1L = noisy_tokens(seed, np.array([number]), tokens_BL[row : row + 1], share, 20, (0, 19))
+        np.testing.assert_array_equal(alone_1L[0], noisy_BL[row])
+    special_BL = np.isin(tokens_BL, (0, 19))
+    np.testing.assert_array_equal(noisy_BL[special_BL], tokens_BL[special_BL])
+    assert not np.isin(noisy_BL[~special_BL], (0, 19)).any()
+    assert share > 0 or (noisy_BL == tokens_BL).all()
+
+
+def test_as_many_tokens_are_replaced_as_asked_for_and_by_all_others_alike() -> None:
+    count, plain = 40_000, 18
+    tokens_BL = np.full((4, count // 4), 7)
+    noisy_BL = noisy_tokens(3, np.arange(4), tokens_BL, 0.3, 20, (0, 19))
+    changed = int((noisy_BL != tokens_BL).sum())
+    expected = count * 0.3 * (plain - 1) / plain  # one in 18 is replaced by itself
+    assert abs(changed - expected) < 5 * sqrt(expected * 0.7)
+    drawn = np.bincount(noisy_BL[noisy_BL != 7], minlength=20)
+    assert drawn[[0, 7, 19]].tolist() == [0, 0, 0]
+    assert chisquare(drawn[[i for i in range(1, 19) if i != 7]]).pvalue > 1e-3

@@ -74,6 +74,21 @@ def test_blocks_must_divide_the_sequences(prepared: Path, tmp_path: Path, capsys
     assert not (tmp_path / "test").exists()
 
 
+def test_tensor_parallelism_is_refused(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = "--model.shape={n_layers: 2, d_model: 32, n_heads: 2, n_kv_heads: 2, d_ff: 64}"
+    devices = (shape, "--trainer.devices=2", "--trainer.strategy=fsdp2_tp2")
+    assert main(fit_arguments("block", prepared, tmp_path, FOUR, *devices)) == 2
+    said = "trainer.strategy: fsdp2_tp2 given, but block needs whole sequences on each device; use fsdp2"
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {said}"
+
+
+def test_dropout_is_of_the_sequence(prepared: Path, tmp_path: Path) -> None:
+    dropout = (FOUR, "--model.dropout=0.2", "--trainer.max_steps=6")
+    whole = fit("block", prepared, tmp_path / "whole", *dropout)
+    cut = fit("block", prepared, tmp_path / "cut", *dropout, "--trainer.accumulate_grad_batches=2")
+    assert losses(cut) == pytest.approx(losses(whole), abs=1e-5)
+
+
 def test_it_goes_through_every_command(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
