@@ -82,7 +82,8 @@ class OptimizerSettings:
     def check(self) -> None:
         """Refuse values that are out of range, of another optimizer than the named one, or that its class refuses."""
         if not (all(0 <= beta < 1 for beta in self.betas) and self.eps > 0 <= self.weight_decay):
-            raise UserError(f"model.optimizer: {self}; betas must lie in [0, 1), eps above 0, weight_decay from 0")
+            given = f"betas {self.betas}, eps {self.eps}, weight_decay {self.weight_decay} given"
+            raise UserError(f"model.optimizer: {given}; betas must lie in [0, 1), eps above 0, weight_decay from 0")
         muon = self.muon
         if not (0 <= muon.momentum < 1 and 1 <= muon.ns_steps < 100):
             raise UserError(f"model.optimizer.muon: {muon}; momentum must lie in [0, 1), ns_steps in 1..99")

@@ -257,7 +257,7 @@ class TablePredictor:
         return ()
 
     def hidden_after(
-        self, start_ids: tuple[int, ...], inputs_BL: torch.Tensor, *others: object, causal: bool
+        self, start_ids: tuple[int, ...], inputs_BL: torch.Tensor, *others: object, causal: bool, **named: object
     ) -> torch.Tensor:
         assert not causal
         return self.logits[tuple(inputs_BL.T)]
