@@ -377,10 +377,11 @@ def test_a_callback_that_does_not_fit_is_the_users_mistake(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = [*RUN, f"--data.path={prepared}", f"--run.root={tmp_path}", "--trainer.max_steps=3"]
-    swa = ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.001"]
-    assert main(["fit", *common, *swa]) == 2
+    assert main(["fit", *common, "--trainer.callbacks+=BackboneFinetuning"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: trainer.callbacks: StochasticWeightAveraging: SWA with")
+    assert line.startswith(
+        "error: trainer.callbacks: BackboneFinetuning: 'ArmModule' object has no attribute 'backbone'"
+    )
 
 
 class Own(Callback):
