@@ -18,11 +18,12 @@ from llada_lightning.data.datasets import PairDataset
 from llada_lightning.data.loading import LanguageDataModule
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.generation.prompts import conversation_ids
+from llada_lightning.model.patterns import block_causal
 from llada_lightning.objectives.arm import shift_right
 from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.objectives.forward_process import mask_ratio
 from llada_lightning.objectives.llada import LossWeight, WeightName
-from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule
+from llada_lightning.training.modules import ArmModule, BlockDiffusionModule, LanguageModule, LladaModule
 
 SHAPE = {"n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64}
 PAIRS = [{"question": f"{a} plus {b}", "answer": f"is {a + b}" + "!" * (a % 4)} for a in range(8) for b in range(5)]
@@ -94,6 +95,38 @@ def test_the_loss_of_llada_is_equation_5_by_hand(prepared: Path, pairs: Path) ->
         prompt = int(np.flatnonzero(batch.response_BL[i])[0])
         total = total + (nll_L * masked_L).sum() / batch.p_B[i] / (len(tokens_L) - prompt)
     assert float(module.training_loss(batch).detach()) == pytest.approx(float(total.detach()) / 8, rel=1e-5)
+
+
+def test_the_loss_of_block_is_equation_5_within_each_block_by_hand(prepared: Path, pairs: Path) -> None:
+    data, size = data_of(prepared, pairs), 4
+    data.block_length = size
+    ids = data.tokenizer
+    module = BlockDiffusionModule(SHAPE, ids.vocab_size, ids.mask_id, ids.eos_id, block_length=size)
+    module.configure_model()
+    dataset = PairDataset(data.stream, ids.eos_id, data.mask_eps, data.time_sampling, 8, None, size)
+    batch, total = dataset.__getitems__(list(range(8))), torch.zeros(())
+    assert batch.p_B.shape == (8, -(-int(data.stream.pairs.lengths.max()) // size))
+    for i in range(8):
+        own = slice(None) if batch.attention_mask_BL is None else batch.attention_mask_BL[i]
+        tokens_L, masked_L = batch.tokens_BL[i, own], batch.masked_BL[i, own]
+        prompt = int(np.flatnonzero(batch.response_BL[i])[0])
+        for k in range(-(-len(tokens_L) // size)):
+            end = min((k + 1) * size, len(tokens_L))
+            noisy_L = tokens_L[:end].masked_fill(masked_L[:end] & (torch.arange(end) >= k * size), ids.mask_id)
+            logits_LV = module.model(noisy_L[None], causal=False, pattern=block_causal(size))[0, k * size :]
+            logits_LV[:, ids.mask_id] = -torch.inf
+            nll_L = -logits_LV.log_softmax(-1).gather(1, tokens_L[k * size : end, None])[:, 0]
+            total = total + (nll_L * masked_L[k * size : end]).sum() / batch.p_B[i, k] / (len(tokens_L) - prompt)
+    assert float(module.training_loss(batch).detach()) == pytest.approx(float(total.detach()) / 8, rel=1e-5)
+
+
+def test_block_diffusion_is_fine_tuned_and_validated(prepared: Path, pairs: Path, tmp_path: Path) -> None:
+    start = fit("block", prepared, tmp_path / "base", "--model.block_length=4", "--trainer.max_steps=3")
+    given = ("--model=BlockDiffusionModule", "--model.block_length=4", "--data.epochs=1", "--data.context_length=128")
+    assert main(arguments("llada", start, pairs, tmp_path, *given)) == 0
+    folder = tmp_path / "test" / "run"
+    assert record(folder)["objective"] == "block" and record(folder)["val_nats_per_token"] > 0
+    assert load_model(folder).block_length == 4
 
 
 @pytest.mark.parametrize("weight", [("elbo", None), ("ce", None), ("clipped", 3.0), ("per_masked_token", None)])
