@@ -106,6 +106,8 @@ bench: setup  ## speed and size on this machine's CPU, each a ratio in one run: 
 	$(BIN)/python benchmarks/fit_speed.py --json $(FIGURES)/fit_speed.json
 	$(BIN)/python benchmarks/sampler_speed.py --json $(FIGURES)/sampler_speed.json
 	$(BIN)/python benchmarks/scoring_speed.py --device cpu --json $(FIGURES)/scoring_speed.json
+	$(BIN)/python benchmarks/policy_speed.py --device cpu --json $(FIGURES)/policy_speed.json
+	$(BIN)/python benchmarks/objective_speed.py --device cpu --json $(FIGURES)/objective_speed.json
 
 bench-gpu: setup  ## the training step on this machine's GPU; without one tiny sizes, and its figures marked as missing
 	$(BIN)/python benchmarks/train_speed.py --preset h200 --json $(FIGURES)/train_speed_gpu.json
