@@ -83,9 +83,8 @@ def main() -> None:
     medians = {name: median(own) for name, own in seconds.items()}
     ratios = {name: own / medians["llada"] for name, own in medians.items()}
     tokens = given.sequences * given.length
-    print(
-        f"{given.shape}, {given.sequences} x {given.length} tokens, {given.vocab_size} words; {given.device}, one thread"
-    )
+    sizes = f"{given.sequences} x {given.length} tokens, {given.vocab_size} words"
+    print(f"{given.shape}, {sizes}; {given.device}, one thread")
     for name, ratio in ratios.items():
         print(f"{name:10}{tokens / medians[name]:12,.0f} tokens/s   {ratio:.2f} of llada's step")
     if given.json:
