@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.evaluation.bound import all_masks, requests_by_block
+from llada_lightning.evaluation.bound import all_masks, requests_by_block, stderr_of_mean
 from llada_lightning.evaluation.likelihood import Scorer, ScoringProgress, masked_input
 from llada_lightning.evaluation.requests import FloatArray, Ids, Request, check_request
 from llada_lightning.objectives.noise import Purpose, random_words
@@ -132,9 +132,9 @@ def _scored(scorer: Scorer, request: Request, orders: int, seed: int) -> AnyOrde
     return AnyOrderScore(
         exact=exact_in_random_order(distinct_ML, values_ML) if length <= MOST_EXACT else None,
         lower=float(log_p_K.mean()),
-        lower_stderr=_stderr(log_p_K),
+        lower_stderr=stderr_of_mean(log_p_K),
         upper=float(tangent_K.mean()),
-        upper_stderr=_stderr(tangent_K),
+        upper_stderr=stderr_of_mean(tangent_K),
         tokens=length,
         orders=orders,
     )
@@ -169,7 +169,3 @@ def exact_in_random_order(masks_ML: np.ndarray, log_probs_ML: FloatArray) -> flo
 def _log_mean_exp(values_K: FloatArray) -> float:
     highest = float(values_K.max())
     return highest + math.log(float(np.exp(values_K - highest).mean()))
-
-
-def _stderr(values_K: FloatArray) -> float:
-    return float(values_K.std(ddof=1)) / math.sqrt(len(values_K))

@@ -86,11 +86,9 @@ class Bound:
     @property
     def score(self) -> Score:
         values = self.values
-        replicates = len(values)
-        sampled = float(values.std(ddof=1)) / math.sqrt(replicates) if replicates > 1 else math.nan
         return Score(
             mean=float(values.mean()),
-            stderr=0.0 if self.exact else sampled,
+            stderr=0.0 if self.exact else stderr_of_mean(values),
             exact=self.exact,
             samples=self.samples,
             tokens=self.length,
@@ -158,6 +156,11 @@ class Bound:
         return size + (replicate % self._first_replicates < more)
 
 
+def stderr_of_mean(values_R: FloatArray) -> float:
+    """The standard error of the mean of (R,) independent values; NaN of one."""
+    return float(values_R.std(ddof=1)) / math.sqrt(len(values_R)) if len(values_R) > 1 else math.nan
+
+
 def requests_by_block(request: Request, block_length: int | None) -> list[Request]:
     """The parts of a request that a model predicts one after the other, each with what is before it as its prompt.
 
@@ -199,10 +202,9 @@ class BoundOfBlocks:
         scores, values = [part.score for part in self.parts], self.values
         methods: tuple[Method, ...] = ("monte carlo", "enumerated", "one pass")
         found = [method for method in methods if any(score.method == method for score in scores)]
-        sampled = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return Score(
             mean=float(values.mean()),
-            stderr=0.0 if self.exact else sampled,
+            stderr=0.0 if self.exact else stderr_of_mean(values),
             exact=self.exact,
             samples=max((score.samples for score in scores), default=0),
             tokens=self.length,

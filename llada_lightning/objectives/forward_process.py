@@ -147,9 +147,9 @@ def validation_mask(
     Returns:
         (B, length) bool, True where masked.
     """
-    words_BL = np.stack([noise.random_words(seed, Purpose.VALIDATION_MASK, int(n), length) for n in ordinals])
     if block_length is None:
-        return _first_in_order(words_BL, stratified_mask_counts(seed, ordinals, length))
+        return fixed_count_mask(seed, ordinals, stratified_mask_counts(seed, ordinals, length), length)
+    words_BL = np.stack([noise.random_words(seed, Purpose.VALIDATION_MASK, int(n), length) for n in ordinals])
     blocks = -(-(longest or first + length) // block_length)
     masked_BL = np.empty(words_BL.shape, dtype=np.bool_)
     for k in range(first // block_length, -(-(first + length) // block_length)):

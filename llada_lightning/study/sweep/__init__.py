@@ -288,8 +288,8 @@ def kept_copy(sweep: Sweep, study: Path) -> Path:
 
 def runs_that_left(sweep: Sweep, study: Path) -> list[list[str]]:
     """The commands of the runs that a study was begun with and that its sweep file no longer has."""
-    copy, now = kept_copy(sweep, study), _commands(sweep)
-    return [command for command in _commands(read_sweep(copy)) if command not in now] if copy.is_file() else []
+    now = _commands(sweep)
+    return [command for command in _begun_with(sweep, study) if command not in now]
 
 
 def check_unchanged(sweep: Sweep, study: Path, *, by_index: bool = False, edited: bool = False) -> int:
@@ -310,8 +310,8 @@ def check_unchanged(sweep: Sweep, study: Path, *, by_index: bool = False, edited
     if sweep.path is None:
         return 0
     copy = kept_copy(sweep, study)
-    before = _commands(read_sweep(copy)) if copy.is_file() else []
-    now, gone = _commands(sweep), runs_that_left(sweep, study)
+    before, now = _begun_with(sweep, study), _commands(sweep)
+    gone = [command for command in before if command not in now]
     if gone and not edited:
         raise UserError(
             f"sweep: {sweep.path} was edited: {len(gone)} of the {len(before)} runs that {study} was begun with have "
@@ -327,6 +327,12 @@ def check_unchanged(sweep: Sweep, study: Path, *, by_index: bool = False, edited
         with written_atomically(copy) as temporary:
             temporary.write_bytes(sweep.path.read_bytes())
     return len([command for command in now if command not in before]) if before else 0
+
+
+def _begun_with(sweep: Sweep, study: Path) -> list[list[str]]:
+    """The commands of the runs that a study was begun with; none where it has no copy of the file."""
+    copy = kept_copy(sweep, study)
+    return _commands(read_sweep(copy)) if copy.is_file() else []
 
 
 def _commands(sweep: Sweep) -> list[list[str]]:
