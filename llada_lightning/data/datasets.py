@@ -200,6 +200,8 @@ class ValidationDataset(Dataset[ValidationBatch]):
             masked_BL=torch.from_numpy(masked_BL),
             counted_B=torch.from_numpy(counted_B),
             documents_B=torch.tensor([self.stream.document(n, self.eos_token_id) for n in n_B.tolist()]),
+            ordinals_B=torch.from_numpy(n_B),
+            noise_seed=self.noise_seed,
             documents_BL=document_numbers(tokens_BL, self.eos_token_id) if self.document_mask else None,
         )
 
@@ -324,6 +326,8 @@ class PairValidationDataset(Dataset[ValidationBatch]):
             masked_BL=masked_BL,
             counted_B=torch.from_numpy(counted_B),
             documents_B=torch.from_numpy(self.dialogues_N[n_B]),
+            ordinals_B=torch.from_numpy(n_B),
+            noise_seed=self.seed,
             attention_mask_BL=_between(0 * lengths_B, lengths_B, length),
             response_BL=_between(prompts_B, lengths_B, length),
         )

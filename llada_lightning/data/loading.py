@@ -23,7 +23,7 @@ from llada_lightning.data.manifest import (
     bits_per_byte,
 )
 from llada_lightning.data.validation import ValidationCorpus
-from llada_lightning.objectives.batches import TrainingBatch
+from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch
 from llada_lightning.objectives.densities import Density
 from llada_lightning.objectives.density_settings import density_setting
 from llada_lightning.objectives.forward_process import TimeSampling
@@ -166,10 +166,10 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
         self.check()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Let the module that is trained add the noise of its inputs while the batch is on the host."""
+        """Let the module add the noise of its inputs while the batch is on the host."""
         assert self.trainer is not None
         add: Any = getattr(self.trainer.lightning_module, "with_noise", None)
-        return add(batch) if isinstance(batch, TrainingBatch) and add is not None else batch
+        return add(batch) if isinstance(batch, (TrainingBatch, ValidationBatch)) and add is not None else batch
 
     @property
     def batch(self) -> int:

@@ -1,7 +1,7 @@
-"""The output head: logits of positions, or their cross-entropies.
+"""The output head: logits of positions, or their losses, such as the cross-entropy.
 
-The cross-entropies are computed together with the head, chunk by chunk, so that the logits of all positions are never
-in memory at once.
+Losses are computed together with the head, chunk by chunk, so that the logits of all positions are never in memory at
+once.
 
 The gradient of a weighted sum of cross-entropies is known as soon as the logits are: (softmax - onehot) times the
 weight. So each chunk's gradients are taken while its logits are at hand, and the chunk is let go (as Liger-Kernel and
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,20 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from llada_lightning.model.sharding import VocabularyShards
+
+
+class RowLoss(NamedTuple):
+    """A loss of a position by its logits, in two forms.
+
+    Attributes:
+        values: From logits (N, V) and further tensors (N, ...) of the positions to their losses (N,), differentiable.
+        chunk_gradient: From logits (C, V), targets (C,), weights (C,), the coefficient of the z-loss and the further
+            tensors to the losses (C,) float32, and to the gradient of their weighted sum by the logits (C, V), in the
+            type of the logits.
+    """
+
+    values: Callable[..., Tensor]
+    chunk_gradient: Callable[..., tuple[Tensor, Tensor]]
 
 
 class OutputHead(nn.Linear):
@@ -42,6 +56,8 @@ class OutputHead(nn.Linear):
         weights_M: Tensor,
         excluded_token_id: int | None = None,
         z_loss: float = 0.0,
+        loss: RowLoss | None = None,
+        rows: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, Tensor]:
         """Weighted sum of the negative log-likelihoods, and each of them; the M x V logits are never all in memory.
 
@@ -51,6 +67,8 @@ class OutputHead(nn.Linear):
             weights_M: (M,) float32.
             excluded_token_id: The id of a token that gets no probability.
             z_loss: The coefficient of the z-loss, which is in the gradient alone (see :func:`linear_cross_entropy`).
+            loss: Another loss than the negative log-likelihood; not with the vocabulary divided between processes.
+            rows: The further tensors of the positions that it takes.
 
         Returns:
             () float32 with a gradient; (M,) float32, nats, without.
@@ -61,7 +79,7 @@ class OutputHead(nn.Linear):
             shards = VocabularyShards.of(weight_VD)
             weight_VD = weight_VD.to_local()
         return linear_cross_entropy(
-            hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, self.compiled, shards, z_loss
+            hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, self.compiled, shards, z_loss, loss, rows
         )
 
 
@@ -113,8 +131,10 @@ def linear_cross_entropy(
     compiled: bool = False,
     shards: VocabularyShards | None = None,
     z_loss: float = 0.0,
+    loss: RowLoss | None = None,
+    rows: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropies of a linear layer's output, and their weighted sum.
+    """Cross-entropies of a linear layer's output, or other losses, and their weighted sum.
 
     Products are taken in the type of autocast, where it is on; everything between them in fp32.
 
@@ -128,6 +148,8 @@ def linear_cross_entropy(
         shards: The place of this process where the weight holds some vocabulary entries only. Other processes hold the
             others, with the same positions.
         z_loss: The coefficient of the z-loss (see :func:`with_z_loss`).
+        loss: Another loss than the cross-entropy, which needs whole logits.
+        rows: The further tensors (M, ...) of the positions that it takes.
 
     Returns:
         () float32, the sum, differentiable once by hidden and weight; (M,) float32, nats, without gradient.
@@ -135,8 +157,14 @@ def linear_cross_entropy(
     device = hidden_MD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
     gradients = torch.is_grad_enabled()
+    assert loss is None or shards is None
+    of_chunk = _chunk_gradient if loss is None else loss.chunk_gradient
+    if shards is not None:
+        of_chunk = shards.compiled_chunk_gradient if compiled else shards.chunk_gradient
+    elif compiled:
+        of_chunk = _compiled(of_chunk)
     return _LinearCrossEntropy.apply(
-        hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, dtype, gradients, compiled, shards, z_loss
+        hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, dtype, gradients, of_chunk, shards, z_loss, *rows
     )
 
 
@@ -151,16 +179,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         excluded_token_id: int | None,
         dtype: torch.dtype,
         gradients: bool,
-        compiled: bool,
+        chunk_gradient: Callable[..., tuple[Tensor, Tensor]],
         shards: VocabularyShards | None,
         z_loss: float,
+        *further: Tensor,
     ) -> tuple[Tensor, Tensor]:
         column = excluded_token_id if shards is None else shards.column(excluded_token_id)
         with torch.autocast(hidden_MD.device.type, enabled=False):
             chunks = _chunks(len(hidden_MD), len(weight_VD), dtype, hidden_MD.device.type)
-            chunk_gradient = _compiled_chunk_gradient() if compiled else _chunk_gradient
-            if shards is not None:
-                chunk_gradient = shards.compiled_chunk_gradient if compiled else shards.chunk_gradient
             matrix_VD = weight_VD.to(dtype)
             grad_hidden_MD = torch.empty_like(hidden_MD) if gradients else None
             grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if gradients else None
@@ -170,7 +196,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits_CV = hidden_CD @ matrix_VD.T
                 if column is not None:
                     logits_CV[:, column] = float("-inf")
-                nll_M[rows], grad_CV = chunk_gradient(logits_CV, targets_M[rows], weights_M[rows], z_loss)
+                of_chunk = (x[rows] for x in further)
+                nll_M[rows], grad_CV = chunk_gradient(logits_CV, targets_M[rows], weights_M[rows], z_loss, *of_chunk)
                 if grad_hidden_MD is not None and grad_weight_VD is not None:
                     grad_hidden_MD[rows] = grad_CV @ matrix_VD
                     _add_product(grad_weight_VD, grad_CV.T, hidden_CD)
@@ -185,7 +212,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         hidden_MD, weight_VD = ctx.gradients
         ctx.gradients = None  # used up: they are scaled in place
-        return hidden_MD.mul_(grad), weight_VD.mul_(grad), None, None, None, None, None, None, None, None
+        return hidden_MD.mul_(grad), weight_VD.mul_(grad), *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 def _chunk_gradient(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
@@ -211,8 +238,8 @@ def _chunk_gradient(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, z_l
 
 
 @functools.cache
-def _compiled_chunk_gradient() -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]:
-    return torch.compile(_chunk_gradient, dynamic=True)
+def _compiled(chunk_gradient: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(chunk_gradient, dynamic=True)
 
 
 def _chunks(positions: int, vocab_size: int, dtype: torch.dtype, device: str) -> list[slice]:

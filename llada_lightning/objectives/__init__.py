@@ -44,14 +44,15 @@ class Objective:
         module: The class path of the LightningModule.
         val_kind: Whether the validation loss is the exact negative log-likelihood, or an upper bound on it.
         causal: Whether a position attends to earlier positions only. It halves the FLOPs of attention.
-        masks: Whether the inputs contain [MASK], so that the vocabulary must have it. Then answers are denoised, and
-            the likelihood of a continuation is a bound (Eq. 6); without it, answers grow from left to right, and the
-            likelihood is exact.
+        masks: Whether the inputs contain [MASK], so that the vocabulary must have it, and the likelihood of a
+            continuation is the bound of Eq. 6.
         starts_with_eos: Whether an EOS is put before every sequence, so that the first token is predicted, too.
         logit_share: A function of the smallest mask probability that gives the expected share of the positions whose
             logits the training loss needs. Where it takes a second argument, that is the mean mask ratio of the data.
         tokens_per_param: The tokens per non-embedding parameter at the centre of an IsoFLOP grid.
         in_blocks: Whether a sequence is predicted block by block, each with a mask ratio of its own.
+        replaces: Whether the inputs contain random tokens in place of some, and no [MASK]. Then the likelihood of a
+            continuation is the bound of ``objectives.uniform``.
         layouts: The kinds of Hugging Face checkpoints that a model of this objective can be converted to.
         max_epochs: The number of passes over the data up to which repeated data is about as good as new data; None:
             not known.
@@ -75,11 +76,18 @@ class Objective:
     logit_share: Callable[..., float]
     tokens_per_param: float
     in_blocks: bool = False
+    replaces: bool = False
     layouts: tuple[str, ...] = ()
     max_epochs: float | None = None
     lr_scale: float = 1.0
     lr_scale_source: str = ""
     multipliers: Mapping[Convention, tuple[tuple[float, float, str], ...]] = field(default_factory=dict)
+
+    @property
+    def denoises(self) -> bool:
+        """Whether a forward process corrupts the inputs, and answers are denoised; else they grow from left to right,
+        and likelihoods are exact."""
+        return self.masks or self.replaces
 
     def flops_per_token(
         self,
@@ -170,9 +178,25 @@ OBJECTIVES: dict[str, Objective] = {
         tokens_per_param=105.0,
         in_blocks=True,
     ),
+    "uniform": Objective(
+        name="uniform",
+        label="uniform (bound, NELBO)",
+        colour="#CC79A7",
+        line=":",
+        marker="^",
+        filled=False,
+        module="llada_lightning.training.modules.UniformDiffusionModule",
+        val_kind="bound",
+        causal=False,
+        masks=False,
+        starts_with_eos=False,
+        logit_share=lambda mask_eps: 1.0,  # the bound sums over all positions
+        tokens_per_param=105.0,
+        replaces=True,
+    ),
 }
-"""The objectives by their names, in the order in which plots and tables list them. The centre of `block` is that of
-`llada`, with which it shares a loss; its own has not been measured.
+"""The objectives by their names, in the order in which plots and tables list them. The centres of `block` and `uniform`
+are that of `llada`; their own have not been measured.
 
 ``tokens_per_param`` comes from published IsoFLOP losses (133 runs on C4, 3e18 to 3e20 FLOPs,
 github.com/chen-hao-chao/mdm-prime-v2; parabolas in ln N at each of seven budgets). The N that is printed there is

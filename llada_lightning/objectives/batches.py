@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from llada_lightning.model.head import RowLoss
 from llada_lightning.model.patterns import Pattern
 
 BUCKET = 64
@@ -83,6 +84,11 @@ class ValidationBatch(NamedTuple):
         counted_B: (B,) bool, False where a row only fills up the batch of a rank that ran out.
         documents_B: (B,) int64: equal for sequences that begin in the same document.
         documents_BL, attention_mask_BL, response_BL: As in :class:`TrainingBatch`; ``masked_BL`` masks responses only.
+        ordinals_B: (B,) int64, from which an objective with a noise of its own draws it; None: the batch has no number.
+        noise_seed: The seed of that noise.
+        p_B: (B,) float32: the probability with which each sequence's tokens were corrupted, by such an objective.
+        noisy_BL: (B, L) int64: what the model sees in place of ``tokens_BL``, by such an objective.
+        density_B: (B,) float32: the density of that probability, at each of ``p_B``.
     """
 
     tokens_BL: Tensor
@@ -92,6 +98,11 @@ class ValidationBatch(NamedTuple):
     documents_BL: Tensor | None = None
     attention_mask_BL: Tensor | None = None
     response_BL: Tensor | None = None
+    ordinals_B: Tensor | None = None
+    noise_seed: int = 0
+    p_B: Tensor | None = None
+    noisy_BL: Tensor | None = None
+    density_B: Tensor | None = None
 
     def scored_counts(self) -> Tensor:
         """(B,) int64: tokens whose likelihood is asked for."""
@@ -126,5 +137,15 @@ class Predictor(Protocol):
         Ordinals are those of a training batch, which decide what dropout drops; None: nothing.
         """
 
-    def head_nll(self, hidden_MD: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sum of negative log-likelihoods, with a gradient, and each of them (M,), in nats."""
+    def head_nll(
+        self,
+        hidden_MD: Tensor,
+        targets_M: Tensor,
+        weights_M: Tensor,
+        loss: RowLoss | None = None,
+        rows: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum of negative log-likelihoods, with a gradient, and each of them (M,), in nats.
+
+        Another loss takes further tensors of the positions, ``rows``.
+        """

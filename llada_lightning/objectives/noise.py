@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     HELD_OUT = 10
     FACTS = 11
     TOKEN = 12
+    VALIDATION_TOKEN = 13
 
 
 def random_words(seed: int, purpose: Purpose, ordinal: int, count: int, sub_ordinal: int = 0) -> npt.NDArray[np.uint64]:

@@ -188,8 +188,10 @@ class LladaCLI(HookedCLI):
         check_monitors(self.trainer, self.model)
         require_open_files(self.datamodule.loader_workers(self.trainer))
         check_parallel(self.trainer, self.model.shape, self.model.vocab_size, self.datamodule.sequence_length)
-        if self.model.block_length is not None and tensor_parallel(self.trainer.strategy) > 1:
-            fix = f"{self.model.objective} needs whole sequences on each device; use fsdp2"
+        facts = self.model.facts
+        if (facts.in_blocks or facts.replaces) and tensor_parallel(self.trainer.strategy) > 1:
+            whole = "sequences" if facts.in_blocks else "logits"
+            fix = f"{self.model.objective} needs whole {whole} on each device; use fsdp2"
             raise UserError(f"trainer.strategy: {self.settings.trainer.strategy} given, but {fix}")
         longest = self.model.block_length or self.datamodule.sequence_length
         policies = policies_of(self.settings.run.policies, self.model.facts, longest)

@@ -27,7 +27,7 @@ from llada_lightning.data.sft import SftDataModule
 from llada_lightning.identity import run_name as name_of
 from llada_lightning.identity import with_stable_names
 from llada_lightning.model.transformer import NORM_EPS
-from llada_lightning.objectives import get_objective
+from llada_lightning.objectives import get_objective, uniform
 from llada_lightning.objectives.llada import LossWeight
 from llada_lightning.run import Length, Run, Spec, check_block_length, resolve
 from llada_lightning.settings import Budget, check_folder_name, check_seed
@@ -63,7 +63,7 @@ def resolve_data(config: Namespace) -> LanguageDataModule:
     data = _located(config.data.class_path, LanguageDataModule)(**config.data.init_args.as_dict())  # type: ignore[type-abstract]
     _check_blocks(config.model.init_args, data)
     data.check()
-    _check_weight(config.model.init_args, data)
+    _check_weight(config.model.init_args, data, module_class(config).objective)
     if config.trainer.precision is None:
         config.trainer.precision = native_precision(str(config.trainer.accelerator))
     elif str(config.trainer.precision).startswith("16"):
@@ -109,7 +109,7 @@ def resolve_from_python(module: LanguageModule, trainer: Trainer) -> None:
     if arguments.get("weights") is not None:
         take_over(config, module.objective)
     _check_blocks(arguments, data)
-    _check_weight(arguments, data)
+    _check_weight(arguments, data, module.objective)
     _fill_vocabulary(config, data)
     if trainer.training:
         if trainer.max_steps < 1 and data.wanted_steps is None:
@@ -214,10 +214,12 @@ def _check_blocks(model: Namespace, data: LanguageDataModule) -> None:
         check_block_length("model.block_length", data.block_length, data.sequence_length)
 
 
-def _check_weight(model: Namespace, data: LanguageDataModule) -> None:
+def _check_weight(model: Namespace, data: LanguageDataModule, objective: str) -> None:
     """Refuse a weight of the loss that does not fit the density of the mask ratios."""
     if "loss_weight" in model:
         LossWeight(model["loss_weight"], model["loss_weight_limit"]).check(data.density_setting)
+    elif get_objective(objective).replaces:
+        uniform.check_density(data.density_setting)
 
 
 _OURS = {

@@ -25,11 +25,12 @@ from llada_lightning.identity import check_history, check_identity, model_identi
 from llada_lightning.model import Transformer
 from llada_lightning.model.attention import ALL
 from llada_lightning.model.dropout import check_dropout
-from llada_lightning.model.head import token_nll, with_z_loss
+from llada_lightning.model.head import RowLoss, token_nll, with_z_loss
 from llada_lightning.model.patterns import Pattern
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
-from llada_lightning.objectives import BLOCK_LENGTH, Objective, TrainingKind, arm, block, get_objective, llada
+from llada_lightning.objectives import BLOCK_LENGTH, Objective, TrainingKind, arm, block, get_objective, llada, uniform
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch
+from llada_lightning.objectives.densities import covers_all_ratios
 from llada_lightning.objectives.density_settings import DensitySetting
 from llada_lightning.objectives.forward_process import noisy_tokens
 from llada_lightning.support.arguments import KeepsArguments
@@ -207,9 +208,9 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
     def on_train_start(self) -> None:
         self._micro_losses.clear()  # of a step that an interrupt broke off
 
-    def with_noise(self, batch: TrainingBatch) -> TrainingBatch:
+    def with_noise(self, batch: TrainingBatch | ValidationBatch) -> TrainingBatch | ValidationBatch:
         """A batch on the host, where the noise of ordinals is made, with what the model sees of it."""
-        if not self.token_noise:
+        if not self.token_noise or isinstance(batch, ValidationBatch):
             return batch
         assert self.trainer is not None
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
@@ -330,16 +331,26 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         sizes = (self.shape, self.vocab_size, sequence_length)
         return self.facts.flops_per_token(*sizes, mask_eps, response_share, mean_ratio, self.block_length)
 
-    def head_nll(self, hidden_MD: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
+    def head_nll(
+        self,
+        hidden_MD: Tensor,
+        targets_M: Tensor,
+        weights_M: Tensor,
+        loss: RowLoss | None = None,
+        rows: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, Tensor]:
         """Weighted sum of negative log-likelihoods with a gradient, and each of them (M,) in nats.
 
-        The gradient of the z-loss is in that of the sum, whose value does not hold it.
+        Another loss takes further tensors of the positions, ``rows``. The gradient of the z-loss is in that of the sum,
+        whose value does not hold it.
         """
         excluded = excluded_token_id(self.compat, self.mask_token_id)
         if self.speed.loss == "chunked":
-            return self.model.head.nll(hidden_MD, targets_M, weights_M, excluded, self.z_loss)
+            return self.model.head.nll(hidden_MD, targets_M, weights_M, excluded, self.z_loss, loss, rows)
         logits_MV = self.model.head(hidden_MD)
-        nll_M = token_nll(logits_MV, targets_M, excluded)
+        if loss is not None and excluded is not None:
+            logits_MV[:, excluded] = float("-inf")
+        nll_M = token_nll(logits_MV, targets_M, excluded) if loss is None else loss.values(logits_MV, targets_M, *rows)
         total = (nll_M * weights_M).sum()
         return with_z_loss(total, logits_MV, weights_M, self.z_loss) if self.z_loss else total, nll_M
 
@@ -481,3 +492,44 @@ class BlockDiffusionModule(LladaModule):
     def sequence_nll(self, batch: ValidationBatch) -> Tensor:
         """(B,) float64: a sample of the bound of each sequence or response, summed over its blocks, in nats."""
         return block.sequence_nll(self, batch, self.block_length)
+
+
+class UniformDiffusionModule(LanguageModule):
+    """Uniform-state diffusion, see ``objectives.uniform``.
+
+    Args:
+        settings: The settings of :class:`LanguageModule`, by position.
+        named: The settings of :class:`LanguageModule`, by name.
+    """
+
+    objective = "uniform"
+
+    def __init__(self, *settings: Any, **named: Any) -> None:
+        super().__init__(*settings, **named)
+        if self.compat is not None:
+            raise UserError(
+                f"model.compat: {self.compat} given, but {self.objective} has no released code here; leave it out"
+            )
+
+    @property
+    def alphabet(self) -> uniform.Alphabet:
+        """The entries of the vocabulary that noise is drawn from."""
+        assert self.vocab_size is not None
+        return uniform.Alphabet(self.vocab_size, self.mask_token_id)
+
+    def with_noise(self, batch: TrainingBatch | ValidationBatch) -> TrainingBatch | ValidationBatch:
+        if isinstance(batch, ValidationBatch):
+            return uniform.with_validation_noise(batch, self.alphabet)
+        assert self.trainer is not None
+        return uniform.with_training_noise(batch, self.trainer.datamodule.seed, self.alphabet)  # type: ignore[attr-defined]
+
+    def training_loss(self, batch: TrainingBatch) -> Tensor:
+        """A sample of the bound of a micro-batch, in nats per token of the global batch."""
+        return uniform.training_loss(self, batch, self.alphabet.size)
+
+    def sequence_nll(self, batch: ValidationBatch) -> Tensor:
+        """(B,) float64: a sample of the bound of each sequence or response, in nats."""
+        return uniform.sequence_nll(self, batch, self.alphabet.size)
+
+    def training_kind(self, density: DensitySetting | None = None) -> TrainingKind:
+        return "bound" if covers_all_ratios(None if density is None else density.density) else "surrogate"

@@ -159,7 +159,7 @@ def variant(module: LanguageModule, data: LanguageDataModule, decayed: bool = Tr
     kind, objective = type(module), OBJECTIVES.get(module.objective)
     given = _flat(module.identity.get("model", {}).get("init_args", {}))
     defaults = _flat(_defaults(kind))
-    if objective is None or objective.masks:
+    if objective is None or objective.denoises:
         given |= {name: getattr(data, name) for name in _CORRUPTION}
         defaults |= {name: _defaults(type(data)).get(name) for name in _CORRUPTION}
         if data.density_setting is not None:

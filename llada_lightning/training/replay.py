@@ -222,15 +222,15 @@ class StepRecorder(Callback):
         loss = float(module.training_loss(alone)) / trainer.accumulate_grad_batches
         mask = alone.attention_mask_BL
         tokens = alone.tokens_BL[0, :_TEXT_TOKENS].tolist()
-        masks = module.facts.masks
+        denoises = module.facts.denoises
         return SequenceReplay(
             ordinal=ordinal,
             source=list(data.weights)[source],
             item=item,
             length=alone.tokens_BL.shape[1] if mask is None else int(mask.sum()),
-            t=(p - data.mask_eps) / (1 - data.mask_eps) if masks else None,
-            p=p if masks else None,
-            masked=int(alone.masked_BL.sum()) if masks else None,
+            t=(p - data.mask_eps) / (1 - data.mask_eps) if denoises else None,
+            p=p if denoises else None,
+            masked=int(alone.masked_BL.sum()) if denoises else None,
             loss=loss,
             finite=math.isfinite(loss),
             text=decode(self._tokenizer, tokens, skip_special_tokens=False),

@@ -21,7 +21,7 @@ from llada_lightning.commands.main import main
 
 MODELS = {"arm": "ArmModule", "llada": "LladaModule"}
 """The two objectives of the paper, and their modules."""
-EVERY_MODEL = {**MODELS, "block": "BlockDiffusionModule"}
+EVERY_MODEL = {**MODELS, "block": "BlockDiffusionModule", "uniform": "UniformDiffusionModule"}
 TESTS = Path(__file__).parents[1]
 
 

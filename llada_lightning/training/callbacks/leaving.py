@@ -166,7 +166,7 @@ def worst_case(batch: Batch, size: int) -> Batch:
     masked_BL = torch.ones_like(batch.masked_BL[:size])
     if isinstance(batch, TrainingBatch):
         return batch.rows(slice(size), masked_BL)
-    rows: dict[str, Any] = {name: value[:size] for name, value in batch._asdict().items() if value is not None}
+    rows: dict[str, Any] = {name: value[:size] for name, value in batch._asdict().items() if torch.is_tensor(value)}
     return batch._replace(**{**rows, "masked_BL": masked_BL})
 
 
