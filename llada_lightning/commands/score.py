@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
     from llada_lightning.evaluation.scoring import print_report, score_texts  # after the parser: --help answers at once
 
     lm = load(vars(options))
-    if sampled and (policy is not None or not lm.facts.masks):
+    if sampled and (policy is not None or not lm.facts.denoises):
         without = ", ".join(map(_option, sampled))
         exact = lm.objective if policy is None else f"a policy ({policy.label})"
         warn(f"note: {without}: without effect, the value of {exact} is exact")

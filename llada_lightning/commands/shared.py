@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -98,7 +98,7 @@ def sample(
         torch.manual_seed(sampling.seed)
     if console is None or not console.is_terminal:
         return generate(lm, prompts, sampling, **more)
-    grows = sampling.strategy_for(lm) != "diffusion"
+    grows = replace(sampling, strategy=sampling.strategy_for(lm)).grows
     with Unfolding(Aligner(lm.tokenizer), names, console, grows=grows) as unfolding:
         return generate(lm, prompts, sampling, on_step=unfolding.observe, **more)
 

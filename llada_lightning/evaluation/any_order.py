@@ -84,7 +84,10 @@ def any_order_log_likelihood(
         UserError: The model has no [MASK], there are too few orders, or a request cannot be scored.
     """
     if not lm.facts.masks:
-        raise UserError(f"any order: {lm.objective} has no [MASK] and one order only; its log_likelihood is exact")
+        has = "no order of its tokens; its log_likelihood is a bound"
+        if not lm.facts.denoises:
+            has = "one order only; its log_likelihood is exact"
+        raise UserError(f"any order: {lm.objective} has no [MASK] and {has}")
     if orders < 4:
         raise UserError(f"orders is {orders}; it must be at least 4, for a mean and its error from each half")
     checked = [check_request(lm, *pair, None, f"request {n}") for n, pair in enumerate(requests)]

@@ -29,7 +29,7 @@ from llada_lightning.checkpoints.run_folder import (
 from llada_lightning.evaluation.harness import HarnessModel, said
 from llada_lightning.evaluation.sandbox import sandboxed_code_eval
 from llada_lightning.evaluation.suites import Ablation, Benchmark, Outcome, merged_settings
-from llada_lightning.generation.sampling import Sampling, only_left_to_right
+from llada_lightning.generation.sampling import Sampling
 from llada_lightning.records import read_evaluations, write_evaluations
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import warn
@@ -175,7 +175,7 @@ def _check_shots(task: Any, benchmark: Benchmark) -> None:
 
 def check_varied(ablation: Ablation, lm: LanguageModel, loaded: Sequence[Loaded]) -> None:
     """Refuses a table of settings that asks nothing of this model or of these tasks."""
-    if only_left_to_right(lm):
+    if not lm.facts.masks:
         raise UserError(
             f"'{lm.name}' is an {lm.objective}, which has no {ablation.question} to vary; give a llada checkpoint"
         )

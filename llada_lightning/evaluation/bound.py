@@ -21,13 +21,15 @@ Student's t of R - 1 degrees of freedom times the error (2.1 for 95 % at 16; 2.4
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from llada_lightning.evaluation.requests import FloatArray, Method, Request, Score
+from llada_lightning.objectives.forward_process import Alphabet, drawn_levels
 from llada_lightning.objectives.noise import Purpose, random_words, words_to_uniform
 from llada_lightning.support.errors import UserError
 
@@ -213,11 +215,106 @@ class BoundOfBlocks:
         )
 
 
-AnyBound = Bound | BoundOfBlocks
+class NoisyTokens(NamedTuple):
+    """A continuation of which some tokens are replaced by random ones.
+
+    Args:
+        level: The noise level t.
+        density: The density with which it was drawn.
+        tokens_L: (L,) int64, the noisy tokens.
+    """
+
+    level: float
+    density: float
+    tokens_L: npt.NDArray[np.int64]
+
+
+class BoundByNoise:
+    """The lower bound of one request to a model of uniform-state diffusion: Monte Carlo over noise levels and tokens.
+
+    Only the continuation is replaced. The levels of a replicate are a shifted grid, as the l of :class:`Bound`; the
+    replicates are independent, and their scatter tells the error.
+
+    Args:
+        request: The request, with a continuation of L >= 0 tokens.
+        alphabet: The entries that noise is drawn from.
+        samples: The number of noisy continuations of the first round, at least 1.
+        seed: The seed of the noise.
+    """
+
+    def __init__(self, request: Request, alphabet: Alphabet, samples: int, seed: int) -> None:
+        self.request, self.seed, self._alphabet = request, seed, alphabet
+        self.length = len(request.continuation)
+        self._first_samples, self._first_replicates = samples, min(samples, REPLICATES)
+        self._values: list[float] = []
+
+    @property
+    def parts(self) -> list[Bound]:
+        """None: no masks are planned."""
+        return []
+
+    @property
+    def exact(self) -> bool:
+        return self.length == 0
+
+    @property
+    def values(self) -> FloatArray:
+        """(R,) independent unbiased estimates in nats, one a replicate; (1,) the value itself where exact."""
+        return np.array([0.0] if self.exact else self._values)
+
+    @property
+    def score(self) -> Score:
+        values = self.values
+        return Score(
+            mean=float(values.mean()),
+            stderr=0.0 if self.exact else stderr_of_mean(values),
+            exact=self.exact,
+            samples=sum(map(self._size, range(len(self._values)))),
+            tokens=self.length,
+            method="empty" if self.exact else "monte carlo",
+            truncated=self.request.truncated,
+        )
+
+    def plan(self, samples: int) -> list[NoisyTokens]:
+        """The noisy continuations to score until ``samples`` are drawn, in whole rounds of as many as the first."""
+        if self.exact:
+            return []
+        replicates = range(len(self._values), self._first_replicates * (samples // self._first_samples))
+        return [noisy for r in replicates for noisy in self._replicate(r)]
+
+    def add(self, plan: Sequence[NoisyTokens], log_probs_N: FloatArray) -> None:
+        """Takes in what the model gave for planned continuations (N,): the integrands' sums, their sign changed."""
+        weighted_N, start = log_probs_N / np.array([noisy.density for noisy in plan]), 0
+        while start < len(plan):
+            end = start + self._size(len(self._values))
+            self._values.append(float(weighted_N[start:end].mean()))
+            start = end
+
+    def _replicate(self, replicate: int) -> list[NoisyTokens]:
+        size, length = self._size(replicate), self.length
+        words = random_words(
+            self.seed, Purpose.LIKELIHOOD, self.request.noise_key, 1 + 2 * size * length, sub_ordinal=replicate
+        )
+        uniform = words_to_uniform(words)
+        levels_K, densities_K = drawn_levels((np.arange(size) + uniform[0]) / size)
+        chosen_KL, drawn_KL = uniform[1:].reshape(2, size, length)
+        tokens_L = np.array(self.request.continuation, dtype=np.int64)
+        noisy_KL = np.where(chosen_KL < levels_K[:, None], self._alphabet.ids(drawn_KL), tokens_L)
+        return [NoisyTokens(float(t), float(q), z_L) for t, q, z_L in zip(levels_K, densities_K, noisy_KL, strict=True)]
+
+    def _size(self, replicate: int) -> int:
+        """Continuations of a replicate; those of a round are as many as the samples of the first."""
+        size, more = divmod(self._first_samples, self._first_replicates)
+        return size + (replicate % self._first_replicates < more)
+
+
+AnyBound = Bound | BoundOfBlocks | BoundByNoise
 
 
 def bound_of(lm: LanguageModel, request: Request, *settings: Any, **named: Any) -> AnyBound:
-    """The bound of a request to a model; settings as of :class:`Bound`."""
+    """The bound of a request to a model; settings as of :class:`Bound`, of which noise takes the first two."""
+    if lm.facts.replaces:
+        return BoundByNoise(request, Alphabet(lm.model.vocab_size, lm.mask_token_id), *settings[:2])
     if lm.block_length is None:
         return Bound(request, *settings, **named)
     return BoundOfBlocks(request, lm.block_length, *settings, **named)

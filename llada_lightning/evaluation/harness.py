@@ -229,12 +229,13 @@ class HarnessModel(LM):
 
     def _fills(self, request: Instance) -> bool:
         wanted = request.args[1].get("infill", False)
-        if wanted and only_left_to_right(self.lm):
+        if wanted and not self.lm.facts.masks:
+            why = "sees nothing behind a gap" if only_left_to_right(self.lm) else "has no [MASK] to fill"
             raise UserError(
-                f"task '{request.task_name}': '{self.lm.name}' is an {self.lm.objective}, which sees nothing behind a "
-                "gap; take a task without infill"
+                f"task '{request.task_name}': '{self.lm.name}' is an {self.lm.objective}, which {why}; take a task "
+                "without infill"
             )
-        return (wanted or self.infill) and not only_left_to_right(self.lm) and "suffix" in request.doc
+        return (wanted or self.infill) and self.lm.facts.masks and "suffix" in request.doc
 
     def _filled(self, requests: Sequence[Instance]) -> Iterator[list[str]]:
         """What is between prompt and suffix, a batch at a time."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ from llada_lightning.evaluation.bound import (
     AnyBound,
     BoolArray,
     Bound,
+    BoundByNoise,
+    NoisyTokens,
     bound_of,
     check_sampling,
     requests_by_block,
@@ -27,6 +29,8 @@ from llada_lightning.evaluation.policy import Policy, policy_log_probs
 from llada_lightning.evaluation.requests import FloatArray, Ids, Request, Score, Truncation, check_request
 from llada_lightning.generation.predictor import guide
 from llada_lightning.model.head import token_nll
+from llada_lightning.objectives.forward_process import Alphabet
+from llada_lightning.objectives.uniform import integrand, levels
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import people_console
 
@@ -55,10 +59,11 @@ def log_likelihood(
     """The log-likelihood of each continuation given its prompt, in nats.
 
     `arm`: exact. `llada`: the lower bound whose negative is Eq. 6, estimated without bias (``bound.Bound``): exact for
-    one token, and where all masks are no more than the samples. With a policy it is the exact log-likelihood of the
-    sampler that decodes the continuation by it (``evaluation.policy``), and nothing is drawn. An empty continuation has
-    log-likelihood 0. An empty prompt is scored as the start of a text: behind EOS for an `arm` of ours, behind its BOS
-    (or EOS) for a Llama, behind nothing for `llada`.
+    one token, and where all masks are no more than the samples. `uniform`: a lower bound, by Monte Carlo over noisy
+    continuations (``bound.BoundByNoise``). With a policy it is the exact log-likelihood of the sampler that decodes the
+    continuation by it (``evaluation.policy``), and nothing is drawn. An empty continuation has log-likelihood 0. An
+    empty prompt is scored as the start of a text: behind EOS for an `arm` of ours, behind its BOS (or EOS) for a Llama,
+    behind nothing for `llada`.
 
     A score depends on the seed and on its request's content alone, and to rounding not on what else is scored. Requests
     with one prompt share their random numbers, which makes differences between them more precise. Equal requests are
@@ -107,7 +112,7 @@ def log_likelihood(
         policy.check(lm.facts, min(longest, lm.block_length or longest))
     with ScoringProgress(progress) as bar:
         scorer = Scorer(lm, cfg_scale, batch_tokens, bar)
-        if not lm.facts.masks:
+        if not lm.facts.denoises:
             scores = exact_scores(scorer, checked)
         elif policy is not None:
             scores = policy_scores(scorer, checked, policy)
@@ -200,6 +205,8 @@ def draw(scorer: Scorer, bounds: Sequence[AnyBound], samples: int) -> None:
 
     A mask that is drawn twice is scored once.
     """
+    if scorer.lm.facts.replaces:
+        return _draw_noise(scorer, [bound for bound in bounds if isinstance(bound, BoundByNoise)], samples)
     for wave in _waves([part for bound in bounds for part in bound.parts], samples):
         distinct = [np.unique(masks_NL, axis=0, return_inverse=True) for _, masks_NL in wave]
         inputs = [
@@ -214,9 +221,21 @@ def draw(scorer: Scorer, bounds: Sequence[AnyBound], samples: int) -> None:
             bound.add(plan_NL, values_NL[inverse_N.reshape(-1)])
 
 
-def _waves(bounds: Sequence[Bound], samples: int) -> Iterator[list[tuple[Bound, BoolArray]]]:
-    """Bounds with their planned masks, longest first, in groups whose rows fit into memory."""
-    wave: list[tuple[Bound, BoolArray]] = []
+def _draw_noise(scorer: Scorer, bounds: Sequence[BoundByNoise], samples: int) -> None:
+    """Adds noisy continuations to every bound until it has ``samples``."""
+    for wave in _waves(bounds, samples):
+        inputs = [noisy_input(bound.request, noise) for bound, plan in wave for noise in plan]
+        values = iter(scorer.log_probs(inputs))
+        for bound, plan in wave:
+            bound.add(plan, np.array([next(values).sum() for _ in plan]))
+
+
+AnyPart = TypeVar("AnyPart", Bound, BoundByNoise)
+
+
+def _waves(bounds: Sequence[AnyPart], samples: int) -> Iterator[list[tuple[AnyPart, Any]]]:
+    """Bounds with what they plan, longest first, in groups whose rows fit into memory."""
+    wave: list[tuple[AnyPart, Any]] = []
     tokens = 0
     for bound in sorted(bounds, key=lambda bound: -len(bound.request.prompt) - bound.length):
         plan_NL = bound.plan(samples)
@@ -240,12 +259,26 @@ class ScoredInput:
         tokens: (T,) The input ids.
         positions, targets: (M,) The positions in ``tokens`` of the wanted logits, and the ids wanted there.
         prompt_length: The number of tokens at the left that guidance replaces by [MASK].
+        level: The noise level of tokens of which some are replaced by random ones. What is wanted at each position is
+            the integrand of their bound, with its sign changed.
     """
 
     tokens: IntArray
     positions: IntArray
     targets: IntArray
     prompt_length: int = 0
+    level: float | None = None
+
+
+def noisy_input(request: Request, noise: NoisyTokens) -> ScoredInput:
+    prompt, continuation = (np.array(ids, dtype=np.int64) for ids in (request.prompt, request.continuation))
+    return ScoredInput(
+        tokens=np.concatenate([prompt, noise.tokens_L]),
+        positions=len(prompt) + np.arange(len(continuation)),
+        targets=continuation,
+        prompt_length=len(prompt),
+        level=noise.level,
+    )
 
 
 def masked_input(lm: LanguageModel, request: Request, mask_L: BoolArray) -> ScoredInput:
@@ -343,11 +376,26 @@ class Scorer:
         )
         hidden_NMD = hidden_BTD.unflatten(0, (len(branches), -1)).flatten(1, 2)[:, at_M]
         step = max(1, _LOGITS_AT_ONCE // self.lm.model.vocab_size // len(branches))
+        given: tuple[Tensor, ...] = ()
+        if self.lm.facts.replaces:
+            levels_M = np.concatenate([np.full(len(row.positions), row.level) for row in rows])
+            entries = Alphabet(self.lm.model.vocab_size, self.lm.mask_token_id).size
+            noisy_M = torch.from_numpy(tokens_BT).flatten().to(device)[at_M]
+            given = noisy_M, *levels(torch.from_numpy(levels_M).to(device), entries)
         parts = [
-            token_nll(self.logits(hidden_NMD[:, m : m + step]), targets_M[m : m + step], self.lm.excluded_token_id)
+            self._losses(hidden_NMD[:, m : m + step], targets_M[m : m + step], *(x[m : m + step] for x in given))
             for m in range(0, len(targets_M), step)
         ]
         return -torch.cat(parts).double().cpu().numpy()
+
+    def _losses(self, hidden_NMD: Tensor, targets_M: Tensor, *given: Tensor) -> Tensor:
+        """(M,) the negative log-likelihoods, or the integrands of the bound of noisy tokens."""
+        logits_MV, excluded = self.logits(hidden_NMD), self.lm.excluded_token_id
+        if not given:
+            return token_nll(logits_MV, targets_M, excluded)
+        if excluded is not None:
+            logits_MV[:, excluded] = -torch.inf
+        return integrand(logits_MV, targets_M, *given)
 
     def logits(self, hidden_NMD: Tensor) -> Tensor:
         """(M, V) float32; of two branches the guided ones (Eq. 16)."""

@@ -106,9 +106,14 @@ class Policy:
             longest: The tokens of the longest text.
 
         Raises:
-            UserError: The model has no [MASK], and the policy is not its own order; or a step reveals more tokens than
-                there are.
+            UserError: The model has no [MASK], and the policy is not its own order or it has none; or a step reveals
+                more tokens than there are.
         """
+        if facts.replaces:
+            raise UserError(
+                f"policy {self.label}: {facts.name} has no [MASK] and no order in which tokens are revealed; its "
+                "likelihood is the bound alone"
+            )
         if not facts.masks and (self.name != LEFT_TO_RIGHT or self.tokens_per_step > 1):
             raise UserError(
                 f"policy {self.label}: {facts.name} has no [MASK] and predicts one token after the other; its own "

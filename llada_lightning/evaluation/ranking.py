@@ -117,7 +117,7 @@ def rank_candidates(
     sizes = candidate_sizes(lm, questions, normalisation, byte_lengths)
     with ScoringProgress(progress) as bar:
         scorer = Scorer(lm, cfg_scale, batch_tokens, bar)
-        if not lm.facts.masks:
+        if not lm.facts.denoises:
             known = exact_scores(scorer, [request for group in requests for request in group])
             return [rank_scores([known[r] for r in group], size) for group, size in zip(requests, sizes, strict=True)]
         all_up_to = min(_ALL_MASKS_UP_TO, max(_ALL_MASKS_ALWAYS, max_samples))

@@ -50,10 +50,9 @@ def prompt_ids(
     Raises:
         UserError: An id is outside of the vocabulary, or [MASK] is where it must not be.
     """
-    if infill and only_left_to_right(lm):
-        raise UserError(
-            f"infill: '{lm.name}' is an {lm.objective}, which cannot see what stands behind a gap; leave it out"
-        )
+    if infill and not lm.facts.masks:
+        why = "cannot see what stands behind a gap" if only_left_to_right(lm) else "has no [MASK] to fill"
+        raise UserError(f"infill: '{lm.name}' is an {lm.objective}, which {why}; leave it out")
     import torch
 
     if isinstance(prompts, np.ndarray):

@@ -1,5 +1,5 @@
-"""`generate`: answers to prompts, token by token (`arm`) or by the reverse process of `llada`: pure, in blocks of a
-fixed length, or in blocks that grow (Sec. 2.4, B.4)."""
+"""`generate`: answers to prompts, token by token (`arm`), by the reverse process of `llada`: pure, in blocks of a fixed
+length, or in blocks that grow (Sec. 2.4, B.4); or from random tokens (`uniform`)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.generation import reveal
+from llada_lightning.generation.ancestral import refine
 from llada_lightning.generation.predictor import (
     STILL_MASKED,
     BlockPredictor,
@@ -143,6 +144,8 @@ def _batch(
         if on_step is not None:
             on_step(canvas.snapshot(step, settings.most_steps, start))
 
+    if lm.facts.replaces:
+        return refine(lm, canvas, settings, noise, show), canvas
     if only_left_to_right(lm):
         return write(lm, canvas, settings, noise, show), canvas
     kind = Denoiser if settings.compat is None else ReleasedDenoiser

@@ -14,9 +14,12 @@ from llada_lightning.support.printing import warn_once
 if TYPE_CHECKING:
     from llada_lightning.checkpoints.language_model import LanguageModel
 
-Strategy = Literal["diffusion", "block_diffusion", "autoregressive"]
+Strategy = Literal["diffusion", "block_diffusion", "autoregressive", "ancestral"]
 Cache = Literal["none", "kv", "prefix", "dual"]
 Finish = Literal["eos", "stop", "length"]
+
+_OF_FIXED_LENGTH = ("diffusion", "ancestral")
+"""The strategies whose answers have their length from the beginning."""
 
 DEFAULT_LENGTH = 128
 """The number of tokens of an answer where the context has room for it."""
@@ -26,8 +29,8 @@ OF_EVERY_STRATEGY = frozenset({"length", "temperature", "top_k", "top_p", "stop"
 
 
 def only_left_to_right(lm: LanguageModel) -> bool:
-    """Whether a model can only write one token after the other: its objective has no masks to denoise."""
-    return not lm.facts.masks
+    """Whether a model can only write one token after the other: its objective has nothing to denoise."""
+    return not lm.facts.denoises
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Sampling:
         strategy: `diffusion`: of a fixed length, in one block, or in several from left to right; `block_diffusion`:
             grows block by block until EOS; `autoregressive`: grows token by token (paper, Fig. 4). By default
             `diffusion` for a masked diffusion model such as `llada`, `autoregressive` for `arm`, and `block_diffusion`
-            for `block`, which has no other, in blocks of its own length.
+            for `block`, which has no other, in blocks of its own length. `uniform` has `ancestral` alone: from random
+            tokens, each of which may change at every step, of a fixed length.
         remasking: The reveal rule: which predictions stay at the end of a step. Those of the highest probability
             (`low_confidence`, Algorithm 5), of the widest margin to the second candidate (`margin`), or of the lowest
             entropy (`entropy`); or by chance, each with the probability of the reverse process (`random`, Algorithm 4),
@@ -65,6 +69,8 @@ class Sampling:
             of `llada`, or before and behind it, is computed once a block, which is approximate.
         seed: The seed of the noise, which depends on the number of the prompt as well.
         compat: `llada` samples as the authors' released code does; an answer then depends on its batch.
+        kappa: The share of the posterior in a step of `ancestral`. The rest forgets the token, which corrects it; 1 is
+            ancestral sampling, 0.95 a predictor-corrector.
 
     Raises:
         UserError: A value is not known or out of its range, or two settings do not go together.
@@ -86,6 +92,7 @@ class Sampling:
     cache: Cache | None = None
     seed: int = 0
     compat: Literal["llada"] | None = None
+    kappa: float = 1.0
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -102,6 +109,8 @@ class Sampling:
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise UserError(f"{name}: {share} given; it must lie in (0, 1]")
+        if not 0 <= self.kappa <= 1:
+            raise UserError(f"kappa: {self.kappa} given; it must lie in [0, 1], such as 0.95")
         if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
             raise UserError(f"cfg_scale: {self.cfg_scale} given; it must be 0 (no guidance) or above")
         if any(not isinstance(text, str) or not text for text in stop):
@@ -137,7 +146,7 @@ class Sampling:
     @property
     def grows(self) -> bool:
         """Whether the answer grows, so that what follows is not there yet."""
-        return self.strategy != "diffusion"
+        return self.strategy not in _OF_FIXED_LENGTH
 
     @property
     def steps_per_block(self) -> int | None:
@@ -155,6 +164,8 @@ class Sampling:
         """The strategy that is given, or else the default of a model."""
         if lm.block_length is not None:
             return self.strategy or "block_diffusion"
+        if lm.facts.replaces:
+            return self.strategy or "ancestral"
         return self.strategy or ("autoregressive" if only_left_to_right(lm) else "diffusion")
 
     def resolved(self, lm: LanguageModel) -> Sampling:
@@ -180,6 +191,10 @@ class Sampling:
                     "it out"
                 )
             block_length = lm.block_length
+        elif strategy == "ancestral" and block_length not in (None, self.length):
+            raise UserError(
+                f"block_length: {block_length} given; ancestral sampling has no blocks; leave it out"
+            )
         elif self.infill and block_length is not None:
             raise UserError(f"block_length: {block_length} given; infilling takes all gaps of a text together")
         block_length = block_length or self.length
@@ -196,7 +211,7 @@ class Sampling:
         if steps is None and not self.infill and self.threshold is None:
             steps = self.length
         by_count = self.compat is not None or RULES[self.remasking].choice in (None, random_count)
-        if steps is not None and steps > self.length and by_count:
+        if steps is not None and steps > self.length and by_count and strategy != "ancestral":
             warn_once(
                 f"note: steps: {steps} given for {self.length} tokens, and a step reveals at least one; "
                 f"{steps - self.length} steps reveal nothing, so give at most {self.length}"
@@ -221,6 +236,24 @@ class Sampling:
 
     def _check_model(self, lm: LanguageModel) -> None:
         """Refuses what the samplers of a model do not have."""
+        if lm.facts.replaces:
+            self._refuse(
+                f"'{lm.name}' is of {lm.objective}, which denoises random tokens, all of an answer together",
+                strategy=self.strategy != "ancestral",
+                infill=self.infill,
+                cfg_scale=self.cfg_scale > 0,
+                threshold=self.threshold is not None,
+                remasking=self.remasking != "low_confidence",
+                zero_eos_confidence=self.zero_eos_confidence,
+                cache=self.cache != "none",
+                compat=self.compat is not None,
+            )
+            return
+        self._refuse(
+            f"'{lm.name}' is of {lm.objective}, which has no random tokens to denoise",
+            strategy=self.strategy == "ancestral",
+            kappa=self.kappa != 1,
+        )
         if only_left_to_right(lm):
             self._refuse(
                 f"'{lm.name}' is an {lm.objective}, which writes one token after the other",
@@ -354,7 +387,10 @@ class Generation:
         if run.strategy != "autoregressive":
             if run.block_length != run.length:
                 parts.append(f"blocks of {run.block_length}")
-            parts.append(run.remasking)
+            if run.strategy != "ancestral":
+                parts.append(run.remasking)
+            elif run.kappa != 1:
+                parts.append(f"kappa {run.kappa:g}")
             parts.append(f"{self.steps} steps" if run.threshold is None else f"threshold {run.threshold:g}")
         parts += [
             f"{self.forward_passes} forward passes{' (each with and without the prompt)' if run.cfg_scale > 0 else ''}",

@@ -5,6 +5,7 @@ All draws are pure functions of (seed, ordinal), made beside the sequence in the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -207,3 +208,64 @@ def noisy_tokens(
     chosen_BL, drawn_BL = uniform_B2L[:, :count], uniform_B2L[:, count:]
     replaced_BL = (chosen_BL < share) & ~np.isin(tokens_BL, special_ids)
     return np.where(replaced_BL, plain_V[np.floor(drawn_BL * len(plain_V)).astype(np.int64)], tokens_BL)
+
+
+# --- uniform-state diffusion ------------------------------------------------------------------------------------------
+
+SMALLEST_LEVEL = 2.0**-40
+"""The smallest noise level t; a smaller one is taken for it. What the bound loses below is beyond float64."""
+
+
+@dataclass(frozen=True)
+class Alphabet:
+    """The entries of a vocabulary that noise is drawn from: all but [MASK].
+
+    Args:
+        vocab_size: The number of entries of the vocabulary.
+        mask_token_id: The id of [MASK]; None: there is none.
+    """
+
+    vocab_size: int
+    mask_token_id: int | None
+
+    @property
+    def size(self) -> int:
+        """The number of entries that can be drawn, V."""
+        return self.vocab_size - (self.mask_token_id is not None)
+
+    def ids(self, uniform: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        """The entries at uniform numbers in [0, 1), of any shape."""
+        drawn = np.minimum(np.floor(uniform * self.size).astype(np.int64), self.size - 1)
+        return drawn if self.mask_token_id is None else drawn + (drawn >= self.mask_token_id)
+
+
+def replaced_tokens(
+    seed: int,
+    purpose: Purpose,
+    ordinals: npt.NDArray[np.int64],
+    tokens_BL: npt.NDArray[np.int64],
+    resampled_BL: npt.NDArray[np.bool_],
+    alphabet: Alphabet,
+) -> npt.NDArray[np.int64]:
+    """(B, L) int64: tokens, each resampled one replaced by an entry that is drawn evenly, which may be the same.
+
+    A draw is a pure function of (seed, purpose, ordinal, position).
+    """
+    length = tokens_BL.shape[1]
+    uniform_BL = np.stack([noise.uniform(seed, purpose, int(n), length) for n in ordinals])
+    return np.where(resampled_BL, alphabet.ids(uniform_BL), tokens_BL)
+
+
+def drawn_levels(u_B: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Noise levels of uniform numbers in [0, 1), for estimates of the bound with an error, and their density.
+
+    Near t = 0 a share t of the tokens is replaced, each of which adds about 1/t to the integrand. With t uniform its
+    variance would be the integral of 1/t, which has no limit, so that no standard error would hold. With t = v^4 and v
+    uniform, the fourth moment, by which an error is known, is finite, too; but its weights differ much between levels.
+    So one half of the numbers gives a uniform t, and the other half such a one.
+
+    Returns:
+        (B,) float64 t, (B,) float64 q(t) = (1 + t^(-3/4) / 4) / 2.
+    """
+    t_B = np.maximum(np.where(u_B < 0.5, 2 * u_B, (2 * u_B - 1) ** 4), SMALLEST_LEVEL)
+    return t_B, (1 + t_B**-0.75 / 4) / 2

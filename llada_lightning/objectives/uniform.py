@@ -14,10 +14,7 @@ vocabulary but [MASK], which is neither a token of a text nor drawn, and which t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,36 +23,12 @@ from llada_lightning.objectives import noise
 from llada_lightning.objectives.batches import Predictor, TrainingBatch, ValidationBatch
 from llada_lightning.objectives.densities import end_without_mass
 from llada_lightning.objectives.density_settings import DensitySetting
+from llada_lightning.objectives.forward_process import SMALLEST_LEVEL, Alphabet, drawn_levels, replaced_tokens
 from llada_lightning.objectives.noise import Purpose
 from llada_lightning.support.errors import UserError
 
-SMALLEST_LEVEL = 2.0**-40
-"""The smallest noise level t; a smaller one is taken for it. What the bound loses below is beyond float64."""
 SMALLEST_SHARE = 2.0**-25
 """The smallest share a of kept tokens, of levels that float32 rounds to 1. The integrand falls to 0 there."""
-
-
-@dataclass(frozen=True)
-class Alphabet:
-    """The entries of a vocabulary that noise is drawn from: all but [MASK].
-
-    Args:
-        vocab_size: The number of entries of the vocabulary.
-        mask_token_id: The id of [MASK]; None: there is none.
-    """
-
-    vocab_size: int
-    mask_token_id: int | None
-
-    @property
-    def size(self) -> int:
-        """The number of entries that can be drawn, V."""
-        return self.vocab_size - (self.mask_token_id is not None)
-
-    def ids(self, uniform: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        """The entries at uniform numbers in [0, 1), of any shape."""
-        drawn = np.minimum(np.floor(uniform * self.size).astype(np.int64), self.size - 1)
-        return drawn if self.mask_token_id is None else drawn + (drawn >= self.mask_token_id)
 
 
 def check_density(density: DensitySetting | None) -> None:
@@ -76,27 +49,10 @@ def check_density(density: DensitySetting | None) -> None:
 # --- the forward process ----------------------------------------------------------------------------------------------
 
 
-def replaced(
-    seed: int,
-    purpose: Purpose,
-    ordinals: npt.NDArray[np.int64],
-    tokens_BL: npt.NDArray[np.int64],
-    resampled_BL: npt.NDArray[np.bool_],
-    alphabet: Alphabet,
-) -> npt.NDArray[np.int64]:
-    """(B, L) int64: tokens, each resampled one replaced by an entry that is drawn evenly, which may be the same.
-
-    A draw is a pure function of (seed, purpose, ordinal, position).
-    """
-    length = tokens_BL.shape[1]
-    uniform_BL = np.stack([noise.uniform(seed, purpose, int(n), length) for n in ordinals])
-    return np.where(resampled_BL, alphabet.ids(uniform_BL), tokens_BL)
-
-
 def with_training_noise(batch: TrainingBatch, seed: int, alphabet: Alphabet) -> TrainingBatch:
     """A micro-batch on the host with ``noisy_BL``: what it says is masked is resampled."""
     tokens_BL, masked_BL = batch.tokens_BL.numpy(), batch.masked_BL.numpy()
-    noisy_BL = replaced(seed, Purpose.TOKEN, batch.ordinals_B.numpy(), tokens_BL, masked_BL, alphabet)
+    noisy_BL = replaced_tokens(seed, Purpose.TOKEN, batch.ordinals_B.numpy(), tokens_BL, masked_BL, alphabet)
     return batch._replace(noisy_BL=torch.from_numpy(noisy_BL))
 
 
@@ -114,23 +70,13 @@ def with_validation_noise(batch: ValidationBatch, alphabet: Alphabet) -> Validat
     resampled_BL = uniform_BL < t_B[:, None]
     if batch.response_BL is not None:
         resampled_BL &= batch.response_BL.numpy()
-    noisy_BL = replaced(seed, Purpose.VALIDATION_TOKEN, n_B, tokens_BL, resampled_BL, alphabet)
+    noisy_BL = replaced_tokens(seed, Purpose.VALIDATION_TOKEN, n_B, tokens_BL, resampled_BL, alphabet)
     return batch._replace(
         masked_BL=torch.from_numpy(resampled_BL),
         p_B=torch.from_numpy(t_B).float(),
         noisy_BL=torch.from_numpy(noisy_BL),
         density_B=torch.from_numpy(q_B).float(),
     )
-
-
-def drawn_levels(u_B: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Noise levels of uniform numbers in [0, 1), for estimates with an error: t = u^2, and its density 1/(2 u).
-
-    Near t = 0 a share t of the tokens is replaced, each of which adds about 1/t to the integrand. With t uniform its
-    variance would be the integral of 1/t, which has no limit, so that no standard error would hold.
-    """
-    u_B = np.maximum(u_B, SMALLEST_LEVEL**0.5)
-    return u_B**2, 1 / (2 * u_B)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------

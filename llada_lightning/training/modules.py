@@ -32,7 +32,7 @@ from llada_lightning.objectives import BLOCK_LENGTH, Objective, TrainingKind, ar
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch
 from llada_lightning.objectives.densities import covers_all_ratios
 from llada_lightning.objectives.density_settings import DensitySetting
-from llada_lightning.objectives.forward_process import noisy_tokens
+from llada_lightning.objectives.forward_process import Alphabet, noisy_tokens
 from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.first_weights import fill_weights, inherited
@@ -512,10 +512,10 @@ class UniformDiffusionModule(LanguageModule):
             )
 
     @property
-    def alphabet(self) -> uniform.Alphabet:
+    def alphabet(self) -> Alphabet:
         """The entries of the vocabulary that noise is drawn from."""
         assert self.vocab_size is not None
-        return uniform.Alphabet(self.vocab_size, self.mask_token_id)
+        return Alphabet(self.vocab_size, self.mask_token_id)
 
     def with_noise(self, batch: TrainingBatch | ValidationBatch) -> TrainingBatch | ValidationBatch:
         if isinstance(batch, ValidationBatch):

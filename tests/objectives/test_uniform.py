@@ -11,14 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.exact_means import exact_mean
 from llada_lightning.compute.flops import MASK_EPS
 from llada_lightning.model.head import RowLoss, linear_cross_entropy
 from llada_lightning.objectives import uniform
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch, scored_positions
 from llada_lightning.objectives.densities import Beta, Density
 from llada_lightning.objectives.density_settings import density_setting
-from llada_lightning.objectives.forward_process import drawn_ratio, mask_probability, random_mask
-from llada_lightning.objectives.uniform import Alphabet, chunk_gradient, integrand, levels
+from llada_lightning.objectives.forward_process import (
+    Alphabet,
+    drawn_ratio,
+    mask_probability,
+    random_mask,
+    replaced_tokens,
+)
+from llada_lightning.objectives.noise import Purpose
+from llada_lightning.objectives.uniform import chunk_gradient, integrand, levels
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.modules import UniformDiffusionModule
 
@@ -172,24 +180,6 @@ def bound(logits: Array, x0_L: npt.NDArray[np.int64], first: float = 0.0) -> flo
     return float((ds_T * slope_T * values_T).sum())
 
 
-def exact_mean(data: Array, t: float) -> Array:
-    """Logits of the distribution of each token given the noisy tokens at the other positions, of data on V^L."""
-    length = data.ndim
-    found = np.empty((SMALL,) * length + (length, SMALL))
-    kernel_VV = (1 - t) * np.eye(SMALL) + t / SMALL  # of the noisy token by the true one
-    for z_L in product(range(SMALL), repeat=length):
-        for i in range(length):
-            joint = data
-            for j in range(length):
-                if j != i:
-                    shape = [1] * length
-                    shape[j] = SMALL
-                    joint = joint * kernel_VV[:, z_L[j]].reshape(shape)
-            own_V = joint.sum(axis=tuple(j for j in range(length) if j != i))
-            found[z_L][i] = np.log(own_V / own_V.sum())
-    return found
-
-
 @pytest.mark.parametrize("length", [1, 2])
 def test_with_the_exact_mean_the_bound_is_the_entropy(length: int) -> None:
     data = np.random.default_rng(length).dirichlet(np.ones(SMALL**length)).reshape((SMALL,) * length)
@@ -298,7 +288,7 @@ def validation_batch(x0_L: npt.NDArray[np.int64], seed: int, n_B: npt.NDArray[np
 def test_every_entry_but_mask_is_drawn_as_often() -> None:
     n_B, alphabet = np.arange(400), Alphabet(5, 2)
     tokens_BL = np.zeros((400, 50), dtype=np.int64)
-    noisy_BL = uniform.replaced(1, uniform.Purpose.TOKEN, n_B, tokens_BL, np.ones((400, 50), dtype=bool), alphabet)
+    noisy_BL = replaced_tokens(1, Purpose.TOKEN, n_B, tokens_BL, np.ones((400, 50), dtype=bool), alphabet)
     counts_V = np.bincount(noisy_BL.ravel(), minlength=5)
     assert counts_V[2] == 0
     assert np.square(counts_V[[0, 1, 3, 4]] - 5000).sum() / 5000 < 16.3  # chi-square of 3 degrees, 1 in 1000
@@ -317,7 +307,10 @@ def test_the_noise_is_of_the_ordinal() -> None:
         for n_B in (np.arange(64), np.arange(10, 12))
     )
     assert torch.equal(valid.noisy_BL[10:12], some.noisy_BL) and torch.equal(valid.p_B[10:12], some.p_B)
-    assert np.histogram(valid.p_B.sqrt(), bins=16, range=(0, 1))[0].min() >= 3  # stratified: 4 each, but for the ends
+    t_B = valid.p_B.numpy().astype(float)
+    quantiles_B = (t_B + t_B**0.25) / 2
+    assert np.histogram(quantiles_B, bins=8, range=(0, 1))[0].min() >= 6  # stratified: about 8 each
+    np.testing.assert_allclose(valid.density_B, (1 + t_B**-0.75 / 4) / 2, rtol=1e-5)
     assert not np.allclose(valid.p_B, whole.p_B[0])
 
 
