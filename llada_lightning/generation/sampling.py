@@ -192,9 +192,7 @@ class Sampling:
                 )
             block_length = lm.block_length
         elif strategy == "ancestral" and block_length not in (None, self.length):
-            raise UserError(
-                f"block_length: {block_length} given; ancestral sampling has no blocks; leave it out"
-            )
+            raise UserError(f"block_length: {block_length} given; ancestral sampling has no blocks; leave it out")
         elif self.infill and block_length is not None:
             raise UserError(f"block_length: {block_length} given; infilling takes all gaps of a text together")
         block_length = block_length or self.length

@@ -32,10 +32,12 @@ class RowLoss(NamedTuple):
         chunk_gradient: From logits (C, V), targets (C,), weights (C,), the coefficient of the z-loss and the further
             tensors to the losses (C,) float32, and to the gradient of their weighted sum by the logits (C, V), in the
             type of the logits.
+        buffers: By how much a chunk is smaller than one of cross-entropies, as several of its size are held at once.
     """
 
     values: Callable[..., Tensor]
     chunk_gradient: Callable[..., tuple[Tensor, Tensor]]
+    buffers: int = 1
 
 
 class OutputHead(nn.Linear):
@@ -164,8 +166,9 @@ def linear_cross_entropy(
     elif compiled:
         of_chunk = _compiled(of_chunk)
     return _LinearCrossEntropy.apply(
-        hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, dtype, gradients, of_chunk, shards, z_loss, *rows
-    )
+        hidden_MD, weight_VD, targets_M, weights_M, excluded_token_id, dtype, gradients, of_chunk, shards, z_loss,
+        1 if loss is None else loss.buffers, *rows,
+    )  # fmt: skip
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -182,11 +185,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_gradient: Callable[..., tuple[Tensor, Tensor]],
         shards: VocabularyShards | None,
         z_loss: float,
+        buffers: int,
         *further: Tensor,
     ) -> tuple[Tensor, Tensor]:
         column = excluded_token_id if shards is None else shards.column(excluded_token_id)
         with torch.autocast(hidden_MD.device.type, enabled=False):
-            chunks = _chunks(len(hidden_MD), len(weight_VD), dtype, hidden_MD.device.type)
+            chunks = _chunks(len(hidden_MD), buffers * len(weight_VD), dtype, hidden_MD.device.type)
             matrix_VD = weight_VD.to(dtype)
             grad_hidden_MD = torch.empty_like(hidden_MD) if gradients else None
             grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if gradients else None

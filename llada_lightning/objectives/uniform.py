@@ -189,31 +189,31 @@ def chunk_gradient(
     """:func:`integrand` (C,), and the gradient of its weighted sum by the logits (C, V), in their type.
 
     By p_y the integrand has the derivative -1/(t omega (1 + c p_y)), and more at y = x and y = z. With r_y =
-    p_y / (1 + c p_y), the derivative by the logits is -r_y / (t omega) + X [y = x] + Z [y = z] less p_y times the sum
-    of these over y.
+    c p_y / (1 + c p_y), the derivative by the logits is -r_y / (c t omega) + X [y = x] + Z [y = z] less p_y times the
+    sum of these over y. Little is allocated: on a CPU, memory that is new costs more than the arithmetic.
     """
     p_CV = _probabilities(logits_CV)
-    odds_CV = p_CV * c_C[:, None].to(p_CV.dtype)
-    sum_C = _sum_log1p(odds_CV)
     p_x_C, p_z_C = _at(p_CV, targets_C), _at(p_CV, noisy_C)
-    values_C, d_C, scale_C = _values(sum_C, p_x_C, p_z_C, noisy_C == targets_C, t_C, c_C)
-    r_CV = torch.div(p_CV, odds_CV.add_(1), out=odds_CV)
-    at_x_C = -scale_C * c_C * _at(r_CV, targets_C)
-    at_z_C = -scale_C * c_C * _at(r_CV, noisy_C) * torch.expm1(d_C) / (1 - t_C)
-    all_C = at_x_C + at_z_C - scale_C * r_CV.sum(dim=1)
+    odds_CV = p_CV.mul_(c_C[:, None].to(p_CV.dtype))
+    values_C, d_C, scale_C = _values(_sum_log1p(odds_CV), p_x_C, p_z_C, noisy_C == targets_C, t_C, c_C)
+    r_CV = odds_CV + 1
+    torch.div(odds_CV, r_CV, out=r_CV)
+    at_x_C = -scale_C * _at(r_CV, targets_C)
+    at_z_C = -scale_C * _at(r_CV, noisy_C) * torch.expm1(d_C) / (1 - t_C)
+    all_C = at_x_C + at_z_C - scale_C * r_CV.sum(dim=1) / c_C
     if z_loss:
-        all_C = all_C - 2 * z_loss * logits_CV.to(p_CV.dtype).logsumexp(dim=1)
+        all_C = all_C - 2 * z_loss * logits_CV.to(r_CV.dtype).logsumexp(dim=1)
 
     def weighted(x_C: Tensor) -> Tensor:
-        return (x_C * weights_C).to(p_CV.dtype)[:, None]
+        return (x_C * weights_C).to(r_CV.dtype)[:, None]
 
-    grad_CV = r_CV.mul_(weighted(-scale_C)).addcmul_(p_CV, weighted(-all_C))
+    grad_CV = r_CV.mul_(weighted(-scale_C / c_C)).addcmul_(odds_CV, weighted(-all_C / c_C))
     grad_CV.scatter_add_(1, targets_C[:, None], weighted(at_x_C))
     grad_CV.scatter_add_(1, noisy_C[:, None], weighted(at_z_C))
-    return values_C.to(p_CV.dtype), grad_CV.to(logits_CV.dtype)
+    return values_C.to(r_CV.dtype), grad_CV.to(logits_CV.dtype)
 
 
-BOUND = RowLoss(integrand, chunk_gradient)
+BOUND = RowLoss(integrand, chunk_gradient, buffers=4)
 
 
 def _values(
@@ -241,5 +241,6 @@ def _sum_log1p(values_NV: Tensor) -> Tensor:
     """(N,) the sum of log(1 + v) over each row, by half as many logarithms: (1 + v)(1 + w) is 1 + (v + w + v w)."""
     half = values_NV.shape[1] // 2
     first_NH, second_NH, odd_N1 = values_NV.split([half, half, values_NV.shape[1] - 2 * half], dim=1)
-    pairs_NH = torch.addcmul(first_NH + second_NH, first_NH, second_NH)
-    return torch.log1p(pairs_NH).sum(dim=1) + torch.log1p(odd_N1).sum(dim=1)
+    pairs_NH = (first_NH + second_NH).addcmul_(first_NH, second_NH)
+    logs_NH = torch.log1p(pairs_NH) if pairs_NH.requires_grad else pairs_NH.log1p_()
+    return logs_NH.sum(dim=1) + torch.log1p(odd_N1).sum(dim=1)
