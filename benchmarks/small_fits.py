@@ -9,6 +9,7 @@ import yaml
 
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.data.prepare import prepare
+from llada_lightning.objectives import get_objective
 
 MODELS = {"arm": "ArmModule", "llada": "LladaModule"}
 SHAPE = Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=64)
@@ -67,7 +68,7 @@ def fit_words(objective: str, path: Path | str, root: Path, *extra: str, accumul
         accumulation: micro-batches of a step.
     """
     words = {
-        "model": MODELS[objective],
+        "model": get_objective(objective).module.rpartition(".")[2],
         "model.shape": f"{{{', '.join(f'{key}: {value}' for key, value in vars(SHAPE).items())}}}",
         "model.schedule.lr": 0.01,
         "data.path": path,

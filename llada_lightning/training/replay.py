@@ -56,7 +56,7 @@ class SequenceReplay:
         item: The number of the item there.
         length: The number of tokens, padding not counted.
         t: The mask ratio; null where nothing is masked (`arm`), as the next two.
-        p: The mask probability.
+        p: The mask probability, or the mean of those of the blocks.
         masked: The number of masked tokens.
         loss: The part of the step's loss, in nats per token of the global batch.
         finite: Whether the loss is a finite number.
@@ -217,7 +217,7 @@ class StepRecorder(Callback):
 
     def _sequence(self, trainer: Trainer, module: LanguageModule, alone: TrainingBatch) -> SequenceReplay:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        ordinal, p = int(alone.ordinals_B), float(alone.p_B)
+        ordinal, p = int(alone.ordinals_B), float(alone.p_B.mean())
         source, item = trainer.train_dataloader.dataset.stream.locate(ordinal)  # type: ignore[union-attr]
         loss = float(module.training_loss(alone)) / trainer.accumulate_grad_batches
         mask = alone.attention_mask_BL

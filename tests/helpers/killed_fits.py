@@ -80,8 +80,8 @@ class Undisturbed:
 
 
 def cells() -> list[Cell]:
-    """Every objective with every number of workers and both kinds of data, accumulation in turns; two processes of both
-    strategies; a trunk with branches; checkpoints beside training; W&B."""
+    """The two objectives of the paper with every number of workers and both kinds of data, accumulation in turns; two
+    processes of both strategies; a trunk with branches; checkpoints beside training; W&B. The others with each once."""
     matrix = [
         Cell(objective, workers, mixture, 3 if (workers + mixture) % 2 else 1)
         for objective in ("arm", "llada")
@@ -95,7 +95,12 @@ def cells() -> list[Cell]:
         Cell("arm", 1, True, 3, strategy="fsdp2"),
     ]
     trunks = [Cell("arm", budgets=True), Cell("llada", 1, budgets=True)]
-    return [*matrix, *pairs, *trunks, Cell("llada", asynchronous=True), Cell("llada", wandb=True)]
+    others = [
+        cell
+        for objective, strategy in (("block", "ddp"), ("uniform", "fsdp2"))
+        for cell in (Cell(objective, 2, True, 3), Cell(objective, strategy=strategy), Cell(objective, budgets=True))
+    ]
+    return [*matrix, *pairs, *trunks, Cell("llada", asynchronous=True), Cell("llada", wandb=True), *others]
 
 
 def wait_for(aim: str, run: Start, folder: Path, seconds: float, rng: random.Random) -> bool:

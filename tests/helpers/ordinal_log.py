@@ -49,8 +49,8 @@ class OrdinalLog(Callback):
 
 
 def noise_hashes(batch: TrainingBatch) -> list[str]:
-    """For each sequence twelve digits of sha256 over its tokens, its mask probability p (which t determines) and its
-    mask."""
-    rows = zip(batch.tokens_BL.cpu(), batch.p_B.cpu(), batch.masked_BL.cpu(), strict=True)
-    parts = (t.numpy().tobytes() + p.numpy().tobytes() + m.numpy().tobytes() for t, p, m in rows)
+    """For each sequence twelve digits of sha256 over its tokens, its mask probability p (which t determines), its mask,
+    and what the model sees where that is not what the mask says."""
+    columns = [batch.tokens_BL, batch.p_B, batch.masked_BL, *([] if batch.noisy_BL is None else [batch.noisy_BL])]
+    parts = (b"".join(x.cpu().numpy().tobytes() for x in row) for row in zip(*columns, strict=True))
     return [hashlib.sha256(part).hexdigest()[:12] for part in parts]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 
@@ -22,6 +23,8 @@ from llada_lightning.commands.main import main
 MODELS = {"arm": "ArmModule", "llada": "LladaModule"}
 """The two objectives of the paper, and their modules."""
 EVERY_MODEL = {**MODELS, "block": "BlockDiffusionModule", "uniform": "UniformDiffusionModule"}
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in EVERY_MODEL if name != "llada"]
+"""The others than `llada`, for tests of which one objective is enough in the fast suite."""
 TESTS = Path(__file__).parents[1]
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 
 import llada_lightning
+from helpers.every_command import through_every_command
 from llada_lightning.commands.main import main
 from llada_lightning.objectives import OBJECTIVES, get_objective
 from llada_lightning.objectives.batches import ValidationBatch
@@ -36,62 +35,20 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop(TOY, None)
 
 
-def as_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
-    """What a command prints with `--json`."""
-    capsys.readouterr()
-    assert main([*map(str, arguments), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
 def test_one_file_goes_through_every_command(
     plugin: None, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    base = {
-        "trainer": {"accelerator": "cpu", "precision": "32-true"},
-        "data": {"class_path": "TokenDataModule", "init_args": {"val_sequences": 8, "workers": 0}},
-    }
-    Path("base.yaml").write_text(yaml.safe_dump(base))
-    shapes = [f"L1-d{width}-h2-kv1-ff{2 * width}" for width in (8, 16, 32)]
-    plan = as_json(
-        capsys, "plan", "--objectives", "toy", "--flops", "1e7", "2e7", "--shapes", *shapes, "--data", prepared,
-        "--sequence-length", 16, "--batch", 4, "--lr", 0.01, "--base", "base.yaml", "--study", "s", "--out", "s.yaml",
-    )  # fmt: skip
-    assert {run["objective"] for run in plan["runs"]} == {"toy"}
-    share = plan["runs"][0]["flops_head"] / plan["runs"][0]["tokens"] / (6 * 8 * 384)
-    assert share == pytest.approx(0.3)
+    walk = through_every_command("toy", prepared, capsys, generate_options=("--steps", 2))
+    first = walk.plan["runs"][0]
+    assert first["flops_head"] / first["tokens"] / (6 * 8 * 384) == pytest.approx(0.3)
     assert all(f"{TOY}.ToyModule" in config for config in read_configs("s.yaml"))
-
-    for index in range(3):  # as the tasks of a job array, in this process
-        assert main(["sweep", "run", "s.yaml", "--index", str(index)]) == 0
-    assert len(as_json(capsys, "sweep", "run", "s.yaml")["skipped"]) == 3
-    as_json(capsys, "collect", "runs/s", "--out", "results.csv")
-    curves = as_json(capsys, "curves", "results.csv", "--out", "curves", "--samples", 100)
-    assert curves["toy"] and "arm" not in curves and Path("curves/scaling.png").is_file()
-
-    run = next(Path("runs/s").glob("toy-*"))
-    [first, *_] = json.loads((run / "result.json").read_text())
-    assert (first["objective"], first["val_kind"], first["status"]) == ("toy", "bound", "done")
-    score = as_json(capsys, "score", run, "--pairs", pairs(tmp_path), "--samples", 16)
-    assert (score["objective"], score["kind"]) == ("toy", "bound")
-    answer = as_json(capsys, "generate", run, "--prompt", "one plus", "--length", 4, "--steps", 2)
-    assert answer["objective"] == "toy"
-    assert main(["convert", str(run), "ours"]) == 0
-    again = as_json(capsys, "score", "ours", "--pairs", pairs(tmp_path), "--samples", 16)
-    assert again["results"] == score["results"]
-    assert main(["convert", str(run), "theirs", "--to", "hf-llama"]) == 2
-    assert "is of toy; choose --to llada" in capsys.readouterr().err
+    assert walk.curves["toy"] and "arm" not in walk.curves
 
 
 def read_configs(path: str) -> list[str]:
     values: list[str] = yaml.safe_load(Path(path).read_text())["parameters"]["config"]["values"]
     return values
-
-
-def pairs(folder: Path) -> Path:
-    path = folder / "pairs.jsonl"
-    path.write_text(json.dumps({"prompt": "1 plus", "continuation": " 2 is 3"}) + "\n")
-    return path
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from helpers.run_state import curve
-from helpers.tiny_runs import fit
+from helpers.tiny_runs import EVERY_MODEL, fit
 from processes import child_environment, start
 from small_fits import BATCH, Corpora, fit_words, run_folder
 
@@ -116,7 +116,7 @@ def run_legs(legs: tuple[Leg, ...], objective: str, strategy: str, corpora: Corp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("objective", ["arm", "llada"])
+@pytest.mark.parametrize("objective", list(EVERY_MODEL))
 def test_two_then_one_then_two_processes(objective: str, strategy: str, corpora: Corpora, tmp_path: Path) -> None:
     whole = run_legs(WHOLE, objective, "", corpora, tmp_path / "whole")
     changed = run_legs(CHANGED, objective, strategy, corpora, tmp_path / "changed")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
+from helpers.every_command import through_every_command
 from helpers.tiny_runs import fit, fit_arguments, fit_process, losses, record
 from llada_lightning.commands.main import main
 
@@ -92,40 +91,14 @@ def test_dropout_is_of_the_sequence(prepared: Path, tmp_path: Path) -> None:
 def test_it_goes_through_every_command(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def as_json(*arguments: object) -> Any:
-        capsys.readouterr()
-        assert main([*map(str, arguments), "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
-
     monkeypatch.chdir(tmp_path)
-    base = {
-        "trainer": {"accelerator": "cpu", "precision": "32-true"},
-        "data": {"class_path": "TokenDataModule", "init_args": {"val_sequences": 8, "workers": 0}},
-    }
-    Path("base.yaml").write_text(yaml.safe_dump(base))
-    shapes = [f"L1-d{width}-h2-kv1-ff{2 * width}" for width in (8, 16, 32)]
-    plan = as_json(
-        "plan", "--objectives", "block", "--block-length", 4, "--flops", "1e7", "2e7", "--shapes", *shapes, "--data",
-        prepared, "--sequence-length", 16, "--batch", 4, "--lr", 0.01, "--base", "base.yaml", "--out", "s.yaml",
-    )  # fmt: skip
-    first = plan["runs"][0]
+    walk = through_every_command("block", prepared, capsys, ("--block-length", 4))
+    first = walk.plan["runs"][0]
     counted = first["flops_6nd"] + first["flops_attention"] + first["flops_head"]
     assert first["flops_total"] - counted == pytest.approx(first["flops_6nd"] * 12 / 16)
-    assert plan["totals"]["flops_copy"] > 0
-    for index in range(3):
-        assert main(["sweep", "run", "s.yaml", "--index", str(index)]) == 0
-    as_json("collect", "runs/s", "--out", "results.csv")
-    curves = as_json("curves", "results.csv", "--out", "curves", "--samples", 100)
-    assert curves["block [block_length=4]"] and Path("curves/scaling.png").is_file()
-
-    one = next(Path("runs/s").glob("block-*"))
-    Path("pairs.jsonl").write_text(json.dumps({"prompt": "1 plus", "continuation": " 2 is 3"}) + "\n")
-    score = as_json("score", one, "--pairs", "pairs.jsonl", "--samples", 16)
-    assert (score["objective"], score["kind"]) == ("block", "bound")
-    answer = as_json("generate", one, "--prompt", "one plus", "--length", 4)
-    assert answer["settings"]["strategy"] == "block_diffusion" and answer["settings"]["block_length"] == 4
-    assert main(["convert", str(one), "ours"]) == 0
-    assert as_json("score", "ours", "--pairs", "pairs.jsonl", "--samples", 16)["results"] == score["results"]
-    config = yaml.safe_load((one / "config.yaml").read_text())
+    assert walk.plan["totals"]["flops_copy"] > 0
+    assert walk.curves["block [block_length=4]"]
+    assert walk.answer["settings"]["strategy"] == "block_diffusion" and walk.answer["settings"]["block_length"] == 4
+    config = yaml.safe_load((walk.run / "config.yaml").read_text())
     assert config["model"]["init_args"]["block_length"] == 4
-    assert main(["validate", "--config", str(one / "config.yaml")]) == 0
+    assert main(["validate", "--config", str(walk.run / "config.yaml")]) == 0

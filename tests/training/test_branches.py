@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.tiny_runs import fit, fit_arguments, fit_process, kill_at, losses, metrics, timeless
+from helpers.tiny_runs import SLOWER, fit, fit_arguments, fit_process, kill_at, losses, metrics, timeless
 from llada_lightning.checkpoints.run_folder import content_hash
 from llada_lightning.commands.main import main
 from llada_lightning.compute.shapes import Shape
@@ -46,7 +46,7 @@ def weights_of(checkpoints: Path, steps: int) -> dict[str, torch.Tensor]:
     return torch.load(checkpoints / "checkpoints" / f"step={steps:08d}.ckpt")["state_dict"]
 
 
-@pytest.mark.parametrize("objective", [pytest.param("arm", marks=pytest.mark.slow), "llada"])
+@pytest.mark.parametrize("objective", ["llada", *SLOWER])
 def test_branches_equal_separate_runs_bit_for_bit(prepared: Path, tmp_path: Path, objective: str) -> None:
     family = fit(objective, prepared, tmp_path / "family", *budgets(*STEPS))
     assert [record["steps"] for record in records(family)] == list(STEPS)
@@ -76,11 +76,14 @@ def test_branches_equal_separate_runs_bit_for_bit(prepared: Path, tmp_path: Path
     ],
     ids=["trunk", "first branch", "its end", "trunk again"],
 )
-def test_a_killed_family_ends_bit_for_bit_as_an_uninterrupted_one(prepared: Path, tmp_path: Path, step: int) -> None:
-    whole = fit("llada", prepared, tmp_path / "whole", *budgets(*STEPS))
-    killed = fit_process("llada", prepared, tmp_path / "killed", *budgets(*STEPS), kill_at(step))
+@pytest.mark.parametrize("objective", ["llada", *SLOWER])
+def test_a_killed_family_ends_bit_for_bit_as_an_uninterrupted_one(
+    prepared: Path, tmp_path: Path, objective: str, step: int
+) -> None:
+    whole = fit(objective, prepared, tmp_path / "whole", *budgets(*STEPS))
+    killed = fit_process(objective, prepared, tmp_path / "killed", *budgets(*STEPS), kill_at(step))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    folder = fit("llada", prepared, tmp_path / "killed", *budgets(*STEPS))
+    folder = fit(objective, prepared, tmp_path / "killed", *budgets(*STEPS))
     assert timeless(folder) == timeless(whole) and timeless(whole)[0]["parent_checkpoint"]
     assert losses(folder) == losses(whole)
     for steps in STEPS:

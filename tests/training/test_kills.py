@@ -12,7 +12,7 @@ import torch
 from test_branches import branch, budgets, records
 
 from helpers.killed_calls import At, killed
-from helpers.tiny_runs import fit, fit_arguments, losses, metrics, timeless, weights
+from helpers.tiny_runs import SLOWER, fit, fit_arguments, losses, metrics, timeless, weights
 from llada_lightning.checkpoints.run_folder import checkpoints_by_step
 from llada_lightning.commands.main import main
 from llada_lightning.study.sweep import Sweep
@@ -73,7 +73,7 @@ def test_a_kill_at_each_stage_of_a_save(prepared: Path, tmp_path: Path, extra: t
     assert_equal(folder, whole)
 
 
-@pytest.mark.parametrize("objective", [pytest.param("arm", marks=pytest.mark.slow), "llada"])
+@pytest.mark.parametrize("objective", ["llada", *SLOWER])
 def test_a_kill_within_a_global_batch_of_a_mixture(
     prepared: Path, prepared_second: Path, tmp_path: Path, objective: str
 ) -> None:

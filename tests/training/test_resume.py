@@ -13,7 +13,7 @@ from helpers.tiny_runs import fit, fit_arguments, fit_process, kill_at, losses, 
 from llada_lightning.commands.main import main
 
 
-@pytest.mark.parametrize("objective", ["arm", "llada", "block"])
+@pytest.mark.parametrize("objective", ["arm", "llada", "block", "uniform"])
 @pytest.mark.parametrize(("workers", "step"), [(0, 17), pytest.param(2, 13, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(
     prepared: Path, tmp_path: Path, objective: str, workers: int, step: int

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.tiny_runs import fit, kill_at, losses, record, run_processes, weights
+from helpers.tiny_runs import EVERY_MODEL, fit, kill_at, losses, record, run_processes, weights
 from llada_lightning.checkpoints import load_model
 from llada_lightning.commands.main import main
 from llada_lightning.data.chat import Message
@@ -120,13 +120,16 @@ def test_the_loss_of_block_is_equation_5_within_each_block_by_hand(prepared: Pat
     assert float(module.training_loss(batch).detach()) == pytest.approx(float(total.detach()) / 8, rel=1e-5)
 
 
-def test_block_diffusion_is_fine_tuned_and_validated(prepared: Path, pairs: Path, tmp_path: Path) -> None:
-    start = fit("block", prepared, tmp_path / "base", "--model.block_length=4", "--trainer.max_steps=3")
-    given = ("--model=BlockDiffusionModule", "--model.block_length=4", "--data.epochs=1", "--data.context_length=128")
+@pytest.mark.parametrize(("objective", "own"), [("block", ["--model.block_length=4"]), ("uniform", [])])
+def test_the_others_are_fine_tuned_and_validated(
+    prepared: Path, pairs: Path, tmp_path: Path, objective: str, own: list[str]
+) -> None:
+    start = fit(objective, prepared, tmp_path / "base", *own, "--trainer.max_steps=3")
+    given = (f"--model={EVERY_MODEL[objective]}", *own, "--data.epochs=1", "--data.context_length=128")
     assert main(arguments("llada", start, pairs, tmp_path, *given)) == 0
     folder = tmp_path / "test" / "run"
-    assert record(folder)["objective"] == "block" and record(folder)["val_nats_per_token"] > 0
-    assert load_model(folder).block_length == 4
+    assert record(folder)["objective"] == objective and record(folder)["val_nats_per_token"] > 0
+    assert load_model(folder).block_length == (4 if own else None)
 
 
 @pytest.mark.parametrize("weight", [("elbo", None), ("ce", None), ("clipped", 3.0), ("per_masked_token", None)])
