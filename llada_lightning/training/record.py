@@ -306,9 +306,7 @@ def add_measured(folder: Path, steps: int, module: LanguageModule) -> str:
     corpora = dict(record.get("val_held_out") or {})
     for name, loss in module.val_held_out.items():
         if name in corpora and corpora[name]["fingerprint"] != loss["fingerprint"]:
-            return (
-                f"not recorded: the result of step {steps} in {folder} has another held-out corpus '{name}'; rename it"
-            )
+            return f"not recorded: the result of step {steps} in {folder} has another corpus '{name}'; rename this one"
     for name, documents in module.held_out_by_document.items():
         write_validation(folder, steps, documents, held_out=name)
     for name, documents in module.policy_losses.by_document.items():

@@ -160,7 +160,7 @@ def test_validate_adds_a_held_out_corpus_to_the_record_of_a_run_that_is_done(
     assert len(read_validation(folder, held_out="other")) == after["val_held_out"]["other"]["documents"]
     assert {**after, "val_held_out": {"more": after["val_held_out"]["more"]}} == known
     assert main(["validate", config, f"--data.held_out={{more: {prepared}}}"]) == 0
-    assert "has another held-out corpus 'more'; rename it" in capsys.readouterr().err
+    assert "has another corpus 'more'; rename this one" in capsys.readouterr().err
     assert read_records(folder) == [after]
 
 
