@@ -21,7 +21,7 @@ from llada_lightning.training.modules import (
 )
 from llada_lightning.training.validation import policy_nll
 
-STEPS, SEQUENCES, LENGTH = 1500, 4096, 8
+STEPS, SEQUENCES, LENGTH = 800, 2048, 8
 CASES: dict[str, tuple[type[LanguageModule], dict[str, Any]]] = {
     "arm": (ArmModule, {}),
     "llada": (LladaModule, {}),
