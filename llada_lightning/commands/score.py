@@ -56,8 +56,8 @@ def score_parser() -> CommandParser:
     add(
         "--samples",
         type=int | None,
-        help=f"masks of each continuation (llada), {_FIXED_SAMPLES}; the first {REPLICATES} with --confidence; one has "
-        "no standard error",
+        help=f"masks of each continuation (llada), or noisy copies of it (uniform), {_FIXED_SAMPLES}; the first "
+        f"{REPLICATES} with --confidence; one has no standard error",
     )
     add("--target-stderr", type=float | None, help="sample on until this error, in nats")
     add("--confidence", type=float | None, help="choices: sample on until the best is sure, as 0.99")

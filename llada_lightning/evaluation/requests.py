@@ -35,11 +35,12 @@ class Score:
 
     Args:
         mean: The value in nats. For `arm` it is the log-likelihood itself. For `llada` it is the lower bound, Eq. 6
-            with its sign changed: an unbiased estimate (nearly so where a target decided when to stop), or exact.
+            with its sign changed: an unbiased estimate (nearly so where a target decided when to stop), or exact. For
+            `uniform` it is an estimate of its own lower bound.
         stderr: The standard error of `mean` by Monte Carlo, in nats: 0 where `exact`, NaN of one sample.
         exact: Whether no Monte Carlo error is left. A bound may be exact and still be a bound: see `method`.
-        samples: The number of masks that were drawn; all of them where enumerated; the steps of a policy; 1 for `arm`;
-            0 of an empty one.
+        samples: The number of masks (of `uniform`: of noisy continuations) that were drawn; all of them where
+            enumerated; the steps of a policy; 1 for `arm`; 0 of an empty one.
         tokens: The number of tokens of the continuation.
         method: `autoregressive` and `one pass` (one token of `llada`) give the model's own log-likelihood; `enumerated`
             (over all masks) and `monte carlo` give the bound; `policy` gives the log-likelihood of a sampler that
