@@ -225,9 +225,12 @@ def _description(content: Mapping[str, Any], path: Path) -> Description:
 
 
 def _training_flops(content: Mapping[str, Any], shape: Shape) -> dict[str, float]:
-    """The training FLOPs by 6ND of a checkpoint, and of the weights that its run started from; {}: not known."""
+    """The training FLOPs by 6ND of a checkpoint, and of the weights that its run started from.
+
+    {} where they are not known: of weights of others, without `llada fit`, and of checkpoints of earlier versions.
+    """
     tokens = content.get("callbacks", {}).get("Accounting", {}).get("tokens")
-    before = content.get("source_flops") if "weights" in content["identity"] else 0.0
+    before = content.get("source_flops")
     if tokens is None or before is None:
         return {}
     return {"flops_6nd": before + flops_6nd(shape.params_nonembedding, tokens)}

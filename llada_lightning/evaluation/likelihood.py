@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -247,7 +247,7 @@ class ScoredInput:
     tokens: IntArray
     positions: IntArray
     targets: IntArray
-    prompt: slice = slice(0, 0)
+    prompt: slice = field(default_factory=lambda: slice(0, 0))
 
 
 def masked_input(lm: LanguageModel, request: Request, mask_L: BoolArray) -> ScoredInput:

@@ -288,9 +288,9 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         """A checkpoint knows its run: every setting that makes it this run, and the fingerprints of its data."""
         checkpoint["identity"], checkpoint["objective"] = self.identity, self.objective
         checkpoint["guard"] = self.guard.state_dict()
+        checkpoint["source_flops"] = 0.0 if self.weights is None else source_flops(self.weights)
         if self.weights is not None:
             checkpoint["inherited"] = inherited(self.weights)
-            checkpoint["source_flops"] = source_flops(self.weights)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another run's checkpoint; to validate, another model's or tokenizer's."""
