@@ -24,7 +24,8 @@ from llada_lightning.data.manifest import (
 )
 from llada_lightning.data.validation import ValidationCorpus
 from llada_lightning.objectives.batches import TrainingBatch
-from llada_lightning.objectives.densities import Density, density_setting
+from llada_lightning.objectives.densities import Density
+from llada_lightning.objectives.density_settings import density_setting
 from llada_lightning.objectives.forward_process import TimeSampling
 from llada_lightning.run import Stream
 from llada_lightning.settings import MAX_PROCESSES

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from llada_lightning.objectives import TrainingKind
 from llada_lightning.objectives.batches import Predictor, TrainingBatch, ValidationBatch
-from llada_lightning.objectives.densities import DensitySetting, covers_all_ratios, end_without_mass
+from llada_lightning.objectives.densities import covers_all_ratios, end_without_mass
+from llada_lightning.objectives.density_settings import DensitySetting
 from llada_lightning.support.errors import UserError
 
 WeightName = Literal["elbo", "ce", "clipped", "per_masked_token"]

@@ -30,7 +30,7 @@ from llada_lightning.model.patterns import Pattern, ahead, and_masks, window_ahe
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
 from llada_lightning.objectives import BLOCK_LENGTH, Objective, TrainingKind, arm, block, get_objective, llada
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch
-from llada_lightning.objectives.densities import DensitySetting
+from llada_lightning.objectives.density_settings import DensitySetting
 from llada_lightning.objectives.forward_process import noisy_tokens
 from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError

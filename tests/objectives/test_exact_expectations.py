@@ -21,7 +21,8 @@ from scipy.special import beta, log_softmax
 from llada_lightning.compute.flops import MASK_EPS
 from llada_lightning.model.head import token_nll
 from llada_lightning.objectives.batches import TrainingBatch, scored_positions
-from llada_lightning.objectives.densities import Beta, Curriculum, Density, LogitNormal, Range, Uniform, density_setting
+from llada_lightning.objectives.densities import Beta, Curriculum, Density, LogitNormal, Range, Uniform
+from llada_lightning.objectives.density_settings import density_setting
 from llada_lightning.objectives.forward_process import (
     TIME_SAMPLINGS,
     TimeSampling,

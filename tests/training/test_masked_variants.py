@@ -18,7 +18,7 @@ from llada_lightning.compute.shapes import Shape
 from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.manifest import read_data_facts
 from llada_lightning.objectives import OBJECTIVES
-from llada_lightning.objectives.densities import density_setting
+from llada_lightning.objectives.density_settings import density_setting
 from llada_lightning.study.fits.runs import base_objective, named_variants
 from llada_lightning.study.plan import plan_study
 from llada_lightning.study.plan.base import planned_stream, read_base

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llada_lightning.objectives.densities import density_setting
+from llada_lightning.objectives.density_settings import density_setting
 from llada_lightning.run import DataFacts, Source, Stream, sequences_read
 from llada_lightning.support.command_line import refuse_unusable
 from llada_lightning.support.errors import UserError
