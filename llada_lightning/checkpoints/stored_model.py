@@ -42,7 +42,7 @@ from llada_lightning.checkpoints.stored_tensors import (
     weights_of,
 )
 from llada_lightning.compute.flops import flops_6nd
-from llada_lightning.compute.shapes import Shape, get_shape
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.data import TOKENIZER_NAME, tokenizer_fingerprint
 from llada_lightning.data.manifest import read_tokenizer_text
 from llada_lightning.data.tokenizers import TokenizerFiles, as_special, without_special_beyond
@@ -196,7 +196,7 @@ def _description(content: Mapping[str, Any], path: Path) -> Description:
     shift_targets = arguments.get("shift_targets", False)
     starts_with_eos = known is not None and (known.starts_with_eos or shift_targets) and prefix is None
     start = arguments["eos_token_id"] if starts_with_eos else None
-    return Description.of(
+    found = Description.of(
         path,
         arguments["shape"],
         objective=objective,
@@ -219,9 +219,9 @@ def _description(content: Mapping[str, Any], path: Path) -> Description:
             "run": None if run is None else run.name,
             "step": content["global_step"],
             "identity": identity_hash(identity),
-            **_training_flops(content, get_shape(arguments["shape"])),
         },
     )
+    return replace(found, source={**found.source, **_training_flops(content, found.shape)})
 
 
 def _training_flops(content: Mapping[str, Any], shape: Shape) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
@@ -217,7 +218,9 @@ def source_flops(path: str) -> float | None:
     None where they are not known, as of a model of others.
     """
     flops = _opened(path).description.source.get("flops_6nd")
-    return float(flops) if isinstance(flops, (int, float)) and not isinstance(flops, bool) else None
+    if not isinstance(flops, (int, float)) or isinstance(flops, bool) or not 0 <= flops < math.inf:
+        return None
+    return float(flops)
 
 
 def source_objective(path: str) -> str:
