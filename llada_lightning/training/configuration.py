@@ -179,10 +179,11 @@ def _resolve_length(config: Namespace, data: LanguageDataModule) -> Run:
         raise UserError(
             f"model.schedule.total_steps: {given.total_steps} given, but the run has {steps} steps; leave it out"
         )
-    if arguments.get("open_attention_steps", 0) > steps[0]:
+    first_result = min(schedule.total_steps or 0 for schedule in (*resolved.schedules, *resolved.milestones))
+    if arguments.get("open_attention_steps", 0) > first_result:
         raise UserError(
-            f"model.open_attention_steps: {arguments.open_attention_steps} given, but the run has {steps[0]} steps; "
-            "lower it, since the model that it leaves has full attention"
+            f"model.open_attention_steps: {arguments.open_attention_steps} given, but the first result is that of step "
+            f"{first_result}, and is measured with full attention; lower it"
         )
     config.trainer.max_steps = steps[-1]
     data.global_batch = config.data.init_args.global_batch = resolved.global_batch

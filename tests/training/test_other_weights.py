@@ -433,7 +433,7 @@ def test_what_does_not_fit_is_one_line(
         ("block", prepared, (f"--model.weights={plain}", shape, OPEN), "model.open_attention_steps: 9 given, but mode"),
         ("block", prepared, (f"--model.weights={opened}", shape), "model.shift_targets: true given, but block would p"),
         ("llada", prepared, ("--model.open_attention_steps=-1",), "model.open_attention_steps: -1 given; it must be "),
-        ("llada", prepared, ("--model.open_attention_steps=25",), "model.open_attention_steps: 25 given, but the run"),
+        ("llada", prepared, ("--model.open_attention_steps=25",), "model.open_attention_steps: 25 given, but the f"),
         (
             "llada",
             prepared,
