@@ -68,29 +68,40 @@ def take_over(config: Namespace, objective: str) -> None:
         if given not in (not_given.get(key), value):
             raise UserError(f"model.{key}: {given} given, but model.weights has {value}; leave it out")
         arguments[key] = value
-    if "shift_targets" in arguments:  # a module of one's own may have none
-        _take_over_shift(arguments, description)
+    _take_over_shift(arguments, description, facts)
     if "tokenizer" in data:
         _take_over_tokenizer(config, stored, facts.masks)
     if data.get("context_length", 0) is None:
         data.context_length = description.context_length
 
 
-def _take_over_shift(arguments: Namespace, description: Description) -> None:
-    """Fill in whether targets are shifted; refuse what the weights have not learned."""
-    facts = get_objective(description.objective)
+def _take_over_shift(arguments: Namespace, description: Description, facts: Objective) -> None:
+    """Fill in, in place, whether targets are shifted; refuse what the weights have not learned.
+
+    A module of one's own may lack the settings.
+    """
+    source, shift, steps = get_objective(description.objective), "shift_targets", arguments.get("open_attention_steps")
     if description.shift_targets:
-        arguments.shift_targets = True
-    elif arguments.shift_targets and not facts.causal:
+        if shift not in arguments or not _may_shift(facts):
+            raise UserError(
+                f"model.weights: '{arguments.weights}' predicts a token from the position before it ({shift}), which "
+                f"{facts.name} does not; give other weights"
+            )
+        arguments[shift] = True
+    elif arguments.get(shift) and not source.causal:
         raise UserError(
-            f"model.shift_targets: true given, but model.weights is of {facts.name}, which predicts a token at its own "
+            f"model.{shift}: true given, but model.weights is of {source.name}, which predicts a token at its own "
             "position; leave it out"
         )
-    if arguments.open_attention_steps and not facts.causal:
+    if steps and not source.causal:
         raise UserError(
-            f"model.open_attention_steps: {arguments.open_attention_steps} given, but model.weights is of "
-            f"{facts.name}, whose attention is open already; leave it out"
+            f"model.open_attention_steps: {steps} given, but model.weights is of {source.name}, whose attention is "
+            "open already; leave it out"
         )
+
+
+def _may_shift(facts: Objective) -> bool:
+    return facts.masks and not facts.in_blocks
 
 
 def check_shift(facts: Objective) -> None:
@@ -99,7 +110,7 @@ def check_shift(facts: Objective) -> None:
     Raises:
         UserError: It predicts the next token anyway, predicts in blocks, or has no [MASK].
     """
-    if facts.masks and not facts.in_blocks:
+    if _may_shift(facts):
         return
     why = "does not predict what a [MASK] hides"
     if facts.causal:

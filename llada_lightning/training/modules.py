@@ -446,7 +446,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         window = window_ahead(self.trainer.global_step, self.open_attention_steps, together)
         if window is None:
             return pattern
-        near = ahead(torch.tensor(window, device=device), positions_L)
+        near = ahead(torch.full((), window, device=device), positions_L)  # filled there: nothing waits for a copy
         return near if pattern is None else and_masks(pattern, near)
 
 

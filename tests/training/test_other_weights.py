@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
 from torch import Tensor
 
 from helpers.small_checkpoints import BOS, changed_config, tokenizer_folder, written
@@ -17,6 +18,8 @@ from helpers.tiny_runs import fit, fit_arguments, fit_process, kill_at, losses, 
 from llada_lightning import load_model, log_likelihood
 from llada_lightning.checkpoints.stored_model import open_checkpoint
 from llada_lightning.commands.main import main
+from llada_lightning.compute.schedule import WSD
+from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.prepare import prepare
 from llada_lightning.evaluation.policy import POLICIES, Policy
 from llada_lightning.model.patterns import window_ahead
@@ -226,6 +229,9 @@ def test_the_weights_are_taken_and_mask_becomes_the_mean_of_all_others(
                 assert torch.equal(value, theirs[name])
     lm = load_model(begun)
     assert (lm.start_token_id, lm.text_prefix_ids, lm.shift_targets) == (None, (), False)
+    back = fit("llada", prepared, tmp_path / "back", f"--model.weights={begun}", *NO_STEP)
+    assert all(torch.equal(value, weights(begun, 1)[name]) for name, value in weights(back, 1).items())
+    assert record(back)["variant"] == "weights=block", "what has learned [MASK] keeps it"
 
 
 def test_the_record_tells_what_it_began_as_and_what_that_cost(arm: Path, opened: Path, tmp_path: Path) -> None:
@@ -365,18 +371,36 @@ def test_a_llama_gets_a_row_for_mask_and_keeps_its_bos(llama: Path, in_its_token
     assert load_model(block).text_prefix_ids == ()
 
 
+# --- by a plain Trainer ----------------------------------------------------------------------------------------------
+
+
+def test_a_plain_trainer_starts_from_an_arm_alike(arm: Path, prepared: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"shift_targets": True, "open_attention_steps": 3, "weights": str(arm)}
+    made = LladaModule(schedule=WSD(lr=0.01), **settings)
+    data = TokenDataModule(str(prepared), sequence_length=32, global_batch=8, val_sequences=24, random_length_share=0.1)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    nothing_else: dict[str, Any] = {**quiet, "enable_checkpointing": False, "limit_val_batches": 0}
+    trainer = Trainer(max_steps=4, accelerator="cpu", gradient_clip_val=1.0, **nothing_else)
+    trainer.fit(made, data)
+    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+    words = (f"--model.weights={arm}", SHIFT, "--model.open_attention_steps=3", "--trainer.max_steps=4")
+    command = load_model(fit("llada", prepared, tmp_path, *words))
+    mine = load_model(tmp_path / "mine.ckpt")
+    tokens_BL = torch.randint(2, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert mine.shift_targets and torch.equal(mine.logits(tokens_BL), command.logits(tokens_BL))
+
+
 # --- fine-tuning -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [(), ("--model.shift_targets=true", "--model.open_attention_steps=3")])
-def test_an_arm_is_fine_tuned_as_llada(given: tuple[str, ...], arm: Path, tmp_path: Path) -> None:
-    pairs = tmp_path / "pairs.jsonl"
+def fine_tuning(start: Path, root: Path, *extra: str) -> list[str]:
+    pairs = root / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"prompt": f"{n}+1", "response": f"{n + 1}"}) + "\n" for n in range(40)))
-    words = [
+    return [
         "fit",
         "--model=LladaModule",
         "--data=SftDataModule",
-        f"--model.weights={arm}",
+        f"--model.weights={start}",
         f"--data.path={pairs}",
         "--data.context_length=64",
         "--data.global_batch=8",
@@ -386,16 +410,31 @@ def test_an_arm_is_fine_tuned_as_llada(given: tuple[str, ...], arm: Path, tmp_pa
         "--trainer.accelerator=cpu",
         "--trainer.precision=32-true",
         "--trainer.log_every_n_steps=1",
-        f"--run.root={tmp_path}",
+        f"--run.root={root}",
         "--run.study=test",
         "--run.name=run",
+        *extra,
     ]
-    assert main([*words, *given]) == 0
+
+
+@pytest.mark.parametrize("given", [(), (SHIFT, "--model.open_attention_steps=3")])
+def test_an_arm_is_fine_tuned_as_llada(given: tuple[str, ...], arm: Path, tmp_path: Path) -> None:
+    assert main(fine_tuning(arm, tmp_path, *given)) == 0
     folder = tmp_path / "test" / "run"
     assert losses(folder)[-1] < losses(folder)[0]
     assert record(folder)["source_flops"] == record(arm)["flops_6nd"]
     lm = load_model(folder)
     assert lm.start_token_id == (lm.eos_token_id if given else None)
+
+
+def test_a_llama_is_fine_tuned_with_one_of_its_tokens_as_mask(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(fine_tuning(llama, tmp_path)) == 2
+    assert "has no [MASK], which llada needs; name one of its tokens with --data.mask_token" in capsys.readouterr().err
+    assert main(fine_tuning(llama, tmp_path, SHIFT, "--data.mask_token=<turn>")) == 0
+    lm = load_model(tmp_path / "test" / "run")
+    assert (lm.mask_token_id, lm.model.vocab_size, lm.text_prefix_ids, lm.start_token_id) == (257, 259, (BOS,), None)
 
 
 # --- what does not fit -----------------------------------------------------------------------------------------------
@@ -431,7 +470,7 @@ def test_what_does_not_fit_is_one_line(
         ),
         ("llada", prepared, (f"--model.weights={plain}", shape, SHIFT), "model.shift_targets: true given, but model.w"),
         ("block", prepared, (f"--model.weights={plain}", shape, OPEN), "model.open_attention_steps: 9 given, but mode"),
-        ("block", prepared, (f"--model.weights={opened}", shape), "model.shift_targets: true given, but block would p"),
+        ("block", prepared, (f"--model.weights={opened}", shape), f"model.weights: '{opened}' predicts a token"),
         ("llada", prepared, ("--model.open_attention_steps=-1",), "model.open_attention_steps: -1 given; it must be "),
         ("llada", prepared, ("--model.open_attention_steps=25",), "model.open_attention_steps: 25 given, but the f"),
         (
