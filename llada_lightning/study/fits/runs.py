@@ -175,7 +175,7 @@ def with_source_flops(table: pd.DataFrame, counted: bool) -> tuple[pd.DataFrame,
     for name in dict.fromkeys(names):
         own, blank = source[(names == name) & (source > 0)], int(((names == name) & unknown).sum())
         if len(own):
-            spent = f"{own.min():.3g}" if own.min() == own.max() else f"{own.min():.3g} to {own.max():.3g}"
+            spent = " to ".join(dict.fromkeys(f"{flops:.3g}" for flops in (own.min(), own.max())))
             told = "are counted, by 6ND" if counted else "are not counted; --source-flops adds them"
             runs = "1 run starts" if len(own) == 1 else f"{len(own)} runs start"
             notes.append(f"{name}: the {spent} FLOPs (6ND) of the weights that {runs} from {told}")
