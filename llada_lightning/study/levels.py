@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llada_lightning.identity import stable_name
 from llada_lightning.objectives import OBJECTIVES, Objective
 from llada_lightning.records import CONFIG_FILE, METRICS_FILE, NOISE_LEVELS, level_columns, metrics_rows
 from llada_lightning.study.fits.uncertainty import Array
@@ -122,4 +123,4 @@ def _objective(folder: Path) -> Objective | None:
     settings = None if config is None else read_yaml(config / CONFIG_FILE)
     model = settings.get("model") if isinstance(settings, dict) else None
     named = model.get("class_path") if isinstance(model, dict) else None
-    return next((own for own in OBJECTIVES.values() if own.module == named), None)
+    return OBJECTIVES.get(stable_name(named) or "")
