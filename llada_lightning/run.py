@@ -62,10 +62,12 @@ class DataFacts:
     Args:
         vocab_size: The number of vocabulary entries of the tokenizer.
         sources: The sources of the mixture, or the only one.
+        tokenizer: The fingerprint of the tokenizer; None: not known.
     """
 
     vocab_size: int
     sources: tuple[Source, ...]
+    tokenizer: str | None = None
 
 
 def sequences_read(

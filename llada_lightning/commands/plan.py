@@ -232,7 +232,7 @@ def _plan(options: Namespace, base: Base) -> tuple[Plan, Destination]:
         ),
         recipe=Recipe(
             lr_scale=of_each("lr_scale"),
-            fitted=_fitted(options.rule, options.objectives, stream),
+            fitted=_fitted(options.rule, options.objectives, stream, None if facts is None else facts.tokenizer),
             **given("lr_rule", "batch_rule", "lr", "batch", "warmup_steps", "decay_fraction"),
         ),
         machine=machine,
@@ -246,12 +246,14 @@ def _plan(options: Namespace, base: Base) -> tuple[Plan, Destination]:
     return plan, Destination(study=study, data=path, base=options.base, vocab_size=vocab_size)
 
 
-def _fitted(path: str | None, objectives: Sequence[str], stream: Stream) -> Mapping[str, FittedRules]:
+def _fitted(
+    path: str | None, objectives: Sequence[str], stream: Stream, tokenizer: str | None
+) -> Mapping[str, FittedRules]:
     """The rules of a file, by objective; none without a path."""
     if path is None:
         return {}
     rules = read_rule_file(path)
-    rules.check(path, objectives, stream.vocab_size, stream.sequence_length)
+    rules.check(path, objectives, stream.vocab_size, stream.sequence_length, tokenizer)
     return rules.objectives
 
 

@@ -141,12 +141,12 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 def add_policy_options(group: Any) -> None:
     """Adds `--policy` and `--tokens-per-step` to a group of likelihoods."""
-    from llada_lightning.evaluation.policy import POLICIES
+    from llada_lightning.evaluation.policy import NAMES
 
     group.add_argument(
         "--policy",
         type=str | None,
-        help=f"exact likelihood of decoding by a policy instead of the bound (llada): {', '.join(POLICIES)}",
+        help=f"exact likelihood of decoding by a policy instead of the bound (llada): {', '.join(NAMES)}",
     )
     group.add_argument("--tokens-per-step", type=int | None, help="tokens that a step of --policy reveals; 1")
 

@@ -303,4 +303,5 @@ def read_data_facts(path: str | dict[str, float], sequence_length: int) -> DataF
         Source(weights[folder], manifest.splits["train"].items(sequence_length))
         for folder, manifest in manifests.items()
     )
-    return DataFacts(next(iter(manifests.values())).tokenizer.vocab_size, sources)
+    tokenizer = next(iter(manifests.values())).tokenizer
+    return DataFacts(tokenizer.vocab_size, sources, tokenizer.fingerprint)

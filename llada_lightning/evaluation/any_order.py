@@ -31,12 +31,10 @@ import numpy as np
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.evaluation.bound import all_masks, requests_by_block, stderr_of_mean
 from llada_lightning.evaluation.likelihood import Scorer, ScoringProgress, masked_input
+from llada_lightning.evaluation.policy import MOST_IN_RANDOM_ORDER
 from llada_lightning.evaluation.requests import FloatArray, Ids, Request, check_request
 from llada_lightning.objectives.noise import Purpose, random_words
 from llada_lightning.support.errors import UserError
-
-MOST_EXACT = 8
-"""The most tokens whose exact value is computed: 255 predictions."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class AnyOrderScore:
     """The log-likelihood of one continuation in random order, in nats.
 
     Args:
-        exact: The value; None where the continuation, or a block of it, has more than ``MOST_EXACT`` tokens.
+        exact: The value; None where the continuation, or a block of it, has more than ``MOST_IN_RANDOM_ORDER`` tokens.
         lower, lower_stderr: The lower bound of Eq. 6, estimated from the orders drawn, and its standard error.
         upper, upper_stderr: The tangent upper bound, and its standard error given the tangent's point. Both estimates
             are unbiased, so a single one may lie on the wrong side of `exact`.
@@ -118,7 +116,7 @@ def _scored(scorer: Scorer, request: Request, orders: int, seed: int) -> AnyOrde
     # Before step j of an order, the tokens from o(j) on are masked.
     place_KL = np.argsort(drawn_KL, axis=1)
     masks_NL = (place_KL[:, None, :] >= np.arange(length)[:, None]).reshape(-1, length)
-    if length <= MOST_EXACT:
+    if length <= MOST_IN_RANDOM_ORDER:
         masks_NL = np.concatenate([masks_NL, all_masks(length)])
     distinct_ML, of_N = np.unique(masks_NL, axis=0, return_inverse=True)
     values_ML = np.zeros(distinct_ML.shape)
@@ -130,7 +128,7 @@ def _scored(scorer: Scorer, request: Request, orders: int, seed: int) -> AnyOrde
     log_u = _log_mean_exp(log_p_K[:half])
     tangent_K = log_u + np.exp(log_p_K[half:] - log_u) - 1
     return AnyOrderScore(
-        exact=exact_in_random_order(distinct_ML, values_ML) if length <= MOST_EXACT else None,
+        exact=exact_in_random_order(distinct_ML, values_ML) if length <= MOST_IN_RANDOM_ORDER else None,
         lower=float(log_p_K.mean()),
         lower_stderr=stderr_of_mean(log_p_K),
         upper=float(tangent_K.mean()),

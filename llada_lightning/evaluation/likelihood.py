@@ -82,7 +82,7 @@ def log_likelihood(
         seed: The seed of the masks.
         truncate: The handling of prompts that do not fit the context. `left` cuts them; `Score.truncated` holds the
             number of tokens cut.
-        policy: The deterministic decoding policy whose likelihood is wanted; None: the bound. `arm` has its own order
+        policy: The decoding policy whose likelihood is wanted; None: the bound. `arm` has its own order
             only, `Policy("left_to_right")`.
         batch_tokens: The number of tokens of one forward pass, padding included; None: a number that suits the device.
         progress: Whether a progress bar is shown on stderr; None: where that is a terminal.
@@ -185,7 +185,7 @@ def policy_scores(scorer: Scorer, requests: Sequence[Request], policy: Policy) -
             mean=sum(next(sums) for _ in own),
             stderr=0.0,
             exact=True,
-            samples=sum(-(-len(part.continuation) // policy.tokens_per_step) for part in own),
+            samples=sum(policy.predictions(len(part.continuation)) for part in own),
             tokens=len(request.continuation),
             method="policy" if request.continuation else "empty",
             truncated=request.truncated,

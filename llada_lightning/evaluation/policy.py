@@ -13,11 +13,21 @@ length, whose probabilities add up to 1. With several tokens a step, the value i
 coarser sampler, and is exact, too. Positions are chosen by the prediction at each of them, never by the true token,
 which the sampler does not know.
 
-A text of L tokens costs L / k predictions, one after the other. So many texts go through the model at once.
+The order may be random, too: :data:`RANDOM_ORDER` reveals one token a step, at a position drawn uniformly at random. A
+text can then be drawn in L! ways. Its probability is still exact for up to ``MOST_IN_RANDOM_ORDER`` tokens, or for
+blocks of so many. Let H(M) be the probability of the tokens of a set M of masked positions, revealed in random order:
+
+    H(M) = mean over i in M of p(x_i | all but M) H(M without i),   H(empty) = 1,   p(x) = H(all).
+
+That takes a prediction for each set M, 2^L - 1 in all.
+
+By another policy, a text of L tokens costs L / k predictions. Predictions come one after the other, so many texts go
+through the model at once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -32,7 +42,10 @@ if TYPE_CHECKING:  # the names of the policies are read where torch is not loade
 
     from llada_lightning.evaluation.likelihood import ScoredInput, Scorer
 
-LEFT_TO_RIGHT = "left_to_right"
+LEFT_TO_RIGHT, RANDOM_ORDER = "left_to_right", "random_order"
+
+MOST_IN_RANDOM_ORDER = 8
+"""The most tokens that are decoded together in random order: 2^8 - 1 = 255 predictions."""
 
 
 def likeliest(log_p_MV: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,34 +71,41 @@ to how sure the model is of each, as the reveal rules `low_confidence` and `marg
 numbers that this is computed from. The surest are revealed. Confidences that differ by less than ``reveal.TIE`` of that
 size are equal, and of equals the first is revealed. None: the first are revealed."""
 
+NAMES = (*POLICIES, RANDOM_ORDER)
+"""The names of all policies."""
+
 _LOGITS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 28}
 """Logits that are made and used before the next are: on a CPU what stays near its caches."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A deterministic decoding policy.
+    """A decoding policy.
 
     Args:
-        name: The name in :data:`POLICIES`.
+        name: One of :data:`NAMES`.
         tokens_per_step: The number of tokens that a step reveals; the last one reveals what is left.
 
     Raises:
-        UserError: There is no policy of this name, or a step reveals no token.
+        UserError: There is no policy of this name, or it cannot reveal so many tokens a step.
     """
 
     name: str
     tokens_per_step: int = 1
 
     def __post_init__(self) -> None:
-        if self.name not in POLICIES:
-            near = get_close_matches(str(self.name), POLICIES, 1)
+        if self.name not in NAMES:
+            near = get_close_matches(str(self.name), NAMES, 1)
             nearest = f"the nearest is '{near[0]}'; " if near else ""
-            raise UserError(f"policy: '{self.name}' is not known; {nearest}choose from {', '.join(POLICIES)}")
+            raise UserError(f"policy: '{self.name}' is not known; {nearest}choose from {', '.join(NAMES)}")
         if type(self.tokens_per_step) is not int or self.tokens_per_step < 1:
             raise UserError(
                 f"policy {self.name}: {self.tokens_per_step} tokens a step given; it must be a whole number of at "
                 "least 1"
+            )
+        if self.name == RANDOM_ORDER and self.tokens_per_step > 1:
+            raise UserError(
+                f"policy {RANDOM_ORDER}: {self.tokens_per_step} tokens a step given; it reveals one a step, so give 1"
             )
 
     @property
@@ -103,11 +123,11 @@ class Policy:
 
         Args:
             facts: The facts of the model's objective.
-            longest: The tokens of the longest text.
+            longest: The tokens of the longest text; of a model that predicts in blocks, of the longest block.
 
         Raises:
-            UserError: The model has no [MASK], and the policy is not its own order; or a step reveals more tokens than
-                there are.
+            UserError: The model has no [MASK], and the policy is not its own order; a step reveals more tokens than
+                there are; or too many tokens are decoded together in random order.
         """
         if not facts.masks and (self.name != LEFT_TO_RIGHT or self.tokens_per_step > 1):
             raise UserError(
@@ -119,6 +139,16 @@ class Policy:
                 f"policy {self.name}: {self.tokens_per_step} tokens a step given, and the longest text has {longest}; "
                 "lower it"
             )
+        if self.name == RANDOM_ORDER and longest > MOST_IN_RANDOM_ORDER:
+            raise UserError(
+                f"policy {RANDOM_ORDER}: {longest} tokens are decoded together, which takes 2^{longest} - 1 = "
+                f"{2.0**longest - 1:.3g} predictions; its likelihood is computed for blocks and continuations of up to "
+                f"{MOST_IN_RANDOM_ORDER} tokens (255 predictions), so take another policy"
+            )
+
+    def predictions(self, most: int) -> int:
+        """The number of predictions that a text, or a block, of ``most`` tokens takes."""
+        return 2**most - 1 if self.name == RANDOM_ORDER else -(-most // self.tokens_per_step)
 
 
 def policies_of(given: Mapping[str, int] | None, facts: Objective, longest: int) -> tuple[Policy, ...]:
@@ -151,6 +181,32 @@ class States(Protocol):
         """(M, V) float32 of some of them; -inf where a token gets no probability."""
 
 
+def policy_log_likelihood(
+    policy: Policy, tokens_BL: Tensor, masked_BL: Tensor, mask_token_id: int, states: States, passes: int | None = None
+) -> Tensor:
+    """The log-likelihood of the masked tokens of each text under a policy.
+
+    Args:
+        policy: The policy.
+        tokens_BL: (B, L) int64, the true tokens.
+        masked_BL: (B, L) bool, the positions to decode; the others are given from the start.
+        mask_token_id: The id of [MASK].
+        states: The model.
+        passes: The number of predictions to make, where another process must make as many; None: as many as needed.
+
+    Returns:
+        (B,) float64, nats; 0 where nothing is masked.
+    """
+    if policy.name == RANDOM_ORDER:
+        return _in_random_order(tokens_BL, masked_BL, mask_token_id, states, passes)
+    return revealed_log_probs(policy, tokens_BL, masked_BL, mask_token_id, states, passes).sum(dim=1)
+
+
+def most_masked(masked_BL: Tensor) -> int:
+    """The number of masked positions of the row of (B, L) that has most of them."""
+    return int(masked_BL.sum(dim=1).max()) if len(masked_BL) else 0
+
+
 def revealed_log_probs(
     policy: Policy, tokens_BL: Tensor, masked_BL: Tensor, mask_token_id: int, states: States, passes: int | None = None
 ) -> Tensor:
@@ -172,7 +228,7 @@ def revealed_log_probs(
     rule, k = POLICIES[policy.name], policy.tokens_per_step
     masked_BL = masked_BL.clone()
     log_p_BL = torch.zeros(tokens_BL.shape, dtype=torch.float64, device=tokens_BL.device)
-    for _ in range(steps_needed(masked_BL, k) if passes is None else passes):
+    for _ in range(policy.predictions(most_masked(masked_BL)) if passes is None else passes):
         rows_R = masked_BL.any(dim=1).nonzero()[:, 0]
         if not len(rows_R):  # another process is not done, and a sharded model predicts in all of them at once
             rows_R = rows_R.new_zeros(1)
@@ -195,9 +251,35 @@ def revealed_log_probs(
     return log_p_BL
 
 
-def steps_needed(masked_BL: Tensor, tokens_per_step: int) -> int:
-    """The steps in which every masked position of (B, L) is revealed."""
-    return -(-int(masked_BL.sum(dim=1).max()) // tokens_per_step) if len(masked_BL) else 0
+def _in_random_order(
+    tokens_BL: Tensor, masked_BL: Tensor, mask_token_id: int, states: States, passes: int | None
+) -> Tensor:
+    """(B,) float64: log H(all), see the top; arguments as of :func:`policy_log_likelihood`."""
+    import torch
+
+    rank_BL, counts_B = masked_BL.cumsum(dim=1) - 1, masked_BL.sum(dim=1)
+    most = most_masked(masked_BL)
+    log_h_SB = torch.zeros((1 << most, len(tokens_BL)), dtype=torch.float64, device=tokens_BL.device)
+    for number in range(1, 1 + (Policy(RANDOM_ORDER).predictions(most) if passes is None else passes)):
+        # Bit j of the number: whether the masked position of rank j belongs to the set M.
+        rows_R = (counts_B >= number.bit_length()).nonzero()[:, 0]
+        if not len(rows_R):  # another process is not done, and a sharded model predicts in all of them at once
+            rows_R = rank_BL.new_zeros(1)
+        of_row_RL, true_RL = rank_BL[rows_R], tokens_BL[rows_R]
+        set_RL = masked_BL[rows_R] & (number >> of_row_RL.clamp(min=0) & 1).bool()
+        hidden_GMD = states.hidden(true_RL.masked_fill(set_RL, mask_token_id), set_RL, rows_R)
+        log_p_M = _predicted(hidden_GMD, true_RL[set_RL], states, None)[0].double()
+        if number < len(log_h_SB):
+            without_RI = torch.stack([log_h_SB[number ^ 1 << j, rows_R] for j in _bits(number)], dim=1)
+            log_h_RI = log_p_M.view(len(rows_R), -1) + without_RI
+            log_h_SB[number, rows_R] = log_h_RI.logsumexp(dim=1) - math.log(log_h_RI.shape[1])
+    whole_B = (1 << counts_B) - 1
+    return log_h_SB.gather(0, whole_B[None])[0]
+
+
+def _bits(number: int) -> list[int]:
+    """The places of the bits of a number that are 1, in ascending order."""
+    return [j for j in range(number.bit_length()) if number >> j & 1]
 
 
 def _predicted(
@@ -243,8 +325,8 @@ def policy_log_probs(scorer: Scorer, inputs: Sequence[ScoredInput], policy: Poli
     for batch in scorer.batches(inputs):
         with torch.inference_mode():
             states = _ScoredStates(scorer, [inputs[i] for i in batch])
-            log_p_BT = revealed_log_probs(policy, states.tokens_BT, states.targets_BT, mask_token_id, states)
-        for i, value in zip(batch, log_p_BT.sum(dim=1).tolist(), strict=True):
+            log_p_B = policy_log_likelihood(policy, states.tokens_BT, states.targets_BT, mask_token_id, states)
+        for i, value in zip(batch, log_p_B.tolist(), strict=True):
             results[i] = value
         scorer.progress.advance(len(batch))
     return results

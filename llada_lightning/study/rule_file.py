@@ -97,7 +97,14 @@ class RuleFile:
     table_sha256: str
     package: str
 
-    def check(self, path: str, objectives: Sequence[str], vocab_size: int, sequence_length: int) -> None:
+    def check(
+        self,
+        path: str,
+        objectives: Sequence[str],
+        vocab_size: int,
+        sequence_length: int,
+        tokenizer: str | None = None,
+    ) -> None:
         """Refuse to plan what the rules were not measured for.
 
         Args:
@@ -105,6 +112,7 @@ class RuleFile:
             objectives: The names of the objectives that are planned.
             vocab_size: The number of vocabulary entries of their models.
             sequence_length: The number of tokens of their sequences.
+            tokenizer: The fingerprint of the tokenizer of their data; None: not known.
 
         Raises:
             UserError: Names what differs.
@@ -112,6 +120,11 @@ class RuleFile:
         measured = f"plan: --rule {shortened(path)} was measured"
         if vocab_size != self.vocab_size:
             raise UserError(f"{measured} with {self.vocab_size} vocabulary entries, and the plan has {vocab_size}")
+        if None not in (tokenizer, self.tokenizer) and tokenizer != self.tokenizer:
+            raise UserError(
+                f"{measured} with another tokenizer than that of the plan's data, so that a token is another piece of "
+                "text; give data of the same tokenizer (`llada prepare --tokenizer`), or tune anew (--tune)"
+            )
         if sequence_length != self.sequence_length:
             raise UserError(
                 f"{measured} at sequence length {self.sequence_length}, and the plan has {sequence_length}; give "

@@ -56,7 +56,7 @@ from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.parallel import check_parallel, launched_settings, tensor_parallel
 from llada_lightning.training.phases import Phase, RunIsDone, check_run, phases_of, trunk_checkpoint
 from llada_lightning.training.record import (
-    add_policies,
+    add_measured,
     add_record,
     describe_corpora,
     describe_loss,
@@ -353,18 +353,18 @@ class LladaCLI(HookedCLI):
             print(line)
         for line in describe_policies(self.model.policy_losses.measured):
             print(line)
-        if self.model.policy_losses.measured:
-            self._record_policies()
+        if self.model.policy_losses.measured or self.model.val_held_out:
+            self._record_measured()
         self._warn_of_few_documents()
         self._warn_of_lost_text()
 
     after_test = after_validate
 
-    def _record_policies(self) -> None:
-        """Of a run's own checkpoint, its record gets what was measured under policies."""
+    def _record_measured(self) -> None:
+        """Of a run's own checkpoint, its record gets what was measured of held-out corpora and under policies."""
         own = run_folder_of(self.read)
         if own is not None:
-            say(add_policies(own, saved_step(self.read), self.model))
+            say(add_measured(own, saved_step(self.read), self.model))
 
     def predict(self, **kwargs: Any) -> None:
         """The nats of each validation sequence, one line each, on stdout."""

@@ -278,10 +278,11 @@ def describe_policies(measured: Mapping[str, Any] | None) -> Iterator[str]:
         yield f"  policy {label}: {describe_loss(values, 'exact')}"
 
 
-def add_policies(folder: Path, steps: int, module: LanguageModule) -> str:
-    """Add to the result of a run that is done what `validate` has measured under decoding policies.
+def add_measured(folder: Path, steps: int, module: LanguageModule) -> str:
+    """Add to the result of a run that is done what `validate` has measured beside the validation loss.
 
-    The result is that of the same step whose documents and losses are those of this validation.
+    That is the loss of held-out corpora, and the loss under decoding policies. The result is that of the same step
+    whose documents and losses are those of this validation.
 
     Returns:
         A line for the user: where they are recorded, or why they are not.
@@ -302,10 +303,16 @@ def add_policies(folder: Path, steps: int, module: LanguageModule) -> str:
             f"not recorded: the result of step {steps} in {folder} has other validation documents or losses than this "
             "checkpoint and these settings"
         )
-    losses = module.policy_losses
-    for name, documents in losses.by_document.items():
+    corpora = dict(record.get("val_held_out") or {})
+    for name, loss in module.val_held_out.items():
+        if name in corpora and corpora[name]["fingerprint"] != loss["fingerprint"]:
+            return f"not recorded: the result of step {steps} in {folder} has another corpus '{name}'; rename this one"
+    for name, documents in module.held_out_by_document.items():
+        write_validation(folder, steps, documents, held_out=name)
+    for name, documents in module.policy_losses.by_document.items():
         write_validation(folder, steps, documents, policy=name)
-    record["val_policies"] = {**(record.get("val_policies") or {}), **losses.measured}
+    record["val_held_out"] = {**corpora, **module.val_held_out} or None
+    record["val_policies"] = {**(record.get("val_policies") or {}), **module.policy_losses.measured} or None
     return f"recorded: {write_records(folder, records)}"
 
 
@@ -326,7 +333,7 @@ def not_measured(
         return None
     return (
         f"note: a run that is done measures no further corpus ({', '.join(missing)}); "
-        f"`llada validate --config {config} --data.held_out …` does, from its last checkpoint"
+        f"`llada validate --config {config} --data.held_out …` does, from its last checkpoint, and records it"
     )
 
 

@@ -15,7 +15,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from llada_lightning.checkpoints.description import excluded_token_id
 from llada_lightning.data.validation import ValidationCorpus
-from llada_lightning.evaluation.policy import Policy, revealed_log_probs, steps_needed
+from llada_lightning.evaluation.policy import Policy, most_masked, policy_log_likelihood
 from llada_lightning.objectives.batches import ValidationBatch
 from llada_lightning.objectives.block import hidden_beside_copy
 from llada_lightning.objectives.standard_errors import clustered_mean_and_stderr, mean_by_cluster, ratio_and_stderr
@@ -153,11 +153,12 @@ def policy_nll(module: LanguageModule, batch: ValidationBatch, policy: Policy) -
     if module.block_length is not None:  # the blocks of all sequences at once, each beside the clean ones before it
         states = _BlockStates(module, batch, module.block_length)
         tokens_BL, masked_BL = states.in_blocks(tokens_BL), states.in_blocks(masked_BL)
-    steps = torch.tensor(steps_needed(masked_BL, policy.tokens_per_step), device=masked_BL.device)
+    most = torch.tensor(most_masked(masked_BL), device=masked_BL.device)
     if dist.is_initialized():  # of a sharded model all processes predict together
-        dist.all_reduce(steps, dist.ReduceOp.MAX)
-    log_p_BL = revealed_log_probs(policy, tokens_BL, masked_BL, module.mask_token_id, states, int(steps))
-    return -log_p_BL.view(len(batch.tokens_BL), -1).sum(dim=1)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    passes = policy.predictions(int(most))
+    log_p_N = policy_log_likelihood(policy, tokens_BL, masked_BL, module.mask_token_id, states, passes)
+    return -log_p_N.view(len(batch.tokens_BL), -1).sum(dim=1)
 
 
 class _BatchStates:

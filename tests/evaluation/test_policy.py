@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from helpers.small_models import ids, masked_log_prob, random_model
 from llada_lightning.checkpoints.language_model import LanguageModel
+from llada_lightning.evaluation.any_order import any_order_log_likelihood
 from llada_lightning.evaluation.likelihood import log_likelihood
-from llada_lightning.evaluation.policy import POLICIES, Policy, policies_of, revealed_log_probs
+from llada_lightning.evaluation.policy import POLICIES, RANDOM_ORDER, Policy, policies_of, revealed_log_probs
 from llada_lightning.evaluation.scoring import rolling_log_likelihood
 from llada_lightning.generation.reveal import TIE
 from llada_lightning.objectives import get_objective
@@ -70,6 +71,25 @@ def test_the_probabilities_of_all_texts_of_a_length_add_up_to_one(name: str, len
         for part in (scores[: len(scores) // 2], scores[len(scores) // 2 :]):
             assert sum(math.exp(score.mean) for score in part) == pytest.approx(1.0, abs=1e-5)
             assert len({round(score.mean, 6) for score in part}) > 1
+
+
+@pytest.mark.parametrize("block_length", [None, 1, 2, 3])
+def test_in_random_order_it_is_the_mean_over_all_orders(block_length: int | None) -> None:
+    lm = LLADA if block_length is None else random_model("block", block_length=block_length)
+    requests = [(ids(3, 40), ids(5, 41)), (ids(6, 42), ids(4, 43)), ([], ids(1, 44)), (ids(2, 45), [])]
+    scores = log_likelihood(lm, requests, policy=Policy(RANDOM_ORDER))
+    for (prompt, answer), score in zip(requests[:3], scores, strict=False):
+        [expected] = any_order_log_likelihood(lm, [(prompt, answer)], orders=4)
+        assert score.mean == pytest.approx(expected.exact, abs=1e-5)
+        assert (score.kind, score.method, score.stderr) == ("exact (policy random_order@1)", "policy", 0.0)
+    assert scores[0].samples == {None: 31, 1: 5, 2: 3 + 3 + 1, 3: 7 + 3}[block_length] or block_length is not None
+    assert (scores[3].mean, scores[3].samples) == (0.0, 0)
+
+
+def test_in_random_order_the_probabilities_of_all_texts_of_a_length_add_up_to_one() -> None:
+    texts = [([2], list(text)) for text in itertools.product(range(3), repeat=3)]
+    scores = log_likelihood(TINY, texts, policy=Policy(RANDOM_ORDER))
+    assert sum(math.exp(score.mean) for score in scores) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_positions_chosen_by_the_true_token_would_be_no_distribution() -> None:
@@ -161,7 +181,12 @@ def test_empty_and_equal_continuations() -> None:
     ("name", "k", "objective", "words"),
     [
         ("confidnce", 1, "llada", "policy: 'confidnce' is not known; the nearest is 'confidence'; choose from left_to"),
-        ("fastest", 1, "llada", "policy: 'fastest' is not known; choose from left_to_right, confidence, margin"),
+        (
+            "fastest",
+            1,
+            "llada",
+            "policy: 'fastest' is not known; choose from left_to_right, confidence, margin, ra",
+        ),
         ("margin", 0, "llada", "policy margin: 0 tokens a step given; it must be a whole number of at least 1"),
         ("margin", 6, "llada", "policy margin: 6 tokens a step given, and the longest text has 5; lower it"),
         (
@@ -171,6 +196,8 @@ def test_empty_and_equal_continuations() -> None:
             "policy margin@1: arm has no [MASK] and predicts one token after the other; its own policy",
         ),
         ("left_to_right", 2, "arm", "policy left_to_right@2: arm has no [MASK]"),
+        ("random_order", 1, "arm", "policy random_order@1: arm has no [MASK]"),
+        ("random_order", 2, "llada", "policy random_order: 2 tokens a step given; it reveals one a step, so give 1"),
     ],
 )
 def test_a_policy_that_cannot_be_is_one_line(name: str, k: int, objective: str, words: str) -> None:
@@ -178,6 +205,17 @@ def test_a_policy_that_cannot_be_is_one_line(name: str, k: int, objective: str, 
         log_likelihood(random_model(objective), [([1], ids(5, 3)), ([1], ids(2, 3))], policy=Policy(name, k))
     with pytest.raises(UserError, match=re.escape(words)):
         policies_of({"left_to_right": 1, name: k}, get_objective(objective), 5)
+
+
+def test_random_order_says_what_too_many_tokens_would_cost() -> None:
+    words = (
+        "policy random_order: 9 tokens are decoded together, which takes 2^9 - 1 = 511 predictions; its likelihood is "
+        "computed for blocks and continuations of up to 8 tokens (255 predictions), so take another policy"
+    )
+    with pytest.raises(UserError, match=re.escape(words)):
+        log_likelihood(LLADA, [([1], ids(9, 3))], policy=Policy(RANDOM_ORDER))
+    blocks = random_model("block", block_length=4)
+    assert log_likelihood(blocks, [([1], ids(9, 3))], policy=Policy(RANDOM_ORDER))[0].exact
 
 
 def test_a_setting_of_several_policies() -> None:

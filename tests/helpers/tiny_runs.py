@@ -18,6 +18,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from helpers.forked import run_command
 from llada_lightning.commands.main import main
+from llada_lightning.data.datamodule import TokenDataModule
 
 MODELS = {"arm": "ArmModule", "llada": "LladaModule"}
 """The two objectives of the paper, and their modules."""
@@ -186,3 +187,9 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
 def record(folder: Path) -> dict[str, Any]:
     [found] = json.loads((folder / "result.json").read_text())
     return found
+
+
+def validation_tokens(data: Path, count: int) -> list[list[int]]:
+    """The first validation sequences of a tiny run, 32 tokens each."""
+    module = TokenDataModule(str(data), sequence_length=32)
+    return module._stream("val", 0, module.weights, module.manifests).tokens(list(range(count))).tolist()

@@ -91,6 +91,15 @@ def test_rules_that_were_measured_for_something_else_are_refused(
     RULES.check("rules.json", ["arm"], 512, 64)
 
 
+def test_rules_of_another_tokenizer_are_refused() -> None:
+    own = replace(RULES, tokenizer="1f")
+    with pytest.raises(UserError, match="was measured with another tokenizer than that of the plan's data"):
+        own.check("rules.json", ["arm"], 512, 64, "2e")
+    own.check("rules.json", ["arm"], 512, 64, "1f")
+    own.check("rules.json", ["arm"], 512, 64)  # where no data is known
+    replace(own, tokenizer=None).check("rules.json", ["arm"], 512, 64, "2e")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

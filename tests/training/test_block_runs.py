@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers.tiny_runs import fit, fit_arguments, fit_process, losses, record
+from helpers.tiny_runs import fit, fit_arguments, fit_process, losses, record, validation_tokens
+from llada_lightning.checkpoints import load_model
 from llada_lightning.commands.main import main
+from llada_lightning.evaluation.likelihood import log_likelihood
+from llada_lightning.evaluation.policy import Policy
 
 FOUR = "--model.block_length=4"
 
@@ -40,6 +43,16 @@ def test_micro_batches_only_cut_the_same_batches(prepared: Path, run: Path, tmp_
     cut = fit("block", prepared, tmp_path, FOUR, "--trainer.accumulate_grad_batches=2", "--data.workers=2")
     assert losses(cut) == pytest.approx(losses(run), abs=1e-5)
     assert record(cut)["val_nats_per_token"] == pytest.approx(record(run)["val_nats_per_token"], abs=1e-5)
+
+
+def test_the_exact_losses_are_those_of_the_model_that_is_loaded(prepared: Path, tmp_path: Path) -> None:
+    policies = "--run.policies={random_order: 1, left_to_right: 1}"
+    folder = fit("block", prepared, tmp_path, FOUR, "--trainer.max_steps=3", "--data.val_sequences=6", policies)
+    lm, texts = load_model(folder), validation_tokens(prepared, 6)
+    for name in ("random_order", "left_to_right"):
+        scores = log_likelihood(lm, [([], text) for text in texts], policy=Policy(name))
+        measured = record(folder)["val_policies"][f"{name}@1"]["nats_per_token"]
+        assert measured == pytest.approx(-sum(score.mean for score in scores) / (6 * 32), abs=1e-5)
 
 
 @pytest.mark.slow

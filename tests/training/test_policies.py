@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from helpers.small_models import random_model
-from helpers.tiny_runs import fit, fit_arguments, fit_process, losses, metrics, record, timeless
+from helpers.tiny_runs import fit, fit_arguments, fit_process, losses, metrics, record, timeless, validation_tokens
 from llada_lightning.checkpoints import load_model
 from llada_lightning.commands.main import main
-from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.policy import Policy
 from llada_lightning.objectives.batches import ValidationBatch
@@ -33,13 +32,8 @@ def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fit("llada", prepared, tmp_path_factory.mktemp("policies"), *SHORT, POLICIES)
 
 
-def validation_tokens(prepared: Path) -> list[list[int]]:
-    data = TokenDataModule(str(prepared), sequence_length=32)
-    return data._stream("val", 0, data.weights, data.manifests).tokens(list(range(12))).tolist()
-
-
 def test_the_record_holds_the_exact_loss_of_the_validation_sequences(run: Path, prepared: Path) -> None:
-    lm, texts = load_model(run), validation_tokens(prepared)
+    lm, texts = load_model(run), validation_tokens(prepared, 12)
     measured = record(run)["val_policies"]
     assert list(measured) == ["confidence@1", "margin@5"]
     for policy in (Policy("confidence"), Policy("margin", 5)):

@@ -137,13 +137,31 @@ def test_a_run_that_is_done_measures_no_further_corpus(
     said = capsys.readouterr().err
     assert "nothing to do" in said and said.splitlines()[-1] == (
         f"note: a run that is done measures no further corpus (other); `llada validate --config {run / 'config.yaml'} "
-        "--data.held_out …` does, from its last checkpoint"
+        "--data.held_out …` does, from its last checkpoint, and records it"
     )
     assert main(["fit", config]) == 0
     assert "note:" not in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_validate_adds_a_held_out_corpus_to_the_record_of_a_run_that_is_done(
+    prepared: Path, prepared_second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = fit("llada", prepared, tmp_path, "--trainer.max_steps=2", f"--data.held_out={{more: {prepared_second}}}")
+    config, before = f"--config={folder / 'config.yaml'}", read_records(folder)
+    capsys.readouterr()
     assert main(["validate", config, f"--data.held_out={{other: {prepared}}}"]) == 0
-    assert "held out other: " in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "held out other: " in out and f"recorded: {folder / 'result.json'}" in err
+    [after], [known] = read_records(folder), before
+    assert list(after["val_held_out"]) == ["more", "other"]
+    # The corpus is the run's own validation data, so that its loss is, too.
+    assert after["val_held_out"]["other"]["nats_per_token"] == pytest.approx(after["val_nats_per_token"], rel=1e-6)
+    assert len(read_validation(folder, held_out="other")) == after["val_held_out"]["other"]["documents"]
+    assert {**after, "val_held_out": {"more": after["val_held_out"]["more"]}} == known
+    assert main(["validate", config, f"--data.held_out={{more: {prepared}}}"]) == 0
+    assert "has another corpus 'more'; rename this one" in capsys.readouterr().err
+    assert read_records(folder) == [after]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])

@@ -85,8 +85,8 @@ def run_sweep(
 
     Ctrl-C, SIGTERM and SIGHUP ask the running fits to save and leave, and kill what is left of their process groups
     after ``grace_seconds``, or at once at a second signal. Each run's output is appended to
-    ``<study>/logs/<name>.log``. Where the user has not set them, OMP_NUM_THREADS and MKL_NUM_THREADS share the
-    processor's cores among the jobs.
+    ``<study>/logs/<name>.log``. Where the user has not set OMP_NUM_THREADS, it shares the processor's cores among
+    the jobs.
 
     Args:
         extra: The arguments that are appended to those of every run.
@@ -267,10 +267,13 @@ class _Runner:
 
 
 def child_environment(jobs: int) -> dict[str, str]:
-    """The environment of a run: as ours, with the cores shared among ``jobs`` unless the user has set the threads."""
+    """The environment of a run: as ours, with the cores shared among ``jobs`` unless the user has set the threads.
+
+    MKL follows OMP_NUM_THREADS where MKL_NUM_THREADS is not set. A number of its own would have it start more threads
+    than the user allows.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cores // jobs))
-    defaults = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    defaults = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), "PYTHONUNBUFFERED": "1"}
     return {**defaults, **os.environ}
 
 
