@@ -136,12 +136,15 @@ def masked_loss(
         assert block_length is not None
         return values_M.gather(1, (batch.scored_M % length // block_length)[:, None])[:, 0]
 
-    weights_M = masked_diffusion_weights(of_tokens(weight.divisors(batch)), batch.scored)
+    divisors = weight.divisors(batch)
+    divisors_M = of_tokens(divisors)
+    weights_M = masked_diffusion_weights(divisors_M, batch.scored)
     if batch.response_lengths_B is not None:
         weights_M = weights_M / batch.response_lengths_B[rows_M]
     total, nll_M = model.head_nll(hidden_MD, targets_M, weights_M)
     if levels is not None:
-        levels.add(of_tokens(batch.p_B)[: batch.scored], nll_M[: batch.scored])
+        p_M = divisors_M if divisors is batch.p_B else of_tokens(batch.p_B)
+        levels.add(p_M[: batch.scored], nll_M[: batch.scored])
     return total / batch.denominator
 
 

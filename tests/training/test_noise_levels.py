@@ -7,6 +7,7 @@ import signal
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,9 +89,9 @@ def test_a_loss_that_is_no_number_shows_in_its_own_bin() -> None:
 # --- by hand ---------------------------------------------------------------------------------------------------------
 
 
-def module(kind: type[LanguageModule], block_length: int | None) -> LanguageModule:
+def module(kind: type[LanguageModule], block_length: int | None, **settings: Any) -> LanguageModule:
     blocks = {} if block_length is None else {"block_length": block_length}
-    made = kind(SHAPE, VOCAB_SIZE, MASK, EOS, seed=3, **blocks)
+    made = kind(SHAPE, VOCAB_SIZE, MASK, EOS, seed=3, **blocks, **settings)
     made.configure_model()
     return made
 
@@ -185,6 +186,19 @@ def test_training_and_validation_by_hand(kind: type[LanguageModule], block_lengt
         again = block.training_loss(made, training, block_length), block.sequence_nll(made, validation, block_length)
     assert torch.equal(again[0], loss) and torch.equal(again[1], nll_B)
     assert made.train_levels.take(CPU) == made.val_levels.take(CPU) == {}
+
+
+@pytest.mark.parametrize(("kind", "block_length"), KINDS[:2])
+def test_the_weight_of_the_loss_is_not_in_its_values(kind: type[LladaModule], block_length: int | None) -> None:
+    training, _ = batches(block_length, responses=False)
+    dense = training._replace(density_B=torch.full_like(training.p_B, 1.5))
+    given = ({}, {"loss_weight": "ce"}, {"loss_weight": "clipped", "loss_weight_limit": 2.0})
+    made = [module(kind, block_length, **weight) for weight in given]
+    losses = [float(each.training_loss(dense).detach()) for each in made]
+    assert len(set(losses)) == len(losses)
+    made[0].training_loss(training)
+    [first, *others] = [each.train_levels.totals(CPU) for each in made]
+    assert all(torch.equal(2 * other, first) for other in others)  # the first had the batch twice
 
 
 def test_an_objective_that_hands_over_nothing_has_no_losses_by_level() -> None:
