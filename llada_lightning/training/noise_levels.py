@@ -20,6 +20,9 @@ UNITS_PER_NAT = 2**20
 nats in one bin: so they do not depend on the order of the tokens, on how the tokens are spread over processes and
 micro-batches, or on interruptions, and those of a CUDA device do not depend on the order of its atomic additions."""
 
+_TOGETHER = 16
+"""How many micro-batches are summed up at once: a small operation on its own costs as much as a large one."""
+
 
 class LevelLosses:
     """Sums of the losses of tokens by noise level, until they are taken.
@@ -36,18 +39,27 @@ class LevelLosses:
         self.paused = False
         self._edges = torch.arange(1, NOISE_LEVELS) / NOISE_LEVELS
         self._totals_2T = torch.zeros(2, NOISE_LEVELS, dtype=torch.float64)  # units of nats, and tokens
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, levels_N: Tensor, nats_N: Tensor, counts_N: Tensor | None = None) -> None:
         """Add the values of tokens (see ``LevelSums``); does not wait for the device. A level of 0.1 is in the first
         bin."""
         if self.paused:
             return
+        nats_N = nats_N.detach()
+        self._waiting.append((levels_N.detach(), nats_N, torch.ones_like(nats_N) if counts_N is None else counts_N))
+        if len(self._waiting) == _TOGETHER:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        if not self._waiting:
+            return
+        levels_N, nats_N, tokens_N = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
         self._move(nats_N.device)
-        bins_N = torch.bucketize(levels_N.detach().float(), self._edges)
-        units_N = nats_N.detach().double().mul_(UNITS_PER_NAT).round_()
-        tokens_N = torch.ones_like(units_N) if counts_N is None else counts_N.double()
-        self._totals_2T[0].index_add_(0, bins_N, units_N)
-        self._totals_2T[1].index_add_(0, bins_N, tokens_N)
+        bins_N = torch.bucketize(levels_N.float(), self._edges)
+        self._totals_2T[0].index_add_(0, bins_N, (nats_N.double() * UNITS_PER_NAT).round())
+        self._totals_2T[1].index_add_(0, bins_N, tokens_N.double())
 
     def take(self, device: torch.device) -> dict[str, float]:
         """The mean of each bin that has tokens, over all processes, by the name of its column; then all is 0 again.
@@ -67,6 +79,7 @@ class LevelLosses:
 
         All processes call this together.
         """
+        self._sum_up()
         self._move(device)
         totals_2T = self._totals_2T.clone()
         if dist.is_available() and dist.is_initialized():
@@ -80,6 +93,7 @@ class LevelLosses:
             totals_2T: (2, 10) float64.
             first: Whether this is the process that holds it; the others begin at 0.
         """
+        self._waiting.clear()
         self._totals_2T = totals_2T.clone() if first else torch.zeros_like(totals_2T)
 
     def _move(self, device: torch.device) -> None:

@@ -53,9 +53,14 @@ def test_a_bin_holds_its_upper_end_and_one_without_tokens_is_left_out() -> None:
 def test_sums_over_tokens_count_as_the_tokens() -> None:
     each, sums = LevelLosses("train"), LevelLosses("train")
     each.add(torch.tensor([0.25, 0.25, 0.25, 0.85]), torch.tensor([1.0, 2.0, 6.0, 4.0]))
-    sums.add(torch.tensor([0.25, 0.85]), torch.tensor([9.0, 4.0]), torch.tensor([3, 1]))
+    nats_N = torch.tensor([9.0, 4.0], dtype=torch.float64)
+    sums.add(torch.tensor([0.25, 0.85]), nats_N, torch.tensor([3, 1]))
     assert torch.equal(each.totals(CPU), sums.totals(CPU))
     assert sums.take(CPU) == {"train_nats_at_t25": 3.0, "train_nats_at_t85": 4.0}
+    assert nats_N.tolist() == [9.0, 4.0], "what is handed over stays as it is"
+    for _ in range(40):  # more often than is summed up at once
+        sums.add(torch.tensor([0.5]), torch.tensor([0.25]))
+    assert sums.totals(CPU).sum(dim=1).tolist() == [10 * UNITS_PER_NAT, 40]
 
 
 @given(st.lists(st.tuples(st.floats(1e-3, 1), st.floats(0, 60, width=32)), min_size=1, max_size=40), st.randoms())
