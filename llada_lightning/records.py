@@ -35,7 +35,7 @@ RESULT_COLUMNS = (
     "lr", "schedule", "warmup_steps", "decay_steps", "seed", "parent_checkpoint", "data_fingerprint", "tokenizer",
     "vocab_size", "val_nats_per_token", "val_stderr", "val_kind", "val_bits_per_byte", "tokens_per_second", "mfu",
     "device", "precision", "wall_seconds", "versions", "git_commit", "status", "val_by_source", "val_held_out",
-    "val_policies",
+    "val_policies", "source_flops",
 )  # fmt: skip
 """Keys of a record and columns of the table. FLOPs are those of training, losses of validation in nats per token;
 ``val_stderr`` is one standard error of ``val_nats_per_token``; ``val_kind`` is ``exact`` or ``bound``; ``variant``
@@ -43,9 +43,10 @@ lists the settings of objective and optimizer that are not at their defaults, an
 ``val_by_source`` holds the loss of each source of a mixture, and ``val_held_out`` that of each held-out corpus, as a
 mapping from names to ``CORPUS_KEYS``; they are missing where there are none. ``val_policies`` holds the exact loss of
 the validation sequences under each decoding policy that was asked for, as a mapping from labels such as `confidence@1`
-to ``POLICY_KEYS``."""
+to ``POLICY_KEYS``. ``source_flops`` holds the training FLOPs, by 6ND, of the weights that a run started from, those of
+the weights that these started from included; it is missing where there were none, or where they are not known."""
 
-LATER_COLUMNS = frozenset({"variant", "val_by_source", "val_held_out", "val_policies"})
+LATER_COLUMNS = frozenset({"variant", "val_by_source", "val_held_out", "val_policies", "source_flops"})
 """Columns that older records and tables lack. A missing value means the default."""
 
 MAPPING_COLUMNS = frozenset({"versions", "val_by_source", "val_held_out", "val_policies"})

@@ -57,6 +57,11 @@ def main(argv: list[str]) -> int:
         "(default: the validation loss)",
     )
     parser.add_argument(
+        "--source-flops",
+        action="store_true",
+        help="count the training FLOPs, by 6ND, of the weights that runs start from (model.weights), too",
+    )
+    parser.add_argument(
         "--unit", choices=("nats_per_token", "bits_per_byte"), default="nats_per_token", help="unit of the loss"
     )
     parser.add_argument(
@@ -85,9 +90,12 @@ def main(argv: list[str]) -> int:
     if options.rules:
         return _rules(options)
     from llada_lightning.study.fits import fit_table, usable_runs  # after the parser: --help answers at once
+    from llada_lightning.study.fits.runs import with_source_flops
     from llada_lightning.study.report import print_report
 
     table, covariance, notes = _read(options.results, options.yardstick)
+    table, of_sources = with_source_flops(table, options.source_flops)
+    notes += of_sources
     how = {name: options[name] for name in ("unit", "samples", "seed", "reference")}
     fits = fit_table(table, covariance=covariance, **how)
     fits = replace(fits, notes=[*notes, *fits.notes])
@@ -120,6 +128,8 @@ def _rules(options: Namespace) -> int:
 
     if options.yardstick is not None:
         raise UserError("curves: --rules fits the validation loss, by which runs are tuned; leave --yardstick out")
+    if options.source_flops:
+        raise UserError("curves: --rules fits rates and batches by a run's own FLOPs; leave --source-flops out")
     if options.results == PUBLISHED:
         raise UserError(f"curves: --rules fits a tuning study; {PUBLISHED} has one rate and batch at each budget")
     table, covariance, _ = _read(options.results)

@@ -188,8 +188,10 @@ class LladaCLI(HookedCLI):
         check_monitors(self.trainer, self.model)
         require_open_files(self.datamodule.loader_workers(self.trainer))
         check_parallel(self.trainer, self.model.shape, self.model.vocab_size, self.datamodule.sequence_length)
-        if self.model.block_length is not None and tensor_parallel(self.trainer.strategy) > 1:
-            fix = f"{self.model.objective} needs whole sequences on each device; use fsdp2"
+        whole = self.model.block_length is not None or self.model.shift_targets
+        if whole and tensor_parallel(self.trainer.strategy) > 1:
+            who = f"{self.model.objective}{' with shift_targets' if self.model.shift_targets else ''}"
+            fix = f"{who} needs whole sequences on each device; use fsdp2"
             raise UserError(f"trainer.strategy: {self.settings.trainer.strategy} given, but {fix}")
         longest = self.model.block_length or self.datamodule.sequence_length
         policies = policies_of(self.settings.run.policies, self.model.facts, longest)

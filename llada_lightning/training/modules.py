@@ -26,7 +26,7 @@ from llada_lightning.model import Transformer
 from llada_lightning.model.attention import ALL
 from llada_lightning.model.dropout import check_dropout
 from llada_lightning.model.head import token_nll, with_z_loss
-from llada_lightning.model.patterns import Pattern
+from llada_lightning.model.patterns import Pattern, ahead, and_masks, window_ahead
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
 from llada_lightning.objectives import BLOCK_LENGTH, Objective, TrainingKind, arm, block, get_objective, llada
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch
@@ -34,7 +34,7 @@ from llada_lightning.objectives.density_settings import DensitySetting
 from llada_lightning.objectives.forward_process import noisy_tokens
 from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError
-from llada_lightning.training.first_weights import fill_weights, inherited
+from llada_lightning.training.first_weights import check_opening, check_shift, fill_weights, inherited, source_flops
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.machine import Speed, apply_speed
 from llada_lightning.training.noise_levels import LevelLosses
@@ -77,6 +77,12 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         dropout: The probability with which a value of the outputs of attention and feed-forward is dropped in training.
         token_noise: The share of the input tokens that are replaced by random ones in training; the targets stay. For
             an objective that predicts the next token.
+        shift_targets: Whether a masked token is predicted from the position before it, as an `arm` predicts it, behind
+            a start token (Gong et al. 2025, arXiv:2410.17891). For masked diffusion that starts from an `arm`; a
+            checkpoint with it passes it on.
+        open_attention_steps: The number of optimizer steps over which attention is opened: after s of N steps, position
+            i sees the positions up to i + floor(L s / N), with L the length of a sequence, or of a block. 0: it is full
+            from the start. Validation always has full attention.
     """
 
     objective: ClassVar[str]
@@ -104,6 +110,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         z_loss: float = 0.0,
         dropout: float = 0.0,
         token_noise: float = 0.0,
+        shift_targets: bool = False,
+        open_attention_steps: int = 0,
     ) -> None:
         super().__init__()
         self.shape: Shape = get_shape(shape)
@@ -130,6 +138,10 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
                 f"model.token_noise: {token_noise} given, but {self.objective} corrupts its inputs itself; leave it out"
             )
         self.qk_norm, self.z_loss, self.dropout, self.token_noise = qk_norm, z_loss, dropout, token_noise
+        if shift_targets:
+            check_shift(self.facts)
+        check_opening(open_attention_steps, self.facts)
+        self.shift_targets, self.open_attention_steps = shift_targets, open_attention_steps
         optimizer.check()
         self.optimizer_settings, self.schedule = optimizer, schedule
         self.identity: dict[str, Any] = {}
@@ -175,7 +187,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         if device.type != "meta":
             self.model.initialise(torch.Generator(device).manual_seed(self.seed))
             if self.weights is not None and self.trainer is not None and self.trainer.training:
-                fill_weights(self.model, self.weights)
+                fill_weights(self.model, self.weights, self.mask_token_id if self.facts.masks else None)
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule by step."""
@@ -286,6 +298,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         checkpoint["guard"] = self.guard.state_dict()
         if self.by_noise_level:  # what was summed up since the last row of the log
             checkpoint["train_levels"] = self.train_levels.totals(self.device)
+        checkpoint["source_flops"] = 0.0 if self.weights is None else source_flops(self.weights)
         if self.weights is not None:
             checkpoint["inherited"] = inherited(self.weights)
 
@@ -358,7 +371,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
     def start_ids(self, batch: TrainingBatch | ValidationBatch) -> tuple[int, ...]:
         """The token ids before the sequences of a batch, none of which is predicted."""
         own: tuple[int, ...] = ()
-        if self.facts.starts_with_eos:
+        if self.facts.starts_with_eos or self.shift_targets:
             assert self.eos_token_id is not None
             own = (self.eos_token_id,)
         if self.text_prefix_ids is None:
@@ -382,6 +395,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
     ) -> Tensor:
         """(B, L, D): the normalised residual stream of inputs that see the token ids before them.
 
+        With shifted targets it is that of the position before each input, from which the input's token is predicted.
+
         Args:
             start_ids: The token ids before every sequence.
             inputs_BL: (B, L) int64.
@@ -398,8 +413,10 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
                 f"model.dropout: {self.dropout} given, but the training loss of {self.objective} gives hidden_after no "
                 "ordinals_B; leave it out, or correct the objective"
             )
-        count = len(start_ids)
-        assert not count or (pattern is None and positions_L is None and queries == ALL)
+        if self.open_attention_steps and not causal:
+            pattern = self._opening(pattern, positions_L, ordinals_B, inputs_BL.device)
+        count, shifted = len(start_ids), self.shift_targets and not causal
+        assert not (count or shifted) or (positions_L is None and queries == ALL)
         if count:
             before_BK = inputs_BL.new_tensor(start_ids).expand(len(inputs_BL), -1)
             inputs_BL = torch.cat([before_BK, inputs_BL], dim=1)
@@ -407,6 +424,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
                 None if own is None else torch.cat([own[:, :1].expand(-1, count), own], dim=1)
                 for own in (documents_BL, attention_mask_BL)
             )
+        if shifted and documents_BL is not None:  # each belongs to the document of the token that it predicts
+            documents_BL = torch.cat([documents_BL[:, 1:], documents_BL[:, -1:]], dim=1)
         hidden_BLD = self.model.hidden(
             inputs_BL,
             causal=causal,
@@ -417,7 +436,30 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
             queries=queries,
             dropped_ordinals_B=ordinals_B if self.dropout else None,
         )
-        return hidden_BLD[:, count:]
+        if not shifted:
+            return hidden_BLD[:, count:]
+        if count:
+            return hidden_BLD[:, count - 1 : -1]
+        return hidden_BLD.roll(1, dims=1)  # the first token is given: what is put at its place does not matter
+
+    def _opening(
+        self, pattern: Pattern | None, positions_L: Tensor | None, ordinals_B: Tensor | None, device: torch.device
+    ) -> Pattern | None:
+        """What the inputs of a training batch may see at this step, of what they see in the end."""
+        if ordinals_B is None:  # a validation batch
+            if self.training and torch.is_grad_enabled():
+                raise UserError(
+                    f"model.open_attention_steps: {self.open_attention_steps} given, but the training loss of "
+                    f"{self.objective} gives hidden_after no ordinals_B; leave it out, or correct the objective"
+                )
+            return pattern
+        assert self.trainer is not None
+        together = self.block_length or self.trainer.datamodule.sequence_length  # type: ignore[attr-defined]
+        window = window_ahead(self.trainer.global_step, self.open_attention_steps, together)
+        if window is None:
+            return pattern
+        near = ahead(torch.full((), window, device=device), positions_L)  # filled there: nothing waits for a copy
+        return near if pattern is None else and_masks(pattern, near)
 
 
 class ArmModule(LanguageModule):
