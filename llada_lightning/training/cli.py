@@ -320,8 +320,9 @@ class LladaCLI(HookedCLI):
             self.instantiate_classes()
         # W&B's steps only rise, and a branch's last steps are beyond those with which the trunk continues.
         kind = self.model.training_kind(self.datamodule.density_setting)
-        own = [MetricsCSV(phase.folder, kind), *_as_list(self.wandb if phase.folder == self.folder else None)]
-        self.trainer.loggers = [*own, *self.trainer.loggers]
+        own = [MetricsCSV(phase.folder, kind, self.model.by_noise_level)]
+        wandb = _as_list(self.wandb if phase.folder == self.folder else None)
+        self.trainer.loggers = [*own, *wandb, *self.trainer.loggers]
         start = phase.start()
         if start is not None:
             say(f"{'branching off' if start == phase.parent else 'going on'} from {start}")

@@ -37,6 +37,7 @@ from llada_lightning.support.errors import UserError
 from llada_lightning.training.first_weights import check_opening, check_shift, fill_weights, inherited, source_flops
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.machine import Speed, apply_speed
+from llada_lightning.training.noise_levels import LevelLosses
 from llada_lightning.training.optimizers import OptimizerSettings
 from llada_lightning.training.parallel import shard, total_norm
 from llada_lightning.training.validation import (
@@ -88,6 +89,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
     """The name of the objective in the table of ``objectives``."""
     block_length: int | None = None
     """The number of tokens that are predicted together, of an objective that predicts in blocks."""
+    by_noise_level: ClassVar[bool] = False
+    """Whether the losses hand their values to ``train_levels`` and ``val_levels``, which are then logged."""
 
     def __init__(
         self,
@@ -147,6 +150,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         self.grad_norm: Tensor | None = None
         self.step_loss: Tensor | None = None
         self._micro_losses: list[Tensor] = []
+        self.train_levels, self.val_levels = LevelLosses("train"), LevelLosses("val")
+        self.val_by_level: dict[str, float] = {}
         self.val_loss, self.held_out_losses = ValidationLoss(), nn.ModuleList()
         self.validation: dict[str, float] = {}
         self.val_by_document: DocumentLosses = []
@@ -243,6 +248,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
             self.held_out_losses.append(made)
         loss = self.val_loss if dataloader_idx == 0 else self.held_out_losses[dataloader_idx - 1]
         assert isinstance(loss, ValidationLoss)
+        self.val_levels.paused = dataloader_idx > 0
         nats_per_token_B = self.sequence_nll(batch) / batch.scored_counts()
         loss.update(nats_per_token_B[batch.counted_B], batch.documents_B[batch.counted_B])
         assert self.trainer is not None
@@ -260,6 +266,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
             self.validation["val_bits_per_byte"] = bits
         # For callbacks; the accounting logs them, by step. Every rank has the same values: they are gathered.
         self.log_dict(self.validation, logger=False, rank_zero_only=True)
+        self.val_by_level = self.val_levels.take(self.device) if self.by_noise_level else {}
         self.policy_losses.compute(lambda nats: None if data is None else data.bits_per_byte(nats))
         sources = [] if data is None else data.val_sources
         self.val_by_source = losses_by_source(sources, self.val_by_document) if sources else {}
@@ -273,9 +280,10 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
                 self.val_held_out[corpus.name] = corpus_loss(corpus, documents)
 
     def corpus_metrics(self) -> dict[str, float]:
-        """What is logged of each source, of each held-out corpus, and under each policy, at the last validation."""
+        """What is logged of each source, of each held-out corpus, under each policy, and at each noise level, at the
+        last validation."""
         by_corpus = as_metrics("val", self.val_by_source) | as_metrics("held_out", self.val_held_out)
-        return by_corpus | as_metrics("policy", self.policy_losses.measured)
+        return by_corpus | as_metrics("policy", self.policy_losses.measured) | self.val_by_level
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
@@ -288,6 +296,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         """A checkpoint knows its run: every setting that makes it this run, and the fingerprints of its data."""
         checkpoint["identity"], checkpoint["objective"] = self.identity, self.objective
         checkpoint["guard"] = self.guard.state_dict()
+        if self.by_noise_level:  # what was summed up since the last row of the log
+            checkpoint["train_levels"] = self.train_levels.totals(self.device)
         checkpoint["source_flops"] = 0.0 if self.weights is None else source_flops(self.weights)
         if self.weights is not None:
             checkpoint["inherited"] = inherited(self.weights)
@@ -303,6 +313,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         check_history(saved, self.identity, checkpoint["global_step"], self.trainer.ckpt_path, fix)
         if "guard" in checkpoint:  # older ones have none
             self.guard.load_state_dict(checkpoint["guard"])
+        if "train_levels" in checkpoint:
+            self.train_levels.go_on_from(checkpoint["train_levels"], first=self.trainer.global_rank == 0)
         # Lightning counts micro-batches and steps where the count divides by the accumulation. A run may resume with
         # another accumulation, so the count is what it would be had the run had it from the start.
         batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
@@ -472,7 +484,7 @@ class LladaModule(LanguageModule):
     """
 
     objective = "llada"
-    sequence_nll = llada.sequence_nll
+    by_noise_level = True
 
     def __init__(
         self,
@@ -486,7 +498,11 @@ class LladaModule(LanguageModule):
 
     def training_loss(self, batch: TrainingBatch) -> Tensor:
         """The loss of Eq. 3 (Eq. 5 of responses) of a micro-batch, or a surrogate of it, in nats per token."""
-        return llada.training_loss(self, batch, self.loss_weight)
+        return llada.training_loss(self, batch, self.loss_weight, self.train_levels)
+
+    def sequence_nll(self, batch: ValidationBatch) -> Tensor:
+        """(B,) float64: a sample of the bound of each sequence (Eq. 14) or response (Eq. 6), in nats."""
+        return llada.sequence_nll(self, batch, self.val_levels)
 
     def training_kind(self, density: DensitySetting | None = None) -> TrainingKind:
         return self.loss_weight.kind(density)
@@ -518,8 +534,8 @@ class BlockDiffusionModule(LladaModule):
 
     def training_loss(self, batch: TrainingBatch) -> Tensor:
         """The loss of Eq. 3 within each block of a micro-batch, or a surrogate of it, in nats per token."""
-        return block.training_loss(self, batch, self.block_length, self.loss_weight)
+        return block.training_loss(self, batch, self.block_length, self.loss_weight, self.train_levels)
 
     def sequence_nll(self, batch: ValidationBatch) -> Tensor:
         """(B,) float64: a sample of the bound of each sequence or response, summed over its blocks, in nats."""
-        return block.sequence_nll(self, batch, self.block_length)
+        return block.sequence_nll(self, batch, self.block_length, self.val_levels)
