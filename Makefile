@@ -108,6 +108,7 @@ bench: setup  ## speed and size on this machine's CPU, each a ratio in one run: 
 	$(BIN)/python benchmarks/scoring_speed.py --device cpu --json $(FIGURES)/scoring_speed.json
 	$(BIN)/python benchmarks/policy_speed.py --device cpu --json $(FIGURES)/policy_speed.json
 	$(BIN)/python benchmarks/objective_speed.py --device cpu --json $(FIGURES)/objective_speed.json
+	$(BIN)/python benchmarks/level_cost.py --device cpu --json $(FIGURES)/level_cost.json
 
 bench-gpu: setup  ## the training step on this machine's GPU; without one tiny sizes, and its figures marked as missing
 	$(BIN)/python benchmarks/train_speed.py --preset h200 --json $(FIGURES)/train_speed_gpu.json

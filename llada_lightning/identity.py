@@ -96,7 +96,7 @@ def run_name(objective: str, shape: Shape, flops: Sequence[float], identities: S
 
 _MODEL_IDENTITY = (
     "shape", "vocab_size", "rope_theta", "norm_eps", "text_prefix_ids", "mask_token_id", "eos_token_id", "compat",
-    "qk_norm", "block_length",
+    "qk_norm", "block_length", "shift_targets",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """What a run leaves in its folder, as files that other programs read.
 
+- ``metrics.csv``: one row for each logged step, of training, of validation, or of both.
 - ``result.json``: a list with one record for each budget that the run reached. The keys of a record are the columns of
   the results table (``study/results.py``) and of W&B's summary.
 - ``validation.csv``: the loss of each validation document at each budget.
@@ -18,7 +19,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import is_there, write_json, written_atomically
@@ -34,7 +35,7 @@ RESULT_COLUMNS = (
     "lr", "schedule", "warmup_steps", "decay_steps", "seed", "parent_checkpoint", "data_fingerprint", "tokenizer",
     "vocab_size", "val_nats_per_token", "val_stderr", "val_kind", "val_bits_per_byte", "tokens_per_second", "mfu",
     "device", "precision", "wall_seconds", "versions", "git_commit", "status", "val_by_source", "val_held_out",
-    "val_policies",
+    "val_policies", "source_flops",
 )  # fmt: skip
 """Keys of a record and columns of the table. FLOPs are those of training, losses of validation in nats per token;
 ``val_stderr`` is one standard error of ``val_nats_per_token``; ``val_kind`` is ``exact`` or ``bound``; ``variant``
@@ -42,9 +43,10 @@ lists the settings of objective and optimizer that are not at their defaults, an
 ``val_by_source`` holds the loss of each source of a mixture, and ``val_held_out`` that of each held-out corpus, as a
 mapping from names to ``CORPUS_KEYS``; they are missing where there are none. ``val_policies`` holds the exact loss of
 the validation sequences under each decoding policy that was asked for, as a mapping from labels such as `confidence@1`
-to ``POLICY_KEYS``."""
+to ``POLICY_KEYS``. ``source_flops`` holds the training FLOPs, by 6ND, of the weights that a run started from, those of
+the weights that these started from included; it is missing where there were none, or where they are not known."""
 
-LATER_COLUMNS = frozenset({"variant", "val_by_source", "val_held_out", "val_policies"})
+LATER_COLUMNS = frozenset({"variant", "val_by_source", "val_held_out", "val_policies", "source_flops"})
 """Columns that older records and tables lack. A missing value means the default."""
 
 MAPPING_COLUMNS = frozenset({"versions", "val_by_source", "val_held_out", "val_policies"})
@@ -60,6 +62,7 @@ POLICY_KEYS = ("nats_per_token", "stderr", "bits_per_byte", "documents", "sequen
 with one standard error by document, in nats per token, and in bits per byte where they are known; and the numbers of
 documents and sequences. The documents are numbered as in ``validation.csv``."""
 
+METRICS_FILE = "metrics.csv"
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
 VALIDATION_FILE = "validation.csv"
@@ -215,6 +218,27 @@ def read_typed_csv(path: Path, types: Mapping[str, Any], fix: str) -> pd.DataFra
     if list(table.columns) != list(types):
         raise UserError(f"'{shortened(path)}': its columns must be {', '.join(types)}; {fix}")
     return table
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+NOISE_LEVELS = 10
+"""The number of equal bins of the noise level, from 0 to 1, by which a loss is logged."""
+
+
+def level_columns(split: Literal["train", "val"]) -> tuple[str, ...]:
+    """The columns of ``metrics.csv`` with the loss by noise level, named by the middles of the bins in percent.
+
+    `train_nats_at_t05` holds the mean of the tokens that were noised at a level above 0 and up to 0.1. A cell is empty
+    where there was no such token.
+    """
+    return tuple(f"{split}_nats_at_t{100 * (2 * n + 1) // (2 * NOISE_LEVELS):02d}" for n in range(NOISE_LEVELS))
+
+
+def metrics_rows(lines: Iterable[str]) -> list[dict[str, str]]:
+    """The rows of a metrics file by column, empty cells left out; a last line that a kill cut short is dropped."""
+    rows = [row for row in csv.DictReader(lines) if None not in row.values() and None not in row]
+    return [{key: value for key, value in row.items() if value != ""} for row in rows if row["step"].isdigit()]
 
 
 # --- evaluations and faults ------------------------------------------------------------------------------------------

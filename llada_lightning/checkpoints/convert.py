@@ -79,6 +79,11 @@ def convert(
             f"--to {to}: '{model.path}' normalises queries and keys (qk_norm), and a {layout.title} has no such norm; "
             "choose --to llada"
         )
+    if description.shift_targets and to != "llada":
+        raise UserError(
+            f"--to {to}: '{model.path}' predicts a token from the position before it (shift_targets), which a "
+            f"{layout.title} cannot say; choose --to llada"
+        )
     if out.exists() and not out.is_dir():
         raise UserError(f"'{out}' is a file; give the name of a folder that is not there yet")
     if out.exists() and any(out.iterdir()):

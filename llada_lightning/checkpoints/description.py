@@ -47,7 +47,8 @@ class Description:
         bos_token_id, pad_token_id: The ids as they are written for other programs; nothing here uses them.
         block_length: The number of tokens of a block, of an objective that predicts in blocks; None of others.
         qk_norm: Whether queries and keys are normalised before they are rotated.
-        source: The run, its step and the hash of its identity, where they are known.
+        shift_targets: Whether a masked token is predicted from the position before it.
+        source: The run, its step, the hash of its identity and the training FLOPs by 6ND, where they are known.
 
     Raises:
         UserError: A value is of the wrong kind, an id lies outside of the vocabulary, or [MASK] is missing where the
@@ -70,6 +71,7 @@ class Description:
     pad_token_id: int | None = None
     block_length: int | None = None
     qk_norm: bool = False
+    shift_targets: bool = False
     source: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -78,8 +80,9 @@ class Description:
             raise mistake("objective", self.objective, f"it must be {known}, or of a module in LLADA_PLUGINS")
         if self.compat not in (None, "llada"):
             raise mistake("compat", self.compat, "it must be null or llada")
-        if not isinstance(self.qk_norm, bool):
-            raise mistake("qk_norm", self.qk_norm, "it must be true or false")
+        for key in ("qk_norm", "shift_targets"):
+            if not isinstance(value := getattr(self, key), bool):
+                raise mistake(key, value, "it must be true or false")
         if not isinstance(self.source, dict):
             raise mistake("source", self.source, "it must be a mapping")
         for key in ("vocab_size", "context_length"):
@@ -87,6 +90,8 @@ class Description:
                 raise mistake(key, value, "it must be a whole number of at least 1")
         if get_objective(self.objective).in_blocks and not is_whole(self.block_length, 1):
             raise mistake("block_length", self.block_length, "it must be a whole number of at least 1")
+        if self.shift_targets and (not get_objective(self.objective).masks or self.block_length is not None):
+            raise mistake("shift_targets", True, f"{self.objective} has no shifted targets; it must be false")
         for key in ("rope_theta", "norm_eps"):
             if not is_positive(value := getattr(self, key)):
                 raise mistake(key, value, POSITIVE)
@@ -128,8 +133,9 @@ def write_config(description: Description, dtype: str) -> dict[str, Any]:
     values = asdict(description)
     if description.block_length is None:  # so that versions before it read the file
         del values["block_length"]
-    if not description.qk_norm:  # so that versions before it read the file
-        del values["qk_norm"]
+    for name in ("qk_norm", "shift_targets"):
+        if not values[name]:  # so that versions before it read the file
+            del values[name]
     return {"model_type": MODEL_TYPE, "format": FORMAT, **values, "dtype": dtype}
 
 
@@ -149,6 +155,7 @@ def read_config(config: ConfigFile) -> Description:
         end_token_ids=config.several("end_token_ids"),
         block_length=config.get("block_length", None),
         qk_norm=config.get("qk_norm", False),
+        shift_targets=config.get("shift_targets", False),
         **_ours_alone(config),
     )
 

@@ -45,6 +45,7 @@ class LanguageModel:
             adds.
         compat: The objective whose released code is followed: `llada` where [MASK] had a logit in training.
         block_length: The number of tokens of a block, of a model that predicts in blocks; None of others.
+        shift_targets: Whether a masked token is predicted from the position before it.
         chat_template: The chat template in Jinja; None where there is none.
         special_tokens: The special tokens by their names in a chat template, such as ``bos_token``, as in the
             tokenizer's files.
@@ -62,6 +63,7 @@ class LanguageModel:
     text_prefix_ids: tuple[int, ...] = ()
     compat: Literal["llada"] | None = None
     block_length: int | None = None
+    shift_targets: bool = False
     chat_template: str | None = None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
@@ -119,7 +121,8 @@ class LanguageModel:
                 that predicts in blocks.
 
         Returns:
-            (B, L, V) float32: `llada` predicts the token at each position, `arm` the one behind it.
+            (B, L, V) float32: `llada` predicts the token at each position, `arm` the one behind it, as does a `llada`
+            whose targets are shifted.
         """
         if attention_mask_BL is not None:
             attention_mask_BL = attention_mask_BL.to(self.device).bool()
@@ -219,6 +222,7 @@ def load_model(
         text_prefix_ids=stored.text_prefix_ids,
         compat=description.compat,
         block_length=description.block_length,
+        shift_targets=description.shift_targets,
         chat_template=None if files is None else files.chat_template,
         special_tokens={} if files is None else files.special_tokens,
         name=str(path),

@@ -41,6 +41,8 @@ from llada_lightning.checkpoints.stored_tensors import (
     weights_in,
     weights_of,
 )
+from llada_lightning.compute.flops import flops_6nd
+from llada_lightning.compute.shapes import Shape
 from llada_lightning.data import TOKENIZER_NAME, tokenizer_fingerprint
 from llada_lightning.data.manifest import read_tokenizer_text
 from llada_lightning.data.tokenizers import TokenizerFiles, as_special, without_special_beyond
@@ -191,9 +193,10 @@ def _description(content: Mapping[str, Any], path: Path) -> Description:
         length = max(length, before)
     prefix = arguments.get("text_prefix_ids")  # None: prepared data holds nothing but text and EOS
     known = OBJECTIVES.get(objective)  # the description refuses an unknown one
-    starts_with_eos = known is not None and known.starts_with_eos and prefix is None
+    shift_targets = arguments.get("shift_targets", False)
+    starts_with_eos = known is not None and (known.starts_with_eos or shift_targets) and prefix is None
     start = arguments["eos_token_id"] if starts_with_eos else None
-    return Description.of(
+    found = Description.of(
         path,
         arguments["shape"],
         objective=objective,
@@ -208,6 +211,7 @@ def _description(content: Mapping[str, Any], path: Path) -> Description:
         text_prefix_ids=tuple(prefix or ()),
         compat=arguments["compat"],
         qk_norm=arguments.get("qk_norm", False),
+        shift_targets=shift_targets,
         bos_token_id=inherited.get("bos_token_id", start),
         pad_token_id=inherited.get("pad_token_id"),
         block_length=arguments.get("block_length"),
@@ -217,6 +221,19 @@ def _description(content: Mapping[str, Any], path: Path) -> Description:
             "identity": identity_hash(identity),
         },
     )
+    return replace(found, source={**found.source, **_training_flops(content, found.shape)})
+
+
+def _training_flops(content: Mapping[str, Any], shape: Shape) -> dict[str, float]:
+    """The training FLOPs by 6ND of a checkpoint, and of the weights that its run started from.
+
+    {} where they are not known: of weights of others, without `llada fit`, and of checkpoints of earlier versions.
+    """
+    tokens = content.get("callbacks", {}).get("Accounting", {}).get("tokens")
+    before = content.get("source_flops")
+    if tokens is None or before is None:
+        return {}
+    return {"flops_6nd": before + flops_6nd(shape.params_nonembedding, tokens)}
 
 
 def _run_tokenizer(checkpoint: Path, description: Description, fingerprint: str) -> TokenizerFiles | None:

@@ -32,7 +32,8 @@ def main(argv: list[str]) -> int:
         "results",
         type=str,
         metavar="RESULTS",
-        help="table that `llada collect` wrote, or `published`: the isoFLOP study that ships with the package",
+        help="table that `llada collect` wrote, or `published`: the isoFLOP study that ships with the package; with "
+        "--by-level the folder of a run, or of one of its branches",
     )
     parser.add_argument("--out", type=str, required=True, metavar="DIR", help="folder of fits.json and the figures")
     parser.add_argument(
@@ -56,6 +57,11 @@ def main(argv: list[str]) -> int:
         "(default: the validation loss)",
     )
     parser.add_argument(
+        "--source-flops",
+        action="store_true",
+        help="count the training FLOPs, by 6ND, of the weights that runs start from (model.weights), too",
+    )
+    parser.add_argument(
         "--unit", choices=("nats_per_token", "bits_per_byte"), default="nats_per_token", help="unit of the loss"
     )
     parser.add_argument(
@@ -66,6 +72,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--paper", action="store_true", help="also draw the scores of tasks over those of the paper's Tables 18 and 19"
     )
+    parser.add_argument(
+        "--by-level",
+        action="store_true",
+        help="draw the loss of one run by noise level, over its training and its validations",
+    )
     parser.add_argument("--samples", type=int, default=4000, help="bootstrap draws")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
     add_json(parser)
@@ -74,12 +85,17 @@ def main(argv: list[str]) -> int:
         raise UserError(f"curves: --samples is {options.samples}; 95 % intervals need at least 100")
     if options.seed < 0:
         raise UserError(f"curves: --seed is {options.seed}; it must be at least 0")
+    if options.by_level:
+        return _by_level(options)
     if options.rules:
         return _rules(options)
     from llada_lightning.study.fits import fit_table, usable_runs  # after the parser: --help answers at once
+    from llada_lightning.study.fits.runs import with_source_flops
     from llada_lightning.study.report import print_report
 
     table, covariance, notes = _read(options.results, options.yardstick)
+    table, of_sources = with_source_flops(table, options.source_flops)
+    notes += of_sources
     how = {name: options[name] for name in ("unit", "samples", "seed", "reference")}
     fits = fit_table(table, covariance=covariance, **how)
     fits = replace(fits, notes=[*notes, *fits.notes])
@@ -112,6 +128,8 @@ def _rules(options: Namespace) -> int:
 
     if options.yardstick is not None:
         raise UserError("curves: --rules fits the validation loss, by which runs are tuned; leave --yardstick out")
+    if options.source_flops:
+        raise UserError("curves: --rules fits rates and batches by a run's own FLOPs; leave --source-flops out")
     if options.results == PUBLISHED:
         raise UserError(f"curves: --rules fits a tuning study; {PUBLISHED} has one rate and batch at each budget")
     table, covariance, _ = _read(options.results)
@@ -130,6 +148,29 @@ def _rules(options: Namespace) -> int:
         print_json({"rules": None, **files, "objectives": objectives, "notes": fits.notes})
     else:
         print_rules(fits, list(files.values()))
+    return 0
+
+
+def _by_level(options: Namespace) -> int:
+    """``llada curves RUN --by-level``: the log of a run -> a figure, and a printed table."""
+    others = {"--rules": options.rules, "--paper": options.paper, "--reference": options.reference}
+    others["--yardstick"] = options.yardstick
+    if given := [name for name, value in others.items() if value]:
+        raise UserError(f"curves: {given[0]} belongs to a table of results, and --by-level to one run; leave one out")
+    from llada_lightning.study.levels import read_levels
+    from llada_lightning.study.plots import write_figure
+    from llada_lightning.study.plots.levels import loss_by_level
+    from llada_lightning.study.report import print_levels
+
+    levels, folder = read_levels(expanded(options.results)), expanded(options.out)
+    try:
+        figure = str(write_figure(loss_by_level(levels), folder, "levels"))
+    except OSError as error:
+        raise UserError(f"curves: --out {folder} cannot be written ({error.strerror}); choose a folder") from error
+    if options.json:
+        print_json({"figure": figure, **levels.as_dict()})
+    else:
+        print_levels(levels, [figure])
     return 0
 
 

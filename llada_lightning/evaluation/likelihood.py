@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -184,7 +184,9 @@ def exact_scores(scorer: Scorer, requests: Sequence[Request]) -> dict[Request, S
 def policy_scores(scorer: Scorer, requests: Sequence[Request], policy: Policy) -> dict[Request, Score]:
     """The exact scores of a masked diffusion model under a policy; equal requests once."""
     parts = {request: requests_by_block(request, scorer.lm.block_length) for request in dict.fromkeys(requests)}
-    sums = iter(policy_log_probs(scorer, [_whole_input(part) for own in parts.values() for part in own], policy))
+    sums = iter(
+        policy_log_probs(scorer, [_whole_input(scorer.lm, part) for own in parts.values() for part in own], policy)
+    )
     return {
         request: Score(
             mean=sum(next(sums) for _ in own),
@@ -258,7 +260,7 @@ class ScoredInput:
     Args:
         tokens: (T,) The input ids.
         positions, targets: (M,) The positions in ``tokens`` of the wanted logits, and the ids wanted there.
-        prompt_length: The number of tokens at the left that guidance replaces by [MASK].
+        prompt: The part of the tokens that guidance replaces by [MASK].
         level: The noise level of tokens of which some are replaced by random ones. What is wanted at each position is
             the integrand of their bound, with its sign changed.
     """
@@ -266,7 +268,7 @@ class ScoredInput:
     tokens: IntArray
     positions: IntArray
     targets: IntArray
-    prompt_length: int = 0
+    prompt: slice = field(default_factory=lambda: slice(0, 0))
     level: float | None = None
 
 
@@ -276,34 +278,37 @@ def noisy_input(request: Request, noise: NoisyTokens) -> ScoredInput:
         tokens=np.concatenate([prompt, noise.tokens_L]),
         positions=len(prompt) + np.arange(len(continuation)),
         targets=continuation,
-        prompt_length=len(prompt),
+        prompt=slice(0, len(prompt)),
         level=noise.level,
     )
 
 
 def masked_input(lm: LanguageModel, request: Request, mask_L: BoolArray) -> ScoredInput:
+    """The continuation with its masked tokens, which are the targets."""
     assert lm.mask_token_id is not None
-    continuation_L = np.array(request.continuation)
-    prompt = np.array(request.prompt, dtype=np.int64)
-    return ScoredInput(
-        tokens=np.concatenate([prompt, np.where(mask_L, lm.mask_token_id, continuation_L)]),
-        positions=len(prompt) + mask_L.nonzero()[0],
-        targets=continuation_L[mask_L],
-        prompt_length=len(prompt),
-    )
+    whole = _whole_input(lm, request)
+    tokens, positions = whole.tokens.copy(), whole.positions[mask_L]
+    tokens[positions] = lm.mask_token_id
+    return ScoredInput(tokens, positions - lm.shift_targets, whole.targets[mask_L], whole.prompt)
 
 
-def _whole_input(request: Request) -> ScoredInput:
-    """The true tokens, nothing masked yet."""
-    prompt, continuation = (np.array(ids, dtype=np.int64) for ids in (request.prompt, request.continuation))
-    positions = len(prompt) + np.arange(len(continuation))
-    return ScoredInput(np.concatenate([prompt, continuation]), positions, continuation, len(prompt))
+def _whole_input(lm: LanguageModel, request: Request) -> ScoredInput:
+    """The true tokens, nothing masked yet; the positions are those of the tokens of the continuation."""
+    start = _start(lm, request) if lm.shift_targets else ()
+    tokens = np.array((*start, *request.prompt, *request.continuation), dtype=np.int64)
+    first = len(tokens) - len(request.continuation)
+    return ScoredInput(tokens, np.arange(first, len(tokens)), tokens[first:], slice(len(start), first))
+
+
+def _start(lm: LanguageModel, request: Request) -> tuple[int, ...]:
+    """What stands before a prompt where a token is predicted from the one before it."""
+    if lm.start_token_id is not None:
+        return (lm.start_token_id,)
+    return () if request.prompt else (*lm.text_prefix_ids, lm.eos_token_id)[:1]  # the first token needs one before it
 
 
 def _causal_input(lm: LanguageModel, request: Request) -> ScoredInput:
-    start: tuple[int, ...] = () if lm.start_token_id is None else (lm.start_token_id,)
-    if not start and not request.prompt:  # the first token needs one before it
-        start = (*lm.text_prefix_ids, lm.eos_token_id)[:1]
+    start = _start(lm, request)
     tokens = np.array((*start, *request.prompt, *request.continuation[:-1]), dtype=np.int64)
     length = len(request.continuation)
     return ScoredInput(tokens, np.arange(len(tokens) - length, len(tokens)), np.array(request.continuation))
@@ -366,8 +371,10 @@ class Scorer:
         branches = [tokens_BT]
         if self.cfg_scale:
             assert self.lm.mask_token_id is not None
-            prompts_B = np.array([row.prompt_length for row in rows])
-            branches.append(np.where(np.arange(width) < prompts_B[:, None], self.lm.mask_token_id, tokens_BT))
+            without_BT = tokens_BT.copy()
+            for without_T, row in zip(without_BT, rows, strict=True):
+                without_T[row.prompt] = self.lm.mask_token_id
+            branches.append(without_BT)
         hidden_BTD = self.lm.model.hidden(
             torch.from_numpy(np.concatenate(branches)).to(device),
             causal=self.lm.causal,

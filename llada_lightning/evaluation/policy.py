@@ -351,8 +351,10 @@ class _ScoredStates:
         for targets_T, row in zip(targets_BT, rows, strict=True):
             targets_T[torch.from_numpy(row.positions)] = True
         self.targets_BT = targets_BT.to(device)
-        prompts_B = torch.tensor([row.prompt_length for row in rows], device=device)
-        self._prompt_BT = torch.arange(tokens_BT.shape[1], device=device) < prompts_B[:, None]
+        prompt_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool)
+        for prompt_T, row in zip(prompt_BT, rows, strict=True):
+            prompt_T[row.prompt] = True
+        self._prompt_BT = prompt_BT.to(device)
 
     def hidden(self, inputs_RL: Tensor, wanted_RL: Tensor, rows_R: Tensor) -> Tensor:
         import torch
@@ -362,6 +364,8 @@ class _ScoredStates:
             assert self._lm.mask_token_id is not None
             branches.append(inputs_RL.masked_fill(self._prompt_BT[rows_R], self._lm.mask_token_id))
         tokens_RL = torch.cat(branches)
+        if self._lm.shift_targets:  # a token is predicted from the position before it, and the first one is given
+            wanted_RL = torch.nn.functional.pad(wanted_RL[:, 1:], (0, 1))
         real_RL = None if self._real_BT is None else self._real_BT[rows_R].repeat(len(branches), 1)
         columns, positions_RL = wanted_RL.any(dim=0).nonzero()[:, 0].tolist(), None
         span = slice(columns[0], columns[-1] + 1)  # the last block computes no other

@@ -44,6 +44,7 @@ class Canvas:
         step_BL: (B, L) int64, the step at which each token appeared; 0 where given, -1 where still masked.
         confidence_BL: (B, L) float32, the probability of each token when it appeared.
         answer: The first column of the answers.
+        started: The number of tokens before each text with gaps that are no part of it.
     """
 
     tokens_BL: Tensor
@@ -53,12 +54,16 @@ class Canvas:
     step_BL: Tensor
     confidence_BL: Tensor
     answer: int
+    started: int = 0
 
     @classmethod
-    def of(cls, rows: list[list[int]], length: int | None, mask_token_id: int, device: torch.device) -> Canvas:
+    def of(
+        cls, rows: list[list[int]], length: int | None, mask_token_id: int, device: torch.device, started: int = 0
+    ) -> Canvas:
         """Prompts, and behind each of them ``length`` masked tokens.
 
-        Without a length the rows are texts with gaps: their [MASK]s are masked, and all of each is its answer.
+        Without a length the rows are texts with gaps: their [MASK]s are masked, and all of each is its answer. The
+        first ``started`` tokens of each row are the model's own, which guidance leaves.
         """
         longest, more = max(map(len, rows)), length or 0
         padded = [[mask_token_id] * (longest - len(row)) + row + [mask_token_id] * more for row in rows]
@@ -69,14 +74,16 @@ class Canvas:
             masked_BL = (tokens_BL == mask_token_id) & (columns_L >= padding_B[:, None])
         else:
             masked_BL = (columns_L >= longest).repeat(len(rows), 1)
+        own_BL = (columns_L >= padding_B[:, None]) & (columns_L < padding_B[:, None] + started)
         return cls(
             tokens_BL=tokens_BL,
             masked_BL=masked_BL,
-            given_BL=~masked_BL,
+            given_BL=~masked_BL & ~own_BL,
             padding_B=padding_B,
             step_BL=masked_BL * STILL_MASKED,
             confidence_BL=torch.ones_like(tokens_BL, dtype=torch.float32),
             answer=0 if length is None else longest,
+            started=started,
         )
 
     @property
@@ -89,6 +96,11 @@ class Canvas:
         if not bool(self.padding_B.any()):
             return None
         return torch.arange(self.length, device=self.tokens_BL.device) >= self.padding_B[:, None]
+
+    @property
+    def starts(self) -> list[int]:
+        """The first column of each answer."""
+        return [max(self.answer, padding + self.started) for padding in self.padding_B.tolist()]
 
     @property
     def positions(self) -> Tensor | None:
@@ -124,10 +136,9 @@ class Canvas:
 
     def snapshot(self, step: int, steps: int, first: int) -> Snapshot:
         """The answers as they stand."""
-        starts = [max(self.answer, padding) for padding in self.padding_B.tolist()]
         return Snapshot(
-            tokens=[row[start:] for row, start in zip(self.tokens_BL.tolist(), starts, strict=True)],
-            step_of_token=[row[start:] for row, start in zip(self.step_BL.tolist(), starts, strict=True)],
+            tokens=[row[start:] for row, start in zip(self.tokens_BL.tolist(), self.starts, strict=True)],
+            step_of_token=[row[start:] for row, start in zip(self.step_BL.tolist(), self.starts, strict=True)],
             step=step,
             steps=steps,
             first=first,
@@ -200,13 +211,14 @@ class BlockPredictor:
         self._lm, self._canvas, self._settings = lm, canvas, settings
         self.mask_token_id = lm.mask_token_id
         self._positions_BL, self._attention_mask_BL = canvas.positions, canvas.attention_mask
+        self._shift = int(lm.shift_targets)  # a token is predicted from so many columns before it
         self.passes = 0
 
     def open_block(self, begin: int, end: int, visible: int) -> None:
         """Turn to the columns ``begin`` to ``end`` of a canvas of which the first ``visible`` columns exist."""
         self._begin, self._end, self._visible = begin, end, visible
         # Where keys and values change with the block, of which the prompt may have a part (of a model of blocks).
-        self._changes = begin
+        self._changes = begin - self._shift
         if self._lm.block_length is not None:
             self._changes -= (begin - int(self._canvas.padding_B[0])) % self._lm.block_length
         self._cache = KeyValueCache(visible) if self._settings.cache != "none" else None
@@ -244,7 +256,7 @@ class BlockPredictor:
             positions_BL=None if positions_BL is None else positions_BL[rows_R, first:last],
             pattern=self._lm.pattern(None if positions_BL is None else positions_BL[rows_R]),
             cache=self._cache,
-            queries=slice(self._begin - first, self._end - first),
+            queries=slice(self._begin - self._shift - first, self._end - self._shift - first),
         )
         if self._cache is not None and self._fresh:
             self._cache.advance(last)

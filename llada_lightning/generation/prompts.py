@@ -130,7 +130,13 @@ def _check(lm: LanguageModel, row: list[int], number: int, infill: bool) -> None
             f"prompt {number}: holds [MASK] (id {lm.mask_token_id}) {gaps} times; fill such gaps with infill, or take "
             "it out"
         )
-    if only_left_to_right(lm) and not row and lm.start_token_id is None:
+    from_before = only_left_to_right(lm) or lm.shift_targets
+    if from_before and lm.start_token_id is None and (not row or row[0] == lm.mask_token_id):
+        if row:
+            raise UserError(
+                f"prompt {number}: begins with a gap, and '{lm.name}' predicts a token from the one before it; give at "
+                "least one token before the gap"
+            )
         raise UserError(
             f"prompt {number}: an empty one gives '{lm.name}' nothing to begin with; give at least one token"
         )

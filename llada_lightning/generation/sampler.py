@@ -133,9 +133,11 @@ def _batch(
     lm: LanguageModel, rows: list[list[int]], settings: Sampling, first: int, start: int, on_step: Observer | None
 ) -> tuple[int, Canvas]:
     """Sample one batch; returns its forward passes and its canvas."""
-    if lm.start_token_id is not None and not settings.infill:  # an `arm` of ours has learnt to begin with EOS
+    started = int(lm.start_token_id is not None)
+    if lm.start_token_id is not None:  # an `arm` of ours, and what began as one, has learnt to begin with EOS
         rows = [[lm.start_token_id, *row] for row in rows]
-    canvas = Canvas.of(rows, None if settings.infill else settings.length, lm.mask_token_id or 0, lm.device)
+    length = None if settings.infill else settings.length
+    canvas = Canvas.of(rows, length, lm.mask_token_id or 0, lm.device, started)
     noise: SamplerNoise = NoiseByPrompt(settings.seed, first + start, len(rows), lm.device)
     if settings.compat is not None:
         noise = ReleasedNoise(len(rows), canvas.length, lm.device)
@@ -158,8 +160,8 @@ def _answers(
     """Tokens, steps, confidences and what ended it, of each answer."""
     answers = []
     columns = (canvas.tokens_BL, canvas.step_BL, canvas.confidence_BL)
-    for padding, *lists in zip(canvas.padding_B.tolist(), *(x.tolist() for x in columns), strict=True):
-        tokens, steps, confidence = (values[max(canvas.answer, padding) :] for values in lists)
+    for start, *lists in zip(canvas.starts, *(x.tolist() for x in columns), strict=True):
+        tokens, steps, confidence = (values[start:] for values in lists)
         count, finish = len(tokens), cast(Finish, "length")
         if not settings.infill and settings.compat is None:
             count, finish = _cut(lm, tokens, settings.stop)
@@ -283,10 +285,10 @@ class Denoiser:
         canvas, settings = self.canvas, self.settings
         # Texts with gaps are one block: of all columns, of which what is not masked stays.
         size = canvas.length if settings.infill or settings.block_length is None else settings.block_length
-        first = canvas.answer
+        begin = first = canvas.answer or int(self.lm.shift_targets)  # with them the first column is given
         if self.lm.block_length is not None:  # the blocks of the text, of which the prompt has a part of one
             first -= (first - int(canvas.padding_B[0])) % size
-        edges = [canvas.answer, *range(first + size, canvas.length, size), canvas.length]
+        edges = [begin, *range(first + size, canvas.length, size), canvas.length]
         return list(pairwise(edges))
 
     def _open_block(self, begin: int, end: int, number: int) -> None:

@@ -274,6 +274,11 @@ class Sampling:
                 compat=self.compat is not None,
             )
             return
+        if lm.shift_targets:
+            self._refuse(
+                f"'{lm.name}' predicts a token from the one before it, which the released sampler does not",
+                compat=self.compat is not None,
+            )
         if self.cache == "kv":
             raise UserError(
                 f"cache: 'kv' is exact under causal attention only; {lm.objective} has prefix and dual (approximate)"

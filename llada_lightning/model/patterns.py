@@ -27,6 +27,36 @@ def itself(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
     return kv == q
 
 
+def window_ahead(step: int, steps: int, length: int) -> int | None:
+    """How many positions ahead a query may see after ``step`` of ``steps`` steps in which attention is opened.
+
+    None: all of them, from step ``steps`` on. A pure function, so that a resumed run goes on as it would have.
+
+    Args:
+        step: The number of optimizer steps that have been taken.
+        steps: The number of steps after which attention is full; 0: it always is.
+        length: The number of positions that see each other in the end.
+    """
+    return None if step >= steps else length * step // steps
+
+
+def ahead(window: Tensor, positions_L: Tensor | None = None) -> Pattern:
+    """A query sees what is before it, itself, and some positions behind it.
+
+    Args:
+        window: () int64, the number of positions behind it; 0 is causal. A tensor, so that kernels which are compiled
+            for one window serve all.
+        positions_L: (L,) int64, the position of each index in its text; None: the index itself.
+    """
+
+    def near(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        if positions_L is not None:
+            q, kv = positions_L[q], positions_L[kv]
+        return kv <= q + window
+
+    return near
+
+
 def real_keys(attention_mask_BS: Tensor) -> Pattern:
     """No query sees padding.
 

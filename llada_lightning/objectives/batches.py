@@ -111,6 +111,20 @@ class ValidationBatch(NamedTuple):
         return self.response_BL.sum(dim=1)
 
 
+class LevelSums(Protocol):
+    """What a loss hands its values to, so that they can be shown by the noise level of their tokens."""
+
+    def add(self, levels_N: Tensor, nats_N: Tensor, counts_N: Tensor | None = None) -> None:
+        """Add the values of N tokens, or sums over several tokens of one level.
+
+        Args:
+            levels_N: (N,) float, in (0, 1]: the probability with which the tokens were noised in training; in
+                validation the share of noised tokens of the sequence or block.
+            nats_N: (N,) float: the unweighted negative log-likelihood of each token, or their sum.
+            counts_N: (N,): the number of tokens that each value is the sum of; None: 1.
+        """
+
+
 class Predictor(Protocol):
     """What a loss asks of the model that is trained: the base class of all modules provides it."""
 

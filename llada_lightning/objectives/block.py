@@ -13,18 +13,26 @@ from torch import Tensor
 
 from llada_lightning.model.patterns import block_diffusion
 from llada_lightning.objectives import llada
-from llada_lightning.objectives.batches import Predictor, TrainingBatch, ValidationBatch
+from llada_lightning.objectives.batches import LevelSums, Predictor, TrainingBatch, ValidationBatch
 from llada_lightning.objectives.llada import BOUND, LossWeight
 
 
-def training_loss(model: Predictor, batch: TrainingBatch, block_length: int, weight: LossWeight = BOUND) -> Tensor:
+def training_loss(
+    model: Predictor,
+    batch: TrainingBatch,
+    block_length: int,
+    weight: LossWeight = BOUND,
+    levels: LevelSums | None = None,
+) -> Tensor:
     """The loss of Eq. 3 within each block of a micro-batch, in nats per token of the global batch."""
-    return llada.masked_loss(model, batch, _hidden(model, batch, block_length), weight, block_length)
+    return llada.masked_loss(model, batch, _hidden(model, batch, block_length), weight, block_length, levels)
 
 
-def sequence_nll(model: Predictor, batch: ValidationBatch, block_length: int) -> Tensor:
+def sequence_nll(
+    model: Predictor, batch: ValidationBatch, block_length: int, levels: LevelSums | None = None
+) -> Tensor:
     """(B,) float64: a sample of the bound of each sequence or response, summed over its blocks, in nats."""
-    return llada.masked_nll(model, batch, _hidden(model, batch, block_length), block_length)
+    return llada.masked_nll(model, batch, _hidden(model, batch, block_length), block_length, levels)
 
 
 def copied_positions(length: int, block_length: int) -> int:

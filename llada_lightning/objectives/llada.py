@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llada_lightning.objectives import TrainingKind
-from llada_lightning.objectives.batches import Predictor, TrainingBatch, ValidationBatch
+from llada_lightning.objectives.batches import LevelSums, Predictor, TrainingBatch, ValidationBatch
 from llada_lightning.objectives.densities import covers_all_ratios, end_without_mass
 from llada_lightning.objectives.density_settings import DensitySetting
 from llada_lightning.support.errors import UserError
@@ -91,21 +91,28 @@ BOUND = LossWeight()
 """The weight of Eq. 3."""
 
 
-def training_loss(model: Predictor, batch: TrainingBatch, weight: LossWeight = BOUND) -> Tensor:
+def training_loss(
+    model: Predictor, batch: TrainingBatch, weight: LossWeight = BOUND, levels: LevelSums | None = None
+) -> Tensor:
     """The loss of Eq. 3 of a micro-batch (Eq. 5 of responses), in nats per token of the global batch.
 
-    With a weight other than that of the bound it is a surrogate loss.
+    With a weight other than that of the bound it is a surrogate loss. ``levels`` is handed the unweighted values.
     """
-    return masked_loss(model, batch, _hidden(model, batch), weight)
+    return masked_loss(model, batch, _hidden(model, batch), weight, levels=levels)
 
 
-def sequence_nll(model: Predictor, batch: ValidationBatch) -> Tensor:
+def sequence_nll(model: Predictor, batch: ValidationBatch, levels: LevelSums | None = None) -> Tensor:
     """(B,) float64: a sample of the bound of each sequence (Eq. 14) or response (Eq. 6), in nats."""
-    return masked_nll(model, batch, _hidden(model, batch))
+    return masked_nll(model, batch, _hidden(model, batch), levels=levels)
 
 
 def masked_loss(
-    model: Predictor, batch: TrainingBatch, hidden_ND: Tensor, weight: LossWeight, block_length: int | None = None
+    model: Predictor,
+    batch: TrainingBatch,
+    hidden_ND: Tensor,
+    weight: LossWeight,
+    block_length: int | None = None,
+    levels: LevelSums | None = None,
 ) -> Tensor:
     """The weighted loss of the masked tokens of a micro-batch, in nats per token of the global batch.
 
@@ -115,28 +122,53 @@ def masked_loss(
         hidden_ND: (B L, D) hidden states of all positions.
         weight: The weight of each masked token.
         block_length: The number of tokens that share a mask ratio; None: those of a sequence.
+        levels: What the negative log-likelihood of each masked token is handed to, with its mask probability.
     """
     hidden_MD, targets_M = (x.index_select(0, batch.scored_M) for x in (hidden_ND, batch.tokens_BL.flatten()))
     length = batch.tokens_BL.shape[1]
-    rows_M, divisors = batch.scored_M // length, weight.divisors(batch)
-    divisors_M = divisors[rows_M]
-    if divisors.ndim == 2:
+    rows_M = batch.scored_M // length
+
+    def of_tokens(values: Tensor) -> Tensor:
+        """(M,): the value of the sequence (B,), or of the block (B, K), that each token belongs to."""
+        values_M = values[rows_M]
+        if values_M.ndim == 1:
+            return values_M
         assert block_length is not None
-        divisors_M = divisors_M.gather(1, (batch.scored_M % length // block_length)[:, None])[:, 0]
+        return values_M.gather(1, (batch.scored_M % length // block_length)[:, None])[:, 0]
+
+    divisors = weight.divisors(batch)
+    divisors_M = of_tokens(divisors)
     weights_M = masked_diffusion_weights(divisors_M, batch.scored)
     if batch.response_lengths_B is not None:
         weights_M = weights_M / batch.response_lengths_B[rows_M]
-    return model.head_nll(hidden_MD, targets_M, weights_M)[0] / batch.denominator
+    total, nll_M = model.head_nll(hidden_MD, targets_M, weights_M)
+    if levels is not None:
+        p_M = divisors_M if divisors is batch.p_B else of_tokens(batch.p_B)
+        levels.add(p_M[: batch.scored], nll_M[: batch.scored])
+    return total / batch.denominator
 
 
-def masked_nll(model: Predictor, batch: ValidationBatch, hidden_ND: Tensor, block_length: int | None = None) -> Tensor:
-    """(B,) float64: a sample of the bound of each sequence or response, or the sum of those of its blocks, in nats."""
+def masked_nll(
+    model: Predictor,
+    batch: ValidationBatch,
+    hidden_ND: Tensor,
+    block_length: int | None = None,
+    levels: LevelSums | None = None,
+) -> Tensor:
+    """(B,) float64: a sample of the bound of each sequence or response, or the sum of those of its blocks, in nats.
+
+    ``levels`` is handed the negative log-likelihood of each masked token that counts, with the share of masked tokens.
+    """
     masked_N = batch.masked_BL.flatten()
     hidden_MD, targets_M = hidden_ND[masked_N], batch.tokens_BL.flatten()[masked_N]
     _, nll_M = model.head_nll(hidden_MD, targets_M, torch.ones_like(targets_M, dtype=torch.float32))
+    may_be_masked_BL = torch.ones_like(batch.masked_BL) if batch.response_BL is None else batch.response_BL
+    if levels is not None:
+        shares_M = masked_shares(batch.masked_BL, may_be_masked_BL, block_length).flatten()[masked_N]
+        counted_M = batch.counted_B[batch.masked_BL.nonzero()[:, 0]]
+        levels.add(shares_M[counted_M], nll_M[counted_M])
     if block_length is None:
         return nll_bound(nll_M, batch.masked_BL, batch.scored_counts())
-    may_be_masked_BL = torch.ones_like(batch.masked_BL) if batch.response_BL is None else batch.response_BL
     return nll_bound_of_blocks(nll_M, batch.masked_BL, may_be_masked_BL, block_length)
 
 
@@ -200,6 +232,23 @@ def nll_bound_of_blocks(nll_M: Tensor, masked_BL: Tensor, may_be_masked_BL: Tens
     sums_K = torch.zeros(rows * blocks, dtype=torch.float64, device=nll_M.device)
     sums_K.index_add_(0, of_block_N[masked_BL.flatten()], nll_M.double())
     return (sums_K * lengths_K / counts_K.clamp(min=1)).view(rows, blocks).sum(dim=1)
+
+
+def masked_shares(masked_BL: Tensor, may_be_masked_BL: Tensor, block_length: int | None = None) -> Tensor:
+    """(B, L) float32: the share of masked tokens of the sequence, or of the block, that each position belongs to.
+
+    Args:
+        masked_BL: (B, L) bool.
+        may_be_masked_BL: (B, L) bool, the tokens that are counted; without one the share is NaN.
+        block_length: The number of tokens of a block; None: all of them.
+    """
+    length = masked_BL.shape[1]
+    width = block_length or length
+    counts_BK, lengths_BK = (
+        torch.nn.functional.pad(chosen_BL, (0, -length % width)).unflatten(1, (-1, width)).sum(dim=2)
+        for chosen_BL in (masked_BL, may_be_masked_BL)
+    )
+    return (counts_BK / lengths_BK).repeat_interleave(width, dim=1)[:, :length]
 
 
 def _hidden(model: Predictor, batch: TrainingBatch | ValidationBatch) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llada_lightning.model.head import RowLoss
 from llada_lightning.objectives import noise
-from llada_lightning.objectives.batches import Predictor, TrainingBatch, ValidationBatch
+from llada_lightning.objectives.batches import LevelSums, Predictor, TrainingBatch, ValidationBatch
 from llada_lightning.objectives.densities import end_without_mass
 from llada_lightning.objectives.density_settings import DensitySetting
 from llada_lightning.objectives.forward_process import SMALLEST_LEVEL, Alphabet, drawn_levels, replaced_tokens
@@ -82,28 +82,37 @@ def with_validation_noise(batch: ValidationBatch, alphabet: Alphabet) -> Validat
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def training_loss(model: Predictor, batch: TrainingBatch, entries: int) -> Tensor:
+def training_loss(model: Predictor, batch: TrainingBatch, entries: int, levels_of: LevelSums | None = None) -> Tensor:
     """A sample of the bound of a micro-batch, in nats per token of the global batch.
 
     Args:
         model: The model.
         batch: The micro-batch, with ``noisy_BL``.
         entries: The number of entries that noise is drawn from, V.
+        levels_of: What the integrand at the positions of each sequence is handed to, with its noise level.
     """
-    weights_BL = _may_be_noisy(batch).float()
+    scored_BL = _may_be_noisy(batch)
+    weights_BL = scored_BL.float()
     if batch.density_B is not None:
         weights_BL = weights_BL / batch.density_B[:, None]
     if batch.response_lengths_B is not None:
         weights_BL = weights_BL / batch.response_lengths_B[:, None]
-    return _bound(model, batch, weights_BL, entries)[0] / batch.denominator
+    total, values_BL = _bound(model, batch, weights_BL, entries)
+    if levels_of is not None:
+        levels_of.add(batch.p_B, (values_BL * scored_BL).sum(dim=1), scored_BL.sum(dim=1))
+    return total / batch.denominator
 
 
-def sequence_nll(model: Predictor, batch: ValidationBatch, entries: int) -> Tensor:
+def sequence_nll(model: Predictor, batch: ValidationBatch, entries: int, levels_of: LevelSums | None = None) -> Tensor:
     """(B,) float64: a sample of the bound of each sequence or response, in nats; arguments as of the training loss."""
-    assert batch.density_B is not None
+    assert batch.density_B is not None and batch.p_B is not None
     scored_BL = _may_be_noisy(batch)
     values_BL = _bound(model, batch, scored_BL.float(), entries)[1].double()
-    return (values_BL * scored_BL).sum(dim=1) / batch.density_B
+    nats_B = (values_BL * scored_BL).sum(dim=1)
+    if levels_of is not None:
+        counted_B = batch.counted_B
+        levels_of.add(batch.p_B[counted_B], nats_B[counted_B], scored_BL.sum(dim=1)[counted_B])
+    return nats_B / batch.density_B
 
 
 def _may_be_noisy(batch: TrainingBatch | ValidationBatch) -> Tensor:

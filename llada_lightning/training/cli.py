@@ -188,10 +188,10 @@ class LladaCLI(HookedCLI):
         check_monitors(self.trainer, self.model)
         require_open_files(self.datamodule.loader_workers(self.trainer))
         check_parallel(self.trainer, self.model.shape, self.model.vocab_size, self.datamodule.sequence_length)
-        facts = self.model.facts
-        if (facts.in_blocks or facts.replaces) and tensor_parallel(self.trainer.strategy) > 1:
-            whole = "sequences" if facts.in_blocks else "logits"
-            fix = f"{self.model.objective} needs whole {whole} on each device; use fsdp2"
+        facts, shifted = self.model.facts, self.model.shift_targets
+        if (facts.in_blocks or facts.replaces or shifted) and tensor_parallel(self.trainer.strategy) > 1:
+            who = f"{self.model.objective}{' with shift_targets' if shifted else ''}"
+            fix = f"{who} needs whole {'logits' if facts.replaces else 'sequences'} on each device; use fsdp2"
             raise UserError(f"trainer.strategy: {self.settings.trainer.strategy} given, but {fix}")
         longest = self.model.block_length or self.datamodule.sequence_length
         policies = policies_of(self.settings.run.policies, self.model.facts, longest)
@@ -320,8 +320,9 @@ class LladaCLI(HookedCLI):
             self.instantiate_classes()
         # W&B's steps only rise, and a branch's last steps are beyond those with which the trunk continues.
         kind = self.model.training_kind(self.datamodule.density_setting)
-        own = [MetricsCSV(phase.folder, kind), *_as_list(self.wandb if phase.folder == self.folder else None)]
-        self.trainer.loggers = [*own, *self.trainer.loggers]
+        own = [MetricsCSV(phase.folder, kind, self.model.by_noise_level)]
+        wandb = _as_list(self.wandb if phase.folder == self.folder else None)
+        self.trainer.loggers = [*own, *wandb, *self.trainer.loggers]
         start = phase.start()
         if start is not None:
             say(f"{'branching off' if start == phase.parent else 'going on'} from {start}")

@@ -22,6 +22,7 @@ from llada_lightning.compute.flops import check_budgets, flops_6nd
 from llada_lightning.compute.rules import Rules
 from llada_lightning.compute.schedule import WSD, schedule_from
 from llada_lightning.compute.shapes import check_vocabulary, get_shape
+from llada_lightning.data import TOKENIZER_NAME
 from llada_lightning.data.loading import LanguageDataModule
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.identity import run_name as name_of
@@ -33,7 +34,7 @@ from llada_lightning.run import Length, Run, Spec, check_block_length, resolve
 from llada_lightning.settings import Budget, check_folder_name, check_seed
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.reading import read_yaml
-from llada_lightning.training.first_weights import take_over, weights_hash
+from llada_lightning.training.first_weights import fit_vocabulary, source_objective, take_over, weights_hash
 from llada_lightning.training.lightning_internals import replaces_samplers
 from llada_lightning.training.machine import native_precision
 from llada_lightning.training.modules import LanguageModule
@@ -128,6 +129,7 @@ def resolve_from_python(module: LanguageModule, trainer: Trainer) -> None:
         "norm_eps",
         "text_prefix_ids",
         "qk_norm",
+        "shift_targets",
     ):
         setattr(module, name, arguments[name])
     module.identity = identity(config, data)
@@ -176,6 +178,12 @@ def _resolve_length(config: Namespace, data: LanguageDataModule) -> Run:
     if given.total_steps is not None and [given.total_steps] != steps:
         raise UserError(
             f"model.schedule.total_steps: {given.total_steps} given, but the run has {steps} steps; leave it out"
+        )
+    first_result = min(schedule.total_steps or 0 for schedule in (*resolved.schedules, *resolved.milestones))
+    if arguments.get("open_attention_steps", 0) > first_result:
+        raise UserError(
+            f"model.open_attention_steps: {arguments.open_attention_steps} given, but the first result is that of step "
+            f"{first_result}, and is measured with full attention; lower it"
         )
     config.trainer.max_steps = steps[-1]
     data.global_batch = config.data.init_args.global_batch = resolved.global_batch
@@ -285,6 +293,8 @@ def _fill_vocabulary(config: Namespace, data: LanguageDataModule) -> None:
             f"data.tokenizer: '{config.data.init_args.tokenizer}' has no [MASK], which {objective.name} needs; name "
             "one of its tokens with --data.mask_token, or as mask_token in its tokenizer_config.json"
         )
+    if arguments.get("weights") is not None and source_objective(arguments.weights) != objective.name:
+        fit_vocabulary(arguments, tokenizer, data.tokenizer_files()[TOKENIZER_NAME])
     # An `arm` that starts from weights without [MASK] has none, also where the data's tokenizer has one: no text holds
     # it, and the weights need not have a row for it.
     without = not masks and arguments.get("weights") is not None and arguments.mask_token_id is None
@@ -313,7 +323,8 @@ measured only."""
 _DATA_OPTIONS = {"document_mask": False, "train_tokens": None, "density": None}
 _MODEL_OPTIONS = {
     "norm_eps": NORM_EPS, "text_prefix_ids": None, "loss_weight": "elbo", "loss_weight_limit": None,
-    "qk_norm": False, "z_loss": 0.0, "dropout": 0.0, "token_noise": 0.0,
+    "qk_norm": False, "z_loss": 0.0, "dropout": 0.0, "token_noise": 0.0, "shift_targets": False,
+    "open_attention_steps": 0,
 }  # fmt: skip
 _OPTIMIZER_OPTIONS = {"decay_embeddings": True, "name": ADAMW, "muon": asdict(Muon()), "arguments": {}}
 """Options that came later. At its default, none is in an identity, so that older runs keep theirs."""

@@ -26,7 +26,7 @@ from llada_lightning.model import Transformer
 from llada_lightning.model.attention import ALL
 from llada_lightning.model.dropout import check_dropout
 from llada_lightning.model.head import RowLoss, token_nll, with_z_loss
-from llada_lightning.model.patterns import Pattern
+from llada_lightning.model.patterns import Pattern, ahead, and_masks, window_ahead
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
 from llada_lightning.objectives import BLOCK_LENGTH, Objective, TrainingKind, arm, block, get_objective, llada, uniform
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch
@@ -35,9 +35,10 @@ from llada_lightning.objectives.density_settings import DensitySetting
 from llada_lightning.objectives.forward_process import Alphabet, noisy_tokens
 from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError
-from llada_lightning.training.first_weights import fill_weights, inherited
+from llada_lightning.training.first_weights import check_opening, check_shift, fill_weights, inherited, source_flops
 from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.machine import Speed, apply_speed
+from llada_lightning.training.noise_levels import LevelLosses
 from llada_lightning.training.optimizers import OptimizerSettings
 from llada_lightning.training.parallel import shard, total_norm
 from llada_lightning.training.validation import (
@@ -77,12 +78,20 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         dropout: The probability with which a value of the outputs of attention and feed-forward is dropped in training.
         token_noise: The share of the input tokens that are replaced by random ones in training; the targets stay. For
             an objective that predicts the next token.
+        shift_targets: Whether a masked token is predicted from the position before it, as an `arm` predicts it, behind
+            a start token (Gong et al. 2025, arXiv:2410.17891). For masked diffusion that starts from an `arm`; a
+            checkpoint with it passes it on.
+        open_attention_steps: The number of optimizer steps over which attention is opened: after s of N steps, position
+            i sees the positions up to i + floor(L s / N), with L the length of a sequence, or of a block. 0: it is full
+            from the start. Validation always has full attention.
     """
 
     objective: ClassVar[str]
     """The name of the objective in the table of ``objectives``."""
     block_length: int | None = None
     """The number of tokens that are predicted together, of an objective that predicts in blocks."""
+    by_noise_level: ClassVar[bool] = False
+    """Whether the losses hand their values to ``train_levels`` and ``val_levels``, which are then logged."""
 
     def __init__(
         self,
@@ -102,6 +111,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         z_loss: float = 0.0,
         dropout: float = 0.0,
         token_noise: float = 0.0,
+        shift_targets: bool = False,
+        open_attention_steps: int = 0,
     ) -> None:
         super().__init__()
         self.shape: Shape = get_shape(shape)
@@ -128,6 +139,10 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
                 f"model.token_noise: {token_noise} given, but {self.objective} corrupts its inputs itself; leave it out"
             )
         self.qk_norm, self.z_loss, self.dropout, self.token_noise = qk_norm, z_loss, dropout, token_noise
+        if shift_targets:
+            check_shift(self.facts)
+        check_opening(open_attention_steps, self.facts)
+        self.shift_targets, self.open_attention_steps = shift_targets, open_attention_steps
         optimizer.check()
         self.optimizer_settings, self.schedule = optimizer, schedule
         self.identity: dict[str, Any] = {}
@@ -136,6 +151,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         self.grad_norm: Tensor | None = None
         self.step_loss: Tensor | None = None
         self._micro_losses: list[Tensor] = []
+        self.train_levels, self.val_levels = LevelLosses("train"), LevelLosses("val")
+        self.val_by_level: dict[str, float] = {}
         self.val_loss, self.held_out_losses = ValidationLoss(), nn.ModuleList()
         self.validation: dict[str, float] = {}
         self.val_by_document: DocumentLosses = []
@@ -171,7 +188,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         if device.type != "meta":
             self.model.initialise(torch.Generator(device).manual_seed(self.seed))
             if self.weights is not None and self.trainer is not None and self.trainer.training:
-                fill_weights(self.model, self.weights)
+                fill_weights(self.model, self.weights, self.mask_token_id if self.facts.masks else None)
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule by step."""
@@ -232,6 +249,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
             self.held_out_losses.append(made)
         loss = self.val_loss if dataloader_idx == 0 else self.held_out_losses[dataloader_idx - 1]
         assert isinstance(loss, ValidationLoss)
+        self.val_levels.paused = dataloader_idx > 0
         nats_per_token_B = self.sequence_nll(batch) / batch.scored_counts()
         loss.update(nats_per_token_B[batch.counted_B], batch.documents_B[batch.counted_B])
         assert self.trainer is not None
@@ -249,6 +267,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
             self.validation["val_bits_per_byte"] = bits
         # For callbacks; the accounting logs them, by step. Every rank has the same values: they are gathered.
         self.log_dict(self.validation, logger=False, rank_zero_only=True)
+        self.val_by_level = self.val_levels.take(self.device) if self.by_noise_level else {}
         self.policy_losses.compute(lambda nats: None if data is None else data.bits_per_byte(nats))
         sources = [] if data is None else data.val_sources
         self.val_by_source = losses_by_source(sources, self.val_by_document) if sources else {}
@@ -262,9 +281,10 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
                 self.val_held_out[corpus.name] = corpus_loss(corpus, documents)
 
     def corpus_metrics(self) -> dict[str, float]:
-        """What is logged of each source, of each held-out corpus, and under each policy, at the last validation."""
+        """What is logged of each source, of each held-out corpus, under each policy, and at each noise level, at the
+        last validation."""
         by_corpus = as_metrics("val", self.val_by_source) | as_metrics("held_out", self.val_held_out)
-        return by_corpus | as_metrics("policy", self.policy_losses.measured)
+        return by_corpus | as_metrics("policy", self.policy_losses.measured) | self.val_by_level
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
@@ -277,6 +297,9 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         """A checkpoint knows its run: every setting that makes it this run, and the fingerprints of its data."""
         checkpoint["identity"], checkpoint["objective"] = self.identity, self.objective
         checkpoint["guard"] = self.guard.state_dict()
+        if self.by_noise_level:  # what was summed up since the last row of the log
+            checkpoint["train_levels"] = self.train_levels.totals(self.device)
+        checkpoint["source_flops"] = 0.0 if self.weights is None else source_flops(self.weights)
         if self.weights is not None:
             checkpoint["inherited"] = inherited(self.weights)
 
@@ -291,6 +314,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         check_history(saved, self.identity, checkpoint["global_step"], self.trainer.ckpt_path, fix)
         if "guard" in checkpoint:  # older ones have none
             self.guard.load_state_dict(checkpoint["guard"])
+        if "train_levels" in checkpoint:
+            self.train_levels.go_on_from(checkpoint["train_levels"], first=self.trainer.global_rank == 0)
         # Lightning counts micro-batches and steps where the count divides by the accumulation. A run may resume with
         # another accumulation, so the count is what it would be had the run had it from the start.
         batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
@@ -357,7 +382,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
     def start_ids(self, batch: TrainingBatch | ValidationBatch) -> tuple[int, ...]:
         """The token ids before the sequences of a batch, none of which is predicted."""
         own: tuple[int, ...] = ()
-        if self.facts.starts_with_eos:
+        if self.facts.starts_with_eos or self.shift_targets:
             assert self.eos_token_id is not None
             own = (self.eos_token_id,)
         if self.text_prefix_ids is None:
@@ -381,6 +406,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
     ) -> Tensor:
         """(B, L, D): the normalised residual stream of inputs that see the token ids before them.
 
+        With shifted targets it is that of the position before each input, from which the input's token is predicted.
+
         Args:
             start_ids: The token ids before every sequence.
             inputs_BL: (B, L) int64.
@@ -397,8 +424,10 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
                 f"model.dropout: {self.dropout} given, but the training loss of {self.objective} gives hidden_after no "
                 "ordinals_B; leave it out, or correct the objective"
             )
-        count = len(start_ids)
-        assert not count or (pattern is None and positions_L is None and queries == ALL)
+        if self.open_attention_steps and not causal:
+            pattern = self._opening(pattern, positions_L, ordinals_B, inputs_BL.device)
+        count, shifted = len(start_ids), self.shift_targets and not causal
+        assert not (count or shifted) or (positions_L is None and queries == ALL)
         if count:
             before_BK = inputs_BL.new_tensor(start_ids).expand(len(inputs_BL), -1)
             inputs_BL = torch.cat([before_BK, inputs_BL], dim=1)
@@ -406,6 +435,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
                 None if own is None else torch.cat([own[:, :1].expand(-1, count), own], dim=1)
                 for own in (documents_BL, attention_mask_BL)
             )
+        if shifted and documents_BL is not None:  # each belongs to the document of the token that it predicts
+            documents_BL = torch.cat([documents_BL[:, 1:], documents_BL[:, -1:]], dim=1)
         hidden_BLD = self.model.hidden(
             inputs_BL,
             causal=causal,
@@ -416,7 +447,30 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
             queries=queries,
             dropped_ordinals_B=ordinals_B if self.dropout else None,
         )
-        return hidden_BLD[:, count:]
+        if not shifted:
+            return hidden_BLD[:, count:]
+        if count:
+            return hidden_BLD[:, count - 1 : -1]
+        return hidden_BLD.roll(1, dims=1)  # the first token is given: what is put at its place does not matter
+
+    def _opening(
+        self, pattern: Pattern | None, positions_L: Tensor | None, ordinals_B: Tensor | None, device: torch.device
+    ) -> Pattern | None:
+        """What the inputs of a training batch may see at this step, of what they see in the end."""
+        if ordinals_B is None:  # a validation batch
+            if self.training and torch.is_grad_enabled():
+                raise UserError(
+                    f"model.open_attention_steps: {self.open_attention_steps} given, but the training loss of "
+                    f"{self.objective} gives hidden_after no ordinals_B; leave it out, or correct the objective"
+                )
+            return pattern
+        assert self.trainer is not None
+        together = self.block_length or self.trainer.datamodule.sequence_length  # type: ignore[attr-defined]
+        window = window_ahead(self.trainer.global_step, self.open_attention_steps, together)
+        if window is None:
+            return pattern
+        near = ahead(torch.full((), window, device=device), positions_L)  # filled there: nothing waits for a copy
+        return near if pattern is None else and_masks(pattern, near)
 
 
 class ArmModule(LanguageModule):
@@ -441,7 +495,7 @@ class LladaModule(LanguageModule):
     """
 
     objective = "llada"
-    sequence_nll = llada.sequence_nll
+    by_noise_level = True
 
     def __init__(
         self,
@@ -455,7 +509,11 @@ class LladaModule(LanguageModule):
 
     def training_loss(self, batch: TrainingBatch) -> Tensor:
         """The loss of Eq. 3 (Eq. 5 of responses) of a micro-batch, or a surrogate of it, in nats per token."""
-        return llada.training_loss(self, batch, self.loss_weight)
+        return llada.training_loss(self, batch, self.loss_weight, self.train_levels)
+
+    def sequence_nll(self, batch: ValidationBatch) -> Tensor:
+        """(B,) float64: a sample of the bound of each sequence (Eq. 14) or response (Eq. 6), in nats."""
+        return llada.sequence_nll(self, batch, self.val_levels)
 
     def training_kind(self, density: DensitySetting | None = None) -> TrainingKind:
         return self.loss_weight.kind(density)
@@ -487,11 +545,11 @@ class BlockDiffusionModule(LladaModule):
 
     def training_loss(self, batch: TrainingBatch) -> Tensor:
         """The loss of Eq. 3 within each block of a micro-batch, or a surrogate of it, in nats per token."""
-        return block.training_loss(self, batch, self.block_length, self.loss_weight)
+        return block.training_loss(self, batch, self.block_length, self.loss_weight, self.train_levels)
 
     def sequence_nll(self, batch: ValidationBatch) -> Tensor:
         """(B,) float64: a sample of the bound of each sequence or response, summed over its blocks, in nats."""
-        return block.sequence_nll(self, batch, self.block_length)
+        return block.sequence_nll(self, batch, self.block_length, self.val_levels)
 
 
 class UniformDiffusionModule(LanguageModule):
@@ -503,6 +561,7 @@ class UniformDiffusionModule(LanguageModule):
     """
 
     objective = "uniform"
+    by_noise_level = True
 
     def __init__(self, *settings: Any, **named: Any) -> None:
         super().__init__(*settings, **named)
@@ -525,11 +584,11 @@ class UniformDiffusionModule(LanguageModule):
 
     def training_loss(self, batch: TrainingBatch) -> Tensor:
         """A sample of the bound of a micro-batch, in nats per token of the global batch."""
-        return uniform.training_loss(self, batch, self.alphabet.size)
+        return uniform.training_loss(self, batch, self.alphabet.size, self.train_levels)
 
     def sequence_nll(self, batch: ValidationBatch) -> Tensor:
         """(B,) float64: a sample of the bound of each sequence or response, in nats."""
-        return uniform.sequence_nll(self, batch, self.alphabet.size)
+        return uniform.sequence_nll(self, batch, self.alphabet.size, self.val_levels)
 
     def training_kind(self, density: DensitySetting | None = None) -> TrainingKind:
         return "bound" if covers_all_ratios(None if density is None else density.density) else "surrogate"

@@ -34,6 +34,7 @@ from llada_lightning.support.files import strict_json
 from llada_lightning.support.signals import say
 from llada_lightning.training.callbacks.accounting import Accounting, by_count, device_name
 from llada_lightning.training.callbacks.loggers import SafeWandbLogger
+from llada_lightning.training.first_weights import source_flops, source_objective
 from llada_lightning.training.modules import VALIDATION_METRICS, LanguageModule
 from llada_lightning.training.validation import DocumentLosses
 
@@ -104,6 +105,7 @@ def result_record(
         "val_by_source": module.val_by_source or None,
         "val_held_out": module.val_held_out or None,
         "val_policies": module.policy_losses.measured or None,
+        "source_flops": None if module.weights is None else source_flops(module.weights),
     }
 
 
@@ -153,8 +155,9 @@ def variant(module: LanguageModule, data: LanguageDataModule, decayed: bool = Tr
     """What tells a run from the default recipe of its objective, such as `compat=llada;optimizer.weight_decay=0`.
 
     The pairs are sorted: the class of the module where it is not the objective's own, and each setting that is not at
-    its default: of the module and its optimizer, and of how the data draw the mask ratio. A result of a constant rate,
-    as at a milestone, has `decay_steps=0`. None where all are at their defaults.
+    its default: of the module and its optimizer, and of how the data draw the mask ratio. A run from the weights of
+    another objective has `weights=` with its name. A result of a constant rate, as at a milestone, has `decay_steps=0`.
+    None where all are at their defaults.
     """
     kind, objective = type(module), OBJECTIVES.get(module.objective)
     given = _flat(module.identity.get("model", {}).get("init_args", {}))
@@ -171,6 +174,8 @@ def variant(module: LanguageModule, data: LanguageDataModule, decayed: bool = Tr
     }
     if objective is None or pydoc.locate(objective.module) is not kind:
         found["module"] = f"{kind.__module__}.{kind.__qualname__}"
+    if module.weights is not None and (begun := source_objective(module.weights)) != module.objective:
+        found["weights"] = begun
     if not decayed:
         found["decay_steps"] = "0"
     return ";".join(f"{name}={value}" for name, value in sorted(found.items())) or None

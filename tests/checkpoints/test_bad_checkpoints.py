@@ -213,6 +213,8 @@ def test_an_end_of_generation_outside_of_the_vocabulary(refused, tmp_path: Path)
         ({"source": 3}, "source is 3; it must be a mapping"),
         ({"start_token_id": 999}, "start_token_id is 999; it must be an id"),
         ({"qk_norm": "yes"}, 'qk_norm is "yes"; it must be true or false'),
+        ({"shift_targets": 1}, "shift_targets is 1; it must be true or false"),
+        ({"shift_targets": True}, "shift_targets is true; arm has no shifted targets; it must be false"),
     ],
 )
 def test_a_value_of_our_own_that_does_not_serve(refused, tmp_path: Path, changes: dict[str, Any], part: str) -> None:

@@ -291,3 +291,22 @@ def test_what_is_no_tuning_study_has_no_rules(table: str, tmp_path: Path) -> Non
         curves([table, "--rules", "--out", str(tmp_path)])
     with pytest.raises(UserError, match="published has one rate and batch at each budget"):
         curves(["published", "--rules", "--out", str(tmp_path)])
+
+
+def test_what_runs_started_from_is_noted_or_counted(tmp_path: Path, capsys: Captured) -> None:
+    begun = study()
+    own = (begun["objective"] == "llada").to_numpy(bool)
+    begun = begun.assign(source_flops=[1e12 if each else float("nan") for each in own])
+    table = str(write_results(begun, tmp_path / "results.csv"))
+    found = {}
+    for name, words in {"own": [], "all": ["--source-flops"]}.items():
+        assert curves([table, "--out", str(tmp_path / name), "--samples", "100", "--json", *words]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+    assert "6 runs start from are not counted; --source-flops adds them" in found["own"]["notes"][0]
+    assert "6 runs start from are counted, by 6ND" in found["all"]["notes"][0]
+    first = {name: fits["llada"]["envelope"]["6nd"] for name, fits in found.items()}
+    assert first["own"] != first["all"] and found["own"]["arm"] == found["all"]["arm"]
+    with pytest.raises(
+        UserError, match=r"^curves: --rules fits rates and batches by a run's own FLOPs; leave --source"
+    ):
+        curves([table, "--out", str(tmp_path), "--rules", "--source-flops"])

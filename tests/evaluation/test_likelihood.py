@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llada_lightning
-from helpers.small_models import EOS, MASK, exact_bound, ids, masked_log_prob, random_model
+from helpers.small_models import (
+    EOS,
+    MASK,
+    AtItsOwnPlace,
+    exact_bound,
+    ids,
+    masked_log_prob,
+    random_model,
+    shifted_model,
+)
 from llada_lightning.checkpoints.language_model import LanguageModel, load_model
 from llada_lightning.evaluation import likelihood
 from llada_lightning.evaluation.bound import all_masks
@@ -43,6 +52,20 @@ def test_enumeration_equals_brute_force(length: int, compat: str | None, cfg_sca
     assert (score.kind, score.method) == (("exact", "one pass") if length == 1 else ("bound", "enumerated"))
 
 
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
+@pytest.mark.parametrize("prompt_length", [0, 5])
+def test_with_shifted_targets_a_token_is_scored_at_the_position_before_it(prompt_length: int, cfg_scale: float) -> None:
+    lm, prompt, answer = shifted_model(), ids(prompt_length, 1), ids(4, 2)
+    score = log_likelihood(lm, [(prompt, answer)], cfg_scale=cfg_scale)[0]
+    expected = exact_bound(AtItsOwnPlace(lm), prompt, answer, cfg_scale)
+    assert score.mean == pytest.approx(expected, rel=1e-5)
+    llama = replace(lm, start_token_id=None)  # of a Llama without a start of its own: EOS where nothing else stands
+    assert log_likelihood(llama, [([EOS, *prompt], answer)])[0].mean == pytest.approx(
+        log_likelihood(lm, [(prompt, answer)])[0].mean, rel=1e-5
+    )
+    assert log_likelihood(llama, [([], answer)]) == log_likelihood(lm, [([], answer)])
+
+
 def test_sampling_agrees_with_enumeration_of_a_model() -> None:
     prompt, answer = ids(5, 1), ids(6, 2)
     exact = log_likelihood(LLADA, [(prompt, answer)], samples=63)[0].mean
@@ -60,7 +83,11 @@ def test_one_token_is_one_pass_whatever_the_samples() -> None:
         assert log_likelihood(LLADA, [(prompt, answer)], samples)[0].mean == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("lm", [LLADA, ARM, replace(ARM, start_token_id=None)], ids=["llada", "arm", "llama"])
+@pytest.mark.parametrize(
+    "lm",
+    [LLADA, ARM, replace(ARM, start_token_id=None), shifted_model()],
+    ids=["llada", "arm", "llama", "shifted"],
+)
 @pytest.mark.parametrize("cfg_scale", [0.0, 0.7])
 def test_together_equals_one_at_a_time_in_any_order(lm: Any, cfg_scale: float) -> None:
     scale = cfg_scale if lm.objective == "llada" else 0.0

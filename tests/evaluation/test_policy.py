@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.small_models import ids, masked_log_prob, random_model
+from helpers.small_models import AtItsOwnPlace, ids, masked_log_prob, random_model, shifted_model
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.evaluation.any_order import any_order_log_likelihood
 from llada_lightning.evaluation.likelihood import log_likelihood
@@ -27,7 +27,9 @@ TINY = random_model(vocab_size=4, scale=3.0, mask_token_id=3, eos_token_id=2)
 """Three words, and [MASK] as the fourth."""
 
 
-def by_hand(lm: LanguageModel, policy: Policy, prompt: Sequence[int], answer: Sequence[int], w: float = 0.0) -> float:
+def by_hand(
+    lm: LanguageModel | AtItsOwnPlace, policy: Policy, prompt: Sequence[int], answer: Sequence[int], w: float = 0.0
+) -> float:
     """One sequence, one step after the other, probabilities in fp64; the surest positions by sorting."""
     masked, total = list(range(len(answer))), 0.0
     while masked:
@@ -157,6 +159,18 @@ def test_guidance_is_another_distribution() -> None:
     prompt, answer, policy = ids(4, 80), ids(5, 81), Policy("confidence", 2)
     [score] = log_likelihood(LLADA, [(prompt, answer)], policy=policy, cfg_scale=0.7)
     assert score.mean == pytest.approx(by_hand(LLADA, policy, prompt, answer, 0.7), abs=2e-4)
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.7])
+@pytest.mark.parametrize("name", POLICIES)
+def test_with_shifted_targets_it_is_that_of_the_position_before(name: str, cfg_scale: float) -> None:
+    lm, policy = shifted_model(), Policy(name, 2)
+    requests = [(ids(3, 40), ids(7, 41)), (ids(6, 42), ids(4, 43)), ([], ids(5, 44))]
+    for (prompt, answer), score in zip(
+        requests, log_likelihood(lm, requests, policy=policy, cfg_scale=cfg_scale), strict=True
+    ):
+        expected = by_hand(AtItsOwnPlace(lm), policy, prompt, answer, cfg_scale)
+        assert score.mean == pytest.approx(expected, abs=2e-4)
 
 
 def test_a_text_in_windows_has_the_kind_of_its_policy() -> None:

@@ -35,13 +35,33 @@ def random_model(
     return LanguageModel(objective, model.eval(), **values)  # type: ignore[arg-type]
 
 
+def shifted_model(**fields: object) -> LanguageModel:
+    """A `llada` that predicts a token from the position before it, behind EOS, as one that began as an `arm`."""
+    return random_model("llada", shift_targets=True, start_token_id=EOS, **fields)
+
+
+class AtItsOwnPlace:
+    """What is asked of a model in brute force, of one with shifted targets: the logits of each token at its place."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self._lm, self.mask_token_id, self.excluded_token_id = lm, lm.mask_token_id, lm.excluded_token_id
+
+    def logits(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        start_B1 = torch.full((len(tokens_BL), 1), EOS)
+        return self._lm.logits(torch.cat([start_B1, tokens_BL], dim=1))[:, :-1]
+
+
 def ids(length: int, seed: int) -> list[int]:
     """Random words, neither EOS nor [MASK]."""
     return np.random.default_rng(seed).integers(EOS, size=length).tolist()
 
 
 def masked_log_prob(
-    lm: LanguageModel, prompt: Sequence[int], answer: Sequence[int], masked: Sequence[int], cfg_scale: float = 0.0
+    lm: LanguageModel | AtItsOwnPlace,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    masked: Sequence[int],
+    cfg_scale: float = 0.0,
 ) -> float:
     """Sum of log p of the masked tokens of the answer: one sequence, all its logits, no padding."""
     tokens = [*prompt, *(MASK if i in masked else token for i, token in enumerate(answer))]
@@ -56,7 +76,9 @@ def masked_log_prob(
     return float(sum(log_p_LV[len(prompt) + i, answer[i]] for i in masked))
 
 
-def exact_bound(lm: LanguageModel, prompt: Sequence[int], answer: Sequence[int], cfg_scale: float = 0.0) -> float:
+def exact_bound(
+    lm: LanguageModel | AtItsOwnPlace, prompt: Sequence[int], answer: Sequence[int], cfg_scale: float = 0.0
+) -> float:
     """Eq. 6 with its sign changed, over every l and every mask."""
     length = len(answer)
     means = []

@@ -69,6 +69,7 @@ def record(objective: str, shape: str, budget: float, loss: float, **other: Any)
         "val_by_source": None,
         "val_held_out": None,
         "val_policies": None,
+        "source_flops": None,
     }
     return {**values, **other}
 

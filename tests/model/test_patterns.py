@@ -68,6 +68,24 @@ def test_block_diffusion_is_the_figure_of_the_paper() -> None:
     ]
 
 
+@pytest.mark.parametrize(("window", "first"), [(0, "x...."), (2, "xxx.."), (9, "xxxxx")])
+def test_ahead_is_causal_and_a_window(window: int, first: str) -> None:
+    rows = table(patterns.ahead(torch.tensor(window)), 5)
+    assert rows == [("x" * i + first)[:5] for i in range(5)]
+    in_their_text = patterns.ahead(torch.tensor(window), torch.tensor([0, 1, 2, 0, 1]))
+    assert [row[:3] for row in table(in_their_text, 5)] == [rows[i][:3] for i in (0, 1, 2, 0, 1)]
+
+
+def test_a_window_is_block_sparse_as_it_is_dense() -> None:
+    """200 positions are two blocks of 128; the window is a tensor, which the kernel reads when it runs."""
+    window = torch.tensor(0)
+    pattern = patterns.ahead(window)
+    assert patterns.block_sparse(pattern, 1, 200, 200, CPU).to_dense()[0, 0].tolist() == [[1, 0], [1, 1]]
+    window.fill_(1)
+    assert patterns.block_sparse(pattern, 1, 200, 200, CPU).to_dense()[0, 0].tolist() == [[1, 1], [1, 1]]
+    assert table(pattern, 3) == ["xx.", "xxx", "xxx"]
+
+
 BATCH, LENGTH = 2, 9
 
 
@@ -81,7 +99,9 @@ def bits(shape: tuple[int, int]) -> st.SearchStrategy[Tensor]:
     causal=st.booleans(),
     padding_BS=st.none() | bits((BATCH, LENGTH)),
     ends_BL=st.none() | bits((BATCH, LENGTH)),
-    further=st.sampled_from([None, patterns.block_causal(4), patterns.block_diffusion(5, 2)]),
+    further=st.sampled_from(
+        [None, patterns.block_causal(4), patterns.block_diffusion(5, 2), patterns.ahead(torch.tensor(2))]
+    ),
 )
 def test_any_combination_is_what_torch_makes_of_it(
     causal: bool, padding_BS: Tensor | None, ends_BL: Tensor | None, further: Pattern | None

@@ -398,3 +398,18 @@ def test_a_flat_mean_gives_the_logarithm_of_the_entries() -> None:
     with torch.no_grad():
         nats_B = made.sequence_nll(noisy) / 12
     assert abs(float(nats_B.mean()) - log(19)) < 4 * float(nats_B.std()) / 512**0.5 < 0.5
+
+
+def test_the_values_by_level_are_those_of_the_loss() -> None:
+    made, batch = module(), random_batch()
+    loss = float(made.training_loss(batch).detach())
+    sums, counts = torch.zeros(1), torch.zeros(1)
+
+    class Sums:
+        def add(self, levels_N: Tensor, nats_N: Tensor, counts_N: Tensor | None = None) -> None:
+            assert counts_N is not None and torch.equal(levels_N, batch.p_B)
+            sums.add_(nats_N.sum())
+            counts.add_(counts_N.sum())
+
+    uniform.training_loss(made, batch, 19, Sums())
+    assert float(counts) == 36 and float(sums) / batch.denominator == pytest.approx(loss, rel=1e-5)

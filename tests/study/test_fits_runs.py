@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,8 +12,8 @@ from hypothesis import strategies as st
 
 from helpers.studies import CHINCHILLA, record, simulated_study
 from llada_lightning.study.fits import best_of_budgets, budget_groups, check_comparable, fit_table, usable_runs
-from llada_lightning.study.fits.runs import TokenCost, is_budget, planned_convention
-from llada_lightning.study.results import table_of_records
+from llada_lightning.study.fits.runs import TokenCost, flops_column, is_budget, planned_convention, with_source_flops
+from llada_lightning.study.results import read_results, table_of_records, write_results
 from llada_lightning.support.errors import UserError
 
 
@@ -132,3 +134,51 @@ def test_results_that_stand_twice_are_counted_once() -> None:
     names = table.assign(run="one name for all")  # as tables of others may have it
     assert not any("twice" in note for note in fit_table(names, samples=200).notes)
     assert len(fit_table(names, samples=200).held_out) == len(fits.held_out)
+
+
+# --- what runs started from ------------------------------------------------------------------------------------------
+
+
+def started() -> pd.DataFrame:
+    """A run from scratch, two that began as an `arm`, of which one's FLOPs are known, and one from its own kind."""
+    own = {"variant": "weights=arm"}
+    return table_of_records([
+        record("llada", "107k", 3e11, 4.5),
+        record("llada", "107k", 3e11, 4.2, run="b", source_flops=2e11, **own),
+        record("llada", "107k", 3e11, 4.3, run="c", **own),
+        record("llada", "107k", 1e12, 4.1, run="d", source_flops=5e11),
+    ])  # fmt: skip
+
+
+def test_flops_of_the_weights_that_runs_started_from_are_noted_and_not_counted() -> None:
+    table, notes = with_source_flops(started(), counted=False)
+    pd.testing.assert_frame_equal(table, started())
+    assert notes == [
+        "llada: the 5e+11 FLOPs (6ND) of the weights that 1 run starts from are not counted; --source-flops adds them",
+        "llada [weights=arm]: the 2e+11 FLOPs (6ND) of the weights that 1 run starts from are not counted; "
+        "--source-flops adds them",
+        "llada [weights=arm]: 1 run starts from weights whose FLOPs are not known and are not counted",
+    ]
+    scratch = started().iloc[:1]
+    assert with_source_flops(scratch, counted=False)[1] == with_source_flops(scratch, counted=True)[1] == []
+
+
+def test_where_they_are_counted_6nd_stays_6nd() -> None:
+    before = started()
+    table, notes = with_source_flops(before, counted=True)
+    more = table["flops_6nd"] - before["flops_6nd"]
+    assert more.tolist() == pytest.approx([0, 2e11, 0, 5e11])
+    assert (table["flops_total"] - before["flops_total"]).tolist() == pytest.approx(more.tolist())
+    assert table["tokens"].dtype == "Int64"
+    six_nd = 6.0 * table["params_nonembedding"] * table["tokens"]
+    assert six_nd.tolist() == pytest.approx(table["flops_6nd"].tolist(), rel=1e-5)
+    assert notes[0] == "llada: the 5e+11 FLOPs (6ND) of the weights that 1 run starts from are counted, by 6ND"
+    assert flops_column("6nd") in table
+
+
+def test_an_older_table_without_the_column_stays_readable(tmp_path: Path) -> None:
+    path = write_results(started().drop(columns="source_flops"), tmp_path / "old.csv")
+    assert read_results(path)["source_flops"].isna().all()
+    assert with_source_flops(started().drop(columns="source_flops"), counted=True)[1] == []
+    again = read_results(write_results(started(), tmp_path / "new.csv"))
+    assert again["source_flops"].tolist() == pytest.approx([np.nan, 2e11, np.nan, 5e11], nan_ok=True)

@@ -158,9 +158,9 @@ def test_wrong_values_are_named_with_their_line(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda lines: [lines[0], "x," + lines[1], *lines[2:]], r"line 2: 41 cells under 40 columns"),
-        (lambda lines: [*lines[:3], lines[3] + ",", *lines[4:]], r"line 4: 41 cells under 40 columns"),
-        (lambda lines: [*lines[:-1], lines[-1][:40]], r"line 13: \d+ cells under 40 columns"),
+        (lambda lines: [lines[0], "x," + lines[1], *lines[2:]], r"line 2: 42 cells under 41 columns"),
+        (lambda lines: [*lines[:3], lines[3] + ",", *lines[4:]], r"line 4: 42 cells under 41 columns"),
+        (lambda lines: [*lines[:-1], lines[-1][:40]], r"line 13: \d+ cells under 41 columns"),
         (lambda lines: [lines[0], '"' + lines[1]], r"line \d+: not CSV"),
         (lambda lines: [f"{lines[0]},run", *(f"{line},x" for line in lines[1:])], "there twice: run"),
         (lambda lines: [*lines, "x" * 200_000], "line 14: not CSV"),

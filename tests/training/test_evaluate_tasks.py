@@ -16,13 +16,15 @@ pytest.importorskip("lm_eval")
 import datasets
 
 from helpers.tiny_runs import fit, losses
+from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.commands.main import main
+from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.sft import SftDataModule
 from llada_lightning.records import read_evaluations
 from llada_lightning.support.errors import UserError
-from llada_lightning.training import ArmModule
 from llada_lightning.training.callbacks import evaluate_tasks
 from llada_lightning.training.callbacks.evaluate_tasks import EvaluateTasks
+from llada_lightning.training.modules import ArmModule, BlockDiffusionModule, LanguageModule, LladaModule
 
 
 @pytest.mark.parametrize("objective", [pytest.param("arm", marks=pytest.mark.slow), "llada"])
@@ -75,3 +77,19 @@ def test_a_fine_tuning_is_measured_with_its_own_tokenizer_and_the_context_of_its
     module.weights = "a checkpoint"
     lm = evaluate_tasks._language_model(SimpleNamespace(datamodule=data), module)  # type: ignore[arg-type]
     assert (lm.context_length, lm.end_token_ids) == (512, (0, 5))
+
+
+def test_a_model_is_measured_as_it_predicts(prepared: Path) -> None:
+    data = TokenDataModule(str(prepared), sequence_length=32)
+    ids = data.tokenizer
+    shape = {"n_layers": 1, "d_model": 8, "n_heads": 1, "n_kv_heads": 1, "d_ff": 8}
+
+    def measured(kind: type[LanguageModule], **settings: Any) -> LanguageModel:
+        module = kind(shape, ids.vocab_size, ids.mask_id, ids.eos_id, **settings)
+        module.configure_model()
+        return evaluate_tasks._language_model(SimpleNamespace(datamodule=data), module)  # type: ignore[arg-type]
+
+    lm = measured(LladaModule, shift_targets=True)
+    assert (lm.shift_targets, lm.start_token_id, lm.block_length) == (True, ids.eos_id, None)
+    lm = measured(BlockDiffusionModule, block_length=4)
+    assert (lm.shift_targets, lm.start_token_id, lm.block_length) == (False, None, 4)

@@ -205,9 +205,7 @@ def test_what_contradicts_the_weights_is_refused(
     base: tuple[str, Path], pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     objective, start = base
-    other = {"arm": "llada", "llada": "arm"}[objective]
     wrong = {
-        f"model.weights: '{start}' is of {objective}": (other, start, ()),
         "model.shape: 107k is not that of model.weights": (objective, start, ("--model.shape=107k",)),
         "does not exist": (objective, tmp_path / "nowhere", ()),
         "budget: given beside data.epochs": (objective, start, ("--budget.flops=1e9",)),
@@ -215,6 +213,8 @@ def test_what_contradicts_the_weights_is_refused(
         "has none; choose plain or llada": (objective, start, ("--data.chat_template=tokenizer",)),
         "pairs.jsonl:1: prompt of": (objective, start, ("--data.context_length=20",)),
     }
+    if objective == "llada":  # and `llada` may begin as an `arm`
+        wrong[f"model.weights: '{start}' is of llada, not of arm"] = ("arm", start, ())
     for message, (kind, checkpoint, extra) in wrong.items():
         assert main(arguments(kind, checkpoint, pairs, tmp_path, *extra)) == 2
         assert message in capsys.readouterr().err

@@ -148,6 +148,48 @@ def losses(table: pd.DataFrame, unit: Unit) -> tuple[Array, Array]:
     return bits, stderr * bits / nats
 
 
+# --- what runs started from -------------------------------------------------------------------------------------------
+
+
+def with_source_flops(table: pd.DataFrame, counted: bool) -> tuple[pd.DataFrame, list[str]]:
+    """A results table for fits, with or without the FLOPs of the weights that its runs started from.
+
+    Such weights have the shape of the run, so that their FLOPs by 6ND are a number of tokens, too.
+
+    Args:
+        table: A results table.
+        counted: Whether they are added: to the tokens, to the FLOPs by 6ND, and, without attention and output head, to
+            the total.
+
+    Returns:
+        The table, and a note for each objective, with its variant, of which runs started from weights.
+    """
+    if "source_flops" not in table.columns:
+        return table, []
+    source = table["source_flops"].to_numpy(float, na_value=np.nan)
+    names = named_variants(table)["objective"].astype(object).map(str).to_numpy()
+    unknown = table["variant"].astype(object).fillna("").str.contains(r"(?:^|;)weights=").to_numpy(bool) & np.isnan(
+        source
+    )
+    notes = []
+    for name in dict.fromkeys(names):
+        own, blank = source[(names == name) & (source > 0)], int(((names == name) & unknown).sum())
+        if len(own):
+            spent = " to ".join(dict.fromkeys(f"{flops:.3g}" for flops in (own.min(), own.max())))
+            told = "are counted, by 6ND" if counted else "are not counted; --source-flops adds them"
+            runs = "1 run starts" if len(own) == 1 else f"{len(own)} runs start"
+            notes.append(f"{name}: the {spent} FLOPs (6ND) of the weights that {runs} from {told}")
+        if blank:
+            runs = "1 run starts" if blank == 1 else f"{blank} runs start"
+            notes.append(f"{name}: {runs} from weights whose FLOPs are not known and are not counted")
+    if not counted:
+        return table, notes
+    added = np.nan_to_num(source)
+    tokens = (added / (6 * table["params_nonembedding"].to_numpy(float, na_value=np.nan))).round()
+    sums = {column: table[column] + added for column in ("flops_6nd", "flops_total")}
+    return table.assign(**sums, tokens=table["tokens"] + pd.Series(tokens, table.index).astype("Int64")), notes
+
+
 # --- budgets ---------------------------------------------------------------------------------------------------------
 
 

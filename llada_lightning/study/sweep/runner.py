@@ -29,12 +29,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from llada_lightning.records import RESULT_FILE, expected_records, has_diverged, is_done, read_records
+from llada_lightning.records import METRICS_FILE, RESULT_FILE, expected_records, has_diverged, is_done, read_records
 from llada_lightning.study.sweep import PlannedRun, RunFolder, Sweep, check_unchanged, launch_fit, plan_runs
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import people_console, visible
 
-METRICS_FILE = "metrics.csv"
 _POLL_SECONDS = 0.1
 _BLOCK_BYTES = 4096
 _CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

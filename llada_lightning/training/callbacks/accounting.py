@@ -164,6 +164,8 @@ class Accounting(Callback):
         }
         if module.grad_norm is not None:
             values["grad_norm"] = float(module.grad_norm)
+        if module.by_noise_level:
+            values |= module.train_levels.take(module.device)
         values |= self._rates(trainer)
         memory = peak_memory_bytes(trainer.strategy.root_device)
         if memory is not None:

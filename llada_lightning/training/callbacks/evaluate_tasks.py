@@ -117,7 +117,7 @@ def _language_model(trainer: Trainer, module: LanguageModule) -> LanguageModel:
     """The model as it is being trained, with the tokenizer of its data."""
     data: LanguageDataModule = trainer.datamodule  # type: ignore[attr-defined]
     assert module.eos_token_id is not None
-    starts_with_eos = module.facts.starts_with_eos and module.text_prefix_ids is None
+    starts_with_eos = (module.facts.starts_with_eos or module.shift_targets) and module.text_prefix_ids is None
     before = {} if module.weights is None else inherited(module.weights)
     return LanguageModel(
         objective=module.objective,
@@ -130,5 +130,7 @@ def _language_model(trainer: Trainer, module: LanguageModule) -> LanguageModel:
         text_prefix_ids=tuple(module.text_prefix_ids or ()),
         end_token_ids=tuple(before.get("end_token_ids", ())),
         compat=module.compat,
+        block_length=module.block_length,
+        shift_targets=module.shift_targets,
         name="the model in training",
     )

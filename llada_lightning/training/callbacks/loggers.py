@@ -18,6 +18,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from llada_lightning.objectives import TrainingKind
+from llada_lightning.records import METRICS_FILE, level_columns, metrics_rows
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import written_atomically
 from llada_lightning.support.printing import shortened
@@ -46,18 +47,21 @@ class MetricsCSV(Logger):
     Args:
         folder: The folder of the file.
         kind: What the training loss is, which names its column.
+        by_noise_level: Whether there are columns with the losses by noise level.
     """
 
-    def __init__(self, folder: Path, kind: TrainingKind = "bound") -> None:
+    def __init__(self, folder: Path, kind: TrainingKind = "bound", by_noise_level: bool = False) -> None:
         super().__init__()
-        self._path = folder / "metrics.csv"
+        self._path = folder / METRICS_FILE
         self._own = [loss_column(kind) if name == TRAINING_LOSS else name for name in COLUMNS]
+        if by_noise_level:  # all of them from the first row on: which bins have tokens is a matter of chance
+            self._own += [*level_columns("train"), *level_columns("val")]
         self._columns = list(self._own)
         self._row: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
-        return "metrics.csv"
+        return METRICS_FILE
 
     @property
     def version(self) -> str:
@@ -123,12 +127,11 @@ class MetricsCSV(Logger):
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics file, empty cells left out; a last line that a kill cut short is dropped."""
+    """The rows of a metrics file (``records.metrics_rows``); none where there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
-    return [{key: value for key, value in row.items() if value != ""} for row in rows if row["step"].isdigit()]
+        return metrics_rows(file)
 
 
 def _number(value: Any) -> Any:
