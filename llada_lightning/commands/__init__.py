@@ -29,7 +29,7 @@ VERBS = (
     Verb("plan", "FLOP budgets -> a table of runs and its sweep; --tune, --append, --paper", "scaling study", "plan"),
     Verb("sweep", "run a sweep file on this machine, skipping what is done", "scaling study", "sweep"),
     Verb("collect", "run folders, W&B projects -> one table of results", "scaling study", "collect"),
-    Verb("curves", "table of results -> fits and figures; of a tuning study its rules", "scaling study", "curves"),
+    Verb("curves", "results -> fits, figures; of a tuning study --rules, a run --by-level", "scaling study", "curves"),
     Verb("compare", "two results -> the difference of their losses, with its error", "scaling study", "compare"),
     Verb("generate", "text from a checkpoint, by any sampler; the process drawn", "checkpoint", "generate"),
     Verb("chat", "a conversation with a checkpoint", "checkpoint", "chat"),
