@@ -65,7 +65,7 @@ def test_the_multiplier_is_read_off_the_losses_of_arm() -> None:
 def test_the_sweep_has_each_recipe_once_at_every_rate() -> None:
     points = read_sweep(ROOT / "sweeps" / "recipes.yaml").points
     recipes = {point["config"] for point in points}
-    assert len(points) == len(recipes) * 2 == 15 * 2
+    assert len(points) == len(recipes) * 2 == 16 * 2
     for word in (
         "beta",
         "logit_normal",
