@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.interpolate import PchipInterpolator
 
+from llada_lightning.objectives import BLOCK_LENGTH
 from llada_lightning.study.fits.runs import named_variants
 from llada_lightning.study.plots.style import (
     INK,
@@ -161,10 +162,8 @@ def by_block_length(bounds: pd.DataFrame, exact: pd.DataFrame, budgets: list[flo
 
 def _blocks(rows: pd.DataFrame, length: int) -> pd.DataFrame:
     """The rows of block diffusion and of `llada`, which is one block, with their block length, by rising length."""
-    lengths = [
-        int(found[1]) if (found := BLOCK.fullmatch(name)) else length if name == "llada" else 0
-        for name in rows["objective"]
-    ]
+    own = {"llada": length, "block": BLOCK_LENGTH}
+    lengths = [int(found[1]) if (found := BLOCK.fullmatch(name)) else own.get(name, 0) for name in rows["objective"]]
     return rows.assign(length=lengths).query("length > 0").sort_values("length")
 
 

@@ -78,3 +78,9 @@ def test_the_sweep_has_each_recipe_once_at_every_rate() -> None:
     ):
         assert any(word in recipe for recipe in recipes)
     assert len(read_sweep(ROOT / "sweeps" / "recipes-arm.yaml").points) == 2 * 2 * 3
+
+
+def test_blocks_are_ordered_by_their_length_with_the_default_and_llada_among_them() -> None:
+    names = ["llada", "block [block_length=4]", "arm", "block", "uniform", "block [block_length=2]"]
+    found = REPORT["_blocks"](pd.DataFrame({"objective": names}), 64)
+    assert found["length"].tolist() == [2, 4, 16, 64]
