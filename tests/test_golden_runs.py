@@ -211,7 +211,9 @@ def test_all_committed_results_keep_their_names() -> None:
     assert old.keys() <= tables.keys()
     for name, path in tables.items():
         table = read_results(path)
-        assert table["run"].tolist() == run_names(path) == old.get(name, run_names(path))  # later tables have none
+        names = run_names(path)
+        assert table["run"].tolist() == names
+        assert names == old.get(name, names)  # later tables have none
         for row in table.itertuples():
             flops = f"{row.flops_6nd:.1e}".split("e")[1]
             assert re.fullmatch(

@@ -215,15 +215,8 @@ def most_masked(masked_BL: Tensor) -> int:
 def revealed_log_probs(
     policy: Policy, tokens_BL: Tensor, masked_BL: Tensor, mask_token_id: int, states: States, passes: int | None = None
 ) -> Tensor:
-    """The log-probability of each token in the step in which the policy reveals it, on the true tokens.
-
-    Args:
-        policy: The policy.
-        tokens_BL: (B, L) int64, the true tokens.
-        masked_BL: (B, L) bool, the positions to decode; the others are given from the start.
-        mask_token_id: The id of [MASK].
-        states: The model.
-        passes: The number of predictions to make, where another process must make as many; None: as many as needed.
+    """The log-probability of each token in the step in which the policy reveals it, on the true tokens. Arguments as of
+    :func:`policy_log_likelihood`.
 
     Returns:
         (B, L) float64, nats; 0 at the positions that were given.
