@@ -27,8 +27,8 @@ from llada_lightning.training import ArmModule, LladaModule
 from llada_lightning.training.callbacks.accounting import Accounting, BudgetProgress
 from llada_lightning.training.callbacks.loggers import MetricsCSV
 from llada_lightning.training.cli import TRAINER_DEFAULTS
+from llada_lightning.training.language_module import LanguageModule
 from llada_lightning.training.machine import native_precision
-from llada_lightning.training.modules import LanguageModule
 
 
 class StepTimes(Callback):

@@ -25,13 +25,8 @@ from llada_lightning.compute.flops import MASK_EPS
 from llada_lightning.objectives.batches import TrainingBatch, scored_positions
 from llada_lightning.objectives.forward_process import drawn_ratio, mask_probability, random_mask
 from llada_lightning.objectives.uniform import with_training_noise
-from llada_lightning.training.modules import (
-    ArmModule,
-    BlockDiffusionModule,
-    LanguageModule,
-    LladaModule,
-    UniformDiffusionModule,
-)
+from llada_lightning.training.language_module import LanguageModule
+from llada_lightning.training.modules import ArmModule, BlockDiffusionModule, LladaModule, UniformDiffusionModule
 
 
 def batch_of(sequences: int, length: int, module: LanguageModule, device: str) -> TrainingBatch:

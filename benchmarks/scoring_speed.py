@@ -20,9 +20,10 @@ import torch
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.compute.shapes import ladder_shape
-from llada_lightning.evaluation.likelihood import ScoredInput, Scorer, ScoringProgress, log_likelihood
+from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.ranking import rank_candidates
 from llada_lightning.evaluation.requests import Score
+from llada_lightning.evaluation.scorer import ScoredInput, Scorer, ScoringProgress
 from llada_lightning.model import Transformer
 
 VOCAB_SIZE, SAMPLES, BATCH = 32_000, 128, 32

@@ -19,8 +19,8 @@ from llada_lightning.data.datamodule import TokenDataModule
 from llada_lightning.data.prepare import prepare
 from llada_lightning.support.libraries import quiet_libraries
 from llada_lightning.training import ArmModule, LladaModule
+from llada_lightning.training.language_module import LanguageModule
 from llada_lightning.training.machine import native_precision
-from llada_lightning.training.modules import LanguageModule
 
 
 def stream_tokens_per_second(data: TokenDataModule, batches: int) -> float:

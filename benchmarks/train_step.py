@@ -16,8 +16,8 @@ from llada_lightning.objectives.forward_process import mask_probability, mask_ra
 from llada_lightning.support.errors import UserError
 from llada_lightning.training import ArmModule, LladaModule
 from llada_lightning.training.callbacks.profile import milliseconds, stopwatch
+from llada_lightning.training.language_module import LanguageModule
 from llada_lightning.training.machine import Speed, resolve_speed
-from llada_lightning.training.modules import LanguageModule
 from released_loop import released_arm_loss, released_llada_loss
 
 LEARNING_RATE = 1e-4

@@ -30,9 +30,9 @@ import numpy as np
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.evaluation.bound import all_masks, requests_by_block, stderr_of_mean
-from llada_lightning.evaluation.likelihood import Scorer, ScoringProgress, masked_input
 from llada_lightning.evaluation.policy import MOST_IN_RANDOM_ORDER
 from llada_lightning.evaluation.requests import FloatArray, Ids, Request, check_request
+from llada_lightning.evaluation.scorer import Scorer, ScoringProgress, masked_input
 from llada_lightning.objectives.noise import Purpose, random_words
 from llada_lightning.support.errors import UserError
 

@@ -17,9 +17,10 @@ from torch import Tensor, stack
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.data.chat import Message
 from llada_lightning.data.encoding import decode
-from llada_lightning.evaluation.likelihood import ScoringProgress, document_log_likelihoods, log_likelihood
+from llada_lightning.evaluation.likelihood import document_log_likelihoods, log_likelihood
 from llada_lightning.evaluation.policy import Policy
 from llada_lightning.evaluation.requests import encode_pair, encode_text, encode_with_gap
+from llada_lightning.evaluation.scorer import ScoringProgress
 from llada_lightning.evaluation.suites import MONTE_CARLO
 from llada_lightning.generation.prompts import conversation_ids
 from llada_lightning.generation.sampler import generate

@@ -40,7 +40,7 @@ from llada_lightning.support.errors import UserError
 if TYPE_CHECKING:  # the names of the policies are read where torch is not loaded
     from torch import Tensor
 
-    from llada_lightning.evaluation.likelihood import ScoredInput, Scorer
+    from llada_lightning.evaluation.scorer import ScoredInput, Scorer
 
 LEFT_TO_RIGHT, RANDOM_ORDER = "left_to_right", "random_order"
 

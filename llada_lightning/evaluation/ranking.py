@@ -26,8 +26,9 @@ from scipy.stats import t as student_t
 
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.evaluation.bound import AnyBound, bound_of, check_sampling
-from llada_lightning.evaluation.likelihood import Scorer, ScoringProgress, check_guidance, draw, exact_scores
+from llada_lightning.evaluation.likelihood import check_guidance, draw, exact_scores
 from llada_lightning.evaluation.requests import FloatArray, Ids, Score, Truncation, check_question
+from llada_lightning.evaluation.scorer import Scorer, ScoringProgress
 from llada_lightning.support.errors import UserError
 
 Normalisation = Literal["none", "token", "byte"]

@@ -50,9 +50,9 @@ from llada_lightning.training.callbacks.loggers import MetricsCSV, check_wandb, 
 from llada_lightning.training.callbacks.profile import StepProfiler
 from llada_lightning.training.configuration import identity, reject_unknown_keys, resolve_data, resolve_fit, run_name
 from llada_lightning.training.guard import BadNumbers, DivergedError, UpdateGuard
+from llada_lightning.training.language_module import LanguageModule
 from llada_lightning.training.lightning_internals import HookedCLI, OneLineParser, class_first, writes_shards
 from llada_lightning.training.machine import Speed, check_devices, resolve_speed
-from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.parallel import check_parallel, launched_settings, tensor_parallel
 from llada_lightning.training.phases import Phase, RunIsDone, check_run, phases_of, trunk_checkpoint
 from llada_lightning.training.record import (

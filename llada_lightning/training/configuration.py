@@ -35,9 +35,9 @@ from llada_lightning.settings import Budget, check_folder_name, check_seed
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.reading import read_yaml
 from llada_lightning.training.first_weights import fit_vocabulary, source_objective, take_over, weights_hash
+from llada_lightning.training.language_module import LanguageModule
 from llada_lightning.training.lightning_internals import replaces_samplers
 from llada_lightning.training.machine import native_precision
-from llada_lightning.training.modules import LanguageModule
 from llada_lightning.training.optimizers import ADAMW, Muon
 
 T = TypeVar("T")

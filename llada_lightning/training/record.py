@@ -35,7 +35,7 @@ from llada_lightning.support.signals import say
 from llada_lightning.training.callbacks.accounting import Accounting, by_count, device_name
 from llada_lightning.training.callbacks.loggers import SafeWandbLogger
 from llada_lightning.training.first_weights import source_flops, source_objective
-from llada_lightning.training.modules import VALIDATION_METRICS, LanguageModule
+from llada_lightning.training.language_module import VALIDATION_METRICS, LanguageModule
 from llada_lightning.training.validation import DocumentLosses
 
 FEW_DOCUMENTS = 20

@@ -40,7 +40,7 @@ from llada_lightning.training.callbacks.leaving import MemoryAdvice
 from llada_lightning.training.callbacks.loggers import loss_column, read_rows
 from llada_lightning.training.cli import LladaCLI
 from llada_lightning.training.guard import UpdateGuard
-from llada_lightning.training.modules import LanguageModule
+from llada_lightning.training.language_module import LanguageModule
 from llada_lightning.training.parallel import tensor_parallel
 from llada_lightning.training.phases import Phase
 

@@ -22,7 +22,7 @@ from llada_lightning.objectives.standard_errors import clustered_mean_and_stderr
 from llada_lightning.records import POLICY_KEYS
 
 if TYPE_CHECKING:
-    from llada_lightning.training.modules import LanguageModule
+    from llada_lightning.training.language_module import LanguageModule
 
 DocumentLosses = list[tuple[int, int, float]]
 """Of each document its number, its number of sequences, and their mean loss in nats per token."""

@@ -13,7 +13,7 @@ from llada_lightning.data.datasets import TrainingDataset, ValidationDataset
 from llada_lightning.objectives import noise
 from llada_lightning.objectives.batches import ValidationBatch
 from llada_lightning.objectives.uniform import with_training_noise
-from llada_lightning.training.modules import LanguageModule
+from llada_lightning.training.language_module import LanguageModule
 
 WORDS, EOS, MASK = 4, 4, 5
 SHAPE = {"n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_heads": 2, "d_ff": 64}

@@ -12,13 +12,8 @@ from helpers.markov import EOS, MASK, MarkovSource, source, trained, validation
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.evaluation.any_order import any_order_log_likelihood
 from llada_lightning.evaluation.policy import Policy
-from llada_lightning.training.modules import (
-    ArmModule,
-    BlockDiffusionModule,
-    LanguageModule,
-    LladaModule,
-    UniformDiffusionModule,
-)
+from llada_lightning.training.language_module import LanguageModule
+from llada_lightning.training.modules import ArmModule, BlockDiffusionModule, LladaModule, UniformDiffusionModule
 from llada_lightning.training.validation import policy_nll
 
 STEPS, SEQUENCES, LENGTH = 800, 2048, 8

@@ -107,7 +107,8 @@ NAMES = {
     "study.plan.outputs": "the name of the program",
     "study.reference": "the published numbers of the two",
     "study.sweep": "the name of the program",
-    "training.modules": "the two module classes, and compat `llada`",
+    "training.language_module": "compat `llada`",
+    "training.modules": "the module classes",
 }
 """The modules with a string "arm" or "llada", each with what it means there."""
 

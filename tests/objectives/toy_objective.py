@@ -13,7 +13,7 @@ from torch import Tensor
 from llada_lightning.objectives import Objective, TrainingKind, llada, register
 from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.objectives.forward_process import random_mask
-from llada_lightning.training.modules import LanguageModule
+from llada_lightning.training.language_module import LanguageModule
 
 RATIO = 0.3
 

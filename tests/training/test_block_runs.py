@@ -101,6 +101,7 @@ def test_dropout_is_of_the_sequence(prepared: Path, tmp_path: Path) -> None:
     assert losses(cut) == pytest.approx(losses(whole), abs=1e-5)
 
 
+@pytest.mark.slow  # the walk of the third objective is in the fast suite
 def test_it_goes_through_every_command(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

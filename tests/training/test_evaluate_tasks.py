@@ -24,7 +24,8 @@ from llada_lightning.records import read_evaluations
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.callbacks import evaluate_tasks
 from llada_lightning.training.callbacks.evaluate_tasks import EvaluateTasks
-from llada_lightning.training.modules import ArmModule, BlockDiffusionModule, LanguageModule, LladaModule
+from llada_lightning.training.language_module import LanguageModule
+from llada_lightning.training.modules import ArmModule, BlockDiffusionModule, LladaModule
 
 
 @pytest.mark.parametrize("objective", [pytest.param("arm", marks=pytest.mark.slow), "llada"])

@@ -20,7 +20,8 @@ from llada_lightning.compute.shapes import Shape
 from llada_lightning.data.manifest import read_manifest
 from llada_lightning.data.prepare import prepare
 from llada_lightning.records import RESULT_COLUMNS
-from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule
+from llada_lightning.training.language_module import LanguageModule
+from llada_lightning.training.modules import ArmModule, LladaModule
 
 SHAPE = Shape(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=64)
 

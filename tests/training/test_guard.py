@@ -19,7 +19,7 @@ from llada_lightning.commands.main import main
 from llada_lightning.records import has_diverged, is_done, read_faults
 from llada_lightning.study.collect import collect
 from llada_lightning.training.guard import WINDOW, Fault, UpdateGuard
-from llada_lightning.training.modules import LanguageModule
+from llada_lightning.training.language_module import LanguageModule
 
 TRUSTED = {"LLADA_TRUSTED_MODULES": "helpers"}
 EVERY_STEP = ("--run.checkpoint_every_steps=1", "--run.keep_checkpoints=99")

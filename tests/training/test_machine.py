@@ -23,8 +23,8 @@ from llada_lightning.objectives.batches import TrainingBatch, scored_positions
 from llada_lightning.support.errors import UserError
 from llada_lightning.training import ArmModule, LladaModule
 from llada_lightning.training import machine as module
+from llada_lightning.training.language_module import LanguageModule
 from llada_lightning.training.machine import Speed, apply_speed, check_devices, resolve_speed
-from llada_lightning.training.modules import LanguageModule
 
 
 def trainer(**settings: Any) -> Namespace:

@@ -20,7 +20,8 @@ from llada_lightning.objectives.standard_errors import clustered_mean_and_stderr
 from llada_lightning.records import read_validation
 from llada_lightning.study.collect import gather
 from llada_lightning.study.results import covariance_of_means, read_covariance, write_covariance
-from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule
+from llada_lightning.training.language_module import LanguageModule
+from llada_lightning.training.modules import ArmModule, LladaModule
 from llada_lightning.training.validation import ValidationLoss
 
 WORDS, EOS, MASK, LENGTH = 23, 0, 22, 40

@@ -23,7 +23,8 @@ from llada_lightning.objectives import block, llada
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch, scored_positions
 from llada_lightning.objectives.forward_process import drawn_ratio, mask_probability, random_mask, validation_mask
 from llada_lightning.records import NOISE_LEVELS, level_columns
-from llada_lightning.training.modules import ArmModule, BlockDiffusionModule, LanguageModule, LladaModule
+from llada_lightning.training.language_module import LanguageModule
+from llada_lightning.training.modules import ArmModule, BlockDiffusionModule, LladaModule
 from llada_lightning.training.noise_levels import UNITS_PER_NAT, LevelLosses
 
 CPU = torch.device("cpu")

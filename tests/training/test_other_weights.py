@@ -26,7 +26,8 @@ from llada_lightning.model.patterns import window_ahead
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch, scored_positions
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.cli import LladaCLI
-from llada_lightning.training.modules import ArmModule, BlockDiffusionModule, LanguageModule, LladaModule
+from llada_lightning.training.language_module import LanguageModule
+from llada_lightning.training.modules import ArmModule, BlockDiffusionModule, LladaModule
 from llada_lightning.training.replay import replay_step
 from llada_lightning.training.validation import policy_nll
 

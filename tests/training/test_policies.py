@@ -20,7 +20,8 @@ from llada_lightning.evaluation.policy import Policy
 from llada_lightning.objectives.batches import ValidationBatch
 from llada_lightning.records import POLICY_KEYS, read_records, read_validation
 from llada_lightning.training.fit import run_folder
-from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule
+from llada_lightning.training.language_module import LanguageModule
+from llada_lightning.training.modules import ArmModule, LladaModule
 from llada_lightning.training.validation import policy_nll
 
 SHORT = ("--trainer.max_steps=3", "--data.val_sequences=12")

@@ -16,7 +16,8 @@ from llada_lightning.commands.main import main
 from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch, scored_positions
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.cli import LladaCLI
-from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule
+from llada_lightning.training.language_module import LanguageModule
+from llada_lightning.training.modules import ArmModule, LladaModule
 from llada_lightning.training.replay import replay_step
 
 SWITCHES = {

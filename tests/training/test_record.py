@@ -8,7 +8,8 @@ from typing import Any
 
 from helpers.tiny_runs import fit, record
 from llada_lightning.data.datamodule import TokenDataModule
-from llada_lightning.training.modules import ArmModule, LanguageModule, LladaModule
+from llada_lightning.training.language_module import LanguageModule
+from llada_lightning.training.modules import ArmModule, LladaModule
 from llada_lightning.training.record import describe_loss, few_documents, variant
 
 

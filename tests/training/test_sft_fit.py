@@ -23,7 +23,8 @@ from llada_lightning.objectives.arm import shift_right
 from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.objectives.forward_process import mask_ratio
 from llada_lightning.objectives.llada import LossWeight, WeightName
-from llada_lightning.training.modules import ArmModule, BlockDiffusionModule, LanguageModule, LladaModule
+from llada_lightning.training.language_module import LanguageModule
+from llada_lightning.training.modules import ArmModule, BlockDiffusionModule, LladaModule
 
 SHAPE = {"n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64}
 PAIRS = [{"question": f"{a} plus {b}", "answer": f"is {a + b}" + "!" * (a % 4)} for a in range(8) for b in range(5)]

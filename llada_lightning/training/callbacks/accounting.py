@@ -19,7 +19,7 @@ from llada_lightning.objectives import TrainingKind
 from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.support.printing import people_console
 from llada_lightning.training.callbacks.loggers import SURROGATE_LOSS, TRAINING_LOSS, loss_column
-from llada_lightning.training.modules import LanguageModule
+from llada_lightning.training.language_module import LanguageModule
 
 _WINDOW = 20
 """Logged steps over which the rates of the log and the progress line are taken."""

@@ -21,7 +21,7 @@ from llada_lightning.support.errors import UserError
 from llada_lightning.training.callbacks.accounting import Accounting
 from llada_lightning.training.callbacks.loggers import MetricsCSV
 from llada_lightning.training.first_weights import inherited
-from llada_lightning.training.modules import LanguageModule
+from llada_lightning.training.language_module import LanguageModule
 
 
 class EvaluateTasks(Callback):

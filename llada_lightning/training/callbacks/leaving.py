@@ -17,8 +17,8 @@ from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.signals import SIGNALS, LeaveRequest
+from llada_lightning.training.language_module import VALIDATION_METRICS, LanguageModule
 from llada_lightning.training.lightning_internals import leave_at_the_steps_end, replace_sigterm_check
-from llada_lightning.training.modules import VALIDATION_METRICS, LanguageModule
 from llada_lightning.training.parallel import Agreement, FullySharded
 
 Batch = TrainingBatch | ValidationBatch
