@@ -12,9 +12,10 @@ from llada_lightning.commands.main import main
 TUNING = Path(__file__).parents[2] / "experiments" / "tuning"
 
 
-def test_the_rule_file_follows_from_the_committed_table(tmp_path: Path) -> None:
-    assert main(["curves", str(TUNING / "results.csv"), "--rules", "--out", str(tmp_path)]) == 0
-    found, committed = (json.loads((folder / "rules.json").read_text()) for folder in (tmp_path, TUNING))
+@pytest.mark.parametrize("folder", [pytest.param(TUNING, id="whole"), pytest.param(TUNING / "hour", id="an hour")])
+def test_the_rule_file_follows_from_the_committed_table(folder: Path, tmp_path: Path) -> None:
+    assert main(["curves", str(folder / "results.csv"), "--rules", "--out", str(tmp_path)]) == 0
+    found, committed = (json.loads((own / "rules.json").read_text()) for own in (tmp_path, folder))
     assert list(found["objectives"]) == list(committed["objectives"]) == ["arm", "llada"]
     for objective, rules in committed["objectives"].items():
         for name in ("lr", "batch_tokens"):
