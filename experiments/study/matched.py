@@ -10,7 +10,7 @@ training, or one for each run; and the choice of the best of several shapes, ane
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +49,7 @@ class Envelope:
             convention: by which FLOPs are counted.
             by_trunk: whether all branches of a trunk have the same error of seeds; else each has its own.
         """
-        if by_trunk:
-            noise = noise.shared_within(runs.groupby(["shape", "lr"], sort=False).ngroup().to_numpy())
+        seeds = replace(seeds, shared=float(by_trunk))
         shapes = Candidates.of(runs, "6nd", "nats_per_token", noise)
         flops = shapes.means(runs[flops_column(convention)])
         budgets = shapes.envelope(flops)

@@ -28,6 +28,7 @@ from llada_lightning.study import report as curves_report
 from llada_lightning.study.fits import (
     EnvelopePoint,
     Estimate,
+    JointFit,
     Multiplier,
     Spread,
     StudyFits,
@@ -269,17 +270,10 @@ class Study:
         assert llada.loss > arm.loss
         return llada.flops / arm.flops
 
-    def on_lladas_law(self, arm_flops: float) -> float:
-        """The multiplier (6ND) where ``llada``'s law has the loss that was measured of ``arm``, not that of its law."""
-        arm, law = self.best("arm", arm_flops), self.fits.envelopes("6nd")["llada"].law
-        assert law is not None
-        return float(law.c0 * (arm.loss / law.a) ** (-1 / law.b) / arm.flops)
-
-    def above_the_law(self, arm_flops: float) -> float:
-        """By how much ``arm``'s law (6ND) lies above the loss that was measured, nats."""
-        arm, law = self.best("arm", arm_flops), self.fits.envelopes("6nd")["arm"].law
-        assert law is not None
-        return float(law.loss(arm.flops) - arm.loss)
+    @property
+    def joint(self) -> JointFit:
+        """The joint law of both objectives."""
+        return self.fits.joint["llada"]
 
     def rejected(self, objective: str) -> str:
         """p-value of the lack of fit of an envelope's law (6ND)."""
@@ -326,8 +320,8 @@ class Study:
 
 
 def multiplier_at(fits: StudyFits, arm_flops: float, convention: Convention = "6nd") -> Multiplier:
-    """By the envelopes, at the budget of ``arm`` nearest to some FLOPs."""
-    entries = [m for m in fits.compute_multiplier if (m.convention, m.method) == (convention, "envelope")]
+    """By the joint law, at the budget of ``arm`` nearest to some FLOPs."""
+    entries = [m for m in fits.compute_multiplier if (m.convention, m.method) == (convention, "joint")]
     return min(entries, key=lambda entry: abs(np.log(entry.reference_flops / arm_flops)))
 
 
@@ -346,7 +340,8 @@ def read_off_points(fits: StudyFits) -> list[Matched]:
 
 def range_by_method(fits: StudyFits) -> str:
     """Of the multipliers by all methods (6ND) where both objectives reach the loss within their budgets."""
-    values = [m.multiplier for m in fits.compute_multiplier if m.convention == "6nd" and not m.extrapolated]
+    shown = [m for m in fits.compute_multiplier if m.convention == "6nd" and m.shown and not m.extrapolated]
+    values = [m.multiplier for m in shown]
     return f"{min(values):.3g} to {max(values):.3g}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from llada_lightning.study.fits import StudyFits
+    from llada_lightning.study.forecast import Scored
 
 PUBLISHED = "published"
 """In place of a table's path: the published isoFLOP study that the package holds."""
@@ -73,6 +74,14 @@ def main(argv: list[str]) -> int:
         "--paper", action="store_true", help="also draw the scores of tasks over those of the paper's Tables 18 and 19"
     )
     parser.add_argument(
+        "--forecast",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="forecasts that `llada forecast` wrote, to be compared with the measured losses",
+    )
+    parser.add_argument(
         "--by-level",
         action="store_true",
         help="draw the loss of one run by noise level, over its training and its validations",
@@ -99,6 +108,7 @@ def main(argv: list[str]) -> int:
     how = {name: options[name] for name in ("unit", "samples", "seed", "reference")}
     fits = fit_table(table, covariance=covariance, **how)
     fits = replace(fits, notes=[*notes, *fits.notes])
+    forecasts = _forecasts(options.forecast, fits, usable_runs(table))
     if options.convention not in fits.conventions:
         counted = " and ".join(fits.conventions)
         name = CONVENTION_NAMES[options.convention]
@@ -109,12 +119,13 @@ def main(argv: list[str]) -> int:
             f"{len(left_out)} of {len(table)} rows left out: not done, no finite loss, or a result twice "
             f"({shortened(', '.join(map(str, left_out)))})"
         )
-    files = _write(table, fits, expanded(options.out), options.convention, options.paper)
+    content = fits.as_dict() | ({"forecasts": [own.as_dict() for own in forecasts]} if forecasts else {})
+    files = _write(table, fits, content, expanded(options.out), options.convention, options.paper)
     if options.json:
         names = {"fits": files[0], "figures": dict(files[1])}
-        print_json({**names, "convention": options.convention, "left_out": len(left_out), **fits.as_dict()})
+        print_json({**names, "convention": options.convention, "left_out": len(left_out), **content})
     else:
-        print_report(table, fits, options.convention, [files[0], *files[1].values()])
+        print_report(table, fits, options.convention, [files[0], *files[1].values()], forecasts)
     return 0
 
 
@@ -130,6 +141,8 @@ def _rules(options: Namespace) -> int:
         raise UserError("curves: --rules fits the validation loss, by which runs are tuned; leave --yardstick out")
     if options.source_flops:
         raise UserError("curves: --rules fits rates and batches by a run's own FLOPs; leave --source-flops out")
+    if options.forecast:
+        raise UserError("curves: --rules fits rates and batches; leave --forecast out")
     if options.results == PUBLISHED:
         raise UserError(f"curves: --rules fits a tuning study; {PUBLISHED} has one rate and batch at each budget")
     table, covariance, _ = _read(options.results)
@@ -154,7 +167,7 @@ def _rules(options: Namespace) -> int:
 def _by_level(options: Namespace) -> int:
     """``llada curves RUN --by-level``: the log of a run -> a figure, and a printed table."""
     others = {"--rules": options.rules, "--paper": options.paper, "--reference": options.reference}
-    others["--yardstick"] = options.yardstick
+    others |= {"--yardstick": options.yardstick, "--forecast": options.forecast}
     if given := [name for name, value in others.items() if value]:
         raise UserError(f"curves: {given[0]} belongs to a table of results, and --by-level to one run; leave one out")
     from llada_lightning.study.levels import read_levels
@@ -207,14 +220,26 @@ def _with_scores(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**scores)
 
 
+def _forecasts(files: list[str], fits: StudyFits, runs: pd.DataFrame) -> list[Scored]:
+    """The predictions of some forecasts, each beside what was measured since."""
+    from llada_lightning.study.forecast import read_forecast, score
+
+    return [own for file in files for own in score(read_forecast(expanded(file)), fits, runs)]
+
+
 def _write(
-    table: pd.DataFrame, fits: StudyFits, folder: Path, convention: Convention, over_paper: bool
+    table: pd.DataFrame,
+    fits: StudyFits,
+    content: dict[str, Any],
+    folder: Path,
+    convention: Convention,
+    over_paper: bool,
 ) -> tuple[str, dict[str, str]]:
     from llada_lightning.study.plots import draw_study  # matplotlib takes a second to import
 
     path = folder / "fits.json"
     try:
-        write_json(path, fits.as_dict())
+        write_json(path, content)
         return str(path), draw_study(table, fits, folder, convention, over_paper)
     except OSError as error:
         raise UserError(f"curves: --out {folder} cannot be written ({error.strerror}); choose a folder") from error

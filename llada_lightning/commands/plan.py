@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from jsonargparse import Namespace
 
@@ -20,6 +20,7 @@ from llada_lightning.study.plan.base import Base, check_data_path, planned_strea
 from llada_lightning.study.plan.extension import extend, read_commands
 from llada_lightning.study.plan.outputs import WIDTH, Destination, print_plan, run_values, write_files
 from llada_lightning.study.plan.paper import paper_notes, paper_plan, paper_tables
+from llada_lightning.study.plan.trunk import SeedsAt
 from llada_lightning.study.plan.tuning import BATCHES, RATES
 from llada_lightning.study.rule_file import FittedRules, read_rule_file
 from llada_lightning.study.sweep import read_sweep
@@ -30,6 +31,7 @@ from llada_lightning.support.printing import people_console, shortened
 
 _MOST_ARGUMENTS = 5 * MAX_BUDGETS
 _NAME = ("llada", "plan")
+_SEEDS_AT = "points of further seeds: the middle shape of each objective's three smallest budgets (cheap), or all"
 _FORCE = "overwrite files that were edited since they were planned"
 
 
@@ -71,14 +73,14 @@ def _append(options: Namespace, argv: list[str]) -> tuple[Plan, dict[str, Path],
     plan, destination = _plan(first, read_base(first.base, vars(first)))
     for words in appended:
         earlier = _append_parser().parse_args(words)
-        plan = extend(plan, earlier.flops, earlier.seeds)
+        plan = extend(plan, earlier.flops, earlier.seeds, earlier.seeds_at)
     before = len(plan.runs())
     if [point.get("config") for point in read_sweep(path).points] != run_values(plan, destination):
         raise UserError(
             f"plan: --append '{shortened(path)}': its commands no longer make its runs: it is of another version, or "
             "the data or files that it names have changed; plan a new study by --out"
         )
-    plan = extend(plan, options.flops, options.seeds)
+    plan = extend(plan, options.flops, options.seeds, options.seeds_at)
     commands = [[*_NAME, *words] for words in (made, *appended, argv)]
     files = write_files(
         plan, destination, commands[0], str(path), first.slurm, appended=commands[1:], force=options.force
@@ -95,6 +97,7 @@ def _append_parser() -> CommandParser:
     add("--append", type=str, required=True, metavar="YAML", help="the planned sweep")
     add("--flops", type=float, nargs="+", default=[], metavar="C", help="new budgets of training FLOPs")
     add("--seeds", type=int, nargs="+", default=[], help="new seeds")
+    add("--seeds-at", choices=get_args(SeedsAt), default="cheap", help=_SEEDS_AT)
     add("--force", action="store_true", help=_FORCE)
     add_json(parser)
     return parser
@@ -139,7 +142,8 @@ def _parser() -> CommandParser:
         choices=CONVENTIONS,
         help="FLOPs that a budget counts; 6nd unless the base says otherwise",
     )
-    add("--seeds", type=int, nargs="+", default=[0], help="each run once for each of them")
+    add("--seeds", type=int, nargs="+", default=[0], help="the first one is run everywhere, the others at --seeds-at")
+    add("--seeds-at", choices=get_args(SeedsAt), default="cheap", help=_SEEDS_AT)
     add("--separate", action="store_true", help="a run for each budget, instead of trunks that serve several")
 
     add("--points", type=int, help="shapes at each budget, around the objective's centre; default 5, with --tune 1")
@@ -239,7 +243,7 @@ def _plan(options: Namespace, base: Base) -> tuple[Plan, Destination]:
         convention=_convention(options, base),
         overlap=options.overlap or (options.tune and REFERENCE in options.objectives and len(options.objectives) > 1),
         tuning=TuningGrid(options.tune_rates, options.tune_batches) if options.tune else None,
-        **given("objectives", "seeds", "separate", "multiplier"),
+        **given("objectives", "seeds", "seeds_at", "separate", "multiplier"),
     )
     study = str(_first(options.study, base.section("run").get("study"), Path(options.out or "plan").stem))
     check_folder_name("plan: --study", study, nested=True)

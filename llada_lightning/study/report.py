@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
 from llada_lightning.compute.shapes import format_count
+from llada_lightning.objectives import get_objective
 from llada_lightning.records import NOISE_LEVELS
 from llada_lightning.study.fits import (
     METHODS,
@@ -33,40 +34,41 @@ from llada_lightning.study.fits import (
     planned_flops,
     usable_runs,
 )
+from llada_lightning.study.fits.multiplier import OPEN
 from llada_lightning.study.fits.rules import TuningFits
+from llada_lightning.study.fits.runs import base_objective
+from llada_lightning.study.forecast import Prediction, Scored
 from llada_lightning.study.levels import RunLevels
 from llada_lightning.support.printing import people_console
 
 DOUBT = "†"
 DOUBT_MEANS = f"{DOUBT} do not rely on it: a fit is rejected, or fails its held-out test"
+BEYOND_MEANS = "* beyond the budgets of one of the fits, by at most a decade; held-out tests passed"
 
 MOST_RUNS = 40
 """A table of more runs shows the best of each budget only."""
 
 
-def print_report(table: pd.DataFrame, fits: StudyFits, convention: Convention, files: list[str]) -> None:
-    """Prints the runs, then their fits by one convention."""
+def print_report(
+    table: pd.DataFrame, fits: StudyFits, convention: Convention, files: list[str], forecasts: Sequence[Scored] = ()
+) -> None:
+    """Prints the runs, then their fits by one convention, and forecasts beside what was measured since."""
     console = people_console()
     if fits.yardstick is not None:
         console.print(f"Yardstick: {fits.yardstick}, the exact loss under this decoding policy\n", highlight=False)
     multipliers = [multiplier_table(fits, convention, name) for name in fits.compared]
     laws = (optima_table(fits, convention), parameters_table(fits, convention))
-    for printed in (runs_table(table, convention), *laws, *multipliers, held_out_table(fits, convention)):
+    scored = [forecast_table((own.prediction, own.observed) for own in forecasts)] if forecasts else []
+    tables = (runs_table(table, convention), *laws, *multipliers, held_out_table(fits, convention), *scored)
+    for printed in tables:
         if printed.row_count:
             console.print(printed)
             console.print()
     console.print(f"Intervals are at 95 %; errors: {NOISE_MODELS[fits.noise_model]}.\n", highlight=False)
-    unseen = {
-        (own.objective, own.convention, own.reference_flops, own.method)
-        for own in fits.compute_multiplier
-        if not own.shown
-    }
-    apart = [
-        _disagreement(own)
-        for own in fits.disagreements
-        if unseen.isdisjoint((own.objective, own.convention, own.flops, method) for method in own.methods)
-    ]
-    flags = [*doubt_lines(fits, convention), *apart, *fits.notes]
+    for line in headline_lines(fits, convention):
+        console.print(line, highlight=False)
+    apart = [_disagreement(own) for own in fits.disagreements if own.convention == convention]
+    flags = [*doubt_lines(fits, convention), *withheld_lines(fits, convention), *apart, *fits.notes]
     flags.sort(key=lambda flag: not flag.startswith(NO_COMMON_LOSS))
     if flags:
         console.print("To note:")
@@ -211,25 +213,54 @@ def _parameters(own: ObjectiveFits, convention: Convention) -> Iterable[tuple[st
 
 def multiplier_table(fits: StudyFits, convention: Convention, objective: str) -> Table:
     """The compute multiplier of an objective at each of the reference's budgets, a column a method."""
-    printed = _titled(
-        f"Compute multiplier at equal loss, {objective} over {fits.reference} ({CONVENTION_NAMES[convention]})",
-        *(f"{fits.reference}'s budget", *METHODS),
-    )
     entries = [
         entry
         for entry in fits.compute_multiplier
         if (entry.objective, entry.convention) == (objective, convention) and entry.shown
     ]
+    methods = [method for method in METHODS if any(entry.method == method for entry in entries)]
+    printed = _titled(
+        f"Compute multiplier at equal loss, {objective} over {fits.reference} ({CONVENTION_NAMES[convention]})",
+        *(f"{fits.reference}'s budget", *methods),
+    )
     for flops in sorted({entry.reference_flops for entry in entries}):
-        cells = dict.fromkeys(METHODS, "")
+        cells = dict.fromkeys(methods, "")
         for entry in entries:
             if entry.reference_flops == flops:
                 marks = DOUBT * (not entry.trusted) + "*" * entry.extrapolated
-                cells[entry.method] = f"{entry.multiplier:.3g}{marks:1} ({_short(entry.estimate)})"
+                ends = f"{_factor(entry.low)}–{_factor(entry.high)}"
+                cells[entry.method] = f"{_factor(entry.multiplier)}{marks:1}({ends})"
         printed.add_row(_flops(flops), *cells.values())
-    legend = [DOUBT_MEANS] * any(not entry.trusted for entry in entries)
-    legend += ["* beyond the budgets of one of the fits, by at most a decade"] * any(e.extrapolated for e in entries)
+    legend = [f"the losses that are held equal: {_kind(fits, objective)} against {_kind(fits, fits.reference)}"]
+    legend += [DOUBT_MEANS] * any(not entry.trusted for entry in entries)
+    legend += [BEYOND_MEANS] * any(entry.extrapolated for entry in entries)
     return _captioned(printed, "\n".join(legend))
+
+
+def headline_lines(fits: StudyFits, convention: Convention) -> list[str]:
+    """The headline of each pair in words."""
+    return [f"{own.words}\n" for own in fits.headlines if own.convention == convention]
+
+
+def withheld_lines(fits: StudyFits, convention: Convention) -> list[str]:
+    """Which multipliers are not shown, at which budgets and why: a line for each objective and reason."""
+    reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for entry in fits.compute_multiplier:
+        if entry.convention == convention and entry.withheld:
+            budgets = reasons.setdefault((entry.objective, entry.withheld), {}).setdefault(entry.method, [])
+            budgets.append(_flops(entry.reference_flops))
+    found = []
+    for (objective, reason), methods in reasons.items():
+        where = "; ".join(f"{method} at {', '.join(budgets)}" for method, budgets in methods.items())
+        remedy = " (more budgets around them, or seeds, narrow it)" if reason == OPEN else ""
+        found.append(f"compute multiplier of {objective} not shown, {where}: {reason}{remedy}")
+    return found
+
+
+def _kind(fits: StudyFits, objective: str | None) -> str:
+    """Of what kind the losses of an objective are: `bound` or `exact`."""
+    assert objective is not None
+    return "exact" if fits.yardstick else get_objective(base_objective(objective)).val_kind
 
 
 def doubt_lines(fits: StudyFits, convention: Convention) -> list[str]:
@@ -262,6 +293,24 @@ def held_out_table(fits: StudyFits, convention: Convention) -> Table:
                 {True: "yes", False: "NO", None: "?"}[entry.inside],
             )
     return printed
+
+
+def forecast_table(predictions: Iterable[tuple[Prediction, float | None]]) -> Table:
+    """Forecasts, each with the loss that was measured since; None: its budget is not run yet."""
+    printed = _titled(
+        "Forecasts of the best loss",
+        *("objective", "method", "budget", "predicted", "95 % interval", "measured", "error", "inside"),
+        left=2,
+    )
+    for own, measured in predictions:
+        mark = "" if own.passed else DOUBT
+        seen = ("not run", "", "")
+        if measured is not None:
+            held = "yes" if own.estimate.covers(measured) else "NO"
+            seen = (f"{measured:.3f}", f"{own.loss / measured - 1:+.1%}", held)
+        numbers = (_flops(own.flops), f"{own.loss:.3f}{mark}", _interval(own.estimate, ".3f"))
+        printed.add_row(own.objective, own.method, *numbers, *seen)
+    return _captioned(printed, f"{DOUBT} the method had not passed its held-out test")
 
 
 def _disagreement(entry: Disagreement) -> str:
@@ -372,6 +421,11 @@ def _count(value: float) -> str:
 
 def _end(value: float, form: str) -> str:
     return "?" if math.isnan(value) else "∞" if math.isinf(value) else format(value, form)
+
+
+def _factor(value: float) -> str:
+    """A multiplier with the digits that its interval leaves sense to: two below 100."""
+    return _end(value, ".3g" if value >= 99.5 else ".2g")
 
 
 def _short(estimate: Estimate) -> str:

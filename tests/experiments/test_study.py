@@ -105,10 +105,7 @@ def test_the_readme_quotes_the_study() -> None:
     assert f"reaches {study.best('arm', 6.25e12).loss:.3f} nats per token with 6.25e12 FLOPs" in readme
     reached = f"`llada` reaches {study.best('llada', 8e14).loss:.3f} with {study.not_reached_at(6.25e12):.0f} times"
     assert reached in readme
-    assert "there, which is not to be relied on, because `arm`'s law misses its points" in readme
-    assert (
-        f"give {report.interval(study.multiplier(6.25e12))} there" in readme and not study.multiplier(6.25e12).trusted
-    )
+    assert f"gives {report.interval(study.multiplier(6.25e12))} there" in readme and study.multiplier(6.25e12).trusted
     published = published_fits()
     read = report.read_off_points(published)[0]
     assert f"{report.range_by_method(published)}, by method" in readme
@@ -137,7 +134,7 @@ def test_the_rates_that_a_plan_advises_are_the_tuning_tables() -> None:
 def test_a_half_is_not_excluded_as_the_exponent_of_n() -> None:
     """By weights `llada`'s exponent goes from 0.64 to 0.78, and the interval of equal weights holds a half."""
     found = gpu_study().n_exponents("llada")
-    assert found["weighted"].value == pytest.approx(0.776, abs=0.002)
+    assert found["weighted"].value == pytest.approx(0.772, abs=0.002)
     assert found["unweighted"].value == pytest.approx(0.638, abs=0.002)
     assert found["unweighted"].low < 0.5 < found["weighted"].low
 
@@ -272,7 +269,8 @@ def test_an_envelope_makes_up_for_luck_and_its_intervals_hold_the_truth() -> Non
     true, raw, corrected, inside = 4 * 2.0 ** (-0.05 * np.arange(4)), [], [], 0
     for _ in range(studies):
         runs = grid_of_runs(rng, book, seed)
-        noise = Noise.of(np.full((12, 12), book**2), "covariance", 400, int(rng.integers(1 << 30)))
+        trunks = runs.groupby(["shape", "lr"], sort=False).ngroup().to_numpy()
+        noise = Noise.of(np.full((12, 12), book**2), "covariance", 400, int(rng.integers(1 << 30)), trunks)
         found = matched.Envelope.of(runs, noise, Spread(seed, 7, np.nan), "6nd")
         raw.append(np.log(runs["val_nats_per_token"].min() / true[-1]))
         corrected.append(np.log(found.losses[-1] / true[-1]))

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from llada_lightning.commands.main import main
+from llada_lightning.study.fits import fit_table, usable_runs
+from llada_lightning.study.forecast import read_forecast, score
+from llada_lightning.study.results import read_covariance, read_results
 
 TUNING = Path(__file__).parents[2] / "experiments" / "tuning"
 
@@ -33,3 +36,15 @@ def test_the_rule_file_gives_each_objective_its_own_rate_and_batch(capsys: pytes
     rates = {name: {run["lr"] for run in found if run["objective"] == name} for name in ("arm", "llada")}
     assert list(rates["llada"]) == pytest.approx([1.7e-3], rel=0.05)  # by FLOPs alone, so one rate
     assert min(rates["arm"]) > 4 * max(rates["llada"])
+
+
+def test_the_forecast_is_scored_by_the_results_that_came_after_it() -> None:
+    table = read_results(TUNING / "forecasted.csv")
+    fits = fit_table(table, covariance=read_covariance(TUNING / "forecasted.covariance.csv"), samples=200)
+    forecast = read_forecast(TUNING / "forecast.json")
+    assert forecast.results["runs"] == len(read_results(TUNING / "tuned.csv")) == len(table) - 3
+    scored = {own.prediction.method: own for own in score(forecast, fits, usable_runs(table))}
+    assert set(scored) == {"parametric", "envelope"}
+    for own in scored.values():
+        assert own.observed == pytest.approx(3.756, abs=0.01)
+        assert own.inside

@@ -19,6 +19,7 @@ class Straight:
     b: float
     errors: np.ndarray
     flops_range: tuple[float, float] = (1e17, 1e19)
+    decades: float = 3.0
 
     def loss(self, flops: np.ndarray) -> np.ndarray:
         return self.a * (np.asarray(flops) / 1e18) ** -self.b

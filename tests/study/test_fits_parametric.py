@@ -8,7 +8,8 @@ from scipy.optimize import minimize, minimize_scalar
 
 from helpers.studies import CHINCHILLA, World, simulated_study
 from llada_lightning.study.fits import ParametricFit, fit_parametric
-from llada_lightning.study.fits.least_squares import fit_many, huber, log_loss, log_loss_and_jacobian
+from llada_lightning.study.fits.law import log_loss, log_loss_and_jacobian
+from llada_lightning.study.fits.least_squares import Curve, fit_many, huber
 from llada_lightning.study.fits.parametric import too_few
 from llada_lightning.study.fits.runs import in_canonical_order, noise_of_runs
 
@@ -45,14 +46,19 @@ def problem(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarr
     """A truth, log N, log D and 12 sets of noisy log losses about it."""
     generator = np.random.default_rng(seed)
     log_n, log_d = generator.uniform(-2, 2, (2, 40))
-    truth = np.log([1.9, 0.5, 0.33, 0.6, 0.3])
+    e, a, alpha, b, beta = 1.9, 0.5, 0.33, 0.6, 0.3
+    truth = np.log([e + a + b, alpha * a, alpha, beta * b, beta])
     return truth, log_n, log_d, log_loss(truth, log_n, log_d) + 0.008 * generator.standard_normal((12, 40))
+
+
+def curve(log_n: np.ndarray, log_d: np.ndarray) -> Curve:
+    return lambda theta: log_loss_and_jacobian(theta, log_n, log_d)
 
 
 @pytest.mark.parametrize("delta", [DELTA, 0.02, np.inf])
 def test_the_batched_optimum_is_scipys(delta: float) -> None:
     truth, log_n, log_d, goals = problem()
-    found, converged = fit_many(np.repeat(truth[None], 12, axis=0), goals, log_n, log_d, delta)
+    found, converged = fit_many(np.repeat(truth[None], 12, axis=0), goals, curve(log_n, log_d), np.ones(40), delta)
     assert converged.all()
     for theta, goal in zip(found, goals, strict=True):
 
@@ -78,8 +84,9 @@ def test_one_wild_run_hardly_moves_a_huber_fit() -> None:
     truth, log_n, log_d, goals = problem()
     wild = goals[:1].copy()
     wild[0, 0] += 0.5
-    robust, _ = fit_many(truth[None], wild, log_n, log_d, DELTA)
-    squares, _ = fit_many(truth[None], wild, log_n, log_d, np.inf)
+    robust, squares = (
+        fit_many(truth[None], wild, curve(log_n, log_d), np.ones(40), delta)[0] for delta in (DELTA, np.inf)
+    )
     off = [
         np.abs(log_loss(theta[0], log_n, log_d) - log_loss(truth, log_n, log_d)).max() for theta in (robust, squares)
     ]

@@ -187,9 +187,30 @@ def test_separate_runs_agree_with_the_branches_in_all_but_sharing() -> None:
 
 
 def test_each_seed_has_trunks_of_its_own() -> None:
-    plan = plan_study([1e12, 2e12], STREAM, grid=SHAPES, seeds=(3, 5))
+    plan = plan_study([1e12, 2e12], STREAM, grid=SHAPES, seeds=(3, 5), seeds_at="all")
     assert len(plan.runs()) == 2 * 3 * 2
     assert set(plan.table().groupby("seed").trunk.nunique()) == {6}
+
+
+def test_further_seeds_are_run_at_the_middle_shape_of_the_smallest_budgets() -> None:
+    budgets = [1e12, 2e12, 4e12, 8e12]
+    rows = plan_study(budgets, STREAM, grid=SHAPES, seeds=(3, 5, 7)).table()
+    first = rows[rows["seed"] == 3]
+    for seed in (5, 7):
+        own = rows[rows["seed"] == seed]
+        assert sorted(own["budget"]) == sorted(2 * budgets[:3])  # of both objectives
+        for row in own.to_dict("records"):
+            same = first[(first["objective"] == row["objective"]) & (first["budget"] == row["budget"])]
+            middle = same.sort_values("params_nonembedding").iloc[1]
+            for name in ("shape", "lr", "global_batch", "warmup_steps", "steps", "decay_steps"):
+                assert row[name] == middle[name], name
+    assert (
+        rows[rows["seed"] == 3]
+        .drop(columns="seed")
+        .equals(
+            plan_study(budgets, STREAM, grid=SHAPES, seeds=(3,)).table().drop(columns="seed").set_index(first.index)
+        )
+    )
 
 
 # --- data, warnings --------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_in_whatever_order_a_study_grows_it_has_the_results_of_one_plan(powers: 
     for added, seeds in ((budgets[1:cut], []), ([], [5]), (budgets[cut:], [])):
         if added or seeds:
             values = run_values(plan, DESTINATION)
-            plan = extend(plan, added, seeds)
+            plan = extend(plan, added, seeds, "all")
             assert run_values(plan, DESTINATION)[: len(values)] == values
     whole = planned(budgets, **recipe)
     every = {(*row[:2], seed, *row[3:]) for row in results(whole) for seed in (0, 5)}
@@ -127,8 +127,20 @@ def test_a_tuning_study_is_planned_again() -> None:
         extend(plan, [2e9], [])
 
 
+def test_seeds_join_at_cheap_points_and_new_budgets_join_the_seeds_that_are_everywhere() -> None:
+    plan = planned([1e10, 2e10, 4e10, 8e10])
+    cheap = extend(plan, [], [5])
+    rows = cheap.table()[len(plan.table()) :]
+    assert sorted(rows["budget"]) == [1e10, 2e10, 4e10]
+    assert rows["shape"].nunique() == 1 and set(rows["seed"]) == {5}
+    whole = extend(cheap, [], [7], "all")
+    assert len(whole.table()) - len(cheap.table()) == len(plan.table())
+    grown = extend(whole, [1.6e11], []).table()[len(whole.table()) :]
+    assert set(grown["seed"]) == {0, 7}
+
+
 def test_separate_runs_are_appended_as_separate_runs() -> None:
-    after = extend(planned([1e10, 2e10], separate=True), [4e10], [3])
+    after = extend(planned([1e10, 2e10], separate=True), [4e10], [3], "all")
     assert len(after.runs()) == 6 + 3 + 9
     assert all(trunk.start_step == 0 and trunk.continues == () for trunk in after.trunks)
 
@@ -214,7 +226,7 @@ def test_an_appended_file_says_its_commands_and_its_study_goes_on(
     assert check_unchanged(read_sweep(sweep), study, by_index=True) == 0
     assert main(["plan", "--append", "s.yaml", "--flops", "4e8"]) == 0
     assert "added: runs 3 to 5" in capsys.readouterr().out
-    assert main(["plan", "--append", "s.yaml", "--seeds", "7", "8", "--json"]) == 0
+    assert main(["plan", "--append", "s.yaml", "--seeds", "7", "8", "--seeds-at", "all", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["added"] == "runs 6 to 11 (--index of llada sweep run)" and found["totals"]["results"] == 27
     for file in (sweep, sweep.with_name("s.sh")):
@@ -223,7 +235,7 @@ def test_an_appended_file_says_its_commands_and_its_study_goes_on(
         assert made.startswith("# made by: llada plan --flops 1e8 2e8 ")
         assert [line for line in lines if line.startswith("# appended by: ")] == [
             "# appended by: llada plan --append s.yaml --flops 4e8",
-            "# appended by: llada plan --append s.yaml --seeds 7 8 --json",
+            "# appended by: llada plan --append s.yaml --seeds 7 8 --seeds-at all --json",
         ]
     assert "--array=0-11" in sweep.with_name("s.sh").read_text()
     assert len(sweep.with_name("s.csv").read_text().splitlines()) == 1 + 27
@@ -302,7 +314,7 @@ def test_a_study_that_grows_twice_repeats_no_run_and_ends_as_one_planned_at_once
     assert run("s.yaml", 0) is None  # done: there is no new folder
     assert (old / "result.json").read_bytes() == before
     larger = run("s.yaml", 3)
-    assert main(["plan", "--append", "s.yaml", "--seeds", "1"]) == 0
+    assert main(["plan", "--append", "s.yaml", "--seeds", "1", "--seeds-at", "all"]) == 0
     assert [run("s.yaml", index) for index in (0, 3)] == [None, None]
     seed = run("s.yaml", 6)
 
@@ -312,7 +324,7 @@ def test_a_study_that_grows_twice_repeats_no_run_and_ends_as_one_planned_at_once
     assert continued == list(range(fork + 1, timeless(larger)[0]["steps"] + 1))
 
     row = next(csv.DictReader(sweep.with_suffix(".csv").open()))
-    rates = ["--lr", row["lr"], "--warmup-steps", row["warmup_steps"], "--seeds", "0", "1"]
+    rates = ["--lr", row["lr"], "--warmup-steps", row["warmup_steps"], "--seeds", "0", "1", "--seeds-at", "all"]
     once = [word.replace("s.yaml", "once.yaml").replace("s.sh", "once.sh") for word in words(prepared, *rates)]
     assert main([*once[:4], "4e8", *once[4:]]) == 0
     planned_at_once = [run("once.yaml", index) for index in (0, 1)]

@@ -40,7 +40,7 @@ def test_numbers_are_written_as_people_write_them() -> None:
 
 
 def test_a_trunk_is_one_run_with_all_its_budgets(tmp_path: Path) -> None:
-    plan = planned(separate=False, seeds=(0, 7))
+    plan = planned(separate=False, seeds=(0, 7), seeds_at="all")
     path = tmp_path / "study.yaml"
     write_sweep(path, plan, Destination("study", data="data/x"), COMMAND)
     sweep = read_sweep(path)

@@ -162,20 +162,20 @@ def test_an_extrapolated_multiplier_is_dashed_and_hollow(full: Study) -> None:
     assert all(np.isfinite(axes.get_ylim()))
 
 
-def test_a_doubted_method_is_grey_and_hollow_and_no_power_law_is_drawn_beyond_its_budgets(full: Study) -> None:
+def test_a_doubted_method_is_grey_and_hollow_and_what_is_withheld_is_not_drawn(full: Study) -> None:
     good = [Multiplier("llada", "arm", "6nd", "isoflop", flops, 2.0, 1.5, 3.0, False) for flops in (1e17, 1e18)]
     bad = [replace(entry, method="envelope", doubt="arm's fit is rejected (p < 0.001)") for entry in good]
-    beyond = replace(bad[0], reference_flops=1e19, extrapolated=True)
+    beyond = replace(bad[0], reference_flops=1e19, extrapolated=True, withheld="its interval is open")
     entries = [*good, *bad, beyond]
     figure = compute_multiplier(replace(full[1], compute_multiplier=entries, multiplier_curve=entries))
     axes = figure.axes[0]
-    assert [x for x, _ in points(axes, "o")] == pytest.approx([1e17 / 1.05, 1e18 / 1.05])
+    assert [x for x, _ in points(axes, "v")] == pytest.approx([1e17 / 1.05, 1e18 / 1.05])
     looks = {
         line.get_marker(): (line.get_color(), line.get_markerfacecolor())
         for line in axes.get_lines()
-        if line.get_marker() in ("o", "s")
+        if line.get_marker() in ("v", "s")
     }
-    assert looks["o"] == (GREY, "white")
+    assert looks["v"] == (GREY, "white")
     assert looks["s"] == (METHODS["isoflop"].color, METHODS["isoflop"].color)
     assert "fit rejected" in words(figure)
 

@@ -1,13 +1,15 @@
 """Fits of validation loss against training FLOPs, and ratios of compute between objectives.
 
-Three methods: the power law of the loss envelope, isoFLOP parabolas, and the parametric law L(N, D). ``fit_table`` runs
-all of them on every objective of a results table, by every convention; ``uncertainty`` explains the intervals.
+Five methods, from the one that assumes least: the measured losses joined (``envelope``), the joint law of two
+objectives (``joint``), isoFLOP parabolas (``isoflop``), the parametric law of each (``parametric``), and a bent curve
+through the best losses. ``fit_table`` runs all of them on every objective of a results table, by every convention;
+``uncertainty`` explains the intervals, ``multiplier`` and ``agreement`` say what is relied on.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,19 +18,23 @@ import pandas as pd
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, CONVENTIONS, Convention
 from llada_lightning.objectives import OBJECTIVES, REFERENCE
-from llada_lightning.study.fits.envelope import EnvelopeFit, EnvelopePoint, fit_envelope
-from llada_lightning.study.fits.isoflop import IsoflopBudget, IsoflopFit, LossCurve, fit_isoflop, parabola_spread
-from llada_lightning.study.fits.least_squares import INTERVAL, Estimate, PowerLaw
-from llada_lightning.study.fits.multiplier import (
+from llada_lightning.study.fits.agreement import (
     NO_COMMON_LOSS,
     Disagreement,
-    Multiplier,
-    compute_multipliers,
+    Headline,
     disagreements,
+    headline,
     no_common_loss,
-    with_doubts,
 )
-from llada_lightning.study.fits.objective import METHODS, HeldOut, Method, ObjectiveFits, fit_objective, hold_out
+from llada_lightning.study.fits.envelope import EnvelopeFit, EnvelopePoint, fit_envelope
+from llada_lightning.study.fits.held_out import HeldOut, hold_out, hold_out_jointly
+from llada_lightning.study.fits.isoflop import IsoflopBudget, IsoflopFit, fit_isoflop, parabola_spread
+from llada_lightning.study.fits.joint import JointFit, fit_joint
+from llada_lightning.study.fits.least_squares import INTERVAL, Estimate, LossCurve, PowerLaw
+from llada_lightning.study.fits.lines import LossLine
+from llada_lightning.study.fits.multiplier import Multiplier, compute_multipliers, judged
+from llada_lightning.study.fits.notes import study_notes
+from llada_lightning.study.fits.objective import METHODS, Method, ObjectiveFits, fit_objective
 from llada_lightning.study.fits.parametric import EXPONENT_GRID, HUBER_DELTA, STARTS, ParametricFit, fit_parametric
 from llada_lightning.study.fits.runs import (
     BUDGET_TOLERANCE,
@@ -62,11 +68,11 @@ from llada_lightning.support.printing import shortened
 
 __all__ = [
     "BUDGET_TOLERANCE", "METHODS", "NOISE_MODELS", "NO_COMMON_LOSS", "UNITS", "UNIT_NAMES", "Disagreement",
-    "EnvelopeFit", "EnvelopePoint", "Estimate", "HeldOut", "IsoflopBudget", "IsoflopFit", "LossCurve", "Method",
-    "Multiplier", "Noise", "ObjectiveFits", "ParametricFit", "PowerLaw", "Spread", "StudyFits", "Unit",
-    "best_of_budgets", "budget_groups", "budget_members", "check_comparable", "compute_multipliers", "fit_envelope",
-    "fit_isoflop", "fit_parametric", "fit_table", "flops_column", "losses", "named_variants", "noise_of_runs",
-    "objective_names", "planned_flops", "run_names", "usable_runs",
+    "EnvelopeFit", "EnvelopePoint", "Estimate", "Headline", "HeldOut", "IsoflopBudget", "IsoflopFit", "JointFit",
+    "LossCurve", "LossLine", "Method", "Multiplier", "Noise", "ObjectiveFits", "ParametricFit", "PowerLaw", "Spread",
+    "StudyFits", "Unit", "best_of_budgets", "budget_groups", "budget_members", "check_comparable",
+    "compute_multipliers", "fit_envelope", "fit_isoflop", "fit_joint", "fit_parametric", "fit_table", "flops_column",
+    "losses", "named_variants", "noise_of_runs", "objective_names", "planned_flops", "run_names", "usable_runs",
 ]  # fmt: skip
 
 CURVE_POINTS = 25
@@ -93,6 +99,10 @@ class StudyFits:
     held_out: list[HeldOut]
     disagreements: list[Disagreement]
     notes: list[str]
+    joint: dict[str, JointFit]
+    """The joint law with the reference, by the name of the other objective; without those that have too few runs."""
+    headlines: list[Headline]
+    """One for each other objective and convention."""
     yardstick: str | None = None
     """The name of the yardstick of the losses; None: they are validation losses."""
 
@@ -100,6 +110,18 @@ class StudyFits:
     def compared(self) -> list[str]:
         """The objectives that have a multiplier against the reference; none where the table has no runs of that."""
         return [name for name in self.objectives if self.reference not in (None, name)]
+
+    def line(self, name: str, method: Method, convention: Convention, beside: str) -> LossLine | None:
+        """The best loss of an objective by a method; of a joint law, that with the other objective ``beside`` it."""
+        if method != "joint":
+            return self.objectives[name].line(method, convention)
+        joint = self.joint.get(beside if name == self.reference else name)
+        return joint.line(name, convention) if joint and joint.converged else None
+
+    def misfit(self, name: str, entry: Multiplier) -> float:
+        """p-value of the lack of fit of the line of an objective that a multiplier rests on; NaN without a test."""
+        line = self.line(name, entry.method, entry.convention, entry.objective)
+        return line.misfit if line else np.nan
 
     def envelopes(self, convention: Convention) -> dict[str, EnvelopeFit]:
         """Each objective's envelope by a convention."""
@@ -131,10 +153,11 @@ class StudyFits:
         }
         if self.yardstick is not None:
             settings |= {"yardstick": self.yardstick, "val_kind": "exact"}
-        lists = ("compute_multiplier", "multiplier_curve", "held_out", "disagreements")
+        lists = ("headlines", "compute_multiplier", "multiplier_curve", "held_out", "disagreements")
         return {
             "settings": settings,
             **{name: fits.as_dict() for name, fits in self.objectives.items()},
+            "joint": {name: joint.as_dict() for name, joint in self.joint.items()},
             **{name: [entry.as_dict() for entry in getattr(self, name)] for name in lists},
             "notes": self.notes,
         }
@@ -198,9 +221,22 @@ def fit_table(
         own_seed = seed + _seed_of(name, names)
         objectives[name] = fit_objective(name, own, counted, unit, errors, own_seed, borrowed=borrowed)
         held_out += hold_out(own, objectives[name], unit, errors, own_seed, borrowed=borrowed)
+    joints, tests = _joint_fits(members, objectives, divisor, counted, unit, seed)
+    held_out += tests
+    fits = StudyFits(
+        *(unit, samples, seed, noise.model, counted, objectives, divisor),
+        compute_multiplier=[],
+        multiplier_curve=[],
+        held_out=held_out,
+        disagreements=[],
+        notes=[],
+        joint=joints,
+        headlines=[],
+        yardstick=yardstick,
+    )
     at_budgets, curve = (
-        [replace(entry, named=yardstick) for entry in with_doubts(found, objectives.values(), held_out)]
-        for found in _multipliers(objectives, divisor, counted)
+        [replace(entry, named=yardstick) for entry in judged(found, held_out, fits.misfit)]
+        for found in _multipliers(fits)
     )
     missing = [CONVENTION_NAMES[name] for name in conventions if name not in counted]
     notes = [f"not counted by {name}: the table lacks the FLOPs of some runs" for name in missing]
@@ -213,11 +249,38 @@ def fit_table(
             if noise.model == "covariance"
             else f"covariance not used: {lacks}, of which not all have a standard error"
         )
-    notes += [note for fits in objectives.values() for note in fits.notes()]
-    apart = disagreements(objectives.values(), at_budgets)
-    settings = (unit, samples, seed, noise.model, counted)
-    fits = StudyFits(*settings, objectives, divisor, at_budgets, curve, held_out, apart, notes, yardstick)
-    return replace(fits, notes=_notes_of_pairs(fits))
+    fits = replace(
+        fits,
+        compute_multiplier=at_budgets,
+        multiplier_curve=[replace(entry, draws=None) for entry in curve],
+        disagreements=disagreements(objectives.values(), at_budgets),
+    )
+    notes += study_notes(fits, {name: own for name, (own, _) in members.items()})
+    notes.sort(key=lambda note: not note.startswith(NO_COMMON_LOSS))
+    return replace(fits, notes=notes, headlines=_headlines(fits))
+
+
+def _joint_fits(
+    members: Mapping[str, tuple[pd.DataFrame, Noise]],
+    objectives: Mapping[str, ObjectiveFits],
+    reference: str | None,
+    conventions: tuple[Convention, ...],
+    unit: Unit,
+    seed: int,
+) -> tuple[dict[str, JointFit], list[HeldOut]]:
+    """The joint law of each other objective and the reference, and its held-out tests."""
+    joints: dict[str, JointFit] = {}
+    held_out: list[HeldOut] = []
+    for name in objectives:
+        if reference is None or name == reference:
+            continue
+        (own, errors), (theirs, their_errors) = members[name], members[reference]
+        pair = objectives[name], objectives[reference]
+        tables, noises, spreads = (own, theirs), (errors, their_errors), (pair[0].spread, pair[1].spread)
+        if joint := fit_joint((name, reference), tables, noises, spreads, conventions, unit):
+            joints[name] = joint
+            held_out += hold_out_jointly(tables, pair, unit, noises, spreads, seed)
+    return joints, held_out
 
 
 def _reference(names: Sequence[str], wanted: str | None) -> str | None:
@@ -247,37 +310,27 @@ def _seed_of(name: str, names: Sequence[str]) -> int:
     return 10 * list(OBJECTIVES).index(base) + 1000 * own.index(name)
 
 
-def _multipliers(
-    objectives: dict[str, ObjectiveFits], reference: str | None, conventions: tuple[Convention, ...]
-) -> tuple[list[Multiplier], list[Multiplier]]:
+def _multipliers(fits: StudyFits) -> tuple[list[Multiplier], list[Multiplier]]:
     """Each objective against the reference: at the reference's budgets, and over a grid between them."""
     at_budgets: list[Multiplier] = []
     curve: list[Multiplier] = []
-    if reference is None:
-        return at_budgets, curve
-    others = [name for name in objectives if name != reference]
-    for name, convention, method in itertools.product(others, conventions, METHODS):
-        own, theirs = (objectives[one].line(method, convention) for one in (name, reference))
+    reference = fits.reference
+    for name, convention, method in itertools.product(fits.compared, fits.conventions, METHODS):
+        assert reference is not None
+        own, theirs = (fits.line(one, method, convention, name) for one in (name, reference))
         if own and theirs:
-            flops = np.array([point.flops for point in objectives[reference].envelope[convention].points])
+            flops = np.array([point.flops for point in fits.objectives[reference].envelope[convention].points])
             grid = np.geomspace(flops.min(), flops.max(), CURVE_POINTS)
             for found, at in ((at_budgets, flops), (curve, grid)):
                 found += compute_multipliers(name, reference, convention, method, (own, theirs), at)
     return at_budgets, curve
 
 
-def _notes_of_pairs(fits: StudyFits) -> list[str]:
-    """The notes with those on multipliers: the most important ones first."""
-    first, last = [], []
-    if fits.reference is None and len(fits.objectives) > 1:
-        last.append(f"no compute multiplier: the results hold no runs of {REFERENCE}; name another --reference")
-    found = {(entry.objective, entry.convention) for entry in fits.compute_multiplier}
+def _headlines(fits: StudyFits) -> list[Headline]:
+    found = []
     for name, convention in itertools.product(fits.compared, fits.conventions):
         assert fits.reference is not None
-        apart = no_common_loss(name, fits.reference, convention, fits.objectives, fits.compute_multiplier)
-        if apart:
-            first.append(apart)
-        elif (name, convention) not in found:
-            counted = CONVENTION_NAMES[convention]
-            last.append(f"compute multiplier of {name} over {fits.reference}: none by {counted}, fits are missing")
-    return [*first, *fits.notes, *last]
+        missing = no_common_loss(name, fits.reference, convention, fits.objectives, fits.compute_multiplier)
+        pair = (name, fits.reference, convention)
+        found.append(headline(*pair, fits.compute_multiplier, fits.joint.get(name), missing))
+    return found

@@ -1,9 +1,12 @@
-"""The envelope: the best loss at each budget, and the power law through it.
+"""The envelope: the best loss at each budget, what is read off it, and the laws through it.
 
 Runs of one size and one number of tokens (seeds) are averaged before the best is looked for. The best of several is
 lucky too: among shapes that are nearly as good, the one whose noise was lowest wins. So every draw looks for the best
-anew, the law goes through the points less the luck that the draws show, and one objective with more seeds or shapes
+anew, the lines go through the points less the luck that the draws show, and one objective with more seeds or shapes
 gains nothing by it.
+
+The read-off joins the points by a monotone cubic (PCHIP) of log loss in log FLOPs. It is no law, and tells nothing
+beyond them. The bent curve is quadratic instead, and the power law straight.
 """
 
 from __future__ import annotations
@@ -14,11 +17,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.interpolate import PchipInterpolator
 
 from llada_lightning.compute.flops import Convention
-from llada_lightning.study.fits.least_squares import MIN_BUDGETS, PowerLaw, linear_spread, power_law
+from llada_lightning.study.fits.least_squares import (
+    MIN_BUDGETS,
+    LossCurve,
+    PowerLaw,
+    linear_spread,
+    loss_curve,
+    power_law,
+)
+from llada_lightning.study.fits.lines import LossLine
 from llada_lightning.study.fits.runs import Unit, budget_members, flops_column, is_budget, losses
 from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread
+
+ROUNDING = 1e-6
+"""Of a logarithm of FLOPs."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,7 @@ class EnvelopePoint:
 
 @dataclass(frozen=True)
 class EnvelopeFit:
-    """One objective's envelope and, given enough budgets, the power law through it; else a ``note`` on why not."""
+    """One objective's envelope and, given enough budgets, the lines through it; else a ``note`` on why not."""
 
     convention: Convention
     points: list[EnvelopePoint]
@@ -47,6 +62,10 @@ class EnvelopeFit:
     note: str | None = None
     spread: Spread = field(default=UNKNOWN, repr=False)
     """The spread of log loss between runs beyond their known errors."""
+    curve: LossCurve | None = None
+    """The bent curve through the points."""
+    read_off: ReadOff | None = None
+    """The points joined; None where there is but one."""
 
     @property
     def flops_range(self) -> tuple[float, float]:
@@ -57,8 +76,45 @@ class EnvelopeFit:
             "convention": self.convention,
             "points": [point.as_dict() for point in self.points],
             **(self.law.as_dict() if self.law else {}),
+            **({"curve": self.curve.as_dict()} if self.curve else {}),
             **({"note": self.note} if self.note else {}),
         }
+
+
+@dataclass(frozen=True)
+class ReadOff:
+    """The points of an envelope, joined by a monotone cubic of log loss in log FLOPs (Fritsch and Carlson 1980)."""
+
+    log_c: Array
+    """log FLOPs of the points (m,), rising."""
+    log_loss: Array
+    """Their log losses (m,), less the luck of the best."""
+    draws: Array
+    """The same in every draw (samples, m)."""
+
+    def line(self) -> LossLine:
+        """The best loss against training FLOPs, over its own budgets alone."""
+        ends = float(np.exp(self.log_c[0])), float(np.exp(self.log_c[-1]))
+        return LossLine(ends, self.loss, self.drawn, np.nan, UNKNOWN, decades=0.0)
+
+    def loss(self, flops: npt.ArrayLike) -> Array:
+        """The loss at training FLOPs (k,); NaN beyond the points."""
+        return self._joined(self.log_loss[None], flops)[0]
+
+    def drawn(self, flops: npt.ArrayLike) -> Array:
+        """The loss at training FLOPs (k,) in every draw: (samples, k)."""
+        return self._joined(self.draws, flops)
+
+    def _joined(self, log_loss: Array, flops: npt.ArrayLike) -> Array:
+        log_c = np.log(np.atleast_1d(np.asarray(flops, float)))
+        if np.isnan(log_loss).any():  # no spread is known
+            return np.full((len(log_loss), len(log_c)), np.nan)
+        inside = np.clip(log_c, self.log_c[0], self.log_c[-1])
+        # More compute never makes the best loss worse: a point above an earlier one is that one's.
+        falling = np.minimum.accumulate(log_loss, axis=1)
+        joined = np.exp(PchipInterpolator(self.log_c, falling, axis=1)(inside))
+        joined[:, np.abs(inside - log_c) > ROUNDING] = np.nan
+        return np.asarray(joined, np.float64)
 
 
 @dataclass(frozen=True)
@@ -107,7 +163,7 @@ class Candidates:
     def luck(self, budget: npt.NDArray[np.intp], spread: Spread) -> float:
         """By how much the best is expected to look better than it is; zero where no other comes near."""
         own = self.noise.take(budget)
-        errors = own.errors + spread.tau * own.normals
+        errors = own.errors + spread.tau * own.between(spread.shared)
         of_best = errors[:, int(np.argmin(self.log_loss[budget]))]
         return float(np.mean(self._missed(budget, errors) - of_best))
 
@@ -146,16 +202,20 @@ def fit_envelope(
     budgets = shapes.envelope(flops)
     best = [shapes.best(budget) for budget in budgets]
     points = [_point(runs.iloc[shapes.rows[i]], flops[i], shapes, i, unit) for i in best]
+    log_c, log_loss = np.log(flops[best]), shapes.log_loss[best]
+    if not spread.known and len(points) >= MIN_BUDGETS:
+        spread = linear_spread(np.stack([np.ones_like(log_c), log_c], axis=1), log_loss, shapes.noise.take(best))
+    luck = [shapes.luck(budget, spread) if spread.known else 0.0 for budget in budgets]
+    log_true = log_loss + luck
+    drawn = log_loss + np.stack([shapes.errors(budget, spread) for budget in budgets], axis=1)
+    read_off = ReadOff(log_c, log_true, drawn) if len(points) > 1 else None
     if len(points) < MIN_BUDGETS:
         note = f"no fit, budgets on the envelope: {len(points)}; at least {MIN_BUDGETS} are needed"
-        return EnvelopeFit(convention, points, None, note, spread)
-    log_c, log_loss = np.log(flops[best]), shapes.log_loss[best]
-    if not spread.known:
-        spread = linear_spread(np.stack([np.ones_like(log_c), log_c], axis=1), log_loss, shapes.noise.take(best))
-    log_true = log_loss + [shapes.luck(budget, spread) for budget in budgets]
-    drawn = log_loss + np.stack([shapes.errors(budget, spread) for budget in budgets], axis=1)
-    law = power_law(log_c, log_true, Noise.of_draws(log_true, drawn, seed))
-    return EnvelopeFit(convention, points, law, spread=spread)
+        return EnvelopeFit(convention, points, None, note, spread, read_off=read_off)
+    errors = Noise.of_draws(log_true, drawn, seed)
+    law = power_law(log_c, log_true, errors)
+    curve = loss_curve(log_c, log_true, errors, law)
+    return EnvelopeFit(convention, points, law, spread=spread, curve=curve, read_off=read_off)
 
 
 def _means(column: pd.Series, rows: list[npt.NDArray[np.intp]]) -> Array:

@@ -15,9 +15,11 @@ from llada_lightning.study.fits.least_squares import (
     INTERVAL,
     MIN_BUDGETS,
     Estimate,
+    LossCurve,
     PowerLaw,
     fit_linear,
     linear_spread,
+    loss_curve,
     power_law,
     solver,
 )
@@ -83,32 +85,6 @@ class IsoflopBudget:
             **{name: getattr(self, name) for name in ("interior", "grid_sensitivity", "bias")},
             "biased": self.bias is not None,
         }
-
-
-@dataclass(frozen=True)
-class LossCurve:
-    """Optimal loss against training FLOPs: log loss = c[0] + c[1] x + c[2] x^2, x = log(C / c0)."""
-
-    c0: float
-    coefficients: Array
-    scatter: Spread
-    """The residual spread of the optima's log loss about the curve, beyond their own errors."""
-    misfit: float
-    """p-value of the test of lack of fit (``Noise.misfit``); NaN where it cannot be made."""
-    draws: Array = field(repr=False, compare=False)
-
-    def loss(self, flops: npt.ArrayLike) -> Array:
-        x = np.log(np.asarray(flops, float) / self.c0)
-        return np.exp(np.polynomial.polynomial.polyval(x, self.coefficients))
-
-    def drawn(self, flops: npt.ArrayLike) -> Array:
-        """The loss at given FLOPs in every draw: (samples, *flops.shape)."""
-        x = np.log(np.atleast_1d(np.asarray(flops, float)) / self.c0)
-        return np.exp(self.draws @ np.stack([np.ones_like(x), x, x * x]))
-
-    def as_dict(self) -> dict[str, Any]:
-        coefficients = self.coefficients.tolist()
-        return {"c0": self.c0, "coefficients": coefficients, "spread": self.scatter.tau, "misfit": self.misfit}
 
 
 @dataclass(frozen=True)
@@ -361,20 +337,13 @@ def _with_laws(
     drawn_loss = np.stack([budget.drawn_log_loss_opt for budget in inside], axis=1)
     noise_n, noise_loss = Noise.of_draws(log_n, drawn_n, seed), Noise.of_draws(log_loss, drawn_loss, seed + 1)
     noise_d = Noise.of_draws(log_c - cost(log_n), log_c - cost(drawn_n), seed)
-    x = log_c - log_c.mean()
     loss_law = power_law(log_c, log_loss, noise_loss)
-    bent = np.stack([np.ones_like(x), x, x * x], axis=1)
-    # Through three optima the curve only interpolates: their own errors are all, or, not known, the line's scatter.
-    through = Spread(0.0, 0, np.nan) if noise_loss.known else loss_law.scatter
-    curve = fit_linear(bent, log_loss, noise_loss, borrowed=through if len(x) == bent.shape[1] else UNKNOWN)
     return IsoflopFit(
         convention,
         budgets,
         n_law=power_law(log_c, log_n, noise_n, sign=1),
         d_law=power_law(log_c, log_c - cost(log_n), noise_d, sign=1),
         loss_law=loss_law,
-        loss_curve=LossCurve(
-            float(np.exp(log_c.mean())), curve.theta, curve.spread, noise_loss.misfit(log_loss, bent), curve.draws
-        ),
+        loss_curve=loss_curve(log_c, log_loss, noise_loss, loss_law),
         note="; ".join(notes) or None,
     )

@@ -1,8 +1,9 @@
-"""Fits by least squares: numbers with intervals, linear fits, power laws, and many Huber fits of L(N, D) at once."""
+"""Fits by least squares: numbers with intervals, linear fits, power laws, and many Huber fits at once."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -175,37 +176,72 @@ def power_law(log_c: Array, log_y: Array, noise: Noise, *, sign: Literal[-1, 1] 
     )
 
 
+@dataclass(frozen=True)
+class LossCurve:
+    """The best loss against training FLOPs: log loss = c[0] + c[1] x + c[2] x^2, x = log(C / c0).
+
+    A loss with an irreducible part is no power law; the bend follows it over the budgets of a study. More compute never
+    makes the best loss worse: beyond its vertex the curve is flat.
+    """
+
+    c0: float
+    coefficients: Array
+    scatter: Spread
+    """The residual spread of the log losses about the curve, beyond their own errors."""
+    misfit: float
+    """p-value of the test of lack of fit (``Noise.misfit``); NaN where it cannot be made."""
+    draws: Array = field(repr=False, compare=False)
+
+    def loss(self, flops: npt.ArrayLike) -> Array:
+        """The loss at given FLOPs, of any shape."""
+        flops = np.asarray(flops, float)
+        return self._bent(self.coefficients[None], flops.ravel())[0].reshape(flops.shape)
+
+    def drawn(self, flops: npt.ArrayLike) -> Array:
+        """The loss at given FLOPs (k,) in every draw: (samples, k)."""
+        return self._bent(self.draws, np.atleast_1d(np.asarray(flops, float)))
+
+    def _bent(self, coefficients: Array, flops: Array) -> Array:
+        first, slope, bend = coefficients.T[:, :, None]
+        x = np.log(flops / self.c0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            vertex = -slope / (2 * bend)
+        x = np.where(bend < 0, np.maximum(x, vertex), np.where(bend > 0, np.minimum(x, vertex), x))
+        with np.errstate(over="ignore"):  # of draws that bend upwards far beyond the points
+            return np.exp(first + slope * x + bend * x * x)
+
+    def as_dict(self) -> dict[str, Any]:
+        coefficients = self.coefficients.tolist()
+        return {"c0": self.c0, "coefficients": coefficients, "spread": self.scatter.tau, "misfit": self.misfit}
+
+
+def loss_curve(log_c: Array, log_losses: Array, noise: Noise, law: PowerLaw) -> LossCurve:
+    """The bent curve through three or more points; ``law`` is the power law through them."""
+    x = log_c - log_c.mean()
+    design = np.stack([np.ones_like(x), x, x * x], axis=1)
+    # Through three points the curve only interpolates: their own errors are all, or, not known, the line's scatter.
+    through = Spread(0.0, 0, np.nan) if noise.known else law.scatter
+    fit = fit_linear(design, log_losses, noise, borrowed=through if len(x) == design.shape[1] else UNKNOWN)
+    misfit = noise.misfit(log_losses, design)
+    return LossCurve(float(np.exp(log_c.mean())), fit.theta, fit.spread, misfit, fit.draws)
+
+
 # --- many Huber fits ------------------------------------------------------------------------------------------------
 
-PARAMETERS = 5
-"""theta = (log E, log A, log alpha, log B, log beta) with N and D in units of their geometric means: all are of order
-one, and any real number is allowed."""
+Curve = Callable[[Array], tuple[Array, Array]]
+"""Parameters (S, p) -> fitted values (S, n) and their derivatives (S, n, p)."""
+
+EFFICIENT = 1.345
+"""The residual, in standard deviations, from which on the Huber loss is linear: of Gaussian noise it costs 5 % of the
+efficiency of least squares (Huber 1981)."""
 
 MOST_STEPS = 300
 _LONGEST_STEP = 1.0
-_TOLERANCE = 1e-10
+PRECISE, ENOUGH = 1e-10, 1e-4
+"""The gain of a step, as half a sum of squares in standard deviations, below which a fit has converged: for the last
+digit of a value, and for a draw, where the sum itself is of the order of the number of points."""
+
 _MOST_DAMPING = 1e10
-
-
-def log_loss(theta: Array, log_n: Array, log_d: Array) -> Array:
-    """log L: theta (..., 5) and log N, log D (..., n) give (..., n)."""
-    return np.log(np.sum(_terms(theta, log_n, log_d), axis=0))
-
-
-def _terms(theta: Array, log_n: Array, log_d: Array) -> Array:
-    e, a, log_alpha, b, log_beta = np.moveaxis(theta, -1, 0)[..., None]
-    with np.errstate(over="ignore"):
-        return np.exp(np.stack(np.broadcast_arrays(e, a - np.exp(log_alpha) * log_n, b - np.exp(log_beta) * log_d)))
-
-
-def log_loss_and_jacobian(theta: Array, log_n: Array, log_d: Array) -> tuple[Array, Array]:
-    """log L (S, n) and its derivatives by theta (S, n, 5), for theta (S, 5)."""
-    terms = _terms(theta, log_n, log_d)
-    total = terms.sum(axis=0)
-    share = terms / total
-    alpha_n, beta_d = (np.exp(theta[:, [i]]) * size for i, size in ((2, log_n), (4, log_d)))
-    jacobian = np.stack([share[0], share[1], -alpha_n * share[1], share[2], -beta_d * share[2]], axis=-1)
-    return np.log(total), jacobian
 
 
 def huber(residuals: Array, delta: float) -> Array:
@@ -215,13 +251,7 @@ def huber(residuals: Array, delta: float) -> Array:
 
 
 def fit_many(
-    start: Array,
-    log_losses: Array,
-    log_n: Array,
-    log_d: Array,
-    delta: float,
-    *,
-    weights: Array | None = None,
+    start: Array, goals: Array, curve: Curve, scale: Array, delta: float = EFFICIENT, *, tolerance: float = PRECISE
 ) -> tuple[Array, npt.NDArray[np.bool_]]:
     """Levenberg-Marquardt on the sum of Huber losses, vectorised over the fits.
 
@@ -230,43 +260,44 @@ def fit_many(
     safe step of the latter, small lambda Newton's.
 
     Args:
-        start: The parameters to begin with (S, 5).
-        log_losses: The log losses that each fit is of (S, n).
-        log_n: The logarithm of N over its geometric mean (n,).
-        log_d: The logarithm of D over its geometric mean (n,).
+        start: The parameters to begin with (S, p), all of order one.
+        goals: The values that each fit is of (S, n).
+        curve: The function that is fitted.
+        scale: The standard deviation of each value (n,), in whose units the residuals are.
         delta: The residual from which on the Huber loss is linear; infinite for least squares.
-        weights: The weights of the squares (n,), for least squares; equal by default.
+        tolerance: The gain of a step below which a fit has converged, ``PRECISE`` or ``ENOUGH``.
 
     Returns:
-        The parameters (S, 5), and which fits converged (S,) within ``MOST_STEPS``.
+        The parameters (S, p), and which fits converged (S,) within ``MOST_STEPS``.
     """
-    root = np.ones(len(log_n)) if weights is None else np.sqrt(weights / weights.mean())
     theta = np.array(start, float)
     converged = np.zeros(len(theta), bool)
     damping = np.ones(len(theta))
     active = np.arange(len(theta))
+    fitted, jacobian = curve(theta)
     for _ in range(MOST_STEPS):
-        now, goal = theta[active], log_losses[active]
-        fitted, jacobian = log_loss_and_jacobian(now, log_n, log_d)
-        residuals = root * (fitted - goal)
+        goal = goals[active]
+        residuals = (fitted - goal) / scale
         value = huber(residuals, delta).sum(axis=1)
-        step, gain = _step(residuals, root[:, None] * jacobian, damping[active], delta)
-        moved = now + step
-        drop = value - huber(root * (log_loss(moved, log_n, log_d) - goal), delta).sum(axis=1)
+        step, gain = _step(residuals, jacobian / scale[:, None], damping[active], delta)
+        moved = theta[active] + step
+        new_fitted, new_jacobian = curve(moved)
+        drop = value - huber((new_fitted - goal) / scale, delta).sum(axis=1)
         better = drop > 0
         theta[active[better]] = moved[better]
+        fitted[better], jacobian[better] = new_fitted[better], new_jacobian[better]
         damping[active] = np.clip(damping[active] * np.where(better, 0.25, 6.0), 1e-9, 2 * _MOST_DAMPING)
-        small = np.maximum(np.abs(drop), gain) <= _TOLERANCE * (value + 1e-300)
-        done = small | (damping[active] > _MOST_DAMPING) | (value < 1e-26)
+        small = np.maximum(np.abs(drop), gain) <= tolerance
+        done = small | (damping[active] > _MOST_DAMPING)
         converged[active[done]] = True
-        active = active[~done]
-        if not len(active):
+        if done.all():
             break
+        active, fitted, jacobian = active[~done], fitted[~done], jacobian[~done]
     return theta, converged
 
 
 def _step(residuals: Array, jacobian: Array, damping: Array, delta: float) -> tuple[Array, Array]:
-    """The damped step (S, 5), and the gain by the quadratic model (S,)."""
+    """The damped step (S, p), and the gain by the quadratic model (S,)."""
     size = np.abs(residuals)
     within = (size < delta).astype(float)
     above = np.minimum(1.0, delta / np.maximum(size, 1e-300)) if np.isfinite(delta) else np.ones_like(size)
@@ -275,8 +306,9 @@ def _step(residuals: Array, jacobian: Array, damping: Array, delta: float) -> tu
     transposed = np.swapaxes(jacobian, 1, 2)
     gradient = (transposed @ pull[:, :, None])[:, :, 0]
     matrix = transposed @ (weights[:, :, None] * jacobian)
+    parameters = np.arange(matrix.shape[1])
     floor = 1e-12 * (1 + damping)[:, None] * (1 + np.trace(matrix, axis1=1, axis2=2)[:, None])
-    matrix[:, np.arange(PARAMETERS), np.arange(PARAMETERS)] += floor
+    matrix[:, parameters, parameters] += floor
     step = -np.asarray(np.linalg.solve(matrix, gradient[:, :, None])[:, :, 0], np.float64)
     step *= np.minimum(1.0, _LONGEST_STEP / np.maximum(np.abs(step).max(axis=1), 1e-300))[:, None]
     gain = np.asarray(-np.sum(gradient * step, axis=1) / 2, np.float64)

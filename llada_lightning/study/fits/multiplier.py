@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from itertools import combinations
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
+from llada_lightning.compute.flops import Convention
 from llada_lightning.objectives import REFERENCE, ValidationKind, get_objective
+from llada_lightning.study.fits.held_out import HeldOut
 from llada_lightning.study.fits.least_squares import Estimate
-from llada_lightning.study.fits.objective import HeldOut, LossLine, Method, ObjectiveFits
+from llada_lightning.study.fits.lines import LossLine
+from llada_lightning.study.fits.objective import Method
 from llada_lightning.study.fits.runs import base_objective
 from llada_lightning.study.fits.uncertainty import Array
 
 EXTRAPOLATION = 10.0
 """How far beyond its budgets an objective may reach a loss for the multiplier to be given."""
 
-DRAWN_DECADES = 3.0
-"""How far beyond its budgets a draw is followed."""
-
 POINTS_A_DECADE = 12
 ROUNDING = 1 + 1e-6
 
-NO_COMMON_LOSS = "no common loss"
-"""How the note begins that outweighs all others."""
+OPEN = "its interval is open"
+"""Why a multiplier is withheld of which some draws reach the loss nowhere."""
 
 REJECTED = 0.025
 """A fit whose lack of fit has a smaller p-value is rejected: 5 % over the two objectives of a multiplier."""
@@ -49,11 +47,18 @@ class Multiplier:
     low: float
     high: float
     extrapolated: bool
-    """Whether one of them reaches that loss only outside of the budgets that its fit goes through (within a decade)."""
+    """Whether one of them reaches that loss only outside of the budgets that its fit goes through (within a decade).
+
+    The interval then holds the values of the other methods, too.
+    """
     doubt: str | None = None
-    """Why the number is not to be relied on, as ``with_doubts`` found it; None where nothing was found."""
+    """Why the number is not to be relied on, as ``judged`` found it; None where nothing was found."""
+    withheld: str | None = None
+    """Why tables and figures do not show the number, as ``judged`` found it; None where they do."""
     named: str | None = None
     """The name of the yardstick of the losses, which are exact then; None: they are validation losses."""
+    draws: Array | None = field(default=None, repr=False, compare=False)
+    """The multiplier in every draw (samples,)."""
 
     @property
     def kind(self) -> ValidationKind:
@@ -74,11 +79,12 @@ class Multiplier:
 
     @property
     def shown(self) -> bool:
-        """Whether tables and figures show it: not where a power law would have to hold beyond its budgets.
+        return self.withheld is None
 
-        Over synthetic studies with irreducible losses such 95 % intervals held the truth in four of ten.
-        """
-        return not (self.extrapolated and self.method == "envelope")
+    @property
+    def point(self) -> tuple[str, str, Convention, float]:
+        """What it is the multiplier of: the pair, the convention and the FLOPs of the reference."""
+        return self.objective, self.reference, self.convention, self.reference_flops
 
     @property
     def estimate(self) -> Estimate:
@@ -87,7 +93,7 @@ class Multiplier:
     def as_dict(self) -> dict[str, Any]:
         """The record in ``fits.json``. The FLOPs of the default reference have their older name, too."""
         alias = {f"{REFERENCE}_flops": self.reference_flops} if self.reference == REFERENCE else {}
-        found = {name: value for name, value in vars(self).items() if name != "named"}
+        found = {name: value for name, value in vars(self).items() if name not in ("named", "draws")}
         found |= {"yardstick": self.yardstick, "trusted": self.trusted, "interval": self.estimate.interval}
         return found | ({} if self.named is None else {"kind": self.kind}) | alias
 
@@ -103,7 +109,7 @@ def compute_multipliers(
     """The compute multiplier at given FLOPs of the reference, joint over the draws of both objectives.
 
     Left out is what either objective reaches only more than a decade beyond the budgets of its fit, or never. An
-    interval's end that lies more than ``DRAWN_DECADES`` beyond them is open (infinite, or zero).
+    interval's end that lies beyond where a line is followed (``LossLine.decades``) is open (infinite, or zero).
 
     ``lines`` are those of the objective and of the reference, both by ``method`` and ``convention``;
     ``reference_flops`` are (k,).
@@ -111,12 +117,10 @@ def compute_multipliers(
     line, reference_line = lines
     flops = np.asarray(reference_flops, float)
     low, high = line.flops_range
-    decades = np.log10(high / low) + 2 * DRAWN_DECADES
-    log_grid = np.linspace(
-        np.log(low) - DRAWN_DECADES * np.log(10),
-        np.log(high) + DRAWN_DECADES * np.log(10),
-        int(np.ceil(POINTS_A_DECADE * decades)) + 1,
-    )
+    beyond = line.decades * np.log(10)
+    decades = np.log10(high / low) + 2 * line.decades
+    points = int(np.ceil(POINTS_A_DECADE * decades)) + 1
+    log_grid = np.linspace(np.log(low) - beyond, np.log(high) + beyond, points)
     grid = np.exp(log_grid)
     needed = np.exp(_first_reached(log_grid, line.loss(grid)[None], reference_line.loss(flops)[None]))[0]
     drawn = np.exp(_first_reached(log_grid, line.drawn(grid), reference_line.drawn(flops))) / flops
@@ -127,7 +131,8 @@ def compute_multipliers(
             own = Estimate.of(value / given, drawn[:, number])
             outside = not all(_within(side, reached, ROUNDING) for side, reached in sides)
             numbers = (float(given), own.value, own.low, own.high)
-            found.append(Multiplier(objective, reference, convention, method, *numbers, outside))
+            names = (objective, reference, convention, method)
+            found.append(Multiplier(*names, *numbers, outside, draws=drawn[:, number]))
     return found
 
 
@@ -143,7 +148,8 @@ def _first_reached(log_grid: Array, losses: Array, goals: Array) -> Array:
     Minus infinity where the grid begins below the goal, infinity where it is never reached, NaN where unknown.
     Between two points of the grid the logarithm of the loss is a straight line.
     """
-    best = np.log(np.minimum.accumulate(losses, axis=1))
+    with np.errstate(divide="ignore"):  # a draw of a law may fall to 0 far beyond its runs
+        best = np.log(np.minimum.accumulate(losses, axis=1))
     wanted = np.log(goals)
     reached = np.empty_like(wanted)
     rows = np.arange(len(best))
@@ -160,118 +166,66 @@ def _first_reached(log_grid: Array, losses: Array, goals: Array) -> Array:
     return reached
 
 
-# --- doubt -----------------------------------------------------------------------------------------------------------
+# --- what is relied on -----------------------------------------------------------------------------------------------
+
+Misfit = Callable[[str, Multiplier], float]
+"""The name of an objective and a multiplier -> the p-value of the lack of fit of the line that it rests on."""
 
 
-def with_doubts(
-    multipliers: list[Multiplier], objectives: Iterable[ObjectiveFits], held_out: list[HeldOut]
-) -> list[Multiplier]:
-    """The same multipliers, each with the reasons to doubt its method by its convention.
+def judged(multipliers: Sequence[Multiplier], held_out: Sequence[HeldOut], misfit: Misfit) -> list[Multiplier]:
+    """The same multipliers, each with the reasons to doubt or to withhold it.
 
-    These are: a largest budget that was held out and lies outside of its predicted interval, and a fit that is
-    rejected (``REJECTED``), of either objective; and, of a single multiplier, a power law beyond its budgets.
+    Doubted is a method whose fit of either objective is rejected (``REJECTED``) or misses a largest budget that was
+    held out. Withheld is a number whose interval is open, and one beyond the budgets of a fit, unless the method
+    passed the held-out test of both objectives. The interval of what is shown beyond the budgets holds the values of
+    the other methods, too.
     """
-    fits, found = {own.objective: own for own in objectives}, []
-    for entry in multipliers:
-        pair = (entry.objective, entry.reference)
-        reasons = [
-            f"{own.objective}'s largest budget, held out, is outside of its interval"
-            for own in held_out
-            if (own.method, own.convention) == (entry.method, entry.convention)
-            and own.objective in pair
-            and own.inside is False
-        ]
-        for name in fits:
-            line = fits[name].line(entry.method, entry.convention) if name in pair else None
-            if line and line.misfit < REJECTED:
-                p_value = f"{line.misfit:.3f}" if line.misfit >= 0.001 else "< 0.001"
-                reasons.append(f"{name}'s fit is rejected (p {p_value})")
-        if not entry.shown:
-            reasons.append("a power law beyond its budgets")
-        found.append(replace(entry, doubt="; ".join(reasons) or None))
-    return found
-
-
-def no_common_loss(
-    objective: str,
-    reference: str,
-    convention: Convention,
-    fits: Mapping[str, ObjectiveFits],
-    multipliers: list[Multiplier],
-) -> str | None:
-    """That the best losses of two objectives share no value within their budgets, and what is missing.
-
-    The missing factor of FLOPs is taken from the multipliers, which are those of all pairs.
-    """
-    theirs, own = (fits[name].envelope[convention].points for name in (reference, objective))
-    behind = own[-1].loss > theirs[0].loss
-    if not behind and own[0].loss >= theirs[-1].loss:
-        return None
     found = [
-        entry
+        replace(entry, doubt=_doubt(entry, held_out, misfit), withheld=_withheld(entry, held_out))
         for entry in multipliers
-        if (entry.objective, entry.reference, entry.convention) == (objective, reference, convention)
     ]
-    least = min(
-        (entry for entry in found if behind and entry.shown), key=lambda entry: entry.reference_flops, default=None
-    )
-    factor = least.multiplier * least.reference_flops / own[-1].flops if least else None
-    by = f", by a factor of about {factor:.2g} ({least.method})" if least and factor else ""
-    printed = "; what is printed is extrapolated" if any(entry.shown for entry in found) else ""
-    smaller, larger = (reference, objective) if behind else (objective, reference)
-    if len(theirs) == len(own) == 1:
-        reached = f"{reference}'s loss is {theirs[0].loss:.3f}, {objective}'s {own[0].loss:.3f}"
-    else:
-        reached = (
-            f"{reference}'s best losses go from {theirs[0].loss:.3f} to {theirs[-1].loss:.3f}, {objective}'s from "
-            f"{own[0].loss:.3f} to {own[-1].loss:.3f}"
-        )
-    return (
-        f"{NO_COMMON_LOSS} by {CONVENTION_NAMES[convention]}: {reached}, so no multiplier is measured{printed}; add "
-        f"smaller budgets for {smaller} or larger ones for {larger}{by}"
-    )
+    return [_widened(entry, found) if entry.extrapolated and entry.shown else entry for entry in found]
 
 
-# --- agreement -------------------------------------------------------------------------------------------------------
+def _tests(entry: Multiplier, held_out: Iterable[HeldOut]) -> list[HeldOut]:
+    return [
+        own
+        for own in held_out
+        if (own.method, own.convention) == (entry.method, entry.convention)
+        and own.of_pair(entry.objective, entry.reference)
+    ]
 
 
-@dataclass(frozen=True)
-class Disagreement:
-    """Two methods whose 95 % intervals of one quantity share no number. Both are known; an infinite end is open."""
-
-    quantity: str
-    objective: str
-    reference: str | None
-    """None where the quantity is none of a pair."""
-    convention: Convention
-    flops: float | None
-    methods: tuple[str, str]
-    values: tuple[float, float]
-    intervals: tuple[tuple[float, float], tuple[float, float]]
-
-    def as_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+def _doubt(entry: Multiplier, held_out: Iterable[HeldOut], misfit: Misfit) -> str | None:
+    reasons = [
+        f"{own.objective}'s largest budget, held out, is outside of its interval"
+        for own in _tests(entry, held_out)
+        if own.inside is False
+    ]
+    for name in (entry.objective, entry.reference):
+        p_value = misfit(name, entry)
+        if p_value < REJECTED:
+            shown = f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"
+            fit = "the joint fit" if entry.method == "joint" else f"{name}'s fit"
+            reasons.append(f"{fit} is rejected (p {shown})")
+    return "; ".join(dict.fromkeys(reasons)) or None
 
 
-def disagreements(objectives: Iterable[ObjectiveFits], multipliers: list[Multiplier]) -> list[Disagreement]:
-    """Where two methods' intervals do not overlap: the exponent of N_opt, and the multiplier at the same budget."""
-    # What was estimated -> its estimates by method.
-    quantities: dict[tuple[str, str, str | None, Convention, float | None], dict[str, Estimate]] = {}
-    for fits in objectives:
-        for convention, isoflop in fits.isoflop.items():
-            if isoflop.n_law and fits.parametric:
-                estimates = {"isoflop": isoflop.n_law.exponent, "parametric": fits.parametric.n_exponent(convention)}
-                quantities[f"exponent of N_opt, {fits.objective}", fits.objective, None, convention, None] = estimates
+def _withheld(entry: Multiplier, held_out: Iterable[HeldOut]) -> str | None:
+    if entry.extrapolated:
+        passed = {own.objective for own in _tests(entry, held_out) if own.inside}
+        if missing := [name for name in (entry.objective, entry.reference) if name not in passed]:
+            return f"beyond its budgets, where the held-out test of {' and '.join(missing)} was not passed"
+    if entry.estimate.interval == "open":
+        return OPEN
+    return None
 
-    def pair(entry: Multiplier) -> tuple[str, str, Convention, float]:
-        return entry.objective, entry.reference, entry.convention, entry.reference_flops
 
-    for entry in sorted(multipliers, key=pair):
-        quantities.setdefault(("compute multiplier", *pair(entry)), {})[entry.method] = entry.estimate
-    found = []
-    for what, estimates in quantities.items():
-        for (one, own), (other, its) in combinations(estimates.items(), 2):
-            if not own.overlaps(its):
-                ends = ((own.low, own.high), (its.low, its.high))
-                found.append(Disagreement(*what, (one, other), (own.value, its.value), ends))
-    return found
+def _widened(entry: Multiplier, among: Sequence[Multiplier]) -> Multiplier:
+    """The multiplier with an interval that holds what other methods give at the same point."""
+    others = [
+        other.multiplier
+        for other in among
+        if other.point == entry.point and other.method != entry.method and other.shown and other.trusted
+    ]
+    return replace(entry, low=min([entry.low, *others]), high=max([entry.high, *others]))

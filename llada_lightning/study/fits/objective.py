@@ -1,49 +1,26 @@
-"""All fits of one objective's runs, and its largest budget as fits without that budget predict it."""
+"""All fits of one objective's runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from llada_lightning.compute.flops import Convention
-from llada_lightning.study.fits.envelope import Candidates, EnvelopeFit, fit_envelope
-from llada_lightning.study.fits.isoflop import MIN_SHAPES, IsoflopFit, LossCurve, fit_isoflop, parabola_spread
-from llada_lightning.study.fits.least_squares import Estimate, PowerLaw, interval
+from llada_lightning.study.fits.envelope import EnvelopeFit, fit_envelope
+from llada_lightning.study.fits.isoflop import IsoflopFit, fit_isoflop, parabola_spread
+from llada_lightning.study.fits.least_squares import LossCurve
+from llada_lightning.study.fits.lines import LossLine
 from llada_lightning.study.fits.parametric import ParametricFit, fit_parametric, too_few
-from llada_lightning.study.fits.runs import Unit, budget_members, flops_column, planned_convention
-from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread, best_known, drawn_tau
+from llada_lightning.study.fits.runs import Unit, planned_convention
+from llada_lightning.study.fits.uncertainty import UNKNOWN, Noise, Spread, best_known
 
-Method = Literal["envelope", "isoflop", "parametric"]
+Method = Literal["read-off", "joint", "isoflop", "parametric", "envelope"]
 METHODS: tuple[Method, ...] = get_args(Method)
-
-
-@dataclass(frozen=True)
-class LossLine:
-    """The best loss at given training FLOPs by some method, at its point estimate and in every draw.
-
-    Multipliers and held-out predictions use the fit of a method through this class alone.
-    """
-
-    flops_range: tuple[float, float]
-    """The smallest and the largest training FLOPs of the budgets that it goes through."""
-    loss: Callable[[npt.ArrayLike], Array]
-    """FLOPs (k,) -> losses (k,)."""
-    drawn: Callable[[npt.ArrayLike], Array]
-    """FLOPs (k,) -> losses (samples, k)."""
-    misfit: float
-    """p-value of the lack of fit; NaN where there is no test of it."""
-    scatter: Spread
-    """The residual spread of log loss, beyond the errors of its points and the spread of runs."""
-
-    @classmethod
-    def of(cls, law: PowerLaw | LossCurve, flops_range: tuple[float, float]) -> LossLine:
-        return cls(flops_range, law.loss, law.drawn, law.misfit, law.scatter)
+"""``envelope``: the bent curve through the best losses. ``joint`` is a fit of two objectives (``joint``)."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +35,25 @@ class ObjectiveFits:
     parametric_note: str | None
     spread: Spread
     """The spread of log loss between runs beyond their known errors, which the envelope and the isoFLOP fit use."""
+    error: float
+    """The known standard error of log loss of a run, the median over the runs; 0 where none is known."""
 
     def line(self, method: Method, convention: Convention) -> LossLine | None:
         """The best loss against FLOPs by a method; None where it has no fit, or one that the data leave open."""
         envelope, isoflop, parametric = self.envelope[convention], self.isoflop[convention], self.parametric
-        if method == "envelope" and envelope.law:
-            return LossLine.of(envelope.law, envelope.flops_range)
-        if method == "isoflop" and isoflop.loss_curve:
-            return LossLine.of(isoflop.loss_curve, isoflop.flops_range)
-        if method == "parametric" and parametric and parametric.identified:
-            own, runs = parametric.scatter, self.spread
-            tau = float(np.sqrt(max(0.0, own.tau**2 - runs.tau**2))) if runs.known else own.tau
+        if method == "read-off":
+            return envelope.read_off.line() if envelope.read_off else None
+        if method == "envelope":
+            return _line_of(envelope.curve, envelope.flops_range) if envelope.curve else None
+        if method == "isoflop":
+            return _line_of(isoflop.loss_curve, isoflop.flops_range) if isoflop.loss_curve else None
+        if method == "parametric" and parametric and parametric.converged:
             return LossLine(
                 parametric.flops_ranges[convention],
                 partial(parametric.frontier_loss, convention),
                 partial(parametric.drawn_frontier, convention),
                 parametric.misfit,
-                replace(own, tau=tau),
+                parametric.scatter.beyond(self.spread),
             )
         return None
 
@@ -102,6 +81,10 @@ class ObjectiveFits:
             "isoflop": {name: fit.as_dict() for name, fit in self.isoflop.items()},
             "envelope": {name: fit.as_dict() for name, fit in self.envelope.items()},
         }
+
+
+def _line_of(curve: LossCurve, flops_range: tuple[float, float]) -> LossLine:
+    return LossLine(flops_range, curve.loss, curve.drawn, curve.misfit, curve.scatter)
 
 
 def fit_objective(
@@ -140,99 +123,5 @@ def fit_objective(
         parametric,
         lacking,
         spread,
+        float(np.sqrt(np.median(noise.variances))),
     )
-
-
-# --- held-out --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The loss at the largest budget as a fit without that budget predicts it; 95 % interval for the observation."""
-
-    objective: str
-    convention: Convention
-    method: Method
-    flops: float
-    observed: float
-    predicted: float
-    low: float
-    high: float
-    relative_error: float
-    """Predicted over observed, less one."""
-    inside: bool | None
-    """Whether the observation is in the interval; None where there is none."""
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "interval": Estimate(self.predicted, self.low, self.high).interval}
-
-
-def hold_out(
-    runs: pd.DataFrame, fits: ObjectiveFits, unit: Unit, noise: Noise, seed: int = 0, *, borrowed: Spread = UNKNOWN
-) -> list[HeldOut]:
-    """Fits the smaller budgets of one objective and predicts the loss at the largest, by each method and convention.
-
-    Held out is the largest budget of enough shapes for a parabola, if there is one; what is larger is left out too.
-    The observation is the optimum of the budget's parabola, or its best shape where there is none (and for the
-    envelope). The interval is for the observation: it holds the errors of prediction and observation, drawn jointly,
-    so that an error that all runs share does not count, and the residuals of the method's law. Methods that have no
-    fit of the smaller budgets are left out. ``fits`` are those of all ``runs``; the other arguments are as for
-    ``fit_objective``.
-    """
-    conventions = tuple(fits.envelope)
-    planned = planned_convention(runs, conventions)
-    held, rest = _divided(runs, planned)
-    if not len(rest):
-        return []
-    smaller = runs.iloc[rest].reset_index(drop=True)
-    fewer = fit_objective(fits.objective, smaller, conventions, unit, noise.take(rest), seed, borrowed=borrowed)
-    budget = Candidates.of(runs.iloc[held].reset_index(drop=True), planned, unit, noise.take(held))
-    generator = np.random.default_rng(seed)
-    normals, uniforms = generator.standard_normal(noise.samples), generator.uniform(size=noise.samples)
-    results = []
-    for convention in conventions:
-        spread = best_known(fewer.spread, fewer.envelope[convention].spread)
-        best = _best_shape(budget, runs.iloc[held], convention, spread)
-        optimum = _optimum(fits.isoflop[convention], held) or best
-        for method in METHODS:
-            line = fewer.line(method, convention)
-            if line:
-                flops, observed, errors = best if method == "envelope" else optimum
-                predicted = float(np.log(line.loss([flops])[0]))
-                missed = np.log(line.drawn([flops])[:, 0]) - predicted - errors
-                missed += drawn_tau(line.scatter, uniforms) * normals
-                low, high = (float(np.exp(end)) for end in interval(predicted + missed))
-                loss = float(np.exp(observed))
-                inside = low <= loss <= high if np.isfinite(low + high) else None
-                relative = float(np.expm1(predicted - observed))
-                numbers = (flops, loss, float(np.exp(predicted)), low, high, relative)
-                results.append(HeldOut(fits.objective, convention, method, *numbers, inside))
-    return results
-
-
-def _divided(runs: pd.DataFrame, planned: Convention) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Row positions of the budget to be held out, and of all that are smaller."""
-    budgets = budget_members(runs[flops_column(planned)])
-    sizes = runs["params_nonembedding"].to_numpy(float)
-    wide = [number for number, rows in enumerate(budgets) if len(np.unique(sizes[rows])) >= MIN_SHAPES]
-    last = wide[-1] if wide else len(budgets) - 1
-    return budgets[last], np.sort(np.concatenate([np.empty(0, np.intp), *budgets[:last]]))
-
-
-Observation = tuple[float, float, Array]
-"""A held-out budget: its FLOPs, its log loss, and the true less the observed log loss in every draw (samples,)."""
-
-
-def _best_shape(budget: Candidates, runs: pd.DataFrame, convention: Convention, spread: Spread) -> Observation:
-    everything = np.arange(len(budget.rows))
-    best = budget.best(everything)
-    flops = float(runs[flops_column(convention)].to_numpy(float)[budget.rows[best]].mean())
-    return flops, float(budget.log_loss[best]), budget.errors(everything, spread)
-
-
-def _optimum(fit: IsoflopFit, held: npt.NDArray[np.intp]) -> Observation | None:
-    for budget in fit.budgets:
-        if budget.interior and set(budget.rows) == set(held):
-            value = float(np.log(budget.loss_opt.value))
-            return budget.flops, value, budget.drawn_log_loss_opt - value
-    return None

@@ -160,7 +160,7 @@ def fit_rules(
 _COLUMNS = [
     "run", "objective", "shape", "params_nonembedding", "tokens", "steps", "flops_6nd", "flops_total", "lr",
     "global_batch_tokens", "sequence_length", "vocab_size", "tokenizer", "data_fingerprint", "val_nats_per_token",
-    "val_stderr",
+    "val_stderr", "seed", "parent_checkpoint",
 ]  # fmt: skip
 
 

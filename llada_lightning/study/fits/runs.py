@@ -12,6 +12,7 @@ import pandas as pd
 from llada_lightning.compute.flops import CONVENTIONS, Convention
 from llada_lightning.objectives import OBJECTIVES, get_objective
 from llada_lightning.records import DONE
+from llada_lightning.study.fits.seeds import seed_scales
 from llada_lightning.study.fits.uncertainty import Array, Noise
 from llada_lightning.study.yardstick import yardstick_of
 from llada_lightning.support.errors import UserError
@@ -252,15 +253,30 @@ def noise_of_runs(runs: pd.DataFrame, covariance: pd.DataFrame | None, samples: 
     """
     loss, stderr = losses(runs, "nats_per_token")
     known = np.isfinite(stderr) & (stderr > 0)
+    between = trunks_of(runs), seed_scales(runs)
     if covariance is not None:
         lacking = np.isin(run_names(runs), runs_without(covariance, runs))
         if np.all(known[lacking]):
             joint = np.diag(np.where(lacking, stderr, 0.0) ** 2)
             joint[np.ix_(~lacking, ~lacking)] = _matching(covariance, runs[~lacking])
-            return Noise.of(joint / np.outer(loss, loss), "covariance", samples, seed)
+            return Noise.of(joint / np.outer(loss, loss), "covariance", samples, seed, *between)
     if np.all(known):
-        return Noise.of(np.diag((stderr / loss) ** 2), "standard errors", samples, seed)
-    return Noise.of(np.zeros((len(runs), len(runs))), "scatter", samples, seed)
+        return Noise.of(np.diag((stderr / loss) ** 2), "standard errors", samples, seed, *between)
+    return Noise.of(np.zeros((len(runs), len(runs))), "scatter", samples, seed, *between)
+
+
+def trunks_of(runs: pd.DataFrame) -> npt.NDArray[np.intp]:
+    """(n,) the number of each run's trunk.
+
+    Milestones of a run are rows of one name. Branches are runs that began from a checkpoint; those of one objective,
+    size, seed, rate and batch left the same trunk.
+    """
+    same = ["objective", "params_nonembedding", "seed"]
+    columns = [*same, "lr", "global_batch_tokens", "sequence_length"]
+    branch = runs["parent_checkpoint"].notna().to_numpy(bool)
+    shared = runs.groupby(columns, dropna=False, sort=False).ngroup().to_numpy()
+    alone = runs.groupby([*same, "run"], dropna=False, sort=False).ngroup().to_numpy()
+    return np.where(branch, shared, len(runs) + alone)
 
 
 def run_names(runs: pd.DataFrame) -> list[str]:

@@ -20,7 +20,9 @@ from llada_lightning.study.plan.trunk import (
     Branch,
     Grid,
     Recipe,
+    SeedsAt,
     Trunk,
+    cheap_points,
     check_positive,
     plan_trunk,
     shapes_at,
@@ -246,6 +248,7 @@ def plan_study(
     machine: Machine | None = None,
     convention: Convention = "6nd",
     seeds: Sequence[int] = (0,),
+    seeds_at: SeedsAt = "cheap",
     separate: bool = False,
     overlap: bool = False,
     multiplier: float | None = None,
@@ -261,7 +264,9 @@ def plan_study(
         recipe: How hyperparameters follow.
         machine: The machine that runs it, for memory and hours.
         convention: Which FLOPs a budget counts, and so which are equal between objectives.
-        seeds: The seeds. There is a run for each of them.
+        seeds: The seeds. The first one is run everywhere.
+        seeds_at: Where the others are run: at the middle shape of each objective's three smallest budgets, or
+            everywhere. Of a tuning study they are run everywhere.
         separate: Whether each budget is a run of its own instead of a branch, with the same rates, batches and warmups.
         overlap: Whether the reference's budgets are lowered to where it has the losses of the other objectives.
         multiplier: The FLOPs of the other objectives over the reference's at equal loss; None: as measured.
@@ -300,9 +305,15 @@ def plan_study(
                 continue
             for shape in shapes_at(budget, objective, grid, stream, convention):
                 served.setdefault(shape, []).append(budget)
+        cheap = cheap_points(served)
         for shape in sorted(served, key=lambda shape: shape.params_nonembedding):
-            for seed in seeds:
-                trunks.append(plan_trunk(objective, shape, seed, served[shape], stream, recipe, machine, convention))
+            trunk = plan_trunk(objective, shape, seeds[0], served[shape], stream, recipe, machine, convention)
+            own = recipe.as_of(trunk)
+            trunks.append(trunk)
+            for seed in seeds[1:]:
+                repeated = served[shape] if seeds_at == "all" else cheap.get(shape, [])
+                if repeated:
+                    trunks.append(plan_trunk(objective, shape, seed, repeated, stream, own, machine, convention))
     return Plan(
         budgets=tuple(sorted({budget for own in by_objective.values() for budget in own})),
         objectives=tuple(objectives),

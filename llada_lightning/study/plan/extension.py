@@ -19,7 +19,7 @@ from llada_lightning.compute.shapes import Shape
 from llada_lightning.settings import check_seed
 from llada_lightning.study.plan import Plan, checked_budgets
 from llada_lightning.study.plan.comparison import budgets_of
-from llada_lightning.study.plan.trunk import Branch, Recipe, Trunk, plan_trunk, shapes_at
+from llada_lightning.study.plan.trunk import Branch, SeedsAt, Trunk, cheap_points, plan_trunk, shapes_at
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import is_there
 from llada_lightning.support.printing import shortened
@@ -106,7 +106,7 @@ def read_commands(path: Path) -> tuple[list[str], list[list[str]]]:
 # --- plans that grow -------------------------------------------------------------------------------------------------
 
 
-def extend(plan: Plan, budgets: Sequence[float], seeds: Sequence[int]) -> Plan:
+def extend(plan: Plan, budgets: Sequence[float], seeds: Sequence[int], seeds_at: SeedsAt = "cheap") -> Plan:
     """A plan with further budgets and seeds: the runs of before in their order, and the new ones behind them.
 
     A shape that the plan has keeps its rate, batch and warmup. Its new budgets become runs that start from the fork
@@ -114,9 +114,11 @@ def extend(plan: Plan, budgets: Sequence[float], seeds: Sequence[int]) -> Plan:
 
     Args:
         plan: The plan.
-        budgets: The training FLOPs of the new budgets, for the seeds of before and for new ones. A plan that lowers the
+        budgets: The training FLOPs of the new budgets, for the seeds that are run everywhere. A plan that lowers the
             reference's budgets lowers these by the same factor.
-        seeds: The new seeds, for the budgets of before and for new ones.
+        seeds: The new seeds.
+        seeds_at: Where the new seeds are run: at the middle shape of each objective's three smallest budgets, or at
+            all points, those of the new budgets included.
 
     Raises:
         UserError: A budget or a seed is there already, or does not fit.
@@ -129,6 +131,8 @@ def extend(plan: Plan, budgets: Sequence[float], seeds: Sequence[int]) -> Plan:
     added = checked_budgets(budgets) if budgets else ()
     of_each = {objective: budgets_of(objective, added, plan.lowered_by) for objective in plan.objectives}
     old_seeds = list(dict.fromkeys(trunk.seed for trunk in plan.trunks))
+    points = {seed: _points(plan, seed) for seed in old_seeds}
+    everywhere = [seed for seed in old_seeds if points[seed] == points[old_seeds[0]]]
     present = [("flops", own) for name in plan.objectives for own in of_each[name] if own in plan.budgets_of(name)]
     present += [("seeds", seed) for seed in seeds if seed in old_seeds]
     for option, value in present[:1]:
@@ -146,25 +150,30 @@ def extend(plan: Plan, budgets: Sequence[float], seeds: Sequence[int]) -> Plan:
             for shape in shapes_at(budget, objective, plan.grid, plan.stream, plan.convention):
                 served.setdefault(shape, []).append(budget)
         for shape in sorted(served, key=lambda shape: shape.params_nonembedding):
-            for seed in old_seeds:
+            for seed in everywhere:
                 trunks += _parts(plan, objective, shape, seed, served[shape])
         every: dict[Shape, set[float]] = {shape: set(own) for shape, own in served.items()}
         for trunk in plan.trunks:
             if trunk.objective == objective:
                 every.setdefault(trunk.shape, set()).update(branch.budget for branch in trunk.branches)
-        for shape in sorted(every, key=lambda shape: shape.params_nonembedding):
-            trunks += [_trunk(plan, objective, shape, seed, sorted(every[shape])) for seed in seeds]
+        of_seeds = {shape: sorted(own) for shape, own in every.items()}
+        of_seeds = of_seeds if seeds_at == "all" else cheap_points(of_seeds)
+        for shape in sorted(of_seeds, key=lambda shape: shape.params_nonembedding):
+            trunks += [_trunk(plan, objective, shape, seed, of_seeds[shape]) for seed in seeds]
     every_budget = {*plan.budgets, *(budget for own in of_each.values() for budget in own)}
     return replace(plan, budgets=tuple(sorted(every_budget)), trunks=(*plan.trunks, *trunks))
+
+
+def _points(plan: Plan, seed: int) -> set[tuple[str, Shape, float]]:
+    """The objective, shape and budget of each result of a seed."""
+    own = [trunk for trunk in plan.trunks if trunk.seed == seed]
+    return {(trunk.objective, trunk.shape, branch.budget) for trunk in own for branch in trunk.branches}
 
 
 def _trunk(plan: Plan, objective: str, shape: Shape, seed: int, budgets: Sequence[float]) -> Trunk:
     """A trunk of its own, with the rate, batch and warmup that its shape has in the plan."""
     known = next((own for own in plan.trunks if (own.objective, own.shape) == (objective, shape)), None)
-    recipe: Recipe = plan.recipe
-    if known is not None:
-        settings = {"lr": known.lr, "batch": known.global_batch, "warmup_steps": known.warmup_steps}
-        recipe = replace(recipe, lr_scale={objective: 1.0}, **settings)  # type: ignore[arg-type]
+    recipe = plan.recipe if known is None else plan.recipe.as_of(known)
     return plan_trunk(objective, shape, seed, budgets, plan.stream, recipe, plan.machine, plan.convention)
 
 

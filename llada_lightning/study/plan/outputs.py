@@ -41,9 +41,23 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.width = WIDTH  # a narrower terminal wraps; cut figures would say nothing
     console.print(plan_table(plan))
     if len(seeds := list(dict.fromkeys(trunk.seed for trunk in plan.trunks))) > 1:
-        console.print(f"each of these with the seeds {', '.join(map(str, seeds))}", soft_wrap=True)
+        console.print(_about_seeds(plan, seeds), soft_wrap=True)
     for line in [*describe_totals(plan), *(f"note: {warning}" for warning in plan.warnings())]:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _about_seeds(plan: Plan, seeds: list[int]) -> str:
+    """Where the seeds after the first are run."""
+    trunks = {seed: [trunk for trunk in plan.trunks if trunk.seed == seed] for seed in seeds}
+    if len({sum(len(trunk.branches) for trunk in own) for own in trunks.values()}) == 1:
+        return f"each of these with the seeds {', '.join(map(str, seeds))}"
+    points = [
+        f"{trunk.objective} {trunk.shape.n_layers}x{trunk.shape.d_model} at "
+        + ", ".join(f"{branch.budget:.3g}" for branch in trunk.branches)
+        for trunk in trunks[seeds[1]]
+    ]
+    further = " and ".join(map(str, seeds[1:]))
+    return f"these are of seed {seeds[0]}; runs of seed {further} tell the noise: {'; '.join(points)} (--seeds-at)"
 
 
 def plan_table(plan: Plan) -> Table:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from statistics import geometric_mean
+from typing import Literal
 
 from llada_lightning.compute.flops import MAX_BATCH, MAX_STEPS, Convention, TrainingFlops, flops_6nd
 from llada_lightning.compute.hardware import Machine
@@ -115,6 +116,28 @@ def shapes_at(
     return tuple(different)
 
 
+NOISE_POINTS = 3
+"""At so many budgets of an objective further seeds tell the noise and how it changes, if they are not everywhere."""
+
+SeedsAt = Literal["cheap", "all"]
+"""Where seeds after the first are run: at ``cheap_points``, or wherever the first one is."""
+
+
+def cheap_points(served: Mapping[Shape, Sequence[float]]) -> dict[Shape, list[float]]:
+    """The middle shape of each of an objective's smallest budgets, with these budgets.
+
+    ``served`` are the budgets of each shape.
+    """
+    budgets = sorted({budget for own in served.values() for budget in own})[:NOISE_POINTS]
+    found: dict[Shape, list[float]] = {}
+    for budget in budgets:
+        shapes = sorted(
+            (shape for shape, own in served.items() if budget in own), key=lambda own: own.params_nonembedding
+        )
+        found.setdefault(shapes[len(shapes) // 2], []).append(budget)
+    return found
+
+
 # --- trunks ----------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +168,11 @@ class Recipe:
     @property
     def rules(self) -> Rules:
         return Rules(lr=self.lr_rule, batch=self.batch_rule)
+
+    def as_of(self, trunk: Trunk) -> Recipe:
+        """The recipe that gives other runs of a trunk's shape its rate, batch and warmup."""
+        settings = {"lr": trunk.lr, "batch": trunk.global_batch, "warmup_steps": trunk.warmup_steps}
+        return replace(self, lr_scale={trunk.objective: 1.0}, **settings)  # type: ignore[arg-type]
 
     def check(self) -> None:
         """Raises UserError where a number makes no run."""

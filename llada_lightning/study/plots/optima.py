@@ -165,7 +165,7 @@ def _optimum_legend(fits: StudyFits, convention: Convention) -> list[list[Artist
 
 # --- the compute multiplier ------------------------------------------------------------------------------------------
 
-_DODGE = {"envelope": 1 / 1.05, "isoflop": 1.0, "parametric": 1.05}
+_DODGE = {"read-off": 1 / 1.1, "joint": 1.1, "isoflop": 1.0, "parametric": 1.05, "envelope": 1 / 1.05}
 """Factors by which points of one budget are set side by side, or their bars would hide each other."""
 
 

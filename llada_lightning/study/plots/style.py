@@ -31,7 +31,7 @@ from llada_lightning.study.fits.least_squares import Estimate
 from llada_lightning.study.fits.runs import UNIT_NAMES, Unit, base_objective
 from llada_lightning.support.files import written_atomically
 
-LineStyle = Literal["-", "--", "-.", ":"]
+LineStyle = Literal["-", "--", "-.", ":"] | tuple[float, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,11 @@ class Style:
 
 
 METHODS = {
-    "envelope": Style("envelope", "#000000", "-", "o"),
+    "read-off": Style("read off the losses", "#000000", "-", "o"),
+    "joint": Style("joint L(N, D)", "#0072B2", (0, (6, 1.5)), "D"),
     "isoflop": Style("IsoFLOP", "#009E73", "--", "s"),
     "parametric": Style("parametric L(N, D)", "#CC79A7", "-.", "^"),
+    "envelope": Style("bent envelope", "#E69F00", ":", "v"),
 }
 """The methods of fitting."""
 

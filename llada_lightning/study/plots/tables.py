@@ -122,7 +122,7 @@ def _draw_task(
             members[flops_column(convention)].to_numpy(float),
             members[_PREFIX + name].to_numpy(float),
             yerr=None if error is None else np.nan_to_num(error.to_numpy(float, na_value=np.nan)),
-            fmt=style.line,
+            linestyle=style.line,
             marker=markers[float(size)],  # type: ignore[arg-type]
             color=style.color,
             markerfacecolor=style.face,
