@@ -15,6 +15,7 @@ import yaml
 from helpers.studies import record
 from llada_lightning.commands.sweep import run_folder
 from llada_lightning.compute.shapes import get_shape
+from llada_lightning.data.manifest import read_data_facts
 from llada_lightning.records import write_records
 from llada_lightning.study.plan.tuning import BATCHES, RATES
 from llada_lightning.study.results import table_of_records
@@ -129,6 +130,7 @@ def finish_tuning_runs(file: Path | str, bowls: Mapping[str, Bowl]) -> int:
             "flops_6nd": budget,
             "sequence_length": data["sequence_length"],
             "vocab_size": 512,
+            "tokenizer": read_data_facts(data["path"], data["sequence_length"]).tokenizer,
         }
         write_records(folder, [record(name, model["shape"], budget, float(np.exp(log_loss)), **given)])
     return len(sweep.points)

@@ -137,7 +137,8 @@ class PowerLaw:
     def drawn(self, flops: npt.ArrayLike) -> Array:
         """y at given FLOPs in every draw: (samples, *flops.shape)."""
         distance = self.sign * np.log(np.atleast_1d(np.asarray(flops, float)) / self.c0)
-        return np.exp(self.draws[:, :1] + self.draws[:, 1:] * distance)
+        with np.errstate(over="ignore"):  # of draws whose exponent ran away
+            return np.exp(self.draws[:, :1] + self.draws[:, 1:] * distance)
 
     def band(self, flops: npt.ArrayLike) -> tuple[Array, Array]:
         """Lower and upper end of the 95 % interval of y at given FLOPs."""
