@@ -32,9 +32,9 @@ from llada_lightning.study.fits.parametric import (
     drawn_errors,
     fit_laws,
     flops_ranges,
+    goals_of,
     law_curve,
     minimum,
-    nodes,
     scales,
     too_few,
     with_limits,
@@ -163,7 +163,7 @@ def fit_joint(
         )
         for name, places, runs in zip(names, SHARED_EXPONENTS, tables, strict=True)
     }
-    misfit, same_exponents, same_e = _tests(both, parabolas, fit.least)
+    misfit, same_exponents, same_e = _tests(both, parabolas, [fit.least, *fit.starts])
     return JointFit(
         *names,
         laws,
@@ -179,20 +179,20 @@ def fit_joint(
 # --- tests ------------------------------------------------------------------------------------------------------------
 
 
-def _tests(both: Sequence[Points], parabolas: Pair[Spread], least: Array) -> tuple[float, float, float]:
+def _tests(both: Sequence[Points], parabolas: Pair[Spread], begin: list[Array]) -> tuple[float, float, float]:
     """p-values of the lack of fit, of shared exponents, and of one E, each by draws of the errors alone.
 
     The errors are the known ones and the spread of runs about the parabolas of their budgets, which assume less than
     any law of N and D. A draw changes the weighted sum of squares of a fit as it does that of the fit's linear part.
+    The fits begin from parameters of the laws with shared exponents, ``begin``.
     """
     if not all(
         spread.known and (own.noise.known or spread.tau > 0) for own, spread in zip(both, parabolas, strict=True)
     ):
         return np.nan, np.nan, np.nan
-    y = np.concatenate([*(own.y for own in both), np.zeros(len(both))])
+    y = goals_of(both)
     scale = np.concatenate([scales(own.noise, spread) for own, spread in zip(both, parabolas, strict=True)])
     unit, shared = with_limits(scale, both), law_curve(both, SHARED_EXPONENTS)
-    begin = [least, *nodes(both, SHARED_EXPONENTS)]
     separately = [np.concatenate([theta[list(own)] for own in SHARED_EXPONENTS]) for theta in begin]
     fits = (
         (shared, begin, y, unit),

@@ -210,6 +210,8 @@ class LawsFit:
     least_jacobian: Array
     scatters: tuple[Spread, ...]
     """The residual spread of each objective's log losses, beyond the known errors."""
+    starts: list[Array]
+    """The nodes of the grid that the fit began from, the best ones first."""
 
 
 def fit_laws(points: Sequence[Points], places: Places) -> LawsFit:
@@ -217,7 +219,7 @@ def fit_laws(points: Sequence[Points], places: Places) -> LawsFit:
 
     Each residual is in units of the standard deviation of its objective's losses about the law.
     """
-    y, count = _log_losses(points), sum(len(own.y) for own in points)
+    y, count = goals_of(points), sum(len(own.y) for own in points)
     curve, starts = law_curve(points, places), nodes(points, places)
     known = with_limits(np.concatenate([1 / np.sqrt(own.noise.weights()) for own in points]), points)
     least, _ = minimum(curve, y, known, starts, np.inf)
@@ -235,7 +237,7 @@ def fit_laws(points: Sequence[Points], places: Places) -> LawsFit:
         for errors in drawn_errors(points, scatters)
     ]
     draws, converged = (np.concatenate(parts) for parts in zip(*fits, strict=True))
-    return LawsFit(theta, draws, converged, gradient, middle[:count], least, fitted, jacobian, scatters)
+    return LawsFit(theta, draws, converged, gradient, middle[:count], least, fitted, jacobian, scatters, starts)
 
 
 def rows_of(points: Sequence[Points]) -> list[slice]:
@@ -269,7 +271,7 @@ def with_limits(scale: Array, points: Sequence[Points]) -> Array:
     return np.append(scale, np.full(len(points), LIMIT_SCALE))
 
 
-def _log_losses(points: Sequence[Points]) -> Array:
+def goals_of(points: Sequence[Points]) -> Array:
     """The goals of a fit: the log losses, and no E below zero."""
     return np.concatenate([*(own.y for own in points), np.zeros(len(points))])
 
