@@ -31,8 +31,6 @@ class Envelope:
     """(k,) rising."""
     losses: Array
     """(k,) falling."""
-    drawn_flops: Array
-    """(samples, k): of the shape that is the best in that draw."""
     drawn_losses: Array
     """(samples, k)"""
 
@@ -56,13 +54,12 @@ class Envelope:
         best = [shapes.best(budget) for budget in budgets]
         luck = np.array([shapes.luck(budget, seeds) for budget in budgets])
         errors = np.stack([shapes.errors(budget, seeds) for budget in budgets], axis=1)
-        chosen = np.stack([shapes.chosen(budget, seeds) for budget in budgets], axis=1)
         losses, drawn = np.exp(shapes.log_loss[best] + luck), np.exp(shapes.log_loss[best] + errors)
-        return cls(flops[best], losses, flops[chosen], drawn)
+        return cls(flops[best], losses, drawn)
 
     def take(self, budgets: npt.ArrayLike) -> Envelope:
         """Of some of the budgets, by their positions."""
-        every = (self.flops, self.losses, self.drawn_flops, self.drawn_losses)
+        every = (self.flops, self.losses, self.drawn_losses)
         return Envelope(*(values[..., np.asarray(budgets, np.intp)] for values in every))
 
     def without(self, budget: int) -> Envelope:
@@ -100,7 +97,7 @@ def read_off(arm: Envelope, llada: Envelope) -> ReadOff:
     values = multipliers(arm, llada)
     kept = llada.take([number for number, flops in enumerate(llada.flops) if float(flops) in values])
     found = np.array(list(values.values()))
-    drawn = np.log(kept.drawn_flops) - log_flops_for(kept.drawn_losses, arm.drawn_flops, arm.drawn_losses)
+    drawn = np.log(kept.flops) - log_flops_for(kept.drawn_losses, arm.flops, arm.drawn_losses)
     with np.errstate(over="ignore"):  # infinite where a draw is nearly flat
         estimates = [Estimate.of(value, np.exp(draws)) for value, draws in zip(found, drawn.T, strict=True)]
         growth = Estimate.of(found[-1] / found[0], np.exp(drawn[:, -1] - drawn[:, 0]))
@@ -127,7 +124,7 @@ def slope_weights(x: Array) -> Array:
 
 def multipliers(arm: Envelope, llada: Envelope) -> dict[float, float]:
     """FLOPs of ``llada`` -> multiplier, where its loss lies between two of ``arm``'s."""
-    needed = np.exp(log_flops_for(llada.losses[None], arm.flops[None], arm.losses[None])[0])
+    needed = np.exp(log_flops_for(llada.losses[None], arm.flops, arm.losses[None])[0])
     return {
         float(flops): float(flops / own)
         for flops, loss, own in zip(llada.flops, llada.losses, needed, strict=True)
@@ -136,14 +133,12 @@ def multipliers(arm: Envelope, llada: Envelope) -> dict[float, float]:
 
 
 def log_flops_for(goals: Array, flops: Array, losses: Array) -> Array:
-    """log FLOPs at which a falling envelope first has a loss, per draw: goals (S, b), flops and losses (S, a)."""
-    order = np.argsort(flops, axis=1)
-    x = np.log(np.take_along_axis(flops, order, axis=1))
-    best = np.log(np.minimum.accumulate(np.take_along_axis(losses, order, axis=1), axis=1))
+    """log FLOPs at which a falling envelope has a loss, per draw: goals (S, b), flops (a,) rising, losses (S, a)."""
+    x, best = np.log(flops), np.log(np.minimum.accumulate(losses, axis=1))
     needed, rows = np.empty_like(goals), np.arange(len(goals))
     for column, goal in enumerate(np.log(goals).T):
-        right = np.clip(np.sum(best > goal[:, None], axis=1), 1, x.shape[1] - 1)
+        right = np.clip(np.sum(best > goal[:, None], axis=1), 1, len(x) - 1)
         before, after = best[rows, right - 1], best[rows, right]
-        slope = np.minimum((after - before) / (x[rows, right] - x[rows, right - 1]), -1e-6)  # a draw may be flat
-        needed[:, column] = x[rows, right - 1] + (goal - before) / slope
+        slope = np.minimum((after - before) / (x[right] - x[right - 1]), -1e-6)  # a draw may be flat
+        needed[:, column] = x[right - 1] + (goal - before) / slope
     return needed

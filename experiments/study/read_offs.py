@@ -89,7 +89,7 @@ class ReadOffs:
         losses, spent = (runs[name].to_numpy(float) for name in ("val_nats_per_token", flops_column(convention)))
         near = np.log(losses / losses.min()) < self.seeds["llada"].tau
         goals = losses[near] * llada.losses[-1] / losses.min()
-        found = spent[near] / np.exp(matched.log_flops_for(goals[None], arm.flops[None], arm.losses[None])[0])
+        found = spent[near] / np.exp(matched.log_flops_for(goals[None], arm.flops, arm.losses[None])[0])
         return f"{found.min():.3g} to {found.max():.3g}"
 
     def range_of(self, objective: str, column: str, form: str = ",.0f") -> str:

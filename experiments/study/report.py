@@ -329,7 +329,7 @@ def read_off_points(fits: StudyFits) -> list[Matched]:
     """The multiplier (6ND) at ``arm``'s measured best losses, between two of ``llada``'s; of a study without errors."""
     points = [fits.envelopes("6nd")[name].points for name in OBJECTIVES]
     found = [[np.array([getattr(point, name) for point in own]) for name in ("flops", "loss")] for own in points]
-    arm, llada = (Envelope(flops, losses, flops[None], losses[None]) for flops, losses in found)
+    arm, llada = (Envelope(flops, losses, losses[None]) for flops, losses in found)
     shares = multipliers(llada, arm)  # FLOPs of arm over those of llada
     return [
         Matched(flops / shares[flops], loss, flops, Estimate(1 / shares[flops], np.nan, np.nan))

@@ -76,9 +76,10 @@ def main(argv: list[str]) -> int:
 
 
 def _print(forecast: Forecast, out: Path) -> None:
+    from llada_lightning.study.forecast import Scored
     from llada_lightning.study.report import forecast_table
 
     console = people_console()
     console.print(f"Budgets by {CONVENTION_NAMES[forecast.convention]}; intervals of 95 % for the measured loss")
-    console.print(forecast_table([(prediction, None) for prediction in forecast.predictions]))
+    console.print(forecast_table(Scored(prediction, None) for prediction in forecast.predictions))
     console.print(f"-> {out}, {forecast.created}", soft_wrap=True)

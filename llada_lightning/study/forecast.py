@@ -17,6 +17,7 @@ import pandas as pd
 
 from llada_lightning.compute.flops import Convention
 from llada_lightning.study.fits import METHODS, Estimate, Method, StudyFits, Unit
+from llada_lightning.study.fits.held_out import is_inside
 from llada_lightning.study.fits.least_squares import interval
 from llada_lightning.study.fits.multiplier import EXTRAPOLATION
 from llada_lightning.study.fits.runs import BUDGET_TOLERANCE
@@ -75,12 +76,12 @@ class Scored:
 
     prediction: Prediction
     observed: float | None
-    """The best measured loss at the budget, less the luck of the best; None: the budget is not run yet."""
+    """The best measured loss at the budget; None: the budget is not run yet."""
 
     @property
     def inside(self) -> bool | None:
         """Whether the measured loss is within the interval."""
-        return None if self.observed is None else self.prediction.estimate.covers(self.observed)
+        return None if self.observed is None else is_inside(self.observed, self.prediction.estimate)
 
     def as_dict(self) -> dict[str, Any]:
         error = None if self.observed is None else self.prediction.loss / self.observed - 1
@@ -190,13 +191,10 @@ def score(forecast: Forecast, fits: StudyFits, table: pd.DataFrame) -> list[Scor
     found = []
     for prediction in forecast.predictions:
         own = fits.objectives.get(prediction.objective)
-        read_off = own.envelope[forecast.convention].read_off if own else None
-        observed = None
-        if read_off:
-            distance = np.abs(read_off.log_c - np.log(prediction.flops))
-            nearest = int(np.argmin(distance))
-            if distance[nearest] < np.log(BUDGET_TOLERANCE):
-                observed = float(np.exp(read_off.log_loss[nearest]))
+        points = own.envelope[forecast.convention].points if own else []
+        distance = [abs(np.log(point.flops / prediction.flops)) for point in points]
+        near = points and min(distance) < np.log(BUDGET_TOLERANCE)
+        observed = points[int(np.argmin(distance))].loss if near else None
         found.append(Scored(prediction, observed))
     return found
 

@@ -37,7 +37,7 @@ from llada_lightning.study.fits import (
 from llada_lightning.study.fits.multiplier import OPEN
 from llada_lightning.study.fits.rules import TuningFits
 from llada_lightning.study.fits.runs import base_objective
-from llada_lightning.study.forecast import Prediction, Scored
+from llada_lightning.study.forecast import Scored
 from llada_lightning.study.levels import RunLevels
 from llada_lightning.support.printing import people_console
 
@@ -58,7 +58,7 @@ def print_report(
         console.print(f"Yardstick: {fits.yardstick}, the exact loss under this decoding policy\n", highlight=False)
     multipliers = [multiplier_table(fits, convention, name) for name in fits.compared]
     laws = (optima_table(fits, convention), parameters_table(fits, convention))
-    scored = [forecast_table((own.prediction, own.observed) for own in forecasts)] if forecasts else []
+    scored = [forecast_table(forecasts)] if forecasts else []
     tables = (runs_table(table, convention), *laws, *multipliers, held_out_table(fits, convention), *scored)
     for printed in tables:
         if printed.row_count:
@@ -276,6 +276,10 @@ def doubt_lines(fits: StudyFits, convention: Convention) -> list[str]:
     ]
 
 
+_INSIDE = {True: "yes", False: "NO", None: "?"}
+"""Whether an interval holds what was measured; ?: it is too wide to tell anything."""
+
+
 def held_out_table(fits: StudyFits, convention: Convention) -> Table:
     """The largest budget as fits without it predict it."""
     printed = _titled(
@@ -290,27 +294,27 @@ def held_out_table(fits: StudyFits, convention: Convention) -> Table:
                 f"{entry.predicted:.3f}",
                 _interval(Estimate(entry.predicted, entry.low, entry.high), ".3f"),
                 f"{entry.relative_error:+.1%}",
-                {True: "yes", False: "NO", None: "?"}[entry.inside],
+                _INSIDE[entry.inside],
             )
     return printed
 
 
-def forecast_table(predictions: Iterable[tuple[Prediction, float | None]]) -> Table:
-    """Forecasts, each with the loss that was measured since; None: its budget is not run yet."""
+def forecast_table(forecasts: Iterable[Scored]) -> Table:
+    """Forecasts, each with the loss that was measured since, if it was."""
     printed = _titled(
         "Forecasts of the best loss",
         *("objective", "method", "budget", "predicted", "95 % interval", "measured", "error", "inside"),
         left=2,
     )
-    for own, measured in predictions:
+    for scored in forecasts:
+        own, measured = scored.prediction, scored.observed
         mark = "" if own.passed else DOUBT
         seen = ("not run", "", "")
         if measured is not None:
-            held = "yes" if own.estimate.covers(measured) else "NO"
-            seen = (f"{measured:.3f}", f"{own.loss / measured - 1:+.1%}", held)
+            seen = (f"{measured:.3f}", f"{own.loss / measured - 1:+.1%}", _INSIDE[scored.inside])
         numbers = (_flops(own.flops), f"{own.loss:.3f}{mark}", _interval(own.estimate, ".3f"))
         printed.add_row(own.objective, own.method, *numbers, *seen)
-    return _captioned(printed, f"{DOUBT} the method had not passed its held-out test")
+    return _captioned(printed, f"{DOUBT} the method had not passed a held-out test when it was made")
 
 
 def _disagreement(entry: Disagreement) -> str:
@@ -420,6 +424,8 @@ def _count(value: float) -> str:
 
 
 def _end(value: float, form: str) -> str:
+    if abs(value) >= 1e4 and math.isfinite(value):
+        return f"{value:.0e}".replace("e+", "e")
     return "?" if math.isnan(value) else "∞" if math.isinf(value) else format(value, form)
 
 

@@ -84,7 +84,7 @@ def test_too_few_budgets_say_how_many_are_needed() -> None:
     fit = arm_fit(VALLEYS, budgets=(1e17, 1e18))
     assert len(fit.budgets) == 2
     assert fit.n_law is None
-    assert "2 budgets with an optimum inside the grid; at least 3 are needed" in str(fit.note)
+    assert "budgets with an optimum inside the grid: 2; at least 3 are needed" in str(fit.note)
 
 
 def test_three_shapes_without_standard_errors_have_no_intervals() -> None:

@@ -131,7 +131,7 @@ def test_one_batch_gives_the_law_of_the_rate_alone() -> None:
 def test_fewer_than_three_budgets_give_optima_without_a_law() -> None:
     fits = fit_rules(tuning_study(ONE, budgets=BUDGETS[:2])[0], samples=100)
     assert len(fits.objectives["arm"].inside) == 2 and fits.objectives["arm"].lr_law is None
-    assert "no laws: 2 budgets with an optimum inside of the grid; 3 are needed" in notes_of(fits)
+    assert "no laws, budgets with an optimum inside of the grid: 2; 3 are needed" in notes_of(fits)
     assert fits.rule_file("r.csv", "0") is None
 
 

@@ -175,6 +175,8 @@ def headline(
     if len(beside) > 1:
         names_of = ", ".join(entry.method for entry in beside)
         words += f"; the methods that are relied on ({names_of}) give {spread[0]:.3g} to {spread[1]:.3g}"
+    elif any(entry.point == best.point for entry in own if not entry.trusted):
+        words += "; no other method is relied on there"
     elif joint is None:
         words += "; the runs are too few for a law"
     return Headline(*names, f"{words}.", best.reference_flops, best.estimate, law.estimate if law else None, spread)

@@ -1,9 +1,8 @@
 """The envelope: the best loss at each budget, what is read off it, and the laws through it.
 
 Runs of one size and one number of tokens (seeds) are averaged before the best is looked for. The best of several is
-lucky too: among shapes that are nearly as good, the one whose noise was lowest wins. So every draw looks for the best
-anew, the lines go through the points less the luck that the draws show, and one objective with more seeds or shapes
-gains nothing by it.
+lucky too: among shapes that are nearly as good, the one whose noise was lowest wins. So the lines go through the points
+less the luck that draws of the noise show, and one objective with more seeds or shapes gains nothing by it.
 
 The read-off joins the points by a monotone cubic (PCHIP) of log loss in log FLOPs. It is no law, and tells nothing
 beyond them. The bent curve is quadratic instead, and the power law straight.
@@ -30,7 +29,10 @@ from llada_lightning.study.fits.least_squares import (
 )
 from llada_lightning.study.fits.lines import LossLine
 from llada_lightning.study.fits.runs import Unit, budget_members, flops_column, is_budget, losses
-from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread
+from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread, blocks
+
+LUCK_DRAWS = 200
+"""Draws over which the luck of the best is averaged: its own error is then a tenth of it."""
 
 ROUNDING = 1e-6
 """Of a logarithm of FLOPs."""
@@ -152,32 +154,54 @@ class Candidates:
                 kept.append(budget)
         return kept
 
-    def errors(self, budget: npt.NDArray[np.intp], spread: Spread) -> Array:
-        """True less observed log loss of a budget's best, in every draw (samples,), the choice of the best included."""
-        return self._missed(budget, self.noise.draws(spread, budget))
-
-    def chosen(self, budget: npt.NDArray[np.intp], spread: Spread) -> npt.NDArray[np.intp]:
-        """The mean that is a budget's best in every draw (samples,), as ``errors`` takes it."""
-        return budget[np.argmin(self._seen(budget, self.noise.draws(spread, budget)), axis=1)]
-
     def luck(self, budget: npt.NDArray[np.intp], spread: Spread) -> float:
         """By how much the best is expected to look better than it is; zero where no other comes near."""
-        own = self.noise.take(budget)
-        errors = own.errors + spread.tau * own.between(spread.shared)
-        of_best = errors[:, int(np.argmin(self.log_loss[budget]))]
-        return float(np.mean(self._missed(budget, errors) - of_best))
+        return float(_luck(self.log_loss[None, budget], np.array([spread.tau]), *self._few_draws(budget, spread))[0])
+
+    def errors(self, budget: npt.NDArray[np.intp], spread: Spread) -> Array:
+        """True less observed log loss of a budget's best, in every draw (samples,). NaN where no spread is known.
+
+        The estimate of the truth is the lowest loss and its expected luck. Each draw makes it anew from the losses with
+        other errors, and the draws scatter about the estimate as these do. They are skewed: where shapes come close,
+        the lowest loss has its long tail below. Whether the truth lies there or on the other side depends on how far
+        the shapes are really apart, which is not known, so every other draw is mirrored.
+        """
+        signs = np.where(np.arange(self.noise.samples) % 2, -1.0, 1.0)
+        seen = self.log_loss[budget] + signs[:, None] * self.noise.draws(spread, budget)
+        estimates = np.min(seen, axis=1)
+        if len(budget) > 1 and spread.known:
+            tau, few = self.noise.drawn_tau(spread), self._few_draws(budget, spread)
+            for block in blocks(len(seen), LUCK_DRAWS * len(budget)):
+                estimates[block] += _luck(seen[block], tau[block], *few)
+        return self.luck(budget, spread) + signs * (estimates - self.log_loss[self.best(budget)])
 
     def means(self, column: pd.Series) -> Array:
         """The means of a column of the runs' table, in the order of ``rows``."""
         return _means(column, self.rows)
 
-    def _missed(self, budget: npt.NDArray[np.intp], errors: Array) -> Array:
-        return self.log_loss[self.best(budget)] - np.min(self._seen(budget, errors), axis=1)
+    def _few_draws(self, budget: npt.NDArray[np.intp], spread: Spread) -> tuple[Array, Array]:
+        """Draws of a budget's known errors, and of its spread in units of tau: each (LUCK_DRAWS, k)."""
+        own = self.noise.take(budget)
+        return own.errors[:LUCK_DRAWS], own.between(spread.shared)[:LUCK_DRAWS]
 
-    def _seen(self, budget: npt.NDArray[np.intp], errors: Array) -> Array:
-        # Observed less error is what might have been seen; its minimum over the shapes falls short of the truth as
-        # much as the observed minimum did. The sign keeps an error that all runs share the same in all fits.
-        return self.log_loss[budget] - errors
+
+def _luck(log_loss: Array, tau: Array, known: Array, between: Array) -> Array:
+    """The expected luck of the lowest of log losses (m, k), for the spread tau of each row (m,).
+
+    Observed less error is what might have been true. Its minimum falls short of the observed one as much as that falls
+    short of the truth.
+
+    Args:
+        log_loss: Log losses (m, k).
+        tau: Their spread beyond their known errors (m,).
+        known: Draws of their known errors (draws, k).
+        between: Draws of their spread in units of tau (draws, k).
+    """
+    errors = known + tau[:, None, None] * between
+    best = np.argmin(log_loss, axis=1)[:, None]
+    lowest = np.min(log_loss[:, None] - errors, axis=2)
+    of_best = np.take_along_axis(errors, best[:, None], axis=2)[:, :, 0]
+    return np.asarray((np.take_along_axis(log_loss, best, axis=1) - lowest - of_best).mean(axis=1))
 
 
 def fit_envelope(
@@ -210,7 +234,7 @@ def fit_envelope(
     drawn = log_loss + np.stack([shapes.errors(budget, spread) for budget in budgets], axis=1)
     read_off = ReadOff(log_c, log_true, drawn) if len(points) > 1 else None
     if len(points) < MIN_BUDGETS:
-        note = f"no fit, budgets on the envelope: {len(points)}; at least {MIN_BUDGETS} are needed"
+        note = f"no fit, budgets on the envelope: {len(points)}; at least {MIN_BUDGETS} are needed; add budgets"
         return EnvelopeFit(convention, points, None, note, spread, read_off=read_off)
     errors = Noise.of_draws(log_true, drawn, seed)
     law = power_law(log_c, log_true, errors)

@@ -20,6 +20,16 @@ from llada_lightning.study.fits.objective import METHODS, Method, ObjectiveFits,
 from llada_lightning.study.fits.runs import Unit, budget_members, flops_column, planned_convention
 from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread, best_known, drawn_tau
 
+TELLS_NOTHING = 4.0
+"""A prediction whose interval spans more than this factor of the loss is no test: any loss lies in it."""
+
+
+def is_inside(loss: float, predicted: Estimate) -> bool | None:
+    """Whether a loss lies within the interval of its prediction; None: the interval is too wide to tell anything."""
+    told = np.isfinite(predicted.low + predicted.high) and predicted.high < TELLS_NOTHING * predicted.low
+    return predicted.covers(loss) if told else None
+
+
 Rows = npt.NDArray[np.intp]
 
 
@@ -156,7 +166,7 @@ def _predictions(
         missed += drawn_tau(line.scatter, uniforms) * normals
         low, high = (float(np.exp(end)) for end in interval(predicted + missed))
         loss = float(np.exp(seen))
-        inside = low <= loss <= high if np.isfinite(low + high) else None
+        inside = is_inside(loss, Estimate(float(np.exp(predicted)), low, high))
         numbers = (flops, loss, float(np.exp(predicted)), low, high, float(np.expm1(predicted - seen)))
         results.append(HeldOut(fits.objective, convention, method, *numbers, inside, beside))
     return results

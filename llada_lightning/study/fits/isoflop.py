@@ -213,14 +213,14 @@ def _budgets_of(runs: pd.DataFrame, convention: Convention, unit: Unit) -> tuple
     notes = []
     name = CONVENTION_NAMES[convention]
     if len(np.unique(log_n)) == 1:
-        notes.append(f"all runs are of one shape; a parabola needs at least {MIN_SHAPES} at a budget")
+        notes.append(f"all runs are of one shape; a parabola needs at least {MIN_SHAPES} at a budget; add shapes")
     elif apart and not groups:
         notes.append(f"runs of several shapes do not share budgets by {name}: they were not planned to be equal by it")
     elif apart:
         notes.append(f"{len(apart)} runs left out: by {name} they share no budget with runs of other shapes")
     if few:
         shown = ", ".join(few[:4]) + (", …" if len(few) > 4 else "")
-        notes.append(f"budgets (shapes): {shown}; a parabola needs at least {MIN_SHAPES} shapes")
+        notes.append(f"budgets (shapes): {shown}; a parabola needs at least {MIN_SHAPES} shapes; add shapes")
     return groups, notes
 
 
@@ -327,7 +327,7 @@ def _with_laws(
         notes.append(f"optimum outside of the grid at {', '.join(outside)} FLOPs, left out of the laws; move the grid")
     if len(inside) < MIN_BUDGETS:
         notes.append(
-            f"no laws: {len(inside)} budgets with an optimum inside the grid; at least {MIN_BUDGETS} are needed"
+            f"no laws, budgets with an optimum inside the grid: {len(inside)}; at least {MIN_BUDGETS} are needed"
         )
         return IsoflopFit(convention, budgets, "; ".join(notes))
     log_c = np.log([budget.flops for budget in inside])

@@ -271,6 +271,13 @@ def fit_many(
     Returns:
         The parameters (S, p), and which fits converged (S,) within ``MOST_STEPS``.
     """
+    with np.errstate(over="ignore", invalid="ignore"):  # of a draw that runs away: its step is not taken
+        return _levenberg_marquardt(start, goals, curve, scale, delta, tolerance)
+
+
+def _levenberg_marquardt(
+    start: Array, goals: Array, curve: Curve, scale: Array, delta: float, tolerance: float
+) -> tuple[Array, npt.NDArray[np.bool_]]:
     theta = np.array(start, float)
     converged = np.zeros(len(theta), bool)
     damping = np.ones(len(theta))

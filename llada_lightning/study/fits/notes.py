@@ -110,5 +110,8 @@ def _of_pairs(fits: StudyFits) -> tuple[list[str], list[str]]:
                 f"{joint.same_exponents:.2g}); their separate laws assume less"
             )
         if not joint.converged:
-            last.append(f"joint law of {name} and {joint.reference}: not told, its optimum was not reached")
+            last.append(
+                f"joint law of {name} and {joint.reference}: not told, its optimum was not reached; add budgets or "
+                "shapes"
+            )
     return first, last

@@ -15,7 +15,7 @@ from llada_lightning.study.fits.isoflop import IsoflopFit, fit_isoflop, parabola
 from llada_lightning.study.fits.least_squares import LossCurve
 from llada_lightning.study.fits.lines import LossLine
 from llada_lightning.study.fits.parametric import ParametricFit, fit_parametric, too_few
-from llada_lightning.study.fits.runs import Unit, planned_convention
+from llada_lightning.study.fits.runs import Unit, losses, planned_convention
 from llada_lightning.study.fits.uncertainty import UNKNOWN, Noise, Spread, best_known
 
 Method = Literal["read-off", "joint", "isoflop", "parametric", "envelope"]
@@ -67,7 +67,8 @@ class ObjectiveFits:
         ]
         biased = [
             f"{self.objective}, isoflop, {convention}: N_opt at {budget.flops:.2g} FLOPs moves by "
-            f"{budget.bias:.0%} with a cubic term or without the outermost shapes, beyond its interval"
+            f"{budget.bias:.0%} with a cubic term or without the outermost shapes, beyond its interval; narrow the "
+            "grid about it"
             for convention, fit in self.isoflop.items()
             for budget in fit.budgets
             if budget.bias is not None
@@ -115,7 +116,9 @@ def fit_objective(
     by_parabolas = best_known(own, borrowed)
     parametric = None if lacking else fit_parametric(runs, conventions, unit, noise, parabolas=by_parabolas)
     borrowed = best_known(borrowed, parametric.scatter if parametric else UNKNOWN)
-    spread = best_known(own, borrowed)
+    # A fit that misses its points tells more than the losses scatter in all.
+    scatter = float(np.std(np.log(losses(runs, unit)[0])))
+    spread = best_known(own, borrowed).at_most(scatter)
     return ObjectiveFits(
         objective,
         {name: fit_envelope(runs, name, planned, unit, noise, seed, spread=spread) for name in conventions},

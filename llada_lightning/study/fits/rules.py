@@ -237,7 +237,9 @@ def _fit_objective(
     inside = [own for own in optima if own.inside]
     budgets = len(set(budget_groups([own.flops for own in inside]).tolist())) if inside else 0
     if budgets < MIN_BUDGETS:
-        notes.append(f"{name}: no laws: {budgets} budgets with an optimum inside of the grid; {MIN_BUDGETS} are needed")
+        notes.append(
+            f"{name}: no laws, budgets with an optimum inside of the grid: {budgets}; {MIN_BUDGETS} are needed"
+        )
         return ObjectiveRules(name, optima, None, None, spread, notes)
     lr_law = _law([own.flops for own in inside], [own.lr for own in inside], [own.drawn_log_lr for own in inside], seed)
     batch_law = None

@@ -56,6 +56,9 @@ class Spread:
     def known(self) -> bool:
         return bool(np.isfinite(self.tau))
 
+    def at_most(self, tau: float) -> Spread:
+        return replace(self, tau=min(self.tau, tau)) if self.known else self
+
     def beyond(self, runs: Spread) -> Spread:
         """The residual spread of a law less that of its runs, which their own errors hold already."""
         return replace(self, tau=float(np.sqrt(max(0.0, self.tau**2 - runs.tau**2)))) if runs.known else self
@@ -252,12 +255,15 @@ class Noise:
         They are N(0, V + tau*^2 I); a draw's tau* is the same for all rows.
         """
         columns = self.columns if rows is None else self.columns[rows]
-        tau = drawn_tau(spread, self.drawn.uniforms[:, self.columns[0]])
-        return self._errors(slice(None), columns, tau, spread.shared)
+        return self._errors(slice(None), columns, self.drawn_tau(spread), spread.shared)
+
+    def drawn_tau(self, spread: Spread) -> Array:
+        """tau* of every draw (samples,), the same for all rows."""
+        return drawn_tau(spread, self.drawn.uniforms[:, self.columns[0]])
 
     def blocks_of_draws(self, spread: Spread) -> Iterator[Array]:
         """``draws`` of all rows in blocks (samples of the block, n), so that not all are in memory at once."""
-        tau = drawn_tau(spread, self.drawn.uniforms[:, self.columns[0]])
+        tau = self.drawn_tau(spread)
         return (
             self._errors(block, self.columns, tau, spread.shared) for block in blocks(self.samples, len(self.columns))
         )
