@@ -29,7 +29,7 @@ from llada_lightning.study.plots.style import (
 from llada_lightning.study.results import read_results
 from llada_lightning.study.yardstick import with_yardstick, yardstick_names
 
-REFERENCE = "arm"
+REFERENCE, MASKED = "arm", "llada"
 DRAWS = 4_000
 BLOCK = re.compile(r"block \[block_length=(\d+)\]")
 
@@ -74,8 +74,8 @@ def with_multipliers(best: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         seed: The seed of the draws.
 
     Returns:
-        The rows, with ``multiplier``, ``low`` and ``high``; NaN where ``arm`` does not reach the loss within its own
-        budgets.
+        The rows, with ``multiplier``, ``low`` and ``high``, and the same over the multiplier of ``llada`` at the budget
+        (``share``, ``share_low``, ``share_high``); NaN where ``arm`` does not reach the loss within its own budgets.
     """
     rng = np.random.default_rng(seed)
     variances = best.assign(sum=best["std"] ** 2 * (best["seeds"] - 1), dof=best["seeds"] - 1).groupby("budget")
@@ -85,11 +85,21 @@ def with_multipliers(best: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     reference = np.flatnonzero((best["objective"] == REFERENCE).to_numpy())
     drawn = np.vstack([means, means + errors * rng.standard_normal((DRAWS, len(best)))])
     found = np.array([flops / _flops_for(losses[reference], flops[reference], losses) for losses in drawn])
-    missing = np.isnan(found[1:])
-    low, high = np.quantile(np.where(missing, np.inf, found[1:]), [0.025, 0.975], axis=0, method="nearest")
-    outside = missing.mean(axis=0) > 0.025  # an end of the interval lies beyond the reference's budgets
-    low, high = (np.where(outside, np.nan, ends) for ends in (low, high))
-    return best.assign(multiplier=found[0], low=low, high=high)
+    masked = {budget: n for n, (name, budget) in enumerate(best[["objective", "budget"]].to_numpy()) if name == MASKED}
+    of_masked = [masked.get(budget, -1) for budget in best["budget"]]
+    shares = np.where(np.array(of_masked) < 0, np.nan, found / found[:, of_masked])
+    columns = {"multiplier": found[0], "share": shares[0]}
+    columns["low"], columns["high"] = _interval(found[1:])
+    columns["share_low"], columns["share_high"] = _interval(shares[1:])
+    return best.assign(**columns)
+
+
+def _interval(drawn_SN: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """95 % intervals (N,); NaN where an end of one lies beyond the reference's budgets."""
+    missing = np.isnan(drawn_SN)
+    low, high = np.quantile(np.where(missing, np.inf, drawn_SN), [0.025, 0.975], axis=0, method="nearest")
+    outside = missing.mean(axis=0) > 0.025
+    return np.where(outside, np.nan, low), np.where(outside, np.nan, high)
 
 
 def _flops_for(
@@ -105,16 +115,23 @@ def _flops_for(
 
 def table(best: pd.DataFrame, what: str) -> str:
     """The rows as Markdown, by rising budget and loss."""
-    lines = [f"| FLOPs (6ND + attention + head) | recipe | rate | tokens | {what}, nats/token | seeds | multiplier |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = [
+        f"| FLOPs (6ND + attention + head) | recipe | rate | tokens | {what}, nats/token | seeds | multiplier | over "
+        f"that of `{MASKED}` |"
+    ]
+    lines.append("|---" * 8 + "|")
     for row in best.itertuples():
         spread = "" if np.isnan(row.std) else f" ± {row.std:.3f}"
-        times = "" if np.isnan(row.multiplier) else f"{row.multiplier:.3g}"
-        if times:
-            times += " (no interval)" if np.isnan(row.low) else f" ({row.low:.3g} to {row.high:.3g})"
         cells = [f"{row.flops_total:.3g}", f"`{row.objective}`", f"{row.lr:.3g}", f"{row.tokens:.3g}"]
-        lines.append("| " + " | ".join([*cells, f"{row.mean:.3f}{spread}", str(row.seeds), times]) + " |")
+        cells += [f"{row.mean:.3f}{spread}", str(row.seeds), _told(row.multiplier, row.low, row.high)]
+        lines.append("| " + " | ".join([*cells, _told(row.share, row.share_low, row.share_high)]) + " |")
     return "\n".join(lines)
+
+
+def _told(value: float, low: float, high: float) -> str:
+    if np.isnan(value):
+        return ""
+    return f"{value:.3g} " + ("(no interval)" if np.isnan(low) else f"({low:.3g} to {high:.3g})")
 
 
 def by_block_length(bounds: pd.DataFrame, exact: pd.DataFrame, budgets: list[float], length: int) -> StudyFigure:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
+from llada_lightning.study.results import read_results
 from llada_lightning.study.sweep import read_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +81,27 @@ def test_the_sweep_has_each_recipe_once_at_every_rate() -> None:
     ):
         assert any(word in recipe for recipe in recipes)
     assert len(read_sweep(ROOT / "sweeps" / "recipes-arm.yaml").points) == 2 * 2 * 3
+
+
+def test_further_seeds_are_of_every_recipe_at_one_of_its_rates() -> None:
+    def without_rate(point: dict[str, Any]) -> str:
+        config = yaml.safe_load(point["config"])
+        config["model"].get("init_args", {}).pop("schedule", None)
+        config["model"] = {"init_args": {}, **config["model"]}
+        return str([*sorted(config["model"].items()), config.get("data")])
+
+    first, further = (read_sweep(ROOT / "sweeps" / f"{name}.yaml").points for name in ("recipes", "recipes-seeds"))
+    assert {without_rate(point) for point in first} == {without_rate(point) for point in further}
+    assert len(further) == 16 * 2
+    assert {point["seed_everything"] for point in further} == {1, 2}
+    assert all(yaml.safe_load(p["config"])["model"]["init_args"]["schedule"]["lr"] in (0.002, 0.004) for p in further)
+
+
+def test_the_committed_table_holds_three_seeds_of_every_recipe() -> None:
+    best = REPORT["best_of_recipes"](read_results(ROOT / "experiments" / "recipes" / "results.csv"))
+    assert set(best["seeds"]) == {3}
+    diffusion = best[best["objective"] != "arm"]
+    assert diffusion.groupby("objective")["budget"].nunique().tolist() == [2] * 16
 
 
 def test_blocks_are_ordered_by_their_length_with_the_default_and_llada_among_them() -> None:
