@@ -99,6 +99,7 @@ bench: setup  ## speed and size on this machine's CPU, each a ratio in one run: 
 	$(BIN)/python benchmarks/growth.py --device cpu --repeats 1 --json $(FIGURES)/growth.json
 	$(BIN)/python benchmarks/long_run.py --json $(FIGURES)/long_run.json
 	$(BIN)/python benchmarks/start_cost.py --repeats 1 --json $(FIGURES)/start_cost.json
+	$(BIN)/python benchmarks/sweep_speed.py --json $(FIGURES)/sweep_speed.json
 	$(BIN)/python benchmarks/curves_overlay.py --objectives llada --steps 200 --out $(FIGURES)
 	$(BIN)/python benchmarks/fit_overhead.py --json $(FIGURES)/fit_overhead.json
 	$(BIN)/python benchmarks/stream_speed.py --json $(FIGURES)/stream_speed.json

@@ -107,13 +107,19 @@ def saved_step(checkpoint: Path) -> int:
     return _saved(checkpoint, "global_step")
 
 
-def _saved(checkpoint: Path, key: str) -> Any:
+def saved_threads(checkpoint: Path) -> int | None:
+    """The number of threads that a run on the CPU computed with; None: on another device, or of an older version."""
+    return _saved(checkpoint, "threads", None)
+
+
+def _saved(checkpoint: Path, key: str, *default: Any) -> Any:
     path = checkpoint / META if checkpoint.is_dir() else checkpoint
     try:
-        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")[key]
+        content = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        return content.get(key, *default) if default else content[key]
     except FileNotFoundError as error:
         raise UserError(f"checkpoint: '{checkpoint}' does not exist; give one of a run's checkpoints/") from error
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"checkpoint: '{checkpoint}' is damaged or of another program; take another one") from error
 
 

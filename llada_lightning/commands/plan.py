@@ -184,7 +184,12 @@ def _parser() -> CommandParser:
     add("--block-length", type=int, metavar="TOKENS", help=f"block of block diffusion (default {BLOCK_LENGTH})")
     add("--study", type=str, help="folder of the results; default: the sweep's name")
 
-    add("--device", type=str, metavar="NAME", help="such as H100: for memory, and for hours with --mfu")
+    add(
+        "--device",
+        type=str,
+        metavar="NAME",
+        help="such as H100: for memory, and for hours, by the speeds of the package, --mfu or --measured",
+    )
     add("--devices", type=int, default=1, help="devices of one run")
     add("--mfu", type=float, help="share of the device's peak that training achieves")
     add(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from llada_lightning.commands import fit
+from llada_lightning.commands.main import main as command
 from llada_lightning.study.sweep import (
     Sweep,
     check_unchanged,
@@ -21,8 +23,11 @@ from llada_lightning.study.sweep import (
 from llada_lightning.study.sweep.runner import SweepOutcome, budget_share, run_sweep
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.forks import ForkServer, can_fork
 from llada_lightning.support.libraries import quiet_libraries
 from llada_lightning.support.printing import people_console
+
+PRELOADED = "llada_lightning.training.preloaded"
 
 
 def main(argv: list[str]) -> int:
@@ -43,6 +48,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--index", type=int | None, help="run only this one (from 0), in this process: a job array's task"
     )
+    parser.add_argument(
+        "--fork", type=bool, default=True, help="fork runs from one process that has imported all they need (Linux)"
+    )
     parser.add_argument("--edited", action="store_true", help="the file was changed half-way, and that is meant")
     add_json(parser)
     options = parser.parse_args(argv[:cut])
@@ -51,8 +59,12 @@ def main(argv: list[str]) -> int:
         return _show(sweep, extra, options.json)
     if options.index is not None:
         return _run_one(sweep, options.index, extra, options.edited)
+    # Before the runs are planned: the process imports meanwhile what they need.
+    fork = partial(ForkServer([PRELOADED]).start, command) if options.fork and can_fork() else None
     notes = people_console(stderr=True)
-    outcome = run_sweep(sweep, run_folder, jobs=options.jobs, extra=extra, edited=options.edited, console=notes)
+    notes.print("importing the libraries, planning the runs …", style="dim")
+    asked = {"jobs": options.jobs, "extra": extra, "edited": options.edited}
+    outcome = run_sweep(sweep, run_folder, fork=fork, console=notes, **asked)
     if options.json:
         print_json(asdict(outcome))
     else:

@@ -15,17 +15,22 @@ What a planned run costs on a machine: memory of one device, and hours.
 
 from __future__ import annotations
 
+import csv
 import math
 import re
-from collections.abc import Iterable, Mapping
+from bisect import bisect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
+from importlib.resources import files
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
 from llada_lightning.compute.flops import MAX_BATCH
-from llada_lightning.compute.shapes import Shape
+from llada_lightning.compute.shapes import Shape, format_count
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import shortened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -193,12 +198,14 @@ class MeasuredRate:
 
     Args:
         memory_ratio: The peak memory divided by :func:`training_memory_bytes`; None where both are not known.
+        device: The device as the results name it; empty where it is not known.
     """
 
     objective: str
     params_nonembedding: float
     flops_per_second: float
     memory_ratio: float | None = None
+    device: str = ""
 
 
 def measured_rates(results: pd.DataFrame) -> tuple[MeasuredRate, ...]:
@@ -214,8 +221,27 @@ def measured_rates(results: pd.DataFrame) -> tuple[MeasuredRate, ...]:
             continue
         rate = tokens_per_second * row["flops_total"] / row["tokens"] / (int(devices[1]) if devices else 1)
         if math.isfinite(rate):
-            rates.append(MeasuredRate(str(row["objective"]), float(row["params_nonembedding"]), rate))
+            kind = re.sub(r"^\d+ x ", "", str(row["device"]))
+            rates.append(MeasuredRate(str(row["objective"]), float(row["params_nonembedding"]), rate, device=kind))
     return tuple(rates)
+
+
+@cache
+def shipped_rates(device_name: str) -> tuple[tuple[MeasuredRate, ...], str]:
+    """The rates of a device that come with the package (``measured_speeds.csv``), and their source in words."""
+    text = files("llada_lightning.compute").joinpath("measured_speeds.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    own = [row for row in rows if _listed({row["device"]: 1.0}, device_name)]
+    rates = tuple(
+        MeasuredRate(
+            row["objective"],
+            float(row["params_nonembedding"]),
+            float(row["tokens_per_second"]) * float(row["flops_per_token"]),
+        )
+        for row in own
+    )
+    source = f"speeds measured on one {own[0]['device']} ({own[0]['date']}, commit {own[0]['commit']})" if own else ""
+    return rates, source
 
 
 @dataclass(frozen=True)
@@ -226,7 +252,8 @@ class Machine:
         device: The name of the device, such as H100.
         devices: The number of devices that one run uses.
         mfu: The share of the dense bf16 peak that training achieves, with all three FLOP counts over it.
-        measured: The rates of runs on such a device, which replace ``mfu``.
+        measured: The rates of runs on such a device, which replace ``mfu``. Without either the rates count that come
+            with the package.
         sharded: FSDP divides weights, gradients and moments among the devices.
         micro_batch: The number of sequences of a forward pass on one device; None: as many as fit.
     """
@@ -287,13 +314,29 @@ class Machine:
         rate = self._flops_per_second(objective, params_nonembedding)
         return None if rate is None else flops_total / (rate * self.devices)
 
+    @property
+    def speeds(self) -> str | None:
+        """Where the hours come from, in words; None where nothing tells the speed."""
+        if self.measured is not None:
+            devices = ", ".join(sorted({rate.device for rate in self.measured if rate.device}))
+            on = f" on {shortened(devices)}" if devices else ""
+            return f"the rates measured{on}, of the size nearest to each run's"
+        if self.mfu is not None:
+            return f"{self.mfu:.1%} of the dense bf16 peak"
+        rates, source = shipped_rates(self.device) if self.device else ((), "")
+        if not rates:
+            return None
+        sizes = [rate.params_nonembedding for rate in rates]
+        ends = f"{format_count(min(sizes))} to {format_count(max(sizes))}"
+        return f"{source} for sizes of {ends}, interpolated; --measured RESULTS takes your own"
+
     def _flops_per_second(self, objective: str, params_nonembedding: float) -> float | None:
         if self.measured is not None:
-            own = [rate for rate in self.measured if rate.objective == objective]
-            distances = [abs(math.log(rate.params_nonembedding / params_nonembedding)) for rate in own]
-            nearest = [rate for rate, far in zip(own, distances, strict=True) if far == min(distances)]
-            return median(rate.flops_per_second for rate in nearest)
-        return None if self.peak is None or self.mfu is None else self.peak * self.mfu
+            return _nearest([rate for rate in self.measured if rate.objective == objective], params_nonembedding)
+        if self.mfu is not None:
+            return None if self.peak is None else self.peak * self.mfu
+        rates, _ = shipped_rates(self.device) if self.device else ((), "")
+        return _interpolated(rates, objective, params_nonembedding) if rates else None
 
     def memory_of(self, shape: Shape, vocab_size: int, sequence_length: int, micro_batch: int) -> float:
         """Peak memory of one device in bytes (:func:`training_memory_bytes`)."""
@@ -322,3 +365,32 @@ class Machine:
             if self.memory_of(shape, vocab_size, sequence_length, per_device // count) <= self.memory
         )
         return next(fitting, per_device)
+
+
+def _distance(rate: MeasuredRate, params_nonembedding: float) -> float:
+    return abs(math.log(rate.params_nonembedding / params_nonembedding))
+
+
+def _nearest(rates: Sequence[MeasuredRate], params_nonembedding: float) -> float:
+    """FLOP/s of the size nearest to a run's; of several runs of that size the median."""
+    least = min(_distance(rate, params_nonembedding) for rate in rates)
+    return median(rate.flops_per_second for rate in rates if _distance(rate, params_nonembedding) == least)
+
+
+def _interpolated(rates: Sequence[MeasuredRate], objective: str, params_nonembedding: float) -> float:
+    """FLOP/s of a size between measured ones, by a line in logs; beyond them that of the nearest.
+
+    Objectives are a few per cent apart, sizes a factor: of a size that was measured for others alone theirs counts.
+    """
+    sizes = sorted({rate.params_nonembedding for rate in rates})
+    logs = []
+    for size in sizes:
+        here = [rate for rate in rates if rate.params_nonembedding == size]
+        own = [rate for rate in here if rate.objective == objective]
+        logs.append(math.log(median(rate.flops_per_second for rate in own or here)))
+    right = min(max(bisect(sizes, params_nonembedding), 1), len(sizes) - 1) if len(sizes) > 1 else 0
+    left = max(right - 1, 0)
+    if left == right:
+        return math.exp(logs[0])
+    way = math.log(params_nonembedding / sizes[left]) / math.log(sizes[right] / sizes[left])
+    return math.exp(logs[left] + min(1.0, max(0.0, way)) * (logs[right] - logs[left]))

@@ -23,6 +23,7 @@ from llada_lightning.checkpoints.run_folder import (
     run_folder_of,
     saved_identity,
     saved_step,
+    saved_threads,
 )
 from llada_lightning.compute.rules import Rules
 from llada_lightning.compute.shapes import shape_name
@@ -52,7 +53,7 @@ from llada_lightning.training.configuration import identity, reject_unknown_keys
 from llada_lightning.training.guard import BadNumbers, DivergedError, UpdateGuard
 from llada_lightning.training.language_module import LanguageModule
 from llada_lightning.training.lightning_internals import HookedCLI, OneLineParser, class_first, writes_shards
-from llada_lightning.training.machine import Speed, check_devices, resolve_speed
+from llada_lightning.training.machine import Speed, check_devices, resolve_speed, set_threads
 from llada_lightning.training.parallel import check_parallel, launched_settings, tensor_parallel
 from llada_lightning.training.phases import Phase, RunIsDone, check_run, phases_of, trunk_checkpoint
 from llada_lightning.training.record import (
@@ -326,7 +327,12 @@ class LladaCLI(HookedCLI):
         start = phase.start()
         if start is not None:
             say(f"{'branching off' if start == phase.parent else 'going on'} from {start}")
-        for line in [self.described, *self.speed_lines] if self.trainer.is_global_zero else []:
+        replicas = self.trainer.world_size // tensor_parallel(self.trainer.strategy)
+        sequences = self.datamodule.exact_micro_batch(replicas, self.trainer.accumulate_grad_batches)
+        before = None if start is None else saved_threads(start)
+        threads = set_threads(self.trainer, self.model.shape, sequences, self.datamodule.sequence_length, before)
+        *notes, live = self.speed_lines
+        for line in [self.described, *notes, live + threads] if self.trainer.is_global_zero else []:
             say(line)
         self._warn_of_lost_text()
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=start)

@@ -296,6 +296,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         """A checkpoint knows its run: every setting that makes it this run, and the fingerprints of its data."""
         checkpoint["identity"], checkpoint["objective"] = self.identity, self.objective
         checkpoint["guard"] = self.guard.state_dict()
+        if self.device.type == "cpu":
+            checkpoint["threads"] = torch.get_num_threads()
         if self.by_noise_level:  # what was summed up since the last row of the log
             checkpoint["train_levels"] = self.train_levels.totals(self.device)
         checkpoint["source_flops"] = 0.0 if self.weights is None else source_flops(self.weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from llada_lightning.support.cluster import device_count
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.security import not_trusted
 from llada_lightning.support.signals import say
+from llada_lightning.support.threads import threads_set, usable_cores
 from llada_lightning.support.torch_internals import has_cpp_compiler, has_triton
 
 _GPU = ("gpu", "cuda")
@@ -146,6 +148,74 @@ def resolve_speed(speed: Speed, shape: Shape, trainer: Trainer, training: bool) 
     live += [f"{speed.loss} loss", *([] if speed.recompute == "none" else [f"{speed.recompute} recomputation"])]
     live += ["fp8 products"] if speed.fp8 else []
     return resolved, [*lines, f"speed: {', '.join(live)}"]
+
+
+# --- threads of the CPU ----------------------------------------------------------------------------------------------
+
+_LARGE_PRODUCT = 2e9
+"""FLOPs of a product that takes a hundredth of a second and more, beside which waiting for threads is nothing."""
+_TIMED_STEPS = 3
+
+
+def set_threads(trainer: Trainer, shape: Shape, sequences: int, length: int, before: int | None = None) -> str:
+    """Set how many threads the CPU computes with.
+
+    What the user has set stands (``support.threads``). Else a run on the CPU takes one, or all cores that it may use,
+    whichever computes one block of the model faster now: small products gain by more threads on idle cores, and lose
+    several times their time where other work keeps one of the cores busy.
+
+    Args:
+        trainer: The trainer of the run.
+        shape: The shape of the model.
+        sequences: The number of sequences of a micro-batch.
+        length: The number of tokens of a sequence.
+        before: The number of threads with which the run has begun. It is kept where the cores are there, since
+            another number rounds sums differently.
+
+    Returns:
+        What the line about speed says of it, from the comma on; nothing where another device computes.
+    """
+    if trainer.strategy.root_device.type != "cpu":
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+        return ""
+    cores = max(1, usable_cores() // trainer.num_devices)
+    given = threads_set()
+    large = 2.0 * sequences * length * shape.d_model * shape.d_ff >= _LARGE_PRODUCT
+    if given is not None:
+        threads, why = given, "as set"
+    elif before is not None and before <= cores:
+        threads, why = before, "as before"
+    elif cores == 1:
+        threads, why = 1, "its share of the cores"
+    elif large:
+        threads, why = cores, "all its cores"
+    elif trainer.num_devices > 1:  # timed apart, the processes might choose differently
+        threads, why = 1, "small products"
+    else:
+        one, several = (_block_seconds(shape, sequences, length, trainer.precision, n) for n in (1, cores))
+        threads, other = (cores, 1) if several < one else (1, cores)
+        why = f"{max(one, several) / min(one, several):.1f} times as fast as {other}"
+    torch.set_num_threads(threads)
+    return f", {threads} thread{'s' * (threads > 1)} ({why})"
+
+
+def _block_seconds(shape: Shape, sequences: int, length: int, precision: object, threads: int) -> float:
+    """The least seconds of a forward and backward pass of a model of one block."""
+    torch.set_num_threads(threads)
+    taken = []
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        model = Transformer(replace(shape, n_layers=1), vocab_size=2)
+        tokens_BL = torch.zeros(sequences, length, dtype=torch.long)
+        for _ in range(1 + _TIMED_STEPS):  # the first one warms up
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=str(precision).startswith("bf16")):
+                hidden_BLD = model.hidden(tokens_BL, causal=True)
+            hidden_BLD.float().sum().backward()
+            taken.append(time.perf_counter() - start)
+    return min(taken[1:])
+
+
+# --- the settings of speed, applied ----------------------------------------------------------------------------------
 
 
 def apply_speed(model: Transformer, speed: Speed, whole_blocks: bool = True) -> None:

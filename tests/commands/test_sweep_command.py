@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
 
 from helpers.studies import record
+from helpers.tiny_runs import fit_arguments, kill_at, timeless, weights
 from llada_lightning.commands import sweep as module
 from llada_lightning.records import write_records
 from llada_lightning.study.sweep import Sweep, check_unchanged, read_sweep
 from llada_lightning.study.sweep.runner import FailedRun, SweepOutcome
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.forks import can_fork
 
 Captured = pytest.CaptureFixture[str]
 
@@ -112,3 +117,60 @@ def test_show_says_which_runs_have_left_the_file(
     assert f"note: 1 of the runs that {tmp_path}/study was begun with have left the file" in capsys.readouterr().out
     assert module.main(["show", sweep_file, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["left_the_file"] == {str(tmp_path / "study"): 1}
+
+
+# --- forked runs -----------------------------------------------------------------------------------------------------
+
+
+def tiny_sweep(tmp_path: Path, prepared: Path, root: Path) -> Path:
+    """A sweep of two short runs, as a file."""
+    base = [word for word in fit_arguments("arm", prepared, root) if not word.startswith("--run.name")]
+    sweep = {
+        "method": "grid",
+        "command": ["llada", *base, "${args}"],
+        "parameters": {"seed_everything": {"values": [1, 2]}},
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(sweep))
+    return path
+
+
+def states(root: Path) -> dict[str, tuple[list[dict[str, Any]], dict[str, torch.Tensor]]]:
+    """The records and the last weights of each run of a study."""
+    return {run.name: (timeless(run), weights(run)) for run in sorted((root / "test").glob("arm-*"))}
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    one, other = states(first), states(second)
+    assert len(one) == 2 and list(one) == list(other)
+    for name, (records, own) in one.items():
+        assert records == other[name][0]
+        assert all(torch.equal(value, other[name][1][key]) for key, value in own.items())
+
+
+@pytest.mark.skipif(not can_fork(), reason="processes are forked on Linux only")
+def test_forked_runs_are_those_of_this_process_bit_for_bit(prepared: Path, tmp_path: Path) -> None:
+    forked, here = tmp_path / "forked", tmp_path / "here"
+    assert module.main(["run", str(tiny_sweep(tmp_path, prepared, forked)), "--jobs", "2"]) == 0
+    log = next((forked / "test" / "logs").iterdir()).read_text()
+    assert log.startswith("$ ") and "nats/token" in log
+    for index in range(2):
+        assert module.main(["run", str(tiny_sweep(tmp_path, prepared, here)), "--index", str(index)]) == 0
+    assert_equal_runs(forked, here)
+
+
+@pytest.mark.slow
+def test_forked_runs_are_those_of_interpreters_of_their_own_bit_for_bit(prepared: Path, tmp_path: Path) -> None:
+    forked, own = tmp_path / "forked", tmp_path / "own"
+    assert module.main(["run", str(tiny_sweep(tmp_path, prepared, forked)), "--jobs", "2"]) == 0
+    assert module.main(["run", str(tiny_sweep(tmp_path, prepared, own)), "--jobs", "2", "--fork", "false"]) == 0
+    assert_equal_runs(forked, own)
+
+
+@pytest.mark.skipif(not can_fork(), reason="processes are forked on Linux only")
+def test_a_forked_run_that_is_killed_takes_no_other_with_it(prepared: Path, tmp_path: Path) -> None:
+    path = tiny_sweep(tmp_path, prepared, tmp_path)
+    arguments = ["run", str(path), "--", kill_at(12)]
+    assert module.main(arguments) == 1
+    assert {len(list(run.glob("checkpoints/*"))) > 0 for run in (tmp_path / "test").glob("arm-*")} == {True}
+    assert module.main(["run", str(path), "--jobs", "2"]) == 0  # each goes on from its own checkpoint

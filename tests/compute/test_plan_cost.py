@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
+from llada_lightning.compute import hardware
 from llada_lightning.compute.hardware import (
     LOGITS_CHUNK_BYTES,
+    PEAK_FLOPS_BF16,
     LossKind,
     MeasuredRate,
     activation_bytes_per_token,
     logits_bytes,
     measured_rates,
+    shipped_rates,
     state_bytes,
     training_memory_bytes,
 )
 from llada_lightning.compute.shapes import Shape, get_shape
+from llada_lightning.objectives import get_objective
 from llada_lightning.study.plan import Grid, Machine, Recipe, Stream, plan_study
 from llada_lightning.support.errors import UserError
 
@@ -123,9 +129,9 @@ def test_hours_from_measured_throughput_of_the_nearest_size() -> None:
     """1e6 FLOPs a token at 20 000 tokens/s; 8e6 at 10 000 on two devices; 2e6 at 15 000."""
     rates = measured_rates(measured())
     assert rates == (
-        MeasuredRate("arm", 100_000, 2e10),
-        MeasuredRate("arm", 500_000, 4e10),
-        MeasuredRate("llada", 200_000, 3e10),
+        MeasuredRate("arm", 100_000, 2e10, device="cpu (x86_64)"),
+        MeasuredRate("arm", 500_000, 4e10, device="cpu (x86_64)"),
+        MeasuredRate("llada", 200_000, 3e10, device="cpu (x86_64)"),
     )
     assert measured_rates(measured(params_nonembedding=[0, None, 0, None])) == ()
     machine = Machine(devices=2, measured=rates)
@@ -156,3 +162,50 @@ def test_hours_are_never_guessed(machine: Machine) -> None:
 def test_machines_that_contradict_themselves_are_refused(machine: Machine, words: str) -> None:
     with pytest.raises(UserError, match=words):
         plan_study([1e12], STREAM, grid=GRID, machine=machine)
+
+
+# --- the speeds that come with the package ---------------------------------------------------------------------------
+
+
+def test_the_flops_of_the_measured_speeds_are_those_that_are_counted_today() -> None:
+    table = pd.read_csv(Path(hardware.__file__).with_name("measured_speeds.csv"))
+    for row in table.to_dict("records"):
+        shape = get_shape(row["shape"])
+        stream = Stream(vocab_size=row["vocab_size"], sequence_length=row["sequence_length"])
+        counted = stream.flops_per_token(shape, get_objective(row["objective"]))
+        assert row["params_nonembedding"] == shape.params_nonembedding
+        assert row["flops_per_token"] == pytest.approx(counted.flops_total, rel=1e-5)
+        assert 0 < row["tokens_per_second"] * row["flops_per_token"] < PEAK_FLOPS_BF16[row["device"]]
+
+
+def test_hours_without_a_rate_are_read_off_between_the_sizes_that_were_measured() -> None:
+    machine = Machine("NVIDIA H200", devices=2)
+    at_1b = machine.seconds("arm", 1.2e9, 1e18)
+    assert at_1b == pytest.approx(1e18 / (2 * 53_704 * 8.47677e9), rel=1e-5)
+    at_85m = (370_825 * 8.11789e8 + 504_370 * 8.11789e8) / 2
+    assert machine.seconds("llada", 84_953_856, 1e18) == pytest.approx(1e18 / (2 * at_85m), rel=1e-5)
+    # Half-way in logs between two sizes the geometric mean of their rates; below the smallest its own.
+    between = machine.seconds("llada", (853_120 * 2_656_704) ** 0.5, 1e18)
+    rates = 1_190_000 * 8.26602e6, 780_000 * 2.18408e7
+    assert between == pytest.approx(1e18 / (2 * (rates[0] * rates[1]) ** 0.5), rel=1e-5)
+    assert machine.seconds("llada", 1e4, 1e18) == pytest.approx(1e18 / (2 * rates[0]), rel=1e-5)
+    # `arm` was measured at the largest size alone: at others the size counts, not the objective.
+    assert machine.seconds("arm", 1e7, 1e18) == machine.seconds("llada", 1e7, 1e18)
+    assert machine.speeds is not None
+    assert machine.speeds.startswith(
+        "speeds measured on one H200 (2026-11-27, commit 7416dd9) for sizes of 853k to 969m"
+    )
+
+
+def test_a_rate_that_is_given_counts_before_those_of_the_package() -> None:
+    by_share = Machine("H200", mfu=0.5)
+    assert by_share.seconds("arm", 1e9, 989e12) == pytest.approx(2)
+    assert by_share.speeds == "50.0% of the dense bf16 peak"
+    assert Machine("H200", measured=(MeasuredRate("arm", 1e9, 1e12),)).seconds("arm", 1e6, 1e12) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("device", ["H100", "B100", "toaster"])
+def test_no_speed_is_told_of_a_device_that_was_not_measured(device: str) -> None:
+    assert shipped_rates(device)[0] == ()
+    assert Machine(device).seconds("llada", 1e9, 1e18) is None
+    assert Machine(device).speeds is None

@@ -16,7 +16,7 @@ mode, name = options["mode"], options["name"]
 folder = os.path.join(study, name)
 os.makedirs(folder, exist_ok=True)
 with open(os.path.join(study, "started"), "a") as started:
-    started.write(f"{name} {os.environ['OMP_NUM_THREADS']}\n")
+    started.write(f"{name} {os.environ['LLADA_CORES']} {os.environ.get('OMP_NUM_THREADS')}\n")
 
 
 def save(*_):

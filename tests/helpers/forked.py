@@ -11,18 +11,26 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from llada_lightning.commands.main import main
+from llada_lightning.commands.sweep import PRELOADED
+from llada_lightning.support.forks import ForkServer
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["llada_lightning.training.fit", "litdata", "pandas"])
 _SECONDS = 240
+
+
+@cache
+def server() -> ForkServer:
+    return ForkServer([PRELOADED])
 
 
 def exit_codes(function: Callable[..., Any], *arguments: tuple[Any, ...]) -> list[int | None]:
     """Call a function in a process for each tuple of arguments, at the same time; returns how the processes ended."""
+    server()
     processes = [_CONTEXT.Process(target=_call, args=(function, given)) for given in arguments]
     for process in processes:
         process.start()

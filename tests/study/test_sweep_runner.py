@@ -25,7 +25,6 @@ from llada_lightning.study.sweep import runner as sweep_run
 from llada_lightning.study.sweep.runner import (
     SweepOutcome,
     budget_share,
-    child_environment,
     describe_state,
     format_seconds,
     last_line,
@@ -79,7 +78,7 @@ def test_a_run_that_continues_a_trunk_waits_for_the_run_before_it(tmp_path: Path
 
     runs = [run("a", "small"), run("b", "small", True), run("c", "large", True), run("d", "small", True)]
     process = subprocess.Popen([sys.executable, "-c", ""])
-    runner = sweep_run._Runner(runs, 2, lambda arguments: arguments, Console(file=io.StringIO()))
+    runner = sweep_run._Runner(runs, 2, lambda arguments: arguments, None, Console(file=io.StringIO()))
     assert runner._next() is runs[0]
     runner.waiting.remove(runs[0])
     runner.running.append(sweep_run._Job(runs[0], process, 0.0))
@@ -125,16 +124,12 @@ def test_a_diverged_run_is_settled_and_named(tmp_path: Path) -> None:
 
 
 def test_several_at_once_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(sweep_run.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "LLADA_CORES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     study = Study(tmp_path, dict.fromkeys("abcde", "ok"))
     assert sorted(study.run(jobs=2).done) == list("abcde")
-    assert {line.split()[1] for line in (tmp_path / "started").read_text().splitlines()} == {"3"}
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    environment = child_environment(jobs=1)
-    assert environment["OMP_NUM_THREADS"] == "5"
-    assert "MKL_NUM_THREADS" not in environment  # MKL follows OpenMP's
+    assert {tuple(line.split()[1:]) for line in (tmp_path / "started").read_text().splitlines()} == {("3", "None")}
 
 
 def test_points_that_are_one_run_are_run_once(tmp_path: Path) -> None:

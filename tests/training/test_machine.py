@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from helpers import tiny_runs
-from helpers.tiny_runs import call_at, fit, fit_arguments, losses, metrics, record
+from helpers.tiny_runs import call_at, fit, fit_arguments, kill_at, losses, metrics, record, run_processes
 from llada_lightning.commands.main import main
 from llada_lightning.compute.schedule import WSD
 from llada_lightning.objectives.batches import TrainingBatch, scored_positions
@@ -24,7 +24,7 @@ from llada_lightning.support.errors import UserError
 from llada_lightning.training import ArmModule, LladaModule
 from llada_lightning.training import machine as module
 from llada_lightning.training.language_module import LanguageModule
-from llada_lightning.training.machine import Speed, apply_speed, check_devices, resolve_speed
+from llada_lightning.training.machine import Speed, apply_speed, check_devices, resolve_speed, set_threads
 
 
 def trainer(**settings: Any) -> Namespace:
@@ -255,7 +255,8 @@ def test_the_fast_runs_curve_lies_on_the_plain_ones(
 def test_a_line_says_what_is_live(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit("arm", prepared, tmp_path, "--speed.recompute=full", "--trainer.max_steps=1")
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("speed: ")]
-    assert line == "speed: attention sdpa (flash kernel), blocks not compiled, chunked loss, full recomputation"
+    expected = "speed: attention sdpa (flash kernel), blocks not compiled, chunked loss, full recomputation, 1 thread"
+    assert line == f"{expected} (as set)"
 
 
 def trainer_on_the_cpu() -> Any:
@@ -328,3 +329,71 @@ def test_settings_apply_to_every_block() -> None:
     model = build(ArmModule, PLAIN).model
     apply_speed(model, replace(PLAIN, recompute="full"))
     assert [block.recompute for block in model.blocks] == ["full", "full"]
+
+
+# --- threads of the CPU ----------------------------------------------------------------------------------------------
+
+SMALL, LARGE = (8, 32), (64, 4096)
+"""Sequences and their length, whose products are below and above what threads always compute faster."""
+
+
+@pytest.fixture
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine with eight cores whose user has set nothing, and the seconds of a block by the number of threads."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "LLADA_CORES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(module, "usable_cores", lambda: 8)
+    monkeypatch.setattr(module, "_block_seconds", lambda *given: {1: 3.0, 8: 1.5}[given[-1]])
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def threads_of(batch: tuple[int, int], before: int | None = None, devices: int = 1) -> tuple[int, str]:
+    own = SimpleNamespace(**vars(trainer_on_the_cpu()), num_devices=devices)
+    words = set_threads(own, build(ArmModule, PLAIN).shape, *batch, before)
+    return torch.get_num_threads(), words
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_the_faster_number_of_threads_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert threads_of(SMALL) == (8, ", 8 threads (2.0 times as fast as 1)")
+    monkeypatch.setattr(module, "_block_seconds", lambda *given: {1: 1.0, 8: 4.0}[given[-1]])
+    assert threads_of(SMALL) == (1, ", 1 thread (4.0 times as fast as 8)")
+    assert threads_of(SMALL, devices=2) == (1, ", 1 thread (small products)")
+    assert threads_of((64, 16_384), devices=2) == (4, ", 4 threads (all its cores)")
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_a_run_keeps_the_number_it_began_with_where_the_cores_are_there() -> None:
+    assert threads_of(SMALL, before=3) == (3, ", 3 threads (as before)")
+    assert threads_of(SMALL, before=16)[0] == 8
+
+
+@pytest.mark.usefixtures("eight_cores")
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
+def test_what_the_user_has_set_stands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "2")
+    assert threads_of((64, 16_384), before=1) == (2, ", 2 threads (as set)")
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_a_run_beside_others_has_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "usable_cores", lambda: 1)
+    assert threads_of((64, 16_384)) == (1, ", 1 thread (its share of the cores)")
+
+
+def test_a_block_is_timed_without_a_trace() -> None:
+    """The weights that a run draws afterwards are the same."""
+    shape, threads = build(ArmModule, PLAIN).shape, torch.get_num_threads()
+    state = torch.random.get_rng_state()
+    assert module._block_seconds(shape, 2, 8, "bf16-mixed", threads) > 0
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_killed_run_goes_on_with_the_threads_it_began_with(prepared: Path, tmp_path: Path) -> None:
+    words = fit_arguments("arm", prepared, tmp_path)
+    assert run_processes([*words, kill_at(12)], 1, {"OMP_NUM_THREADS": "2"}).returncode == -9
+    ended = run_processes(words, 1, {"OMP_NUM_THREADS": "", "LLADA_CORES": "2"})
+    assert ended.returncode == 0, ended.stderr
+    assert ", 2 threads (as before)" in ended.stderr

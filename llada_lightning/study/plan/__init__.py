@@ -14,7 +14,7 @@ from llada_lightning.compute.shapes import MAX_WIDTH, Shape, check_vocabulary, s
 from llada_lightning.objectives import COMPARED, get_objective
 from llada_lightning.run import MIN_STEPS, Stream
 from llada_lightning.settings import check_seed
-from llada_lightning.study.plan.comparison import budgets_of, comparison_notes, overlap_factor
+from llada_lightning.study.plan.comparison import budgets_of, comparison_notes, naming_what_was_lowered, overlap_factor
 from llada_lightning.study.plan.trunk import (
     MIN_SHAPES,
     Branch,
@@ -298,22 +298,23 @@ def plan_study(
     by_objective = {name: budgets_of(name, ordered, lowered_by) for name in objectives}
     trunks: list[Trunk] = []
     for objective in objectives:
-        served: dict[Shape, list[float]] = {}
-        for budget in by_objective[objective]:
-            if tuning is not None:
-                trunks += tuning_trunks(objective, budget, seeds, tuning, grid, stream, recipe, machine, convention)
-                continue
-            for shape in shapes_at(budget, objective, grid, stream, convention):
-                served.setdefault(shape, []).append(budget)
-        cheap = cheap_points(served)
-        for shape in sorted(served, key=lambda shape: shape.params_nonembedding):
-            trunk = plan_trunk(objective, shape, seeds[0], served[shape], stream, recipe, machine, convention)
-            own = recipe.as_of(trunk)
-            trunks.append(trunk)
-            for seed in seeds[1:]:
-                repeated = served[shape] if seeds_at == "all" else cheap.get(shape, [])
-                if repeated:
-                    trunks.append(plan_trunk(objective, shape, seed, repeated, stream, own, machine, convention))
+        with naming_what_was_lowered(objective, lowered_by):
+            served: dict[Shape, list[float]] = {}
+            for budget in by_objective[objective]:
+                if tuning is not None:
+                    trunks += tuning_trunks(objective, budget, seeds, tuning, grid, stream, recipe, machine, convention)
+                    continue
+                for shape in shapes_at(budget, objective, grid, stream, convention):
+                    served.setdefault(shape, []).append(budget)
+            cheap = cheap_points(served)
+            for shape in sorted(served, key=lambda shape: shape.params_nonembedding):
+                trunk = plan_trunk(objective, shape, seeds[0], served[shape], stream, recipe, machine, convention)
+                own = recipe.as_of(trunk)
+                trunks.append(trunk)
+                for seed in seeds[1:]:
+                    repeated = served[shape] if seeds_at == "all" else cheap.get(shape, [])
+                    if repeated:
+                        trunks.append(plan_trunk(objective, shape, seed, repeated, stream, own, machine, convention))
     return Plan(
         budgets=tuple(sorted({budget for own in by_objective.values() for budget in own})),
         objectives=tuple(objectives),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from llada_lightning.compute.flops import Convention
@@ -62,6 +63,17 @@ def overlap_factor(
             raise UserError(f"plan: no multiplier of {', '.join(others)} was measured; give one by --multiplier")
         multiplier = max(known)
     return multiplier
+
+
+@contextmanager
+def naming_what_was_lowered(objective: str, lowered_by: float) -> Iterator[None]:
+    """A refusal within the block says, too, that the reference's budgets were lowered, which the user has not typed."""
+    try:
+        yield
+    except UserError as error:
+        if objective != REFERENCE or lowered_by == 1:
+            raise
+        raise UserError(f"{error}; --overlap divided {REFERENCE}'s budgets by {lowered_by:.3g}") from error
 
 
 def budgets_of(objective: str, budgets: Sequence[float], lowered_by: float) -> tuple[float, ...]:

@@ -130,7 +130,8 @@ def describe_totals(plan: Plan) -> list[str]:
     if totals["wall_hours"] is not None:
         of = plan.machine.device or "device"
         lines.append(
-            f"hours: {totals['device_hours']:.3g} {of}-hours; {totals['wall_hours']:.3g} hours one run after another"
+            f"hours: {totals['device_hours']:.3g} {of}-hours; {totals['wall_hours']:.3g} hours one run after another; "
+            f"at {plan.machine.speeds}"
         )
     return lines
 

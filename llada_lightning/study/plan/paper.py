@@ -226,10 +226,9 @@ def paper_notes(plan: pd.DataFrame, machine: Machine) -> list[str]:
     if lasts["wall_hours"].isna().any():
         notes.append("hours: n/a; give --device and --mfu, or --measured RESULTS")
     else:
-        rate = "the measured rates" if machine.mfu is None else f"{machine.mfu:.1%} of the dense bf16 peak"
         notes.append(
-            f"hours: at {rate}; all four runs, one after another, take {lasts['wall_hours'].sum():,.0f} hours on "
-            f"{machine.devices} x {machine.device or 'device'} ({lasts['device_hours'].sum():,.0f} device-hours), "
-            "without validation, checkpoints, evaluation and failures"
+            f"hours: at {machine.speeds}; all four runs, one after another, take {lasts['wall_hours'].sum():,.0f} "
+            f"hours on {machine.devices} x {machine.device or 'device'} ({lasts['device_hours'].sum():,.0f} "
+            "device-hours), without validation, checkpoints, evaluation and failures"
         )
     return notes

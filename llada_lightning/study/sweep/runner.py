@@ -17,11 +17,11 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -32,7 +32,11 @@ from rich.text import Text
 from llada_lightning.records import METRICS_FILE, RESULT_FILE, expected_records, has_diverged, is_done, read_records
 from llada_lightning.study.sweep import PlannedRun, RunFolder, Sweep, check_unchanged, launch_fit, plan_runs
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.forks import ForkedProcess
 from llada_lightning.support.printing import people_console, visible
+from llada_lightning.support.threads import shared_among
+
+Fork = Callable[[list[str], Mapping[str, str], int], ForkedProcess]
 
 _POLL_SECONDS = 0.1
 _BLOCK_BYTES = 4096
@@ -78,6 +82,7 @@ def run_sweep(
     extra: Sequence[str] = (),
     edited: bool = False,
     launch: Callable[[list[str]], list[str]] = launch_fit,
+    fork: Fork | None = None,
     console: Console | None = None,
     grace_seconds: float = 30.0,
 ) -> SweepOutcome:
@@ -85,13 +90,15 @@ def run_sweep(
 
     Ctrl-C, SIGTERM and SIGHUP ask the running fits to save and leave, and kill what is left of their process groups
     after ``grace_seconds``, or at once at a second signal. Each run's output is appended to
-    ``<study>/logs/<name>.log``. Where the user has not set OMP_NUM_THREADS, it shares the processor's cores among
-    the jobs.
+    ``<study>/logs/<name>.log``. The runs share the processor's cores, unless the user has set the number of threads
+    (``support.threads``).
 
     Args:
         extra: The arguments that are appended to those of every run.
         edited: Whether a change of the file since the study was begun is meant.
         launch: A function from ``fit`` and its arguments to the command that is run.
+        fork: A function that starts such a run without a command (``ForkServer.start``), from its arguments, its
+            environment, and the file descriptor of its log; by default each run is a process of its own command.
         console: The console of the progress; by default stderr.
 
     Raises:
@@ -106,7 +113,7 @@ def run_sweep(
     for study in dict.fromkeys(run.folder.parent for run in runs):
         if added := check_unchanged(sweep, study, edited=edited):
             console.print(f"{added} runs are new in the file since the study was begun")
-    runner = _Runner(runs, jobs, launch, console)
+    runner = _Runner(runs, jobs, launch, fork, console)
     try:
         with _signals_interrupt(), runner.display():
             runner.run()
@@ -125,7 +132,7 @@ def run_sweep(
 @dataclass(frozen=True)
 class _Job:
     run: PlannedRun
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedProcess
     started: float
 
     def kill_group(self) -> None:
@@ -136,7 +143,12 @@ class _Job:
 
 class _Runner:
     def __init__(
-        self, runs: list[PlannedRun], jobs: int, launch: Callable[[list[str]], list[str]], console: Console
+        self,
+        runs: list[PlannedRun],
+        jobs: int,
+        launch: Callable[[list[str]], list[str]],
+        fork: Fork | None,
+        console: Console,
     ) -> None:
         self.outcome = SweepOutcome(
             skipped=[run.name for run in runs if is_done(run.folder)],
@@ -145,8 +157,8 @@ class _Runner:
         self.waiting = deque(run for run in runs if not is_done(run.folder))
         self.running: list[_Job] = []
         self.total, self.cost = len(runs), sum(run.cost for run in self.waiting)
-        self.jobs, self.launch, self.console = jobs, launch, console
-        self.environment = child_environment(jobs)
+        self.jobs, self.launch, self.fork, self.console = jobs, launch, fork, console
+        self.environment = {"PYTHONUNBUFFERED": "1", **shared_among(jobs)}
         self.cost_done = 0.0
         self.started = time.monotonic()
 
@@ -178,16 +190,20 @@ class _Runner:
             command = self.launch(run.arguments)
             log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.environment,
-                start_new_session=True,
-            )
-        self.running.append(_Job(run, process, time.monotonic()))
+            self.running.append(_Job(run, self._process(run, command, log), time.monotonic()))
         self.console.print(f"started  {run.name}, log: {run.log}", style="dim", highlight=False, soft_wrap=True)
+
+    def _process(self, run: PlannedRun, command: list[str], log: BinaryIO) -> subprocess.Popen[bytes] | ForkedProcess:
+        if self.fork is not None:
+            return self.fork(run.arguments, self.environment, log.fileno())
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=self.environment,
+            start_new_session=True,
+        )
 
     def _ended(self) -> list[_Job]:
         if self.running:
@@ -198,6 +214,7 @@ class _Runner:
     def _settle(self, job: _Job) -> None:
         self.cost_done += job.run.cost
         code = job.process.returncode
+        assert code is not None
         if code == 0 and is_done(job.run.folder):
             self.outcome.done.append(job.run.name)
             elapsed = format_seconds(time.monotonic() - job.started)
@@ -266,17 +283,6 @@ class _Runner:
         return Group(jobs, study)
 
 
-def child_environment(jobs: int) -> dict[str, str]:
-    """The environment of a run: as ours, with the cores shared among ``jobs`` unless the user has set the threads.
-
-    MKL follows OMP_NUM_THREADS where MKL_NUM_THREADS is not set. A number of its own would have it start more threads
-    than the user allows.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    defaults = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), "PYTHONUNBUFFERED": "1"}
-    return {**defaults, **os.environ}
-
-
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
     """SIGTERM and SIGHUP raise KeyboardInterrupt within the block, as Ctrl-C does (in the main thread only)."""
@@ -302,6 +308,8 @@ def _reason(folder: Path, code: int, line: str) -> str:
             states = {str(record.get("status")) for record in records}
             return f"ended with status {', '.join(sorted(states))}" if states else f"ended without a {RESULT_FILE}"
     what = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    if code == -signal.SIGKILL:
+        what += ", as the system does where memory runs out; then give fewer --jobs"
     return f"{line} ({what})" if line else what
 
 
