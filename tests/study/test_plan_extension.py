@@ -210,6 +210,21 @@ def test_a_file_that_was_edited_is_not_overwritten(
     assert main(words(prepared)) == 0
 
 
+def test_runs_that_were_appended_are_not_planned_away(
+    prepared: Path, sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--append", "s.yaml", "--flops", "4e8"]) == 0
+    before = sweep.read_bytes()
+    capsys.readouterr()
+    assert main(words(prepared)) == 2
+    shown = capsys.readouterr().err
+    assert "'s.yaml' holds runs that --append has added" in shown and shown.count("\n") == 1
+    assert sweep.read_bytes() == before
+    assert main(words(prepared, "--force")) == 0
+    assert b"appended by" not in sweep.read_bytes()
+    assert main(words(prepared)) == 0
+
+
 def test_a_table_of_another_program_is_not_overwritten(
     prepared: Path, sweep: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

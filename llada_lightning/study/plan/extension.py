@@ -51,7 +51,7 @@ def is_unedited(text: str) -> bool:
 
 
 def check_replaceable(texts: Mapping[Path, str], sweep: Path) -> None:
-    """Refuse to overwrite what was edited, or is no file of a plan.
+    """Refuse to overwrite what was edited, is no file of a plan, or holds runs that were appended and would be lost.
 
     Args:
         texts: The new text of each file. One of them is the sweep, another its table, the third may be a job array.
@@ -70,6 +70,12 @@ def check_replaceable(texts: Mapping[Path, str], sweep: Path) -> None:
                 f"plan: '{shortened(path)}' was edited since it was planned, or is no file of this version's plan; "
                 "choose another name, or give --force to overwrite it"
             )
+    old = _read(sweep) or ""
+    if old.count(f"\n{APPENDED_BY}") > texts[sweep].count(f"\n{APPENDED_BY}"):
+        raise UserError(
+            f"plan: '{shortened(sweep)}' holds runs that --append has added, which this plan leaves out; choose "
+            "another name, or give --force to overwrite it"
+        )
 
 
 def _read(path: Path) -> str | None:

@@ -133,6 +133,10 @@ def describe_totals(plan: Plan) -> list[str]:
             f"hours: {totals['device_hours']:.3g} {of}-hours; {totals['wall_hours']:.3g} hours one run after another; "
             f"at {plan.machine.speeds}"
         )
+    elif plan.machine.device is not None:
+        lines.append(
+            f"hours: n/a: no speed of --device {plan.machine.device} is known; give --mfu or --measured RESULTS"
+        )
     return lines
 
 
