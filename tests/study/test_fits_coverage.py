@@ -61,8 +61,14 @@ def coverage(world: World, mode: str, studies: int, samples: int) -> dict[str, f
     return {name: float(np.mean(covered)) for name, covered in hits.items()}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("world", [VALLEYS, CHINCHILLA], ids=["valleys", "chinchilla"])
+@pytest.mark.parametrize(
+    ("world", "mode"),
+    [
+        pytest.param(world, mode, id=f"{name}-{mode}", marks=[] if fast else pytest.mark.slow)
+        for name, world in (("valleys", VALLEYS), ("chinchilla", CHINCHILLA))
+        for mode, fast in (("known", world is VALLEYS), ("unknown", False), ("shared", world is CHINCHILLA))
+    ],
+)
 def test_intervals_hold_the_truth_in_a_few_studies(world: World, mode: str) -> None:
     found = coverage(world, mode, studies=4, samples=200)
     # Of about 32 intervals at 95 %: fewer than 26 have a chance of 1 in 1 000, were they independent.
@@ -86,11 +92,9 @@ def small_coverage(world: World, shapes: int, studies: int, samples: int) -> dic
     return {name: float(np.mean(covered)) for name, covered in hits.items()}
 
 
-@pytest.mark.parametrize("shapes", [3, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "world",
-    [pytest.param(VALLEYS, id="valleys"), pytest.param(CHINCHILLA, id="chinchilla", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shapes", [3, 4])
+@pytest.mark.parametrize("world", [VALLEYS, CHINCHILLA], ids=["valleys", "chinchilla"])
 def test_small_studies_with_seed_spread_hold_the_truth(world: World, shapes: int) -> None:
     found = small_coverage(world, shapes, studies=10, samples=200)
     assert found["N_opt"] >= 0.75, found  # of 60; at 95 % each, and few of them independent

@@ -240,7 +240,9 @@ def test_positions_beyond_the_masked_ones_change_nothing() -> None:
     )
 
 
-@pytest.mark.parametrize(("objective", "compiled"), [("arm", "true"), ("llada", "false")])
+@pytest.mark.parametrize(
+    ("objective", "compiled"), [pytest.param("arm", "true", marks=pytest.mark.slow), ("llada", "false")]
+)
 def test_the_fast_runs_curve_lies_on_the_plain_ones(
     objective: str, compiled: str, prepared: Path, tmp_path: Path
 ) -> None:
