@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -29,9 +30,14 @@ Call = Callable[[list[str]], int]
 """A function of a module, from the arguments of a command to its exit code."""
 
 
+_LONGEST_FOLDER = 70
+"""Bytes of the path of the folder for temporary files: the server's socket lies below it, and has at most 107."""
+
+
 def can_fork() -> bool:
-    """Whether forked processes are safe here: on Linux. Libraries of other systems do not stand it."""
-    return sys.platform == "linux"
+    """Whether forked processes are safe here: on Linux, where the path of the folder for temporary files is short."""
+    # Libraries of other systems do not stand a fork.
+    return sys.platform == "linux" and len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_FOLDER
 
 
 class ForkServer:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,15 @@ def test_the_end_of_the_server_is_the_end_of_its_processes_for_us_and_the_next_o
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # as the runner of a sweep does with a run that failed
     assert start(forked_calls.describe, tmp_path / "next").wait(120) == 7
+
+
+def test_where_the_servers_socket_would_have_too_long_a_path_nothing_is_forked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    assert can_fork()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 20)))
+    assert not can_fork()
 
 
 WITHOUT_A_GPU = """
