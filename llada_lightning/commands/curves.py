@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, CONVENTIONS, Convention
 from llada_lightning.objectives import REFERENCE
-from llada_lightning.support.command_line import CommandParser, add_json, print_json
+from llada_lightning.support.command_line import CommandParser, add_draws, add_json, check_draws, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, file_sha256, write_json
 from llada_lightning.support.printing import people_console, shortened
@@ -86,14 +86,10 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="draw the loss of one run by noise level, over its training and its validations",
     )
-    parser.add_argument("--samples", type=int, default=4000, help="bootstrap draws")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    add_draws(parser)
     add_json(parser)
     options = parser.parse_args(argv)
-    if options.samples < 100:
-        raise UserError(f"curves: --samples is {options.samples}; 95 % intervals need at least 100")
-    if options.seed < 0:
-        raise UserError(f"curves: --seed is {options.seed}; it must be at least 0")
+    check_draws("curves", options)
     if options.by_level:
         return _by_level(options)
     if options.rules:

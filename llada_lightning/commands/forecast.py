@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, CONVENTIONS
 from llada_lightning.objectives import REFERENCE
-from llada_lightning.support.command_line import CommandParser, add_json, print_json
+from llada_lightning.support.command_line import CommandParser, add_draws, add_json, check_draws, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, file_sha256
 from llada_lightning.support.printing import people_console
@@ -41,14 +41,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--unit", choices=("nats_per_token", "bits_per_byte"), default="nats_per_token", help="unit of the loss"
     )
-    parser.add_argument("--samples", type=int, default=4000, help="bootstrap draws")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    add_draws(parser)
     add_json(parser)
     options = parser.parse_args(argv)
-    if options.samples < 100:
-        raise UserError(f"forecast: --samples is {options.samples}; 95 % intervals need at least 100")
-    if options.seed < 0:
-        raise UserError(f"forecast: --seed is {options.seed}; it must be at least 0")
+    check_draws("forecast", options)
     if not all(0 < flops < 1e40 for flops in options.flops):
         raise UserError(f"forecast: --flops {options.flops}; budgets are positive, such as 1e13")
     from llada_lightning.study.fits import fit_table, usable_runs  # after the parser: --help answers at once

@@ -199,6 +199,24 @@ def add_json(parser: CommandParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
+def add_draws(parser: CommandParser) -> None:
+    """The options of the bootstrap's draws; ``check_draws`` refuses values that they cannot take."""
+    parser.add_argument("--samples", type=int, default=4000, help="bootstrap draws")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
+
+
+def check_draws(verb: str, options: Namespace) -> None:
+    """Refuse too few draws, and a negative seed.
+
+    Raises:
+        UserError: Names the verb, the option and its value.
+    """
+    if options.samples < 100:
+        raise UserError(f"{verb}: --samples is {options.samples}; 95 % intervals need at least 100")
+    if options.seed < 0:
+        raise UserError(f"{verb}: --seed is {options.seed}; it must be at least 0")
+
+
 def print_json(value: dict[str, Any]) -> None:
     """One strict JSON object on stdout."""
     print(json.dumps(strict_json(value), allow_nan=False))
