@@ -25,6 +25,7 @@ from typing import Any
 from llada_lightning.support.errors import UserError
 
 _ATTEMPTS, _PAUSE = 50, 0.1
+_SERVER_ENDED = 255
 
 Call = Callable[[list[str]], int]
 """A function of a module, from the arguments of a command to its exit code."""
@@ -119,6 +120,14 @@ class ForkedProcess:
     def terminate(self) -> None:
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGTERM)
+
+    def kill_group(self) -> None:
+        """Ends the process, and what it has left behind."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        if self.returncode in (None, _SERVER_ENDED):  # it may not lead a group yet
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
 
 class _Descriptor:

@@ -74,7 +74,9 @@ def test_the_end_of_the_server_is_the_end_of_its_processes_for_us_and_the_next_o
     try:
         assert process.wait(120) == 255
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # as the runner of a sweep does with a run that failed
+        process.kill_group()  # as the runner of a sweep does with a run that failed
+    while forked_calls.locked(str(tmp_path / "orphan")):
+        pass
     assert start(forked_calls.describe, tmp_path / "next").wait(120) == 7
 
 

@@ -137,6 +137,9 @@ class _Job:
 
     def kill_group(self) -> None:
         """Ends what the run has left behind, such as workers of its loader."""
+        if isinstance(self.process, ForkedProcess):
+            self.process.kill_group()
+            return
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
