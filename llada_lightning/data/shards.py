@@ -158,13 +158,19 @@ class ShardReader:
         """
         shard = bisect_right(self._ends, item)
         if shard in self._whole:
-            return self._dataset[item]
+            return self._read(item)
         if not self._remote:
             self._check(shard)
-            return self._dataset[item]
-        tokens = self._dataset[item]  # which fetches the shard
+            return self._read(item)
+        tokens = self._read(item)  # which fetches the shard
         self._check(shard)
         return tokens
+
+    def _read(self, item: int) -> Tensor:
+        try:
+            return self._dataset[item]
+        except KeyError:  # litdata 0.2.76 closes a shard while its thread that fetches ahead opens it again
+            return self._dataset[item]
 
     def _check(self, number: int) -> None:
         """Compares a shard with its checksum, and before the first one the index with the manifest."""

@@ -266,6 +266,25 @@ def test_the_items_are_litdatas_and_each_shard_is_hashed_once(
     assert hashed == [Path(shard.file).name for shard in stored_shards]
 
 
+def test_a_shard_that_two_threads_of_litdata_close_at_once_is_read_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, remote = reader(folder), reader(folder, "local:")
+    last = len(StreamingDataset(f"{folder}/train", item_loader=TokensLoader(L))) - 1
+    remote[0]
+    lost = iter([KeyError(0)])
+
+    def close(self: TokensLoader, chunk_index: int, whole: Callable[..., None] = TokensLoader.close) -> None:
+        for error in lost:
+            raise error
+        whole(self, chunk_index)
+
+    monkeypatch.setattr(TokensLoader, "close", close)
+    assert torch.equal(remote[last], local[last])
+    assert next(lost, None) is None  # it was lost
+    assert torch.equal(remote[0], local[0])
+
+
 SHARD_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped": (lambda folder: flip(folder / SHARD), "has the sha256 [0-9a-f]{64}, expected"),
     "exchanged": (
