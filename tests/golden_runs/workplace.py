@@ -287,9 +287,17 @@ OF_ALL_BITS = frozenset({"parent_checkpoint"})
 
 
 def this_platform() -> dict[str, str]:
-    """What the last bits of a sum of floats depend on."""
+    """What the last bits of a sum of floats depend on.
+
+    MKL takes other kernels on processors of other vendors than Intel. The fixtures were made without the vendor noted;
+    a machine of another vendor gave their bits once MKL was told that it was an Intel processor.
+    """
+    described = Path("/proc/cpuinfo")  # Linux has it
+    lines = described.read_text().splitlines() if described.exists() else []
+    vendors = [line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")]
     return {
         "torch": torch.__version__,
+        "cpu_vendor": vendors[0] if vendors else "unknown",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
     }
