@@ -29,9 +29,14 @@ from llada_lightning.data.manifest import (
 from llada_lightning.data.order import WINDOW_SHARDS, Mixture
 from llada_lightning.data.shards import check_shards
 from llada_lightning.data.validation import ValidationCorpus, held_out_corpora, mixture_sources
+from llada_lightning.objectives.batches import bucketed
+from llada_lightning.objectives.forward_process import drawn_ratio, mask_probability
 from llada_lightning.run import sequences_read
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import local_path
+
+_LOOKED_AT = 256
+"""The number of micro-batches by which the largest number of masked positions is estimated."""
 
 
 class TokenDataModule(LanguageDataModule):
@@ -78,6 +83,8 @@ class TokenDataModule(LanguageDataModule):
         self.random_length_share, self.window_shards = random_length_share, window_shards
         self.document_mask = document_mask
         self.held_out = dict(held_out or {})
+
+    static_shapes = True
 
     @cached_property
     def manifests(self) -> list[Manifest]:
@@ -149,6 +156,26 @@ class TokenDataModule(LanguageDataModule):
         """The number of training sequences of each source that are read at all."""
         present = [m.splits["train"].items(self.sequence_length) for m in self.manifests]
         return sequences_read(present, list(self.weights.values()), self.sequence_length, self.train_tokens)
+
+    def most_scored(self, micro_batch: int, steps: int) -> int:
+        """The number of masked positions that hardly any micro-batch of a run has more of.
+
+        It lies four standard deviations above the largest expected number of some micro-batches that are spread over
+        the run, and is a multiple of ``BUCKET``.
+
+        Args:
+            micro_batch: The number of sequences of one.
+            steps: The number of steps of the run.
+        """
+        starts = np.unique(np.linspace(0, max(steps - 1, 0), _LOOKED_AT).astype(np.int64)) * self.batch
+        ordinals_N = (starts[:, None] + np.arange(micro_batch)).ravel()
+        drawn = (self.seed, ordinals_N, self.time_sampling, self.density, self.batch)
+        t_N, _ = drawn_ratio(*drawn, self.block_length, self.sequence_length)
+        p_SP = mask_probability(t_N, self.mask_eps).reshape(len(starts), -1)
+        positions = micro_batch * self.sequence_length
+        width = positions / p_SP.shape[1]  # the positions that share a probability
+        counts_S = width * (p_SP.sum(axis=1) + 4 * np.sqrt((p_SP * (1 - p_SP)).sum(axis=1) / width))
+        return bucketed(min(positions, int(counts_S.max())))
 
     def check(self) -> None:
         """Refuses a data folder with missing, cut or foreign files, or whose shards are shorter than a sequence.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning import LightningDataModule, Trainer
@@ -59,6 +59,8 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
         UserError: A setting is out of range.
     """
 
+    static_shapes: ClassVar[bool] = False
+    """Whether all micro-batches have sequences of one length, so that a step can be a graph (:meth:`most_scored`)."""
     document_mask = False
     block_length: int | None = None
     """The number of tokens that share a mask ratio, where the module that trains on the data predicts in blocks; None:

@@ -26,7 +26,8 @@ class TrainingBatch(NamedTuple):
         ordinals_B: (B,) int64.
         scored_M: (M,) int64: where masked tokens lie in the flattened (B L), then zeros up to a multiple of ``BUCKET``.
             Known to the host, so that the device is not waited for.
-        scored: The number of masked tokens among them, which come first.
+        scored: The number of masked tokens among them, which come first. It and ``denominator`` are numbers of the
+            host, and tensors () of the device where a graph of the step reads them.
         denominator: The tokens of the global batch over the number of its micro-batches. A loss is a weighted sum over
             it. The mean over micro-batches and ranks, which Lightning and DDP take, is then the loss per token of the
             global batch, however it was split.
@@ -48,8 +49,8 @@ class TrainingBatch(NamedTuple):
     p_B: Tensor
     ordinals_B: Tensor
     scored_M: Tensor
-    scored: int
-    denominator: float
+    scored: int | Tensor
+    denominator: float | Tensor
     global_tokens: int
     documents_BL: Tensor | None = None
     response_BL: Tensor | None = None
@@ -71,8 +72,13 @@ class TrainingBatch(NamedTuple):
 def scored_positions(masked_BL: Tensor) -> tuple[Tensor, int]:
     """``TrainingBatch.scored_M`` and ``scored`` of a mask."""
     positions_M = masked_BL.flatten().nonzero()[:, 0]
-    filled = -(-len(positions_M) // BUCKET) * BUCKET
+    filled = bucketed(len(positions_M))
     return torch.nn.functional.pad(positions_M, (0, filled - len(positions_M))), len(positions_M)
+
+
+def bucketed(count: int) -> int:
+    """A count, rounded up to a multiple of ``BUCKET``."""
+    return -(-count // BUCKET) * BUCKET
 
 
 class ValidationBatch(NamedTuple):

@@ -144,7 +144,8 @@ def masked_loss(
     total, nll_M = model.head_nll(hidden_MD, targets_M, weights_M)
     if levels is not None:
         p_M = divisors_M if divisors is batch.p_B else of_tokens(batch.p_B)
-        levels.add(p_M[: batch.scored], nll_M[: batch.scored])
+        counted_M = torch.arange(len(nll_M), device=nll_M.device) < batch.scored
+        levels.add(p_M, nll_M.masked_fill(~counted_M, 0.0), counted_M)
     return total / batch.denominator
 
 
@@ -172,7 +173,7 @@ def masked_nll(
     return nll_bound_of_blocks(nll_M, batch.masked_BL, may_be_masked_BL, block_length)
 
 
-def masked_diffusion_weights(divisors_M: Tensor, scored: int) -> Tensor:
+def masked_diffusion_weights(divisors_M: Tensor, scored: int | Tensor) -> Tensor:
     """What the loss of Eq. 3 weighs the masked tokens' negative log-likelihoods by; that of Eq. 2 takes each once.
 
     Args:

@@ -67,6 +67,7 @@ from llada_lightning.training.record import (
     result_record,
     without_validation,
 )
+from llada_lightning.training.step_graphs import why_not_graphed, with_graphs
 from llada_lightning.training.validation import PolicyLosses
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -199,7 +200,13 @@ class LladaCLI(HookedCLI):
         self.model.policy_losses = PolicyLosses(policies)
         self.model.identity, self.datamodule.block_length = self.identity, self.model.block_length
         given, fits = Speed(**vars(self.settings.speed)), self.subcommand == "fit"
-        self.model.speed, self.speed_lines = resolve_speed(given, self.model.shape, self.trainer, training=fits)
+        speed, self.speed_lines = resolve_speed(given, self.model.shape, self.trainer, training=fits)
+        reason = why_not_graphed(self.model, self.datamodule, self.trainer, bool(self.settings.profile.steps))
+        self.model.speed = with_graphs(speed, reason, training=fits)
+        if self.model.speed.graph:
+            self.speed_lines[-1] += ", steps as CUDA graphs"
+        elif fits and self.trainer.strategy.root_device.type == "cuda" and speed.graph is None:
+            self.speed_lines[-1] += f", steps not as graphs ({reason})"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run, trainer = self.settings.run, self.config_init[self.subcommand].trainer

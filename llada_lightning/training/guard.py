@@ -72,18 +72,21 @@ class UpdateGuard:
         self._losses_N = torch.full((WINDOW,), math.nan)
         self._pending: list[tuple[int, Tensor]] = []
 
-    def judge(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether the update is to be skipped; does not wait for the device.
+    def verdict(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Whether the update of a step is to be skipped; does not wait for the device.
+
+        What it remembers stays at one place of the device, so that a graph can hold the verdict.
 
         Args:
-            step: The number of steps, this one included.
             loss: () of the global batch, equal on all ranks.
             grad_norm: () likewise.
 
         Returns:
-            () float32, 1 to skip and 0 to update: the optimizer's ``found_inf``.
+            (5,) float32: the loss, the norm, the z-score, 1 where the loss is a spike, and 1 where the update is to be
+            skipped, which is the optimizer's ``found_inf``.
         """
-        self._losses_N = self._losses_N.to(loss)
+        if self._losses_N.device != loss.device:
+            self._losses_N = self._losses_N.to(loss)
         zscore = torch.full_like(loss, math.nan)
         if self.spikes != "ignore":
             median = self._losses_N.median()
@@ -92,11 +95,14 @@ class UpdateGuard:
         skip = ~(loss.isfinite() & grad_norm.isfinite())
         if self.spikes == "skip":
             skip = skip | spike
-        self._losses_N = torch.where(skip, self._losses_N, torch.cat([self._losses_N[1:], loss[None]]))
-        self._pending.append((step, torch.stack([loss, grad_norm, zscore, spike, skip])))
+        self._losses_N.copy_(torch.where(skip, self._losses_N, torch.cat([self._losses_N[1:], loss[None]])))
+        return torch.stack([loss, grad_norm, zscore, spike, skip])
+
+    def note(self, step: int, verdict: Tensor) -> None:
+        """Keep the verdict on a step until it is settled; does not wait for the device."""
+        self._pending.append((step, verdict))
         if len(self._pending) == WINDOW:  # a trainer without our callbacks never asks
             self.settle()
-        return skip.float()
 
     def settle(self) -> None:
         """Take the verdicts since the last time from the device, and wait for it."""
@@ -118,10 +124,10 @@ class UpdateGuard:
         """What a resumed run needs to decide the same."""
         self.settle()
         counts = {"skipped": self.skipped, "streak": self.streak, "last_update": self.last_update}
-        return {"losses": self._losses_N.cpu(), **counts}
+        return {"losses": self._losses_N.cpu().clone(), **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._losses_N = state["losses"]
+        self._losses_N = state["losses"].clone()
         self.skipped, self.streak, self.last_update = state["skipped"], state["streak"], state["last_update"]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
@@ -29,17 +30,19 @@ from llada_lightning.model.head import RowLoss, token_nll, with_z_loss
 from llada_lightning.model.patterns import Pattern, ahead, and_masks, window_ahead
 from llada_lightning.model.transformer import NORM_EPS, POSITIVE, ROPE_THETA, is_positive
 from llada_lightning.objectives import Objective, TrainingKind, get_objective
-from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch
+from llada_lightning.objectives.batches import TrainingBatch, ValidationBatch, bucketed
 from llada_lightning.objectives.density_settings import DensitySetting
 from llada_lightning.objectives.forward_process import noisy_tokens
 from llada_lightning.support.arguments import KeepsArguments
 from llada_lightning.support.errors import UserError
 from llada_lightning.training.first_weights import check_opening, check_shift, fill_weights, inherited, source_flops
 from llada_lightning.training.guard import UpdateGuard
+from llada_lightning.training.lightning_internals import call_before_optimizer_step
 from llada_lightning.training.machine import Speed, apply_speed
 from llada_lightning.training.noise_levels import LevelLosses
 from llada_lightning.training.optimizers import OptimizerSettings
 from llada_lightning.training.parallel import shard, total_norm
+from llada_lightning.training.step_graphs import StepGraphs, recorded_steps
 from llada_lightning.training.validation import (
     DocumentLosses,
     PolicyLosses,
@@ -149,6 +152,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         self.speed = Speed()
         self.grad_norm: Tensor | None = None
         self.step_loss: Tensor | None = None
+        self.step_graphs: StepGraphs | None = None
         self._micro_losses: list[Tensor] = []
         self.train_levels, self.val_levels = LevelLosses("train"), LevelLosses("val")
         self.val_by_level: dict[str, float] = {}
@@ -198,31 +202,85 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip by norm, over all shards, and have the guard judge the step; both figures are kept for the log."""
+        """Clip by norm, over all shards, and have the guard judge the step."""
+        if self.step_graphs is not None:
+            return  # its graph does it
+        assert self.trainer is not None
+        losses_A = torch.stack(self._micro_losses)
+        self._micro_losses.clear()
+        verdict = self.judged(losses_A, gradient_clip_val)
+        self.guard.note(self.trainer.global_step + 1, verdict)
+        # What optimizers take as from a GradScaler: 1 leaves weights, moments and step counts as they are.
+        optimizer.found_inf = verdict[-1]  # type: ignore[attr-defined]
+
+    def judged(self, losses_A: Tensor, clip: float | None) -> Tensor:
+        """Clip the gradients, and judge the global batch, the same on all ranks; both figures are kept for the log.
+
+        Args:
+            losses_A: (A,) of the micro-batches of this rank.
+            clip: The largest norm; None or 0: none.
+
+        Returns:
+            (5,) what the guard's verdict holds.
+        """
+        assert self.trainer is not None
         parameters = [p for p in self.parameters() if p.grad is not None]
-        self.grad_norm = judged = total_norm([p.grad for p in parameters if p.grad is not None])
-        if gradient_clip_val:
-            clip = float(gradient_clip_val)
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, self.grad_norm)
+        self.grad_norm = norm = judged = total_norm([p.grad for p in parameters if p.grad is not None])
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, float(clip), norm)
             # The guard judges what goes into the update: the gradients times at most clip / norm. Both are finite
             # together with the product, since the factor is 1 at most; so the norm tells, where the clip is a number.
-            judged = self.grad_norm if math.isfinite(clip) else torch.full_like(self.grad_norm, math.nan)
-        # What optimizers take as from a GradScaler: 1 leaves weights, moments and step counts as they are.
-        optimizer.found_inf = self._judge(judged)  # type: ignore[attr-defined]
-
-    def _judge(self, grad_norm: Tensor) -> Tensor:
-        """The guard's verdict on the global batch, the same on all ranks."""
-        assert self.trainer is not None
-        figures = torch.stack([torch.stack(self._micro_losses).mean(), grad_norm])
-        self._micro_losses.clear()
+            judged = norm if math.isfinite(clip) else torch.full_like(norm, math.nan)
+        figures = torch.stack([losses_A.mean(), judged])
         if self.trainer.world_size > 1:
             dist.all_reduce(figures)  # not Lightning's reduction, whose barrier would wait for the device
             figures /= self.trainer.world_size
         self.step_loss = figures[0]
-        return self.guard.judge(self.trainer.global_step + 1, *figures)
+        return self.guard.verdict(*figures)
 
     def on_train_start(self) -> None:
         self._micro_losses.clear()  # of a step that an interrupt broke off
+        self.step_graphs = None
+        if self.speed.graph:
+            assert self.trainer is not None
+            data, trainer = self.trainer.datamodule, self.trainer  # type: ignore[attr-defined]
+            rows = data.micro_batch
+            all_positions = bucketed(rows * data.sequence_length)
+            most = data.most_scored(rows, trainer.max_steps) if self.facts.masks else all_positions
+            sizes = (trainer.gradient_clip_val, trainer.accumulate_grad_batches, most)
+            self.step_graphs = recorded_steps(self, trainer.optimizers[0], *sizes)
+
+    def on_train_end(self) -> None:
+        if self.step_graphs is not None:
+            self.step_graphs.end()
+            self.step_graphs = None
+
+    # While steps are graphs, gradients stay at their place; `training_step` adds to them, and one hook clips, judges
+    # and updates.
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        if self.step_graphs is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def on_validation_model_zero_grad(self) -> None:
+        if self.step_graphs is None:
+            super().on_validation_model_zero_grad()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if loss.requires_grad:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        if self.step_graphs is None:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            return
+        assert self.trainer is not None and optimizer_closure is not None
+        optimizer_closure()
+        call_before_optimizer_step(self.trainer, optimizer)
+        losses, self._micro_losses = self._micro_losses, []
+        self.step_graphs.update(losses, self.trainer.global_step + 1)
 
     def with_noise(self, batch: TrainingBatch | ValidationBatch) -> TrainingBatch | ValidationBatch:
         """A batch on the host, where the noise of ordinals is made, with what the model sees of it."""
@@ -236,7 +294,9 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         return batch._replace(noisy_BL=torch.from_numpy(noisy_BL))
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        loss = self.training_loss(batch)
+        loss = None if self.step_graphs is None else self.step_graphs.loss(batch)
+        if loss is None:
+            loss = self.training_loss(batch)
         self._micro_losses.append(loss.detach())
         return loss
 
@@ -430,8 +490,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         count, shifted = len(start_ids), self.shift_targets and not causal
         assert not (count or shifted) or (positions_L is None and queries == ALL)
         if count:
-            before_BK = inputs_BL.new_tensor(start_ids).expand(len(inputs_BL), -1)
-            inputs_BL = torch.cat([before_BK, inputs_BL], dim=1)
+            before = [inputs_BL.new_full((len(inputs_BL), 1), token_id) for token_id in start_ids]
+            inputs_BL = torch.cat([*before, inputs_BL], dim=1)
             documents_BL, attention_mask_BL = (  # they belong to the first token, which is never padding
                 None if own is None else torch.cat([own[:, :1].expand(-1, count), own], dim=1)
                 for own in (documents_BL, attention_mask_BL)

@@ -11,6 +11,8 @@ from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer import call
+from torch.optim import Optimizer
 
 from llada_lightning.support.command_line import one_line
 from llada_lightning.support.errors import UserError
@@ -92,6 +94,12 @@ def replace_sigterm_check(trainer: Trainer, check: Callable[[], None]) -> None:
     loop = trainer.fit_loop.epoch_loop
     if hasattr(loop, "_broadcast_sigterm_tensor"):
         loop._broadcast_sigterm_tensor = check  # type: ignore[method-assign]
+
+
+def call_before_optimizer_step(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Tell callbacks and module that a step is about to be made, as Lightning does before its own."""
+    call._call_callback_hooks(trainer, "on_before_optimizer_step", optimizer)
+    call._call_lightning_module_hook(trainer, "on_before_optimizer_step", optimizer)
 
 
 def run_validation(trainer: Trainer) -> None:

@@ -109,6 +109,8 @@ class Speed:
     Args:
         attention: The back end of attention: sdpa, flash or flex (see ``model.attention``).
         compile: Whether torch.compile compiles each block; null: where a GPU trains. Later runs use what it compiled.
+        graph: Whether an optimizer step is launched as two CUDA graphs (see ``training.step_graphs``); null: where one
+            CUDA device trains on micro-batches of one length.
         loss: `chunked` takes the cross-entropy with the output head, so that the logits of all positions are never in
             memory; `plain` makes all logits first.
         recompute: What the backward pass computes again instead of keeping it: none, selective (all but products and
@@ -118,6 +120,7 @@ class Speed:
 
     attention: Backend = "sdpa"
     compile: bool | None = None
+    graph: bool | None = None
     loss: Literal["chunked", "plain"] = "chunked"
     recompute: Recompute = "none"
     fp8: bool = False

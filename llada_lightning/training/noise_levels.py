@@ -7,6 +7,8 @@ the host reads the sums where it waits for the device to log the loss.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import torch
@@ -32,11 +34,12 @@ class LevelLosses:
 
     Attributes:
         paused: Whether what is handed over is left out.
+        at_once: Whether values are summed up as they come, on the device that the sums are on. A graph can hold that.
     """
 
     def __init__(self, split: Literal["train", "val"]) -> None:
         self._columns = level_columns(split)
-        self.paused = False
+        self.paused, self.at_once = False, False
         self._edges = torch.arange(1, NOISE_LEVELS) / NOISE_LEVELS
         self._totals_2T = torch.zeros(2, NOISE_LEVELS, dtype=torch.float64)  # units of nats, and tokens
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -48,7 +51,7 @@ class LevelLosses:
             return
         nats_N = nats_N.detach()
         self._waiting.append((levels_N.detach(), nats_N, torch.ones_like(nats_N) if counts_N is None else counts_N))
-        if len(self._waiting) == _TOGETHER:
+        if self.at_once or len(self._waiting) == _TOGETHER:
             self._sum_up()
 
     def _sum_up(self) -> None:
@@ -96,6 +99,20 @@ class LevelLosses:
         self._waiting.clear()
         self._totals_2T = totals_2T.clone() if first else torch.zeros_like(totals_2T)
 
+    def undone(self, device: torch.device) -> AbstractContextManager[None]:
+        """What is added within counts nothing."""
+        self._sum_up()
+        self._move(device)
+        return _restored(self._totals_2T)
+
     def _move(self, device: torch.device) -> None:
         if self._totals_2T.device != device:
             self._totals_2T, self._edges = self._totals_2T.to(device), self._edges.to(device)
+
+
+@contextmanager
+def _restored(values: Tensor) -> Iterator[None]:
+    """Put the values of a tensor back in the end."""
+    before = values.clone()
+    yield
+    values.copy_(before)
