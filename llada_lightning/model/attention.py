@@ -123,7 +123,9 @@ class Attention(nn.Module):
         mask: Mask,
         cache: KeyValueCache | None = None,
         queries: slice = ALL,
+        rows_M: Tensor | None = None,
     ) -> Tensor:
+        """(B, L, D) of the positions that ``queries`` are, or (M, D) of the rows of the flattened (B L)."""
         k, v = (self._heads(projection(x_BLD)) for projection in (self.k_proj, self.v_proj))
         # Not cut where nothing is: torch 2.9 cannot cut what tensor parallelism hands over.
         q = self._heads(self.q_proj(x_BLD if queries == ALL else x_BLD[:, queries]))
@@ -132,7 +134,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         kernel = self.kernel if isinstance(mask, BlockMask) or (cache is None and queries == ALL) else sdpa
-        return self.out_proj(kernel(q, k, v, causal, mask).transpose(1, 2).flatten(2))
+        x_BLD = kernel(q, k, v, causal, mask).transpose(1, 2).flatten(2)
+        return self.out_proj(x_BLD if rows_M is None else x_BLD.flatten(0, 1).index_select(0, rows_M))
 
     def _heads(self, x_BLE: Tensor) -> Tensor:
         return x_BLE.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -49,15 +49,25 @@ Recompute = Literal["none", "selective", "full"]
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020)."""
+    """SwiGLU (Shazeer 2020).
+
+    Attributes:
+        padding: The number of zeros by which the inner width is longer within the products: a GPU multiplies widths
+            that are no multiple of 64 more slowly. They change no result.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(shape.d_model, shape.d_ff, bias=False)
         self.up_proj = nn.Linear(shape.d_model, shape.d_ff, bias=False)
         self.down_proj = nn.Linear(shape.d_ff, shape.d_model, bias=False)
+        self.padding = 0
 
     def forward(self, x_BLD: Tensor) -> Tensor:
+        if self.padding:
+            gate_FD, up_FD = (F.pad(layer.weight, (0, 0, 0, self.padding)) for layer in (self.gate_proj, self.up_proj))
+            inner_BLF = F.silu(F.linear(x_BLD, gate_FD)) * F.linear(x_BLD, up_FD)
+            return F.linear(inner_BLF, F.pad(self.down_proj.weight, (0, self.padding)))
         return self.down_proj(F.silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
 
 
@@ -97,7 +107,12 @@ class Block(nn.Module):
         cache: KeyValueCache | None = None,
         queries: slice = ALL,
         dropout_keys_SB: Tensor | None = None,
+        rows_M: Tensor | None = None,
     ) -> Tensor:
+        if rows_M is not None:
+            attended_MD = self.attention(self.attention_norm(x_BLD), rope, causal, mask, cache, queries, rows_M)
+            x_MD = x_BLD[:, queries].flatten(0, 1).index_select(0, rows_M) + attended_MD
+            return x_MD + self.feed_forward(self.feed_forward_norm(x_MD))
         # In this order, in which gradients are added up: another one would round them otherwise.
         x_BLD = x_BLD[:, queries] + self._dropped(
             self.attention(self.attention_norm(x_BLD), rope, causal, mask, cache, queries), dropout_keys_SB, 0
@@ -187,6 +202,7 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         queries: slice = ALL,
         dropped_ordinals_B: Tensor | None = None,
+        rows_M: Tensor | None = None,
     ) -> Tensor:
         """The normalised residual stream before the output head.
 
@@ -206,11 +222,14 @@ class Transformer(nn.Module):
                 where causal.
             dropped_ordinals_B: (B,) int64, the ordinals of the sequences, which decide what :meth:`drop` drops; None:
                 nothing. With queries from the first position on only.
+            rows_M: (M,) int64, the rows of the flattened (B L), or of the queries, whose result is wanted: the last
+                block computes nothing but attention for others. Not with a cache or dropout. None: all.
 
         Returns:
-            (B, L, D), or as many positions as wanted, in the parameters' type; ``head`` makes logits of any selection
-            of its rows.
+            (B, L, D), or as many positions as wanted, or (M, D), in the parameters' type; ``head`` makes logits of any
+            selection of its rows.
         """
+        assert rows_M is None or (cache is None and dropped_ordinals_B is None)
         assert queries == ALL or not causal, "a causal pass wants all positions"
         assert cache is None or documents_BL is None, "documents are of these tokens, and a cache holds others"
         length = tokens_BL.shape[1]
@@ -234,7 +253,8 @@ class Transformer(nn.Module):
         *blocks, last = self.blocks
         for layer, block in enumerate(blocks):
             x_BLD = block(x_BLD, rope, causal, mask, cache, ALL, keys_LSB[layer])
-        return self.norm(last(x_BLD, rope, causal, wanted, cache, queries, keys_LSB[-1]))
+        chosen = () if rows_M is None else (rows_M,)  # compiled blocks share a graph where all are called alike
+        return self.norm(last(x_BLD, rope, causal, wanted, cache, queries, keys_LSB[-1], *chosen))
 
     def forward(
         self,

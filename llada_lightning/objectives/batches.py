@@ -151,10 +151,12 @@ class Predictor(Protocol):
         positions_L: Tensor | None = None,
         queries: slice = slice(None),
         ordinals_B: Tensor | None = None,
+        rows_M: Tensor | None = None,
     ) -> Tensor:
         """(B, L, D): the normalised residual stream of inputs that see the token ids before them.
 
-        Ordinals are those of a training batch, which decide what dropout drops; None: nothing.
+        Ordinals are those of a training batch, which decide what dropout drops; None: nothing. With rows of the
+        flattened (B L) the result is (M, D): nothing else is wanted.
         """
 
     def head_nll(

@@ -25,7 +25,8 @@ def training_loss(
     levels: LevelSums | None = None,
 ) -> Tensor:
     """The loss of Eq. 3 within each block of a micro-batch, in nats per token of the global batch."""
-    return llada.masked_loss(model, batch, _hidden(model, batch, block_length), weight, block_length, levels)
+    hidden_MD = _hidden(model, batch, block_length, batch.scored_M)
+    return llada.masked_loss(model, batch, hidden_MD, weight, block_length, levels)
 
 
 def sequence_nll(
@@ -40,11 +41,13 @@ def copied_positions(length: int, block_length: int) -> int:
     return (-(-length // block_length) - 1) * block_length
 
 
-def _hidden(model: Predictor, batch: TrainingBatch | ValidationBatch, block_length: int) -> Tensor:
-    """(B L, D): what the head makes logits of."""
+def _hidden(
+    model: Predictor, batch: TrainingBatch | ValidationBatch, block_length: int, rows_M: Tensor | None = None
+) -> Tensor:
+    """(B L, D), or (M, D) of some of these rows: what the head makes logits of."""
     assert model.mask_token_id is not None
     noisy_BL = batch.tokens_BL.masked_fill(batch.masked_BL, model.mask_token_id)
-    hidden_BLD = hidden_beside_copy(
+    hidden = hidden_beside_copy(
         model,
         noisy_BL,
         batch.tokens_BL,
@@ -52,8 +55,9 @@ def _hidden(model: Predictor, batch: TrainingBatch | ValidationBatch, block_leng
         batch.documents_BL,
         batch.attention_mask_BL,
         batch.ordinals_B if isinstance(batch, TrainingBatch) else None,
+        rows_M,
     )
-    return hidden_BLD.flatten(0, 1)
+    return hidden.flatten(0, 1) if rows_M is None else hidden
 
 
 def hidden_beside_copy(
@@ -64,6 +68,7 @@ def hidden_beside_copy(
     documents_BL: Tensor | None = None,
     attention_mask_BL: Tensor | None = None,
     ordinals_B: Tensor | None = None,
+    rows_M: Tensor | None = None,
 ) -> Tensor:
     """The normalised residual stream of a noisy sequence, by one pass over it and its clean copy behind it.
 
@@ -75,14 +80,16 @@ def hidden_beside_copy(
         documents_BL: (B, L) int64, the document of each token; None: attention crosses documents.
         attention_mask_BL: (B, L) bool, False where a token is padding.
         ordinals_B: (B,) int64, the ordinals of a training batch, which decide what dropout drops; None: nothing.
+        rows_M: (M,) int64, the rows of the flattened (B L) that are wanted; None: all.
 
     Returns:
-        (B, L, D), each position by its own noisy block and the clean blocks before it.
+        (B, L, D) or (M, D), each position by its own noisy block and the clean blocks before it.
     """
     length = tokens_BL.shape[1]
     copied = copied_positions(length, block_length)
     if not copied:  # `llada`, to the last bit
-        return model.hidden_after((), noisy_BL, documents_BL, attention_mask_BL, causal=False, ordinals_B=ordinals_B)
+        given = (noisy_BL, documents_BL, attention_mask_BL)
+        return model.hidden_after((), *given, causal=False, ordinals_B=ordinals_B, rows_M=rows_M)
 
     def with_copy(first_BL: Tensor, clean_BL: Tensor) -> Tensor:
         return torch.cat([first_BL, clean_BL[:, :copied]], dim=1)
@@ -98,4 +105,5 @@ def hidden_beside_copy(
         positions_L=torch.cat([positions_L, positions_L[:copied]]),
         queries=slice(0, length),
         ordinals_B=ordinals_B,
+        rows_M=rows_M,
     )

@@ -98,7 +98,7 @@ def training_loss(
 
     With a weight other than that of the bound it is a surrogate loss. ``levels`` is handed the unweighted values.
     """
-    return masked_loss(model, batch, _hidden(model, batch), weight, levels=levels)
+    return masked_loss(model, batch, _hidden(model, batch, batch.scored_M), weight, levels=levels)
 
 
 def sequence_nll(model: Predictor, batch: ValidationBatch, levels: LevelSums | None = None) -> Tensor:
@@ -109,7 +109,7 @@ def sequence_nll(model: Predictor, batch: ValidationBatch, levels: LevelSums | N
 def masked_loss(
     model: Predictor,
     batch: TrainingBatch,
-    hidden_ND: Tensor,
+    hidden_MD: Tensor,
     weight: LossWeight,
     block_length: int | None = None,
     levels: LevelSums | None = None,
@@ -119,12 +119,12 @@ def masked_loss(
     Args:
         model: The model.
         batch: The micro-batch.
-        hidden_ND: (B L, D) hidden states of all positions.
+        hidden_MD: (M, D) hidden states of the positions ``scored_M``.
         weight: The weight of each masked token.
         block_length: The number of tokens that share a mask ratio; None: those of a sequence.
         levels: What the negative log-likelihood of each masked token is handed to, with its mask probability.
     """
-    hidden_MD, targets_M = (x.index_select(0, batch.scored_M) for x in (hidden_ND, batch.tokens_BL.flatten()))
+    targets_M = batch.tokens_BL.flatten().index_select(0, batch.scored_M)
     length = batch.tokens_BL.shape[1]
     rows_M = batch.scored_M // length
 
@@ -252,16 +252,17 @@ def masked_shares(masked_BL: Tensor, may_be_masked_BL: Tensor, block_length: int
     return (counts_BK / lengths_BK).repeat_interleave(width, dim=1)[:, :length]
 
 
-def _hidden(model: Predictor, batch: TrainingBatch | ValidationBatch) -> Tensor:
-    """(B L, D): what the head makes logits of."""
+def _hidden(model: Predictor, batch: TrainingBatch | ValidationBatch, rows_M: Tensor | None = None) -> Tensor:
+    """(B L, D), or (M, D) of some of these rows: what the head makes logits of."""
     assert model.mask_token_id is not None
     inputs_BL = batch.tokens_BL.masked_fill(batch.masked_BL, model.mask_token_id)
-    hidden_BLD = model.hidden_after(
+    hidden = model.hidden_after(
         model.start_ids(batch),
         inputs_BL,
         batch.documents_BL,
         batch.attention_mask_BL,
         causal=False,
         ordinals_B=batch.ordinals_B if isinstance(batch, TrainingBatch) else None,
+        rows_M=rows_M,
     )
-    return hidden_BLD.flatten(0, 1)
+    return hidden.flatten(0, 1) if rows_M is None else hidden

@@ -464,8 +464,9 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         positions_L: Tensor | None = None,
         queries: slice = ALL,
         ordinals_B: Tensor | None = None,
+        rows_M: Tensor | None = None,
     ) -> Tensor:
-        """(B, L, D): the normalised residual stream of inputs that see the token ids before them.
+        """The normalised residual stream of inputs that see the token ids before them: (B, L, D), or (M, D) of rows.
 
         With shifted targets it is that of the position before each input, from which the input's token is predicted.
 
@@ -479,6 +480,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
             positions_L: (L,) int64, the position of each input; None: one after the other.
             queries: The inputs whose result is wanted.
             ordinals_B: (B,) int64, the ordinals of a training batch, which decide what dropout drops; None: nothing.
+            rows_M: (M,) int64, the rows of the flattened (B L) that are wanted; None: all.
         """
         if self.dropout and ordinals_B is None and self.training and torch.is_grad_enabled():
             raise UserError(
@@ -498,6 +500,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
             )
         if shifted and documents_BL is not None:  # each belongs to the document of the token that it predicts
             documents_BL = torch.cat([documents_BL[:, 1:], documents_BL[:, -1:]], dim=1)
+        alone = self.speed.last_block == "scored" and not (self.dropout or count or shifted)
         hidden_BLD = self.model.hidden(
             inputs_BL,
             causal=causal,
@@ -507,12 +510,17 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
             positions_BL=None if positions_L is None else positions_L[None],
             queries=queries,
             dropped_ordinals_B=ordinals_B if self.dropout else None,
+            rows_M=rows_M if alone else None,
         )
+        if alone and rows_M is not None:
+            return hidden_BLD
         if not shifted:
-            return hidden_BLD[:, count:]
-        if count:
-            return hidden_BLD[:, count - 1 : -1]
-        return hidden_BLD.roll(1, dims=1)  # the first token is given: what is put at its place does not matter
+            hidden_BLD = hidden_BLD[:, count:]
+        elif count:
+            hidden_BLD = hidden_BLD[:, count - 1 : -1]
+        else:  # the first token is given: what is put at its place does not matter
+            hidden_BLD = hidden_BLD.roll(1, dims=1)
+        return hidden_BLD if rows_M is None else hidden_BLD.flatten(0, 1).index_select(0, rows_M)
 
     def _opening(
         self, pattern: Pattern | None, positions_L: Tensor | None, ordinals_B: Tensor | None, device: torch.device

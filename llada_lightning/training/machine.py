@@ -26,9 +26,12 @@ from llada_lightning.support.security import not_trusted
 from llada_lightning.support.signals import say
 from llada_lightning.support.threads import threads_set, usable_cores
 from llada_lightning.support.torch_internals import has_cpp_compiler, has_triton
+from llada_lightning.training.parallel import tensor_parallel
 
 _GPU = ("gpu", "cuda")
 _NONE_FOUND = f"torch {torch.__version__} finds no {{}} device here"
+_WIDTH = 64
+"""A GPU multiplies matrices whose widths are multiples of it fastest."""
 _FP8_CAPABILITY = (8, 9)
 """The first GPUs that multiply 8-bit floats: Ada and Hopper."""
 
@@ -111,6 +114,10 @@ class Speed:
         compile: Whether torch.compile compiles each block; null: where a GPU trains. Later runs use what it compiled.
         graph: Whether an optimizer step is launched as two CUDA graphs (see ``training.step_graphs``); null: where one
             CUDA device trains on micro-batches of one length.
+        padding: Whether the inner width of the feed-forward part is filled up with zeros to a multiple of 64 within the
+            products, which changes no weight and no count; null: where blocks are compiled for a GPU.
+        last_block: Whether the last block of masked diffusion computes all positions (`whole`), or attention alone for
+            those that the loss does not read (`scored`); null: `scored` where steps are graphs.
         loss: `chunked` takes the cross-entropy with the output head, so that the logits of all positions are never in
             memory; `plain` makes all logits first.
         recompute: What the backward pass computes again instead of keeping it: none, selective (all but products and
@@ -121,6 +128,8 @@ class Speed:
     attention: Backend = "sdpa"
     compile: bool | None = None
     graph: bool | None = None
+    padding: bool | None = None
+    last_block: Literal["whole", "scored"] | None = None
     loss: Literal["chunked", "plain"] = "chunked"
     recompute: Recompute = "none"
     fp8: bool = False
@@ -145,11 +154,19 @@ def resolve_speed(speed: Speed, shape: Shape, trainer: Trainer, training: bool) 
     if compiled is None:
         compiled = training and device.type == "cuda"
     trouble = _compiler_trouble(device) if compiled else None
-    resolved = replace(speed, compile=compiled and trouble is None)
+    compiled = compiled and trouble is None
+    fits = not speed.fp8 and tensor_parallel(trainer.strategy) == 1
+    if speed.last_block == "scored" and tensor_parallel(trainer.strategy) > 1:
+        raise UserError("speed.last_block: scored given, but not with tensor parallelism, which divides the positions")
+    if speed.padding and not fits:
+        raise UserError(f"speed.padding: true given, but not with {'fp8' if speed.fp8 else 'tensor parallelism'}")
+    padding = compiled and device.type == "cuda" and fits if speed.padding is None else speed.padding
+    resolved = replace(speed, compile=compiled, padding=padding and shape.d_ff % _WIDTH != 0)
     lines = [] if trouble is None else [f"note: speed.compile: {trouble}; running without it, which changes no figure"]
     live = [f"attention {attention}", "blocks compiled" if resolved.compile else "blocks not compiled"]
     live += [f"{speed.loss} loss", *([] if speed.recompute == "none" else [f"{speed.recompute} recomputation"])]
     live += ["fp8 products"] if speed.fp8 else []
+    live += [f"inner width padded to {shape.d_ff + -shape.d_ff % _WIDTH}"] if resolved.padding else []
     return resolved, [*lines, f"speed: {', '.join(live)}"]
 
 
@@ -233,6 +250,8 @@ def apply_speed(model: Transformer, speed: Speed, whole_blocks: bool = True) -> 
     for block in model.blocks:
         assert isinstance(block, Block)
         block.recompute = speed.recompute
+        if speed.padding:
+            block.feed_forward.padding = -block.feed_forward.up_proj.out_features % _WIDTH
         if speed.compile and whole_blocks:
             # One graph for each kind of micro-batch (padded or not, training or validation), shared by all blocks.
             block.compile(dynamic=False)

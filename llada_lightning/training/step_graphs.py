@@ -298,7 +298,7 @@ def why_not_graphed(
 
 
 def with_graphs(speed: Speed, reason: str | None, training: bool) -> Speed:
-    """Settings of speed with ``graph`` decided.
+    """Settings of speed with ``graph`` decided, and with it ``last_block``.
 
     Args:
         speed: The settings.
@@ -306,8 +306,14 @@ def with_graphs(speed: Speed, reason: str | None, training: bool) -> Speed:
         training: Whether the command trains.
 
     Raises:
-        UserError: Graphs are asked for where there can be none.
+        UserError: Graphs are asked for where there can be none, or what needs them.
     """
     if training and speed.graph and reason is not None:
         raise UserError(f"speed.graph: true given, but {reason}; leave it out")
-    return replace(speed, graph=training and speed.graph is not False and reason is None)
+    graph = training and speed.graph is not False and reason is None
+    if speed.last_block == "scored" and speed.compile and not graph:
+        raise UserError(
+            "speed.last_block: scored given, but blocks are compiled for a fixed number of positions, which steps as "
+            "graphs have; leave it out, or give --speed.compile=false"
+        )
+    return replace(speed, graph=graph, last_block=speed.last_block or ("scored" if graph else "whole"))

@@ -166,9 +166,12 @@ def test_the_training_loss_and_the_validation_loss_are_unbiased(
         def head_nll(self, hidden_M1: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
             return (hidden_M1[:, 0] * weights_M).sum(), hidden_M1[:, 0]
 
-    def hidden(model: object, batch: TrainingBatch | ValidationBatch, block_length: int) -> Tensor:
+    def hidden(
+        model: object, batch: TrainingBatch | ValidationBatch, block_length: int, rows_M: Tensor | None = None
+    ) -> Tensor:
         rows = [within(nll_SL, masked_L, block_length) for masked_L in batch.masked_BL.numpy()]
-        return torch.from_numpy(np.stack(rows)).reshape(-1, 1)
+        hidden_N1 = torch.from_numpy(np.stack(rows)).reshape(-1, 1)
+        return hidden_N1 if rows_M is None else hidden_N1[rows_M]
 
     monkeypatch.setattr(block, "_hidden", hidden)
     n_B = np.arange(700, 700 + window)

@@ -258,10 +258,17 @@ class TablePredictor:
         return ()
 
     def hidden_after(
-        self, start_ids: tuple[int, ...], inputs_BL: torch.Tensor, *others: object, causal: bool, **named: object
+        self,
+        start_ids: tuple[int, ...],
+        inputs_BL: torch.Tensor,
+        *others: object,
+        causal: bool,
+        rows_M: torch.Tensor | None = None,
+        **named: object,
     ) -> torch.Tensor:
         assert not causal
-        return self.logits[tuple(inputs_BL.T)]
+        logits_BLV = self.logits[tuple(inputs_BL.T)]
+        return logits_BLV if rows_M is None else logits_BLV.flatten(0, 1)[rows_M]
 
     def head_nll(
         self, hidden_MD: torch.Tensor, targets_M: torch.Tensor, weights_M: torch.Tensor

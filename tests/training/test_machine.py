@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from helpers import tiny_runs
-from helpers.tiny_runs import call_at, fit, fit_arguments, kill_at, losses, metrics, record, run_processes
+from helpers.tiny_runs import call_at, fit, fit_arguments, kill_at, losses, metrics, record, run_processes, weights
 from llada_lightning.commands.main import main
 from llada_lightning.compute.schedule import WSD
 from llada_lightning.objectives.batches import TrainingBatch, scored_positions
@@ -25,6 +26,7 @@ from llada_lightning.training import ArmModule, LladaModule
 from llada_lightning.training import machine as module
 from llada_lightning.training.language_module import LanguageModule
 from llada_lightning.training.machine import Speed, apply_speed, check_devices, resolve_speed, set_threads
+from llada_lightning.training.modules import BlockDiffusionModule
 
 
 def trainer(**settings: Any) -> Namespace:
@@ -167,6 +169,9 @@ FAST = [
     Speed(compile=False, recompute="full"),
     Speed(compile=False, recompute="selective"),
     Speed(compile=False, loss="plain", recompute="selective"),
+    Speed(compile=False, padding=True),
+    Speed(compile=False, last_block="scored"),
+    Speed(compile=False, last_block="scored", recompute="full", padding=True),
 ]
 COMPILED = Speed(compile=True, recompute="selective")
 
@@ -274,7 +279,7 @@ def test_without_a_compiler_a_run_goes_on_and_says_so(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_there)
     shape = build(ArmModule, PLAIN).shape
     resolved, lines = resolve_speed(Speed(compile=True), shape, trainer_on_the_cpu(), training=True)
-    assert resolved == Speed(compile=False)
+    assert resolved == Speed(compile=False, padding=False)
     assert lines[0] == (
         "note: speed.compile: there is no C++ compiler here (install g++, or name one in CXX); running without it, "
         "which changes no figure"
@@ -285,6 +290,42 @@ def test_what_is_compiled_by_itself() -> None:
     shape = build(ArmModule, PLAIN).shape
     assert resolve_speed(Speed(), shape, trainer_on_the_cpu(), training=True)[0].compile is False
     assert resolve_speed(Speed(compile=True), shape, trainer_on_the_cpu(), training=True)[0].compile is True
+
+
+@pytest.mark.parametrize("kind", [LladaModule, partial(BlockDiffusionModule, block_length=8)])
+def test_the_last_block_computes_the_scored_positions_alone(kind: Any) -> None:
+    """Its feed-forward part takes as many rows as there are scored positions; the validation is as before."""
+    rows: list[int] = []
+    built = build(kind, Speed(compile=False, last_block="scored"))
+    for block in built.model.blocks:
+        block.feed_forward.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0][..., 0].numel()))
+    given = batch(padded=False)
+    loss = built.training_loss(given)
+    assert rows[-1] == len(given.scored_M) < rows[0]
+    assert loss.item() == pytest.approx(build(kind, PLAIN).training_loss(given).item(), rel=1e-6)
+
+
+def test_an_inner_width_that_is_padded_keeps_weights_and_line(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--model.shape={n_layers: 1, d_model: 32, n_heads: 2, n_kv_heads: 1, d_ff: 50}", "--trainer.max_steps=5")
+    padded = fit("llada", prepared, tmp_path / "padded", "--speed.padding=true", *words)
+    assert "chunked loss, inner width padded to 64, 1 thread" in capsys.readouterr().err
+    plain = fit("llada", prepared, tmp_path / "plain", *words)
+    assert losses(padded) == pytest.approx(losses(plain), abs=1e-5)
+    shapes = [{name: value.shape for name, value in weights(run, 5).items()} for run in (padded, plain)]
+    assert shapes[0] == shapes[1] and record(padded)["run"] == record(plain)["run"]
+
+
+def test_compiled_blocks_want_one_number_of_scored_positions(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--speed.last_block=scored", "--speed.compile=true")
+    assert main(fit_arguments("llada", prepared, tmp_path, *words)) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: speed.last_block: scored given, but blocks are compiled for a fixed number of positions, which steps "
+        "as graphs have; leave it out, or give --speed.compile=false"
+    )
 
 
 def test_fp8_on_hardware_without_it_is_refused(

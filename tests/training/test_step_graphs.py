@@ -20,6 +20,8 @@ from llada_lightning.training import step_graphs
 from llada_lightning.training.modules import LladaModule
 
 SHORT = ("--trainer.max_steps=12", "--data.val_sequences=6")
+WITHOUT = ("--speed.graph=false", "--speed.last_block=scored")
+"""No graphs, and the last block as where there are some."""
 PADDED = ("--data.random_length_share=0.25",)
 OF_THE_MOMENT = ("seconds", "mfu", "peak_memory_bytes")
 MOST = 192
@@ -58,7 +60,7 @@ def assert_same(mine: Path, theirs: Path, steps: int) -> None:
     ("objective", "words"),
     [
         ("arm", ()),
-        ("llada", ()),
+        ("llada", ("--speed.last_block=whole",)),
         ("llada", ("--trainer.accumulate_grad_batches=2", "--model.shift_targets=true", "--data.workers=1")),
         ("llada", ("--data.document_mask=true", "--model.dropout=0.1", "--trainer.precision=bf16-mixed")),
         (
@@ -84,7 +86,7 @@ def test_the_run_is_the_same(
     """Sequences of all kinds: padded and whole. Noise, rate, clipping and the sums by noise level are in it."""
     padded_alike(monkeypatch)
     words = (*SHORT, *PADDED, *words)
-    plain = fit(objective, prepared, tmp_path / "plain", "--speed.graph=false", *words)
+    plain = fit(objective, prepared, tmp_path / "plain", *WITHOUT, *words)
     assert not graphs
     said = capsys.readouterr().err
     mine = fit(objective, prepared, tmp_path / "graphs", *words)
@@ -100,17 +102,17 @@ def test_a_run_that_breaks_off_goes_on_to_the_same_end(
 ) -> None:
     """With graphs or without: its checkpoints are those of an ordinary run."""
     padded_alike(monkeypatch)
-    plain = fit("llada", prepared, tmp_path / "plain", "--speed.graph=false", *SHORT)
+    plain = fit("llada", prepared, tmp_path / "plain", *WITHOUT, *SHORT)
 
     def stop() -> None:
         raise InterruptedError
 
     monkeypatch.setitem(CALLS, "stop", stop)
     monkeypatch.setenv("LLADA_TRUSTED_MODULES", "helpers")
-    for root, again in ((tmp_path / "graphs", "--speed.graph=true"), (tmp_path / "mixed", "--speed.graph=false")):
+    for root, again in ((tmp_path / "graphs", ()), (tmp_path / "mixed", WITHOUT)):
         with pytest.raises(InterruptedError):
             main(fit_arguments("llada", prepared, root, *SHORT, call_at(8, "stop")))
-        mine = fit("llada", prepared, root, *SHORT, again)
+        mine = fit("llada", prepared, root, *SHORT, *again)
         assert_same(mine, plain, 12)
         states = [torch.load(run / "checkpoints" / "step=00000012.ckpt")["optimizer_states"] for run in (mine, plain)]
         groups = [state[0]["param_groups"] for state in states]
@@ -125,7 +127,7 @@ def test_more_scored_positions_than_there_is_room_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Such micro-batches go the ordinary way, are counted and reported; the run is the same to rounding."""
-    plain = fit("llada", prepared, tmp_path / "plain", "--speed.graph=false", *SHORT)
+    plain = fit("llada", prepared, tmp_path / "plain", *WITHOUT, *SHORT)
     monkeypatch.setattr(TokenDataModule, "most_scored", lambda *_: 128)
     mine = fit("llada", prepared, tmp_path / "graphs", *SHORT)
     assert losses(mine) == pytest.approx(losses(plain), abs=1e-5)
@@ -151,7 +153,7 @@ def test_work_that_waits_for_the_device_goes_the_ordinary_way(
     mine = fit("llada", prepared, tmp_path / "graphs", *SHORT)
     said = capsys.readouterr().err
     assert "12 of 12 micro-batches ran without a graph: 12 were of a kind that was not recorded; CUDA said: " in said
-    plain = fit("llada", prepared, tmp_path / "plain", "--speed.graph=false", *SHORT)
+    plain = fit("llada", prepared, tmp_path / "plain", *WITHOUT, *SHORT)
     assert losses(mine) == losses(plain)
 
 
@@ -166,7 +168,7 @@ def test_more_kinds_than_are_recorded(
     monkeypatch.setattr(step_graphs, "KINDS", 1)
     mine = fit("llada", prepared, tmp_path / "graphs", *SHORT, *PADDED)
     assert len(graphs) == 2 and "were of a kind that was not recorded" in capsys.readouterr().err
-    assert_same(mine, fit("llada", prepared, tmp_path / "plain", "--speed.graph=false", *SHORT, *PADDED), 12)
+    assert_same(mine, fit("llada", prepared, tmp_path / "plain", *WITHOUT, *SHORT, *PADDED), 12)
 
 
 def test_the_guard_skips_the_same_updates(
@@ -177,7 +179,7 @@ def test_the_guard_skips_the_same_updates(
     monkeypatch.setattr("llada_lightning.training.guard.WINDOW", 4)
     words = (*SHORT, "--guard.spikes=skip", "--guard.spike_zscore=0.1")
     mine = fit("llada", prepared, tmp_path / "graphs", *words)
-    plain = fit("llada", prepared, tmp_path / "plain", "--speed.graph=false", *words)
+    plain = fit("llada", prepared, tmp_path / "plain", *WITHOUT, *words)
     assert read_faults(mine) and read_faults(mine) == read_faults(plain)
     assert_same(mine, plain, 12)
 
