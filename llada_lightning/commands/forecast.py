@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
 
 def _print(forecast: Forecast, out: Path) -> None:
     from llada_lightning.study.forecast import Scored
-    from llada_lightning.study.report import forecast_table
+    from llada_lightning.study.tables.study import forecast_table
 
     console = people_console()
     console.print(f"Budgets by {CONVENTION_NAMES[forecast.convention]}; intervals of 95 % for the measured loss")

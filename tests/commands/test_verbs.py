@@ -15,7 +15,7 @@ from llada_lightning import __version__
 from llada_lightning.commands import FORMER_VERBS, VERBS
 from llada_lightning.commands.main import main
 
-NO_VERBS = {"__init__", "main", "shared"}
+NO_VERBS = {"__init__", "fitting", "main", "shared"}
 """The files of commands/ that are no verbs."""
 
 HEAVY = ("torch", "lightning", "pandas", "scipy", "matplotlib", "wandb", "litdata", "tokenizers")

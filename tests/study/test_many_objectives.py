@@ -17,8 +17,8 @@ from llada_lightning.objectives import OBJECTIVES, register
 from llada_lightning.study.fits import fit_table, usable_runs
 from llada_lightning.study.fits.agreement import no_common_loss
 from llada_lightning.study.plots import plan_grid, study_figures, task_accuracy
-from llada_lightning.study.report import multiplier_table, print_report, runs_table
 from llada_lightning.study.results import write_results
+from llada_lightning.study.tables.study import multiplier_table, print_study, runs_table
 from llada_lightning.support.errors import UserError
 
 Captured = pytest.CaptureFixture[str]
@@ -187,7 +187,7 @@ def test_variants_are_named_and_drawn_apart(capsys: Captured, monkeypatch: pytes
     monkeypatch.setenv("COLUMNS", "80")
     table = variants()
     fits = fit_table(table, samples=100)
-    print_report(table, fits, "6nd", ["fits.json"])
+    print_study(table, fits, "6nd", ["fits.json"])
     out = capsys.readouterr().out
     assert "llada [weight_decay=0] over arm" in " ".join(out.split())
     tables = out.partition("To note:")[0]

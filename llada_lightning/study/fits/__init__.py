@@ -118,6 +118,14 @@ class StudyFits:
         joint = self.joint.get(beside if name == self.reference else name)
         return joint.line(name, convention) if joint and joint.converged else None
 
+    def reference_loss(self, beside: str, convention: Convention, flops: float) -> float:
+        """The best loss of the reference, read off at FLOPs within its budgets; NaN where it has no such line.
+
+        ``beside`` is the objective that it is compared with.
+        """
+        line = self.line(self.reference, "read-off", convention, beside) if self.reference else None
+        return float(line.loss([flops])[0]) if line else np.nan
+
     def misfit(self, name: str, entry: Multiplier) -> float:
         """p-value of the lack of fit of the line of an objective that a multiplier rests on; NaN without a test."""
         line = self.line(name, entry.method, entry.convention, entry.objective)
