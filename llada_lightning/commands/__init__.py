@@ -31,6 +31,12 @@ VERBS = (
     Verb("collect", "run folders, W&B projects -> one table of results", "scaling study", "collect"),
     Verb("curves", "results -> fits, figures; of a tuning study --rules, a run --by-level", "scaling study", "curves"),
     Verb("forecast", "results -> the loss at budgets not yet run, in a dated file", "scaling study", "forecast"),
+    Verb(
+        "report",
+        "a study -> one page: verdict, figures, tables, limits; HTML, Markdown",
+        "scaling study",
+        "report",
+    ),
     Verb("compare", "two results -> the difference of their losses, with its error", "scaling study", "compare"),
     Verb("generate", "text from a checkpoint, by any sampler; the process drawn", "checkpoint", "generate"),
     Verb("chat", "a conversation with a checkpoint", "checkpoint", "chat"),

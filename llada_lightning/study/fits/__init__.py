@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, CONVENTIONS, Convention
-from llada_lightning.objectives import OBJECTIVES, REFERENCE
+from llada_lightning.objectives import OBJECTIVES, REFERENCE, ValidationKind, get_objective
 from llada_lightning.study.fits.agreement import (
     NO_COMMON_LOSS,
     Disagreement,
@@ -117,6 +117,11 @@ class StudyFits:
             return self.objectives[name].line(method, convention)
         joint = self.joint.get(beside if name == self.reference else name)
         return joint.line(name, convention) if joint and joint.converged else None
+
+    def kind(self, name: str | None) -> ValidationKind:
+        """Of what kind the losses of an objective are."""
+        assert name is not None
+        return "exact" if self.yardstick else get_objective(base_objective(name)).val_kind
 
     def reference_loss(self, beside: str, convention: Convention, flops: float) -> float:
         """The best loss of the reference, read off at FLOPs within its budgets; NaN where it has no such line.

@@ -191,7 +191,9 @@ def _kinds(entry: Multiplier) -> str:
 
 
 def _told(estimate: Estimate) -> str:
-    return f"{estimate.value:.3g} ({estimate.low:.3g} to {estimate.high:.3g})"
+    unknown = estimate.interval == "unknown"
+    ends = "its interval is not known" if unknown else f"{estimate.low:.3g} to {estimate.high:.3g}"
+    return f"{estimate.value:.3g} ({ends})"
 
 
 def _why(names: tuple[str, str, Convention], multipliers: Sequence[Multiplier], missing: str | None) -> str:

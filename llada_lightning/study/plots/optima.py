@@ -31,6 +31,7 @@ from llada_lightning.study.plots.style import (
     METHODS,
     StudyFigure,
     Style,
+    broken,
     dress,
     exponent_text,
     flops_axis,
@@ -168,6 +169,9 @@ def _optimum_legend(fits: StudyFits, convention: Convention) -> list[list[Artist
 _DODGE = {"read-off": 1 / 1.1, "joint": 1.1, "isoflop": 1.0, "parametric": 1.05, "envelope": 1 / 1.05}
 """Factors by which points of one budget are set side by side, or their bars would hide each other."""
 
+_FEW_ROWS = 3
+"""More objectives than this have lower panels."""
+
 
 def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None = None) -> StudyFigure:
     """FLOPs that an objective needs over FLOPs that the reference needs for equal loss, by method.
@@ -190,7 +194,8 @@ def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None
     names = [name for name in fits.compared if any(entry.objective == name for entry in shown)]
     if not names:
         raise UserError("figure: no compute multiplier; it needs two objectives, each with three budgets or more")
-    figure = new_figure(3.9 * len(drawn) + 2.4, 4.0 * len(names))
+    height = 4.0 if len(names) <= _FEW_ROWS else 2.6
+    figure = new_figure(3.9 * len(drawn) + 2.4, height * len(names))
     rows = figure.subplots(len(names), len(drawn), sharey="row", squeeze=False)
     for panels, name in zip(rows, names, strict=True):
         own = [entry for entry in shown if entry.objective == name]
@@ -211,7 +216,7 @@ def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None
         panels[0].yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 3, 5), numticks=20))
         panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
         panels[0].yaxis.set_minor_formatter(NullFormatter())
-        panels[0].set_ylabel(f"compute multiplier of {name}", color=INK)
+        panels[0].set_ylabel(broken(f"compute multiplier of {name}", int(10 * height)), color=INK)
         for panel in panels:
             if panel.get_ylim()[0] < 1:
                 panel.axhline(1, color=GREY, linewidth=1, zorder=1)
@@ -234,8 +239,8 @@ def _draw_points(axes: Axes, entries: list[Multiplier], style: Style, dodge: flo
 
 
 def _drawn_end(high: float) -> float:
-    """The end of an interval, beyond every panel where it is open."""
-    return high if math.isfinite(high) else 1e12
+    """The end of an interval, beyond every panel where it is open; NaN, which is not drawn, where it is not known."""
+    return 1e12 if math.isinf(high) else high
 
 
 def _draw_multipliers(axes: Axes, entries: list[Multiplier], style: Style) -> None:

@@ -7,6 +7,8 @@ information, so that a figure is readable in grey.
 from __future__ import annotations
 
 import io
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +74,8 @@ MARKERS = "osD^vPX*<>phd8"
 LINES: tuple[LineStyle, ...] = ("-", "--", "-.", ":")
 INK, GREY, GRID = "#222222", "#8A8A8A", "#E4E4E4"
 PNG_DPI, NOTEBOOK_DPI = 160, 90
+LEGEND_POINTS, LEGEND_WIDTH = 9, 36
+"""The size of a legend's letters, and the characters of its lines."""
 
 
 def objective_styles(names: Iterable[str], yardstick: str | None = None) -> dict[str, Style]:
@@ -115,10 +119,18 @@ def write_figure(figure: Figure, folder: Path | str, name: str) -> Path:
     png, svg = Path(folder) / f"{name}.png", Path(folder) / f"{name}.svg"
     with written_atomically(png) as temporary:
         _save_png(figure, temporary, PNG_DPI)
-    # Without a salt the identities in an SVG are random; without a date its bytes are the same tomorrow.
-    with matplotlib.rc_context({"svg.hashsalt": "llada-lightning"}), written_atomically(svg) as temporary:
-        figure.savefig(temporary, metadata={"Date": None})
+    with written_atomically(svg) as temporary:
+        temporary.write_text(svg_text(figure), encoding="utf-8")
     return png
+
+
+def svg_text(figure: Figure) -> str:
+    """A figure as SVG, its letters as paths; the same figure gives the same text."""
+    buffer = io.StringIO()
+    # Without a salt the identities in an SVG are random; without a date its bytes are the same tomorrow.
+    with matplotlib.rc_context({"svg.hashsalt": "llada-lightning", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def _save_png(figure: Figure, target: Path | io.BytesIO, dpi: int) -> None:
@@ -173,10 +185,12 @@ def label_counts(axis: Axis, limits: tuple[float, float]) -> None:
 def _label_logarithmic(axis: Axis, limits: tuple[float, float], text: Callable[[float], str], narrow: float) -> None:
     """Labels at 1, 2 and 5 times powers of ten if the limits span less than ``narrow``, else at 1 and 3, or at 1.
 
-    From eleven powers of ten on, some of them have none.
+    Limits that hold fewer than two of these have more. From eleven powers of ten on, some of them have none.
     """
     low, high = limits
     subs = (1.0, 2.0, 5.0) if high / low < narrow else (1.0, 3.0) if high / low < 10**2.5 else (1.0,)
+    if np.sum([low <= digit * 10.0**power <= high for power in range(-12, 41) for digit in subs]) < 2:
+        subs = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
     axis.set_major_locator(LogLocator(10, subs=subs, numticks=20 if high / low < 1e11 else 5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     axis.set_minor_locator(LogLocator(10, subs="all", numticks=100))
@@ -241,11 +255,29 @@ def marker_handle(marker: str, label: str, *, filled: bool = True) -> Line2D:
     return Line2D([], [], linestyle="", marker=marker, color=GREY, markerfacecolor=face, markersize=5.5, label=label)
 
 
+def broken(text: str, width: int = LEGEND_WIDTH) -> str:
+    """A text whose lines are broken at a number of characters, as names of variants need; mathematics is not."""
+    wrapper = textwrap.TextWrapper(width, subsequent_indent="    ", break_on_hyphens=False)
+    wrapper.wordsep_simple_re = re.compile(r"(\s+|(?<=[,;]))")  # between the settings of a variant, too
+    parts = [[line] if "$" in line else wrapper.wrap(line) or [line] for line in text.split("\n")]
+    return "\n".join(part for own in parts for part in own)
+
+
 def side_legend(figure: Figure, groups: Sequence[Sequence[Artist]]) -> Legend:
-    """One legend on the right of all panels, its groups set apart; empty groups are left out."""
+    """One legend on the right of all panels, its groups set apart; empty groups are left out.
+
+    Long names are broken, and the figure is made as high as the legend.
+    """
     handles: list[Artist] = []
     for group in groups:
         handles += [note(" "), *group] if handles and group else group
+    for handle in handles:
+        handle.set_label(broken(str(handle.get_label())))
+    if isinstance(figure, StudyFigure):
+        lines = sum(str(handle.get_label()).count("\n") + 1 for handle in handles)
+        needed = (lines * 1.25 + len(handles) * 0.5 + 1) * LEGEND_POINTS / 72
+        figure.set_figheight(max(figure.get_figheight(), needed))
     return figure.legend(
-        handles=handles, loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK, handlelength=2.6
-    )
+        handles=handles, loc="outside right upper", frameon=False, fontsize=LEGEND_POINTS, labelcolor=INK,
+        handlelength=2.6,
+    )  # fmt: skip

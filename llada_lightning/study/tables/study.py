@@ -13,7 +13,6 @@ from rich.table import Table
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
 from llada_lightning.compute.shapes import format_count
-from llada_lightning.objectives import get_objective
 from llada_lightning.study.fits import (
     METHODS,
     NO_COMMON_LOSS,
@@ -35,7 +34,6 @@ from llada_lightning.study.fits import (
     usable_runs,
 )
 from llada_lightning.study.fits.multiplier import OPEN
-from llada_lightning.study.fits.runs import base_objective
 from llada_lightning.study.forecast import Scored
 from llada_lightning.study.tables.style import (
     captioned,
@@ -86,9 +84,14 @@ def print_study(
 
 def flag_lines(fits: StudyFits, convention: Convention) -> list[str]:
     """What a reader of fits by a convention has to know, that there is no common loss first."""
-    apart = [_disagreement(own) for own in fits.disagreements if own.convention == convention]
-    flags = [*doubt_lines(fits, convention), *withheld_lines(fits, convention), *apart, *fits.notes]
+    flags = [*judged_lines(fits, convention), *fits.notes]
     return sorted(flags, key=lambda flag: not flag.startswith(NO_COMMON_LOSS))
+
+
+def judged_lines(fits: StudyFits, convention: Convention) -> list[str]:
+    """Which multipliers by a convention are doubted, not shown, or differ by method, and why."""
+    apart = [_disagreement(own) for own in fits.disagreements if own.convention == convention]
+    return [*doubt_lines(fits, convention), *withheld_lines(fits, convention), *apart]
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -229,25 +232,31 @@ def multiplier_table(fits: StudyFits, convention: Convention, objective: str) ->
     )
     for flops, cells in _multipliers(entries, methods):
         printed.add_row(flops_text(flops), *cells)
-    kinds = f"the losses that are held equal: {_kind(fits, objective)} against {_kind(fits, fits.reference)}"
+    kinds = f"the losses that are held equal: {fits.kind(objective)} against {fits.kind(fits.reference)}"
     return captioned(printed, "\n".join([kinds, *_legend(entries)]))
 
 
 def multipliers_table(fits: StudyFits, convention: Convention) -> Table:
-    """As ``multiplier_table``, of all objectives, each with its kind of loss, and with the loss that is held equal."""
+    """As ``multiplier_table``, of all objectives, with the loss that is held equal."""
     entries = _shown(fits, convention, fits.compared)
     methods = _methods(entries)
     title = f"Compute multiplier over {fits.reference} at equal loss ({CONVENTION_NAMES[convention]})"
-    columns = ("objective", "losses", f"{fits.reference}'s budget", f"its loss ({UNIT_NAMES[fits.unit]})")
-    printed = titled(title, *columns, *methods, left=2)
-    for objective in fits.compared:
-        kinds = f"{_kind(fits, objective)} against {_kind(fits, fits.reference)}"
+    columns = ("objective", f"{fits.reference}'s budget", f"its loss ({UNIT_NAMES[fits.unit]})")
+    printed = titled(title, *columns, *methods)
+    kinds: dict[str, list[str]] = {}
+    for objective in dict.fromkeys(entry.objective for entry in entries):
+        kinds.setdefault(fits.kind(objective), []).append(objective)
         own = [entry for entry in entries if entry.objective == objective]
         for flops, cells in _multipliers(own, methods):
             held = fits.reference_loss(objective, convention, flops)
-            printed.add_row(objective, kinds, flops_text(flops), known(held, ".3f"), *cells)
+            printed.add_row(objective, flops_text(flops), known(held, ".3f"), *cells)
         printed.add_section()
-    return captioned(printed, "\n".join(_legend(entries)))
+    legend = []
+    for kind, names in kinds.items():
+        whose = ", ".join(names) if len(names) <= 3 else f"{len(names)} objectives"
+        theirs = f"{fits.kind(fits.reference)} ({fits.reference})"
+        legend.append(f"the losses that are held equal: {kind} ({whose}) against {theirs}")
+    return captioned(printed, "\n".join([*legend, *_legend(entries)]))
 
 
 def _shown(fits: StudyFits, convention: Convention, objectives: Sequence[str]) -> list[Multiplier]:
@@ -298,12 +307,6 @@ def withheld_lines(fits: StudyFits, convention: Convention) -> list[str]:
         remedy = " (more budgets around them, or seeds, narrow it)" if reason == OPEN else ""
         found.append(f"compute multiplier of {objective} not shown, {where}: {reason}{remedy}")
     return found
-
-
-def _kind(fits: StudyFits, objective: str | None) -> str:
-    """Of what kind the losses of an objective are: `bound` or `exact`."""
-    assert objective is not None
-    return "exact" if fits.yardstick else get_objective(base_objective(objective)).val_kind
 
 
 def doubt_lines(fits: StudyFits, convention: Convention) -> list[str]:
