@@ -35,6 +35,7 @@ from llada_lightning.study.plots.style import (
     MARKERS,
     StudyFigure,
     Style,
+    broken,
     dress,
     exponent_text,
     flops_axis,
@@ -48,6 +49,7 @@ from llada_lightning.study.plots.style import (
     new_figure,
     note,
     objective_styles,
+    plain,
     power_of_ten,
     shades,
     side_legend,
@@ -148,7 +150,7 @@ def _scaling_legend(
     for fit, style in zip(envelopes.values(), objective_styles(envelopes, fits.yardstick).values(), strict=True):
         law = "" if fit.law is None else "\n" + exponent_text("loss", fit.law.exponent, fit.law.sign)
         lines.append(style.handle(style.label + law, marker=style.marker if many else "", face=style.color))
-    shape_handles = [marker_handle(marker, name) for name, marker in shapes.items()]
+    shape_handles = [marker_handle(marker, plain(str(name))) for name, marker in shapes.items()]
     if many:
         shape_handles = [note(f"{len(shapes)} shapes,\nnot told apart")]
     others = any(
@@ -192,7 +194,7 @@ def isoflop_curves(table: pd.DataFrame, fits: StudyFits, convention: Convention 
     for panel, (objective, fit) in zip(panels, fits.objectives.items(), strict=True):
         members = runs[runs["objective"] == objective].reset_index(drop=True)
         names.append(_draw_budgets(panel, members, fit.isoflop[convention], fits, convention, styles[objective]))
-        panel.set_title(styles[objective].label, fontsize=11, color=INK)
+        panel.set_title(broken(styles[objective].label), fontsize=11, color=INK)
         panel.set_xlabel("non-embedding parameters N", color=INK)
         dress(panel)
     panels[0].set_xscale("log")
@@ -317,7 +319,7 @@ def parametric_residuals(table: pd.DataFrame, fits: StudyFits) -> StudyFigure:
         members = runs[runs["objective"] == objective].reset_index(drop=True)
         budgets |= _draw_residuals(panel, members, law, styles[objective].color, fits.unit)
         panel.axhline(0, color=GREY, linewidth=1, zorder=1)
-        panel.set_title(f"{styles[objective].label}\n{_describe(law)}", fontsize=9, color=INK)
+        panel.set_title(f"{broken(styles[objective].label)}\n{_describe(law)}", fontsize=9, color=INK)
         panel.set_xlabel(f"predicted {loss_label(fits.unit, fits.yardstick).removeprefix('validation ')}", color=INK)
         panel.margins(x=0.08, y=0.1)
         label_plain(panel.xaxis, 6)

@@ -42,6 +42,7 @@ from llada_lightning.study.plots.style import (
     new_figure,
     note,
     objective_styles,
+    plain,
     side_legend,
 )
 from llada_lightning.support.errors import UserError
@@ -151,7 +152,7 @@ def _optimum_legend(fits: StudyFits, convention: Convention) -> list[list[Artist
         fit = fits.objectives[objective]
         fitted, points = fit.isoflop[convention], bool(_interior(fit, convention))
         texts = [exponent_text(name, law.exponent) for name, law in (("N", fitted.n_law), ("D", fitted.d_law)) if law]
-        groups.append([style.handle("\n".join([objective, *texts]), marker=style.marker if points else "")])
+        groups.append([style.handle("\n".join([plain(objective), *texts]), marker=style.marker if points else "")])
         isoflop, laws = isoflop or points, laws or fitted.n_law is not None
         frontier = frontier or _has_frontier(fit, convention)
     if isoflop and laws:
@@ -208,7 +209,7 @@ def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None
                     style = replace(style, color=GREY, filled=False)
                 _draw_multipliers(panel, curve, style)
                 _draw_points(panel, points, style, _DODGE[method])
-            panel.set_xlabel(flops_label(convention, f"training FLOPs of {fits.reference}"), color=INK)
+            panel.set_xlabel(flops_label(convention, f"training FLOPs of {plain(str(fits.reference))}"), color=INK)
             flops_axis(panel)
             dress(panel)
         panels[0].set_yscale("log")
@@ -216,7 +217,7 @@ def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None
         panels[0].yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 3, 5), numticks=20))
         panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
         panels[0].yaxis.set_minor_formatter(NullFormatter())
-        panels[0].set_ylabel(broken(f"compute multiplier of {name}", int(10 * height)), color=INK)
+        panels[0].set_ylabel(broken(f"compute multiplier of {plain(name)}", int(10 * height)), color=INK)
         for panel in panels:
             if panel.get_ylim()[0] < 1:
                 panel.axhline(1, color=GREY, linewidth=1, zorder=1)

@@ -92,7 +92,7 @@ def objective_styles(names: Iterable[str], yardstick: str | None = None) -> dict
         markers = own.marker + MARKERS.replace(own.marker, "")
         marker = markers[number % len(markers)]
         label = own.label if yardstick is None or own.val_kind == "exact" else f"{base} (exact, {yardstick})"
-        styles[name] = Style(label + name.removeprefix(base), own.colour, line, marker, own.filled)
+        styles[name] = Style(label + plain(name.removeprefix(base)), own.colour, line, marker, own.filled)
     return styles
 
 
@@ -255,11 +255,16 @@ def marker_handle(marker: str, label: str, *, filled: bool = True) -> Line2D:
     return Line2D([], [], linestyle="", marker=marker, color=GREY, markerfacecolor=face, markersize=5.5, label=label)
 
 
+def plain(name: str) -> str:
+    """A name within the text of a figure, where a dollar begins no mathematics."""
+    return name.replace("$", r"\$")
+
+
 def broken(text: str, width: int = LEGEND_WIDTH) -> str:
     """A text whose lines are broken at a number of characters, as names of variants need; mathematics is not."""
     wrapper = textwrap.TextWrapper(width, subsequent_indent="    ", break_on_hyphens=False)
     wrapper.wordsep_simple_re = re.compile(r"(\s+|(?<=[,;]))")  # between the settings of a variant, too
-    parts = [[line] if "$" in line else wrapper.wrap(line) or [line] for line in text.split("\n")]
+    parts = [[line] if re.search(r"(?<!\\)\$", line) else wrapper.wrap(line) or [line] for line in text.split("\n")]
     return "\n".join(part for own in parts for part in own)
 
 

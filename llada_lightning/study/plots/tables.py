@@ -29,6 +29,7 @@ from llada_lightning.study.plots.style import (
     new_figure,
     note,
     objective_styles,
+    plain,
     side_legend,
 )
 from llada_lightning.study.reference import PAPER_TASKS, paper_scalability
@@ -87,7 +88,7 @@ def task_accuracy(
         _draw_task(panel, table, name, convention, markers, styles)
         if name in chance:
             panel.axhline(chance[name], color=CHANCE.color, linewidth=1, linestyle=CHANCE.line, zorder=1)
-        panel.set_title(titles.get(name, name), fontsize=11, color=INK)
+        panel.set_title(titles.get(name, plain(name)), fontsize=11, color=INK)
         flops_axis(panel)
         label_plain(panel.yaxis, 6)
         dress(panel)
@@ -99,7 +100,7 @@ def task_accuracy(
     errors = any(f"{_PREFIX}{name}{_STDERR}" in table.columns for name in names)
     guesses = [CHANCE.handle()] if set(names) & set(chance) else []
     side_legend(figure, [
-        [style.handle(name, marker="o") for name, style in styles.items()],
+        [style.handle(plain(name), marker="o") for name, style in styles.items()],
         [note("N, non-embedding"), *(marker_handle(marker, format_count(size)) for size, marker in markers.items())],
         [*guesses, *([note("bars: ± 1 s.e.")] if errors else [])],
     ])  # fmt: skip

@@ -89,7 +89,7 @@ def make_report(table: pd.DataFrame, fits: StudyFits | None, convention: Convent
         source=source,
         verdict=verdict_without_fits(table) if fits is None else verdict(table, fits, convention),
         figures=[] if fits is None else drawings(table, fits, convention),
-        headlines=[] if fits is None else [own.words for own in fits.headlines],
+        headlines=[] if fits is None else list(dict.fromkeys(own.words for own in fits.headlines)),
         multipliers=[own for own in tables[0] if own.row_count],
         fits=[own for own in tables[1] if own.row_count],
         refused=_refused(fits, source),
@@ -112,5 +112,5 @@ def _refused(fits: StudyFits | None, source: Source) -> dict[str, list[str]]:
         for convention in fits.conventions:
             found[f"Multipliers by {CONVENTION_NAMES[convention]}"] = judged_lines(fits, convention)
         found["Notes of the fits"] = [note for note in notes if not note.startswith(NO_COMMON_LOSS)]
-    found["Runs that were not sound when they were collected"] = list(source.collected or [])
+    found["Found when the runs were collected"] = list(source.collected or [])
     return {heading: lines for heading, lines in found.items() if lines}

@@ -70,15 +70,13 @@ def flops_counting(table: pd.DataFrame) -> list[tuple[str, str]]:
     others = [name for name in names if name not in masked]
     positions = [f"all positions for {listed(others)}"] * bool(others)
     positions += [f"for {listed(masked)} the masked ones, in expectation"] * bool(masked)
+    where = f": {', and '.join(positions)}" if positions else ""
     copies = [name for name in names if name in OBJECTIVES and OBJECTIVES[name].in_blocks]
     copy = f" and, for {listed(copies)}, 6N for each position of the clean copy of the sequence" if copies else ""
     found = [
         ("6ND", "6 × non-embedding parameters N × training tokens D. It leaves out attention and the output head."),
         ("attention", "12 × layers × width × length for each token, half of it where attention is causal."),
-        (
-            "output head",
-            f"6 × width × vocabulary for each position whose logits are computed: {', and '.join(positions)}.",
-        ),
+        ("output head", f"6 × width × vocabulary for each position whose logits are computed{where}."),
         (CONVENTION_NAMES["total"], f"The sum of these three{copy}."),
     ]
     if ratios := _ratios(table):
@@ -109,8 +107,8 @@ def loss_counting(table: pd.DataFrame, fits: StudyFits | None) -> list[tuple[str
     """How losses were counted, and their errors: terms and their meaning."""
     kinds = {
         "exact": "The negative log-likelihood of every token of the validation sequences.",
-        "bound": "An upper bound on the negative log-likelihood, estimated with noise that runs of one validation seed share. "
-        "The likelihood itself may be better, by how much is not known.",
+        "bound": "An upper bound on the negative log-likelihood, estimated with noise that runs of one validation seed "
+        "share. The likelihood itself may be better, by how much is not known.",
     }
     found = []
     for kind, meaning in kinds.items():

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.table import Table
 
 from llada_lightning.study.report import Report
+from llada_lightning.study.report.verdict import number
 from llada_lightning.support.printing import visible
 
 _SHORT = 16
@@ -74,7 +75,7 @@ def _environment(autoescape: bool, finalize: Callable[[Any], Any]) -> Environmen
         loader=PackageLoader("llada_lightning.study.report", "."), autoescape=autoescape, finalize=finalize,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters["grid"] = Grid.of
+    environment.filters |= {"grid": Grid.of, "number": number}
     return environment
 
 

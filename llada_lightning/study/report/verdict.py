@@ -76,13 +76,21 @@ def _answer(found: Sequence[Headline], fits: StudyFits, convention: Convention) 
 
 def _clause(own: Headline, fits: StudyFits) -> str:
     if own.read_off is None or own.reference_flops is None:
-        return _lowered(own.words.removesuffix("."))
+        best = [_best_losses(name, own.convention, fits) for name in (own.reference, own.objective)]
+        return f"{_lowered(own.words.removesuffix('.'))} ({'; '.join(best)}, in {UNIT_NAMES[fits.unit]})"
     loss = fits.reference_loss(own.objective, own.convention, own.reference_flops)
     return (
         f"read off the measured losses, {own.objective} needs {_told(own.read_off)} times the training FLOPs of "
         f"{own.reference} ({CONVENTION_NAMES[own.convention]}) for the loss of {known(loss, '.3f')} "
         f"{UNIT_NAMES[fits.unit]} that {own.reference} reaches with {flops_text(own.reference_flops, '.3g')} FLOPs"
     )
+
+
+def _best_losses(name: str, convention: Convention, fits: StudyFits) -> str:
+    first, last = (fits.objectives[name].envelope[convention].points[end].loss for end in (0, -1))
+    if f"{first:.3f}" == f"{last:.3f}":
+        return f"the best loss of {name} is {last:.3f}"
+    return f"the best losses of {name} go from {first:.3f} to {last:.3f}"
 
 
 def _otherwise(own: Headline, fits: StudyFits) -> str:
