@@ -132,7 +132,8 @@ def _collected(source: str, name: str, out: Path) -> Study:
         found.yardsticks = write_yardstick_covariances(collection.rows(), path)
     except OSError as error:
         raise UserError(f"report: --out {out} cannot be written ({error.strerror}); choose a folder") from error
-    return Study(str(path), name, out, [line.replace(f"{source.rstrip('/')}/", "") for line in found.lines()])
+    lines = found.lines() if source == "." else [line.replace(f"{source}/", "") for line in found.lines()]
+    return Study(str(path), name, out, lines)
 
 
 def _source(study: Study, read: ReadTable, options: Namespace) -> Source:

@@ -56,6 +56,11 @@ def test_without_a_shown_read_off_the_headline_says_why() -> None:
     assert found.words.endswith("is not measured: read off at 1e+18 FLOPs it is about 10, but its interval is open.")
 
 
+def test_an_interval_that_is_not_known_is_said_to_be_so() -> None:
+    found = headline("llada", "arm", "6nd", [entry("read-off", low=np.nan, high=np.nan)], None, None)
+    assert "needs 10 (its interval is not known) times the compute" in found.words
+
+
 def test_methods_are_compared_draw_by_draw() -> None:
     """Both see the same errors, so a difference that is small against each interval can be certain."""
     own = entry("isoflop")

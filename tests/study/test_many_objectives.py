@@ -193,7 +193,7 @@ def test_variants_are_named_and_drawn_apart(capsys: Captured, monkeypatch: pytes
     tables = out.partition("To note:")[0]
     assert "…" not in tables and all(len(line.rstrip()) <= 80 for line in tables.splitlines())
     figures = study_figures(table, fits)
-    titles = [axes.get_title() for axes in figures["isoflop"].axes]
+    titles = [" ".join(axes.get_title().split()) for axes in figures["isoflop"].axes]  # broken where they are long
     assert titles == ["arm (exact)", "llada (bound, NELBO)", "llada (bound, NELBO) [weight_decay=0]"]
     assert set(runs_table(table).columns[0].cells) >= {"llada", "llada [weight_decay=0]"}
     assert "llada [weight_decay=0]" in legend(task_accuracy(table.assign(task_piqa=50.0)))

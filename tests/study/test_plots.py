@@ -14,7 +14,21 @@ from llada_lightning.compute.flops import CONVENTIONS, Convention
 from llada_lightning.run import Stream
 from llada_lightning.study.plan import plan_study
 from llada_lightning.study.plots import paper_figure3, plan_grid, task_accuracy, write_figure
-from llada_lightning.study.plots.style import METHODS, Style, interval_bars, objective_styles, power_of_ten, shades
+from llada_lightning.study.plots.style import (
+    METHODS,
+    Style,
+    broken,
+    flops_axis,
+    interval_bars,
+    new_figure,
+    note,
+    objective_styles,
+    plain,
+    power_of_ten,
+    shades,
+    side_legend,
+    svg_text,
+)
 from llada_lightning.study.plots.tables import task_names
 from llada_lightning.study.reference import PAPER_TASKS, paper_scalability
 from llada_lightning.support.errors import UserError
@@ -56,6 +70,35 @@ def test_styles_differ_in_line_and_marker_not_in_colour_alone(styles: dict[str, 
     for one, other in itertools.combinations(styles.values(), 2):
         assert one.line != other.line
         assert one.marker != other.marker
+
+
+def test_long_names_are_broken_between_settings_and_the_figure_is_as_high_as_its_legend() -> None:
+    name = "llada [density=range(low=0.05,high=0.6);loss_weight=ce]"
+    assert broken(name, 28) == "llada\n[density=range(low=0.05,\nhigh=0.6);loss_weight=ce]"
+    assert broken("loss ∝ C$^{-0.039}$ of a long name", 10) == "loss ∝ C$^{-0.039}$ of a long name"
+    figure = new_figure(6, 2)
+    figure.subplots()
+    side_legend(figure, [[note(f"{number} {name}") for number in range(12)]])
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert figure.get_figheight() > 4
+    assert legend.y0 >= 0 and legend.y1 <= figure.bbox.y1 and legend.x0 > 0.4 * figure.bbox.x1
+
+
+def test_a_dollar_in_a_name_begins_no_mathematics() -> None:
+    figure = new_figure(4, 3)
+    figure.subplots()
+    side_legend(figure, [[note(plain("llada [x=$\\nothing$]"))]])
+    assert svg_text(figure).count("<svg") == 1  # and no error of the parser of mathematics
+
+
+@pytest.mark.parametrize("limits", [(5.3e9, 9e9), (1.6e10, 4.6e10), (1e12, 3e13), (1e12, 1e16)])
+def test_labels_of_narrow_and_wide_axes_are_few(limits: tuple[float, float]) -> None:
+    axes = new_figure(4, 3).subplots()
+    axes.set_xlim(*limits)
+    flops_axis(axes)
+    labels = [tick for tick in axes.xaxis.get_majorticklocs() if limits[0] <= tick <= limits[1]]
+    assert 2 <= len(labels) <= 5
 
 
 def test_shades_darken_from_budget_to_budget() -> None:

@@ -162,6 +162,17 @@ def test_an_extrapolated_multiplier_is_dashed_and_hollow(full: Study) -> None:
     assert all(np.isfinite(axes.get_ylim()))
 
 
+def test_a_multiplier_whose_interval_is_not_known_has_no_bar(full: Study) -> None:
+    fits = full[1]
+    unknown = [replace(entry, low=np.nan, high=np.nan) for entry in fits.compute_multiplier]
+    longest = []
+    for entries in (fits.compute_multiplier, unknown):
+        panel = compute_multiplier(replace(fits, compute_multiplier=entries, multiplier_curve=[])).axes[0]
+        bars = [path.vertices for own in panel.collections for path in own.get_paths() if len(path.vertices) == 2]
+        longest.append(max(np.ptp(bar[:, 1]) for bar in bars))
+    assert longest[0] > 0.1 and longest[1] == 0
+
+
 def test_a_doubted_method_is_grey_and_hollow_and_what_is_withheld_is_not_drawn(full: Study) -> None:
     good = [Multiplier("llada", "arm", "6nd", "isoflop", flops, 2.0, 1.5, 3.0, False) for flops in (1e17, 1e18)]
     bad = [replace(entry, method="envelope", doubt="arm's fit is rejected (p < 0.001)") for entry in good]

@@ -160,7 +160,7 @@ def test_one_objective_has_no_multiplier(objective: str, words: str) -> None:
 
 
 def test_of_many_variants_the_ends_are_told() -> None:
-    table = simulated_study(VALLEYS, noise=0.001)[0]
+    table = simulated_study(VALLEYS, noise=0.001, budgets=(1e17, 1e18, 1e19))[0]
     own = table[table["objective"] == "llada"]
     others = [
         own.assign(variant=f"dropout={n}", val_nats_per_token=own["val_nats_per_token"] * (1 + n / 400))

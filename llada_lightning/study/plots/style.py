@@ -188,7 +188,7 @@ def _label_logarithmic(axis: Axis, limits: tuple[float, float], text: Callable[[
     Limits that hold fewer than two of these have more. From eleven powers of ten on, some of them have none.
     """
     low, high = limits
-    subs = (1.0, 2.0, 5.0) if high / low < narrow else (1.0, 3.0) if high / low < 10**2.5 else (1.0,)
+    subs: tuple[float, ...] = (1.0, 2.0, 5.0) if high / low < narrow else (1.0, 3.0) if high / low < 10**2.5 else (1.0,)
     if np.sum([low <= digit * 10.0**power <= high for power in range(-12, 41) for digit in subs]) < 2:
         subs = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
     axis.set_major_locator(LogLocator(10, subs=subs, numticks=20 if high / low < 1e11 else 5))
@@ -260,9 +260,9 @@ def plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def broken(text: str, width: int = LEGEND_WIDTH) -> str:
+def broken(text: str, width: int = LEGEND_WIDTH, indent: str = "") -> str:
     """A text whose lines are broken at a number of characters, as names of variants need; mathematics is not."""
-    wrapper = textwrap.TextWrapper(width, subsequent_indent="    ", break_on_hyphens=False)
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=indent, break_on_hyphens=False)
     wrapper.wordsep_simple_re = re.compile(r"(\s+|(?<=[,;]))")  # between the settings of a variant, too
     parts = [[line] if re.search(r"(?<!\\)\$", line) else wrapper.wrap(line) or [line] for line in text.split("\n")]
     return "\n".join(part for own in parts for part in own)
@@ -277,7 +277,7 @@ def side_legend(figure: Figure, groups: Sequence[Sequence[Artist]]) -> Legend:
     for group in groups:
         handles += [note(" "), *group] if handles and group else group
     for handle in handles:
-        handle.set_label(broken(str(handle.get_label())))
+        handle.set_label(broken(str(handle.get_label()), indent="    "))
     if isinstance(figure, StudyFigure):
         lines = sum(str(handle.get_label()).count("\n") + 1 for handle in handles)
         needed = (lines * 1.25 + len(handles) * 0.5 + 1) * LEGEND_POINTS / 72
