@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,7 +114,7 @@ def make_forecast(
     if not predictions:
         raise UserError("forecast: no method has a law; it needs three budgets of an objective, so run more budgets")
     results = {**source, "runs": len(table), "largest_budgets": largest}
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     settings = (fits.unit, convention, fits.samples, fits.seed)
     return Forecast(now, results, _data_of(table), *settings, tuple(predictions), fits.yardstick)
 
