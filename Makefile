@@ -12,24 +12,51 @@ FIGURES ?= runs/benchmarks
 SOURCE ?= data/books.jsonl.xz
 TABLES ?= runs/study
 
-.PHONY: help setup quickstart study-cpu study-gpu study-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu clean
+.PHONY: help setup setup-dev quickstart study-cpu study-gpu study-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-setup: $(VENV)/.ready  ## the environment in .venv, pinned by constraints.txt
+setup: $(VENV)/.ready  ## the package and what it needs, in .venv, pinned by constraints.txt
 
+setup-dev: $(VENV)/.ready-dev  ## the same and what tests, notebooks and benchmarks need
+
+# uv installs several times as fast as pip, which brings it where it is not at hand. UV=false leaves all to pip.
+UV ?= $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP_INSTALL := $(PIP) install --quiet --constraint $(CONSTRAINTS)
+# Where Python may not write bytecode, each start would compile it again: then it is compiled at once, as pip does.
+UV_INSTALL := $(UV) pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS) \
+  $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
+TORCH := "$(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",$$/\1/p' pyproject.toml)"
+TORCH_BACKEND ?= auto
+
+# uv does not read pip's settings. So pip installs all where they replace the index, or where uv fails.
 # litdata asks for torchvision, whose build on PyPI wants CUDA: beside a CPU build of torch it breaks
 # `import lightning`, and nothing here uses it.
-$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[dev]"
+define install
+	@{ ! $(PIP) config list | grep -E '[.](no-index|index-url)=' >/dev/null && $(UV_INSTALL) --editable "$(1)"; } \
+	  || $(PIP_INSTALL) --editable "$(1)"
 	@$(BIN)/python -c "import torchvision" 2>/dev/null || { \
 	  echo "removing torchvision: it does not fit this build of torch, and nothing here uses it"; \
-	  $(BIN)/python -m pip uninstall --quiet --yes torchvision; }
+	  $(PIP) uninstall --quiet --yes torchvision; }
 	$(BIN)/python -c "import lightning"
 	@touch $@
+endef
+
+# The build of torch is pip's choice where pip's settings name an index or wheels: they were made for this machine.
+# Else uv takes the build for the driver of the GPU, or for none. Where both fail, it is what PyPI has.
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("error: $(PYTHON) is older than Python 3.10; name another one: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@command -v $(UV) >/dev/null || $(PIP_INSTALL) uv || true
+	@$(PIP) config list | grep -E 'index|find-links' >/dev/null || $(UV_INSTALL) --torch-backend $(TORCH_BACKEND) $(TORCH) || true
+	$(PIP_INSTALL) --no-deps $(TORCH)
+	$(call install,.)
+	@$(BIN)/python -c "import torch; print('torch', torch.__version__)"
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(call install,.[dev])
 
 quickstart: setup  ## both objectives over three budgets: runs/quickstart/scaling.png and a table
 	$(LLADA) prepare --source python-stdlib --out data/quickstart --vocab-size 1024 --val-fraction 0.1
@@ -62,7 +89,7 @@ study-gpu: setup  ## the large study on one GPU (SOURCE=books.jsonl.xz; an H100:
 	$(LLADA) curves $(TABLES)/gpu/results.csv --out $(TABLES)/gpu
 	$(BIN)/python experiments/study/report.py --gpu $(TABLES)/gpu --out $(TABLES)/report.md
 
-paper-rehearsal: setup  ## the paper's scalability study at a toy size, killed once and resumed: runs/paper-rehearsal/paper.png
+paper-rehearsal: setup-dev  ## the paper's scalability study at a toy size, killed once and resumed: runs/paper-rehearsal/paper.png
 	PATH="$(abspath $(BIN)):$$PATH" experiments/paper/rehearsal/run.sh
 
 study-report: setup  ## docs/study.md, its figures and fits from the committed tables of both studies
@@ -70,31 +97,31 @@ study-report: setup  ## docs/study.md, its figures and fits from the committed t
 	  $(LLADA) curves experiments/study/$$study/results.csv --out experiments/study/$$study || exit; done
 	$(BIN)/python experiments/study/report.py
 
-test: setup  ## lint, types and tests
+test: setup-dev  ## lint, types and tests
 	$(MAKE) lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Where no CPU build of the lowest torch is at hand, this downloads the build for CUDA: 5 GB.
 test-lowest:  ## the tests with the lowest supported versions of the dependencies, in .venv-lowest
-	$(MAKE) setup VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+	$(MAKE) setup-dev VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 	.venv-lowest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test-slow: setup  ## the tests that take minutes: kills, soaks, coverage of the fits' intervals in full
+test-slow: setup-dev  ## the tests that take minutes: kills, soaks, coverage of the fits' intervals in full
 	$(BIN)/python -m pytest -m slow
 
-lint: setup  ## ruff and mypy
+lint: setup-dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup  ## format the code
+format: setup-dev  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-notebooks: setup  ## run the notebooks: text and tables stay in them, figures in notebooks/rendered/
+notebooks: setup-dev  ## run the notebooks: text and tables stay in them, figures in notebooks/rendered/
 	$(BIN)/python notebooks/render.py
 
-bench: setup  ## speed and size on this machine's CPU, each a ratio in one run: runs/benchmarks/*.json and tables
+bench: setup-dev  ## speed and size on this machine's CPU, each a ratio in one run: runs/benchmarks/*.json and tables
 	$(BIN)/python benchmarks/train_speed.py --preset cpu --json $(FIGURES)/train_speed.json
 	$(BIN)/python benchmarks/growth.py --device cpu --repeats 1 --json $(FIGURES)/growth.json
 	$(BIN)/python benchmarks/long_run.py --json $(FIGURES)/long_run.json
@@ -111,7 +138,7 @@ bench: setup  ## speed and size on this machine's CPU, each a ratio in one run: 
 	$(BIN)/python benchmarks/objective_speed.py --device cpu --json $(FIGURES)/objective_speed.json
 	$(BIN)/python benchmarks/level_cost.py --device cpu --json $(FIGURES)/level_cost.json
 
-bench-gpu: setup  ## the training step on this machine's GPU; without one tiny sizes, and its figures marked as missing
+bench-gpu: setup-dev  ## the training step on this machine's GPU; without one tiny sizes, and its figures marked as missing
 	$(BIN)/python benchmarks/train_speed.py --preset h200 --json $(FIGURES)/train_speed_gpu.json
 	$(BIN)/python benchmarks/growth.py --device cuda --repeats 1 --json $(FIGURES)/growth_gpu.json
 
