@@ -60,7 +60,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 
 quickstart: setup  ## both objectives over three budgets: runs/quickstart/scaling.png and a table
 	$(LLADA) prepare --source python-stdlib --out data/quickstart --vocab-size 1024 --val-fraction 0.1
-	$(LLADA) sweep run sweeps/quickstart.yaml --jobs $(JOBS)
+	$(LLADA) sweep run quickstart --jobs $(JOBS)
 	$(LLADA) collect runs/quickstart --out runs/quickstart/results.csv
 	$(LLADA) curves runs/quickstart/results.csv --out runs/quickstart
 

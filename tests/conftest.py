@@ -58,3 +58,14 @@ def prepared_second(prepared: Path, tmp_path_factory: pytest.TempPathFactory) ->
     tokenizer = str(prepared / "tokenizer.json")
     prepare(str(source), str(root / "data"), tokenizer=tokenizer, val_fraction=0.15, shard_tokens=2048, progress=False)
     return root / "data"
+
+
+@pytest.fixture
+def old_python(tmp_path: Path) -> dict[str, str]:
+    """The environment in which this Python takes itself for 3.9, of which there is none on most machines."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import collections, sys\n"
+        "fields = 'major minor micro releaselevel serial'\n"
+        "sys.version_info = collections.namedtuple('version_info', fields)(3, 9, 18, 'final', 0)\n"
+    )
+    return {"PYTHONPATH": str(tmp_path)}

@@ -17,6 +17,7 @@ from helpers.tuning_studies import Bowl, finish_tuning_runs
 from llada_lightning.commands import VERBS
 from llada_lightning.commands.main import main
 from llada_lightning.study.results import read_results
+from llada_lightning.study.sweep import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(llada_lightning.__file__).parent
@@ -176,13 +177,11 @@ def test_the_quickstart_in_small(checkout: Path, capsys: pytest.CaptureFixture[s
     assert [line.split("llada_lightning ")[1].split()[0] for line in steps] == [
         "prepare", "sweep", "collect", "curves",
     ]  # fmt: skip
-    sweep = yaml.safe_load((ROOT / "sweeps" / "quickstart.yaml").read_text())
+    sweep = yaml.safe_load(SHIPPED["quickstart"].read_text())
     sweep["parameters"]["budget.flops"] = {"values": [2e9, 6e9, 2e10]}
     sweep["parameters"]["model.init_args.shape"] = {"value": "107k"}
     sweep["parameters"]["data.init_args.val_sequences"] = {"value": 64}
-    (checkout / "sweeps").unlink()
-    (checkout / "sweeps").mkdir()
-    (checkout / "sweeps" / "quickstart.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    (checkout / "quickstart").write_text(yaml.safe_dump(sweep, sort_keys=False))  # comes before the package's
     for line in steps:
         assert run_llada(line) == 0, capsys.readouterr().err
     assert (checkout / "runs" / "quickstart" / "scaling.png").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 from llada_lightning.commands import fit
 from llada_lightning.commands.main import main as command
 from llada_lightning.study.sweep import (
+    SHIPPED,
     Sweep,
     check_unchanged,
     fit_arguments,
@@ -43,7 +44,13 @@ def main(argv: list[str]) -> int:
         description="Run a W&B sweep file on this machine. Arguments after `--` are handed to every fit.",
     )
     parser.add_argument("action", choices=["run", "show"], help="run: do what is left of it; show: list its runs")
-    parser.add_argument("file", type=str, metavar="FILE", help="W&B sweep file, method grid, command `llada fit …`")
+    parser.add_argument(
+        "file",
+        type=str,
+        metavar="FILE",
+        help="W&B sweep file, method grid, command `llada fit …`; or the name of one that comes with the package: "
+        + ", ".join(SHIPPED),
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument(
         "--index", type=int | None, help="run only this one (from 0), in this process: a job array's task"
@@ -103,7 +110,7 @@ def _show(sweep: Sweep, extra: list[str], as_json: bool) -> int:
             }
             for index, (run, state) in enumerate(zip(runs, states, strict=True))
         ]
-        print_json({"name": sweep.name, "runs": listed, "left_the_file": left})
+        print_json({"name": sweep.name, "file": str(sweep.path), "runs": listed, "left_the_file": left})
         return 0
     console = people_console()
     for index, (run, state) in enumerate(zip(runs, states, strict=True)):
@@ -111,6 +118,8 @@ def _show(sweep: Sweep, extra: list[str], as_json: bool) -> int:
         console.print(f"{index:>5}  {what:<10}  {run.folder!s}", soft_wrap=True, highlight=False)
     counts = Counter(states)
     console.print(f"{len(runs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+    if sweep.path in SHIPPED.values():  # for `wandb sweep`, or as the start of a sweep of one's own
+        console.print(f"file: {sweep.path}", soft_wrap=True, markup=False, highlight=False)
     for study, count in left.items():
         console.print(f"note: {count} of the runs that {study} was begun with have left the file", soft_wrap=True)
     return 0

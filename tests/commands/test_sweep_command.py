@@ -107,6 +107,16 @@ def test_show_lists_every_runs_state(
     assert shown[1]["command"] == "llada fit --seed=2"
 
 
+def test_show_names_the_file_of_a_sweep_of_the_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Captured
+) -> None:
+    monkeypatch.setattr(module, "run_folder", lambda arguments: tmp_path / "study" / "-".join(arguments[1:4]))
+    assert module.main(["show", "quickstart"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["12 runs: 12 not begun", f"file: {SHIPPED['quickstart']}"]
+    assert module.main(["show", "quickstart", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["file"] == str(SHIPPED["quickstart"])
+
+
 def test_show_says_which_runs_have_left_the_file(
     monkeypatch: pytest.MonkeyPatch, sweep_file: str, tmp_path: Path, capsys: Captured
 ) -> None:

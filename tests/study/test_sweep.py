@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from helpers.studies import record
 from llada_lightning.records import write_records
 from llada_lightning.study.sweep import (
+    SHIPPED,
     DEFAULT_COMMAND,
     Sweep,
     check_unchanged,
@@ -33,7 +34,7 @@ QUICKSTART = """
 program: llada
 method: grid
 name: quickstart
-command: [llada, fit, --config, experiments/quickstart/fit.yaml, "${args}"]
+command: [llada, fit, --config, base.yaml, "${args}"]
 parameters:
   model: {values: [ArmModule, LladaModule]}
   model.init_args.shape: {values: [107k, 443k]}
@@ -73,9 +74,23 @@ def test_the_quickstarts_grid_in_order(tmp_path: Path) -> None:
     expected = itertools.product(["ArmModule", "LladaModule"], ["107k", "443k"], [3e11, 1e12, 3e12])
     assert [tuple(point.values()) for point in sweep.points] == list(expected)
     assert render_command(sweep, sweep.points[-1]) == [
-        "llada", "fit", "--config", "experiments/quickstart/fit.yaml",
+        "llada", "fit", "--config", "base.yaml",
         "--model=LladaModule", "--model.init_args.shape=443k", "--budget.flops=3000000000000.0",
     ]  # fmt: skip
+
+
+def test_a_sweep_of_the_package_goes_by_its_name_unless_a_file_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    assert read_sweep("quickstart") == read_sweep(SHIPPED["quickstart"])
+    assert len(read_sweep("quickstart").points) == 12
+    (tmp_path / "quickstart").rmdir()
+    (tmp_path / "quickstart").write_text(QUICKSTART)
+    assert read_sweep("quickstart").path == Path("quickstart")
+    with pytest.raises(UserError, match="'quickstrat' cannot be read"):
+        read_sweep("quickstrat")
 
 
 scalars = st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans(), st.text(max_size=3))

@@ -37,6 +37,9 @@ DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 MAX_RUNS = 100_000
 """Most runs of a sweep."""
 
+SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+"""The sweep files that come with the package, by the names by which ``llada sweep`` takes them."""
+
 _ENVIRONMENT_VARIABLE = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
 _MACRO = re.compile(r"\$\{.*\}")
 
@@ -63,10 +66,15 @@ class Sweep:
 def read_sweep(path: Path | str) -> Sweep:
     """Reads a W&B sweep file and expands its grid.
 
+    Args:
+        path: The path of the file, or the name of one that comes with the package (``SHIPPED``).
+
     Raises:
         UserError: There is no such file, it is not a sweep, its method is not ``grid``, or a value is null.
     """
     path = Path(path)
+    if str(path) in SHIPPED and not path.is_file():
+        path = SHIPPED[str(path)]
     config = read_yaml(path)
     if not isinstance(config, dict):
         raise UserError(f"sweep: {path} must hold method, parameters and command; it holds {type(config).__name__}")
