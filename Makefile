@@ -101,7 +101,7 @@ test: setup-dev  ## lint, types and tests
 	$(MAKE) lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Where no CPU build of the lowest torch is at hand, this downloads the build for CUDA: 5 GB.
+# Where neither pip's settings nor uv lead to a CPU build of the lowest torch, this downloads that for CUDA: 5 GB.
 test-lowest:  ## the tests with the lowest supported versions of the dependencies, in .venv-lowest
 	$(MAKE) setup-dev VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 	.venv-lowest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -1,4 +1,4 @@
-"""What `make setup` and `make setup-dev` install, and by what: with stand-ins for Python and uv that write down calls."""
+"""What `make setup` installs, and by what, with stand-ins for Python and uv that write down how they are called."""
 
 from __future__ import annotations
 
@@ -42,8 +42,6 @@ def installed(folder: Path, target: str, settings: str = "", uv_exit: int = 0, *
     assert done.returncode == 0, done.stderr
     calls = [line.split() for line in (folder / "calls").read_text().splitlines()]
     return [f"{call[0].replace('python', 'pip')} {call[-1]}" for call in calls if "install" in call]
-
-
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from helpers.studies import record
 from helpers.tiny_runs import fit_arguments, kill_at, timeless, weights
 from llada_lightning.commands import sweep as module
 from llada_lightning.records import write_records
-from llada_lightning.study.sweep import Sweep, check_unchanged, read_sweep
+from llada_lightning.study.sweep import SHIPPED, Sweep, check_unchanged, read_sweep
 from llada_lightning.study.sweep.runner import FailedRun, SweepOutcome
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.forks import can_fork

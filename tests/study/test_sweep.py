@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from helpers.studies import record
 from llada_lightning.records import write_records
 from llada_lightning.study.sweep import (
-    SHIPPED,
     DEFAULT_COMMAND,
+    SHIPPED,
     Sweep,
     check_unchanged,
     expand_grid,
