@@ -58,11 +58,12 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(call install,.[dev])
 
-quickstart: setup  ## both objectives over three budgets: runs/quickstart/scaling.png and a table
-	$(LLADA) prepare --source python-stdlib --out data/quickstart --vocab-size 1024 --val-fraction 0.1
+quickstart: setup  ## the compute multiplier of two recipes of llada, at toy size: runs/quickstart/report.html
+	$(LLADA) prepare --source python-stdlib --out data/quickstart --vocab-size 512 --val-fraction 0.1
 	$(LLADA) sweep run quickstart --jobs $(JOBS)
 	$(LLADA) collect runs/quickstart --out runs/quickstart/results.csv
-	$(LLADA) curves runs/quickstart/results.csv --out runs/quickstart
+	$(LLADA) curves runs/quickstart/results.csv --convention total --out runs/quickstart
+	$(LLADA) report runs/quickstart/results.csv --convention total
 
 # Sweeps of the study, one after the other: what is done is skipped, and a signal stops the whole.
 sweeps = $(foreach sweep,$(2),$(LLADA) sweep run sweeps/study-$(1)-$(sweep).yaml --jobs $(3) &&) true

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -172,21 +173,27 @@ def test_the_study_by_hand(checkout: Path, capsys: pytest.CaptureFixture[str], m
 
 @pytest.mark.slow
 def test_the_quickstart_in_small(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its four commands as the Makefile has them, with smaller budgets and one shape in the sweep file."""
+    """Its commands as the Makefile has them, with one shape and seed in the sweep file, and less of `llada`."""
     steps = [line for line in recipe("quickstart") if "-m llada_lightning" in line]
     assert [line.split("llada_lightning ")[1].split()[0] for line in steps] == [
-        "prepare", "sweep", "collect", "curves",
+        "prepare", "sweep", "collect", "curves", "report",
     ]  # fmt: skip
     sweep = yaml.safe_load(SHIPPED["quickstart"].read_text())
-    sweep["parameters"]["budget.flops"] = {"values": [2e9, 6e9, 2e10]}
-    sweep["parameters"]["model.init_args.shape"] = {"value": "107k"}
+    configs = [yaml.safe_load(text) for text in sweep["parameters"]["config"]["values"]]
+    configs = [one for one in configs if "d32" in one["model"]["init_args"]["shape"] and one["seed_everything"] == 0]
+    for one in configs:
+        if one["model"]["class_path"] == "LladaModule":
+            one["budget"]["flops"] = [flops / 10 for flops in one["budget"]["flops"]]
+    sweep["parameters"]["config"] = {"values": [json.dumps(one) for one in configs]}
     sweep["parameters"]["data.init_args.val_sequences"] = {"value": 64}
     (checkout / "quickstart").write_text(yaml.safe_dump(sweep, sort_keys=False))  # comes before the package's
     for line in steps:
         assert run_llada(line) == 0, capsys.readouterr().err
-    assert (checkout / "runs" / "quickstart" / "scaling.png").exists()
+    for file in ("scaling.png", "report.html", "report.md"):
+        assert (checkout / "runs" / "quickstart" / file).exists()
     table = read_results(checkout / "runs" / "quickstart" / "results.csv")
-    assert len(table) == 6
+    assert table.groupby("objective").size().to_dict() == {"arm": 5, "llada": 6}
+    assert table["variant"].nunique() == 2
     capsys.readouterr()
     assert run_llada(steps[1]) == 0
-    assert "6 done before" in capsys.readouterr().out
+    assert "3 done before" in capsys.readouterr().out

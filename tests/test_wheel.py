@@ -111,7 +111,7 @@ def test_the_default_study_of_the_wheel_in_small(llada: Path, tmp_path: Path) ->
     run(llada, tmp_path, "collect runs/quickstart --out runs/quickstart/results.csv")
     run(llada, tmp_path, "curves runs/quickstart/results.csv --out runs/quickstart")
     study = tmp_path / "runs" / "quickstart"
-    assert len(read_results(study / "results.csv")) == 4  # two objectives, two shapes
+    assert len(read_results(study / "results.csv")) == 17  # a run for each line of the sweep
     assert (study / "scaling.png").exists()
     (of_the_wheel,) = llada.parents[1].glob("lib/python3*/site-packages/llada_lightning/study/sweep/quickstart.yaml")
     assert (study / "quickstart.sweep.yaml").read_bytes() == of_the_wheel.read_bytes()

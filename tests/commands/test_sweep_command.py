@@ -112,7 +112,7 @@ def test_show_names_the_file_of_a_sweep_of_the_package(
 ) -> None:
     monkeypatch.setattr(module, "run_folder", lambda arguments: tmp_path / "study" / "-".join(arguments[1:4]))
     assert module.main(["show", "quickstart"]) == 0
-    assert capsys.readouterr().out.splitlines()[-2:] == ["12 runs: 12 not begun", f"file: {SHIPPED['quickstart']}"]
+    assert capsys.readouterr().out.splitlines()[-2:] == ["17 runs: 17 not begun", f"file: {SHIPPED['quickstart']}"]
     assert module.main(["show", "quickstart", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["file"] == str(SHIPPED["quickstart"])
 

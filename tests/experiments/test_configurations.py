@@ -13,7 +13,7 @@ from llada_lightning.commands.main import main
 from llada_lightning.compute.flops import expected_length
 from llada_lightning.compute.schedule import WSD, Plateau
 from llada_lightning.compute.shapes import PAPER_SHAPES, PAPER_VOCAB_SIZE
-from llada_lightning.study.sweep import read_sweep, render_command
+from llada_lightning.study.sweep import SHIPPED, read_sweep, render_command
 from llada_lightning.training import ArmModule, LladaModule
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def test_llada_8b_has_the_papers_rates() -> None:
     assert after(2.3e12) == pytest.approx(1e-5, rel=1e-3)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*sorted((ROOT / "sweeps").glob("*.yaml")), *SHIPPED.values()], ids=str)
 def test_each_sweep_renders_to_commands_that_parse(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = read_sweep(path)
     command = render_command(sweep, sweep.points[-1])
@@ -96,9 +96,13 @@ def test_each_sweep_renders_to_commands_that_parse(path: Path, capsys: pytest.Ca
     assert main([*arguments, "--print_config"]) == 0
 
 
-def test_the_quickstart_has_two_shapes_and_three_budgets_for_each_objective() -> None:
-    points = read_sweep(ROOT / "sweeps" / "quickstart.yaml").points
-    for model in ("ArmModule", "LladaModule"):
-        own = [point for point in points if point["model"] == model]
-        assert len({point["budget.flops"] for point in own}) >= 3
-        assert len({point["model.init_args.shape"] for point in own}) >= 2
+def test_the_quickstart_has_three_shapes_and_budgets_and_two_seeds_of_each_recipe() -> None:
+    configs = [yaml.safe_load(str(point["config"])) for point in read_sweep(SHIPPED["quickstart"]).points]
+    recipes = {(one["model"]["class_path"], one["model"]["init_args"].get("loss_weight")) for one in configs}
+    assert recipes == {("ArmModule", None), ("LladaModule", None), ("LladaModule", "ce")}
+    for kind, weight in recipes:
+        own = [one for one in configs if one["model"]["class_path"] == kind]
+        own = [one for one in own if one["model"]["init_args"].get("loss_weight") == weight]
+        assert len({flops for one in own for flops in one["budget"]["flops"]}) >= 3
+        assert len({one["model"]["init_args"]["shape"] for one in own}) == 3
+        assert len({one["seed_everything"] for one in own}) >= 2

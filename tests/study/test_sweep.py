@@ -85,7 +85,7 @@ def test_a_sweep_of_the_package_goes_by_its_name_unless_a_file_has_it(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quickstart").mkdir()
     assert read_sweep("quickstart") == read_sweep(SHIPPED["quickstart"])
-    assert len(read_sweep("quickstart").points) == 12
+    assert len(read_sweep("quickstart").points) == 17
     (tmp_path / "quickstart").rmdir()
     (tmp_path / "quickstart").write_text(QUICKSTART)
     assert read_sweep("quickstart").path == Path("quickstart")
