@@ -29,14 +29,15 @@ def child_environment(temporary: Path, trusted: str = "") -> dict[str, str]:
     """
     temporary.mkdir(parents=True, exist_ok=True)
     ours = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    paths = os.pathsep.join(str(_ROOT / folder) for folder in ("", "benchmarks", "tests"))
+    given = [ours["PYTHONPATH"]] if ours.get("PYTHONPATH") else []
+    paths = os.pathsep.join([*(str(_ROOT / folder) for folder in ("", "benchmarks", "tests")), *given])
     settings = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     return {**ours, **settings, "LLADA_TRUSTED_MODULES": trusted}
 
 
 @dataclass
 class Start:
-    """`llada WORDS`, running: its first process and all that descend from it.
+    """A command that runs: its first process and all that descend from it.
 
     Attributes:
         began: time.monotonic() at the start.
@@ -65,7 +66,7 @@ class Start:
                 with suppress(OSError):  # it has ended, or is not ours
                     text = (folder / "environ").read_bytes().decode(errors="replace")
                     environment = dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
-                    if environment.get(_TAG) == self.tag:
+                    if self.tag in environment.get(_TAG, "").split():
                         found[int(folder.name)] = environment
         return found
 
@@ -112,17 +113,25 @@ def parent_of(pid: int) -> int | None:
 
 def start(words: list[str], log: Path, environment: dict[str, str]) -> Start:
     """Start `llada WORDS` with the package beside this folder; its output is appended to ``log``."""
+    return launch([sys.executable, "-m", "llada_lightning", *words], f"llada {' '.join(words)}", log, environment)
+
+
+def launch(command: list[str], shown: str, log: Path, environment: dict[str, str]) -> Start:
+    """Start a command; its output is appended to ``log``, behind a line that shows the command.
+
+    What a tagged process starts with this function carries both tags, so that either finds it.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     tag = uuid4().hex
     with log.open("ab") as file:
-        file.write(f"$ llada {' '.join(words)}\n".encode())
+        file.write(f"$ {shown}\n".encode())
         file.flush()
         process = subprocess.Popen(
-            [sys.executable, "-m", "llada_lightning", *words],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**environment, _TAG: tag},
+            env={**environment, _TAG: f"{os.environ.get(_TAG, '')} {tag}"},
             start_new_session=True,
         )
     return Start(process, tag, log)
