@@ -34,7 +34,7 @@ def sample_plainly(
         late_token_ids: EOS and the end of a turn, whose confidence is to be zero.
     """
     batch, start = prompt_BP.shape
-    x_BL = torch.full((batch, start + length), mask_token_id)
+    x_BL = torch.full((batch, start + length), mask_token_id, device=prompt_BP.device)
     x_BL[:, :start] = prompt_BP
     is_prompt_BL = x_BL != mask_token_id
     blocks = length // block_length
@@ -55,7 +55,7 @@ def sample_plainly(
                 noisy_BLV[..., late_token_ids[0]] = -torch.inf
                 logits_BLV[..., list(late_token_ids[1:])] = -torch.inf
             if remasking == "random":
-                confidence_BL = torch.rand(predicted_BL.shape)
+                confidence_BL = torch.rand(predicted_BL.shape, device=predicted_BL.device)
             else:
                 confidence_BL = logits_BLV.softmax(dim=-1).gather(-1, predicted_BL[..., None])[..., 0]
             confidence_BL[:, end:] = -torch.inf

@@ -6,16 +6,15 @@ it says that, too: how many tokens are the exact sampler's, and the judge's nats
 
     python benchmarks/sampler_speed.py
     python benchmarks/sampler_speed.py --llada runs/STUDY/LLADA --judge runs/STUDY/ARM --prompts FILE.txt
-    python benchmarks/sampler_speed.py --device cuda --dtype bfloat16 --shape 928m --vocab-size 126464 --steps 256
+    python benchmarks/sampler_speed.py --device cuda --dtype bfloat16 --shapes llada-1b llada-8b --vocab-size 126464 \
+        --batches 1 8
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench_report import circumstances, write_result
 from llada_lightning import load_model, log_likelihood
 from llada_lightning.checkpoints import LanguageModel
 from llada_lightning.compute.shapes import get_shape
@@ -34,9 +34,11 @@ BLOCK = 32
 
 
 def random_model(shape: str, words: int, device: str, dtype: torch.dtype) -> LanguageModel:
-    """Weights as training would begin with them."""
-    model = Transformer(get_shape(shape), words).eval()
-    model.initialise(torch.Generator().manual_seed(0))
+    """Weights as training would begin with them, drawn on the device in fp32: a CPU takes minutes for billions."""
+    with torch.device("meta"):
+        model = Transformer(get_shape(shape), words).eval()
+    model.to_empty(device=device)
+    model.initialise(torch.Generator(device).manual_seed(0))
     return LanguageModel("llada", model, words - 1, words - 2, 4096, name=f"random {shape}").to(device, dtype)
 
 
@@ -78,18 +80,21 @@ def judged(judge: LanguageModel | None, prompts_BP: Tensor, answers: list[list[i
     return float(each.mean()), float(each.std() / len(each) ** 0.5)
 
 
-def measure(lm: LanguageModel, judge: LanguageModel | None, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(
+    lm: LanguageModel, judge: LanguageModel | None, batch: int, arguments: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     """One row for each way; ``speed`` is over the plain loop with these blocks and all steps, in this run."""
-    prompts_BP = prompts_for(lm, arguments.batch, arguments.prompt_length, arguments.prompts)
-    rows: list[dict[str, Any]] = []
-    for block in (arguments.length, BLOCK):
+    prompts_BP = prompts_for(lm, batch, arguments.prompt_length, arguments.prompts)
+    for block in arguments.block_lengths or (arguments.length, BLOCK):
         shared: dict[str, Any] = {"length": arguments.length, "block_length": block}
 
-        def plain(block: int = block) -> Tensor:
-            sizes = {"length": arguments.length, "steps": arguments.steps, "block_length": block}
+        def plain(steps: int = arguments.steps, block: int = block) -> Tensor:
+            sizes = {"length": arguments.length, "steps": steps, "block_length": block}
             return sample_plainly(lambda x: lm.model(x, causal=False), prompts_BP, lm.mask_token_id or 0, **sizes)
 
-        generate(lm, prompts_BP, **{**shared, "steps": arguments.length // block}, compat="llada")  # warm
+        few = arguments.length // block
+        plain(few)  # warm, as the next one
+        generate(lm, prompts_BP, **{**shared, "steps": few}, compat="llada")
         base, plain_BA = seconds(lm, plain, arguments.repeats)
         name = "pure" if block == arguments.length else f"blocks of {block}"
         kinds: list[tuple[str, dict[str, Any]]] = [(f"{name}, as released", {"compat": "llada"}), (name, {})]
@@ -101,8 +106,8 @@ def measure(lm: LanguageModel, judge: LanguageModel | None, arguments: argparse.
                 kinds.append((f"{name}, threshold 0.9", {"threshold": 0.9}))
                 kinds.append((f"{name}, dual cache, threshold 0.5", {"cache": "dual", "threshold": 0.5}))
         exact: list[list[int]] = []
-        rows.append({"way": f"{name}, plain loop", "seconds": base, "speed": 1.0, "passes": arguments.steps})
-        rows[-1]["judge"] = judged(judge, prompts_BP, plain_BA.tolist())
+        row = {"way": f"{name}, plain loop", "seconds": base, "speed": 1.0, "passes": arguments.steps}
+        yield row | {"judge": judged(judge, prompts_BP, plain_BA.tolist())}
         for way, more in kinds:
             settings = {**shared, **({} if "threshold" in more else {"steps": arguments.steps}), **more}
             took, result = seconds(lm, lambda s=settings: generate(lm, prompts_BP, **s), arguments.repeats)
@@ -111,10 +116,8 @@ def measure(lm: LanguageModel, judge: LanguageModel | None, arguments: argparse.
             else:
                 exact = exact or result.tokens
                 equal = same(result.tokens, exact)
-            rows.append({"way": way, "seconds": took, "speed": base / took, "passes": result.forward_passes})
-            rows[-1] |= {"same_tokens": equal, "judge": judged(judge, prompts_BP, result.tokens)}
-            print(_line(rows[-1]), flush=True)
-    return rows
+            row = {"way": way, "seconds": took, "speed": base / took, "passes": result.forward_passes}
+            yield row | {"same_tokens": equal, "judge": judged(judge, prompts_BP, result.tokens)}
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -125,38 +128,43 @@ def _line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llada", help="a checkpoint; without it random weights of --shape and --vocab-size")
+    parser.add_argument("--llada", help="a checkpoint; without it random weights of --shapes and --vocab-size")
     parser.add_argument("--judge", help="an arm with the same tokenizer")
     parser.add_argument("--prompts", type=Path, help="a text that prompts are cut from; without it random tokens")
-    parser.add_argument("--shape", default="10.2m")
+    parser.add_argument("--shapes", nargs="+", default=["10.2m"], help="one after the other")
     parser.add_argument("--vocab-size", type=int, default=32_000)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batches", nargs="+", type=int, default=[8], help="prompts at once, one after the other")
     parser.add_argument("--prompt-length", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--block-lengths", nargs="+", type=int, help=f"instead of the whole length, then {BLOCK}")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", type=Path, help="write the result here too")
+    parser.add_argument("--json", type=Path, help="write the result here, too, as far as it is there")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
-    if arguments.llada:
-        lm = load_model(arguments.llada, device=arguments.device, dtype=dtype)
-    else:
-        lm = random_model(arguments.shape, arguments.vocab_size, arguments.device, dtype)
     judge = load_model(arguments.judge, device=arguments.device) if arguments.judge else None
-    where = torch.cuda.get_device_name() if lm.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(
-        f"{lm.name}: {lm.model.shape}, {lm.model.vocab_size} words, batch {arguments.batch}, prompt "
-        f"{arguments.prompt_length}, length {arguments.length}, {arguments.steps} steps, {arguments.dtype}, {where}, "
-        f"torch {torch.__version__}\n"
-        "| way | seconds | times the plain loop's speed | forward passes | tokens as exact | judge, nats/token |\n"
-        "|---|---|---|---|---|---|"
-    )
-    rows = measure(lm, judge, arguments)
-    if arguments.json:
-        facts = {"machine": platform.machine(), "where": where, **{k: str(v) for k, v in vars(arguments).items()}}
-        arguments.json.write_text(json.dumps({"settings": facts, "rows": rows}, indent=2) + "\n")
+    facts = {key: str(value) for key, value in vars(arguments).items()}
+    result: dict[str, Any] = {**circumstances(torch.device(arguments.device)), "settings": facts, "rows": []}
+    for shape in arguments.shapes[: 1 if arguments.llada else None]:
+        if arguments.llada:
+            lm = load_model(arguments.llada, device=arguments.device, dtype=dtype)
+        else:
+            lm = random_model(shape, arguments.vocab_size, arguments.device, dtype)
+        for batch in arguments.batches:
+            print(
+                f"{lm.name}: {lm.model.shape}, {lm.model.vocab_size} words, batch {batch}, prompt "
+                f"{arguments.prompt_length}, length {arguments.length}, {arguments.steps} steps, {arguments.dtype}, "
+                f"{result['hardware']['device']}, torch {torch.__version__}\n"
+                "| way | seconds | times the plain loop's speed | forward passes | tokens as exact | judge, nats/token |\n"
+                "|---|---|---|---|---|---|"
+            )
+            for row in measure(lm, judge, batch, arguments):
+                print(_line(row), flush=True)
+                result["rows"].append({"model": lm.name, "batch": batch, **row})
+                write_result(arguments.json, result)
+        del lm  # before the next one is drawn
 
 
 if __name__ == "__main__":

@@ -19,26 +19,26 @@ import numpy as np
 import torch
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.compute.shapes import ladder_shape
+from llada_lightning.compute.shapes import get_shape
 from llada_lightning.evaluation.likelihood import log_likelihood
 from llada_lightning.evaluation.ranking import rank_candidates
 from llada_lightning.evaluation.requests import Score
 from llada_lightning.evaluation.scorer import ScoredInput, Scorer, ScoringProgress
 from llada_lightning.model import Transformer
 
-VOCAB_SIZE, SAMPLES, BATCH = 32_000, 128, 32
+SAMPLES, BATCH = 128, 32
 Question = tuple[list[int], list[list[int]]]
 Request = tuple[list[int], list[int]]
 
 
-def random_model(device: str) -> LanguageModel:
-    """9.4M parameters with random weights, 1.2M of them not in embeddings; the head scaled so that it is not flat."""
-    model = Transformer(ladder_shape(6, 128), VOCAB_SIZE)
+def random_model(shape: str, words: int, device: str) -> LanguageModel:
+    """Random weights; the head is scaled so that the predictions are not flat."""
+    model = Transformer(get_shape(shape), words)
     model.initialise(torch.Generator().manual_seed(0))
     with torch.no_grad():
         model.head.weight *= 4
-    lm = LanguageModel("llada", model.eval(), VOCAB_SIZE - 1, VOCAB_SIZE - 2, 2048, name="random, 9.4M parameters")
-    return lm.to(device)
+    name = f"random, {model.shape.params_total(words):,} parameters"
+    return LanguageModel("llada", model.eval(), words - 1, words - 2, 2048, name=name).to(device)
 
 
 def question_set(lm: LanguageModel, number: int, text: list[int] | None) -> list[Question]:
@@ -199,6 +199,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", help="a llada checkpoint instead of random weights")
     parser.add_argument("--text", type=Path, help="with a checkpoint: a text that prompts and candidates are cut from")
+    parser.add_argument("--shape", default="1.28m", help="of random weights")
+    parser.add_argument("--vocab-size", type=int, default=32_000, help="of random weights")
     parser.add_argument("--questions", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=6, help="seeds that our error is measured over")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -212,7 +214,7 @@ def main() -> None:
         lm = load_model(arguments.checkpoint, device=arguments.device)
         text = lm.encode(arguments.text.read_text()) if arguments.text else None
     else:
-        lm = random_model(arguments.device)
+        lm = random_model(arguments.shape, arguments.vocab_size, arguments.device)
     result = compare(lm, question_set(lm, arguments.questions, text), arguments.repeats)
     report(result)
     if arguments.json:
