@@ -1,4 +1,7 @@
-"""What all benchmarks write beside their figures: where, when and how they were taken; and tables for people."""
+"""What all benchmarks write beside their figures: where, when and how they were taken; and tables for people.
+
+Run by itself it writes what it finds of this machine: python benchmarks/bench_report.py FILE.json
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,12 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from llada_lightning.support.files import write_json
+
+if TYPE_CHECKING:
+    import torch
 
 MISSING = "missing"
 _PACKAGES = ("torch", "lightning", "triton", "torchao", "flash-attn")
@@ -22,6 +26,8 @@ _PACKAGES = ("torch", "lightning", "triton", "torchao", "flash-attn")
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """The device's name, and the threads that a CPU is given."""
+    import torch  # here: tables are made without it
+
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -71,3 +77,10 @@ def write_result(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
+
+
+if __name__ == "__main__":
+    import torch
+
+    there = torch.cuda.is_available()
+    write_result(Path(sys.argv[1]), {"cuda": there, **circumstances(torch.device("cuda" if there else "cpu"))})

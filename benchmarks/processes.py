@@ -116,8 +116,8 @@ def start(words: list[str], log: Path, environment: dict[str, str]) -> Start:
     return launch([sys.executable, "-m", "llada_lightning", *words], f"llada {' '.join(words)}", log, environment)
 
 
-def launch(command: list[str], shown: str, log: Path, environment: dict[str, str]) -> Start:
-    """Start a command; its output is appended to ``log``, behind a line that shows the command.
+def launch(command: list[str], shown: str, log: Path, environment: dict[str, str], folder: Path | None = None) -> Start:
+    """Start a command, in a folder; its output is appended to ``log``, behind a line that shows the command.
 
     What a tagged process starts with this function carries both tags, so that either finds it.
     """
@@ -133,6 +133,7 @@ def launch(command: list[str], shown: str, log: Path, environment: dict[str, str
             stderr=subprocess.STDOUT,
             env={**environment, _TAG: f"{os.environ.get(_TAG, '')} {tag}"},
             start_new_session=True,
+            cwd=folder,
         )
     return Start(process, tag, log)
 

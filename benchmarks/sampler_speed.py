@@ -157,7 +157,8 @@ def main() -> None:
                 f"{lm.name}: {lm.model.shape}, {lm.model.vocab_size} words, batch {batch}, prompt "
                 f"{arguments.prompt_length}, length {arguments.length}, {arguments.steps} steps, {arguments.dtype}, "
                 f"{result['hardware']['device']}, torch {torch.__version__}\n"
-                "| way | seconds | times the plain loop's speed | forward passes | tokens as exact | judge, nats/token |\n"
+                "| way | seconds | times the plain loop's speed | forward passes | tokens as exact "
+                "| judge, nats/token |\n"
                 "|---|---|---|---|---|---|"
             )
             for row in measure(lm, judge, batch, arguments):

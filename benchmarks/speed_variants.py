@@ -6,23 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llada_lightning.training.machine import Speed
+from step_sizes import EAGER, EVERYTHING, FLASH, FLEX, LARGE_STEPS, SMALL_STEPS, TINY_STEPS, Size
 from train_step import Variant
 
 RELEASED = "released loop: fp32, eager, all logits"
 RELEASED_BF16 = "released loop in bf16-mixed"
 GATHER = "+ logits of masked positions only"
-EVERYTHING = "+ compiled blocks: everything on"
-EAGER = "eager"
-GRAPHED = "whole step as a graph"
-"""A bare loop over a step that a graph holds; :func:`step_variants` is the place for it."""
-FLASH, FLEX = "attention by flash", "attention by flex"
 
 RATIO_AIMS = {(4096, GATHER): 1.05, (4096, EVERYTHING): 2.5, (32_768, GATHER): 1.8, (32_768, EVERYTHING): 5.0}
 """Of the CPU's preset: least speed of `llada` over the released loop's, by vocabulary and variant."""
-MFU_AIMS = {"85m": 0.45, "319m": 0.47, "llada-1b": 0.5}
-"""Of a GPU's presets: least MFU with everything on, attention and head counted."""
-LEAST_OF_ARM = 0.97
-"""Least MFU of `llada` over that of `arm`."""
 
 
 def cpu_variants(objective: str) -> list[Variant]:
@@ -85,16 +77,6 @@ def step_variants(objective: str) -> list[Variant]:
 
 
 @dataclass(frozen=True)
-class Size:
-    """What a step is measured on: a shape by name, tokens of a sequence, words, sequences of a step."""
-
-    shape: str
-    sequence_length: int
-    vocab_size: int
-    micro_batch: int
-
-
-@dataclass(frozen=True)
 class Preset:
     """Sizes, and how long to measure.
 
@@ -138,24 +120,8 @@ PRESETS = {
         gpu=True,
         needs_gpu=True,
     ),
-    "small-steps": Preset(
-        (Size("853k", 256, 4096, 64), Size("2.66m", 256, 4096, 64), Size("14.2m", 512, 8192, 64)),
-        step_variants,
-        turns=1,
-        steps=60,
-        warmup=10,
-        gpu=True,
-        needs_gpu=True,
-    ),
-    "large-steps": Preset(
-        (Size("85m", 2048, 32_768, 8), Size("319m", 2048, 32_768, 8), Size("llada-1b", 4096, 126_464, 8)),
-        step_variants,
-        turns=1,
-        steps=8,
-        warmup=4,
-        gpu=True,
-        needs_gpu=True,
-    ),
+    "small-steps": Preset(SMALL_STEPS, step_variants, turns=1, steps=60, warmup=10, gpu=True, needs_gpu=True),
+    "large-steps": Preset(LARGE_STEPS, step_variants, turns=1, steps=8, warmup=4, gpu=True, needs_gpu=True),
     "tiny": Preset((Size("107k", 64, 384, 4),), gpu_variants, turns=2, steps=2, warmup=1, gpu=True),
-    "tiny-steps": Preset((Size("107k", 64, 512, 4),), step_variants, turns=1, steps=2, warmup=1, gpu=True),
+    "tiny-steps": Preset(TINY_STEPS, step_variants, turns=1, steps=2, warmup=1, gpu=True),
 }

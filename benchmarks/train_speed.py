@@ -29,7 +29,8 @@ from llada_lightning.compute.shapes import get_shape
 from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.support.libraries import quiet_libraries
 from llada_lightning.training.callbacks.leaving import is_out_of_memory
-from speed_variants import EVERYTHING, LEAST_OF_ARM, MFU_AIMS, PRESETS, RATIO_AIMS, Preset
+from speed_variants import PRESETS, RATIO_AIMS, Preset
+from step_sizes import EVERYTHING, LEAST_OF_ARM, MFU_AIMS
 from train_step import Steps, Variant, Workload, obstacle, synchronise
 
 MEASURED = "measured"

@@ -14,7 +14,8 @@ from torch import Tensor
 import train_speed
 from llada_lightning.compute.shapes import Shape
 from llada_lightning.training.machine import Speed
-from speed_variants import EVERYTHING, GATHER, PRESETS, RELEASED, cpu_variants, gpu_variants
+from speed_variants import GATHER, PRESETS, RELEASED, cpu_variants, gpu_variants
+from step_sizes import EVERYTHING
 from train_speed import MEASURED, Measurement, aim, beside, measure_in_turns, parse, rows_of, table
 from train_step import Steps, Variant, Workload, obstacle
 

@@ -271,7 +271,7 @@ def test_what_does_not_serve_is_refused_in_one_line(
     assert line.startswith(f"speed.attention: {name} given") and expected in line and "\n" not in line
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @EACH_PASS
