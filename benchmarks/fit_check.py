@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,9 @@ from llada_lightning.commands.main import main as command
 from llada_lightning.commands.sweep import PRELOADED
 from llada_lightning.records import METRICS_FILE, metrics_rows
 from llada_lightning.support.forks import ForkedProcess, ForkServer
-from llada_lightning.training.machine import Speed
 from processes import child_environment, finish
 from step_sizes import SIZES, SMALL_STEPS, Size
 
-GRAPHS = "graph" in {field.name for field in fields(Speed)}
-"""Whether `llada fit` has the setting `--speed.graph`."""
 ROWS, WARM_ROWS = 28, 25
 """Logged rows of a fit whose rate is measured, and with how many of them the rate counts: it is taken over 20."""
 SECONDS = 150.0
@@ -183,14 +180,11 @@ def rates(fits: Fits, options: argparse.Namespace, report: Callable[[Any], None]
 
 def rate_of(fits: Fits, size: Size, graph: str, rows: int) -> dict[str, float]:
     """The rate that a fit logs in the end, over its last 20 logged rows."""
-    if not GRAPHS and graph == "true":
-        raise RuntimeError("llada fit has no setting speed.graph")
     # To log a step, the host waits for the device: often enough for a window of rows, and no more.
     every = 10 if size in SMALL_STEPS else 1 if size.tokens > 2**14 else 2
     steps, name = every * rows, f"rate-{size.shape}-{graph}"
     extra = [f"--trainer.log_every_n_steps={every}", f"--trainer.val_check_interval={steps}"]
-    extra += ["--trainer.enable_checkpointing=false", *few(size)]
-    extra += [f"--speed.graph={graph}"] if GRAPHS else []
+    extra += ["--trainer.enable_checkpointing=false", *few(size), f"--speed.graph={graph}"]
     process, ended = fits.start(name, size, steps, *extra), ""
     try:
         fits.end(name, process)

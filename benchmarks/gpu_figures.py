@@ -151,34 +151,37 @@ def best(*figures: Callable[[Results], float]) -> Callable[[Results], float]:
 def step_figures(part: str, sizes: Sequence[Size], large: bool) -> Iterator[Figure]:
     """Of the bare loops: milliseconds, and where arithmetic limits them the MFU."""
     for size in sizes:
-        for name, variant in (("eager", EAGER), ("compiled", EVERYTHING), ("graphed", GRAPHED)):
-            yield Figure(f"{size.shape}: {name}", "ms a step", thousand(step(part, size, variant, "step_seconds")))
+        for variant in (EAGER, EVERYTHING, GRAPHED):
+            milliseconds = thousand(step(part, size, variant, "step_seconds"))
+            yield Figure(f"{size.shape}: {LOOPS[variant]}", "ms a step", milliseconds)
+        compiled, graphed = (step(part, size, variant, "step_seconds") for variant in (EVERYTHING, GRAPHED))
+        least = GRAPH_AIMS.get(size.shape)
+        yield Figure(f"{size.shape}: graphs over compiled", "times the speed", over(compiled, graphed), least)
         if large:
-            mfu = step(part, size, EVERYTHING, "mfu")
-            arm = step(part, size, EVERYTHING, "mfu", "arm")
-            yield Figure(f"{size.shape}: compiled", "MFU", mfu)
-            yield Figure(f"{size.shape}: `arm`, compiled", "MFU", arm)
-            yield Figure(f"{size.shape}: `llada` over `arm`, compiled", "of the MFU", over(mfu, arm), LEAST_OF_ARM)
+            llada, arm = (
+                best(*(step(part, size, variant, "mfu", objective) for variant in (EVERYTHING, GRAPHED)))
+                for objective in ("llada", "arm")
+            )
+            yield Figure(f"{size.shape}: `llada`, compiled or graphs", "MFU", llada, MFU_AIMS.get(size.shape))
+            yield Figure(f"{size.shape}: `arm`, compiled or graphs", "MFU", arm)
+            yield Figure(f"{size.shape}: `llada` over `arm`", "of the MFU", over(llada, arm), LEAST_OF_ARM)
 
 
-def rate_figures(part: str, steps: str, sizes: Sequence[Size], large: bool) -> Iterator[Figure]:
-    """Of the short fits, beside the bare loops of the part ``steps``."""
+LOOPS = {EAGER: "eager", EVERYTHING: "compiled", GRAPHED: "compiled, as graphs"}
+"""The variants of a bare loop in the table."""
+
+
+def rate_figures(part: str, steps: str, sizes: Sequence[Size], graphs: Sequence[bool]) -> Iterator[Figure]:
+    """Of short fits with and without graphs, beside the bare loops of the part ``steps``."""
     for size in sizes:
-        compiled, bare = (step(steps, size, variant, "step_seconds") for variant in (EVERYTHING, GRAPHED))
-        graphed = fit_rate(part, size, True, "step_seconds")
-        if not large:
-            plain = fit_rate(part, size, False, "step_seconds")
-            yield Figure(f"{size.shape}: fit without graphs", "ms a step", thousand(plain))
-        yield Figure(f"{size.shape}: fit with graphs", "ms a step", thousand(graphed))
-        name = f"{size.shape}: compiled loop over fit with graphs"
-        yield Figure(name, "times the speed", over(compiled, graphed), GRAPH_AIMS.get(size.shape))
-        name = f"{size.shape}: fit with graphs over bare graphed loop"
-        yield Figure(name, "times the speed", over(bare, graphed), LEAST_OF_BARE)
-        if large:
-            mfu = fit_rate(part, size, True, "mfu")
-            yield Figure(f"{size.shape}: fit with graphs", "MFU", mfu)
-            bares = (step(steps, size, variant, "mfu") for variant in (EVERYTHING, GRAPHED))
-            yield Figure(f"{size.shape}: best of all", "MFU", best(*bares, mfu), MFU_AIMS.get(size.shape))
+        for graph in graphs:
+            name, variant = ("fit with graphs", GRAPHED) if graph else ("fit without graphs", EVERYTHING)
+            fit, bare = fit_rate(part, size, graph, "step_seconds"), step(steps, size, variant, "step_seconds")
+            least = LEAST_OF_BARE if graph else None
+            yield Figure(f"{size.shape}: {name}", "ms a step", thousand(fit))
+            yield Figure(f"{size.shape}: {name} over its bare loop", "times the speed", over(bare, fit), least)
+            if size.shape in MFU_AIMS:
+                yield Figure(f"{size.shape}: {name}", "MFU", fit_rate(part, size, graph, "mfu"))
 
 
 def fit_figures(part: str, steps: str, size: Size) -> Iterator[Figure]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 EVERYTHING = "+ compiled blocks: everything on"
 EAGER, FLASH, FLEX = "eager", "attention by flash", "attention by flex"
-GRAPHED = "whole step as a graph"
-"""A bare loop over a step that a graph holds; ``speed_variants.step_variants`` is the place for it."""
+GRAPHED = "steps as graphs"
 
 MFU_AIMS = {"85m": 0.45, "319m": 0.47, "llada-1b": 0.5}
 """Least MFU on a GPU, attention and head counted, by shape; ``LARGE_STEPS`` has the sizes."""

@@ -11,16 +11,17 @@ from lightning import Trainer
 from torch import Tensor
 
 from llada_lightning.compute.shapes import Shape
-from llada_lightning.objectives.batches import TrainingBatch, scored_positions
+from llada_lightning.objectives.batches import TrainingBatch, bucketed, scored_positions
 from llada_lightning.objectives.forward_process import mask_probability, mask_ratio, random_mask
 from llada_lightning.support.errors import UserError
 from llada_lightning.training import ArmModule, LladaModule
 from llada_lightning.training.callbacks.profile import milliseconds, stopwatch
 from llada_lightning.training.language_module import LanguageModule
 from llada_lightning.training.machine import Speed, resolve_speed
+from llada_lightning.training.step_graphs import StepGraphs
 from released_loop import released_arm_loss, released_llada_loss
 
-LEARNING_RATE = 1e-4
+LEARNING_RATE, CLIP = 1e-4, 1.0
 FIRST_LOSSES = 3
 """Steps whose losses are compared between variants."""
 
@@ -32,7 +33,7 @@ class Variant:
     Attributes:
         name: in the table.
         released: all logits and the loss as in ``released_loop``; ``speed`` must be the plain one.
-        speed: of the module.
+        speed: of the module, as far as it does not follow from the machine.
         bf16: under autocast, as bf16-mixed; else fp32.
         fused: one kernel for AdamW.
         reference: others are compared with it; where there are several, with the first that was measured.
@@ -74,7 +75,7 @@ class Workload:
         module.speed = speed
         with self.device:
             module.configure_model()
-        return module
+        return module.to(self.device)  # which it now knows to be its own
 
     def batches(self, count: int, seed: int = 0) -> list[TrainingBatch]:
         """Random words, masked as in pre-training."""
@@ -109,8 +110,15 @@ class Steps:
 
     def __init__(self, variant: Variant, workload: Workload, batches: list[TrainingBatch]) -> None:
         self.variant, self.workload, self.batches = variant, workload, batches
-        self.module = workload.model(variant.speed)
+        trainer = trainer_of(variant, workload)
+        self.module = workload.model(resolve_speed(variant.speed, workload.shape, trainer, training=True)[0])
         self.optimizer = adamw(self.module, variant.fused)
+        self.graphs: StepGraphs | None = None
+        if variant.speed.graph:
+            self.module.trainer = trainer  # it says that there is one process
+            masks = self.module.facts.masks
+            most = bucketed(max(int(batch.scored) for batch in batches) if masks else workload.tokens)
+            self.graphs = StepGraphs(self.module, self.optimizer, CLIP, 1, most)
         self.done = 0
         self._losses: list[Tensor] = []
 
@@ -122,12 +130,17 @@ class Steps:
         """One step, without waiting for the device."""
         batch = self.batches[self.done % len(self.batches)]
         with torch.autocast(self.workload.device.type, torch.bfloat16, enabled=self.variant.bf16):
-            loss = self.loss(batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            loss = self.loss(batch) if self.graphs is None else self.graphs.loss(batch)
         self.done += 1
+        if self.graphs is None:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        elif loss is None:
+            raise RuntimeError(f"the step could not be recorded: {self.graphs.refusal}")
+        else:
+            self.graphs.update([loss], self.done)
         if len(self._losses) < FIRST_LOSSES:
             self._losses.append(loss.detach())
 
@@ -164,20 +177,26 @@ def adamw(module: LanguageModule, fused: bool) -> torch.optim.AdamW:
     )
 
 
-def obstacle(variant: Variant, workload: Workload) -> str | None:
-    """Why a variant cannot run on this machine, in a few words; None: nothing is known."""
-    trainer = Trainer(
+def trainer_of(variant: Variant, workload: Workload) -> Trainer:
+    """A trainer of one device that trains nothing: settings follow from it."""
+    return Trainer(
         accelerator="gpu" if workload.device.type == "cuda" else workload.device.type,
         devices=1,
         precision="bf16-mixed" if variant.bf16 else "32-true",
         logger=False,
         enable_checkpointing=False,
     )
+
+
+def obstacle(variant: Variant, workload: Workload) -> str | None:
+    """Why a variant cannot run on this machine, in a few words; None: nothing is known."""
+    if variant.speed.graph and workload.device.type != "cuda":
+        return "graphs need a CUDA device"
     try:
-        resolved, lines = resolve_speed(variant.speed, workload.shape, trainer, training=True)
+        resolved, lines = resolve_speed(variant.speed, workload.shape, trainer_of(variant, workload), training=True)
     except UserError as error:
         return str(error).split(" given, but ")[-1]
-    return None if resolved == variant.speed else lines[0]
+    return None if resolved.compile == variant.speed.compile else lines[0]
 
 
 def synchronise(device: torch.device) -> None:

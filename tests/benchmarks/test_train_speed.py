@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 import train_speed
+from helpers.recorded_operations import RecordedOperations
 from llada_lightning.compute.shapes import Shape
+from llada_lightning.training import step_graphs
 from llada_lightning.training.machine import Speed
-from speed_variants import GATHER, PRESETS, RELEASED, cpu_variants, gpu_variants
-from step_sizes import EVERYTHING
+from speed_variants import GATHER, PRESETS, RELEASED, cpu_variants, gpu_variants, step_variants
+from step_sizes import EVERYTHING, GRAPHED
 from train_speed import MEASURED, Measurement, aim, beside, measure_in_turns, parse, rows_of, table
 from train_step import Steps, Variant, Workload, obstacle
 
@@ -60,6 +62,23 @@ def test_variants_take_the_same_steps(objective: str) -> None:
         assert one.status == MEASURED
         assert [len(turn) for turn in one.turns] == [1, 1]
         assert one.losses == pytest.approx(found[0].losses, abs=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["llada", "arm"])
+def test_a_graphed_step_is_the_same_step(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With operations that are recorded on the CPU in place of a CUDA graph."""
+    monkeypatch.setattr(step_graphs, "new_graphs", lambda: RecordedOperations)
+    work, speed = workload(objective), Speed(compile=False, last_block="scored")
+    plain, graphed = (
+        Steps(Variant(name, speed=replace(speed, graph=name == "graphed"), fused=True), work, work.batches(2))
+        for name in ("plain", "graphed")
+    )
+    plain.timed(3), graphed.timed(3)
+    assert graphed.graphs is not None and graphed.graphs.replayed == 3
+    assert graphed.losses == pytest.approx(plain.losses, abs=1e-6) and len(set(plain.losses)) == 3
+    weights = dict(plain.module.named_parameters())
+    for name, weight in graphed.module.named_parameters():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-4, atol=1e-6)
 
 
 def test_memory_that_runs_out_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +129,7 @@ def test_what_a_machine_cannot_is_said() -> None:
     assert found[RELEASED] is None and found["selective recomputation"] is None
     for name in ("flash", "flex"):
         assert found[f"attention by {name}"]
+    assert "CUDA" in {one.name: obstacle(one, workload("llada")) for one in step_variants("llada")}[GRAPHED]
     assert "8-bit" in (found["fp8 products"] or "")
 
 
