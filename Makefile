@@ -12,7 +12,7 @@ FIGURES ?= runs/benchmarks
 SOURCE ?= data/books.jsonl.xz
 TABLES ?= runs/study
 
-.PHONY: help setup setup-dev quickstart study-cpu study-gpu study-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu clean
+.PHONY: help setup setup-dev quickstart study-cpu study-gpu study-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -142,6 +142,10 @@ bench: setup-dev  ## speed and size on this machine's CPU, each a ratio in one r
 bench-gpu: setup-dev  ## the training step on this machine's GPU; without one tiny sizes, and its figures marked as missing
 	$(BIN)/python benchmarks/train_speed.py --preset h200 --json $(FIGURES)/train_speed_gpu.json
 	$(BIN)/python benchmarks/growth.py --device cuda --repeats 1 --json $(FIGURES)/growth_gpu.json
+
+# A machine with a GPU often has torch and no network: without an environment of ours, its own Python is taken.
+gpu-check:  ## all that only a GPU can show, in eight minutes (WHEELS=DIR: of what it lacks): runs/benchmarks/gpu_check.md
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) --out $(FIGURES)
 
 clean:  ## remove the environment and caches; data and runs stay
 	rm -rf $(VENV) .venv-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis

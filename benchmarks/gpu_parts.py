@@ -131,7 +131,7 @@ def full_parts(out: Path, data: Path) -> list[Part]:
             100,
         ),
         part("fit", f"{fits} twice --shapes {middle.shape}", fit_figures("fit", "small steps", middle), 100),
-        Part("tests", tuple(shlex.split(marked)), report, tuple(suite_figures("tests")), 110, AT_ONCE, gpu=True),
+        Part("tests", tuple(shlex.split(marked)), report, tuple(suite_figures("tests")), 140, AT_ONCE, gpu=True),
         part("resume", f"{fits} killed --shapes {middle.shape}", [broken], 110, AT_ONCE),
         part("fsdp2", f"{fits} fsdp2 --shapes {middle.shape}", sharded_figures("fsdp2"), 110, AT_ONCE),
         part(

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llada_lightning
+from helpers.devices import DEVICES
 from helpers.small_models import (
     EOS,
     MASK,
@@ -99,6 +100,17 @@ def test_together_equals_one_at_a_time_in_any_order(lm: Any, cfg_scale: float) -
             assert other.mean == pytest.approx(one.mean, rel=1e-5)
             assert other.stderr == pytest.approx(one.stderr, rel=1e-3, abs=1e-5)
             assert (other.samples, other.method) == (one.samples, one.method)
+
+
+@DEVICES
+@pytest.mark.parametrize("objective", ["llada", "arm"])
+def test_every_device_gives_the_same_scores(objective: str, device: str) -> None:
+    """The masks do not depend on the device."""
+    here, there = (log_likelihood(random_model(objective).to(name), pairs()) for name in ("cpu", device))
+    for one, other in zip(here, there, strict=True):
+        assert other.mean == pytest.approx(one.mean, rel=1e-4)
+        assert other.stderr == pytest.approx(one.stderr, rel=1e-2, abs=1e-4)
+        assert (other.samples, other.method, other.tokens) == (one.samples, one.method, one.tokens)
 
 
 def test_the_seed_decides_the_numbers() -> None:

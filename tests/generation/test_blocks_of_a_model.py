@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers.devices import DEVICES
 from helpers.small_models import MASK, ids, random_model
 from llada_lightning.checkpoints.language_model import LanguageModel
 from llada_lightning.generation import generate
@@ -47,8 +48,9 @@ def test_an_answer_is_what_the_logits_say_block_by_block(cache: str, prompt_leng
     assert found.settings["strategy"] == "block_diffusion" and found.settings["block_length"] == BLOCK
 
 
-def test_an_answer_does_not_depend_on_the_other_prompts() -> None:
-    lm = block_model()
+@DEVICES
+def test_an_answer_depends_neither_on_the_other_prompts_nor_on_the_cache(device: str) -> None:
+    lm = block_model().to(device)
     prompts = [ids(length, seed) for seed, length in enumerate([5, 9, 1, 2, 6, 0, 3])]
     together = generate(lm, prompts, length=8, temperature=1.0, seed=3)
     for number, prompt in enumerate(prompts):

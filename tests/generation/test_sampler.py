@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.devices import DEVICES
 from helpers.sampler_toys import EOS, MASK, ExactPredictor, ScriptedPredictor, letters, random_model, toy
 from llada_lightning.generation import Sampling, Snapshot, generate
 from llada_lightning.generation.predictor import BlockPredictor, Canvas
@@ -107,9 +108,10 @@ def test_guided_batches_of_other_lengths_equal_single_prompts_without_padding() 
         assert generate(lm, torch.tensor([prompt]), length=16, cfg_scale=1.5, steps=4).tokens[0] == together.tokens[i]
 
 
-def test_one_step_a_block_needs_no_guess_of_a_cache() -> None:
+@DEVICES
+def test_one_step_a_block_needs_no_guess_of_a_cache(device: str) -> None:
     """A cache is filled by the first pass over a block: with one step a block it changes nothing."""
-    lm = random_model()
+    lm = random_model().to(device)
     exact = generate(lm, PROMPTS, length=16, block_length=4, steps=4)
     for cache in ("prefix", "dual"):
         assert generate(lm, PROMPTS, length=16, block_length=4, steps=4, cache=cache).tokens == exact.tokens  # type: ignore[arg-type]
@@ -150,8 +152,9 @@ def test_caches_are_approximations_of_their_own() -> None:
     assert (exact.cache, prefix.cache, dual.cache) == ("none", "prefix", "dual")
 
 
-def test_a_key_value_cache_is_exact() -> None:
-    lm = random_model("arm")
+@DEVICES
+def test_a_key_value_cache_is_exact(device: str) -> None:
+    lm = random_model("arm").to(device)
     for settings in ({}, {"temperature": 1.0}):
         with_cache, without = (generate(lm, PROMPTS, length=24, cache=c, **settings) for c in ("kv", "none"))  # type: ignore[arg-type]
         assert with_cache.tokens == without.tokens

@@ -40,6 +40,17 @@ class KillAt(Callback):
             os.kill(os.getpid(), signal.Signals[self.name])
 
 
+class KillAfter(Callback):
+    """Kills its process with -9 right after ``step``, also where a graph makes the steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class CallAt(Callback):
     """Calls one of :data:`CALLS`, in this process, in the middle of the step after ``step``."""
 
@@ -157,6 +168,11 @@ def kill_at(step: int, name: str = "SIGKILL", rank: int | None = None) -> str:
     return f"--trainer.callbacks=[{{class_path: helpers.tiny_runs.KillAt, init_args: {arguments}}}]"
 
 
+def kill_after(step: int) -> str:
+    """The argument that adds :class:`KillAfter`."""
+    return f"--trainer.callbacks=[{{class_path: helpers.tiny_runs.KillAfter, init_args: {{step: {step}}}}}]"
+
+
 def call_at(step: int, name: str) -> str:
     """The argument that adds :class:`CallAt`."""
     return f"--trainer.callbacks=[{{class_path: helpers.tiny_runs.CallAt, init_args: {{step: {step}, name: {name}}}}}]"
@@ -173,7 +189,8 @@ def losses(folder: Path) -> list[float]:
 
 
 def weights(folder: Path, step: int = 24) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / f"step={step:08d}.ckpt")["state_dict"]
+    """On the CPU, wherever the run was."""
+    return torch.load(folder / "checkpoints" / f"step={step:08d}.ckpt", map_location="cpu")["state_dict"]
 
 
 OF_THE_MOMENT = {"tokens_per_second", "mfu", "wall_seconds", "git_commit"}
