@@ -25,6 +25,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the package is not installed
+
 from bench_report import caption, markdown, write_result
 from gpu_figures import Figure, Missing, Results
 from gpu_parts import ROOT, Part, full_parts, tiny_parts
@@ -62,30 +64,23 @@ class Check:
     def run(self, parts: Sequence[Part]) -> None:
         """Run parts in their order, those that belong together at the same time, and add their rows."""
         chosen = [part for part in parts if not self.wanted or part.name in self.wanted]
-        for part in parts:
-            if part not in chosen:
-                self.results.reasons[part.name] = "not asked for"
-                self.add(part, None)
-        for label, group in groupby(chosen, key=lambda part: part.together or part.name):
-            members = list(group)
-            self._run_at_once(members if label == members[0].together else members[:1])
+        self.leave_out([part for part in parts if part not in chosen], "not asked for")
+        for _, group in groupby(chosen, key=lambda part: part.together or part.name):
+            self._run_at_once(list(group))
 
     def leave_out(self, parts: Sequence[Part], reason: str) -> None:
         """Add the rows of parts that are not run."""
-        names = [part.name for part in parts]
-        self.results.reasons |= dict.fromkeys(names, reason)
         for part in parts:
-            self.add(part, None)
-        for name in names:  # its tiny form may have the same name
-            del self.results.reasons[name]
+            self.results.reasons[part.name] = reason
+            self.rows += [missing_row(part, figure, reason) for figure in part.figures]
+        self.write()
 
     def _run_at_once(self, parts: Sequence[Part]) -> None:
         running: dict[Part, tuple[Start, float]] = {}
         for part in parts:
             left = self.deadline - time.monotonic()
             if left < LEAST_SECONDS:
-                self.results.reasons[part.name] = f"no time was left of {self.minutes:g} minutes"
-                self.add(part, None)
+                self.leave_out([part], f"no time was left of {self.minutes:g} minutes")
                 continue
             limit = min(part.limit, left)
             part.result.unlink(missing_ok=True)  # of an earlier check
@@ -94,12 +89,16 @@ class Check:
             say(f"{part.name}: at most {limit:.0f} s")
             command = [sys.executable, *part.command]
             running[part] = (launch(command, part.shown, log, self.environment, ROOT), limit)
-        while running:
-            for part, (process, limit) in list(running.items()):
-                if process.ended or process.seconds > limit:
-                    self._finish(part, process, limit)
-                    del running[part]
-            time.sleep(0.02)
+        try:
+            while running:
+                for part, (process, limit) in list(running.items()):
+                    if process.ended or process.seconds > limit:
+                        self._finish(part, process, limit)
+                        del running[part]
+                time.sleep(0.02)
+        finally:  # where this process is interrupted
+            for process, _ in running.values():
+                process.kill()
 
     def _finish(self, part: Part, process: Start, limit: float) -> None:
         """End a part where it has not ended, and take what it has written."""
@@ -122,10 +121,6 @@ class Check:
         if reason:
             for line in process.log.read_text(errors="replace").splitlines()[-LAST_LINES:]:
                 say(f"  | {line}")
-        self.add(part, seconds)
-
-    def add(self, part: Part, seconds: float | None) -> None:
-        """Add the rows of a part, and write the file."""
         self.rows += [row_of(part, figure, self.results, seconds) for figure in part.figures]
         self.write()
 
@@ -139,18 +134,32 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def row_of(part: Part, figure: Figure, results: Results, seconds: float | None) -> dict[str, Any]:
+def row_of(part: Part, figure: Figure, results: Results, seconds: float) -> dict[str, Any]:
     """A row for the file: `verdict` is `met`, `not met`, `missing`, or None where there is no goal."""
-    row: dict[str, Any] = {"part": part.name, "figure": figure.name, "value": None, "unit": figure.unit}
-    row |= {"goal": figure.goal, "verdict": None, "reason": None, "seconds": seconds, "command": part.shown}
     try:
         value = figure.find(results)
     except Missing as missing:
-        return row | {"verdict": "missing", "reason": str(missing)}
+        return missing_row(part, figure, str(missing), seconds)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:  # what a part has written is not as expected
-        return row | {"verdict": "missing", "reason": f"not found: {type(error).__name__}: {error}"}
+        return missing_row(part, figure, f"not found: {type(error).__name__}: {error}", seconds)
     met = figure.met(value)
-    return row | {"value": value, "verdict": None if met is None else "met" if met else "not met"}
+    verdict = None if met is None else "met" if met else "not met"
+    return missing_row(part, figure, None, seconds) | {"value": value, "verdict": verdict}
+
+
+def missing_row(part: Part, figure: Figure, reason: str | None, seconds: float | None = None) -> dict[str, Any]:
+    """A row without a value, and why."""
+    return {
+        "part": part.name,
+        "figure": figure.name,
+        "value": None,
+        "unit": figure.unit,
+        "goal": figure.goal,
+        "verdict": "missing",
+        "reason": reason,
+        "seconds": seconds,
+        "command": part.shown,
+    }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
