@@ -100,6 +100,7 @@ NAMES = {
     "commands.convert": "the layout `llada` of `llada convert --to`",
     "commands.plan": "the name of the program",
     "commands.sweep": "the name of the program",
+    "commands.report": "the name of the program",
     "data.sft": "the chat template `llada`",
     "generation.sampling": "compat `llada`",
     "identity": "the names in the hashed text of an identity, which never change",
