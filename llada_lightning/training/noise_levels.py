@@ -8,7 +8,7 @@ the host reads the sums where it waits for the device to log the loss.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -99,20 +99,17 @@ class LevelLosses:
         self._waiting.clear()
         self._totals_2T = totals_2T.clone() if first else torch.zeros_like(totals_2T)
 
-    def undone(self, device: torch.device) -> AbstractContextManager[None]:
+    @contextmanager
+    def undone(self, device: torch.device) -> Iterator[None]:
         """What is added within counts nothing."""
         self._sum_up()
         self._move(device)
-        return _restored(self._totals_2T)
+        before_2T = self._totals_2T.clone()
+        try:
+            yield
+        finally:
+            self._totals_2T.copy_(before_2T)
 
     def _move(self, device: torch.device) -> None:
         if self._totals_2T.device != device:
             self._totals_2T, self._edges = self._totals_2T.to(device), self._edges.to(device)
-
-
-@contextmanager
-def _restored(values: Tensor) -> Iterator[None]:
-    """Put the values of a tensor back in the end."""
-    before = values.clone()
-    yield
-    values.copy_(before)

@@ -236,9 +236,11 @@ class StepGraphs:
         kept = [parameter.grad for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None
-        yield
-        for parameter, grad in zip(self._parameters, kept, strict=True):
-            parameter.grad = grad
+        try:
+            yield
+        finally:
+            for parameter, grad in zip(self._parameters, kept, strict=True):
+                parameter.grad = grad
 
     @contextmanager
     def _rates_as_tensors(self) -> Iterator[None]:
@@ -247,9 +249,11 @@ class StepGraphs:
         kept = [{"lr": group["lr"], "capturable": group["capturable"]} for group in groups]
         for group, rate in zip(groups, self._rates, strict=True):
             group.update(lr=rate, capturable=self._device.type == "cuda")
-        yield
-        for group, before in zip(groups, kept, strict=True):
-            group.update(before)
+        try:
+            yield
+        finally:
+            for group, before in zip(groups, kept, strict=True):
+                group.update(before)
 
 
 def recorded_steps(

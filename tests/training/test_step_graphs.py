@@ -157,6 +157,30 @@ def test_work_that_waits_for_the_device_goes_the_ordinary_way(
     assert losses(mine) == losses(plain)
 
 
+def test_an_update_that_waits_for_the_device_leaves_the_run_without_graphs(
+    prepared: Path,
+    tmp_path: Path,
+    graphs: list[RecordedOperations],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also where the recording breaks off within the optimizer, whose rates are tensors then."""
+    padded_alike(monkeypatch)
+    ordinary = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, closure: Any = None) -> Any:
+        done = ordinary(self, closure)
+        self.param_groups[0]["params"][0].detach().sum().item()
+        return done
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    mine = fit("llada", prepared, tmp_path / "graphs", "--speed.last_block=scored", *SHORT)
+    assert "note: speed.graph: CUDA could not record the update (" in capsys.readouterr().err
+    [state] = torch.load(mine / "checkpoints" / "step=00000012.ckpt")["optimizer_states"]
+    assert all(type(group["lr"]) is float and not group["capturable"] for group in state["param_groups"])
+    assert_same(mine, fit("llada", prepared, tmp_path / "plain", *WITHOUT, *SHORT), 12)
+
+
 def test_more_kinds_than_are_recorded(
     prepared: Path,
     tmp_path: Path,
