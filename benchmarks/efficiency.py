@@ -42,7 +42,8 @@ from llada_lightning.study.plots.style import write_figure
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import write_json
-from llada_lightning.training.record import git_commit, versions
+from llada_lightning.support.source import git_commit
+from llada_lightning.training.record import versions
 
 
 def efficiency_parser() -> CommandParser:

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where the package is not i
 from bench_report import caption, markdown, write_result
 from gpu_figures import Figure, Missing, Results
 from gpu_parts import ROOT, Part, full_parts, tiny_parts
+from llada_lightning.support.source import git_commit
 from processes import Start, child_environment, launch
 
 MACHINE, WHEELS = "machine", "wheels"
@@ -190,19 +191,6 @@ def wheels_part(wheels: Path, site: Path) -> Part:
     command = ("-m", "pip", "install", *words, "--find-links", str(wheels), "--target", str(site), *names)
     installed = Figure("packages installed", "packages", lambda results: float(len(list(site.glob("*.dist-info")))))
     return Part(WHEELS, command, site / "none", (installed,), 90)
-
-
-def git_commit() -> str | None:
-    """The commit of this checkout, `+` where it has changes; None where there is no git, or no checkout."""
-
-    def git(*words: str) -> str:
-        found = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True, timeout=20)
-        return found.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def environment(work: Path, site: Path, own_threads: bool) -> dict[str, str]:

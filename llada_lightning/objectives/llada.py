@@ -144,7 +144,7 @@ def masked_loss(
     total, nll_M = model.head_nll(hidden_MD, targets_M, weights_M)
     if levels is not None:
         p_M = divisors_M if divisors is batch.p_B else of_tokens(batch.p_B)
-        counted_M = torch.arange(len(nll_M), device=nll_M.device) < batch.scored
+        counted_M = weights_M > 0  # what fills up weighs nothing
         levels.add(p_M, nll_M.masked_fill(~counted_M, 0.0), counted_M)
     return total / batch.denominator
 

@@ -7,7 +7,6 @@ import json
 import math
 import platform
 import pydoc
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +31,7 @@ from llada_lightning.records import (
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import strict_json
 from llada_lightning.support.signals import say
+from llada_lightning.support.source import git_commit
 from llada_lightning.training.callbacks.accounting import Accounting, by_count, device_name
 from llada_lightning.training.callbacks.loggers import SafeWandbLogger
 from llada_lightning.training.first_weights import source_flops, source_objective
@@ -234,20 +234,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, `+` where it has changes; None outside one."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(llada_lightning.__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", llada_lightning.__file__)  # else the checkout is someone else's
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def describe_result(record: Mapping[str, Any]) -> str:

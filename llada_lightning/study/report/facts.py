@@ -14,7 +14,7 @@ from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.records import DONE
 from llada_lightning.study.fits import NOISE_MODELS, StudyFits, named_variants, objective_names, usable_runs
 from llada_lightning.study.fits.runs import base_objective, flops_column
-from llada_lightning.study.report.verdict import listed, number
+from llada_lightning.study.report.verdict import FEW, listed, number, span
 from llada_lightning.study.tables.style import titled
 
 MOST_VALUES = 6
@@ -55,7 +55,7 @@ def gathered(notes: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _some(own: Sequence[str], all_names: int) -> str:
-    if len(own) <= 3:
+    if len(own) <= FEW:
         return listed(own)
     return f"all {len(own)} objectives" if len(own) == all_names else f"{len(own)} objectives ({own[0]}, {own[1]}, …)"
 
@@ -211,8 +211,7 @@ def _values(column: pd.Series) -> str:
 
 
 def _between(values: np.ndarray, form: str) -> str:
-    low, high = (format(end, form) for end in (values.min().item(), values.max().item()))
-    return low if low == high else f"{low} to {high}"
+    return span(*(format(end, form) for end in (values.min().item(), values.max().item())))
 
 
 def _text(value: object) -> str:

@@ -52,6 +52,11 @@ def number(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
+def span(low: str, high: str) -> str:
+    """The ends of a range; one of them where they read the same."""
+    return low if low == high else f"{low} to {high}"
+
+
 # --- the first sentence ----------------------------------------------------------------------------------------------
 
 
@@ -231,13 +236,11 @@ _SHARED = {"data_fingerprint": "the same data", "tokenizer": "one tokenizer", "s
 
 
 def _range(flops: np.ndarray) -> str:
-    low, high = flops_text(flops.min()), flops_text(flops.max())
-    return low if low == high else f"{low} to {high}"
+    return span(flops_text(flops.min()), flops_text(flops.max()))
 
 
 def _sizes(runs: pd.DataFrame) -> str:
-    low, high = (format_count(float(end)) for end in runs["params_nonembedding"].agg(["min", "max"]))
-    return low if low == high else f"{low} to {high}"
+    return span(*(format_count(float(end)) for end in runs["params_nonembedding"].agg(["min", "max"])))
 
 
 def _lowered(text: str) -> str:

@@ -25,11 +25,12 @@ from llada_lightning.settings import Profile
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import write_json, written_atomically
 from llada_lightning.support.signals import say
+from llada_lightning.support.source import git_commit
 from llada_lightning.training.callbacks.accounting import Accounting, peak_memory_bytes
 from llada_lightning.training.language_module import LanguageModule
 from llada_lightning.training.parallel import FullySharded, tensor_parallel
 from llada_lightning.training.profiles import PHASES, SUMMARY_FILE, page
-from llada_lightning.training.record import describe_devices, git_commit, versions
+from llada_lightning.training.record import describe_devices, versions
 
 VALIDATION = "validation"
 """The phase between two training steps that is a part of neither."""
