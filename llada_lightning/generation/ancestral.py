@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llada_lightning.generation.predictor import LOGITS_AT_ONCE, Canvas, SamplerNoise, likeliest, probability
+from llada_lightning.generation.canvas import Canvas
+from llada_lightning.generation.predictor import LOGITS_AT_ONCE, SamplerNoise, likeliest, probability
 from llada_lightning.generation.sampling import Sampling
 from llada_lightning.objectives.forward_process import Alphabet
 
@@ -37,10 +38,10 @@ def refine(
     """
     assert settings.steps is not None
     begin, steps = canvas.answer, settings.steps
-    rows_R = torch.arange(len(canvas.tokens_BL), device=lm.device)
     all_RK = torch.ones_like(canvas.masked_BL[:, begin:])
+    rows, counts = list(range(len(all_RK))), [all_RK.shape[1]] * len(all_RK)
     alphabet = Alphabet(lm.model.vocab_size, lm.mask_token_id)
-    random_RK = alphabet.ids(noise.uniform(rows_R, all_RK, begin).cpu().numpy())
+    random_RK = alphabet.ids(noise.uniform(rows, all_RK, counts, begin).cpu().numpy())
     canvas.tokens_BL[:, begin:] = torch.from_numpy(random_RK).to(lm.device)
     canvas.masked_BL[:, begin:], canvas.step_BL[:, begin:] = False, 1
     for step in range(1, steps + 1):
@@ -53,7 +54,7 @@ def refine(
         )
         seen_RK = canvas.tokens_BL[:, begin:]
         levels = 1 - (step - 1) / steps, 1 - step / steps
-        uniform_RK = noise.uniform(rows_R, all_RK, begin)
+        uniform_RK = noise.uniform(rows, all_RK, counts, begin)
         tokens_M, p_M = _next_tokens(lm, hidden_RKD.flatten(0, 1), seen_RK.flatten(), levels, uniform_RK, settings)
         tokens_RK = tokens_M.view_as(seen_RK)
         canvas.step_BL[:, begin:].masked_fill_(tokens_RK != seen_RK, step)
@@ -112,7 +113,7 @@ def next_probabilities(
     t, s = levels
     kept = (1 - t) / (1 - s)
     forward_MV = (1 - s) * p_MV + s / drawn_V.sum() * drawn_V
-    ways_MV = torch.full_like(p_MV, (1 - kept) / float(drawn_V.sum()))
+    ways_MV = torch.zeros_like(p_MV) + (1 - kept) / drawn_V.sum(dtype=torch.float64)
     ways_MV.scatter_add_(1, seen_M[:, None], torch.full_like(p_MV[:, :1], kept))
     posterior_MV = forward_MV * ways_MV
     return kappa * posterior_MV / posterior_MV.sum(dim=1, keepdim=True) + (1 - kappa) * forward_MV

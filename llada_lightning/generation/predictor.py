@@ -1,148 +1,39 @@
-"""The tokens of a batch while they are denoised, and the predictions of the Transformer for them.
+"""The predictions of the Transformer for the tokens of a canvas that are still masked.
 
 The logits of a block are computed with guidance and with caches. Tokens are drawn by noise that is each prompt's own,
 so that an answer does not depend on the rest of the batch.
+
+How many tokens a step predicts is a number on the host. Where the schedule says it, no step waits for the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from llada_lightning.generation.canvas import Canvas, Places, is_any_of
 from llada_lightning.generation.reveal import RULES
-from llada_lightning.generation.sampling import Sampling, Snapshot
+from llada_lightning.generation.sampling import Sampling
 from llada_lightning.model.attention import KeyValueCache
 from llada_lightning.objectives.noise import Purpose, random_words
 
 if TYPE_CHECKING:
     from llada_lightning.checkpoints.language_model import LanguageModel
 
-STILL_MASKED = -1
-
 LOWEST = -1e3
 """A confidence below all others, and above that of what must not be chosen."""
 
 LOGITS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}
-"""Logits that are made and used before the next are: on a CPU what fits its caches, elsewhere the memory."""
+"""Logits that are made before the next are: on a CPU what keeps the product quick, elsewhere what fits the memory."""
 
+PREDICTED_AT_ONCE = {"cpu": 1 << 18}
+"""Logits that are read together: a softmax and an argmax of them stay within a core's cache. Elsewhere all of them."""
 
-@dataclass
-class Canvas:
-    """A batch of sequences of L columns. Prompts end at the same column: what is missing is padded on the left.
-
-    What is masked is carried here and never read off the tokens.
-
-    Args:
-        tokens_BL: (B, L) int64, the tokens.
-        masked_BL: (B, L) bool, whether a position is still to be predicted.
-        given_BL: (B, L) bool, whether a position is a prompt's, which classifier-free guidance masks.
-        padding_B: (B,) int64, the columns of padding before each sequence.
-        step_BL: (B, L) int64, the step at which each token appeared; 0 where given, -1 where still masked.
-        confidence_BL: (B, L) float32, the probability of each token when it appeared.
-        answer: The first column of the answers.
-        started: The number of tokens before each text with gaps that are no part of it.
-    """
-
-    tokens_BL: Tensor
-    masked_BL: Tensor
-    given_BL: Tensor
-    padding_B: Tensor
-    step_BL: Tensor
-    confidence_BL: Tensor
-    answer: int
-    started: int = 0
-
-    @classmethod
-    def of(
-        cls, rows: list[list[int]], length: int | None, mask_token_id: int, device: torch.device, started: int = 0
-    ) -> Canvas:
-        """Prompts, and behind each of them ``length`` masked tokens.
-
-        Without a length the rows are texts with gaps: their [MASK]s are masked, and all of each is its answer. The
-        first ``started`` tokens of each row are the model's own, which guidance leaves.
-        """
-        longest, more = max(map(len, rows)), length or 0
-        padded = [[mask_token_id] * (longest - len(row)) + row + [mask_token_id] * more for row in rows]
-        tokens_BL = torch.tensor(padded, dtype=torch.int64).view(len(rows), longest + more).to(device)
-        padding_B = torch.tensor([longest - len(row) for row in rows], device=device)
-        columns_L = torch.arange(longest + more, device=device)
-        if length is None:
-            masked_BL = (tokens_BL == mask_token_id) & (columns_L >= padding_B[:, None])
-        else:
-            masked_BL = (columns_L >= longest).repeat(len(rows), 1)
-        own_BL = (columns_L >= padding_B[:, None]) & (columns_L < padding_B[:, None] + started)
-        return cls(
-            tokens_BL=tokens_BL,
-            masked_BL=masked_BL,
-            given_BL=~masked_BL & ~own_BL,
-            padding_B=padding_B,
-            step_BL=masked_BL * STILL_MASKED,
-            confidence_BL=torch.ones_like(tokens_BL, dtype=torch.float32),
-            answer=0 if length is None else longest,
-            started=started,
-        )
-
-    @property
-    def length(self) -> int:
-        return self.tokens_BL.shape[1]
-
-    @property
-    def attention_mask(self) -> Tensor | None:
-        """(B, L) bool, False at the padding; None where there is none."""
-        if not bool(self.padding_B.any()):
-            return None
-        return torch.arange(self.length, device=self.tokens_BL.device) >= self.padding_B[:, None]
-
-    @property
-    def starts(self) -> list[int]:
-        """The first column of each answer."""
-        return [max(self.answer, padding + self.started) for padding in self.padding_B.tolist()]
-
-    @property
-    def positions(self) -> Tensor | None:
-        """(B, L) int64, positions in the unpadded sequence; None where they are the columns."""
-        if not bool(self.padding_B.any()):
-            return None
-        columns_L = torch.arange(self.length, device=self.tokens_BL.device)
-        return (columns_L - self.padding_B[:, None]).clamp(min=0)
-
-    def commit(self, rows_M: Tensor, columns_M: Tensor, tokens_M: Tensor, confidence_M: Tensor, step_M: Tensor) -> None:
-        """Unmask M tokens."""
-        place = rows_M, columns_M
-        self.tokens_BL[place] = tokens_M
-        self.confidence_BL[place] = confidence_M
-        self.step_BL[place] = step_M
-        self.masked_BL[place] = False
-
-    def ended(self, end_token_ids: tuple[int, ...]) -> Tensor:
-        """(B,) bool: whether an answer holds a token that ends it, and nothing before that is still masked."""
-        ends = torch.tensor(end_token_ids, device=self.tokens_BL.device)
-        masked_BA = self.masked_BL[:, self.answer :]
-        ends_BA = torch.isin(self.tokens_BL[:, self.answer :], ends) & ~masked_BA
-        return (ends_BA & (masked_BA.cumsum(1) == 0)).any(1)
-
-    def holds_stop(self, lm: LanguageModel, stop: Sequence[str]) -> Tensor:
-        """(B,) bool: the text of an answer, up to what is still masked, holds a stop string."""
-        whole_BA = self.masked_BL[:, self.answer :].cumsum(dim=1) == 0
-        answers = [
-            lm.decode(row[whole].tolist())
-            for row, whole in zip(self.tokens_BL[:, self.answer :], whole_BA, strict=True)
-        ]
-        return torch.tensor([any(text in answer for text in stop) for answer in answers], device=lm.device)
-
-    def snapshot(self, step: int, steps: int, first: int) -> Snapshot:
-        """The answers as they stand."""
-        return Snapshot(
-            tokens=[row[start:] for row, start in zip(self.tokens_BL.tolist(), self.starts, strict=True)],
-            step_of_token=[row[start:] for row, start in zip(self.step_BL.tolist(), self.starts, strict=True)],
-            step=step,
-            steps=steps,
-            first=first,
-        )
+ARGMAX_GROUP = 128
+"""Logits of which the largest is found first (see :func:`argmax`)."""
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
@@ -159,20 +50,31 @@ class NoiseByPrompt:
         self._generators = [torch.Generator(device).manual_seed(key) for key in keys]
         self._device = device
 
-    def gumbel(self, rows_M: Tensor, columns_M: Tensor, vocab_size: int) -> Tensor:
+    def gumbel(self, places: Places, vocab_size: int) -> Tensor:
         """(M, V) float64, standard Gumbel, for M positions; rows in ascending order."""
         # Below float64 the tails of the noise are cut, which lowers the temperature (Zheng et al. 2024).
-        noise_MV = torch.empty(len(rows_M), vocab_size, dtype=torch.float64, device=self._device)
-        for place, row in enumerate(rows_M.tolist()):  # one by one: however many are asked for at a time
+        noise_MV = torch.empty(len(places.rows), vocab_size, dtype=torch.float64, device=self._device)
+        for place, row in enumerate(places.rows):  # one by one: however many are asked for at a time
             noise_MV[place].exponential_(generator=self._generators[row])
         return -noise_MV.log()
 
-    def uniform(self, rows_R: Tensor, candidates_RK: Tensor, begin: int) -> Tensor:
-        """(R, K) float64, uniform on [0, 1) where ``candidates_RK`` is, for the columns from ``begin`` on of R rows."""
+    def uniform(self, rows: Sequence[int], candidates_RK: Tensor, counts: Sequence[int], begin: int) -> Tensor:
+        """Noise for the columns from ``begin`` on of R rows.
+
+        Args:
+            rows: R rows of the canvas.
+            candidates_RK: (R, K) bool, where noise is wanted.
+            counts: The number of candidates of each row.
+
+        Returns:
+            (R, K) float64, uniform on [0, 1) at the candidates, 0 elsewhere.
+        """
+        drawn = [
+            torch.empty(count, dtype=torch.float64, device=self._device).uniform_(generator=self._generators[row])
+            for row, count in zip(rows, counts, strict=True)
+        ]
         noise_RK = torch.zeros(candidates_RK.shape, dtype=torch.float64, device=self._device)
-        for row_K, wanted_K, row in zip(noise_RK, candidates_RK, rows_R.tolist(), strict=True):
-            row_K[wanted_K] = row_K[wanted_K].uniform_(generator=self._generators[row])
-        return noise_RK
+        return noise_RK.masked_scatter_(candidates_RK, torch.cat(drawn))
 
 
 class ReleasedNoise:
@@ -181,14 +83,14 @@ class ReleasedNoise:
     def __init__(self, batch: int, length: int, device: torch.device) -> None:
         self._batch, self._length, self._device = batch, length, device
 
-    def gumbel(self, rows_M: Tensor, columns_M: Tensor, vocab_size: int) -> Tensor:
+    def gumbel(self, places: Places, vocab_size: int) -> Tensor:
         shape = self._batch, self._length, vocab_size
         uniform_BLV = torch.rand(shape, dtype=torch.float64, device=self._device)
-        return -torch.log(-torch.log(uniform_BLV[rows_M, columns_M]))
+        return -torch.log(-torch.log(uniform_BLV[places.rows_M, places.columns_M]))
 
-    def uniform(self, rows_R: Tensor, candidates_RK: Tensor, begin: int) -> Tensor:
+    def uniform(self, rows: Sequence[int], candidates_RK: Tensor, counts: Sequence[int], begin: int) -> Tensor:
         end = begin + candidates_RK.shape[1]
-        return torch.rand(self._batch, self._length, device=self._device)[rows_R, begin:end]
+        return torch.rand(self._batch, self._length, device=self._device)[list(rows), begin:end]
 
 
 SamplerNoise = NoiseByPrompt | ReleasedNoise
@@ -231,11 +133,15 @@ class BlockPredictor:
                 index_R = torch.cat([index_R, index_R + self._rows])
             self._cache.keep_rows(index_R)
 
-    def __call__(self, rows_R: Tensor, wanted_RK: Tensor) -> Tensor:
-        """What the wanted columns of the block (R, K) are predicted from, for rows (R,) of the canvas.
+    def __call__(self, rows_R: Tensor, place_M: Tensor, column_M: Tensor) -> Tensor:
+        """What M positions of the block are predicted from.
+
+        Args:
+            rows_R: (R,) int64, rows of the canvas.
+            place_M, column_M: (M,) int64, the place of each position's row among the R, and its column of the block.
 
         Returns:
-            (G, M, D) in the order of ``wanted_RK.nonzero()``, for :meth:`logits`; G is 2 with guidance, else 1.
+            (G, M, D), for :meth:`logits`; G is 2 with guidance, else 1.
         """
         first, last = 0, self._visible
         if self._cache is not None:
@@ -262,7 +168,7 @@ class BlockPredictor:
             self._cache.advance(last)
         self._fresh = False
         self.passes += 1
-        return hidden_RKD.unflatten(0, (-1, self._rows))[:, wanted_RK]
+        return hidden_RKD.unflatten(0, (-1, self._rows))[:, place_M, column_M]
 
     def logits(self, hidden_GMD: Tensor) -> Tensor:
         """(M, V) float32; [MASK]'s is -inf. As the released code takes them: in the model's type, [MASK]'s included."""
@@ -281,7 +187,7 @@ def predict_tokens(
     hidden_GMD: Tensor,
     logits_of: Callable[[Tensor], Tensor],
     lm: LanguageModel,
-    place: tuple[Tensor, Tensor],
+    places: Places,
     settings: Sampling,
     noise: SamplerNoise,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,23 +195,25 @@ def predict_tokens(
 
     Args:
         hidden_GMD: The hidden states that ``logits_of`` takes, (G, m, D) to (m, V).
-        place: The rows and the columns of the canvas, (M,) int64 each.
+        places: The positions of the canvas.
 
     Returns:
         (M,) each: the drawn tokens, int64; the probability that the model gives each of them, float32; the confidence
         by which predictions are kept or masked again, float32.
     """
-    count, vocab_size = hidden_GMD.shape[1], lm.model.vocab_size
-    at_once = max(1, LOGITS_AT_ONCE.get(hidden_GMD.device.type, 1 << 26) // vocab_size)
-    if settings.compat is not None:
-        at_once = max(1, count)  # its noise is drawn once a step, also where nothing is left to predict
+    count, vocab_size, kind = max(1, hidden_GMD.shape[1]), lm.model.vocab_size, hidden_GMD.device.type
+    at_once = max(1, LOGITS_AT_ONCE.get(kind, 1 << 26) // vocab_size)
+    few = max(1, PREDICTED_AT_ONCE.get(kind, 1 << 60) // vocab_size)
+    if settings.compat is not None and settings.temperature > 0:
+        at_once = few = count  # its noise is drawn once a step, also where nothing is left to predict
     parts = []
-    for begin in range(0, max(1, count), at_once):
-        these = slice(begin, begin + at_once)
-        logits_MV, gumbel_MV = logits_of(hidden_GMD[:, these]), None
-        if settings.temperature > 0:
-            gumbel_MV = noise.gumbel(place[0][these], place[1][these], vocab_size)
-        parts.append(_predict(logits_MV, gumbel_MV, settings, lm.end_token_ids))
+    for begin in range(0, count, at_once):
+        logits_MV = logits_of(hidden_GMD[:, begin : begin + at_once])
+        for first in range(0, max(1, len(logits_MV)), few):
+            part_MV, gumbel_MV = logits_MV[first : first + few], None
+            if settings.temperature > 0:
+                gumbel_MV = noise.gumbel(places.part(begin + first, begin + first + len(part_MV)), vocab_size)
+            parts.append(_predict(part_MV, gumbel_MV, settings, lm.end_token_ids))
     tokens_M, probability_M, confidence_M = (torch.cat(column) for column in zip(*parts, strict=True))
     return tokens_M, probability_M, confidence_M
 
@@ -322,8 +230,7 @@ def _predict(
     rule = RULES[settings.remasking]
     confidence_M = probability_M if rule.confidence is None else rule.confidence(logits_MV, probability_M)
     if settings.zero_eos_confidence and settings.compat is None:
-        ends_E = torch.tensor(end_token_ids, device=tokens_M.device)
-        confidence_M = confidence_M.masked_fill(torch.isin(tokens_M, ends_E), LOWEST)
+        confidence_M = confidence_M.masked_fill(is_any_of(tokens_M, end_token_ids), LOWEST)
     elif settings.zero_eos_confidence:
         # Released: once the tokens are drawn, the end of a turn loses its logit, and EOS at temperature 0 alone.
         eos, *others = end_token_ids
@@ -340,8 +247,23 @@ def guide(logits_MV: Tensor, unconditional_MV: Tensor, scale: float) -> Tensor:
 def draw_tokens(logits_MV: Tensor, temperature: float, gumbel_MV: Tensor | None) -> Tensor:
     """(M,) int64: the likeliest of (M, V) logits, or one drawn by the Gumbel-max trick with (M, V) noise in float64."""
     if gumbel_MV is None:
+        return argmax(logits_MV)
+    return argmax(logits_MV.double() + temperature * gumbel_MV)
+
+
+def argmax(logits_MV: Tensor) -> Tensor:
+    """(M,) int64: the largest entry of each row, of equals the first.
+
+    On a CPU torch's ``argmax`` takes one number after the other, but ``amax`` several at once. So the group that holds
+    the largest entry is found first.
+    """
+    count, vocab_size = logits_MV.shape
+    if logits_MV.device.type != "cpu" or vocab_size % ARGMAX_GROUP:
         return logits_MV.argmax(dim=-1)
-    return (logits_MV.double() + temperature * gumbel_MV).argmax(dim=-1)
+    groups_MGE = logits_MV.view(count, -1, ARGMAX_GROUP)
+    group_M = groups_MGE.amax(dim=-1).argmax(dim=-1)
+    within_M = groups_MGE[torch.arange(count), group_M].argmax(dim=-1)
+    return group_M * ARGMAX_GROUP + within_M
 
 
 def likeliest(logits_MV: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:

@@ -15,9 +15,9 @@ The names of the rules are read where torch is not loaded, so functions import i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from llada_lightning.support.errors import UserError
 
@@ -57,15 +57,22 @@ class Rule:
         choice: ``(state) -> (R, K)`` bool: the positions to reveal, all of them candidates.
         threshold: Whether the confidence is a share of 1, to which a threshold can be compared.
         released: Whether the authors' released sampler has the rule.
+        scheduled: Whether the choice is of exactly as many positions as the schedule says, so that no step counts them.
     """
 
     confidence: Callable[[Tensor, Tensor], Tensor] | None = None
     choice: Callable[[State], Tensor] | None = None
     threshold: bool = False
     released: bool = False
+    scheduled: bool = False
 
     def __post_init__(self) -> None:
         assert (self.confidence is None) != (self.choice is None), "a rule has a confidence or a choice"
+
+    @property
+    def by_schedule(self) -> bool:
+        """Whether the schedule alone says how many positions a step reveals."""
+        return self.choice is None or self.scheduled
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
@@ -112,7 +119,7 @@ RULES: dict[str, Rule] = {
     "margin": Rule(confidence=margin, threshold=True),
     "entropy": Rule(confidence=negative_entropy),
     "random": Rule(choice=by_the_reverse_process, released=True),
-    "random_count": Rule(choice=random_count, released=True),
+    "random_count": Rule(choice=random_count, released=True, scheduled=True),
 }
 """By the name that the setting `remasking` takes."""
 
@@ -126,20 +133,28 @@ def register(name: str, rule: Rule) -> None:
 # --- how many stay, and which of the surest ---------------------------------------------------------------------------
 
 
-def counts_to_keep(masked_R: Tensor, step: int, steps: Tensor | int) -> Tensor:
-    """(R,) int64: the number of tokens to unmask in step i of N (of each row, or of all), from 1.
+Count = TypeVar("Count", "Tensor", int)
+
+
+def counts_to_keep(masked: Count, step: int, steps: Count) -> Count:
+    """The number of tokens to unmask in step i of N, from 1, of one row or of R rows, (R,) int64.
 
     After it floor(n i / N) of the n tokens are unmasked that were masked when the block began: Algorithm 5's n_un =
     floor(L (1 - s)), which is the number to keep (as printed, the algorithm would remask so many).
     """
-    return masked_R * step // steps - masked_R * (step - 1) // steps
+    return masked * step // steps - masked * (step - 1) // steps
 
 
 def most_confident(confidence_RK: Tensor, candidates_RK: Tensor, counts_R: Tensor) -> Tensor:
     """(R, K) bool: of the candidates of each row as many as ``counts_R`` says, the surest; of equals the first."""
     import torch
 
-    order_RK = confidence_RK.masked_fill(~candidates_RK, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    least = torch.finfo(confidence_RK.dtype).min
+    order_RK = (
+        confidence_RK.clamp(min=least)
+        .masked_fill(~candidates_RK, -torch.inf)
+        .argsort(dim=1, descending=True, stable=True)
+    )
     ranks_K = torch.arange(confidence_RK.shape[1], device=order_RK.device)
     chosen_RK = torch.zeros_like(candidates_RK).scatter(1, order_RK, ranks_K < counts_R[:, None])
     return chosen_RK & candidates_RK
@@ -168,12 +183,14 @@ def above_threshold(confidence_RK: Tensor, candidates_RK: Tensor, threshold: flo
 # --- as the authors' released code does, for compat="llada" -----------------------------------------------------------
 
 
-def released_counts_to_keep(masked_R: Tensor, step: int, steps: Tensor | int) -> Tensor:
+def released_counts_to_keep(masked: int, step: int, steps: int) -> int:
     """As :func:`counts_to_keep`, but the remainder of an uneven division goes to the first steps."""
-    return masked_R // steps + (step <= masked_R % steps).long()
+    return masked // steps + (step <= masked % steps)
 
 
-def released_choice(confidence_RK: Tensor, candidates_RK: Tensor, counts_R: Tensor, begin: int, length: int) -> Tensor:
+def released_choice(
+    confidence_RK: Tensor, candidates_RK: Tensor, counts: Sequence[int], begin: int, length: int
+) -> Tensor:
     """The surest by ``topk`` over the canvas of ``length`` columns: of equals, frequent in bfloat16, those it gives."""
     import torch
 
@@ -181,6 +198,6 @@ def released_choice(confidence_RK: Tensor, candidates_RK: Tensor, counts_R: Tens
     columns = slice(begin, begin + confidence_RK.shape[1])
     confidence_RL[:, columns] = confidence_RK.float().masked_fill(~candidates_RK, -torch.inf)
     chosen_RL = torch.zeros_like(confidence_RL, dtype=torch.bool)
-    for row, count in enumerate(counts_R.tolist()):
+    for row, count in enumerate(counts):
         chosen_RL[row, confidence_RL[row].topk(count).indices] = True
     return chosen_RL[:, columns] & candidates_RK

@@ -5,26 +5,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from llada_lightning.checkpoints.language_model import LanguageModel
-from llada_lightning.generation import reveal
 from llada_lightning.generation.ancestral import refine
-from llada_lightning.generation.predictor import (
-    STILL_MASKED,
-    BlockPredictor,
-    Canvas,
-    NoiseByPrompt,
-    ReleasedNoise,
-    SamplerNoise,
-    predict_tokens,
-)
+from llada_lightning.generation.canvas import Canvas, LateFlags, Places
+from llada_lightning.generation.denoiser import Denoiser, ReleasedDenoiser
+from llada_lightning.generation.predictor import NoiseByPrompt, ReleasedNoise, SamplerNoise, predict_tokens
 from llada_lightning.generation.prompts import Prompts, check_context, prompt_ids
 from llada_lightning.generation.sampling import (
     Finish,
@@ -190,7 +182,8 @@ def write(
     lm: LanguageModel, canvas: Canvas, settings: Sampling, noise: SamplerNoise, on_step: Callable[[int], None]
 ) -> int:
     """Fill the answers of a canvas token by token, as `arm` does; returns the number of forward passes."""
-    rows_R = torch.arange(len(canvas.tokens_BL), device=lm.device)
+    rows = list(range(len(canvas.tokens_BL)))
+    rows_R, flags = torch.arange(len(rows), device=lm.device), LateFlags(lm.device)
     mask_BL, positions_BL = canvas.attention_mask, canvas.positions
     cache = KeyValueCache(canvas.length) if settings.cache == "kv" else None
     passes = 0
@@ -213,205 +206,22 @@ def write(
         passes += 1
         if cache is not None:
             cache.advance(column - first)
-        place, step = (rows_R, torch.full_like(rows_R, column)), column - canvas.answer + 1
-        tokens_R, probability_R, _ = predict_tokens(hidden_RTD[:, -1][None], logits_of, lm, place, settings, noise)
-        canvas.commit(*place, tokens_R, probability_R, torch.full_like(rows_R, step))
+        places, step = Places(rows, rows_R, torch.full_like(rows_R, column)), column - canvas.answer + 1
+        tokens_R, probability_R, _ = predict_tokens(hidden_RTD[:, -1][None], logits_of, lm, places, settings, noise)
+        kept_R = torch.ones_like(rows_R, dtype=torch.bool)
+        canvas.reveal(places, kept_R, tokens_R, probability_R, torch.full_like(rows_R, step))
         on_step(step)
 
         done_B = canvas.ended(lm.end_token_ids)
         if settings.stop:
             done_B |= canvas.holds_stop(lm, settings.stop)
-        goes_on_R = ~done_B[rows_R]
-        if not bool(goes_on_R.any()):
+        done = flags.exchange(done_B)
+        index = [place for place, row in enumerate(rows) if not done[row]]
+        if not index:
             break
-        if not bool(goes_on_R.all()):
+        if len(index) < len(rows):
+            rows, index_R = [rows[place] for place in index], torch.tensor(index, device=lm.device)
+            rows_R = rows_R[index_R]
             if cache is not None:
-                cache.keep_rows(goes_on_R.nonzero()[:, 0])
-            rows_R = rows_R[goes_on_R]
+                cache.keep_rows(index_R)
     return passes
-
-
-# --- the reverse process ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BlockRows:
-    """The rows of the batch that a block still works on: (R,) int64 each.
-
-    Args:
-        rows_R: Their rows of the canvas.
-        masked_R: The tokens of the block that were masked when it began.
-        steps_R: The steps of the block.
-    """
-
-    rows_R: Tensor
-    masked_R: Tensor
-    steps_R: Tensor
-
-
-class Denoiser:
-    """Fills the masked tokens of a canvas, one block at a time; ``rows`` is None when a block is done."""
-
-    takes_every_step = False
-    """Whether also a step that unmasks nothing asks the model."""
-
-    def __init__(self, lm: LanguageModel, canvas: Canvas, settings: Sampling, noise: SamplerNoise) -> None:
-        self.lm, self.canvas, self.settings, self.noise = lm, canvas, settings, noise
-        self.predictor = BlockPredictor(lm, canvas, settings)
-        self.rule = reveal.RULES[settings.remasking]
-        self.done_B = torch.zeros(len(canvas.tokens_BL), dtype=torch.bool, device=lm.device)
-        self.steps_B = torch.zeros(len(canvas.tokens_BL), dtype=torch.int64, device=lm.device)
-        self.rows: BlockRows | None = None
-
-    def denoise(self, on_step: Callable[[int], None]) -> int:
-        """Denoise block by block; returns the number of the model's forward passes.
-
-        A row whose answer has ended leaves the batch: what is still masked behind its EOS would be discarded.
-        ``on_step`` is called with the number of each step that revealed something.
-        """
-        settings, steps_before = self.settings, 0
-        for number, (begin, end) in enumerate(self._blocks()):
-            self._open_block(begin, end, number)
-            steps_done = 0
-            while self.rows is not None:
-                steps_done += 1
-                if self._step(self.rows, steps_done):
-                    on_step(steps_before + steps_done)
-            steps_before += settings.steps_per_block or steps_done
-        return self.predictor.passes
-
-    def _blocks(self) -> list[tuple[int, int]]:
-        """The columns of each block, first and behind the last."""
-        canvas, settings = self.canvas, self.settings
-        # Texts with gaps are one block: of all columns, of which what is not masked stays.
-        size = canvas.length if settings.infill or settings.block_length is None else settings.block_length
-        begin = first = canvas.answer or int(self.lm.shift_targets)  # with them the first column is given
-        if self.lm.block_length is not None:  # the blocks of the text, of which the prompt has a part of one
-            first -= (first - int(canvas.padding_B[0])) % size
-        edges = [begin, *range(first + size, canvas.length, size), canvas.length]
-        return list(pairwise(edges))
-
-    def _open_block(self, begin: int, end: int, number: int) -> None:
-        """Turn to the columns ``begin`` to ``end``, the block of this number."""
-        masked_B = self.canvas.masked_BL[:, begin:end].sum(dim=1)
-        rows_R = (~self.done_B & (masked_B > 0)).nonzero()[:, 0]
-        masked_R, steps = masked_B[rows_R], self.settings.steps_per_block
-        if steps is not None:
-            self.steps_B.fill_(number * steps)
-        if not len(rows_R):
-            self.rows = None
-            return
-        # One token a step where nothing else is said: of texts with gaps each has its own number of them.
-        self.rows = BlockRows(rows_R, masked_R, masked_R if steps is None else torch.full_like(masked_R, steps))
-        self.begin, self.end = self.first_column(begin), end
-        self.predictor.open_block(self.begin, end, end if self.settings.grows else self.canvas.length)
-
-    def _step(self, rows: BlockRows, step: int) -> bool:
-        """One step from t to s, the number ``step`` of its block; False where it unmasks nothing and so needs no
-        prediction."""
-        self.steps_B[rows.rows_R] += 1
-        candidates_RK = self.canvas.masked_BL[rows.rows_R, self.begin : self.end]
-        counts_R = self.counts(rows, step)
-        chosen_RK, wanted_RK = self.before_predicting(rows, candidates_RK, counts_R, step)
-        if not self.takes_every_step and not bool(wanted_RK.any()):
-            return False
-        place_M, column_M = wanted_RK.nonzero(as_tuple=True)
-        row_M, column_M = rows.rows_R[place_M], column_M + self.begin
-        hidden_GMD = self.predictor(rows.rows_R, wanted_RK)
-        tokens_M, probability_M, confidence_M = predict_tokens(
-            hidden_GMD, self.predictor.logits, self.lm, (row_M, column_M), self.settings, self.noise
-        )
-        if chosen_RK is None:
-            chosen_RK = self.surest(rows, wanted_RK, confidence_M, counts_R)
-        kept_M = chosen_RK[wanted_RK]
-        row_M, column_M = row_M[kept_M], column_M[kept_M]
-        self.canvas.commit(row_M, column_M, tokens_M[kept_M], probability_M[kept_M], self.steps_B[row_M])
-        self.after(rows, step)
-        return True
-
-    def first_column(self, begin: int) -> int:
-        """Where the columns to predict begin."""
-        return begin
-
-    def counts(self, rows: BlockRows, step: int) -> Tensor:
-        """(R,) tokens that the schedule unmasks in a step."""
-        return reveal.counts_to_keep(rows.masked_R, step, rows.steps_R)
-
-    def before_predicting(
-        self, rows: BlockRows, candidates_RK: Tensor, counts_R: Tensor, step: int
-    ) -> tuple[Tensor | None, Tensor]:
-        """What this step unmasks, where that does not depend on the predictions; and what has to be predicted."""
-        if self.settings.threshold is not None:
-            return None, candidates_RK
-        if self.rule.choice is None:
-            return None, candidates_RK & (counts_R > 0)[:, None]
-
-        def uniform() -> Tensor:
-            return self.noise.uniform(rows.rows_R, candidates_RK, self.begin)
-
-        chosen_RK = self.rule.choice(reveal.State(candidates_RK, counts_R, step, rows.steps_R, uniform))
-        return chosen_RK, chosen_RK
-
-    def surest(self, rows: BlockRows, candidates_RK: Tensor, confidence_M: Tensor, counts_R: Tensor) -> Tensor:
-        """(R, K) bool: the predictions that stay, by their confidence."""
-        confidence_RK = self.spread(candidates_RK, confidence_M)
-        if self.settings.threshold is not None:
-            return reveal.above_threshold(confidence_RK, candidates_RK, self.settings.threshold)
-        return reveal.most_confident(reveal.without_rounding(confidence_RK), candidates_RK, counts_R)
-
-    def spread(self, candidates_RK: Tensor, confidence_M: Tensor) -> Tensor:
-        """(R, K) float32 of M confidences; -inf where nothing was predicted."""
-        confidence_RK = torch.full(candidates_RK.shape, -torch.inf, device=confidence_M.device)
-        confidence_RK[candidates_RK] = confidence_M
-        return confidence_RK
-
-    def after(self, rows: BlockRows, step: int) -> None:
-        """Rows whose block is done, or whose answer has ended, leave."""
-        masked_BK = self.canvas.masked_BL[:, self.begin : self.end]
-        if not self.settings.infill:
-            self.done_B |= self.canvas.ended(self.lm.end_token_ids)
-            if self.settings.stop and not bool(masked_BK[~self.done_B].any()):
-                self.done_B |= self.canvas.holds_stop(self.lm, self.settings.stop)
-        goes_on_R = ~self.done_B[rows.rows_R] & masked_BK[rows.rows_R].any(dim=1)
-        if bool(goes_on_R.all()):
-            return
-        index_R = goes_on_R.nonzero()[:, 0]
-        self.predictor.keep_rows(index_R)
-        left = BlockRows(rows.rows_R[index_R], rows.masked_R[index_R], rows.steps_R[index_R])
-        self.rows = left if len(index_R) else None
-
-
-class ReleasedDenoiser(Denoiser):
-    """As the authors' released sampler, for ``compat="llada"``.
-
-    Reads off the tokens what is masked, so that a drawn [MASK] is predicted again, and takes all steps of a block.
-
-    The number of tokens to unmask is that of the block; candidates are also the [MASK]s that earlier blocks have left.
-    """
-
-    takes_every_step = True
-
-    def first_column(self, begin: int) -> int:
-        return int(self.canvas.masked_BL.any(dim=0).nonzero()[0])
-
-    def counts(self, rows: BlockRows, step: int) -> Tensor:
-        return reveal.released_counts_to_keep(rows.masked_R, step, rows.steps_R)
-
-    def before_predicting(
-        self, rows: BlockRows, candidates_RK: Tensor, counts_R: Tensor, step: int
-    ) -> tuple[Tensor | None, Tensor]:
-        return None, candidates_RK
-
-    def surest(self, rows: BlockRows, candidates_RK: Tensor, confidence_M: Tensor, counts_R: Tensor) -> Tensor:
-        if self.rule.choice is not None:  # chance is a confidence
-            confidence_RK = self.noise.uniform(rows.rows_R, candidates_RK, self.begin)
-        else:
-            confidence_RK = self.spread(candidates_RK, confidence_M)
-        return reveal.released_choice(confidence_RK, candidates_RK, counts_R, self.begin, self.canvas.length)
-
-    def after(self, rows: BlockRows, step: int) -> None:
-        canvas = self.canvas
-        canvas.masked_BL = canvas.tokens_BL.eq(self.predictor.mask_token_id) & ~canvas.given_BL
-        canvas.step_BL[canvas.masked_BL], canvas.confidence_BL[canvas.masked_BL] = STILL_MASKED, 0.0
-        if step == self.settings.steps_per_block:
-            self.rows = None

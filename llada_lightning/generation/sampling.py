@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from llada_lightning.generation.reveal import RULES, random_count
+from llada_lightning.generation.reveal import RULES
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import warn_once
 
@@ -208,7 +208,7 @@ class Sampling:
             )
         if steps is None and not self.infill and self.threshold is None:
             steps = self.length
-        by_count = self.compat is not None or RULES[self.remasking].choice in (None, random_count)
+        by_count = self.compat is not None or RULES[self.remasking].by_schedule
         if steps is not None and steps > self.length and by_count and strategy != "ancestral":
             warn_once(
                 f"note: steps: {steps} given for {self.length} tokens, and a step reveals at least one; "

@@ -13,7 +13,8 @@ import torch
 from helpers.devices import DEVICES
 from helpers.sampler_toys import EOS, MASK, ExactPredictor, ScriptedPredictor, letters, random_model, toy
 from llada_lightning.generation import Sampling, Snapshot, generate
-from llada_lightning.generation.predictor import BlockPredictor, Canvas
+from llada_lightning.generation.canvas import Canvas
+from llada_lightning.generation.predictor import BlockPredictor
 from llada_lightning.support.errors import UserError
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [4] * 12, []]
@@ -131,12 +132,12 @@ def test_a_cache_of_what_has_not_changed_is_exact_and_reads_less(
     hidden = lm.model.hidden
     monkeypatch.setattr(lm.model, "hidden", lambda x, **more: (read.append(tuple(x.shape)), hidden(x, **more))[1])
     predictor.open_block(begin, begin + 8, canvas.length)
-    rows, wanted = torch.arange(3), torch.ones(3, 8, dtype=torch.bool)
-    fresh = predictor(rows, wanted).unflatten(1, (3, 8))
-    torch.testing.assert_close(predictor(rows, wanted).unflatten(1, (3, 8)), fresh, rtol=1e-4, atol=1e-4)
-    left = torch.tensor([0, 2])
+    rows, all_of = torch.arange(3), torch.ones(3, 8).nonzero().unbind(1)
+    fresh = predictor(rows, *all_of).unflatten(1, (3, 8))
+    torch.testing.assert_close(predictor(rows, *all_of).unflatten(1, (3, 8)), fresh, rtol=1e-4, atol=1e-4)
+    left, all_of = torch.tensor([0, 2]), torch.ones(2, 8).nonzero().unbind(1)
     predictor.keep_rows(left)
-    torch.testing.assert_close(predictor(left, wanted[left]).unflatten(1, (2, 8)), fresh[:, left], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(predictor(left, *all_of).unflatten(1, (2, 8)), fresh[:, left], rtol=1e-4, atol=1e-4)
     branches = 2 if cfg_scale else 1
     assert read == [(3 * branches, canvas.length), (3 * branches, columns), (2 * branches, columns)]
 
