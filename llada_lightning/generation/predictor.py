@@ -260,7 +260,7 @@ def argmax(logits_MV: Tensor) -> Tensor:
     count, vocab_size = logits_MV.shape
     if logits_MV.device.type != "cpu" or vocab_size % ARGMAX_GROUP:
         return logits_MV.argmax(dim=-1)
-    groups_MGE = logits_MV.view(count, -1, ARGMAX_GROUP)
+    groups_MGE = logits_MV.view(count, vocab_size // ARGMAX_GROUP, ARGMAX_GROUP)
     group_M = groups_MGE.amax(dim=-1).argmax(dim=-1)
     within_M = groups_MGE[torch.arange(count), group_M].argmax(dim=-1)
     return group_M * ARGMAX_GROUP + within_M

@@ -14,7 +14,7 @@ from helpers.exact_means import exact_mean
 from helpers.small_models import MASK, ids, random_model
 from llada_lightning.generation import generate
 from llada_lightning.generation.ancestral import at_quantiles, next_probabilities, refine
-from llada_lightning.generation.predictor import Canvas
+from llada_lightning.generation.canvas import Canvas
 from llada_lightning.generation.sampling import Sampling
 from llada_lightning.support.errors import UserError
 
@@ -64,7 +64,7 @@ class Draws:
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(0)
 
-    def uniform(self, rows_R: Tensor, candidates_RK: Tensor, begin: int) -> Tensor:
+    def uniform(self, rows: list[int], candidates_RK: Tensor, counts: list[int], begin: int) -> Tensor:
         return torch.rand(candidates_RK.shape, dtype=torch.float64, generator=self._generator)
 
 

@@ -1,4 +1,4 @@
-"""From logits to tokens: noise, nucleus, guidance."""
+"""From logits to tokens: noise, nucleus, guidance, the largest logit."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llada_lightning.generation.predictor import NoiseByPrompt, draw_tokens, guide, likeliest
+from helpers.sampler_toys import WORDS, random_model
+from llada_lightning.generation import generate, predictor
+from llada_lightning.generation.canvas import Places
+from llada_lightning.generation.predictor import ARGMAX_GROUP, NoiseByPrompt, argmax, draw_tokens, guide, likeliest
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]])
+
+
+def places(rows: list[int]) -> Places:
+    """Positions of rows; the columns do not matter."""
+    return Places(rows, torch.tensor(rows), torch.zeros(len(rows), dtype=torch.int64))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_gumbel_draws_follow_the_softmax_at_a_temperature(temperature: float) -> None:
     draws = 40_000
     noise = NoiseByPrompt(0, 0, 1, torch.device("cpu"))
-    gumbel = noise.gumbel(torch.zeros(draws, dtype=torch.int64), torch.zeros(draws, dtype=torch.int64), 5)
+    gumbel = noise.gumbel(places([0] * draws), 5)
     assert gumbel.dtype == torch.float64
     seen = draw_tokens(LOGITS.expand(draws, -1), temperature, gumbel).bincount(minlength=5)
     expected = draws * (LOGITS[0].double() / temperature).softmax(-1)
@@ -26,19 +34,55 @@ def test_gumbel_draws_follow_the_softmax_at_a_temperature(temperature: float) ->
 
 def test_noise_belongs_to_seed_and_prompt() -> None:
     def draw(seed: int, first: int, row: int, batch: int) -> list[float]:
-        rows = torch.tensor([row])
-        return NoiseByPrompt(seed, first, batch, torch.device("cpu")).gumbel(rows, rows, 4)[0].tolist()
+        return NoiseByPrompt(seed, first, batch, torch.device("cpu")).gumbel(places([row]), 4)[0].tolist()
 
     assert draw(1, 0, 2, 3) == draw(1, 2, 0, 1)
     assert len({tuple(draw(seed, first, 0, 1)) for seed in (1, 2) for first in (0, 1)}) == 4
 
 
 def test_noise_does_not_depend_on_how_much_is_drawn_at_once() -> None:
-    rows = torch.tensor([0, 0, 0, 1, 1])
-    whole = NoiseByPrompt(0, 0, 2, torch.device("cpu")).gumbel(rows, rows, 33)
+    whole = NoiseByPrompt(0, 0, 2, torch.device("cpu")).gumbel(places([0, 0, 0, 1, 1]), 33)
     noise = NoiseByPrompt(0, 0, 2, torch.device("cpu"))
-    parts = torch.cat([noise.gumbel(rows[:2], rows[:2], 33), noise.gumbel(rows[2:], rows[2:], 33)])
+    parts = torch.cat([noise.gumbel(places([0, 0]), 33), noise.gumbel(places([0, 1, 1]), 33)])
     assert torch.equal(whole, parts)
+
+
+def test_uniform_noise_is_each_rows_own_and_lies_at_the_candidates() -> None:
+    candidates = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
+    found = NoiseByPrompt(0, 0, 3, torch.device("cpu")).uniform([0, 1, 2], candidates, [2, 0, 3], 0)
+    assert found.dtype == torch.float64 and torch.equal(found > 0, candidates)
+    alone = NoiseByPrompt(0, 2, 1, torch.device("cpu")).uniform([0], candidates[2:], [3], 0)
+    assert torch.equal(alone, found[2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("words", [ARGMAX_GROUP, 3 * ARGMAX_GROUP, 3 * ARGMAX_GROUP + 1])
+def test_the_largest_logit_is_the_one_that_torch_finds(words: int, dtype: torch.dtype) -> None:
+    """The first of equals; next to infinities and to what is not a number, too."""
+    generator = torch.Generator().manual_seed(0)
+    equals = torch.randint(4, (20, words), generator=generator).to(dtype)
+    spread = torch.randn(20, words, generator=generator).to(dtype)
+    infinite = torch.full((3, words), -torch.inf, dtype=dtype)
+    infinite[1, words // 2], infinite[2, -1] = torch.inf, torch.nan
+    logits = torch.cat([equals, spread, infinite])
+    assert torch.equal(argmax(logits), logits.argmax(dim=-1))
+    assert argmax(logits[:0]).tolist() == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("remasking", ["low_confidence", "margin", "entropy"])
+def test_predictions_do_not_depend_on_how_many_are_made_at_once(
+    remasking: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample() -> tuple[list[list[int]], list[list[float]]]:
+        result = generate(
+            random_model(), [[5, 6, 7], []], length=16, steps=4, remasking=remasking, temperature=temperature
+        )
+        return result.tokens, result.confidence
+
+    together = sample()
+    monkeypatch.setattr(predictor, "PREDICTED_AT_ONCE", {"cpu": 3 * WORDS})
+    assert sample() == together
 
 
 def allowed(top_k: int | None, top_p: float | None, temperature: float = 1.0) -> list[int]:
