@@ -359,7 +359,8 @@ class Generation:
         finish: What ended each answer: a token of the model, a stop string, or the length.
         steps: The largest number of steps that an answer took; that of the schedule is in ``settings``.
         forward_passes: The number of passes of the model over (what was left of) the batch. With guidance one pass
-            holds each sequence twice, with and without its prompt, and so costs what two do.
+            holds each sequence twice, with and without its prompt, and so costs what two do. On CUDA the end of an
+            answer is known one step later than on a CPU, which may cost one pass.
         seconds: The wall-clock time of the sampling.
         cache: The cache: `none` (exact), `kv` (exact, of `arm` and `block`), `prefix` or `dual` (approximate).
         settings: The settings as they ran (:class:`Sampling`), and the number of the first prompt.
