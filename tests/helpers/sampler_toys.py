@@ -23,8 +23,12 @@ SHAPE = Shape(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
 
 
 @cache
+@torch.inference_mode(False)
 def random_model(objective: str = "llada") -> LanguageModel:
-    """Random weights, drawn wide: a prediction that is nearly flat could not tell one sampler from another."""
+    """Random weights, drawn wide: a prediction that is nearly flat could not tell one sampler from another.
+
+    All tests share the model. So it is made in the ordinary mode, whichever test asks for it first.
+    """
     model = Transformer(SHAPE, WORDS).eval()
     model.initialise(torch.Generator().manual_seed(3))
     with torch.no_grad():
