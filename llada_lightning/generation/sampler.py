@@ -27,6 +27,7 @@ from llada_lightning.generation.sampling import (
     only_left_to_right,
 )
 from llada_lightning.model.attention import KeyValueCache
+from llada_lightning.model.graphs import passes_as_graphs
 from llada_lightning.support.errors import UserError
 
 
@@ -138,12 +139,13 @@ def _batch(
         if on_step is not None:
             on_step(canvas.snapshot(step, settings.most_steps, start))
 
-    if lm.facts.replaces:
-        return refine(lm, canvas, settings, noise, show), canvas
-    if only_left_to_right(lm):
-        return write(lm, canvas, settings, noise, show), canvas
-    kind = Denoiser if settings.compat is None else ReleasedDenoiser
-    return kind(lm, canvas, settings, noise).denoise(show), canvas
+    with passes_as_graphs(lm.model):
+        if lm.facts.replaces:
+            return refine(lm, canvas, settings, noise, show), canvas
+        if only_left_to_right(lm):
+            return write(lm, canvas, settings, noise, show), canvas
+        kind = Denoiser if settings.compat is None else ReleasedDenoiser
+        return kind(lm, canvas, settings, noise).denoise(show), canvas
 
 
 def _answers(

@@ -100,6 +100,7 @@ def block_causal(block_length: int, positions_BL: Tensor | None = None) -> Patte
     return causal_between_blocks
 
 
+@cache
 def block_diffusion(length: int, block_length: int) -> Pattern:
     """The training pattern of BD3-LM (Arriola et al. 2025, "Block Diffusion", arXiv:2503.09573).
 

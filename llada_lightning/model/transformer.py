@@ -27,6 +27,7 @@ from llada_lightning.model.attention import (
     rope_tables,
 )
 from llada_lightning.model.dropout import dropout_keys, dropped
+from llada_lightning.model.graphs import PassGraphs
 from llada_lightning.model.head import OutputHead
 from llada_lightning.model.patterns import Pattern
 from llada_lightning.model.sharding import fill
@@ -149,6 +150,7 @@ class Transformer(nn.Module):
 
     Attributes:
         dropout_seed: The seed of the masks of dropout (see :meth:`drop`).
+        pass_graphs: What passes without gradients go through where they repeat (see ``model.graphs``); None: nothing.
     """
 
     def __init__(
@@ -168,6 +170,7 @@ class Transformer(nn.Module):
         self.head = OutputHead(shape.d_model, vocab_size)
         self.attention_backend: Backend = "sdpa"
         self.dropout_seed = 0
+        self.pass_graphs: PassGraphs | None = None
 
     def drop(self, rate: float, seed: int) -> None:
         """Let passes that are given ordinals drop values of the blocks' outputs (see ``model.dropout``).
@@ -232,6 +235,36 @@ class Transformer(nn.Module):
         assert rows_M is None or (cache is None and dropped_ordinals_B is None)
         assert queries == ALL or not causal, "a causal pass wants all positions"
         assert cache is None or documents_BL is None, "documents are of these tokens, and a cache holds others"
+        arguments: dict[str, Any] = {
+            "tokens_BL": tokens_BL,
+            "causal": causal,
+            "attention_mask_BL": attention_mask_BL,
+            "documents_BL": documents_BL,
+            "pattern": pattern,
+            "positions_BL": positions_BL,
+            "queries": queries,
+        }
+        alone = cache is None and rows_M is None and dropped_ordinals_B is None and not torch.is_grad_enabled()
+        if self.pass_graphs is not None and alone:
+            hidden_BLD = self.pass_graphs(self._pass, **arguments)
+            if hidden_BLD is not None:
+                return hidden_BLD
+        return self._pass(**arguments, cache=cache, dropped_ordinals_B=dropped_ordinals_B, rows_M=rows_M)
+
+    def _pass(
+        self,
+        tokens_BL: Tensor,
+        causal: bool,
+        attention_mask_BL: Tensor | None,
+        documents_BL: Tensor | None,
+        pattern: Pattern | None,
+        positions_BL: Tensor | None,
+        queries: slice,
+        cache: KeyValueCache | None = None,
+        dropped_ordinals_B: Tensor | None = None,
+        rows_M: Tensor | None = None,
+    ) -> Tensor:
+        """What :meth:`hidden` returns, computed operation by operation."""
         length = tokens_BL.shape[1]
         start = 0 if cache is None else cache.position
         keys = length if cache is None else cache.keys_after(length)
@@ -254,7 +287,8 @@ class Transformer(nn.Module):
         for layer, block in enumerate(blocks):
             x_BLD = block(x_BLD, rope, causal, mask, cache, ALL, keys_LSB[layer])
         chosen = () if rows_M is None else (rows_M,)  # compiled blocks share a graph where all are called alike
-        return self.norm(last(x_BLD, rope, causal, wanted, cache, queries, keys_LSB[-1], *chosen))
+        result: Tensor = self.norm(last(x_BLD, rope, causal, wanted, cache, queries, keys_LSB[-1], *chosen))
+        return result
 
     def forward(
         self,

@@ -240,7 +240,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
 
     def on_train_start(self) -> None:
         self._micro_losses.clear()  # of a step that an interrupt broke off
-        self.step_graphs = None
+        self.step_graphs = self.model.pass_graphs = None
         if self.speed.graph:
             assert self.trainer is not None
             data, trainer = self.trainer.datamodule, self.trainer  # type: ignore[attr-defined]

@@ -1,8 +1,6 @@
 """Optimizer steps as CUDA graphs: forward and backward pass are one launch, clipping, guard and update another.
 
-A small model's step takes as long as its hundreds of launches, whatever the device could compute meanwhile. A CUDA
-graph is a recording of all kernels of a piece of work with the addresses that they read and write. It is launched at
-once, so
+A graph reads and writes at fixed addresses (``model.graphs``), so
 
 - every tensor of a batch is copied to a fixed place first, and the scored positions are padded to a fixed count;
 - what changes from step to step is a tensor: the rate, the number of scored positions, the verdict of the guard;
@@ -13,15 +11,16 @@ A micro-batch that no graph holds goes the ordinary way, operation by operation,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
+from llada_lightning.model.graphs import Graph, PassGraphs, new_graphs
 from llada_lightning.objectives.batches import TrainingBatch
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.signals import say
@@ -34,56 +33,8 @@ if TYPE_CHECKING:
 KINDS = 4
 """The largest number of kinds of micro-batch that a run records: padded or not, masked by document or not."""
 
-_WARM_UP = 3
-"""How often a piece of work is done before it is recorded: libraries and compilers prepare themselves then."""
-
 _ON_HOST = ("scored", "denominator")
 """Numbers of a batch that its loss is computed from."""
-
-
-class Graph(Protocol):
-    """A piece of work that is recorded once and then done as often as it is asked for."""
-
-    def record(self, work: Callable[[], Tensor], trial: Callable[[], Any]) -> None:
-        """Record work on fixed tensors; ``trial`` does it for good beforehand, and leaves no trace."""
-
-    def replay(self) -> Tensor:
-        """Do the work; returns what it returned, at a fixed place."""
-
-
-class CudaGraph:
-    """A CUDA graph. All of one run share their memory, since they are replayed one after the other.
-
-    Args:
-        pool: The memory that they share.
-    """
-
-    def __init__(self, pool: Any) -> None:
-        self._pool, self._graph, self._result = pool, torch.cuda.CUDAGraph(), torch.empty(0)
-
-    def record(self, work: Callable[[], Tensor], trial: Callable[[], Any]) -> None:
-        beside = torch.cuda.Stream()  # where the default stream's work is not seen as part of the recording
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(_WARM_UP):
-                trial()
-        torch.cuda.current_stream().wait_stream(beside)
-        # Weights that autocast has cast and kept would be recorded as they are now.
-        torch.clear_autocast_cache()
-        # The threads of loader and checkpoints may go on meanwhile.
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._result = work()
-        torch.clear_autocast_cache()
-
-    def replay(self) -> Tensor:
-        self._graph.replay()
-        return self._result
-
-
-def new_graphs() -> Callable[[], Graph]:
-    """What makes the graphs of a run."""
-    pool = torch.cuda.graph_pool_handle()
-    return lambda: CudaGraph(pool)
 
 
 class StepGraphs:
@@ -128,6 +79,7 @@ class StepGraphs:
         self._update = self._new_graph()
         # A loss that is no number skips the update: weights, moments, step counts and the guard's window stay.
         self._update.record(self._updated, self._updated)
+        module.model.pass_graphs = PassGraphs(self._new_graph)  # those of validations
 
     def loss(self, batch: TrainingBatch) -> Tensor | None:
         """Add the gradient of a micro-batch; returns its loss, without a gradient, or None where no graph holds it."""
@@ -159,7 +111,7 @@ class StepGraphs:
 
     def end(self) -> None:
         """Leave the module as it was, and say in one line what went the ordinary way, if anything did."""
-        self._module.train_levels.at_once = False
+        self._module.train_levels.at_once, self._module.model.pass_graphs = False, None
         ordinary = self.too_many + self.of_other_kinds
         if not ordinary:
             return

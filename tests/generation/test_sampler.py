@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from helpers.devices import DEVICES
+from helpers.recorded_operations import RecordedOperations
 from helpers.sampler_toys import EOS, MASK, ExactPredictor, ScriptedPredictor, letters, random_model, toy
 from llada_lightning.generation import Sampling, Snapshot, generate
 from llada_lightning.generation.canvas import Canvas
 from llada_lightning.generation.predictor import BlockPredictor
+from llada_lightning.model.graphs import PassGraphs
 from llada_lightning.support.errors import UserError
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [4] * 12, []]
@@ -140,6 +142,21 @@ def test_a_cache_of_what_has_not_changed_is_exact_and_reads_less(
     torch.testing.assert_close(predictor(left, *all_of).unflatten(1, (2, 8)), fresh[:, left], rtol=1e-4, atol=1e-4)
     branches = 2 if cfg_scale else 1
     assert read == [(3 * branches, canvas.length), (3 * branches, columns), (2 * branches, columns)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"block_length": 8, "cfg_scale": 0.5}, {"remasking": "random"}], ids=str)
+def test_steps_through_graphs_give_the_same_answers(settings: dict[str, Any]) -> None:
+    lm = random_model()
+    expected = generate(lm, PROMPTS, length=32, **settings)
+    lm.model.pass_graphs = graphs = PassGraphs(RecordedOperations)
+    try:
+        found = generate(lm, PROMPTS, length=32, **settings)
+    finally:
+        lm.model.pass_graphs = None
+    assert graphs.replayed > expected.forward_passes // 2
+    assert (found.tokens, found.step_of_token, found.confidence, found.forward_passes) == (
+        expected.tokens, expected.step_of_token, expected.confidence, expected.forward_passes,
+    )  # fmt: skip
 
 
 def test_caches_are_approximations_of_their_own() -> None:

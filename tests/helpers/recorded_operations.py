@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class RecordedOperations(TorchDispatchMode):
-    """A ``training.step_graphs.Graph``."""
+    """A ``model.graphs.Graph``."""
 
     def __init__(self) -> None:
         super().__init__()

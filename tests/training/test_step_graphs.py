@@ -97,6 +97,44 @@ def test_the_run_is_the_same(
     assert record(mine)["val_nats_per_token"] == record(plain)["val_nats_per_token"]
 
 
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("arm", ("--data.document_mask=true",)),
+        ("llada", ("--trainer.precision=bf16-mixed", "--model.shift_targets=true")),
+        ("block", ("--model.block_length=4",)),
+        ("uniform", ()),
+    ],
+)
+def test_validations_are_the_same(
+    prepared: Path,
+    tmp_path: Path,
+    graphs: list[RecordedOperations],
+    monkeypatch: pytest.MonkeyPatch,
+    objective: str,
+    words: tuple[str, ...],
+) -> None:
+    """Six of them, of two batches each: of the fourth batch on their passes are a recording."""
+    padded_alike(monkeypatch)
+    words = (*SHORT, "--trainer.val_check_interval=2", "--data.val_batch=3", *words)
+    plain = fit(objective, prepared, tmp_path / "plain", *WITHOUT, *words)
+    replayed: list[int] = []
+    end = step_graphs.StepGraphs.end
+
+    def watched(self: step_graphs.StepGraphs) -> None:
+        passes = self._module.model.pass_graphs
+        assert passes is not None
+        replayed.append(passes.replayed)
+        end(self)
+
+    monkeypatch.setattr(step_graphs.StepGraphs, "end", watched)
+    mine = fit(objective, prepared, tmp_path / "graphs", *words)
+    assert replayed[0] >= 8 and all(graph.operations for graph in graphs)
+    assert_same(mine, plain, 12)
+    keys = ("val_nats_per_token", "val_stderr")
+    assert [record(mine)[key] for key in keys] == [record(plain)[key] for key in keys]
+
+
 def test_a_run_that_breaks_off_goes_on_to_the_same_end(
     prepared: Path, tmp_path: Path, graphs: list[RecordedOperations], monkeypatch: pytest.MonkeyPatch
 ) -> None:
