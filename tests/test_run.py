@@ -40,7 +40,7 @@ def test_the_steps_cost_the_budget_to_half_a_step(flops: float, batch: int) -> N
 def test_the_steps_of_the_example_in_the_documents() -> None:
     stream = Stream(vocab_size=512, sequence_length=64)
     run = resolve(spec(stream=stream, length=Length(flops=(1e10,)), global_batch=16))
-    text = " ".join((Path(__file__).parents[1] / "docs" / "cli.md").read_text().split())
+    text = " ".join((Path(__file__).parents[1] / "docs" / "training.md").read_text().split())
     assert (
         f"a step costs 6 × {SHAPE.params_nonembedding:,} × 16 × 63.685 = {run.per_step.flops_6nd:.3g} FLOPs".replace(
             "e+08", "e8"

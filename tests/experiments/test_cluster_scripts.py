@@ -150,8 +150,8 @@ def test_an_arrays_task_runs_its_run_of_the_sweep(tmp_path: Path, job: dict[str,
 def test_an_agents_run_is_resolved_once_and_launched_on_all_nodes(
     prepared: Path, tmp_path: Path, job: dict[str, str]
 ) -> None:
-    """The sweep of the README, rendered as W&B renders it; the launched fit only says how it was started."""
-    example = re.findall(r"```yaml\n(.*?)```", (CLUSTER / "README.md").read_text(), re.DOTALL)[0]
+    """The sweep of docs/cluster.md, rendered as W&B renders it; the launched fit only says how it was started."""
+    example = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)[0]
     config = run_configuration(prepared, tmp_path / "runs", tmp_path / "run.yaml")
     settings = yaml.safe_load(config.read_text())
     del settings["trainer"]["max_steps"]
