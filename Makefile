@@ -12,7 +12,7 @@ FIGURES ?= runs/benchmarks
 SOURCE ?= data/books.jsonl.xz
 TABLES ?= runs/study
 
-.PHONY: help setup setup-dev quickstart study-cpu study-gpu study-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu gpu-check clean
+.PHONY: help setup setup-dev docs docs-serve quickstart study-cpu study-gpu study-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -57,6 +57,18 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(call install,.[dev])
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	$(call install,.[docs])
+
+# The theme would print on every build how long it is going to be kept.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+
+docs: $(VENV)/.ready-docs  ## the site of docs/ and of the docstrings: site/index.html
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/.ready-docs  ## the same on this machine at port 8000, anew whenever a page changes
+	$(BIN)/python -m mkdocs serve
 
 quickstart: setup  ## the compute multiplier of two recipes of llada, at toy size: runs/quickstart/report.html
 	$(LLADA) prepare --source python-stdlib --out data/quickstart --vocab-size 512 --val-fraction 0.1

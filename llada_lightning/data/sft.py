@@ -39,7 +39,7 @@ class SftDataModule(LanguageDataModule):
     only. Tokens, and so FLOPs, count prompts, responses and this padding, for every objective.
 
     Args:
-        path: The .jsonl file, the folder of such files, or hf:NAME[:CONFIG][@SPLIT]. A row has prompt and response,
+        path: The .jsonl file, the folder of such files, or `hf:NAME[:CONFIG][@SPLIT]`. A row has prompt and response,
             question and answer, instruction (with input) and output, or messages of user and assistant by turns. It may
             also have a system message.
         tokenizer: The tokenizer.json, or a folder with one; null: the tokenizer of `model.weights`.

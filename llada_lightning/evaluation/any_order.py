@@ -76,7 +76,8 @@ def any_order_log_likelihood(
         orders: The number of orders that are drawn, at least 4: one half places the tangent, the other half is
             averaged. Each costs as many predictions as there are tokens.
         seed: The seed of the orders.
-        batch_tokens, progress: As of ``likelihood.log_likelihood``.
+        batch_tokens: The number of tokens of one forward pass, as of :func:`likelihood.log_likelihood`.
+        progress: Whether a progress bar is shown, as there.
 
     Raises:
         UserError: The model has no [MASK], there are too few orders, or a request cannot be scored.

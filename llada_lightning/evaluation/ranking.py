@@ -102,7 +102,11 @@ def rank_candidates(
         max_samples: The number of samples after which a question is left open, with its best candidate so far.
         truncate: The handling of prompts that do not fit the context. `left` cuts the prompt of a question by what its
             longest candidate needs.
-        cfg_scale, seed, batch_tokens, progress: The same settings as in :func:`likelihood.log_likelihood`.
+        cfg_scale: The weight of guidance. This setting and the next three are those of
+            :func:`likelihood.log_likelihood`.
+        seed: The seed of the masks.
+        batch_tokens: The number of tokens of one forward pass.
+        progress: Whether a progress bar is shown.
 
     Raises:
         UserError: As there; no candidates; an empty one; one without text under a normalisation.

@@ -35,7 +35,8 @@ class State:
     Args:
         candidates_RK: (R, K) bool, the positions that are still masked.
         counts_R: (R,) int64, the number of positions that the schedule reveals in this step.
-        step, steps_R: The step within the block, from 1, and (R,) int64, the number of steps of the block.
+        step: The step within the block, from 1.
+        steps_R: (R,) int64, the number of steps of the block.
         uniform: A function that draws (R, K) float64 noise, uniform on [0, 1) at the candidates, each prompt's own.
     """
 
