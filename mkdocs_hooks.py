@@ -1,7 +1,7 @@
-"""What the site needs beside MkDocs: the files outside of docs/ that pages link to, and docstrings without Sphinx's roles.
+"""What the site needs beside MkDocs: the files outside of docs/ that pages link to, and docstrings without roles.
 
-On GitHub a page links to any file of the repository by a relative path. On the site such a file is under ``repository/``:
-Markdown as a page, an image or another file as it is. A folder is its README, or else plain text without a link.
+On GitHub a page links to any file of the repository by a relative path. On the site such a file is under
+``repository/``: Markdown as a page, an image or another file as it is. A folder is its README, or else plain text.
 """
 
 from __future__ import annotations

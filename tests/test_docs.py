@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,10 @@ def test_every_link_leads_somewhere(path: Path) -> None:
 def test_no_document_of_docs_is_named_that_is_not_there() -> None:
     """In docstrings, messages, comments and scripts, where a name stands without a link."""
     for name in TRACKED:
-        if name.endswith((".py", ".yaml", ".sh", ".sbatch", ".md", ".ipynb", ".jinja", "Makefile")) and (
-            ROOT / name
-        ).is_file():
+        if (
+            name.endswith((".py", ".yaml", ".sh", ".sbatch", ".md", ".ipynb", ".jinja", "Makefile"))
+            and (ROOT / name).is_file()
+        ):
             for page in re.findall(r"\bdocs/([\w-]+\.md)\b", (ROOT / name).read_text(encoding="utf-8")):
                 assert (DOCS / page).exists(), f"{name} names docs/{page}"
 
@@ -76,3 +78,19 @@ def test_the_pins_of_the_site_are_plain() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "checks.yaml").read_text())
     assert {"mkdocs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python"} <= pins.keys()
     assert any("make docs" in str(step.get("run")) for step in workflow["jobs"]["docs"]["steps"])
+
+
+def test_the_site_is_built_without_a_warning_and_needs_no_network(tmp_path: Path) -> None:
+    """Where the extra `docs` is installed: CI builds the site in any case."""
+    for module in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(module)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    texts = {page: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
+    for page, text in texts.items():
+        assert not re.search(r"<(?:script|img|iframe)[^>]* src=\"?https?:|<link[^>]* href=\"?https?:", text), page
+    assert (tmp_path / "repository" / "experiments" / "study" / "gpu" / "scaling.png").exists()
+    assert "repository/experiments/inference/sampling.png" in texts[tmp_path / "sampling.html"]
+    assert "Reads a checkpoint of any kind" in texts[tmp_path / "api" / "inference.html"]
+    assert ":func:" not in "".join(text for page, text in texts.items() if page.parent.name == "api")
