@@ -77,6 +77,11 @@ def test_the_tests_add_to_the_environment_of_the_main_job(tmp_path: Path) -> Non
     assert installed(tmp_path, "setup-dev") == []  # nothing is installed twice
 
 
+def test_the_site_adds_its_own_packages_and_fails_at_a_warning(tmp_path: Path) -> None:
+    assert installed(tmp_path, "docs")[-2:] == ["uv .", "uv .[docs]"]
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == "python -m mkdocs build --strict"
+
+
 def test_the_quickstart_and_the_studies_need_no_tools_of_development(tmp_path: Path) -> None:
     def needs(target: str) -> bool:
         return ".[dev]" in make(tmp_path, "-n", target).stdout
