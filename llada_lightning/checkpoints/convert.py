@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from llada_lightning.checkpoints import hugging_face
+from llada_lightning.checkpoints.card import CARD_NAME, TRAINING_NAME, model_card, training_facts, training_file
 from llada_lightning.checkpoints.description import CONFIG_NAME, Description, write_config
 from llada_lightning.checkpoints.stored_model import StoredModel
 from llada_lightning.checkpoints.stored_tensors import (
@@ -27,7 +28,10 @@ from llada_lightning.checkpoints.stored_tensors import (
     common_dtype,
     name_of,
 )
-from llada_lightning.data.tokenizers import TOKENIZER_CONFIG_NAME, TokenizerFiles
+from llada_lightning.data import TOKENIZER_CONFIG_NAME
+from llada_lightning.data.chat import ChatTemplate
+from llada_lightning.data.start_token import with_start_token
+from llada_lightning.data.tokenizers import GENERATION_CONFIG_NAME, TokenizerFiles
 from llada_lightning.objectives import get_objective
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import building, write_json
@@ -97,7 +101,7 @@ def convert(
         with building(out) as partial:
             files = _write_weights(partial, weights, dtype, max_shard_bytes, progress)
             write_json(partial / CONFIG_NAME, _config(model, to, stored_as))
-            for name, content in _companions(model, to).items():
+            for name, content in _companions(model, to, stored_as).items():
                 (partial / name).write_bytes(content)
             written = sorted(path.name for path in partial.iterdir())
             size = sum((partial / file).stat().st_size for file in files)
@@ -157,17 +161,49 @@ def _config(model: StoredModel, to: Target, dtype: str) -> dict[str, Any]:
     return {**write(model.description, dtype), **auto_map}
 
 
-def _companions(model: StoredModel, to: Target) -> dict[str, bytes]:
-    """Tokenizer, and the modelling code of a folder that names some."""
-    files = {} if model.tokenizer is None else tokenizer_files(model.tokenizer, model.description)
+def _companions(model: StoredModel, to: Target, dtype: str) -> dict[str, bytes]:
+    """Tokenizer, card, what is known of the training, and the modelling code of a folder that names some."""
+    facts = training_facts(model)
+    files = {CARD_NAME: model_card(model, to, dtype, facts).encode()}
+    if facts:
+        files[TRAINING_NAME] = training_file(facts)
+    if model.tokenizer is not None:
+        files |= tokenizer_files(model.tokenizer, model.description, to)
+    files = _with_generation(files, model.description, to)
     places = [place for place in model.auto_map.values() if isinstance(place, str)] if model.kind == to else []
     code = {f"{place.split('.')[0]}.py" for place in places}
     beside = {path.name: path for path in model.path.glob("*.py")} if code else {}
     return {**files, **{name: path.read_bytes() for name, path in beside.items() if name in code}}
 
 
-def tokenizer_files(files: TokenizerFiles, description: Description) -> dict[str, bytes]:
-    """Returns the tokenizer's files to write beside a model, with a configuration for transformers if it lacks one."""
+def _with_generation(files: dict[str, bytes], description: Description, to: Target) -> dict[str, bytes]:
+    """The files with ``generation_config.json`` of a Llama that has none, and without the one that comes from here."""
+    values = hugging_face.llama_generation(description)
+    if values is None:
+        return files
+    ours = _json(values)
+    if to == "hf-llama":
+        return {GENERATION_CONFIG_NAME: ours, **files}
+    return {name: content for name, content in files.items() if (name, content) != (GENERATION_CONFIG_NAME, ours)}
+
+
+def tokenizer_files(files: TokenizerFiles, description: Description, to: Target) -> dict[str, bytes]:
+    """Returns the tokenizer's files to write beside a model, with a configuration for transformers if it lacks one.
+
+    In transformers' layout they put the token before every sequence that the model was trained with.
+    """
+    with_config = _with_tokenizer_config(files, description)
+    start = description.start_token_id
+    token = None if start is None else files.tokenizer.id_to_token(start)
+    if to != "hf-llama" or start is None or token is None:
+        return with_config
+    assert files.config is not None  # a damaged one is refused here
+    template = files.chat_template or ""
+    chat = ChatTemplate.of(template, files.tokenizer, description.eos_token_id, (), files.name, files.special_tokens)
+    return with_start_token(with_config, token, start, chat.roles["bos_token"])
+
+
+def _with_tokenizer_config(files: TokenizerFiles, description: Description) -> dict[str, bytes]:
     if TOKENIZER_CONFIG_NAME in files.files:
         return files.files
     ids = {
@@ -183,7 +219,11 @@ def tokenizer_files(files: TokenizerFiles, description: Description) -> dict[str
         "clean_up_tokenization_spaces": False,
         **{key: token for key, token in tokens.items() if token is not None},
     }
-    return {**files.files, TOKENIZER_CONFIG_NAME: (json.dumps(config, indent=2) + "\n").encode()}
+    return {**files.files, TOKENIZER_CONFIG_NAME: _json(config)}
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def bytes_of(text: str) -> int:

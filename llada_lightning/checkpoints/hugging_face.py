@@ -12,6 +12,7 @@ from llada_lightning.checkpoints.description import (
     NO_TOKEN,
     ConfigFile,
     Description,
+    excluded_token_id,
     extra_key,
     read_extra_key,
     read_generation_ends,
@@ -58,6 +59,12 @@ _LLADA_WRITTEN: dict[str, Any] = {
     "model_type": "llada",
 }
 """Every other key that the released code reads."""
+LLADA_CODE = {
+    "AutoConfig": "configuration_llada.LLaDAConfig",
+    "AutoModel": "modeling_llada.LLaDAModelLM",
+    "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+}
+"""``auto_map`` of the published folders: where transformers finds the authors' classes, in files of the same folder."""
 _LLADA_PRECISION = {"float32": "float32", "bfloat16": "amp_bf16", "float16": "amp_fp16"}
 
 
@@ -131,6 +138,7 @@ def write_llada(description: Description, dtype: str) -> dict[str, Any]:
         "mask_token_id": description.mask_token_id,
         "precision": _LLADA_PRECISION.get(dtype, "float32"),
         "torch_dtype": dtype,
+        "auto_map": LLADA_CODE,
         **({} if description.bos_token_id is None else {"bos_token_id": description.bos_token_id}),
         **extra_key(description),
     }
@@ -212,6 +220,19 @@ def write_llama(description: Description, dtype: str) -> dict[str, Any]:
         "eos_token_id": _one_or_list(description.end_token_ids),
         "torch_dtype": dtype,
         **extra_key(description),
+    }
+
+
+def llama_generation(description: Description) -> dict[str, Any] | None:
+    """``generation_config.json`` of a Llama whose [MASK] is never drawn; None where there is nothing to keep out."""
+    excluded = excluded_token_id(description.compat, description.mask_token_id)
+    if excluded is None:
+        return None
+    return {
+        **({} if description.bos_token_id is None else {"bos_token_id": description.bos_token_id}),
+        "eos_token_id": _one_or_list(description.end_token_ids),
+        "pad_token_id": description.eos_token_id if description.pad_token_id is None else description.pad_token_id,
+        "suppress_tokens": [excluded],
     }
 
 

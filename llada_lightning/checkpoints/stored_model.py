@@ -76,6 +76,7 @@ class StoredModel:
         weights: The weights by our names.
         tokenizer: The tokenizer; None where there is none.
         auto_map: The ``auto_map`` of a Hugging Face folder that names modelling code: the place of each class.
+        trained: The identity, the steps and the tokens of the run that wrote a training checkpoint; {} of a folder.
     """
 
     path: Path
@@ -84,6 +85,7 @@ class StoredModel:
     weights: dict[str, StoredTensor]
     tokenizer: TokenizerFiles | None
     auto_map: dict[str, Any] = field(default_factory=dict)
+    trained: dict[str, Any] = field(default_factory=dict)
 
     @property
     def text_prefix_ids(self) -> tuple[int, ...]:
@@ -139,15 +141,16 @@ def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> St
 
 
 def _training(path: Path, given: TokenizerFiles | None) -> StoredModel:
-    description, stored, fingerprint = _read_training(path)
+    description, stored, trained = _read_training(path)
+    fingerprint = trained["identity"].get("tokenizer", "")
     weights = weights_of(stored, TRAINING, _on_meta(description, path), str(path))
     found = given or _run_tokenizer(path, description, fingerprint)
     files = None if found is None else fitted_tokenizer(found, description, given is not None, known=given is None)
-    return StoredModel(path, "training", description, weights, files)
+    return StoredModel(path, "training", description, weights, files, trained=trained)
 
 
-def _read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], str]:
-    """Description, weights by their names in the file, and the tokenizer's fingerprint, of a checkpoint of `llada fit`.
+def _read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], dict[str, Any]]:
+    """Description, weights by their names in the file, and identity, steps and tokens, of a checkpoint of `llada fit`.
 
     No optimizer is read; all bytes are checked.
     """
@@ -166,7 +169,12 @@ def _read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], st
         else:
             weights = {name: of_tensor(tensor) for name, tensor in content["state_dict"].items()}
         require_whole(path)
-        return _description(content, path), weights, content["identity"]["tokenizer"]
+        trained = {
+            "identity": with_stable_names(content["identity"]),
+            "steps": content["global_step"],
+            "tokens": _training_tokens(content),
+        }
+        return _description(content, path), weights, trained
     except pickle.UnpicklingError as error:
         raise UserError(
             f"'{path}' is refused: it holds other things than weights, which may run code when they are read; give a "
@@ -229,11 +237,15 @@ def _training_flops(content: Mapping[str, Any], shape: Shape) -> dict[str, float
 
     {} where they are not known: of weights of others, without `llada fit`, and of checkpoints of earlier versions.
     """
-    tokens = content.get("callbacks", {}).get("Accounting", {}).get("tokens")
-    before = content.get("source_flops")
+    tokens, before = _training_tokens(content), content.get("source_flops")
     if tokens is None or before is None:
         return {}
     return {"flops_6nd": before + flops_6nd(shape.params_nonembedding, tokens)}
+
+
+def _training_tokens(content: Mapping[str, Any]) -> int | None:
+    tokens: int | None = content.get("callbacks", {}).get("Accounting", {}).get("tokens")
+    return tokens
 
 
 def _run_tokenizer(checkpoint: Path, description: Description, fingerprint: str) -> TokenizerFiles | None:

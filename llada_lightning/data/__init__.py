@@ -9,6 +9,9 @@ from functools import lru_cache
 from llada_lightning.support.files import json_sha256
 
 TOKENIZER_NAME = "tokenizer.json"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+TEMPLATE_NAME = "chat_template.jinja"
+ROLES_NAME = "special_tokens_map.json"
 MANIFEST_NAME = "manifest.json"  # of a prepared data folder, which names the tokenizer's special tokens, too
 
 

@@ -12,17 +12,12 @@ import numpy as np
 from rich.progress import track
 from torch.utils.data import DataLoader
 
-from llada_lightning.data import TOKENIZER_NAME, TokenizerInfo
+from llada_lightning.data import ROLES_NAME, TEMPLATE_NAME, TOKENIZER_NAME, TokenizerInfo
 from llada_lightning.data.chat import LLADA_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate
 from llada_lightning.data.datasets import PairDataset, PairStream, PairValidationDataset
 from llada_lightning.data.dialogues import Pairs, read_dialogues, tokenize_pairs
 from llada_lightning.data.loading import LanguageDataModule
-from llada_lightning.data.tokenizers import (
-    ROLES_NAME,
-    TEMPLATE_NAME,
-    TokenizerFiles,
-    load_tokenizer,
-)
+from llada_lightning.data.tokenizers import TokenizerFiles, load_tokenizer
 from llada_lightning.objectives import noise
 from llada_lightning.objectives.noise import Purpose
 from llada_lightning.support.errors import UserError

@@ -16,8 +16,17 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from llada_lightning.data import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo, tokenizer_fingerprint
+from llada_lightning.data import (
+    MANIFEST_NAME,
+    ROLES_NAME,
+    TEMPLATE_NAME,
+    TOKENIZER_CONFIG_NAME,
+    TOKENIZER_NAME,
+    TokenizerInfo,
+    tokenizer_fingerprint,
+)
 from llada_lightning.data.encoding import encode, load, pieces
+from llada_lightning.data.start_token import without_start_token
 from llada_lightning.support.errors import LibraryPanicError, UserError, panics_as_exceptions
 from llada_lightning.support.files import expanded, local_path
 from llada_lightning.support.printing import shortened
@@ -33,10 +42,7 @@ _KNOWN = {
 _SMALLEST_VOCABULARY = 256 + 2  # bytes, EOS and [MASK]
 _LARGEST_VOCABULARY = 1 << 24  # the trainer reserves memory for all of it before it begins
 
-TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
-TEMPLATE_NAME = "chat_template.jinja"
-ROLES_NAME = "special_tokens_map.json"
 _COMPANIONS = (TOKENIZER_CONFIG_NAME, ROLES_NAME, TEMPLATE_NAME, GENERATION_CONFIG_NAME)
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 """Tokens that end a turn where a chat template has them, whatever the configuration calls EOS."""
@@ -278,16 +284,20 @@ class TokenizerFiles:
     def of_path(cls, spec: str | Path) -> TokenizerFiles:
         """Returns a tokenizer, as :func:`load_tokenizer` takes it, with the files beside it.
 
+        The token that :func:`~llada_lightning.data.start_token.with_start_token` has put before every text is left out.
+
         Raises:
             UserError: There is no such tokenizer, or a file cannot be read.
         """
         path = tokenizer_file(str(spec))
-        alone, beside = cls.of_text(read_text(path), str(path)), [path.with_name(name) for name in _COMPANIONS]
+        text, beside = read_text(path), [path.with_name(name) for name in _COMPANIONS]
         try:
-            files = {file.name: file.read_bytes() for file in beside if file.is_file()}
+            companions = {file.name: file.read_bytes() for file in beside if file.is_file()}
         except OSError as error:
             raise UserError(f"tokenizer '{path}' cannot be read ({error}); give a tokenizer.json") from error
-        return replace(alone, files={**alone.files, **files}, named=_named_tokens(path.parent))
+        files = without_start_token({TOKENIZER_NAME: text.encode(), **companions})
+        alone = cls.of_text(files[TOKENIZER_NAME].decode(), str(path))
+        return replace(alone, files=files, named=_named_tokens(path.parent))
 
     def with_template_of(self, folder: str) -> TokenizerFiles:
         """Returns the same with the chat template and the roles of special tokens that a local folder holds, if any."""

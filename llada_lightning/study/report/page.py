@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from rich.table import Table
 
 from llada_lightning.study.report import Report
 from llada_lightning.study.report.verdict import number
+from llada_lightning.support.markdown import markdown_environment, template_environment, tidied
 from llada_lightning.support.printing import visible
 
+_PACKAGE = "llada_lightning.study.report"
 _SHORT = 16
 """Characters of a cell that need not be broken."""
 
@@ -54,8 +54,8 @@ class Grid:
 
 def html_page(report: Report) -> str:
     """The report as one HTML page: no script, no font, image or style from elsewhere."""
-    environment = _environment(autoescape=True, finalize=_visible)
-    return environment.get_template("page.html.jinja").render(report=report)
+    environment = template_environment(_PACKAGE, autoescape=True, finalize=_visible)
+    return _with_filters(environment).get_template("page.html.jinja").render(report=report)
 
 
 def markdown_page(report: Report, folder: str) -> str:
@@ -65,16 +65,11 @@ def markdown_page(report: Report, folder: str) -> str:
         report: The report.
         folder: The path of the figures' folder, from the file.
     """
-    environment = _environment(autoescape=False, finalize=_escaped)
-    text = environment.get_template("page.md.jinja").render(report=report, folder=folder)
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    template = _with_filters(markdown_environment(_PACKAGE)).get_template("page.md.jinja")
+    return tidied(template.render(report=report, folder=folder))
 
 
-def _environment(autoescape: bool, finalize: Callable[[Any], Any]) -> Environment:
-    environment = Environment(
-        loader=PackageLoader("llada_lightning.study.report", "."), autoescape=autoescape, finalize=finalize,
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
+def _with_filters(environment: Environment) -> Environment:
     environment.filters |= {"grid": Grid.of, "number": number}
     return environment
 
@@ -82,21 +77,3 @@ def _environment(autoescape: bool, finalize: Callable[[Any], Any]) -> Environmen
 def _visible(value: Any) -> Any:
     """A value of a page, without control characters, which HTML forbids."""
     return visible(value) if isinstance(value, str) else value
-
-
-_SPECIAL = re.compile(r"([\\`*_{}\[\]|~$#!])")
-"""Characters that begin something in Markdown wherever they stand. ``#`` and ``!`` do so at some places only."""
-
-
-def _escaped(value: Any) -> Any:
-    """A value as plain text within a line of Markdown; what the template calls safe stays as it is."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return value
-    text = visible(" ".join(value.split())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = _SPECIAL.sub(r"\\\1", text)
-    return re.sub(r"^(\d+)([.)] )|^([-+=])", _not_a_list, text)
-
-
-def _not_a_list(found: re.Match[str]) -> str:
-    """The beginning of a text that would be a list, or underline the line before it."""
-    return f"{found[1]}\\{found[2]}" if found[1] else f"\\{found[3]}"
