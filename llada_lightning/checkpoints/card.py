@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import llada_lightning
 from llada_lightning.checkpoints.description import excluded_token_id
@@ -34,19 +34,16 @@ CODE_REPOSITORY = "GSAI-ML/LLaDA-8B-Base"
 CODE_FILES = ("configuration_llada.py", "modeling_llada.py")
 """The authors' code of the architecture ``llada``, by the names that ``auto_map`` of a folder gives."""
 CODE_TRANSFORMERS = "4.38.2"
-"""The version of transformers that the authors ask for."""
+"""The version of transformers that the authors ask for. It does not read the ``tokenizer.json`` of newer libraries."""
 _ANSWER = 64
 """The most tokens that the examples of a card sample."""
 
 Row = tuple[str, str]
 
 
-def code_commands(folder: str) -> list[str]:
-    """The commands that fetch the authors' code into a folder in the layout of Hugging Face LLaDA."""
-    return [
-        f"hf download {CODE_REPOSITORY} {' '.join(CODE_FILES)} --local-dir {folder}",
-        f'pip install "transformers=={CODE_TRANSFORMERS}"  # the version that the authors ask for',
-    ]
+def code_command(folder: str) -> str:
+    """The command that fetches the authors' code into a folder in the layout of Hugging Face LLaDA."""
+    return f"hf download {CODE_REPOSITORY} {' '.join(CODE_FILES)} --local-dir {folder}"
 
 
 def training_facts(model: StoredModel) -> dict[str, Any]:
@@ -101,7 +98,8 @@ class Card:
     start_token: str | None
     excluded: str | None
     answer: int
-    code_commands: list[str]
+    code_command: str
+    code_transformers: str
     versions: list[Row]
 
 
@@ -138,7 +136,8 @@ def model_card(model: StoredModel, layout: str, dtype: str, facts: Mapping[str, 
         start_token=_token(model, description.start_token_id),
         excluded=_token(model, excluded),
         answer=max(1, min(_ANSWER, description.context_length // 2)),
-        code_commands=code_commands("FOLDER"),
+        code_command=code_command("FOLDER"),
+        code_transformers=CODE_TRANSFORMERS,
         versions=_versions(record),
     )
     template = markdown_environment("llada_lightning.checkpoints").get_template("card.md.jinja")
@@ -213,7 +212,7 @@ def _model(model: StoredModel, dtype: str) -> list[Row]:
         *([("targets", "shifted: a masked token is predicted at the position before it")] * description.shift_targets),
         ("vocabulary", f"{description.vocab_size:,} tokens"),
         ("tokens that end an answer", ends),
-        *([("mask token", _token(model, description.mask_token_id) or "")] if description.mask_token_id else []),
+        *([] if (mask := _token(model, description.mask_token_id)) is None else [("mask token", mask)]),
     ]
 
 
@@ -321,8 +320,8 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _text(value: Any) -> str:

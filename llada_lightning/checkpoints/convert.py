@@ -212,6 +212,8 @@ def _with_tokenizer_config(files: TokenizerFiles, description: Description) -> d
         "pad_token": description.eos_token_id if description.pad_token_id is None else description.pad_token_id,
         "mask_token": description.mask_token_id,
     }
+    if files.special_tokens.get("bos_token") == "":  # a file says that there is none
+        ids["bos_token"] = None
     tokens = {key: files.tokenizer.id_to_token(i) for key, i in ids.items() if i is not None}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
@@ -9,6 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.table import Table
 
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
+from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded
 from llada_lightning.support.printing import people_console, warn
 
@@ -52,6 +55,13 @@ def convert_parser() -> CommandParser:
         help="to take instead of the checkpoint's: tokenizer.json, a folder with one, or a name on the hub",
     )
     parser.add_argument("--max-shard-size", type=str, default="5GB", help="of a file of weights, such as 200MB")
+    parser.add_argument(
+        "--push",
+        type=str,
+        metavar="USER/NAME",
+        help="repository of the Hugging Face Hub to upload the folder to",
+    )
+    parser.add_argument("--private", action="store_true", help="with --push: a new repository is not public")
     add_json(parser)
     return parser
 
@@ -59,11 +69,15 @@ def convert_parser() -> CommandParser:
 def main(argv: list[str]) -> int:
     """Runs ``llada convert`` with its arguments; returns the exit code."""
     options = convert_parser().parse_args(argv)
+    if options.private and options.push is None:
+        raise UserError("--private: nothing is uploaded; add --push USER/NAME")
     from llada_lightning.checkpoints.convert import bytes_of, convert
+    from llada_lightning.checkpoints.hub import check_push, push
     from llada_lightning.checkpoints.stored_model import open_checkpoint
     from llada_lightning.checkpoints.stored_tensors import dtype_named
 
     dtype, largest = dtype_named(options.dtype), bytes_of(options.max_shard_size)
+    token = None if options.push is None else check_push(options.push)
     model = open_checkpoint(options.input, options.tokenizer)
     total = sum(weight.elements * (dtype or weight.dtype).itemsize for weight in model.weights.values())
     columns = ("{task.description}", BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn())
@@ -72,16 +86,17 @@ def main(argv: list[str]) -> int:
         task = bar.add_task("writing", total=total)
         out = expanded(options.output)
         written = convert(model, out, options.to, dtype, largest, lambda size: bar.advance(task, size))
-    if options.json:
-        print_json(summary(model, options.to, written, options.output))
-    else:
-        people_console().print(_table(model, options.to, written, options.output))
-    for note in _notes(model, options.to):
+    for note in _notes(model, options.to, written, out):
         warn(f"note: {note}")
+    pushed = None if token is None else push(out, options.push, token, options.private)
+    if options.json:
+        print_json(summary(model, options.to, written, options.output, pushed))
+    else:
+        people_console().print(_table(model, options.to, written, options.output, pushed))
     return 0
 
 
-def summary(model: StoredModel, to: str, written: Written, out: str) -> dict[str, Any]:
+def summary(model: StoredModel, to: str, written: Written, out: str, pushed: str | None = None) -> dict[str, Any]:
     """What was read and written in plain values: what ``--json`` prints."""
     description, names = model.description, ("vocab_size", "context_length", "mask_token_id", "end_token_ids")
     return {
@@ -94,10 +109,11 @@ def summary(model: StoredModel, to: str, written: Written, out: str) -> dict[str
         **{name: getattr(description, name) for name in names},
         "tokenizer": model.tokenizer is not None,
         **vars(written),
+        "pushed": pushed,
     }
 
 
-def _table(model: StoredModel, to: str, written: Written, out: str) -> Table:
+def _table(model: StoredModel, to: str, written: Written, out: str, pushed: str | None) -> Table:
     table = Table(title=out, show_header=False)
     table.add_column("", style="bold")
     table.add_column("", overflow="fold")
@@ -115,25 +131,34 @@ def _table(model: StoredModel, to: str, written: Written, out: str) -> Table:
         "parameters": f"{written.parameters:,}",
         "size": f"{decimal(written.bytes)}, {written.dtype}",
         "files": ", ".join([shards[0] if len(shards) == 1 else f"{len(shards)} of weights", *others]),
+        **({} if pushed is None else {"pushed": pushed}),
     }
     for row in rows.items():
         table.add_row(*row)
     return table
 
 
-def _notes(model: StoredModel, to: str) -> list[str]:
-    """What others' programs will do differently with the model."""
+def _notes(model: StoredModel, to: str, written: Written, out: Path) -> list[str]:
+    """What others' programs will do differently with the model, and what they need besides."""
+    from llada_lightning.checkpoints.card import CODE_FILES, CODE_TRANSFORMERS, code_command
+
     description = model.description
     notes = []
     if to != "llada" and description.mask_token_id is not None and description.compat is None:
         notes.append(
             f"this model was trained without a probability for [MASK] ({description.mask_token_id}); other programs "
-            "must not let it be drawn"
+            "must not let it be drawn" + (" (transformers' generate does not)" if to == "hf-llama" else "")
         )
-    if to == "hf-llama" and description.start_token_id is not None:
+    if to == "hf-llama" and description.start_token_id is not None and model.tokenizer is None:
         notes.append(
             f"this model was trained with token {description.start_token_id} before every sequence; other programs "
             "must put it there"
+        )
+    if to == "hf-llada" and not set(CODE_FILES) <= set(written.files):
+        notes.append(
+            f"transformers loads this folder with the authors' code, which is not ours to ship; fetch it with: "
+            f"{code_command(shlex.quote(str(out)))} (it asks for transformers {CODE_TRANSFORMERS}, in an environment "
+            "of its own)"
         )
     if model.tokenizer is None:
         notes.append("there is no tokenizer; give --tokenizer to add the model's")

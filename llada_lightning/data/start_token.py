@@ -19,7 +19,7 @@ from llada_lightning.support.reading import parse_json
 
 _KEY = "llada_lightning"
 """Our key in ``tokenizer_config.json``: what stood there before the token was written."""
-_CHANGED = ("bos_token", "add_bos_token")
+_CHANGED = ("bos_token", "add_bos_token", "model_input_names")
 
 
 def with_start_token(files: Mapping[str, bytes], token: str, token_id: int, bos_token: str) -> dict[str, bytes]:
@@ -45,12 +45,15 @@ def with_start_token(files: Mapping[str, bytes], token: str, token_id: int, bos_
         before |= {"role": roles["bos_token"]} if "bos_token" in roles else {}
         written[ROLES_NAME] = _json({**roles, "bos_token": token})
     shown, meant = (json.dumps(each, ensure_ascii=False) for each in (token, bos_token))
-    prefix = f"{{% set bos_token = {meant} %}}{{{{ {shown} }}}}"
+    templated = TEMPLATE_NAME in files or config.get("chat_template")
+    prefix = f"{{% set bos_token = {meant} %}}{{{{ {shown} }}}}" if templated else ""
     if TEMPLATE_NAME in files:
         written[TEMPLATE_NAME] = prefix.encode() + files[TEMPLATE_NAME]
     config = _with_templates(config, lambda template: prefix + template)
     ours = {"start_token": token, "chat_prefix": prefix, "before": before}
-    written[TOKENIZER_CONFIG_NAME] = _json({**config, "bos_token": token, "add_bos_token": True, _KEY: ours})
+    # Before transformers 5 the type of each token is handed to the model, too, unless the names of its inputs are told.
+    config = {"model_input_names": ["input_ids", "attention_mask"], **config, "bos_token": token, "add_bos_token": True}
+    written[TOKENIZER_CONFIG_NAME] = _json({**config, _KEY: ours})
     return written
 
 

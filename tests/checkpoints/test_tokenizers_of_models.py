@@ -22,7 +22,8 @@ def hf_llama(folder: Path, bos: bool = False, **tokenizer_config: Any) -> Path:
     tokenizer = tokenizer_folder(folder / "tokenizer", bos)
     if tokenizer_config:
         (tokenizer / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    return changed_config(written(folder / "model", "hf-llama", "arm", tokenizer), llada_lightning=...)
+    model = written(folder / "model", "hf-llama", "arm", tokenizer, start_token_id=None)
+    return changed_config(model, llada_lightning=...)
 
 
 def test_bos_stands_before_a_text_as_the_post_processor_puts_it(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_transformers_reads_the_tokenizer_that_stood_alone(tmp_path: Path) -> No
     folder = written(tmp_path / "model", "hf-llama", "arm", tokenizer_folder(tmp_path / "tokenizer"))
     theirs, ours = AutoTokenizer.from_pretrained(folder), load_model(folder, device="cpu")
     assert (theirs.eos_token_id, theirs.mask_token_id, theirs.bos_token_id) == (EOS, MASK, EOS)
-    assert theirs("12 plus é").input_ids == ours.encode("12 plus é")
+    assert theirs("12 plus é").input_ids == [EOS, *ours.encode("12 plus é")]
 
 
 def test_special_ids_that_config_json_does_not_say_are_the_tokenizers(tmp_path: Path) -> None:
@@ -147,11 +148,12 @@ def test_a_given_tokenizer_comes_with_what_stands_beside_it(tmp_path: Path) -> N
 def test_a_tokenizer_with_a_configuration_is_written_as_it_is(tmp_path: Path) -> None:
     folder = tokenizer_folder(tmp_path)
     alone = TokenizerFiles.of_path(folder)
-    made = json.loads(tokenizer_files(alone, described("llada"))["tokenizer_config.json"])
+    made = json.loads(tokenizer_files(alone, described("llada"), "llada")["tokenizer_config.json"])
     assert (made["mask_token"], made["eos_token"], made["pad_token"]) == ("[MASK]", "[EOS]", "[EOS]")
     assert "bos_token" not in made and made["model_max_length"] == 64
     (folder / "tokenizer_config.json").write_text("{}")
-    assert tokenizer_files(TokenizerFiles.of_path(folder), described("llada"))["tokenizer_config.json"] == b"{}"
+    files = TokenizerFiles.of_path(folder)
+    assert tokenizer_files(files, described("llada"), "llada")["tokenizer_config.json"] == b"{}"
 
 
 TWO = [{"name": "rag", "template": "x"}, {"name": "default", "template": "{{ messages }}"}]
