@@ -266,10 +266,10 @@ def _flops(record: Mapping[str, Any], model: StoredModel, facts: Mapping[str, An
 
 
 def _loss(record: Mapping[str, Any]) -> list[Row]:
-    if not _is_number(record.get("val_nats_per_token")):
+    nats, kind = record.get("val_nats_per_token"), record.get("val_kind")
+    if not _is_number(nats):
         return []
-    kind, nats, error = (record.get(key) for key in ("val_kind", "val_nats_per_token", "val_stderr"))
-    rows = [("nats per token", _measured(nats, error)), ("kind", _text(kind))]
+    rows = [("nats per token", _measured(nats, record.get("val_stderr"))), ("kind", _text(kind))]
     if _is_number(record.get("val_bits_per_byte")):
         rows.append(("bits per byte", _measured(record["val_bits_per_byte"], None)))
     for key, what, how in (

@@ -142,9 +142,8 @@ def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> St
 
 def _training(path: Path, given: TokenizerFiles | None) -> StoredModel:
     description, stored, trained = _read_training(path)
-    fingerprint = trained["identity"].get("tokenizer", "")
     weights = weights_of(stored, TRAINING, _on_meta(description, path), str(path))
-    found = given or _run_tokenizer(path, description, fingerprint)
+    found = given or _run_tokenizer(path, description, trained["identity"]["tokenizer"])
     files = None if found is None else fitted_tokenizer(found, description, given is not None, known=given is None)
     return StoredModel(path, "training", description, weights, files, trained=trained)
 
@@ -170,7 +169,7 @@ def _read_training(path: Path) -> tuple[Description, dict[str, StoredTensor], di
             weights = {name: of_tensor(tensor) for name, tensor in content["state_dict"].items()}
         require_whole(path)
         trained = {
-            "identity": with_stable_names(content["identity"]),
+            "identity": {**with_stable_names(content["identity"]), "tokenizer": content["identity"]["tokenizer"]},
             "steps": content["global_step"],
             "tokens": _training_tokens(content),
         }

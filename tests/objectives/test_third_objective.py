@@ -92,6 +92,7 @@ def test_what_a_position_sees_is_what_the_table_says(name: str) -> None:
 # --- nothing else names an objective ---------------------------------------------------------------------------------
 
 NAMES = {
+    "checkpoints.card": "the layout `llada` of `llada convert --to`",
     "checkpoints.convert": "the layout `llada` of `llada convert --to`",
     "checkpoints.description": "compat `llada`",
     "checkpoints.hugging_face": "model_type and compat of the authors' format, and the objective of each format",
