@@ -271,6 +271,8 @@ class Machine:
         Raises:
             UserError: Names the setting.
         """
+        if self.unknown is not None:
+            raise UserError(f"plan: {self.unknown}; for another device leave it out, and give --measured RESULTS")
         for option, count in {"devices": self.devices, "micro-batch": self.micro_batch}.items():
             if count is not None and not 1 <= count <= MAX_BATCH:
                 raise UserError(f"plan: --{option} {count} must lie between 1 and {MAX_BATCH}")
@@ -295,13 +297,13 @@ class Machine:
 
     @property
     def unknown(self) -> str | None:
-        """A note where a device is named of which nothing is known; None where its memory is."""
+        """What is wrong with the name of a device that is not listed; None for a listed one, and for none."""
         if self.device is None or self.memory is not None:
             return None
         name = " ".join(word for word in _WORDS.split(self.device.upper()))
         near = get_close_matches(name, MEMORY_GB, 1)
         nearest = f"; the nearest is {near[0]}" if near else ""
-        return f"memory: n/a: --device {self.device} is not known{nearest}; known: {', '.join(MEMORY_GB)}"
+        return f"--device {shortened(self.device)} is not known{nearest}; known: {', '.join(MEMORY_GB)}"
 
     @property
     def memory(self) -> float | None:

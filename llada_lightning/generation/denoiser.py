@@ -80,15 +80,17 @@ class Denoiser:
         A row whose answer has ended leaves the batch: what is still masked behind its EOS would be discarded.
         ``on_step`` is called with the number of each step that revealed something.
         """
-        settings, steps_before = self.settings, 0
-        for number, (begin, end) in enumerate(self._blocks()):
-            self._open_block(begin, end, number)
+        steps_before, blocks = 0, self._blocks()
+        shares = self.settings.steps_of_blocks([end - begin for begin, end in blocks])
+        for number, (begin, end) in enumerate(blocks):
+            steps = None if shares is None else shares[number]
+            self._open_block(begin, end, steps_before, steps)
             steps_done = 0
             while self.rows is not None:
                 steps_done += 1
                 if self._step(self.rows, steps_done):
                     on_step(steps_before + steps_done)
-            steps_before += settings.steps_per_block or steps_done
+            steps_before += steps or steps_done
         return self.predictor.passes
 
     def _blocks(self) -> list[tuple[int, int]]:
@@ -102,17 +104,16 @@ class Denoiser:
         edges = [begin, *range(first + size, canvas.length, size), canvas.length]
         return list(pairwise(edges))
 
-    def _open_block(self, begin: int, end: int, number: int) -> None:
-        """Turn to the columns ``begin`` to ``end``, the block of this number."""
+    def _open_block(self, begin: int, end: int, steps_before: int, steps: int | None) -> None:
+        """Turn to the columns ``begin`` to ``end``, after so many steps, for so many; None: as many as it needs."""
         masked_B = self.canvas.masked_BL[:, begin:end].sum(dim=1).masked_fill(self.done_B, 0)
         rows, masked = [], []
         for row, count in enumerate(masked_B.tolist()):
             if count:
                 rows.append(row)
                 masked.append(count)
-        steps = self.settings.steps_per_block
         if steps is not None:
-            self.steps_B.fill_(number * steps)
+            self.steps_B.fill_(steps_before)
         if not rows:
             self.rows = None
             return

@@ -137,7 +137,7 @@ def _batch(
 
     def show(step: int) -> None:
         if on_step is not None:
-            on_step(canvas.snapshot(step, settings.most_steps, start))
+            on_step(canvas.snapshot(step, max(step, settings.most_steps), start))
 
     with passes_as_graphs(lm.model):
         if lm.facts.replaces:

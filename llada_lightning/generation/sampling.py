@@ -154,6 +154,18 @@ class Sampling:
         assert self.length is not None and self.block_length is not None
         return None if self.steps is None else self.steps // (self.length // self.block_length)
 
+    def steps_of_blocks(self, columns: Sequence[int]) -> list[int] | None:
+        """The number of steps of each block of so many columns, of resolved settings; None where there is no schedule.
+
+        Where the prompt has begun the first block, the last one lacks as many columns: the two share the steps of one
+        block by their columns, each with at least one step.
+        """
+        steps, size = self.steps_per_block, self.block_length
+        if steps is None or size is None or self.infill or columns[0] == size:
+            return None if steps is None else [steps] * len(columns)
+        first = min(max(1, round(steps * columns[0] / size)), max(1, steps - 1))
+        return [first, *[steps] * (len(columns) - 2), max(1, steps - first)]
+
     @property
     def most_steps(self) -> int:
         """The largest possible number of steps, of resolved settings."""

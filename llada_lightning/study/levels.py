@@ -56,6 +56,13 @@ class RunLevels:
     objective: Objective | None
     curves: dict[str, LevelCurves]
 
+    @property
+    def unit(self) -> str:
+        """What the losses are of: of masked tokens, or of all tokens where none is masked and some are replaced."""
+        if self.objective is None:
+            return "nats per scored token"
+        return "nats per token, of all positions" if self.objective.replaces else "nats per masked token"
+
     def as_dict(self) -> dict[str, Any]:
         """The same for JSON; null where a bin had no token."""
         windows = {

@@ -51,11 +51,14 @@ set_loader("yaml", _load_checked_yaml, (yaml.YAMLError,))
 
 
 class CommandParser(ArgumentParser):
-    """A parser whose errors are UserErrors of one line.
+    """A parser whose errors are UserErrors of one line, and that takes no abbreviated options.
 
     The inherited ``error`` prints pages of usage before the mistake and leaves the process; here the mistake alone
     goes to whoever called, who prints it and chooses the exit code.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises UserError: the command, what is wrong, and where to read the options."""

@@ -358,8 +358,11 @@ def test_without_a_budget_the_ways_to_give_one_are_named(capsys: pytest.CaptureF
 
 
 def test_a_device_that_is_not_known_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(plan("--vocab-size", "512", "--device", "RTX4090")) == 0
-    assert "memory: n/a: --device RTX4090 is not known; the nearest is RTX 4090; known: " in capsys.readouterr().out
+    for device, nearest in (("RTX4090", "RTX 4090"), ("H20", "H200")):
+        assert main(plan("--vocab-size", "512", "--device", device)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: plan: --device {device} is not known; the nearest is {nearest}; known: H200, ")
+        assert error.endswith("for another device leave it out, and give --measured RESULTS\n")
 
 
 def test_a_run_has_the_number_by_which_a_sweep_knows_it(

@@ -96,3 +96,42 @@ def _in_a_new_process(code: str) -> subprocess.CompletedProcess[str]:
         "try:\n    entry_point()\nexcept SystemExit as leave:\n    assert leave.code == 0\n"
     )
     return subprocess.run([sys.executable, "-c", script + code], capture_output=True, text=True, check=True)
+
+
+ABBREVIATED = [
+    ("plan", "--dat", "data"),
+    ("plan", "--append=s.yaml --flop", "1"),
+    ("sweep", "run s.yaml --job", "2"),
+    ("sweep", "run s.yaml --inde", "2"),
+    ("collect", "runs --ou", "t.csv"),
+    ("curves", "t.csv --sampl", "100"),
+    ("generate", "run --lengt", "8"),
+    ("prepare", "--sourc", "python-stdlib"),
+]
+
+
+@pytest.mark.parametrize(("verb", "words", "value"), ABBREVIATED)
+def test_an_abbreviated_option_is_refused_and_the_option_is_named(
+    verb: str, words: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([verb, *words.split(), value]) == 2
+    error = capsys.readouterr().err
+    short = words.split()[-1]
+    assert short in error and "; the nearest is --" in error and error.count("\n") == 1
+
+
+def test_no_parser_of_the_package_takes_abbreviations(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llada_lightning.support.command_line import CommandParser
+
+    made: list[CommandParser] = []
+    init = CommandParser.__init__
+
+    def noted(self: CommandParser, *args: object, **kwargs: object) -> None:
+        init(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(CommandParser, "__init__", noted)
+    siblings = [verb for verb in VERBS if verb.file != "fit"]
+    for verb in siblings:
+        assert main([verb.name, "--help"]) == 0
+    assert len(made) >= len(siblings) and not any(parser.allow_abbrev for parser in made)

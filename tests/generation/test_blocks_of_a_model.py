@@ -81,3 +81,15 @@ def test_one_block_of_the_whole_text_is_masked_diffusion() -> None:
 def test_mistakes_are_told(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         generate(block_model(), [[1, 2]], **{"length": 8, **settings})
+
+
+@pytest.mark.parametrize("prompt_length", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("per_block", [1, 2, 3, 4])
+def test_a_block_that_the_prompt_shares_has_its_share_of_the_steps(prompt_length: int, per_block: int) -> None:
+    steps = 3 * per_block
+    found = generate(block_model(), [ids(prompt_length, 1)], length=3 * BLOCK, steps=steps, cache="none", seed=1)
+    shared = prompt_length % BLOCK > 0
+    assert found.steps <= steps + (shared and per_block == 1)  # each part of a block needs one step
+    if len(found.tokens[0]) == 3 * BLOCK:
+        assert found.steps == steps + (shared and per_block == 1)
+        assert f" {found.steps} steps, " in found.facts

@@ -143,3 +143,21 @@ def test_what_belongs_to_a_table_is_refused(option: str, tmp_path: Path, capsys:
     name = option.partition("=")[0]
     said = f"error: curves: {name} belongs to a table of results, and --by-level to one run; leave one out\n"
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("module", "unit"),
+    [
+        ("LladaModule", "nats per masked token"),
+        ("modules.BlockDiffusionModule", "nats per masked token"),
+        ("modules.UniformDiffusionModule", "nats per token, of all positions"),
+        ("SomeModule", "nats per scored token"),
+    ],
+)
+def test_the_heading_says_of_which_tokens_the_losses_are(
+    module: str, unit: str, tmp_path: Path, capsys: Captured
+) -> None:
+    run = write_run(tmp_path / "run", module=module)
+    assert loss_by_level(read_levels(run)).axes[0].get_ylabel() == f"loss ({unit})"
+    assert curves([str(run), "--by-level", "--out", str(tmp_path / "out")]) == 0
+    assert f"run: {unit}, by noise level, up to a step" in capsys.readouterr().out

@@ -146,7 +146,9 @@ def test_the_array_covers_all_runs_with_time_and_devices(tmp_path: Path) -> None
     assert hours is not None
     minutes = math.ceil(60 * 1.5 * hours) + 10
     assert f"#SBATCH --time={minutes // 60}:{minutes % 60:02d}:00\n" in text
-    assert "--time" not in slurm_text(planned(), Path("sweeps/s.yaml"), Path("s.sbatch"), COMMAND)
+    assert "#SBATCH --cpus-per-task=4\n" in text and "(--partition, --account)" in text
+    unknown = slurm_text(planned(), Path("sweeps/s.yaml"), Path("s.sbatch"), COMMAND)
+    assert "#SBATCH --time" not in unknown and "(--time, as the speed is not known, --partition, --account)" in unknown
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

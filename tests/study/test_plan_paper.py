@@ -70,8 +70,8 @@ def test_what_is_advised_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().err.strip().endswith(f" {advised}")
         assert main(["plan", "--paper", "--device", device, "--devices", str(advised)]) == 0
         capsys.readouterr()
-    assert main(["plan", "--paper", "--device", "B100"]) == 0
-    assert "memory: n/a: --device B100 is not known; the nearest is H100; known: " in capsys.readouterr().out
+    assert main(["plan", "--paper", "--device", "B100"]) == 2
+    assert "plan: --device B100 is not known; the nearest is H100; known: " in capsys.readouterr().err
 
 
 def test_the_table_is_printed_with_how_it_was_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,8 +180,9 @@ def test_wrong_sweeps_are_refused(tmp_path: Path, change: dict[str, Any], words:
     ("text", "words"),
     [
         ("a: [", "not YAML"),
-        ("[1]", "it holds list"),
-        ("", "it holds NoneType"),
+        ("[1]", "is no W&B sweep file: it holds no keys such as method"),
+        ("", "is no W&B sweep file"),
+        ("a,b\n1,2\n", "is no W&B sweep file: it holds no keys such as method, parameters and command; give the .yaml"),
         ("a: 1\nb: 2\na: 3", "'a' is given in line 1 and again in line 3"),
     ],
 )

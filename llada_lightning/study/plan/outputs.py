@@ -125,8 +125,6 @@ def describe_totals(plan: Plan) -> list[str]:
             passes = {name: own["epochs"] for name, own in totals["by_objective"].items()}
             needed += "; epochs at most: " + ", ".join(f"{name} {count:.2g}" for name, count in passes.items())
     lines.append(needed)
-    if plan.machine.unknown is not None:
-        lines.append(plan.machine.unknown)
     if totals["wall_hours"] is not None:
         of = plan.machine.device or "device"
         lines.append(
@@ -313,6 +311,9 @@ def write_sweep(
 
 # --- SLURM -----------------------------------------------------------------------------------------------------------
 
+CPUS_PER_TASK = 4
+"""The training process, its two loaders, and the thread that logs."""
+
 _BATCH_SCRIPT = """\
 #!/bin/bash
 {origin}
@@ -325,6 +326,8 @@ _BATCH_SCRIPT = """\
 #SBATCH --requeue
 #SBATCH --signal=SIGUSR1@120
 # At the signal a run saves its step and asks SLURM to queue its task again, which then resumes from there.
+# Options of sbatch overrule these lines and add what a cluster needs ({missing}). The tasks have the
+# environment of the shell that submits them: activate the virtual environment and load modules there.
 exec srun --kill-on-bad-exit=1 llada sweep run {sweep} --index "$SLURM_ARRAY_TASK_ID"
 """
 
@@ -335,8 +338,11 @@ def slurm_text(
     """A SLURM job array with one task for each run of a sweep; near its time limit a task saves and queues again."""
     devices = plan.machine.devices
     resources = f"#SBATCH --ntasks-per-node={devices}\n#SBATCH --gpus-per-node={devices}\n"
-    hours = plan.longest_wall_hours()
-    if hours is not None:
+    resources += f"#SBATCH --cpus-per-task={CPUS_PER_TASK}\n"
+    hours, missing = plan.longest_wall_hours(), "--partition, --account"
+    if hours is None:
+        missing = f"--time, as the speed is not known, {missing}"
+    else:
         minutes = math.ceil(60 * TIME_MARGIN * hours) + 10
         resources += f"#SBATCH --time={minutes // 60}:{minutes % 60:02d}:00\n"
     return _BATCH_SCRIPT.format(
@@ -346,4 +352,5 @@ def slurm_text(
         name=sweep.stem,
         last=len(plan.runs()) - 1,
         resources=resources,
+        missing=missing,
     )

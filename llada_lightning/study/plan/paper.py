@@ -221,8 +221,6 @@ def paper_notes(plan: pd.DataFrame, machine: Machine) -> list[str]:
         "llada computes at masked positions only",
         "memory: weights, gradients and moments in fp32 divided among all devices, activations without recomputation",
     ]
-    if machine.unknown is not None:
-        notes.append(machine.unknown)
     if lasts["wall_hours"].isna().any():
         notes.append("hours: n/a; give --device and --mfu, or --measured RESULTS")
     else:

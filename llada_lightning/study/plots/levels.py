@@ -31,7 +31,7 @@ def loss_by_level(levels: RunLevels) -> StudyFigure:
         label_plain(panel.xaxis)
         label_plain(panel.yaxis)
         dress(panel)
-    panels[0].set_ylabel("loss (nats per scored token)", color=INK)
+    panels[0].set_ylabel(f"loss ({levels.unit})", color=INK)
     bar = figure.colorbar(ScalarMappable(Normalize(0, last), cmap), ax=list(panels), pad=0.02)
     bar.set_label("step", color=INK)
     bar.outline.set_visible(False)

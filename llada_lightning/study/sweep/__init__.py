@@ -77,7 +77,10 @@ def read_sweep(path: Path | str) -> Sweep:
         path = SHIPPED[str(path)]
     config = read_yaml(path)
     if not isinstance(config, dict):
-        raise UserError(f"sweep: {path} must hold method, parameters and command; it holds {type(config).__name__}")
+        raise UserError(
+            f"sweep: '{path}' is no W&B sweep file: it holds no keys such as method, parameters and command; give the "
+            ".yaml file that llada plan --out wrote"
+        )
     if config.get("method") != "grid":
         raise UserError(
             f"sweep: method {config.get('method')!r} in {path}; this runner handles grid, for others use "

@@ -13,7 +13,7 @@ from llada_lightning.support.printing import people_console
 def print_levels(levels: RunLevels, files: list[str]) -> None:
     """Prints the first and the last loss of each noise level, in training and in validation."""
     console = people_console()
-    title = f"{levels.run}: nats per scored token by noise level, up to a step"
+    title = f"{levels.run}: {levels.unit}, by noise level, up to a step"
     console.print(title, highlight=False, soft_wrap=True)  # not that of the table, which is narrower than most names
     console.print(levels_table(levels))
     console.print(f"-> {', '.join(files)}", soft_wrap=True)
