@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from llada_lightning.records import (
 )
 from llada_lightning.settings import NOT_RUNS
 from llada_lightning.study.results import CovarianceReport, Row, table_of_records, typed_record
+from llada_lightning.study.sweep import COPY_SUFFIX, read_sweep, render_command
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import is_there
 from llada_lightning.support.printing import shortened
@@ -84,6 +86,8 @@ class CollectReport:
     """Rows of the table."""
     unfinished: dict[str, str] = field(default_factory=dict)
     """Folder or W&B run -> why it is not finished. Records that exist are in the table, with their status."""
+    not_begun: dict[str, str] = field(default_factory=dict)
+    """Copy of a study's sweep file -> how many of its runs have no folder."""
     diverged: list[str] = field(default_factory=list)
     """Finished runs whose validation loss is not finite. They are in the table."""
     damaged: dict[str, list[str]] = field(default_factory=dict)
@@ -105,6 +109,10 @@ class CollectReport:
         skipped = [f"{where} ({count})" for where, count in self.skipped.items()]
         return [
             *(f"unfinished: {where} ({reason})" for where, reason in self.unfinished.items()),
+            *(
+                f"not begun: {count} of {where}; `llada sweep run` does what is left"
+                for where, count in self.not_begun.items()
+            ),
             *(f"damaged: {where} ({'; '.join(reasons)})" for where, reasons in self.damaged.items()),
             *(f"left out: {where} ({reason})" for where, reason in self.left_out.items()),
             *(f"diverged: {where} (validation loss not finite)" for where in self.diverged),
@@ -202,6 +210,7 @@ def gather(sources: Iterable[Path | str]) -> Collection:
     collection = Collection()
     folders, collection.report.left_out = find_run_folders(name for name in names if not name.startswith(PREFIX))
     collection.report.folders = len(folders)
+    collection.report.not_begun = _not_begun(folders)
     for folder in folders:
         _add_folder(collection, folder)
     for project in dict.fromkeys(name for name in names if name.startswith(PREFIX)):
@@ -315,6 +324,21 @@ def _add_folder(collection: Collection, folder: Path) -> None:
         if count := skipped_updates(folder):
             collection.report.skipped[where] = count
     collection.add(where, records, _open_ends(records, budgets, f"no {RESULT_FILE}"))
+
+
+def _not_begun(folders: Sequence[Path]) -> dict[str, str]:
+    """The runs without a folder of each study that one sweep alone has made: its copy -> how many there are."""
+    found = {}
+    for study, runs in Counter(folder.parent for folder in folders).items():
+        copies = sorted(study.glob(f"*{COPY_SUFFIX}"))
+        if len(copies) != 1:
+            continue
+        with suppress(UserError):  # an edited copy is the concern of `llada sweep`
+            sweep = read_sweep(copies[0])
+            planned = len({str(render_command(sweep, point)) for point in sweep.points})
+            if planned > runs:
+                found[str(copies[0])] = f"{planned - runs} of the {planned} runs"
+    return found
 
 
 def _open_ends(records: list[dict[str, Any]], expected: int, nothing: str) -> Iterator[str]:

@@ -40,7 +40,7 @@ from llada_lightning.training.guard import UpdateGuard
 from llada_lightning.training.lightning_internals import call_before_optimizer_step
 from llada_lightning.training.machine import Speed, apply_speed
 from llada_lightning.training.noise_levels import LevelLosses
-from llada_lightning.training.optimizers import OptimizerSettings
+from llada_lightning.training.optimizers import OptimizerSettings, hold_back
 from llada_lightning.training.parallel import shard, total_norm
 from llada_lightning.training.step_graphs import StepGraphs, recorded_steps
 from llada_lightning.training.validation import (
@@ -199,6 +199,11 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.at(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    @property
+    def builds_own_optimizer(self) -> bool:
+        """Whether a subclass builds the optimizer in another way than by ``optimizer_settings``."""
+        return type(self).configure_optimizers is not LanguageModule.configure_optimizers
+
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
@@ -210,8 +215,7 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
         self._micro_losses.clear()
         verdict = self.judged(losses_A, gradient_clip_val)
         self.guard.note(self.trainer.global_step + 1, verdict)
-        # What optimizers take as from a GradScaler: 1 leaves weights, moments and step counts as they are.
-        optimizer.found_inf = verdict[-1]  # type: ignore[attr-defined]
+        hold_back(optimizer, verdict[-1])
 
     def judged(self, losses_A: Tensor, clip: float | None) -> Tensor:
         """Clip the gradients, and judge the global batch, the same on all ranks; both figures are kept for the log.

@@ -206,6 +206,18 @@ class ShardedMuon(torch.optim.Muon):
         part.mul_(1 - group["lr"] * group["weight_decay"]).add_(own_part(change, parameter))
 
 
+def hold_back(optimizer: Optimizer, verdict: Tensor) -> None:
+    """Have an optimizer leave weights, moments and step counts as they are in its next step, where the verdict is 1.
+
+    Those that take ``found_inf``, as from a GradScaler, are given the verdict. The others, of a module that builds its
+    own, skip parameters without a gradient; for them the host waits for the device.
+    """
+    if isinstance(optimizer, GuardedOptimizer) or getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = verdict  # type: ignore[union-attr]
+    elif bool(verdict):
+        optimizer.zero_grad(set_to_none=True)
+
+
 class GuardedOptimizer(Optimizer):
     """One or several optimizers as one, whose step is not made where ``found_inf`` is 1.
 

@@ -246,6 +246,8 @@ def why_not_graphed(
         return "the micro-batches have different lengths"
     if module.optimizer_settings.name != "adamw":
         return f"{module.optimizer_settings.name} is no fused AdamW"
+    if module.builds_own_optimizer:
+        return "the module builds an optimizer of its own"
     if module.open_attention_steps:
         return "open_attention_steps changes the attention from step to step"
     if trainer.precision == "16-mixed":

@@ -98,6 +98,20 @@ def _in_a_new_process(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", script + code], capture_output=True, text=True, check=True)
 
 
+def test_a_class_that_is_not_trusted_is_refused_before_torch_is_imported() -> None:
+    words = ["--model=mine.Module", "--model mine.Module", "--data mine.Data", "--trainer.callbacks+ mine.Hello"]
+    asked = [["fit", "--data.path=data", *option.split()] for option in [*words, "--trainer.callbacks+=mine.Hello"]]
+    script = (
+        "import sys\nfrom llada_lightning.commands.main import main\n"
+        f"for arguments in {asked}:\n"
+        "    assert main(arguments) == 2 and not {'torch', 'lightning', 'mine'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    refused = [line.partition(" is not of llada_lightning")[0] for line in done.stderr.splitlines()]
+    classes = [("model", "Module"), ("model", "Module"), ("data", "Data"), *[("trainer.callbacks", "Hello")] * 2]
+    assert refused == [f"error: {name}: 'mine.{kind}'" for name, kind in classes]
+
+
 ABBREVIATED = [
     ("plan", "--dat", "data"),
     ("plan", "--append=s.yaml --flop", "1"),

@@ -132,6 +132,21 @@ def test_a_run_that_lacks_a_budget_is_unfinished(tmp_path: Path) -> None:
     assert report.unfinished == {str(tmp_path / "run"): "1 of 2 results reached"}
 
 
+def test_runs_that_a_sweep_has_not_begun_are_counted(tmp_path: Path) -> None:
+    write_records(tmp_path / "s/run", [sound()])
+    copy = tmp_path / "s/plan.sweep.yaml"
+    values = "command: [llada, fit, '${args}']\nparameters: {seed_everything: {values: [0, 1, 2]}}\n"
+    copy.write_text(f"method: grid\n{values}")
+    _, report = collect([tmp_path])
+    assert report.not_begun == {str(copy): "2 of the 3 runs"}
+    assert report.lines() == [f"not begun: 2 of the 3 runs of {copy}; `llada sweep run` does what is left"]
+    copy.write_text("method: random")  # what is wrong with it is told by `llada sweep`
+    assert collect([tmp_path])[1].not_begun == {}
+    copy.write_text(f"method: grid\n{values}")
+    copy.with_name("more.sweep.yaml").write_text("method: grid")  # of two sweeps the shares are not known
+    assert collect([tmp_path])[1].not_begun == {}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.studies import CHINCHILLA, VALLEYS, Chinchilla, World, simulated_study
+from helpers.studies import CHINCHILLA, VALLEYS, Chinchilla, World, record, simulated_study
 from llada_lightning.study.fits import IsoflopFit, fit_isoflop, fit_table
 from llada_lightning.study.fits.runs import in_canonical_order, noise_of_runs
 from llada_lightning.study.fits.uncertainty import Spread
+from llada_lightning.study.results import table_of_records
 
 FLOPS = ["tokens", "flops_6nd", "flops_attention", "flops_head", "flops_total"]
 
@@ -135,3 +136,12 @@ def test_runs_planned_by_the_other_convention_form_no_budgets() -> None:
         assert "6ND + attention + head: they were not planned to be equal by it" in str(own.isoflop["total"].note)
     swapped = table.assign(flops_6nd=table["flops_total"], flops_total=table["flops_6nd"])
     assert len(fit_table(swapped, samples=200).objectives["arm"].isoflop["total"].budgets) == 6
+
+
+def test_a_study_that_is_not_finished_is_not_called_unplanned() -> None:
+    """One shape has all of its budgets, the second one the first budget alone."""
+    runs = [("107k", 1e12), ("107k", 2e12), ("107k", 4e12), ("443k", 1e12)]
+    table = table_of_records([record("arm", shape, budget, 4.0 - 1e-13 * budget) for shape, budget in runs])
+    note = str(fit_table(table, samples=200).objectives["arm"].isoflop["6nd"].note)
+    assert "do not share budgets by 6ND: others of these budgets are not finished, or none are planned" in note
+    assert "budgets (shapes): 1e+12 (2)" in note

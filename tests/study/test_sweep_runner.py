@@ -212,6 +212,21 @@ def test_progress_is_drawn_on_a_terminal(tmp_path: Path) -> None:
     assert "elapsed" in screen.getvalue()
 
 
+def test_off_a_terminal_the_progress_is_told_in_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_run, "TOLD_SECONDS", 0.0)
+    monkeypatch.setattr(sweep_run, "_TOLD_SHARE", 0.0)
+    study = Study(tmp_path, {"a": "ok", "b": "fail"})
+    study.run()
+    lines = study.output.getvalue().splitlines()
+    assert any(line.startswith("running  a  starting  ") for line in lines)
+    assert any(line.startswith("0/2 runs  ") and " elapsed" in line for line in lines)
+    assert any(line.startswith("1/2 runs  ") and " left" in line for line in lines)
+    monkeypatch.setattr(sweep_run, "TOLD_SECONDS", 1e9)
+    quiet = Study(tmp_path / "quiet", {"a": "ok"})
+    quiet.run()
+    assert not any(line.startswith(("running", "0/1")) for line in quiet.output.getvalue().splitlines())
+
+
 # --- what a running fit shows -----------------------------------------------------------------------------------------
 
 

@@ -153,6 +153,45 @@ def test_a_skipped_step_leaves_weights_and_state_and_moves_everything_else(
     assert record(folder)["status"] == "done"
 
 
+OWN_OPTIMIZER = """
+import torch
+from llada_lightning.training.modules import ArmModule
+
+class Sgd(ArmModule):
+    def configure_optimizers(self):
+        return torch.optim.{optimizer}(self.parameters(), lr=0.1{arguments})
+"""
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments"),
+    [
+        ("SGD", ", momentum=0.9, weight_decay=0.1"),
+        pytest.param("Adam", ", fused=True", marks=pytest.mark.slow),
+        pytest.param("RMSprop", "", marks=pytest.mark.slow),
+    ],
+)
+def test_the_optimizer_of_a_module_of_ones_own_is_held_back_by_the_guard_too(
+    optimizer: str, arguments: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"own_{optimizer.lower()}"
+    (tmp_path / f"{name}.py").write_text(OWN_OPTIMIZER.format(optimizer=optimizer, arguments=arguments))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("LLADA_TRUSTED_MODULES", f"helpers,{name}")
+    short = ("--trainer.max_steps=5", "--run.checkpoint_every_steps=1", "--run.keep_checkpoints=9")
+    words = fit_arguments("arm", prepared, tmp_path, *short, callbacks(poison(gradients=(2,))))
+    assert main([f"--model={name}.Sgd" if word == "--model=ArmModule" else word for word in words]) == 0
+    folder = tmp_path / "test" / "run"
+    saved = [torch.load(folder / "checkpoints" / f"step={step:08d}.ckpt") for step in range(1, 6)]
+    assert same(saved[1]["state_dict"], saved[0]["state_dict"])
+    assert same(saved[1]["optimizer_states"][0]["state"], saved[0]["optimizer_states"][0]["state"])
+    assert not same(saved[2]["state_dict"], saved[1]["state_dict"])
+    assert [row["step"] for row in read_faults(folder)] == ["2"]
+    assert record(folder)["variant"] == f"module={name}.Sgd"
+    module, _ = built(OptimizerSettings())
+    assert not module.builds_own_optimizer
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [

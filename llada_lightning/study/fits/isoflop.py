@@ -23,11 +23,22 @@ from llada_lightning.study.fits.least_squares import (
     power_law,
     solver,
 )
-from llada_lightning.study.fits.runs import TokenCost, Unit, budget_members, flops_column, is_budget, losses
+from llada_lightning.study.fits.runs import (
+    TokenCost,
+    Unit,
+    budget_members,
+    counted_conventions,
+    flops_column,
+    is_budget,
+    losses,
+    planned_convention,
+)
 from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread
 
 MIN_SHAPES = 3
 """A parabola has three parameters."""
+
+_NOT_PLANNED = "they were not planned to be equal by it"
 
 MIN_SHAPES_FOR_CHECK = 5
 """A cubic has four parameters, and a parabola without the outermost two shapes needs three others."""
@@ -215,7 +226,9 @@ def _budgets_of(runs: pd.DataFrame, convention: Convention, unit: Unit) -> tuple
     if len(np.unique(log_n)) == 1:
         notes.append(f"all runs are of one shape; a parabola needs at least {MIN_SHAPES} at a budget; add shapes")
     elif apart and not groups:
-        notes.append(f"runs of several shapes do not share budgets by {name}: they were not planned to be equal by it")
+        planned = planned_convention(runs, counted_conventions(runs)) == convention
+        why = "others of these budgets are not finished, or none are planned" if planned else _NOT_PLANNED
+        notes.append(f"runs of several shapes do not share budgets by {name}: {why}")
     elif apart:
         notes.append(f"{len(apart)} runs left out: by {name} they share no budget with runs of other shapes")
     if few:

@@ -34,6 +34,9 @@ Point = dict[str, Any]
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 """What W&B runs where the file names no command."""
 
+COPY_SUFFIX = ".sweep.yaml"
+"""The end of the name of the copy of its sweep file that a study keeps."""
+
 MAX_RUNS = 100_000
 """Most runs of a sweep."""
 
@@ -294,7 +297,7 @@ def plan_runs(sweep: Sweep, run_folder: RunFolder, extra: Sequence[str] = ()) ->
 def kept_copy(sweep: Sweep, study: Path) -> Path:
     """Where a study keeps the sweep file that it was begun with."""
     assert sweep.path is not None
-    return study / f"{sweep.path.stem}.sweep.yaml"
+    return study / f"{sweep.path.stem}{COPY_SUFFIX}"
 
 
 def runs_that_left(sweep: Sweep, study: Path) -> list[list[str]]:

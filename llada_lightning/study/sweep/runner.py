@@ -39,6 +39,9 @@ from llada_lightning.support.threads import shared_among
 Fork = Callable[[list[str], Mapping[str, str], int], ForkedProcess]
 
 _POLL_SECONDS = 0.1
+TOLD_SECONDS, _TOLD_SHARE = 30.0, 0.05
+"""Off a terminal the progress is told after so many seconds, and after such a share of the time so far."""
+
 _BLOCK_BYTES = 4096
 _CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -163,7 +166,7 @@ class _Runner:
         self.jobs, self.launch, self.fork, self.console = jobs, launch, fork, console
         self.environment = {"PYTHONUNBUFFERED": "1", **shared_among(jobs)}
         self.cost_done = 0.0
-        self.started = time.monotonic()
+        self.started = self.told = time.monotonic()
 
     def run(self) -> None:
         if self.outcome.skipped:
@@ -172,6 +175,7 @@ class _Runner:
             while len(self.running) < self.jobs and (run := self._next()) is not None:
                 self.waiting.remove(run)
                 self._start(run)
+            self._tell()
             for job in self._ended():
                 self.running.remove(job)
                 self._settle(job)
@@ -266,24 +270,47 @@ class _Runner:
         with Live(get_renderable=self._picture, console=self.console, refresh_per_second=2, transient=True):
             yield
 
+    def _tell(self) -> None:
+        """The progress as lines where it is not drawn, the less often the longer the sweep takes."""
+        now = time.monotonic()
+        if self.console.is_terminal or now - self.told < max(TOLD_SECONDS, _TOLD_SHARE * (now - self.started)):
+            return
+        self.told = now
+        rows, spent = self._states()
+        for row in rows:
+            self.console.print(Text("  ".join(row), "dim"), soft_wrap=True)
+        counts, times = self._counts(spent)
+        self.console.print(counts, *times, sep="  ", highlight=False, soft_wrap=True)
+
     def _picture(self) -> Group:
         jobs = Table.grid("", "", Column(style="dim"), "", padding=(0, 2))
-        now, spent = time.monotonic(), self.cost_done
+        rows, spent = self._states()
+        for row in rows:
+            jobs.add_row(*row)
+        counts, times = self._counts(spent)
+        study = Table.grid(padding=(0, 2))
+        study.add_row(counts, ProgressBar(total=self.cost, completed=spent, width=30), *times)
+        return Group(jobs, study)
+
+    def _states(self) -> tuple[list[tuple[str, str, str, str]], float]:
+        """A row for each running fit, and the cost that has been spent by all."""
+        rows, spent = [], self.cost_done
         for job in list(self.running):
             share = budget_share(job.run)
             spent += share * job.run.cost
             state = describe_state(share, latest_metrics(job.run.folder))
-            jobs.add_row("running", job.run.name, state, format_seconds(now - job.started))
-        elapsed, failed = now - self.started, len(self.outcome.failed)
+            rows.append(("running", job.run.name, state, format_seconds(time.monotonic() - job.started)))
+        return rows, spent
+
+    def _counts(self, spent: float) -> tuple[Text, tuple[str, str]]:
+        """How many runs are settled; the time that has passed, and that is left."""
+        elapsed, failed = time.monotonic() - self.started, len(self.outcome.failed)
         settled = len(self.outcome.done) + len(self.outcome.skipped)
-        study = Table.grid(padding=(0, 2))
-        study.add_row(
-            Text.assemble((f"{settled}/{self.total} runs", "bold"), (f", {failed} failed" if failed else "", "red")),
-            ProgressBar(total=self.cost, completed=spent, width=30),
-            f"{format_seconds(elapsed)} elapsed",
-            f"about {format_seconds(elapsed * (self.cost / spent - 1))} left" if spent else "",
+        counts = Text.assemble(
+            (f"{settled}/{self.total} runs", "bold"), (f", {failed} failed" if failed else "", "red")
         )
-        return Group(jobs, study)
+        left = f"about {format_seconds(elapsed * (self.cost / spent - 1))} left" if spent else ""
+        return counts, (f"{format_seconds(elapsed)} elapsed", left)
 
 
 @contextmanager
