@@ -15,7 +15,7 @@ TABLES ?= runs/study
 .PHONY: help setup setup-dev docs docs-serve quickstart study-cpu study-gpu study-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu gpu-check clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}' | sed 's|[$$](TABLES)|$(TABLES)|'
 
 setup: $(VENV)/.ready  ## the package and what it needs, in .venv, pinned by constraints.txt
 

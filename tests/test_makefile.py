@@ -95,3 +95,12 @@ def test_an_old_python_is_one_line(tmp_path: Path, old_python: dict[str, str]) -
     error, of_make = done.stderr.strip().splitlines()
     assert error == f"error: {sys.executable} is older than Python 3.10; name another one: make PYTHON=python3.11"
     assert "Error 1" in of_make and not (tmp_path / "venv").exists()
+
+
+def test_help_lists_each_target_once_with_no_variable_left(tmp_path: Path) -> None:
+    done = make(tmp_path, "help", TABLES="tables/here")
+    assert done.returncode == 0 and "$" not in done.stdout
+    named = re.findall(r"^  make ([a-z-]+) +\S", done.stdout, re.MULTILINE)
+    [listed] = re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(listed.split())
+    assert done.stdout.count(": tables/here/report.md") == 2

@@ -373,6 +373,26 @@ def test_a_metric_that_nobody_logs_is_named_at_the_start(refused, callback: str)
     )
 
 
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("--trainer.logger=CSVLogger", "trainer.logger: CSVLogger lacks save_dir; give --trainer.logger.save_dir"),
+        (
+            "--trainer.callbacks+=EarlyStopping",
+            "trainer.callbacks: EarlyStopping lacks monitor; give --trainer.callbacks.monitor",
+        ),
+    ],
+)
+def test_an_argument_that_a_class_lacks_is_named(refused, option: str, line: str) -> None:
+    assert refused(option) == f"{line}; see 'llada fit --help'"
+
+
+def test_a_class_that_cannot_be_built_says_why(refused) -> None:
+    line = refused("--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=-1.0")
+    assert line.startswith("'lightning.pytorch.callbacks.StochasticWeightAveraging' cannot be built (")
+    assert line.endswith("); correct its arguments, or install what it needs") and "Namespace" not in line
+
+
 def test_a_callback_that_does_not_fit_is_the_users_mistake(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

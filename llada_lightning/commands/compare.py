@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llada_lightning.data.manifest import FEW_DOCUMENTS
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import people_console
@@ -11,9 +12,6 @@ from llada_lightning.support.printing import people_console
 if TYPE_CHECKING:
     from llada_lightning.study.compare import Compared, Comparison, Difference
     from llada_lightning.study.results import Row
-
-FEW_DOCUMENTS = 20
-"""Below this many pairs a standard error has itself an error of a sixth and more."""
 
 
 def main(argv: list[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llada_lightning.data.manifest import COPY_AGAIN, Manifest, loss_note
+from llada_lightning.data.manifest import COPY_AGAIN, Manifest, few_documents_note, loss_note
 from llada_lightning.support.command_line import CommandParser, print_json, unescaped
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import people_console, warn
@@ -79,9 +79,10 @@ def main(argv: list[str]) -> int:
         print_json(summary(manifest, options["out"]))
     else:
         people_console().print(prepared_table(manifest, options["out"]))
-    note = loss_note(manifest.splits["val"].lost_share)
-    if note is not None:
-        warn(note)
+    val = manifest.splits["val"]
+    for note in (few_documents_note(val.documents), loss_note(val.lost_share)):
+        if note is not None:
+            warn(note)
     return 0
 
 

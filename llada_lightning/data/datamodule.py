@@ -141,6 +141,10 @@ class TokenDataModule(LanguageDataModule):
     def lost_share(self) -> float:
         return max(manifest.splits["val"].lost_share for manifest in self.manifests)
 
+    @property
+    def val_documents(self) -> int:
+        return sum(manifest.splits["val"].documents for manifest in self.manifests)
+
     def unique_tokens(self, steps: int) -> int:
         return sum(min(read, items) for read, items in self._read_of(steps)) * self.sequence_length
 

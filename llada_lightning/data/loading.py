@@ -138,6 +138,11 @@ class LanguageDataModule(KeepsArguments, LightningDataModule, ABC):
         return 0.0
 
     @property
+    def val_documents(self) -> int:
+        """The number of documents, or dialogues, in which validation sequences may begin; 0: not known."""
+        return 0
+
+    @property
     def attended_length(self) -> int:
         """The mean number of positions that a token attends to, as the FLOPs count them."""
         return self.sequence_length

@@ -119,6 +119,21 @@ class Manifest:
         return cls(**{**fields, "splits": splits, "tokenizer": TokenizerInfo(**record["tokenizer"])})
 
 
+FEW_DOCUMENTS = 20
+"""Below this many clusters a standard error has itself an error of a sixth and more."""
+
+
+def few_documents_note(documents: int) -> str | None:
+    """Returns a note for whoever prepares a corpus if its validation split has few documents, else None."""
+    if documents >= FEW_DOCUMENTS:
+        return None
+    count = f"{documents} validation document{'s' * (documents != 1)}"
+    return (
+        f"note: {count} only, and below {FEW_DOCUMENTS} the standard error of a loss means little; raise --val-fraction, give more documents, or split long texts with "
+        "--document-separator"
+    )
+
+
 def loss_note(share: float, consequence: str = "bits per byte are left out, as they would be too low") -> str | None:
     """Returns a note for the user if more than a tolerated share of a text's bytes is lost in its tokens, else None."""
     if share <= TOLERATED_LOSS:

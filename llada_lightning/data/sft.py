@@ -220,6 +220,10 @@ class SftDataModule(LanguageDataModule):
         """The share of the bytes of all responses that their tokens do not decode to."""
         return float(self.pairs.lost_P.sum() / max(1, self.pairs.bytes_P.sum()))
 
+    @property
+    def val_documents(self) -> int:
+        return len(self.splits["val"])
+
     def unique_tokens(self, steps: int) -> int:
         """The number of tokens, without padding, of the dialogues that are read; the mean over the turns of each."""
         read = min(1.0, self.epochs(steps))

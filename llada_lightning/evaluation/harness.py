@@ -169,6 +169,13 @@ class HarnessModel(LM):
         task = requests[0].args[1]
         prompts = [self._prompt(request.args[0]) for request in requests]
         settings = self.settings(task, self._answer_length(requests[0]), max(map(len, prompts)))
+        longest = max(map(len, prompts))
+        if not task.get("truncate", True) and longest >= self.lm.context_length:
+            raise UserError(
+                f"task '{requests[0].task_name}': a prompt of {longest} tokens leaves no room for an answer, as "
+                f"'{self.lm.name}' was trained on {self.lm.context_length}; give fewer --shots, or a "
+                "checkpoint with a longer context (igsm also takes --metadata system=false)"
+            )
         if task.get("truncate", True):
             prompts = [self._fitting(prompt, settings["length"]) for prompt in prompts]
         self._remember(settings)

@@ -116,7 +116,7 @@ def one_line(message: str, command: str, options: Iterable[str] = ()) -> str:
         options: The names of the parser's options, of which a misspelt one is told the nearest.
     """
     key = re.search(r'Parser key "([^"]+)"', message)
-    causes = rf"\S+: .* given; expected .*|\S+: .* was not imported; .*|(?:{_UNKNOWN}).*"
+    causes = rf"\S+: .* given; expected .*|\S+: .* was not imported; .*|(?:{_UNKNOWN}).*|{_REQUIRED}.*"
     within = re.search(rf"^ +- ({causes})$", message, re.MULTILINE)
     value = re.search(r"(?:Given|Got) value: (.+)", message)
     expected = re.findall(r"Expected an? (?:<class '([\w.]+)'>|(\w[\w.]*\[.*\]|tuple with \d+ elements))", message)
@@ -138,6 +138,11 @@ def one_line(message: str, command: str, options: Iterable[str] = ()) -> str:
         return f"{name}: {shortened(given, 40)} given; it must be a smaller number"
     if key and within:  # ends with `see` already
         inner = within[1]
+        if inner.startswith(_REQUIRED):
+            missing_names = inner.removeprefix(_REQUIRED).removesuffix(see).split(", ")
+            given = re.search(r"Given value: \[?Namespace\(class_path='([\w.]+)'", message)
+            who = given[1].rpartition(".")[2] if given else "its class"
+            return f"{key[1]}: {who} lacks {', '.join(missing_names)}; give --{key[1]}.{missing_names[0]}{see}"
         if not re.match(_UNKNOWN, inner):
             return f"{key[1]}.{inner}"
         inner = inner.removesuffix(see).replace(" --", f" --{key[1]}.") + see
@@ -151,6 +156,7 @@ def one_line(message: str, command: str, options: Iterable[str] = ()) -> str:
     return " ".join(message.split()).rstrip(".") + _nearest(message, list(options)) + see
 
 
+_REQUIRED = "the following arguments are required: "
 _UNRECOGNIZED = "unrecognized arguments: "
 _UNKNOWN = rf"{_UNRECOGNIZED}|Option '\S+' is not accepted|(?:Group|Subcommand) '\S+' does not accept option '\S+'"
 """How the parser's reports of options that it does not have begin."""
@@ -178,6 +184,17 @@ def _nearest(message: str, options: Sequence[str]) -> str:
         of_class = get_close_matches(first, classes, 1) if rest and first not in classes else []
         near += [f"{of_class[0]}.{rest}"] if of_class else get_close_matches(name, plain, 1)
     return f"; the nearest is {', '.join(f'--{name}' for name in dict.fromkeys(near))}" if near else ""
+
+
+def unbuilt(message: str) -> str:
+    """The parser's report of a class that cannot be built as the class and the first cause; another one on one line."""
+    first = re.search(r"^ *Errors:\n *- (.+?)(?=\n *- )", message, re.MULTILINE | re.DOTALL)
+    named = re.search(r"^ *Given value: \[?Namespace\(class_path='([\w.]+)'", message, re.MULTILINE)
+    if first is None or named is None:
+        return " ".join(message.split())
+    cause = re.sub(r"^Problem with given class_path '\S+':\s*", "", first[1])
+    reason = shortened(" ".join(cause.split()).rstrip("."), 300)
+    return f"'{named[1]}' cannot be built ({reason}); correct its arguments, or install what it needs"
 
 
 def as_keys(message: str) -> str:

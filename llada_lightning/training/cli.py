@@ -35,7 +35,7 @@ from llada_lightning.identity import check_identity, model_identity
 from llada_lightning.records import read_records
 from llada_lightning.settings import Budget, Guard, Place, Profile, Wandb, check_seed
 from llada_lightning.support.cluster import agreed_launch
-from llada_lightning.support.command_line import refuse_unusable
+from llada_lightning.support.command_line import refuse_unusable, unbuilt
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import written_atomically
 from llada_lightning.support.jsonargparse_internals import whole_numbers_first
@@ -92,7 +92,7 @@ class LladaCLI(HookedCLI):
     def __init__(self, args: list[str], execute: bool = True) -> None:
         self._execute, self._asked = execute, args[0]
         self.leave = LeaveRequest()
-        self._warned_of_lost_text = False
+        self._warned_of_lost_text = self._warned_of_few_documents = False
         trust_known_modules()
         super().__init__(
             model_class=LanguageModule,
@@ -184,7 +184,7 @@ class LladaCLI(HookedCLI):
         try:
             super().instantiate_classes()
         except (MisconfigurationException, ValueError, ImportError) as error:  # Lightning, of the trainer's settings
-            raise _own_cause(error) or UserError(" ".join(str(error).split())) from error
+            raise _own_cause(error) or UserError(unbuilt(str(error))) from error
         # Of a single process Lightning keeps what RANK and its like say, whoever has set them.
         rank_zero_only.rank = self.trainer.global_rank  # type: ignore[attr-defined]
         check_monitors(self.trainer, self.model)
@@ -342,6 +342,7 @@ class LladaCLI(HookedCLI):
         for line in [self.described, *notes, live + threads] if self.trainer.is_global_zero else []:
             say(line)
         self._warn_of_lost_text()
+        self._warn_of_few_documents(self.datamodule.val_documents)
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=start)
         if self.trainer.global_step < phase.last_step:
             raise UserError(f"stopped at step {self.trainer.global_step}; the same command resumes from there")
@@ -370,7 +371,7 @@ class LladaCLI(HookedCLI):
             print(line)
         if self.model.policy_losses.measured or self.model.val_held_out:
             self._record_measured()
-        self._warn_of_few_documents()
+        self._warn_of_few_documents(len(self.model.val_by_document))
         self._warn_of_lost_text()
 
     after_test = after_validate
@@ -392,9 +393,11 @@ class LladaCLI(HookedCLI):
             assert isinstance(nats_B, Tensor)
             print("\n".join(f"{nats:.6f}" for nats in nats_B.tolist()))
 
-    def _warn_of_few_documents(self) -> None:
-        note = few_documents(len(self.model.val_by_document), isinstance(self.datamodule, SftDataModule))
-        if note is not None:
+    @rank_zero_only
+    def _warn_of_few_documents(self, documents: int) -> None:
+        note = few_documents(documents, isinstance(self.datamodule, SftDataModule))
+        if note is not None and not self._warned_of_few_documents:
+            self._warned_of_few_documents = True
             say(note)
 
     @rank_zero_only
@@ -413,7 +416,7 @@ class LladaCLI(HookedCLI):
             by_policy = self.model.policy_losses.by_document
             documents = (self.model.val_by_document, self.model.held_out_by_document, by_policy)
             add_record(self.folder, record, *documents, self.wandb, several=len(self.phases) > 1)
-            self._warn_of_few_documents()
+            self._warn_of_few_documents(len(self.model.val_by_document))
 
     def check_folder(self) -> None:
         """Leave if the run is done; refuse the folder of another run. Nothing is written here."""

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer import call
@@ -118,6 +119,11 @@ def run_validation(trainer: Trainer) -> None:
 def replaces_samplers(trainer: Trainer) -> bool:
     """Whether the Trainer puts distributed samplers in place of those of the data."""
     return trainer._accelerator_connector.use_distributed_sampler
+
+
+def without_anonymous(logger: WandbLogger) -> None:
+    """Leave out a setting that Lightning hands to W&B in any case, and of which W&B warns that it has no effect."""
+    logger._wandb_init.pop("anonymous", None)
 
 
 def writes_shards(strategy: Strategy) -> bool:

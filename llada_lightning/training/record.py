@@ -19,6 +19,7 @@ import llada_lightning
 from llada_lightning.compute.rules import DECAY_FRACTION
 from llada_lightning.compute.shapes import shape_name
 from llada_lightning.data.loading import LanguageDataModule
+from llada_lightning.data.manifest import FEW_DOCUMENTS
 from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.records import (
     DIVERGED,
@@ -37,9 +38,6 @@ from llada_lightning.training.callbacks.loggers import SafeWandbLogger
 from llada_lightning.training.first_weights import source_flops, source_objective
 from llada_lightning.training.language_module import VALIDATION_METRICS, LanguageModule
 from llada_lightning.training.validation import DocumentLosses
-
-FEW_DOCUMENTS = 20
-"""Below this many clusters a standard error has itself an error of a sixth and more."""
 
 SAME_LOSS = 1e-3
 """The relative difference of two losses of a document up to which they are of one model: rounding is far below, and

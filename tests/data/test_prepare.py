@@ -157,6 +157,22 @@ def test_copies_of_a_document_share_a_split_and_the_share_is_right() -> None:
     assert chosen < {text for text in texts if in_validation(text, 0.2)}
 
 
+def test_few_validation_documents_are_told_with_the_ways_to_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Long documents are split by a separator, of a line of JSONL as of a text file."""
+    few = write_corpus(tmp_path / "few.jsonl", ["\n\n".join(TEXTS[n::3]) for n in range(3)])
+    words = ["--vocab-size=300", "--val-fraction=0.5", "--quiet"]
+    assert prepare_command.main([f"--source={few}", f"--out={tmp_path / 'few'}", *words]) == 0
+    told = capsys.readouterr().err
+    assert told.startswith("note: ") and " only, and below 20 the standard error of a loss means little; raise" in told
+    assert told.endswith("or split long texts with --document-separator\n")
+    enough = write_corpus(tmp_path / "enough.jsonl", ["\n\n".join(f"text {n}" for n in range(100))] * 2)
+    separated = ["--document-separator=\\n\\n", *words]
+    assert prepare_command.main([f"--source={enough}", f"--out={tmp_path / 'enough'}", *separated]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_second_run_does_nothing_and_other_settings_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -336,11 +352,11 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.Captu
     assert record["fingerprint"] == manifest.fingerprint
     assert record["tokenizer"]["mask_id"] == 1
     assert record["splits"]["train"]["documents"] + record["splits"]["val"]["documents"] == len(TEXTS)
-    assert answer.err.count("\n") == 1
-    assert answer.err.startswith("prepared ")
+    progress, note = answer.err.splitlines()
+    assert progress.startswith("prepared ") and note.startswith("note: ")
     assert prepare_command.main([*arguments, "--quiet"]) == 0
     answer = capsys.readouterr()
-    assert answer.err == ""
+    assert answer.err == note + "\n"
     assert f"{manifest.splits['train'].tokens:,}" in answer.out
     assert manifest.fingerprint[:16] in answer.out
 
@@ -369,8 +385,9 @@ def test_bytes_that_do_not_come_back_are_counted_and_said(tmp_path: Path, capsys
     assert splits["val"]["lost_bytes"] == splits["val"]["documents"]  # one capital each
     assert read_manifest(tmp_path / "lossy").splits["val"].lost_bytes == splits["val"]["documents"]
     share = 100 * splits["val"]["documents"] / splits["val"]["bytes"]
-    assert answer.err.startswith(f"note: {share:.3g} % of the text's bytes do not come back from its tokens; ")
-    assert answer.err.count("\n") == 1
+    few, lossy = answer.err.splitlines()
+    assert f" {splits['val']['documents']} validation documents only, " in few
+    assert lossy.startswith(f"note: {share:.3g} % of the text's bytes do not come back from its tokens; ")
 
 
 def test_a_tokenizer_of_our_own_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,6 +102,16 @@ def test_two_ranks_train_the_same_family(prepared: Path, tmp_path: Path) -> None
         assert mine["val_nats_per_token"] == pytest.approx(theirs["val_nats_per_token"], abs=1e-5)
 
 
+def test_few_validation_documents_are_told_once_and_before_the_training(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llada_lightning.training.record.FEW_DOCUMENTS", 10**9)
+    fit("arm", prepared, tmp_path, *budgets(12, 24))
+    said = capsys.readouterr().err
+    assert said.count("the standard error means little") == 1
+    assert said.index("the standard error means little") < said.index("branching off")
+
+
 def test_a_family_done_is_left_alone_and_validated_at_its_largest_budget(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

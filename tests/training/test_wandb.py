@@ -92,11 +92,13 @@ def test_an_agents_runs_are_collected_and_the_same_sweep_has_nothing_left(
     assert outcome["done"] == outcome["failed"] == []
 
 
-def test_an_offline_run_is_synchronised_and_read_back(prepared: Path, tmp_path: Path, server: WandbStandIn) -> None:
+def test_an_offline_run_is_synchronised_and_read_back(
+    prepared: Path, tmp_path: Path, server: WandbStandIn, capfd: pytest.CaptureFixture[str]
+) -> None:
     """What a run without network wrote, sent later by `wandb sync`, gives the very record of its folder."""
     offline = ("--wandb.project=study", "--wandb.offline=true", "--trainer.max_steps=4")
     folder = fit("llada", prepared, tmp_path / "runs", *offline, f"--data.held_out={{a.b-c: {prepared}}}")
-    assert server.runs == {}
+    assert server.runs == {} and "WARNING" not in capfd.readouterr().err
     [written] = (folder / "wandb").glob("offline-run-*")
     wandb_command("sync", str(written))
     assert server.unknown == []

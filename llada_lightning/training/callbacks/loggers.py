@@ -23,6 +23,7 @@ from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import written_atomically
 from llada_lightning.support.printing import shortened
 from llada_lightning.support.signals import say
+from llada_lightning.training.lightning_internals import without_anonymous
 
 COLUMNS = (
     "step", "tokens", "flops_6nd", "flops_attention", "flops_head", "flops_total", "lr", "train_nats_per_token",
@@ -279,6 +280,7 @@ def wandb_logger(
             resume="allow",
             **identity,
         )
+        without_anonymous(logger)
         _ = logger.experiment  # starts the run, on rank 0, so that a refusal shows before training does
         return logger
 
