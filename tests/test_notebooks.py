@@ -61,3 +61,10 @@ def test_a_committed_notebook_is_small_and_names_no_machine(path: Path) -> None:
 def test_the_notebooks_are_there() -> None:
     names = {path.stem for path in NOTEBOOKS}
     assert names >= {"paper_figure3", "published_isoflop", "your_study", "plan_a_study", "study", "own_objective"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_notebook_shows_a_multiplier_that_the_command_withholds(path: Path) -> None:
+    cells = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    listed = [text for text in cells if "in fits.compute_multiplier" in text]
+    assert all("if entry.shown" in text for text in listed) and (listed or path.stem != "your_study")

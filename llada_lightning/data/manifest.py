@@ -129,8 +129,8 @@ def few_documents_note(documents: int) -> str | None:
         return None
     count = f"{documents} validation document{'s' * (documents != 1)}"
     return (
-        f"note: {count} only, and below {FEW_DOCUMENTS} the standard error of a loss means little; raise --val-fraction, give more documents, or split long texts with "
-        "--document-separator"
+        f"note: {count} only, and below {FEW_DOCUMENTS} the standard error of a loss means little; raise "
+        "--val-fraction, give more documents, or split long texts with --document-separator"
     )
 
 
