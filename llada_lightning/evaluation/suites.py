@@ -326,11 +326,13 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     for outcome in outcomes:
         shots, metric, unit = outcome.shots, outcome.metric, " %" if outcome.is_share else ""
         value = _value(outcome.value, outcome.stderr, outcome.is_share) + unit
-        table.add_row(outcome.name, metric, "" if shots is None else str(shots), str(outcome.n), value)
+        table.add_row(
+            outcome.name, metric.removesuffix(",none"), "" if shots is None else str(shots), str(outcome.n), value
+        )
         for part, metrics in outcome.parts.items() if len(outcome.parts) <= _MOST_PARTS else ():
             if metric in metrics:
                 value = _value(metrics[metric]["value"], metrics[metric]["stderr"], outcome.is_share) + unit
-                table.add_row(f"  {part}", metric, "", "", value)
+                table.add_row(f"  {part}", metric.removesuffix(",none"), "", "", value)
     return table
 
 
@@ -373,5 +375,7 @@ def _cell(outcome: Outcome) -> str:
 
 def _value(value: float, stderr: float, is_share: bool, digits: int = 2) -> str:
     scale = 100 if is_share else 1
+    if is_share and stderr == 0:  # all answers are alike: how many others there are, they do not tell
+        return f"{scale * value:.{digits}f} ± n/a"
     text = f"{scale * value:.{digits}f}"
     return f"{text} ± {scale * stderr:.{digits}f}" if math.isfinite(stderr) else text

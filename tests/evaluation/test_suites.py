@@ -18,7 +18,7 @@ from helpers.small_checkpoints import tokenizer_folder, written
 from llada_lightning.checkpoints.language_model import load_model
 from llada_lightning.commands.main import main
 from llada_lightning.evaluation.likelihood import log_likelihood
-from llada_lightning.evaluation.suites import ABLATIONS, Benchmark, Outcome, best_rows
+from llada_lightning.evaluation.suites import ABLATIONS, Benchmark, Outcome, best_rows, outcome_table
 from llada_lightning.generation.sampler import generate
 from llada_lightning.support.errors import UserError
 
@@ -169,3 +169,11 @@ def test_bad_input(
     choice_task(folder / "tasks")
     assert evaluate(folder, objective, *words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_answers_that_are_all_alike_tell_no_error_and_a_metric_without_a_filter_has_its_plain_name() -> None:
+    scores = {"all": (1.0, 0.0), "some": (0.5, 0.2)}
+    results = [Outcome(name, name, "acc,none", *score, 4, 0, {}) for name, score in scores.items()]
+    metrics, values = outcome_table(results).columns[1], outcome_table(results).columns[4]
+    assert list(metrics.cells) == ["acc", "acc"]
+    assert list(values.cells) == ["100.00 ± n/a %", "50.00 ± 20.00 %"]
