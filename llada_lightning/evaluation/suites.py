@@ -324,7 +324,8 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     for name in ("shots", "n", "value ± s.e."):
         table.add_column(name, justify="right", no_wrap=True)
     for outcome in outcomes:
-        shots, metric, unit = outcome.shots, outcome.metric, " %" if outcome.is_share else ""
+        metric, unit = outcome.metric, " %" if outcome.is_share else ""
+        name, shots = metric.removesuffix(",none"), "" if outcome.shots is None else str(outcome.shots)
         value = _value(outcome.value, outcome.stderr, outcome.is_share) + unit
         table.add_row(
             outcome.name, metric.removesuffix(",none"), "" if shots is None else str(shots), str(outcome.n), value
@@ -332,7 +333,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
         for part, metrics in outcome.parts.items() if len(outcome.parts) <= _MOST_PARTS else ():
             if metric in metrics:
                 value = _value(metrics[metric]["value"], metrics[metric]["stderr"], outcome.is_share) + unit
-                table.add_row(f"  {part}", metric.removesuffix(",none"), "", "", value)
+                table.add_row(f"  {part}", name, "", "", value)
     return table
 
 
