@@ -213,7 +213,7 @@ def hold_back(optimizer: Optimizer, verdict: Tensor) -> None:
     own, skip parameters without a gradient; for them the host waits for the device.
     """
     if isinstance(optimizer, GuardedOptimizer) or getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = verdict  # type: ignore[union-attr]
+        optimizer.found_inf = verdict  # type: ignore[attr-defined]
     elif bool(verdict):
         optimizer.zero_grad(set_to_none=True)
 
