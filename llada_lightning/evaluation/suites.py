@@ -327,9 +327,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
         metric, unit = outcome.metric, " %" if outcome.is_share else ""
         name, shots = metric.removesuffix(",none"), "" if outcome.shots is None else str(outcome.shots)
         value = _value(outcome.value, outcome.stderr, outcome.is_share) + unit
-        table.add_row(
-            outcome.name, metric.removesuffix(",none"), "" if shots is None else str(shots), str(outcome.n), value
-        )
+        table.add_row(outcome.name, name, shots, str(outcome.n), value)
         for part, metrics in outcome.parts.items() if len(outcome.parts) <= _MOST_PARTS else ():
             if metric in metrics:
                 value = _value(metrics[metric]["value"], metrics[metric]["stderr"], outcome.is_share) + unit
