@@ -19,7 +19,7 @@ from llada_lightning.compute.flops import flops_6nd
 from llada_lightning.compute.shapes import shape_name
 from llada_lightning.identity import identity_hash
 from llada_lightning.objectives import Objective, get_objective
-from llada_lightning.records import read_records
+from llada_lightning.records import read_records, read_validation
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import strict_json
 from llada_lightning.support.markdown import markdown_environment, tidied
@@ -35,6 +35,8 @@ CODE_FILES = ("configuration_llada.py", "modeling_llada.py")
 """The authors' code of the architecture ``llada``, by the names that ``auto_map`` of a folder gives."""
 CODE_TRANSFORMERS = "4.38.2"
 """The version of transformers that the authors ask for. It does not read the ``tokenizer.json`` of newer libraries."""
+TOKENIZER_TRANSFORMERS = "4.57.6"
+"""A version of transformers that was seen to read the tokenizer of an exported ``llada``."""
 _ANSWER = 64
 """The most tokens that the examples of a card sample."""
 
@@ -50,12 +52,13 @@ def training_facts(model: StoredModel) -> dict[str, Any]:
     """What is known of the run that trained a model: its identity, steps and tokens, and its result at that step.
 
     Returns:
-        ``identity``, ``steps``, ``tokens`` and ``record`` (``records.RESULT_COLUMNS``), the last two None where they
-        are not known; {} where nothing is. Of a folder they are those of its ``training.json``, if the identity in it
-        is that of the model.
+        ``identity``, ``steps``, ``tokens``, ``record`` (``records.RESULT_COLUMNS``) and ``validation``, the numbers of
+        ``sequences`` and ``documents`` behind the record's loss; the last three None where they are not known; {} where
+        nothing is. Of a folder they are those of its ``training.json``, if the identity in it is that of the model.
     """
     if model.trained:
-        return {**model.trained, "record": _record(model)}
+        record = _record(model)
+        return {**model.trained, "record": record, "validation": None if record is None else _validation(model)}
     source = model.description.source
     try:
         facts = read_json(model.path / TRAINING_NAME)
@@ -74,6 +77,17 @@ def _record(model: StoredModel) -> dict[str, Any] | None:
     return next((record for record in records if record["steps"] == model.trained["steps"]), None)
 
 
+def _validation(model: StoredModel) -> dict[str, int] | None:
+    run = run_folder_of(model.path)
+    assert run is not None, "a record lies in the folder of a run"
+    try:
+        table = read_validation(run)
+    except UserError:  # a run of fewer files
+        return None
+    own = table[table["steps"] == model.trained["steps"]]
+    return {"sequences": int(own["sequences"].sum()), "documents": len(own)} if len(own) else None
+
+
 def training_file(facts: Mapping[str, Any]) -> bytes:
     """The content of ``training.json``."""
     return (json.dumps(strict_json(dict(facts)), indent=2, allow_nan=False) + "\n").encode()
@@ -89,6 +103,7 @@ class Card:
     layout: str
     model: list[Row]
     training: list[Row]
+    objective: str
     recipe: list[Row] | None
     """The settings that differ from the objective's defaults; None where they are not known."""
     flops: list[Row]
@@ -100,6 +115,9 @@ class Card:
     answer: int
     code_command: str
     code_transformers: str
+    tokenizer_transformers: str
+    other_layout: str | None
+    """The layout, beside our own, that the model can have."""
     versions: list[Row]
 
 
@@ -120,6 +138,7 @@ def model_card(model: StoredModel, layout: str, dtype: str, facts: Mapping[str, 
         f"{description.objective} {shape_name(description.shape)}"
     )
     loss = _loss(record)
+    own_alone = description.qk_norm or description.shift_targets
     excluded = excluded_token_id(description.compat, description.mask_token_id)
     card = Card(
         metadata=_metadata(title, layout, objective, record),
@@ -128,16 +147,19 @@ def model_card(model: StoredModel, layout: str, dtype: str, facts: Mapping[str, 
         layout=layout,
         model=_model(model, dtype),
         training=_training(record, identity, facts),
+        objective=objective.name,
         recipe=_recipe(record) if record else None,
         flops=_flops(record, model, facts),
         loss=loss,
-        loss_meaning=_meaning(record, tuned),
+        loss_meaning=_meaning(record, tuned, _mapping(facts.get("validation"))),
         tokenizer=model.tokenizer is not None,
         start_token=_token(model, description.start_token_id),
         excluded=_token(model, excluded),
         answer=max(1, min(_ANSWER, description.context_length // 2)),
         code_command=code_command("FOLDER"),
         code_transformers=CODE_TRANSFORMERS,
+        tokenizer_transformers=TOKENIZER_TRANSFORMERS,
+        other_layout=None if own_alone else next(iter(objective.layouts), None),
         versions=_versions(record),
     )
     template = markdown_environment("llada_lightning.checkpoints").get_template("card.md.jinja")
@@ -187,10 +209,10 @@ def _summary(objective: Objective, block_length: int | None, tuned: bool, known:
         how = "uniform-state diffusion: tokens that random ones have replaced are predicted from all the others"
     else:
         how = "autoregression: each token is predicted from those before it"
-    by = " by llada-lightning" if known else ""
-    ended = f" It was fine-tuned on dialogues{by}." if tuned else ""
-    trained = "trained" if tuned or not known else f"trained{by}"
-    return f"A Transformer language model that is {trained} by {how} (objective {objective.name}).{ended}"
+    what = f"A Transformer language model, trained by {how} (objective {objective.name})."
+    ran = "It was fine-tuned on dialogues" if tuned else "The training ran"
+    package = " with llada-lightning, a Python package for studies of diffusion language models" if known else ""
+    return f"{what} {ran}{package}." if known or tuned else what
 
 
 def _model(model: StoredModel, dtype: str) -> list[Row]:
@@ -222,20 +244,21 @@ def _training(record: Mapping[str, Any], identity: Mapping[str, Any], facts: Map
     schedule, data = _mapping(settings.get("schedule")), _mapping(identity.get("data"))
     lengths = ("sequence_length", "context_length")
     length = record.get("sequence_length") or next((data[key] for key in lengths if data.get(key)), None)
-    unique, epochs = _count(record.get("unique_tokens")), _number(record.get("epochs"))
-    repeated = f" ({unique} of them unique, {epochs} epochs)" if unique and epochs else ""
-    tokens = _count(record.get("tokens", facts.get("tokens")))
     rate, warmup = (record.get(key, schedule.get(key)) for key in ("lr", "warmup_steps"))
     decay = record.get("decay_steps", schedule.get("decay_steps"))
+    trainer = _mapping(identity.get("trainer"))
     rows = {
-        "training tokens": tokens and tokens + repeated,
+        "training tokens": _tokens(record.get("tokens", facts.get("tokens")), record.get("unique_tokens")),
         "optimizer steps": _count(record.get("steps", facts.get("steps"))),
         "sequence length": _count(length),
         "batch": _with_unit(_count(record.get("global_batch_tokens")), "tokens"),
         "peak learning rate": _number(rate),
         "warm-up": _with_unit(_count(warmup), "steps"),
         "decay": _with_unit(_count(decay), "steps"),
-        "precision": _text(record.get("precision") or _mapping(identity.get("trainer")).get("precision")),
+        "schedule": _schedule(schedule, warmup, decay),
+        "optimizer": _optimizer(_mapping(settings.get("optimizer"))),
+        "clipping of the gradient": _clipped(trainer.get("gradient_clip_val")),
+        "precision": _text(record.get("precision") or trainer.get("precision")),
         "seed": _count(record.get("seed", identity.get("seed"))),
         "device": _text(record.get("device")),
         "fingerprint of the data": _text(record.get("data_fingerprint") or data.get("fingerprint")),
@@ -243,6 +266,50 @@ def _training(record: Mapping[str, Any], identity: Mapping[str, Any], facts: Map
         "status": _text(record.get("status")) if record.get("status") != "done" else None,
     }
     return [(name, value) for name, value in rows.items() if value]
+
+
+def _tokens(tokens: Any, unique: Any) -> str | None:
+    """The training tokens and, where some were repeated, how often: what the two numbers give."""
+    told = _count(tokens)
+    if told is None or not _count(unique) or not 0 < unique <= tokens:
+        return told
+    often = "each seen once" if unique == tokens else f"{unique:,} of them unique: {tokens / unique:.4g} epochs"
+    return f"{told} ({often})"
+
+
+def _schedule(schedule: Mapping[str, Any], warmup: Any, decay: Any) -> str | None:
+    """How the rate goes, in words: the numbers of steps and the peak rate have rows of their own."""
+    if not schedule:
+        return None
+    parts = ["linear warm-up from 0"] if warmup else []
+    plateaus = schedule.get("plateaus")
+    later = [_mapping(plateau) for plateau in plateaus] if isinstance(plateaus, list) else []
+    rates = [f"{_number(own.get('lr'))} from {_number(own.get('from_tokens'))} tokens on" for own in later]
+    parts.append("constant rate" + (f" ({', '.join(rates)})" if rates else ""))
+    if decay:
+        final = _number(schedule.get("final_lr"))
+        parts.append("linear decay" + (f" to {final}" if final else ""))
+    return ", ".join(parts)
+
+
+def _optimizer(settings: Mapping[str, Any]) -> str | None:
+    if not settings:
+        return None
+    name = settings.get("name", "adamw")  # an identity leaves out later settings at their defaults
+    if name not in ("adamw", "muon"):
+        return _text(name)
+    kind = "AdamW" if name == "adamw" else "Muon for the matrices of the blocks, AdamW for the rest"
+    betas = settings.get("betas")
+    values = {
+        "betas": " and ".join(f"{beta}" for beta in betas) if isinstance(betas, (list, tuple)) else None,
+        "eps": _number(settings.get("eps")),
+        "weight decay": _number(settings.get("weight_decay")),
+    }
+    return ", ".join([kind, *(f"{key} {value}" for key, value in values.items() if value)])
+
+
+def _clipped(norm: Any) -> str | None:
+    return f"to a norm of {norm:g}" if _is_number(norm) and norm > 0 else None
 
 
 def _recipe(record: Mapping[str, Any]) -> list[Row]:
@@ -281,18 +348,30 @@ def _loss(record: Mapping[str, Any]) -> list[Row]:
             found = _mapping(values)
             if _is_number(found.get("nats_per_token")):
                 told = _measured(found["nats_per_token"], found.get("stderr"))
-                rows.append((f"nats per token, {what} {name}", f"{told} ({_text(how)})"))
+                counts = _measured_on(found, None)
+                rows.append((f"nats per token, {what} {name}", f"{told} ({_text(how)}{counts and f', on {counts}'})"))
     return rows
 
 
-def _meaning(record: Mapping[str, Any], tuned: bool) -> str:
+def _meaning(record: Mapping[str, Any], tuned: bool, validation: Mapping[str, Any]) -> str:
     exact = "The exact negative log-likelihood"
     bound = "An upper bound on the negative log-likelihood, which is not known itself,"
     what = exact if record.get("val_kind") == "exact" else bound
     where = "held-out responses, given their prompts" if tuned else "the validation split"
+    counts = _measured_on(validation, None if tuned else record.get("sequence_length"))
     by = "responses" if tuned else "documents"
     error = f" Behind ± is one standard error, over {by}." if _is_number(record.get("val_stderr")) else ""
-    return f"{what} of {where}.{error}"
+    measured = f" It was measured on {counts}." if counts and not tuned else ""
+    return f"{what} of {where}.{measured}{error}"
+
+
+def _measured_on(counts: Mapping[str, Any], length: Any) -> str:
+    """The sequences, documents and tokens behind a loss; '' where they are not known."""
+    sequences, documents = (counts.get(key) for key in ("sequences", "documents"))
+    if not (_count(sequences) and _count(documents)):
+        return ""
+    tokens = f" of {length:,} tokens ({sequences * length:,} in all)" if _count(length) else ""
+    return f"{_several(sequences, 'sequence')}{tokens} from {_several(documents, 'document')}"
 
 
 def _versions(record: Mapping[str, Any]) -> list[Row]:
@@ -334,6 +413,10 @@ def _count(value: Any) -> str | None:
 
 def _number(value: Any) -> str | None:
     return f"{value:.4g}" if _is_number(value) else None
+
+
+def _several(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def _with_unit(text: str | None, unit: str) -> str | None:

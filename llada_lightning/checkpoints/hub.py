@@ -31,7 +31,8 @@ def check_push(repository: str) -> str:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise UserError(
-            f"--push: '{shown}' is no name of a repository; give USER/NAME of letters, digits, '-', '_' and '.'"
+            f"--push: '{shown}' is no name of a repository; give USER/NAME of letters, digits, '-', '_' and '.', "
+            "which neither part begins or ends with '-' or '.'"
         ) from error
     if repository.count("/") != 1:
         raise UserError(f"--push: '{shown}' names no user or organization; give USER/NAME")

@@ -88,6 +88,11 @@ def main(argv: list[str]) -> int:
         written = convert(model, out, options.to, dtype, largest, lambda size: bar.advance(task, size))
     for note in _notes(model, options.to, written, out):
         warn(f"note: {note}")
+    if options.push is not None:
+        warn(
+            f"note: the card (README.md of {options.push}) states no licence and does not describe the training data; "
+            "add both"
+        )
     pushed = None if token is None else push(out, options.push, token, options.private)
     if options.json:
         print_json(summary(model, options.to, written, options.output, pushed))
@@ -140,7 +145,7 @@ def _table(model: StoredModel, to: str, written: Written, out: str, pushed: str 
 
 def _notes(model: StoredModel, to: str, written: Written, out: Path) -> list[str]:
     """What others' programs will do differently with the model, and what they need besides."""
-    from llada_lightning.checkpoints.card import CODE_FILES, CODE_TRANSFORMERS, code_command
+    from llada_lightning.checkpoints.card import CODE_FILES, CODE_TRANSFORMERS, TOKENIZER_TRANSFORMERS, code_command
 
     description = model.description
     notes = []
@@ -157,8 +162,9 @@ def _notes(model: StoredModel, to: str, written: Written, out: Path) -> list[str
     if to == "hf-llada" and not set(CODE_FILES) <= set(written.files):
         notes.append(
             f"transformers loads this folder with the authors' code, which is not ours to ship; fetch it with: "
-            f"{code_command(shlex.quote(str(out)))} (it asks for transformers {CODE_TRANSFORMERS}, in an environment "
-            "of its own)"
+            f"{code_command(shlex.quote(str(out)))} (in an environment of its own: transformers "
+            f"{TOKENIZER_TRANSFORMERS} reads the tokenizer; the authors ask for {CODE_TRANSFORMERS}; their code was "
+            "tried with neither)"
         )
     if model.tokenizer is None:
         notes.append("there is no tokenizer; give --tokenizer to add the model's")

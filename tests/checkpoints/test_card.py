@@ -67,7 +67,12 @@ def test_the_card_says_what_the_run_says(
     table = rows(card)
     assert table["parameters with embeddings"].startswith(f"{record['params_total']:,} ")
     assert table["parameters without embeddings"] == f"{record['params_nonembedding']:,}"
-    assert table["training tokens"].startswith(f"{record['tokens']:,} ({record['unique_tokens']:,} of them unique")
+    often = record["tokens"] / record["unique_tokens"]
+    repeated = f"({record['unique_tokens']:,} of them unique: {often:.4g} epochs)"
+    assert table["training tokens"] == f"{record['tokens']:,} {repeated}"
+    assert table["optimizer"] == "AdamW, betas 0.9 and 0.95, eps 1e-08, weight decay 0.1"
+    assert table["schedule"].startswith("linear warm-up from 0, constant rate")
+    assert "**No licence is stated:**" in card.text and "`pip install .` in the clone" in card.text
     for row, key in {
         "6ND: 6 × parameters without embeddings × tokens": "flops_6nd",
         "attention": "flops_attention",
@@ -106,6 +111,45 @@ def test_a_run_without_a_result_has_no_loss_and_the_flops_of_its_tokens(tmp_path
     assert table["peak learning rate"] == "0.02"
 
 
+def test_what_the_loss_was_measured_on_is_told_and_goes_along(tmp_path: Path) -> None:
+    run, record = run_with_a_result(tmp_path, "arm-single")
+    table = (
+        f"steps,document,sequences,nats_per_token\n9,0,7,5.0\n{CHECKPOINT_STEP},0,3,5.0\n{CHECKPOINT_STEP},4,1,5.5\n"
+    )
+    (run / "validation.csv").write_text(table)
+    for source, out in ((run, "ours"), (tmp_path / "ours", "again")):
+        assert main(["convert", str(source), str(tmp_path / out)]) == 0
+    length = record["sequence_length"]
+    said = f"measured on 4 sequences of {length} tokens ({4 * length} in all) from 2 documents."
+    assert said in card_of(tmp_path / "ours").text and said in card_of(tmp_path / "again").text
+    (run / "validation.csv").unlink()
+    assert main(["convert", str(run), str(tmp_path / "without")]) == 0
+    assert "measured on" not in card_of(tmp_path / "without").text
+
+
+def test_the_schedule_and_the_optimizer_are_told_in_words(tmp_path: Path) -> None:
+    plateaus = [{"lr": 1e-4, "from_tokens": 5e6}]
+    schedule = {"lr": 4e-4, "warmup_steps": 2, "decay_steps": 0, "plateaus": plateaus}
+    settings = {"schedule": schedule, "optimizer": {"name": "muon", "weight_decay": 0.5}}
+    facts = {"identity": {"model": {"init_args": settings}, "trainer": {"gradient_clip_val": 0.5}}}
+    table = rows(ModelCard(model_card(in_memory(described("arm")), "llada", "float32", facts)))
+    assert table["schedule"] == "linear warm-up from 0, constant rate (0.0001 from 5e+06 tokens on)"
+    assert table["optimizer"] == "Muon for the matrices of the blocks, AdamW for the rest, weight decay 0.5"
+    assert table["clipping of the gradient"] == "to a norm of 0.5"
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_one_version_of_transformers_is_installed_and_the_page_of_serving_agrees(
+    tmp_path: Path, with_tokenizer: bool
+) -> None:
+    tokenizer = tokenizer_folder(tmp_path / "tokenizer") if with_tokenizer else None
+    text = card_of(written(tmp_path / "out", "hf-llada", "llada", tokenizer)).text
+    assert "transformers==4.57.6" in text and "4.38.2" in text and "==4.38.2" not in text
+    assert "\\`" not in text and not re.search(r"[a-z]\.[A-Z]", text)
+    serving = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    assert "transformers==4.57.6" in serving and "4.38.2" in serving
+
+
 def test_a_run_that_diverged_has_no_loss(tmp_path: Path) -> None:
     run, _ = run_with_a_result(tmp_path, "arm-single", val_nats_per_token=None, val_stderr=None, status="diverged")
     assert main(["convert", str(run), str(tmp_path / "out")]) == 0
@@ -117,7 +161,7 @@ def test_fine_tuning_is_told_and_its_loss_is_of_responses(tmp_path: Path) -> Non
     run, _ = run_with_a_result(tmp_path, "arm-sft")
     assert main(["convert", str(run), str(tmp_path / "out")]) == 0
     text = card_of(tmp_path / "out").text
-    assert "It was fine-tuned on dialogues by llada-lightning." in text and "of held-out responses" in text
+    assert "It was fine-tuned on dialogues with llada-lightning," in text and "of held-out responses" in text
 
 
 def test_what_is_known_goes_along_from_folder_to_folder(tmp_path: Path) -> None:
@@ -150,7 +194,7 @@ def test_of_a_folder_of_others_nothing_is_invented(tmp_path: Path) -> None:
     assert card.data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}
     for heading in ("## Training", "### Training FLOPs", "## Validation loss"):
         assert heading not in card.text
-    assert "trained by masked diffusion" in card.text and "trained by llada-lightning" not in card.text
+    assert "trained by masked diffusion" in card.text and "The training ran" not in card.text
     assert rows(card)["parameters with embeddings"].startswith("229,952 ")
 
 

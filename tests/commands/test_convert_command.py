@@ -51,7 +51,8 @@ def test_a_note_tells_how_transformers_loads_a_llada(tmp_path: Path, capsys: pyt
     assert main(["convert", str(GOLDEN), str(out), "--to=hf-llada"]) == 0
     note, _ = capsys.readouterr().err.splitlines()
     files = "configuration_llada.py modeling_llada.py"
-    assert f"fetch it with: hf download GSAI-ML/LLaDA-8B-Base {files} --local-dir '{out}' (it asks for" in note
+    assert f"fetch it with: hf download GSAI-ML/LLaDA-8B-Base {files} --local-dir '{out}' (in an environment" in note
+    assert "transformers 4.57.6 reads the tokenizer; the authors ask for 4.38.2" in note
     coded = golden_copy(tmp_path / "coded")
     for file in files.split():
         (coded / file).write_text("# the authors' code")

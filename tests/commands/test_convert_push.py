@@ -59,6 +59,7 @@ def test_every_file_arrives_byte_for_byte(hub: Hub, tmp_path: Path, capsys: pyte
     printed = capsys.readouterr()
     assert json.loads(printed.out)["pushed"] == f"{hub.address}/someone/a-model/commit/{'0' * 40}"
     assert TOKEN not in printed.out + printed.err
+    assert "states no licence and does not describe the training data; add both" in printed.err
     assert hub.files == {"someone/a-model": contents(out)}
     assert hub.messages == ["Upload a model of llada-lightning"]
     assert hub.repositories["someone/a-model"].get("visibility") is None
@@ -94,7 +95,7 @@ def test_the_environment_names_the_hub_and_the_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model", "a/b/c", "user/", "/model", "user/a model", "user/a--b", "u/x.git", "../x", ""]
+    "name", ["model", "a/b/c", "user/", "/model", "user/a model", "user/a--b", "u/x.git", "../x", "-x/y", "x/y-", ""]
 )
 def test_a_name_that_is_none_is_refused_before_anything_is_converted(
     hub: Hub, refused: Refused, tmp_path: Path, name: str
