@@ -38,7 +38,7 @@ define install
 	@{ ! $(PIP) config list | grep -E '[.](no-index|index-url)=' >/dev/null && $(UV_INSTALL) --editable "$(1)"; } \
 	  || $(PIP_INSTALL) --editable "$(1)"
 	@$(BIN)/python -c "import torchvision" 2>/dev/null || { \
-	  echo "removing torchvision: it does not fit this build of torch, and nothing here uses it"; \
+	  echo "torchvision is taken out again, as expected: litdata brings it in, this build of torch has no use for it, and nothing here needs it. No harm is done."; \
 	  $(PIP) uninstall --quiet --yes torchvision; }
 	$(BIN)/python -c "import lightning"
 	@touch $@

@@ -20,6 +20,9 @@ MAX_PROCESSES = 256
 NOT_RUNS = frozenset({"checkpoints", "logs", "wandb", "__pycache__"})
 """Names of folders beside and within runs, which are never runs."""
 
+_NOT_IN_NAMES = frozenset('<>"|?*\\')
+"""Characters that some file systems refuse in a name, and that shells, pages and patterns of files read as markup."""
+
 _NAME_BYTES = 240
 """Longest name of a folder: file systems take 255 bytes, and a sweep's log of a run has its name with an ending."""
 
@@ -49,9 +52,12 @@ def check_folder_name(name: str, given: str, *, nested: bool = False) -> None:
         if part in NOT_RUNS or part.startswith("."):
             reason = "such names are those of hidden folders and of folders of other programs"
         elif not part or "/" in part:
-            reason = "it must be the name of a folder"
+            several = ", or several with one '/' between them" if nested else ""
+            reason = f"it must be the name of a folder{several}"
         elif not part.isprintable():
             reason = "it must not contain control characters or line breaks"
+        elif found := _NOT_IN_NAMES.intersection(part):
+            reason = f"the name of a folder must not contain {' '.join(sorted(found))}"
         elif len(part.encode()) > _NAME_BYTES:
             reason = f"it is longer than {_NAME_BYTES} bytes"
         else:

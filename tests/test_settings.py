@@ -165,7 +165,9 @@ def test_whole_numbers_stay_whole_whatever_was_imported_first(prepared: Path, tm
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*sorted(NOT_RUNS), ".x", "", ".", "..", "a/b", "a\nb", "a\0b", "x" * 256])
+@pytest.mark.parametrize(
+    "name", [*sorted(NOT_RUNS), ".x", "", ".", "..", "a/b", "a\nb", "a\0b", "x" * 256, "a*b", "<b>"]
+)
 def test_a_run_that_nobody_would_find_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=r"^run\.name: '.*' given; .*; choose another name$"):
         check_folder_name("run.name", name)
@@ -177,9 +179,31 @@ def test_other_names_pass(name: str) -> None:
     check_folder_name("run.study", f"{name}/{name}", nested=True)
 
 
+@pytest.mark.parametrize("name", ["<b>x</b>", "a//b", "/a", "a/", "../a", 'a/"b"', "a\\b"])
+def test_a_study_is_a_folder_or_a_relative_path_of_folders(name: str) -> None:
+    with pytest.raises(UserError, match=r"^run\.study: '.*' given; .*; choose another name$"):
+        check_folder_name("run.study", name, nested=True)
+
+
+def test_a_sweep_with_such_a_study_makes_no_folder(
+    tmp_path: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (
+        f"command: [llada, fit, --model=ArmModule, --model.shape=L1-d8-h1-kv1-ff16, --data.path={prepared}, "
+        f"--data.sequence_length=8, --trainer.max_steps=1, '--run.study=<b>x</b>', '--run.root={tmp_path / 'runs'}', "
+        "'${args}']\nmethod: grid\nparameters:\n  seed_everything: {value: 0}\n"
+    )
+    (tmp_path / "sweep.yaml").write_text(text)
+    assert main(["sweep", "run", str(tmp_path / "sweep.yaml"), "--jobs=1"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "run.study: '<b>x</b>' given; the name of a folder must not contain < >; choose another name" in error
+    assert not (tmp_path / "runs").exists()
+
+
 def test_names_are_checked_by_fit_and_by_plan(refused, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused("--run.name=logs").startswith("run.name: 'logs' given; such names are those of")
     assert refused("--run.study=a/.b").startswith("run.study: 'a/.b' given; ")
+    assert refused("--run.study=<b>x</b>").startswith("run.study: '<b>x</b>' given; the name of a folder must not")
     assert main(["plan", "--vocab-size", "500", "--flops", "1e18", "--study", "wandb"]) == 2
     assert "plan: --study: 'wandb' given" in capsys.readouterr().err
 

@@ -233,11 +233,13 @@ def _check_splits(documents: dict[str, int], settings: PrepareSettings, source: 
     for name in SPLITS:
         if not documents[name]:
             direction = "raise" if name == "val" else "lower"
-            raise UserError(
-                f"source '{source}' has {total} documents, none of them in '{name}' with a validation fraction of "
-                f"{settings.val_fraction}; {direction} --val-fraction, give more documents, or split text files with "
-                "--document-separator"
-            )
+            separate = r"divide the text by --document-separator, such as '\n\n', or give more documents"
+            if total == 1:  # no fraction divides it
+                found, fix = f"has 1 document, which is not in '{name}', and both splits need one", separate
+            else:
+                found = f"has {total} documents, none of them in '{name}' with a validation fraction of"
+                found, fix = f"{found} {settings.val_fraction}", f"{direction} --val-fraction, or {separate}"
+            raise UserError(f"source '{source}' {found}; {fix}")
 
 
 def _write(

@@ -125,6 +125,10 @@ def one_line(message: str, command: str, options: Iterable[str] = ()) -> str:
     if unnamed:
         return "model: which one is not said; give --model ArmModule or LladaModule, or --config of a run"
     see = f"; see '{command} --help'"
+    valueless = re.fullmatch(r"argument (\S+): expected (?:one|at least one) argument", message.strip())
+    if valueless:
+        option = valueless[1]
+        return f"{option}: it has no value; a value that begins with '-' is written {option}=VALUE{see}"
     missing = re.search(r"(File does not exist|Path is not a file): '(.+)'", message)
     if key and missing:
         problem = "is no file" if missing[1].startswith("Path") else "does not exist"

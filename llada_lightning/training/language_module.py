@@ -60,7 +60,8 @@ class LanguageModule(KeepsArguments, LightningModule, ABC):
     """What all objectives share.
 
     Args:
-        shape: The name of a shape (`llada-8b`, `443k`) or the five dimensions of ``compute.shapes.Shape``.
+        shape: The name of a shape (`llada-8b`, `443k`) or its five dimensions, `L2-d64-h2-kv2-ff192`:
+            blocks, width, attention heads, heads for keys and values, and the inner width of the feed-forward layers.
         vocab_size: The number of vocabulary entries of embedding and head; null: that of the data's tokenizer.
         mask_token_id: The id of [MASK]; null: that of the data's tokenizer.
         eos_token_id: The id of EOS; null: that of the data's tokenizer.
