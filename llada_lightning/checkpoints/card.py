@@ -368,7 +368,7 @@ def _meaning(record: Mapping[str, Any], tuned: bool, validation: Mapping[str, An
 def _measured_on(counts: Mapping[str, Any], length: Any) -> str:
     """The sequences, documents and tokens behind a loss; '' where they are not known."""
     sequences, documents = (counts.get(key) for key in ("sequences", "documents"))
-    if not (_count(sequences) and _count(documents)):
+    if not (isinstance(sequences, int) and isinstance(documents, int)):
         return ""
     tokens = f" of {length:,} tokens ({sequences * length:,} in all)" if _count(length) else ""
     return f"{_several(sequences, 'sequence')}{tokens} from {_several(documents, 'document')}"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
 from llada_lightning.commands.fitting import PUBLISHED, add_fit_options, fits_of, read_table
-from llada_lightning.compute.flops import Convention
+from llada_lightning.commands.plan import sweep_that_grows
+from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
+from llada_lightning.compute.rules import significant
 from llada_lightning.support.command_line import CommandParser, add_json, check_draws, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, file_sha256, write_json
@@ -66,7 +70,7 @@ def main(argv: list[str]) -> int:
     from llada_lightning.study.tables.study import print_study
 
     read = read_table(options.results, options.yardstick, options.source_flops)
-    table, fits = read.table, fits_of("curves", read, options)
+    table, fits = read.table, _with_next_budget(fits_of("curves", read, options), options)
     runs = usable_runs(table)
     forecasts = _forecasts(options.forecast, fits, runs)
     left_out = list((Counter(table["run"]) - Counter(runs["run"])).elements())
@@ -83,6 +87,24 @@ def main(argv: list[str]) -> int:
     else:
         print_study(table, fits, options.convention, [files[0], *files[1].values()], forecasts)
     return 0
+
+
+def _with_next_budget(fits: StudyFits, options: Namespace) -> StudyFits:
+    """The fits with the command that adds a budget, where losses share no value and the study's sweep is known."""
+    from llada_lightning.study.fits import NO_COMMON_LOSS, loss_gap
+
+    lines = (fits.objectives, fits.compute_multiplier)
+    of_pairs = (loss_gap(name, fits.reference or "", options.convention, *lines) for name in fits.compared)
+    gaps = [gap for gap in of_pairs if gap is not None]
+    sweep = sweep_that_grows(Path(options.results).parent) if gaps and options.results != PUBLISHED else None
+    if sweep is None:
+        return fits
+    file, budgets = sweep
+    budget = significant(min(budgets) / (1.2 * max(gap.factor or 2.0 for gap in gaps)), 2)
+    command = f"llada plan --append {shlex.quote(file)} --flops {budget:g}"
+    apart = f"{NO_COMMON_LOSS} by {CONVENTION_NAMES[options.convention]}:"
+    notes = [f"{note}. A smaller one: {command}" if note.startswith(apart) else note for note in fits.notes]
+    return replace(fits, notes=notes)
 
 
 def _rules(options: Namespace) -> int:

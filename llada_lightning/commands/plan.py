@@ -23,7 +23,7 @@ from llada_lightning.study.plan.paper import paper_notes, paper_plan, paper_tabl
 from llada_lightning.study.plan.trunk import SeedsAt
 from llada_lightning.study.plan.tuning import BATCHES, RATES
 from llada_lightning.study.rule_file import FittedRules, read_rule_file
-from llada_lightning.study.sweep import read_sweep
+from llada_lightning.study.sweep import COPY_SUFFIX, read_sweep
 from llada_lightning.support.command_line import CommandParser, add_json, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded
@@ -88,6 +88,23 @@ def _append(options: Namespace, argv: list[str]) -> tuple[Plan, dict[str, Path],
     return plan, files, {"added": f"runs {before} to {len(plan.runs()) - 1} (--index of llada sweep run)"}
 
 
+def sweep_that_grows(folder: Path) -> tuple[str, list[float]] | None:
+    """The planned sweep of a study, and the budgets of its commands; None where it is not known, or cannot grow.
+
+    Args:
+        folder: The folder of the study, in which the copy of the sweep names the file.
+    """
+    try:
+        copies = sorted(folder.glob(f"*{COPY_SUFFIX}"))
+        made = _parser().parse_args(read_commands(copies[0])[0]) if len(copies) == 1 else None
+        if made is None or made.tune or not made.out:
+            return None
+        _, appended = read_commands(expanded(made.out))
+    except (UserError, OSError):
+        return None
+    return made.out, [*made.flops, *(flops for words in appended for flops in _append_parser().parse_args(words).flops)]
+
+
 def _append_parser() -> CommandParser:
     parser = CommandParser(
         prog="llada plan",
@@ -150,7 +167,14 @@ def _parser() -> CommandParser:
     for name, objective in OBJECTIVES.items():
         centre = objective.tokens_per_param
         add(f"--centre-{name}", type=float, default=centre, help="tokens per parameter at the centre")
-    add("--shapes", nargs="+", type=str, default=[], metavar="SHAPE", help="exactly these at every budget instead")
+    add(
+        "--shapes",
+        nargs="+",
+        type=str,
+        default=[],
+        metavar="SHAPE",
+        help="exactly these at every budget instead: names, 4x128 as the table prints it, or L2-d64-h2-kv2-ff192",
+    )
     add("--tokens-per-param", type=float, nargs="+", default=[], metavar="R", help="these ratios instead")
 
     add("--lr-rule", choices=LEARNING_RATE_RULES, default="deepseek", help="learning rate by size, tokens and budget")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from matplotlib.figure import Figure
 from helpers.studies import CHINCHILLA, VALLEYS, Chinchilla, simulated_study, study, true_multiplier
 from helpers.tuning_studies import BOWLS, tuning_study
 from llada_lightning.commands.curves import main as curves
+from llada_lightning.commands.main import main
 from llada_lightning.study.results import write_results
 from llada_lightning.support.errors import UserError
 
@@ -121,6 +124,29 @@ def test_budgets_without_a_common_loss_are_told_first(tmp_path: Path, capsys: Ca
     assert float(note.partition("about ")[2].split()[0]) == pytest.approx(needed, rel=0.3)
     entries = json.loads((tmp_path / "fits.json").read_text())["compute_multiplier"]
     assert entries and all(entry["extrapolated"] for entry in entries)
+
+
+def test_the_command_that_adds_a_budget_is_told_where_the_sweep_is_known(
+    prepared: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    laws = {"arm": Chinchilla(1.7, 400.0, 0.34, 1200.0, 0.28), "llada": Chinchilla(1.7, 641.0, 0.34, 1769.0, 0.28)}
+    write_results(simulated_study(laws, budgets=(1e17, 2e17, 4e17))[0], tmp_path / "runs" / "r.csv")
+    command = ["runs/r.csv", "--out", "runs", "--samples", "100"]
+    assert curves(command) == 0
+    assert "A smaller one: " not in capsys.readouterr().out  # no sweep is known
+    planned = ["--flops", "1e17", "2e17", "4e17", "--data", str(prepared), "--sequence-length", "16"]
+    assert main(["plan", *planned, "--out", "my sweep.yaml"]) == 0
+    shutil.copy("my sweep.yaml", tmp_path / "runs" / "my sweep.sweep.yaml")
+    capsys.readouterr()
+    assert curves(command) == 0
+    notes = capsys.readouterr().out.partition("To note:\n")[2].splitlines()
+    (line,) = (line for line in notes[:2] if "no common loss by 6ND:" in line)
+    added = shlex.split(line.partition(". A smaller one: llada ")[2])
+    assert added[:3] == ["plan", "--append", "my sweep.yaml"]
+    assert float(added[-1]) == pytest.approx(1e17 / (1.2 * true_multiplier(laws, 1e17) / 4), rel=0.4)
+    assert main(added) == 0
+    assert curves([*command, "--json"]) == 0
 
 
 def test_a_flagged_optimum_is_told_in_80_columns(

@@ -17,7 +17,7 @@ from llada_lightning.compute.shapes import get_shape
 from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.run import Source
 from llada_lightning.study.plan import Grid, Machine, Plan, Recipe, Stream, plan_study
-from llada_lightning.study.plan.trunk import GRID_ANCHOR, GRID_STEP, grid_shapes
+from llada_lightning.study.plan.trunk import GRID_ANCHOR, GRID_STEP, grid_shapes, planned_shape
 from llada_lightning.support.errors import UserError
 
 STREAM = Stream(vocab_size=1024, sequence_length=128)
@@ -69,6 +69,23 @@ def test_ratios_and_shapes_replace_the_grid() -> None:
     by_shape = plan_study([1e11, 2e11], STREAM, grid=SHAPES).table()
     for _, rows in by_shape.groupby(["objective", "budget"]):
         assert list(rows["shape"]) == ["107k", "214k", "443k"]
+
+
+def test_a_shape_is_taken_as_the_table_prints_it() -> None:
+    chosen = plan_study([1e18], Stream(50_257, 1024))
+    shapes = list(dict.fromkeys(trunk.shape for trunk in chosen.trunks))
+    assert [planned_shape(f"{shape.n_layers}x{shape.d_model}") for shape in shapes] == shapes
+    assert planned_shape("22x2048") == get_shape("arm-1b")
+    printed = plan_study([1e12], STREAM, grid=Grid(shapes=["2x64", "4x64", "4x128"]))
+    assert printed.trunks == plan_study([1e12], STREAM, grid=Grid(shapes=["107k", "214k", "853k"])).trunks
+
+
+@pytest.mark.parametrize("name", ["1x16", "0x64", "9x9", "7x", "nothing"])
+def test_a_shape_that_is_none_names_the_form_and_no_other_option(name: str) -> None:
+    budgets, grid = [2e11, 4e11], Grid(shapes=[name, "107k", "214k"])
+    with pytest.raises(UserError, match=r"such as L[12]-d") as refused:
+        plan_study(budgets, STREAM, grid=grid, overlap=True, multiplier=38)
+    assert "--overlap" not in str(refused.value) and name in str(refused.value)
 
 
 @settings(max_examples=40, deadline=None)

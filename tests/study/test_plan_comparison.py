@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.run import Source
 from llada_lightning.study.plan import Grid, Plan, Recipe, Stream, plan_study
-from llada_lightning.study.plan.comparison import budgets_of, measured_multiplier, overlap_factor
+from llada_lightning.study.plan.comparison import budgets_of, comparison_notes, measured_multiplier, overlap_factor
 from llada_lightning.support.errors import UserError
 
 STREAM = Stream(vocab_size=512, sequence_length=64)
@@ -55,6 +56,16 @@ def test_the_multiplier_is_the_one_measured_nearest() -> None:
     found = measured_multiplier("llada", "total", 1e13)
     assert found is not None and found[0] == 20
     assert measured_multiplier("arm", "6nd", 1e13) is None
+
+
+def test_a_multiplier_that_was_measured_far_away_is_told_unless_one_is_given() -> None:
+    def told(**options: Any) -> list[str]:
+        notes = comparison_notes(plan_study([1e15, 2e15], STREAM, grid=SHAPES, overlap=True, **options))
+        return [note for note in notes if "may not meet" in note]
+
+    [note] = told()
+    assert "lowered by 38, which was measured at 5e+13 FLOPs of llada; here llada has 2e+15 at most" in note
+    assert told(multiplier=38) == []
 
 
 @pytest.mark.parametrize("names", [["arm"], ["llada"]])

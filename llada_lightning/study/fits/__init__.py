@@ -24,6 +24,7 @@ from llada_lightning.study.fits.agreement import (
     Headline,
     disagreements,
     headline,
+    loss_gap,
     no_common_loss,
 )
 from llada_lightning.study.fits.envelope import EnvelopeFit, EnvelopePoint, fit_envelope
@@ -72,6 +73,7 @@ __all__ = [
     "LossCurve", "LossLine", "Method", "Multiplier", "Noise", "ObjectiveFits", "ParametricFit", "PowerLaw", "Spread",
     "StudyFits", "Unit", "best_of_budgets", "budget_groups", "budget_members", "check_comparable",
     "compute_multipliers", "fit_envelope", "fit_isoflop", "fit_joint", "fit_parametric", "fit_table", "flops_column",
+    "loss_gap",
     "losses", "named_variants", "noise_of_runs", "objective_names", "planned_flops", "run_names", "usable_runs",
 ]  # fmt: skip
 

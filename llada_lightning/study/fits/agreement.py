@@ -21,6 +21,45 @@ NO_COMMON_LOSS = "no common loss"
 """How the note begins that outweighs all others."""
 
 
+@dataclass(frozen=True)
+class LossGap:
+    """What closes the gap between the best losses of two objectives that share no value.
+
+    Args:
+        smaller: The objective that needs smaller budgets.
+        larger: The other one, for which larger budgets would do as well.
+        factor: The factor of FLOPs that is missing; None where no method tells it.
+        method: The method that tells it.
+    """
+
+    smaller: str
+    larger: str
+    factor: float | None = None
+    method: str = ""
+
+
+def loss_gap(
+    objective: str,
+    reference: str,
+    convention: Convention,
+    fits: Mapping[str, ObjectiveFits],
+    multipliers: list[Multiplier],
+) -> LossGap | None:
+    """The gap between the best losses of two objectives; None where they share a value."""
+    theirs, own = (fits[name].envelope[convention].points for name in (reference, objective))
+    behind = own[-1].loss > theirs[0].loss
+    if not behind and own[0].loss >= theirs[-1].loss:
+        return None
+    if not behind:
+        return LossGap(objective, reference)
+    found = [entry for entry in multipliers if entry.point[:3] == (objective, reference, convention)]
+    least = min((entry for entry in found if entry.shown), key=lambda entry: entry.reference_flops, default=None)
+    if least is None:
+        return LossGap(reference, objective)
+    factor = least.multiplier * least.reference_flops / own[-1].flops
+    return LossGap(reference, objective, factor or None, least.method)
+
+
 def no_common_loss(
     objective: str,
     reference: str,
@@ -32,18 +71,13 @@ def no_common_loss(
 
     The missing factor of FLOPs is taken from the multipliers, which are those of all pairs.
     """
-    theirs, own = (fits[name].envelope[convention].points for name in (reference, objective))
-    behind = own[-1].loss > theirs[0].loss
-    if not behind and own[0].loss >= theirs[-1].loss:
-        return None
     found = [entry for entry in multipliers if entry.point[:3] == (objective, reference, convention)]
-    least = min(
-        (entry for entry in found if behind and entry.shown), key=lambda entry: entry.reference_flops, default=None
-    )
-    factor = least.multiplier * least.reference_flops / own[-1].flops if least else None
-    by = f", by a factor of about {factor:.2g} ({least.method})" if least and factor else ""
+    gap = loss_gap(objective, reference, convention, fits, multipliers)
+    if gap is None:
+        return None
+    theirs, own = (fits[name].envelope[convention].points for name in (reference, objective))
+    by = f", by a factor of about {gap.factor:.2g} ({gap.method})" if gap.factor else ""
     printed = "; what is printed is extrapolated" if any(entry.shown for entry in found) else ""
-    smaller, larger = (reference, objective) if behind else (objective, reference)
     if len(theirs) == len(own) == 1:
         reached = f"{reference}'s loss is {theirs[0].loss:.3f}, {objective}'s {own[0].loss:.3f}"
     else:
@@ -53,7 +87,7 @@ def no_common_loss(
         )
     return (
         f"{NO_COMMON_LOSS} by {CONVENTION_NAMES[convention]}: {reached}, so no multiplier is measured{printed}; add "
-        f"smaller budgets for {smaller} or larger ones for {larger}{by}"
+        f"smaller budgets for {gap.smaller} or larger ones for {gap.larger}{by}"
     )
 
 

@@ -23,6 +23,9 @@ ENOUGH_STEPS = 500
 """Results of fewer steps lie on the steep start of their loss curves, where multipliers grow with every improvement of
 the reference's tuning (docs/study.md, "`arm`'s short runs, tuned anew")."""
 
+_FAR = 10.0
+"""A multiplier that was measured at budgets so many times as large, or as small, is told where it is used."""
+
 _TOLERANCE = 1.1
 """Budgets that differ by less than this factor count as equal, as in ``study.fits``."""
 
@@ -94,7 +97,7 @@ def budgets_of(objective: str, budgets: Sequence[float], lowered_by: float) -> t
 
 def comparison_notes(plan: Plan) -> list[str]:
     """What a reader of a plan should know before its objectives are compared, one line each."""
-    notes = [*rules_outside(plan)]
+    notes = [*rules_outside(plan), *overlap_from_afar(plan)]
     for name in plan.objectives:
         notes += [*tuned_rate(plan, name), *no_common_loss(plan, name), *short_results(plan, name)]
     return notes
@@ -138,6 +141,22 @@ def tuned_rate(plan: Plan, name: str) -> Iterator[str]:
             f"{name}'s best learning rate was about {objective.lr_scale:g} times the rule's "
             f"{objective.lr_scale_source}: --lr-scale-{name} {objective.lr_scale:g}"
         )
+
+
+def overlap_from_afar(plan: Plan) -> Iterator[str]:
+    """Where the reference's budgets were lowered by a multiplier that was measured at quite other budgets."""
+    if plan.lowered_by == 1 or plan.multiplier is not None:
+        return
+    for name in plan.objectives:
+        measured = get_objective(name).multipliers.get(plan.convention, ())
+        at = next((flops for flops, multiplier, _ in measured if multiplier == plan.lowered_by), None)
+        largest = plan.budgets_of(name)[-1]
+        if at is not None and name != REFERENCE and max(at / largest, largest / at) > _FAR:
+            yield (
+                f"{REFERENCE}'s budgets are lowered by {plan.lowered_by:g}, which was measured at {at:.2g} FLOPs of "
+                f"{name}; here {name} has {largest:.2g} at most, where the multiplier may be another one and the "
+                "losses may not meet. --multiplier gives your own; --append adds budgets later"
+            )
 
 
 def _multiplier(plan: Plan, name: str) -> tuple[float, str] | None:

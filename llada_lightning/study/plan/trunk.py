@@ -8,6 +8,7 @@ to its last fork and all decays, where separate runs would cost the sum of all S
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -18,7 +19,15 @@ from llada_lightning.compute.flops import MAX_BATCH, MAX_STEPS, Convention, Trai
 from llada_lightning.compute.hardware import Machine
 from llada_lightning.compute.rules import DECAY_FRACTION, Rules, Size, significant
 from llada_lightning.compute.schedule import WSD, ScheduleError
-from llada_lightning.compute.shapes import Shape, get_shape, proposable_shapes, propose_shape, shape_name
+from llada_lightning.compute.shapes import (
+    Shape,
+    get_shape,
+    named_shapes,
+    proposable_shapes,
+    propose_shape,
+    shape_name,
+    swiglu_width,
+)  # fmt: skip
 from llada_lightning.objectives import get_objective
 from llada_lightning.run import Length, Spec, Stream, resolve
 from llada_lightning.study.rule_file import FittedRules
@@ -70,6 +79,8 @@ class Grid:
             check_positive("tokens-per-param", ratio)
         for objective, centre in self.centres.items():
             check_positive(f"centre-{objective}", centre)
+        for shape in self.shapes:
+            planned_shape(shape)
         if self.points < least:
             needs = f"{least}, which a parabola needs" if least == MIN_SHAPES else f"{least}"
             raise UserError(f"plan: --points {self.points} is below {needs}")
@@ -82,6 +93,34 @@ def grid_shapes() -> tuple[Shape, ...]:
     least, most = (math.log(end.params_nonembedding / GRID_ANCHOR, GRID_STEP) for end in (shapes[0], shapes[-1]))
     sizes = [GRID_ANCHOR * GRID_STEP**power for power in range(math.ceil(least), math.floor(most) + 1)]
     return tuple(dict.fromkeys(propose_shape(size) for size in sizes))
+
+
+_DEPTH_WIDTH = re.compile(r"(\d{1,6})x(\d{1,6})", re.ASCII)
+"""A shape as the tables print it: blocks x width."""
+
+
+def planned_shape(name: str | Shape) -> Shape:
+    """A shape as it is, or the shape of a name, of its dimensions, or of blocks and width as a plan's table prints them, such as `4x128`.
+
+    Raises:
+        UserError: The name is unknown, or blocks and width are those of no shape that a plan chooses, or of several.
+    """
+    printed = _DEPTH_WIDTH.fullmatch(name) if isinstance(name, str) else None
+    if printed is None:
+        return get_shape(name)
+    n_layers, width = map(int, printed.groups())
+    known = dict.fromkeys([*grid_shapes(), *named_shapes().values()])
+    found = [shape for shape in known if (shape.n_layers, shape.d_model) == (n_layers, width)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        whole = f"stands for {len(found)} shapes; name one of {', '.join(map(shape_name, found))}"
+    else:
+        heads = width // 64 if width and width % 64 == 0 else 1
+        own = f"L{n_layers}-d{width}-h{heads}-kv{heads}-ff{swiglu_width(width, 16)}"
+        example = own if n_layers and width and width % 2 == 0 else "L2-d64-h2-kv2-ff192"
+        whole = f"is no shape that the planner chooses itself; give all dimensions, such as {example}"
+    raise UserError(f"plan: --shapes {name} {whole}")
 
 
 def shapes_at(
@@ -101,7 +140,7 @@ def shapes_at(
         return of
 
     if grid.shapes:
-        chosen = [get_shape(shape) for shape in grid.shapes]
+        chosen = [planned_shape(shape) for shape in grid.shapes]
     elif grid.tokens_per_param:
         chosen = [min(proposable_shapes(), key=distance(ratio)) for ratio in grid.tokens_per_param]
     else:
