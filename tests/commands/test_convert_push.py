@@ -105,6 +105,12 @@ def test_a_name_that_is_none_is_refused_before_anything_is_converted(
     assert hub.requests == [] and not (tmp_path / "out").exists()
 
 
+def test_a_name_that_looks_like_an_option_is_told_how_to_be_written(refused: Refused, hub: Hub, tmp_path: Path) -> None:
+    error = refused("--push", "-x/y")
+    assert error.startswith("error: --push: it has no value; a value that begins with '-' is written --push=VALUE; see")
+    assert hub.requests == [] and not (tmp_path / "out").exists()
+
+
 def test_no_token_is_told_before_anything_is_converted(
     hub: Hub, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

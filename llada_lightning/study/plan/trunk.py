@@ -100,7 +100,7 @@ _DEPTH_WIDTH = re.compile(r"(\d{1,6})x(\d{1,6})", re.ASCII)
 
 
 def planned_shape(name: str | Shape) -> Shape:
-    """A shape as it is, or the shape of a name, of its dimensions, or of blocks and width as a plan's table prints them, such as `4x128`.
+    """A shape as it is, or that of a name, of dimensions, or of blocks and width as the tables print them (`4x128`).
 
     Raises:
         UserError: The name is unknown, or blocks and width are those of no shape that a plan chooses, or of several.
