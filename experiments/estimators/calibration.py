@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from worlds import WORLDS, study, true_multipliers
+from worlds import WORLDS, covariance, study, true_multipliers
 
 from llada_lightning.study.fits import METHODS, fit_table
 from llada_lightning.study.plots.style import GREY, INK, StudyFigure, dress, new_figure, write_figure
@@ -27,7 +27,9 @@ from llada_lightning.study.plots.style import METHODS as STYLES
 def told(name: str, seed: int, samples: int) -> list[dict[str, object]]:
     """The multipliers of one study, each with the truth."""
     world, number = WORLDS[name], list(WORLDS).index(name)
-    fits = fit_table(study(world, 1000 * number + seed), samples=samples, seed=seed, conventions=(world.convention,))
+    table = study(world, 1000 * number + seed)
+    how = {"samples": samples, "seed": seed, "covariance": covariance(world, table)}
+    fits = fit_table(table, conventions=(world.convention,), **how)
     entries = fits.compute_multiplier
     truths = true_multipliers(world, [entry.reference_flops for entry in entries]) if entries else []
     return [

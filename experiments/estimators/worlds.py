@@ -151,6 +151,14 @@ def study(world: World, seed: int) -> pd.DataFrame:
     return table_of_records(records)
 
 
+def covariance(world: World, table: pd.DataFrame) -> pd.DataFrame | None:
+    """The covariance of the losses' stated errors, which have nothing in common; None where an error is common."""
+    if world.common:
+        return None
+    names = [f"{run}@{steps}" for run, steps in zip(table["run"], table["steps"], strict=True)]
+    return pd.DataFrame(np.diag(table["val_stderr"].to_numpy(float) ** 2), index=names, columns=names)
+
+
 def _noise(world: World, generator: np.random.Generator, of_trunk: float) -> float:
     own = generator.standard_t(3) / np.sqrt(3) if world.heavy else generator.standard_normal()
     if world.trunks:

@@ -206,6 +206,12 @@ def simulated_study(
     return table, pd.DataFrame(relative * np.outer(loss, loss), index=names, columns=names)
 
 
+def independent_errors(table: pd.DataFrame) -> pd.DataFrame:
+    """The covariance of losses whose standard errors have nothing in common."""
+    names = [f"{run}@{steps}" for run, steps in zip(table["run"], table["steps"], strict=True)]
+    return pd.DataFrame(np.diag(table["val_stderr"].to_numpy(float) ** 2), index=names, columns=names)
+
+
 def _simulated(objective: str, budget: float, n: float, tokens: int, loss: float, error: float) -> dict[str, Any]:
     extra = 6 * 4000 * n**0.55 * (1 if objective == "arm" else 1.5)  # small models spend more than half of it there
     return {

@@ -14,7 +14,8 @@ from llada_lightning.study.fits.multiplier import judged
 
 @pytest.fixture(scope="module")
 def fits() -> StudyFits:
-    return fit_table(simulated_study(CHINCHILLA)[0], samples=400, conventions=("6nd",))
+    table, covariance = simulated_study(CHINCHILLA)
+    return fit_table(table, samples=400, conventions=("6nd",), covariance=covariance)
 
 
 def entry(method: str = "isoflop", value: float = 10.0, spread: float = 0.1, **other: object) -> Multiplier:

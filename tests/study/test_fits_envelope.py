@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.studies import CHINCHILLA, record, simulated_study, true_multiplier
+from helpers.studies import CHINCHILLA, independent_errors, record, simulated_study, true_multiplier
 from llada_lightning.study.fits import EnvelopeFit, Estimate, fit_envelope, fit_table
 from llada_lightning.study.fits.runs import in_canonical_order, noise_of_runs
 from llada_lightning.study.results import table_of_records
@@ -65,7 +65,7 @@ def middle_multiplier(table: pd.DataFrame) -> Estimate:
 
 def test_runs_of_one_shape_are_averaged() -> None:
     table = seeded(0.02, {"arm": 4}, 0)
-    (envelope,) = fit_table(table, samples=200).envelopes("6nd").values()
+    (envelope,) = fit_table(table, samples=200, covariance=independent_errors(table)).envelopes("6nd").values()
     means = np.log(table["val_nats_per_token"]).to_numpy().reshape(len(BUDGETS), 2, 4).mean(axis=2)
     assert np.exp(means.min(axis=1)) == pytest.approx([point.loss for point in envelope.points])
     assert {point.replicates for point in envelope.points} == {4}

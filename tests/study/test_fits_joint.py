@@ -19,7 +19,8 @@ def world(e: float = 1.7, alpha: float = 0.34, beta: float = 0.28) -> World:
 
 
 def fitted(own: World, seed: int = 0, noise: float = 0.003, samples: int = 400) -> StudyFits:
-    return fit_table(simulated_study(own, seed, noise=noise)[0], samples=samples, conventions=("6nd",))
+    table, covariance = simulated_study(own, seed, noise=noise)
+    return fit_table(table, samples=samples, conventions=("6nd",), covariance=covariance)
 
 
 def test_an_exact_pair_of_laws_is_recovered() -> None:

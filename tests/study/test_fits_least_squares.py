@@ -25,7 +25,7 @@ def fit_power_law(flops: npt.ArrayLike, loss: npt.ArrayLike, stderr: npt.ArrayLi
     values, errors = np.asarray(loss, float), np.asarray(stderr, float)
     known = bool(np.all(np.isfinite(errors) & (errors > 0)))
     covariance = np.diag((errors / values) ** 2) if known else np.zeros((len(values), len(values)))
-    noise = Noise.of(covariance, "standard errors" if known else "scatter", samples, 0)
+    noise = Noise.of(covariance, "covariance" if known else "scatter", samples, 0)
     return power_law(np.log(np.asarray(flops, float)), np.log(values), noise)
 
 

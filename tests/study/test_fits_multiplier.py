@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from helpers.studies import CHINCHILLA, VALLEYS, simulated_study, true_multiplier
+from helpers.studies import CHINCHILLA, VALLEYS, independent_errors, simulated_study, true_multiplier
 from llada_lightning.study.fits import METHODS, Multiplier, StudyFits, compute_multipliers, fit_table
 
 
@@ -108,9 +108,26 @@ def test_by_the_total_convention_the_multiplier_is_that_of_total_flops() -> None
         assert 1.0 < total.multiplier / own.multiplier < 1.5
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.01])
+def test_without_its_covariance_a_study_has_the_same_answer(spread: float) -> None:
+    """Runs share their validation set. An error that is common to all must not explain how they scatter."""
+    table, covariance = simulated_study(VALLEYS, noise=0.002, shared=0.03, spread=spread)
+    alone, beside = fit_table(table, samples=500), fit_table(table, samples=500, covariance=covariance)
+    for method in ("read-off", "envelope", "isoflop"):
+        for one, other in zip(entries(alone)[method], entries(beside)[method], strict=True):
+            assert one.multiplier == pytest.approx(other.multiplier, rel=0.05)
+            assert one.shown == other.shown
+            if one.shown and not one.extrapolated:
+                assert 0.5 < (one.high - one.low) / (other.high - other.low) < 2
+    for name, own in alone.objectives.items():
+        assert own.spread.tau == pytest.approx(beside.objectives[name].spread.tau, abs=0.003)
+
+
 def test_a_covariance_narrows_exponents_and_multipliers() -> None:
     table, covariance = simulated_study(VALLEYS, noise=0.002, shared=0.01)
-    independent, joint = fit_table(table, samples=500), fit_table(table, samples=500, covariance=covariance)
+    independent, joint = (
+        fit_table(table, samples=500, covariance=errors) for errors in (independent_errors(table), covariance)
+    )
     for method in ("envelope", "isoflop"):
         for one, other in zip(entries(independent)[method], entries(joint)[method], strict=True):
             assert one.multiplier == pytest.approx(other.multiplier, rel=0.02)

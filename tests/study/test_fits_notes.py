@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from helpers.studies import CHINCHILLA, Chinchilla, World, simulated_study
+from helpers.studies import CHINCHILLA, Chinchilla, World, independent_errors, simulated_study
 from llada_lightning.study.fits import fit_table
 
 
 def notes_of(table: pd.DataFrame) -> list[str]:
-    return fit_table(table, samples=200, conventions=("6nd",)).notes
+    return fit_table(table, samples=200, conventions=("6nd",), covariance=independent_errors(table)).notes
 
 
 def study(world: World = CHINCHILLA, **options: object) -> pd.DataFrame:

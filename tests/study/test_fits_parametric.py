@@ -17,9 +17,9 @@ DELTA = 1e-3
 
 
 def arm_fit(world: World = CHINCHILLA, samples: int = 300, **study: object) -> ParametricFit:
-    table, _ = simulated_study(world, **study)  # type: ignore[arg-type]
+    table, covariance = simulated_study(world, **study)  # type: ignore[arg-type]
     arm = in_canonical_order(table[table["objective"] == "arm"])
-    return fit_parametric(arm, ("6nd", "total"), "nats_per_token", noise_of_runs(arm, None, samples, 0))
+    return fit_parametric(arm, ("6nd", "total"), "nats_per_token", noise_of_runs(arm, covariance, samples, 0))
 
 
 def test_an_exact_law_is_recovered() -> None:

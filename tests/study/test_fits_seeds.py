@@ -9,7 +9,7 @@ import pytest
 from helpers.studies import CHINCHILLA, simulated_study
 from llada_lightning.study.fits import fit_table
 from llada_lightning.study.fits.runs import noise_of_runs
-from llada_lightning.study.fits.seeds import seed_scales
+from llada_lightning.study.fits.seeds import seed_scales, tokens_by_steps
 
 
 def replicated(seeds: int, growth: float, seed: int = 0) -> pd.DataFrame:
@@ -71,3 +71,16 @@ def test_the_spread_of_draws_follows() -> None:
     drawn = noise.draws(spread).std(axis=0)
     assert np.corrcoef(drawn, scales)[0, 1] > 0.95
     assert any("seeds tell a spread" in note for note in fits.notes)
+
+
+def test_seeds_with_sequences_of_random_length_are_of_one_point() -> None:
+    """A hundredth of the sequences is shorter, by the seed: the tokens differ, and the steps do not."""
+    runs = pd.DataFrame(
+        {
+            "tokens": pd.array([11_494, 11_574, 23_000, 11_500, 30_000], dtype="Int64"),
+            "steps": pd.array([90, 90, 180, pd.NA, 90], dtype="Int64"),
+            "global_batch_tokens": [128.0] * 5,
+        }
+    )
+    # The fourth does not say its steps; the fifth has the tokens of other weights, too.
+    assert tokens_by_steps(runs).tolist() == [11_520, 11_520, 23_040, 11_500, 30_000]

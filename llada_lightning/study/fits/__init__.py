@@ -198,7 +198,7 @@ def fit_table(
         seed: The seed of the draws.
         covariance: The covariance of the losses in nats^2, index and columns ``run@steps``, all objectives in one.
             The error of a run that it lacks (a note names it) is its standard error, taken as independent of the
-            others. None, or where such a run has none: the table's standard errors, taken as independent.
+            others. None, or where such a run has none: the table's standard errors, the same error for all runs.
         conventions: The conventions by which FLOPs are counted. One by which a run's FLOPs are missing is left out
             with a note.
         reference: The name of the objective that multipliers divide by. None: ``objectives.REFERENCE``, as far as
@@ -263,6 +263,11 @@ def fit_table(
             f"covariance: {lacks}, whose errors are taken as independent"
             if noise.model == "covariance"
             else f"covariance not used: {lacks}, of which not all have a standard error"
+        )
+    elif covariance is None and noise.model == "standard errors":
+        notes.append(
+            "covariance: the file that llada collect writes beside a table is not there; the errors of the losses are "
+            "taken as one error of all, which shares their validation set"
         )
     fits = replace(
         fits,

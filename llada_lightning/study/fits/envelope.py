@@ -29,6 +29,7 @@ from llada_lightning.study.fits.least_squares import (
 )
 from llada_lightning.study.fits.lines import LossLine
 from llada_lightning.study.fits.runs import Unit, budget_members, flops_column, is_budget, losses
+from llada_lightning.study.fits.seeds import tokens_by_steps
 from llada_lightning.study.fits.uncertainty import UNKNOWN, Array, Noise, Spread, blocks
 
 LUCK_DRAWS = 200
@@ -132,7 +133,8 @@ class Candidates:
 
     @classmethod
     def of(cls, runs: pd.DataFrame, planned: Convention, unit: Unit, noise: Noise) -> Candidates:
-        numbers = runs.groupby(["params_nonembedding", "tokens"], sort=False).ngroup().to_numpy()
+        told = runs.assign(tokens=tokens_by_steps(runs))
+        numbers = told.groupby(["params_nonembedding", "tokens"], sort=False).ngroup().to_numpy()
         rows = [np.flatnonzero(numbers == number) for number in range(numbers.max() + 1)]
         log_loss = np.log(losses(runs, unit)[0])
         flops = _means(runs[flops_column(planned)], rows)
@@ -249,7 +251,7 @@ def _means(column: pd.Series, rows: list[npt.NDArray[np.intp]]) -> Array:
 
 def _point(members: pd.DataFrame, flops: float, shapes: Candidates, number: int, unit: Unit) -> EnvelopePoint:
     loss = float(np.exp(shapes.log_loss[number]))
-    known, alone = shapes.noise.known, float(losses(members, unit)[1][0])
+    known, alone = shapes.noise.model != "scatter", float(losses(members, unit)[1][0])
     stderr = float(np.sqrt(shapes.noise.variances[number])) * loss if known else alone if len(members) == 1 else np.nan
     first = members.iloc[0]
     return EnvelopePoint(float(flops), loss, stderr, str(first["run"]), str(first["shape"]), len(members))

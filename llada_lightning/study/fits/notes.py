@@ -16,7 +16,7 @@ from llada_lightning.study.fits.agreement import no_common_loss
 from llada_lightning.study.fits.least_squares import interval
 from llada_lightning.study.fits.objective import ObjectiveFits
 from llada_lightning.study.fits.runs import budget_members, flops_column, is_budget, planned_convention
-from llada_lightning.study.fits.seeds import seed_scales
+from llada_lightning.study.fits.seeds import seed_scales, tokens_by_steps
 
 if TYPE_CHECKING:
     from llada_lightning.study.fits import StudyFits
@@ -52,7 +52,8 @@ def _of_objective(name: str, runs: pd.DataFrame, fits: ObjectiveFits, convention
             "there does not hold beyond; add larger budgets"
         )
     notes += [f"{name}: {missing}" for missing in _incomplete(runs, planned)]
-    if not runs.duplicated(["params_nonembedding", "tokens"]).any() and fits.spread.known:
+    points = runs.assign(tokens=tokens_by_steps(runs))
+    if not points.duplicated(["params_nonembedding", "tokens"]).any() and fits.spread.known:
         notes.append(
             f"{name}: every loss is of one seed; the spread between runs, {fits.spread.tau:.2%} of the loss, is taken "
             "from their scatter about the fits (llada plan --append FILE --seeds adds seeds)"

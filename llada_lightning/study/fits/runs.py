@@ -245,8 +245,8 @@ def noise_of_runs(runs: pd.DataFrame, covariance: pd.DataFrame | None, samples: 
     ``covariance`` is that of the runs' ``val_nats_per_token`` in nats^2, index and columns ``run@steps``. A run that it
     lacks has its own standard error, and no covariance with the others: V is block diagonal, so it stays positive
     semi-definite, and the error of a difference from such a run is not made too small where errors are shared. None,
-    or where a run has an error in neither: the table's standard errors, or, where one of them is missing or zero, the
-    scatter alone.
+    or where a run has an error in neither: the table's standard errors, one draw for all runs, or, where one of them is
+    missing or zero, the scatter alone.
 
     Raises:
         UserError: The matrix is no covariance, or lacks all runs.
@@ -261,7 +261,7 @@ def noise_of_runs(runs: pd.DataFrame, covariance: pd.DataFrame | None, samples: 
             joint[np.ix_(~lacking, ~lacking)] = _matching(covariance, runs[~lacking])
             return Noise.of(joint / np.outer(loss, loss), "covariance", samples, seed, *between)
     if np.all(known):
-        return Noise.of(np.diag((stderr / loss) ** 2), "standard errors", samples, seed, *between)
+        return Noise.of(np.outer(stderr / loss, stderr / loss), "standard errors", samples, seed, *between)
     return Noise.of(np.zeros((len(runs), len(runs))), "scatter", samples, seed, *between)
 
 

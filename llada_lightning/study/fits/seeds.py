@@ -21,6 +21,22 @@ PRIOR = 1.0
 """The standard deviation of the prior of the logarithm of the variance's ratio over the range of the points."""
 
 
+RANDOM_LENGTHS = 0.25
+"""The share by which random lengths may change the number of tokens of a run."""
+
+
+def tokens_by_steps(runs: pd.DataFrame) -> Array:
+    """(n,) the tokens of the steps of each run, full sequences of them: equal for runs that differ in seed alone.
+
+    Sequences of random length make the tokens that are read depend on the seed. The number itself is taken where steps
+    or batch are not known, or do not account for it, as where the tokens of other weights are counted.
+    """
+    tokens = runs["tokens"].to_numpy(float, na_value=np.nan)
+    steps, batch = (runs[name].to_numpy(float, na_value=np.nan) for name in ("steps", "global_batch_tokens"))
+    full = steps * batch
+    return np.where(np.abs(tokens / full - 1) < RANDOM_LENGTHS, full, tokens)
+
+
 def seed_scales(runs: pd.DataFrame) -> Array:
     """(n,) the spread of each run over the root mean square of its objective's runs; 1 where seeds tell nothing.
 
@@ -36,7 +52,8 @@ def _of_objective(runs: pd.DataFrame) -> Array:
     log_loss = np.log(runs["val_nats_per_token"].to_numpy(float))
     features = np.stack([np.log(runs["params_nonembedding"].to_numpy(float)), log_loss - log_loss.min()], axis=1)
     same = ["params_nonembedding", "tokens", "lr", "global_batch_tokens"]
-    numbers = runs.groupby(same, sort=False, dropna=False).ngroup().to_numpy()
+    told = runs.assign(tokens=tokens_by_steps(runs))
+    numbers = told.groupby(same, sort=False, dropna=False).ngroup().to_numpy()
     points = [rows for number in np.unique(numbers) if len(rows := np.flatnonzero(numbers == number)) > 1]
     if len(points) < MIN_POINTS:
         return np.ones(len(runs))

@@ -1,8 +1,10 @@
 """How well the losses are known: the one noise model behind every interval.
 
-All fits are of log loss. The covariance of the n log losses is V + tau^2 I. V are the runs' own validation errors:
-independent where only standard errors are known, the full matrix where it is given (runs that share a validation set
-err together, so that differences are known far better than single losses). tau is the spread between runs beyond
+All fits are of log loss. The covariance of the n log losses is V + tau^2 I. V are the runs' own validation errors. Runs
+that share a validation set err together, so that differences are known far better than single losses: V is the full
+matrix where it is given. Where only standard errors are known, all runs have one error in common. What of their
+errors is not in common shows in the scatter, and is then a part of tau; taken as independent, the errors would
+explain a scatter that is the runs' own. tau is the spread between runs beyond
 that: seeds, tuning, a law that does not hold. It is estimated from a fit's own residuals by moments (DerSimonian and
 Laird 1986); where no errors are known V is zero and tau holds all. The branches of one trunk have the trunk's seed and
 data in common, so that a share of their spread may be one number. It is estimated by moments, too: the identity I is
@@ -35,7 +37,8 @@ Array = npt.NDArray[np.float64]
 NoiseModel = Literal["covariance", "standard errors", "scatter"]
 NOISE_MODELS: dict[NoiseModel, str] = {
     "covariance": "covariance of the runs' validation errors, and the spread of runs beyond it",
-    "standard errors": "each run's own standard error, taken as independent, and the spread of runs beyond it",
+    "standard errors": "each run's own standard error, taken as the same for all runs, which share their validation "
+    "set, and the spread of runs beyond it (no covariance beside the table)",
     "scatter": "the scatter of runs about each fit (no standard errors in the table)",
 }
 
@@ -163,7 +166,8 @@ class Noise:
 
     @property
     def known(self) -> bool:
-        return self.model != "scatter"
+        """Whether the errors of the differences between losses are known: standard errors alone do not tell them."""
+        return self.model == "covariance"
 
     @property
     def samples(self) -> int:
