@@ -258,7 +258,8 @@ def grid_of_runs(rng: np.random.Generator, book: float, seed: float) -> pd.DataF
         for budget in range(4):
             log_loss = -0.05 * budget * np.log(2) + shared + trunk
             rows.append({"shape": f"s{shape}", "lr": 0.01, "params_nonembedding": 1000 * 2**shape,
-                         "tokens": 2.0 ** (budget - shape), "flops_6nd": 6e3 * 2.0**budget,
+                         "tokens": 2.0 ** (budget - shape), "steps": 2.0 ** (budget - shape),
+                         "global_batch_tokens": 1, "flops_6nd": 6e3 * 2.0**budget,
                          "val_nats_per_token": 4 * np.exp(log_loss), "val_stderr": book * 4})  # fmt: skip
     return pd.DataFrame(rows)
 
