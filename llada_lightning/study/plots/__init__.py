@@ -8,6 +8,7 @@ import pandas as pd
 
 from llada_lightning.compute.flops import Convention
 from llada_lightning.study.fits import StudyFits, usable_runs
+from llada_lightning.study.names import with_short_names
 from llada_lightning.study.plots.loss import isoflop_curves, parametric_residuals, scaling_curve
 from llada_lightning.study.plots.optima import compute_multiplier, has_optimum, optimum
 from llada_lightning.study.plots.style import INK, StudyFigure, write_figure
@@ -30,9 +31,12 @@ def study_figures(
     panels are the conventions) and ``parametric`` with such fits; ``tasks`` with columns ``task_<name>``; ``paper``,
     the same over the points of the paper, where that is asked for.
 
+    Variants have their short names.
+
     Raises:
         UserError: The table lacks the FLOPs of this convention.
     """
+    table, fits = with_short_names(table, fits)
     members = fits.objectives.values()
     figures = {"scaling": scaling_curve(table, fits, convention)}
     if any(fit.isoflop[convention].budgets for fit in members):

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
 from llada_lightning.study.fits import NO_COMMON_LOSS, StudyFits
+from llada_lightning.study.names import variant_settings, with_short_names
 from llada_lightning.study.report.facts import (
     flops_counting,
     gathered,
@@ -18,6 +19,7 @@ from llada_lightning.study.report.facts import (
     loss_counting,
     provenance_table,
     settings_table,
+    variants_table,
 )
 from llada_lightning.study.report.figures import Drawing, drawings
 from llada_lightning.study.report.verdict import verdict, verdict_without_fits
@@ -73,7 +75,7 @@ class Report:
 
 
 def make_report(table: pd.DataFrame, fits: StudyFits | None, convention: Convention, source: Source) -> Report:
-    """The report of a results table.
+    """The report of a results table, in which variants have their short names.
 
     Args:
         table: The table that was fitted.
@@ -81,6 +83,8 @@ def make_report(table: pd.DataFrame, fits: StudyFits | None, convention: Convent
         convention: The convention by which figures and laws count FLOPs. Multipliers are shown by all.
         source: Where the table is from.
     """
+    variants = variants_table(variant_settings(table))
+    table, fits = with_short_names(table, fits)
     tables: tuple[list[Table], list[Table]] = ([], [])
     if fits is not None:
         laws = (optima_table(fits, convention), parameters_table(fits, convention), held_out_table(fits, convention))
@@ -96,7 +100,7 @@ def make_report(table: pd.DataFrame, fits: StudyFits | None, convention: Convent
         left_out=left_out_table(table),
         flops=flops_counting(table),
         losses=loss_counting(table, fits),
-        settings=[settings_table(table), provenance_table(table)],
+        settings=[*([variants] if variants.row_count else []), settings_table(table), provenance_table(table)],
         limits=limits(table, fits, source.collected is not None),
         runs=None if fits is None else runs_table(table, convention, whole=True),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -166,6 +166,14 @@ def settings_table(table: pd.DataFrame) -> Table:
     printed = titled("Settings of the runs", "setting", *parts, left=1 + len(parts))
     for column, words in _BY_OBJECTIVE.items():
         printed.add_row(words, *(_values(own[column]) for own in parts.values()))
+    return printed
+
+
+def variants_table(settings: Mapping[str, str]) -> Table:
+    """The settings in full of the variants that this page calls by a short name."""
+    printed = titled("Variants", "name", "settings", left=2)
+    for name, own in settings.items():
+        printed.add_row(name, own)
     return printed
 
 

@@ -35,6 +35,7 @@ from llada_lightning.study.fits import (
 )
 from llada_lightning.study.fits.multiplier import OPEN
 from llada_lightning.study.forecast import Scored
+from llada_lightning.study.names import renamed, short_names, variant_settings, with_short_names
 from llada_lightning.study.tables.style import (
     captioned,
     count_text,
@@ -59,8 +60,13 @@ MOST_RUNS = 40
 def print_study(
     table: pd.DataFrame, fits: StudyFits, convention: Convention, files: list[str], forecasts: Sequence[Scored] = ()
 ) -> None:
-    """Prints the runs, then their fits by one convention, and forecasts beside what was measured since."""
-    console = people_console()
+    """Prints the runs, then their fits by one convention, and forecasts beside what was measured since.
+
+    Variants have their short names, and their settings in full below the tables.
+    """
+    console, variants = people_console(), variant_settings(table)
+    forecasts = renamed(list(forecasts), short_names(fits.objectives))
+    table, fits = with_short_names(table, fits)
     if fits.yardstick is not None:
         console.print(f"Yardstick: {fits.yardstick}, the exact loss under this decoding policy\n", highlight=False)
     multipliers = [multiplier_table(fits, convention, name) for name in fits.compared]
@@ -71,6 +77,8 @@ def print_study(
         if printed.row_count:
             console.print(printed)
             console.print()
+    for name, settings in variants.items():
+        console.print(f"{name}: {settings}\n", highlight=False, soft_wrap=True)
     console.print(f"Intervals are at 95 %; errors: {NOISE_MODELS[fits.noise_model]}.\n", highlight=False)
     for line in headline_lines(fits, convention):
         console.print(line, highlight=False)
