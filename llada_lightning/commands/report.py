@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     """``llada report STUDY``: a folder of runs or a results table -> ``report.html`` and ``report.md``."""
     parser = CommandParser(
         prog="llada report",
-        description="Write one page about a study: its verdict in three sentences, figures, multipliers, runs, how it "
+        description="Write one page about a study: its verdict in a few sentences, figures, multipliers, runs, how it "
         "was counted, settings, versions, hashes, limits, and what was left out. report.html needs nothing beside it; "
         "report.md is the same as Markdown.",
     )

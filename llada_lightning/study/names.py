@@ -50,20 +50,27 @@ def _compact(value: str) -> str:
     return _CALL.sub(lambda call: " ".join([call[1], *re.sub(r"\w+=", "", call[2]).split(",")]), value)
 
 
-def with_short_names(table: pd.DataFrame, fits: StudyFits | None) -> tuple[pd.DataFrame, StudyFits | None]:
+def with_short_names(table: pd.DataFrame, fits: StudyFits) -> tuple[pd.DataFrame, StudyFits]:
     """A results table and its fits as people read them: every variant by its short name, in texts, too.
 
     A second time it changes nothing.
     """
-    full = named_variants(table)["objective"]
     short = short_names(objective_names(named_variants(table)))
     if all(name == own for name, own in short.items()):
         return table, fits
+    return table_with_short_names(table), _renamed_fits(fits, short)
+
+
+def table_with_short_names(table: pd.DataFrame) -> pd.DataFrame:
+    """A results table whose variants have the settings of their short names."""
+    full = named_variants(table)["objective"]
+    short = short_names(objective_names(named_variants(table)))
+    if all(name == own for name, own in short.items()):
+        return table
     settings = [
         own if pd.isna(name) else _settings(short[name]) for name, own in zip(full, table["variant"], strict=True)
     ]
-    table = table.assign(variant=pd.Series(settings, table.index, table["variant"].dtype))
-    return table, None if fits is None else _renamed_fits(fits, short)
+    return table.assign(variant=pd.Series(settings, table.index, table["variant"].dtype))
 
 
 def _renamed_fits(fits: StudyFits, short: Mapping[str, str]) -> StudyFits:

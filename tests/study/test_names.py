@@ -9,7 +9,7 @@ import pytest
 
 from helpers.studies import VALLEYS, simulated_study, study
 from llada_lightning.study.fits import fit_table, usable_runs
-from llada_lightning.study.names import short_names, variant_settings, with_short_names
+from llada_lightning.study.names import short_names, table_with_short_names, variant_settings, with_short_names
 
 CURRICULUM = "density=curriculum(start=range(low=0.05,high=0.3),end=range(low=0.05,high=0.6),steps=1000);loss_weight=ce"
 
@@ -51,7 +51,6 @@ def test_people_read_short_names_and_files_keep_the_full_ones() -> None:
     full, short = f"llada [{CURRICULUM}]", "llada [ce, t 0.05-0.3 to 0.05-0.6]"
     assert full in fits.as_dict() and short not in str(fits.as_dict())
     brief, shown = with_short_names(table, fits)
-    assert shown is not None
     assert list(shown.objectives) == ["arm", "llada", "llada [block 4]", short]  # as tables of runs list them
     assert list(usable_runs(brief)["objective"].unique()) == ["arm", "llada", short, "llada [block 4]"]
     assert CURRICULUM not in str(shown.as_dict())
@@ -67,4 +66,4 @@ def test_people_read_short_names_and_files_keep_the_full_ones() -> None:
 
 def test_a_table_without_variants_stays_as_it_is() -> None:
     table = study()
-    assert with_short_names(table, None)[0] is table
+    assert table_with_short_names(table) is table

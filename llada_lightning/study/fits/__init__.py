@@ -27,6 +27,7 @@ from llada_lightning.study.fits.agreement import (
     loss_gap,
     no_common_loss,
 )
+from llada_lightning.study.fits.contrast import CommonLoss, Contrast, common_losses, contrasts
 from llada_lightning.study.fits.envelope import EnvelopeFit, EnvelopePoint, fit_envelope
 from llada_lightning.study.fits.held_out import HeldOut, hold_out, hold_out_jointly
 from llada_lightning.study.fits.isoflop import IsoflopBudget, IsoflopFit, fit_isoflop, parabola_spread
@@ -68,7 +69,8 @@ from llada_lightning.support.errors import UserError
 from llada_lightning.support.printing import shortened
 
 __all__ = [
-    "BUDGET_TOLERANCE", "METHODS", "NOISE_MODELS", "NO_COMMON_LOSS", "UNITS", "UNIT_NAMES", "Disagreement",
+    "BUDGET_TOLERANCE", "METHODS", "NOISE_MODELS", "NO_COMMON_LOSS", "UNITS", "UNIT_NAMES", "CommonLoss", "Contrast",
+    "Disagreement",
     "EnvelopeFit", "EnvelopePoint", "Estimate", "Headline", "HeldOut", "IsoflopBudget", "IsoflopFit", "JointFit",
     "LossCurve", "LossLine", "Method", "Multiplier", "Noise", "ObjectiveFits", "ParametricFit", "PowerLaw", "Spread",
     "StudyFits", "Unit", "best_of_budgets", "budget_groups", "budget_members", "check_comparable",
@@ -105,6 +107,10 @@ class StudyFits:
     """The joint law with the reference, by the name of the other objective; without those that have too few runs."""
     headlines: list[Headline]
     """One for each other objective and convention."""
+    common: list[CommonLoss]
+    """Of several other objectives the multipliers at one loss, by each convention that has one."""
+    contrasts: list[Contrast]
+    """Each other objective but the first against the first, by every convention."""
     yardstick: str | None = None
     """The name of the yardstick of the losses; None: they are validation losses."""
 
@@ -142,6 +148,11 @@ class StudyFits:
         """Each objective's envelope by a convention."""
         return {name: fits.envelope[convention] for name, fits in self.objectives.items()}
 
+    def answers(self, convention: Convention) -> list[str]:
+        """The answers in words: what compares several objectives first, then each by itself."""
+        found: list[CommonLoss | Contrast | Headline] = [*self.common, *self.contrasts, *self.headlines]
+        return [own.words for own in found if own.convention == convention]
+
     def check_counted(self, convention: Convention) -> None:
         """Raises UserError where the runs lack the FLOPs of a convention, by which a figure is asked for."""
         if convention not in self.conventions:
@@ -168,7 +179,15 @@ class StudyFits:
         }
         if self.yardstick is not None:
             settings |= {"yardstick": self.yardstick, "val_kind": "exact"}
-        lists = ("headlines", "compute_multiplier", "multiplier_curve", "held_out", "disagreements")
+        lists = (
+            "headlines",
+            "common",
+            "contrasts",
+            "compute_multiplier",
+            "multiplier_curve",
+            "held_out",
+            "disagreements",
+        )
         return {
             "settings": settings,
             **{name: fits.as_dict() for name, fits in self.objectives.items()},
@@ -247,6 +266,8 @@ def fit_table(
         notes=[],
         joint=joints,
         headlines=[],
+        common=[],
+        contrasts=[],
         yardstick=yardstick,
     )
     at_budgets, curve = (
@@ -277,7 +298,13 @@ def fit_table(
     )
     notes += study_notes(fits, {name: own for name, (own, _) in members.items()})
     notes.sort(key=lambda note: not note.startswith(NO_COMMON_LOSS))
-    return replace(fits, notes=notes, headlines=_headlines(fits))
+    return replace(
+        fits,
+        notes=notes,
+        headlines=_headlines(fits),
+        common=common_losses(at_budgets, counted),
+        contrasts=contrasts(fits.compared, objectives, counted, unit),
+    )
 
 
 def _joint_fits(

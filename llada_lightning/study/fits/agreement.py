@@ -11,6 +11,7 @@ import numpy as np
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
 from llada_lightning.objectives import get_objective
+from llada_lightning.study.fits.contrast import estimate_text
 from llada_lightning.study.fits.joint import JointFit
 from llada_lightning.study.fits.least_squares import Estimate, interval
 from llada_lightning.study.fits.multiplier import Multiplier
@@ -203,9 +204,9 @@ def headline(
     spread = (min(entry.multiplier for entry in beside), max(entry.multiplier for entry in beside))
     words = (
         f"At the loss that {reference} reaches with {best.reference_flops:.3g} FLOPs ({counted}), {objective} needs "
-        f"{_told(best.estimate)} times the compute, read off the measured losses ({_kinds(best)})"
+        f"{estimate_text(best.estimate)} times the compute, read off the measured losses ({_kinds(best)})"
     )
-    words += f"; {_told(law.estimate)} by the joint law" if law else ""
+    words += f"; {estimate_text(law.estimate)} by the joint law" if law else ""
     if len(beside) > 1:
         names_of = ", ".join(entry.method for entry in beside)
         words += f"; the methods that are relied on ({names_of}) give {spread[0]:.3g} to {spread[1]:.3g}"
@@ -222,12 +223,6 @@ def _kinds(entry: Multiplier) -> str:
         return f"exact, by {entry.named}"
     own, theirs = (get_objective(base_objective(name)).val_kind for name in (entry.objective, entry.reference))
     return f"{own} against {theirs}"
-
-
-def _told(estimate: Estimate) -> str:
-    unknown = estimate.interval == "unknown"
-    ends = "its interval is not known" if unknown else f"{estimate.low:.3g} to {estimate.high:.3g}"
-    return f"{estimate.value:.3g} ({ends})"
 
 
 def _why(names: tuple[str, str, Convention], multipliers: Sequence[Multiplier], missing: str | None) -> str:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
 from llada_lightning.study.fits import NO_COMMON_LOSS, StudyFits
-from llada_lightning.study.names import variant_settings, with_short_names
+from llada_lightning.study.names import table_with_short_names, variant_settings, with_short_names
 from llada_lightning.study.report.facts import (
     flops_counting,
     gathered,
@@ -57,7 +57,7 @@ class Report:
     """The content of a report, in the order of the page. Empty parts are left out of it."""
 
     source: Source
-    verdict: tuple[str, str, str]
+    verdict: tuple[str, ...]
     figures: list[Drawing]
     headlines: list[str]
     """What the methods say of each pair and way of counting FLOPs, in words."""
@@ -84,7 +84,7 @@ def make_report(table: pd.DataFrame, fits: StudyFits | None, convention: Convent
         source: Where the table is from.
     """
     variants = variants_table(variant_settings(table))
-    table, fits = with_short_names(table, fits)
+    table, fits = (table_with_short_names(table), None) if fits is None else with_short_names(table, fits)
     tables: tuple[list[Table], list[Table]] = ([], [])
     if fits is not None:
         laws = (optima_table(fits, convention), parameters_table(fits, convention), held_out_table(fits, convention))
@@ -93,7 +93,9 @@ def make_report(table: pd.DataFrame, fits: StudyFits | None, convention: Convent
         source=source,
         verdict=verdict_without_fits(table) if fits is None else verdict(table, fits, convention),
         figures=[] if fits is None else drawings(table, fits, convention),
-        headlines=[] if fits is None else list(dict.fromkeys(own.words for own in fits.headlines)),
+        headlines=[]
+        if fits is None
+        else list(dict.fromkeys(w for name in fits.conventions for w in fits.answers(name))),
         multipliers=[own for own in tables[0] if own.row_count],
         fits=[own for own in tables[1] if own.row_count],
         refused=_refused(fits, source),

@@ -1,8 +1,9 @@
-"""The verdict of a study in three sentences: the multipliers, whether methods agree, and what was compared."""
+"""The verdict of a study in a few sentences: the multipliers, whether methods agree, and what was compared."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,17 @@ import pandas as pd
 from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
 from llada_lightning.compute.shapes import format_count
 from llada_lightning.objectives import REFERENCE
-from llada_lightning.study.fits import METHODS, UNIT_NAMES, Estimate, Headline, Multiplier, StudyFits, usable_runs
+from llada_lightning.study.fits import (
+    METHODS,
+    UNIT_NAMES,
+    CommonLoss,
+    Estimate,
+    Headline,
+    Multiplier,
+    StudyFits,
+    usable_runs,
+)
+from llada_lightning.study.fits.contrast import method_text
 from llada_lightning.study.fits.runs import flops_column
 from llada_lightning.study.tables.style import flops_text, known
 
@@ -18,8 +29,8 @@ FEW = 3
 """Of more objectives than this a sentence tells the least and the largest number."""
 
 
-def verdict(table: pd.DataFrame, fits: StudyFits, convention: Convention) -> tuple[str, str, str]:
-    """The three sentences, with FLOPs by a convention.
+def verdict(table: pd.DataFrame, fits: StudyFits, convention: Convention) -> tuple[str, ...]:
+    """The sentences, with FLOPs by a convention: three, and one on each other where there are several objectives.
 
     Args:
         table: The table that was fitted.
@@ -27,7 +38,14 @@ def verdict(table: pd.DataFrame, fits: StudyFits, convention: Convention) -> tup
         convention: The convention by which the table's FLOPs are counted.
     """
     found = [own for own in fits.headlines if own.convention == convention]
-    return _answer(found, fits, convention), _agreement(found, fits, convention), _compared(table, fits, convention)
+    own = [own.words for own in fits.contrasts if own.convention == convention]
+    beside = [" ".join(own)] if 0 < len(own) < FEW else []
+    return (
+        _answer(found, fits, convention),
+        *beside,
+        _agreement(found, fits, convention),
+        _compared(table, fits, convention),
+    )
 
 
 def verdict_without_fits(table: pd.DataFrame) -> tuple[str, str, str]:
@@ -65,6 +83,10 @@ def _answer(found: Sequence[Headline], fits: StudyFits, convention: Convention) 
         return f"No compute multiplier is measured, because the results hold no runs of {REFERENCE} to divide by."
     if not found:
         return f"No compute multiplier is measured, because {fits.reference} is the only objective of the results."
+    common = {own.convention: own for own in fits.common}
+    if len(found) <= FEW and convention in common:
+        others = [own for name, own in common.items() if name != convention]
+        return _sentence("; ".join([_common_clause(common[convention], fits), *map(_otherwise_common, others)]))
     if len(found) <= FEW:
         return _sentence("; ".join(_clause(own, fits) + _otherwise(own, fits) for own in found))
     measured = sorted((own for own in found if own.read_off), key=lambda own: _read_off(own).value)
@@ -89,6 +111,22 @@ def _clause(own: Headline, fits: StudyFits) -> str:
         f"{own.reference} ({CONVENTION_NAMES[own.convention]}) for the loss of {known(loss, '.3f')} "
         f"{UNIT_NAMES[fits.unit]} that {own.reference} reaches with {flops_text(own.reference_flops, '.3g')} FLOPs"
     )
+
+
+def _common_clause(own: CommonLoss, fits: StudyFits) -> str:
+    name, flops = next(iter(own.multipliers)), flops_text(own.reference_flops, ".3g")
+    loss = known(fits.reference_loss(name, own.convention, own.reference_flops), ".3f")
+    told = [f"{name} needs {_told(estimate)}" for name, estimate in own.multipliers.items()]
+    return (
+        f"for the loss of {loss} {UNIT_NAMES[fits.unit]} that {own.reference} reaches with {flops} FLOPs "
+        f"({CONVENTION_NAMES[own.convention]}), {listed(told)} times its training FLOPs, {method_text(own.method)}"
+    )
+
+
+def _otherwise_common(own: CommonLoss) -> str:
+    told = listed([_told(estimate) for estimate in own.multipliers.values()])
+    flops = flops_text(own.reference_flops, ".3g")
+    return f"counted as {CONVENTION_NAMES[own.convention]}, {told} times at {flops} FLOPs of {own.reference}"
 
 
 def _best_losses(name: str, convention: Convention, fits: StudyFits) -> str:
@@ -130,6 +168,11 @@ def _agreement(found: Sequence[Headline], fits: StudyFits, convention: Conventio
     if not found:
         return "Methods of fitting are compared by the multipliers that they give, and here they give none."
     measured = [own for own in found if own.read_off]
+    common = next((own for own in fits.common if own.convention == convention), None)
+    if common and len(found) <= FEW:
+        measured = [
+            replace(own, reference_flops=common.reference_flops) for own in found if own.objective in common.multipliers
+        ]
     if not measured:
         agreement = "no multiplier is measured by which the methods of fitting could be compared"
     elif len(measured) <= FEW:

@@ -298,8 +298,8 @@ def _legend(entries: Sequence[Multiplier]) -> list[str]:
 
 
 def headline_lines(fits: StudyFits, convention: Convention) -> list[str]:
-    """The headline of each pair in words."""
-    return [f"{own.words}\n" for own in fits.headlines if own.convention == convention]
+    """What several objectives say beside each other, and the headline of each pair, in words."""
+    return [f"{words}\n" for words in fits.answers(convention)]
 
 
 def withheld_lines(fits: StudyFits, convention: Convention) -> list[str]:
