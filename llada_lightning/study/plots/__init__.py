@@ -44,7 +44,8 @@ def study_figures(
     if has_optimum(fits, convention):
         figures["optimum"] = optimum(fits, convention)
     if any(entry.shown for entry in fits.compute_multiplier + fits.multiplier_curve):
-        figures["multiplier"] = compute_multiplier(fits)
+        asked_first = sorted(fits.conventions, key=lambda name: name != convention)
+        figures["multiplier"] = compute_multiplier(fits, asked_first)
     if any(fit.parametric for fit in members):
         figures["parametric"] = parametric_residuals(table, fits)
     if fits.yardstick is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from llada_lightning.study.fits import (
     planned_flops,
     usable_runs,
 )
+from llada_lightning.study.fits.runs import base_objective
 from llada_lightning.study.fits.uncertainty import Array
 from llada_lightning.study.plots.style import (
     GREY,
@@ -64,7 +66,8 @@ _RATIO_TOLERANCE = 1e-3
 def scaling_curve(table: pd.DataFrame, fits: StudyFits, convention: Convention = "6nd") -> StudyFigure:
     """Validation loss against training FLOPs: every finished run of a table, and each objective's envelope.
 
-    A run is a point with ± 1 standard error, its marker the shape, filled where it is the best of its budget. The
+    A run is a point with ± 1 standard error, its marker the shape, or the objective where shapes are many or an
+    objective has variants, filled where it is the best of its budget. The
     line is the power law of the envelope with its 95 % band, or joins the envelope where there is no fit.
 
     Raises:
@@ -78,7 +81,7 @@ def scaling_curve(table: pd.DataFrame, fits: StudyFits, convention: Convention =
     styles = objective_styles(fits.objectives, fits.yardstick)
     for objective, fit in fits.envelopes(convention).items():
         style, members = styles[objective], runs[runs["objective"] == objective]
-        markers = shapes if len(shapes) <= _MOST_SHAPES else dict.fromkeys(shapes, style.marker)
+        markers = dict.fromkeys(shapes, style.marker) if _by_objective(shapes, fits) else shapes
         _draw_envelope(axes, fit, style)
         _draw_runs(axes, members, convention, fits.unit, style, markers)
     axes.set_yscale("log")  # a power law is a straight line
@@ -94,6 +97,11 @@ def scaling_curve(table: pd.DataFrame, fits: StudyFits, convention: Convention =
         _add_bits_per_byte(axes, runs)
     side_legend(figure, _scaling_legend(runs, fits, convention, shapes))
     return figure
+
+
+def _by_objective(shapes: Sized, fits: StudyFits) -> bool:
+    """Whether markers tell objectives apart, not shapes: variants of an objective have but shades of one colour."""
+    return len(shapes) > _MOST_SHAPES or len(set(map(base_objective, fits.objectives))) < len(fits.objectives)
 
 
 def _draw_runs(
@@ -145,14 +153,14 @@ def _add_bits_per_byte(axes: Axes, runs: pd.DataFrame) -> None:
 def _scaling_legend(
     runs: pd.DataFrame, fits: StudyFits, convention: Convention, shapes: dict[str, str]
 ) -> list[list[Line2D]]:
-    envelopes, many = fits.envelopes(convention), len(shapes) > _MOST_SHAPES
+    envelopes, many = fits.envelopes(convention), _by_objective(shapes, fits)
     lines = []
     for fit, style in zip(envelopes.values(), objective_styles(envelopes, fits.yardstick).values(), strict=True):
         law = "" if fit.law is None else "\n" + exponent_text("loss", fit.law.exponent, fit.law.sign)
         lines.append(style.handle(style.label + law, marker=style.marker if many else "", face=style.color))
     shape_handles = [marker_handle(marker, plain(str(name))) for name, marker in shapes.items()]
     if many:
-        shape_handles = [note(f"{len(shapes)} shapes,\nnot told apart")]
+        shape_handles = [note(f"{len(shapes)} shapes,\nnot told apart")] if len(shapes) > 1 else []
     others = any(
         len(best_of_budgets(members, fits.unit)) < len(members)
         for _, members in runs.groupby("objective", observed=True)

@@ -167,8 +167,8 @@ def _optimum_legend(fits: StudyFits, convention: Convention) -> list[list[Artist
 
 # --- the compute multiplier ------------------------------------------------------------------------------------------
 
-_DODGE = {"read-off": 1 / 1.1, "joint": 1.1, "isoflop": 1.0, "parametric": 1.05, "envelope": 1 / 1.05}
-"""Factors by which points of one budget are set side by side, or their bars would hide each other."""
+_DODGE = 0.015
+"""By what share of the x axis points of one budget are set side by side, or their bars would hide each other."""
 
 _FEW_ROWS = 3
 """More objectives than this have lower panels."""
@@ -201,6 +201,7 @@ def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None
     for panels, name in zip(rows, names, strict=True):
         own = [entry for entry in shown if entry.objective == name]
         for panel, convention in zip(panels, drawn, strict=True):
+            shifts = _shifts([entry for entry in own if entry.convention == convention])
             for method, style in METHODS.items():
                 curve, points = (
                     _of(kept, name, convention, method) for kept in (fits.multiplier_curve, fits.compute_multiplier)
@@ -208,7 +209,7 @@ def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None
                 if not all(entry.trusted for entry in curve + points):
                     style = replace(style, color=GREY, filled=False)
                 _draw_multipliers(panel, curve, style)
-                _draw_points(panel, points, style, _DODGE[method])
+                _draw_points(panel, points, style, shifts.get(method, 1.0))
             panel.set_xlabel(flops_label(convention, f"training FLOPs of {plain(str(fits.reference))}"), color=INK)
             flops_axis(panel)
             dress(panel)
@@ -229,6 +230,14 @@ def _of(entries: Sequence[Multiplier], objective: str, convention: Convention, m
     wanted = (objective, convention, method)
     chosen = [own for own in entries if (own.objective, own.convention, own.method) == wanted and own.shown]
     return sorted(chosen, key=lambda entry: entry.reference_flops)
+
+
+def _shifts(entries: Sequence[Multiplier]) -> dict[str, float]:
+    """The factor of FLOPs by which the points of each method are set aside: so little that they stay on their curve."""
+    flops = [entry.reference_flops for entry in entries]
+    present = [name for name in METHODS if any(entry.method == name for entry in entries)]
+    width = _DODGE * np.log(max(flops) / min(flops)) if flops else 0.0
+    return {name: float(np.exp(width * (place - (len(present) - 1) / 2))) for place, name in enumerate(present)}
 
 
 def _draw_points(axes: Axes, entries: list[Multiplier], style: Style, dodge: float) -> None:

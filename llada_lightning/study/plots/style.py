@@ -20,7 +20,7 @@ import numpy.typing as npt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
@@ -81,8 +81,8 @@ LEGEND_POINTS, LEGEND_WIDTH = 9, 36
 def objective_styles(names: Iterable[str], yardstick: str | None = None) -> dict[str, Style]:
     """The styles of objectives, as the table of objectives gives them, by the names of ``named_variants``.
 
-    The variants of an objective have its colour, each with another line and another marker. With a named yardstick the
-    losses are exact, and the labels say so.
+    The variants of an objective have shades of its colour, each with another line and another marker. With a named
+    yardstick the losses are exact, and the labels say so.
     """
     styles: dict[str, Style] = {}
     for name in names:
@@ -92,8 +92,18 @@ def objective_styles(names: Iterable[str], yardstick: str | None = None) -> dict
         markers = own.marker + MARKERS.replace(own.marker, "")
         marker = markers[number % len(markers)]
         label = own.label if yardstick is None or own.val_kind == "exact" else f"{base} (exact, {yardstick})"
-        styles[name] = Style(label + plain(name.removeprefix(base)), own.colour, line, marker, own.filled)
+        label += plain(name.removeprefix(base))
+        styles[name] = Style(label, _shade(own.colour, _SHADES[number % len(_SHADES)]), line, marker, own.filled)
     return styles
+
+
+_SHADES = (0.0, -0.5, 0.45, -0.75)
+"""Of the variants of an objective: how far its colour is mixed with white, or, where it is negative, with black."""
+
+
+def _shade(color: str, share: float) -> str:
+    end = np.ones(3) if share > 0 else np.zeros(3)
+    return to_hex(tuple(end + (np.array(to_rgb(color)) - end) * (1 - abs(share)))).upper()
 
 
 class StudyFigure(Figure):
@@ -185,13 +195,21 @@ def label_counts(axis: Axis, limits: tuple[float, float]) -> None:
 def _label_logarithmic(axis: Axis, limits: tuple[float, float], text: Callable[[float], str], narrow: float) -> None:
     """Labels at 1, 2 and 5 times powers of ten if the limits span less than ``narrow``, else at 1 and 3, or at 1.
 
-    Limits that hold fewer than two of these have more. From eleven powers of ten on, some of them have none.
+    Limits that hold fewer than two of these have more, or a few round numbers. From eleven powers of ten on, some of
+    them have none.
     """
     low, high = limits
     subs: tuple[float, ...] = (1.0, 2.0, 5.0) if high / low < narrow else (1.0, 3.0) if high / low < 10**2.5 else (1.0,)
-    if np.sum([low <= digit * 10.0**power <= high for power in range(-12, 41) for digit in subs]) < 2:
+
+    def held() -> int:
+        return int(np.sum([low <= digit * 10.0**power <= high for power in range(-12, 41) for digit in subs]))
+
+    if held() < 2:
         subs = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-    axis.set_major_locator(LogLocator(10, subs=subs, numticks=20 if high / low < 1e11 else 5))
+    if held() < 2:  # where LogLocator takes as many as it likes, which then overlap
+        axis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+    else:
+        axis.set_major_locator(LogLocator(10, subs=subs, numticks=20 if high / low < 1e11 else 5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     axis.set_minor_locator(LogLocator(10, subs="all", numticks=100))
     axis.set_minor_formatter(NullFormatter())

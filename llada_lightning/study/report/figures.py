@@ -66,7 +66,8 @@ def _captions(fits: StudyFits, convention: Convention) -> dict[str, tuple[str, s
             f"{what} against training FLOPs ({counted}).",
             "Both axes are logarithmic. Each point is a finished run, with its standard error, and is filled where it "
             "is the best of its budget. A line is the power law of the best losses of an objective, or joins them. "
-            f"They go, in {unit}, for {_ends(fits, convention)}.",
+            "The best loss of a budget is the mean over the runs of its best shape, such as seeds, so it may be above "
+            f"that of the best run. These go, in {unit}, for {_ends(fits, convention)}.",
         ),
         "isoflop": (
             f"{what} against non-embedding parameters at equal FLOPs ({counted}).",

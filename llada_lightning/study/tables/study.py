@@ -53,6 +53,9 @@ DOUBT = "†"
 DOUBT_MEANS = f"{DOUBT} do not rely on it: a fit is rejected, or fails its held-out test"
 BEYOND_MEANS = "* beyond the budgets of one of the fits, by at most a decade; held-out tests passed"
 
+MEAN_LOSS = "the mean over the runs of the best shape, less the luck of the best"
+BEST_RUN = f"best: the best single run of a budget; fits and multipliers take {MEAN_LOSS}"
+
 MOST_RUNS = 40
 """A table of more runs shows the best of each budget only."""
 
@@ -133,7 +136,7 @@ def runs_table(table: pd.DataFrame, convention: Convention = "6nd", whole: bool 
                 mark = "best" if row in best else ""
                 printed.add_row(*_run_row(own, convention), mark, *(_run_settings(own) if whole else ()))
         printed.add_section()
-    return printed
+    return captioned(printed, BEST_RUN if runs.duplicated(["objective", "params_nonembedding", "tokens"]).any() else "")
 
 
 def _run_row(run: Any, convention: Convention) -> list[str]:
@@ -264,6 +267,7 @@ def multipliers_table(fits: StudyFits, convention: Convention) -> Table:
         whose = ", ".join(names) if len(names) <= 3 else f"{len(names)} objectives"
         theirs = f"{fits.kind(fits.reference)} ({fits.reference})"
         legend.append(f"the losses that are held equal: {kind} ({whose}) against {theirs}")
+    legend.append(f"its loss: read off {fits.reference}'s best losses, each {MEAN_LOSS}")
     return captioned(printed, "\n".join([*legend, *_legend(entries)]))
 
 
