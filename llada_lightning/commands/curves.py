@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from llada_lightning.commands.fitting import PUBLISHED, add_fit_options, fits_of, read_table
+from llada_lightning.commands.fitting import PUBLISHED, add_fit_options, fits_of, read_table, unfinished
 from llada_lightning.commands.plan import sweep_that_grows
 from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
 from llada_lightning.compute.rules import significant
@@ -85,7 +85,8 @@ def main(argv: list[str]) -> int:
         names = {"fits": files[0], "figures": dict(files[1])}
         print_json({**names, "convention": options.convention, "left_out": len(left_out), **content})
     else:
-        print_study(table, fits, options.convention, [files[0], *files[1].values()], forecasts)
+        printed = [files[0], *files[1].values()]
+        print_study(table, fits, options.convention, printed, forecasts, unfinished(options.results))
     return 0
 
 

@@ -106,6 +106,16 @@ def _with_scores(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**scores)
 
 
+def unfinished(results: str) -> str | None:
+    """How many of a study's runs are done, as a sentence, where the sweep's file lies beside its table; None if all."""
+    from llada_lightning.study.collect import gather
+    from llada_lightning.study.sweep import COPY_SUFFIX
+
+    folder = Path(results).parent
+    beside = results != PUBLISHED and any(folder.glob(f"*{COPY_SUFFIX}"))
+    return gather([folder]).report.missing if beside else None
+
+
 def fits_of(verb: str, read: ReadTable, options: Namespace) -> StudyFits:
     """The fits of a table by the options of ``add_fit_options``.
 

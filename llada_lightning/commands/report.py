@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
-from llada_lightning.commands.fitting import PUBLISHED, ReadTable, add_fit_options, fits_of, read_table
+from llada_lightning.commands.fitting import PUBLISHED, ReadTable, add_fit_options, fits_of, read_table, unfinished
 from llada_lightning.support.command_line import CommandParser, add_json, check_draws, print_json
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import expanded, file_sha256, written_atomically
@@ -39,6 +39,8 @@ class Study:
     out: Path
     collected: list[str] | None = None
     """What was found beside sound results where the table was collected from runs."""
+    unfinished: str | None = None
+    """How many of its runs are done; None where all are, or where that is not known."""
 
 
 def main(argv: list[str]) -> int:
@@ -107,7 +109,8 @@ def _study(options: Namespace) -> Study:
     if path.suffix not in (".csv", ".parquet") and not path.exists():
         raise UserError(f"report: '{shortened(given)}': no such folder or table; give a folder of runs, or a table")
     # Tables of several studies have one name, and their folders have several.
-    return Study(str(path), path.resolve().parent.name if path.stem == "results" else path.stem, here or path.parent)
+    name = path.resolve().parent.name if path.stem == "results" else path.stem
+    return Study(str(path), name, here or path.parent, unfinished=unfinished(str(path)))
 
 
 def _collected(source: str, name: str, out: Path) -> Study:
@@ -133,7 +136,7 @@ def _collected(source: str, name: str, out: Path) -> Study:
     except OSError as error:
         raise UserError(f"report: --out {out} cannot be written ({error.strerror}); choose a folder") from error
     lines = found.lines() if source == "." else [line.replace(f"{source}/", "") for line in found.lines()]
-    return Study(str(path), name, out, lines)
+    return Study(str(path), name, out, lines, found.missing)
 
 
 def _source(study: Study, read: ReadTable, options: Namespace) -> Source:
@@ -149,6 +152,7 @@ def _source(study: Study, read: ReadTable, options: Namespace) -> Source:
         hashes={path.name: file_sha256(path) for path in files},
         command=shlex.join(["llada", "curves", table, "--out", "DIR", *_given(options)]),
         collected=study.collected,
+        unfinished=study.unfinished,
     )
 
 

@@ -86,8 +86,8 @@ class CollectReport:
     """Rows of the table."""
     unfinished: dict[str, str] = field(default_factory=dict)
     """Folder or W&B run -> why it is not finished. Records that exist are in the table, with their status."""
-    not_begun: dict[str, str] = field(default_factory=dict)
-    """Copy of a study's sweep file -> how many of its runs have no folder."""
+    not_begun: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Copy of a study's sweep file -> how many of its runs have no folder, and how many it has."""
     diverged: list[str] = field(default_factory=list)
     """Finished runs whose validation loss is not finite. They are in the table."""
     damaged: dict[str, list[str]] = field(default_factory=dict)
@@ -104,14 +104,21 @@ class CollectReport:
     yardsticks: dict[str, CovarianceReport] = field(default_factory=dict)
     """The same for the losses by each named yardstick."""
 
+    @property
+    def missing(self) -> str | None:
+        """How many of the runs are done, as a sentence; None where all are."""
+        begun = self.folders + self.wandb_runs
+        done, known = begun - len(self.unfinished), begun + sum(count for count, _ in self.not_begun.values())
+        return None if done >= known else f"Unfinished: {done} of {known} runs are done."
+
     def lines(self) -> list[str]:
         """The report for people, one line a finding."""
         skipped = [f"{where} ({count})" for where, count in self.skipped.items()]
         return [
             *(f"unfinished: {where} ({reason})" for where, reason in self.unfinished.items()),
             *(
-                f"not begun: {count} of {where}; `llada sweep run` does what is left"
-                for where, count in self.not_begun.items()
+                f"not begun: {count} of the {planned} runs of {where}; `llada sweep run` does what is left"
+                for where, (count, planned) in self.not_begun.items()
             ),
             *(f"damaged: {where} ({'; '.join(reasons)})" for where, reasons in self.damaged.items()),
             *(f"left out: {where} ({reason})" for where, reason in self.left_out.items()),
@@ -326,8 +333,8 @@ def _add_folder(collection: Collection, folder: Path) -> None:
     collection.add(where, records, _open_ends(records, budgets, f"no {RESULT_FILE}"))
 
 
-def _not_begun(folders: Sequence[Path]) -> dict[str, str]:
-    """The runs without a folder of each study that one sweep alone has made: its copy -> how many there are."""
+def _not_begun(folders: Sequence[Path]) -> dict[str, tuple[int, int]]:
+    """The runs without a folder of each study that one sweep alone has made: its copy -> how many, of how many."""
     found = {}
     for study, runs in Counter(folder.parent for folder in folders).items():
         copies = sorted(study.glob(f"*{COPY_SUFFIX}"))
@@ -337,7 +344,7 @@ def _not_begun(folders: Sequence[Path]) -> dict[str, str]:
             sweep = read_sweep(copies[0])
             planned = len({str(render_command(sweep, point)) for point in sweep.points})
             if planned > runs:
-                found[str(copies[0])] = f"{planned - runs} of the {planned} runs"
+                found[str(copies[0])] = planned - runs, planned
     return found
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from helpers.studies import VALLEYS, record, simulated_study, study
@@ -124,6 +125,28 @@ def test_a_folder_of_runs_is_collected_beside_the_report(tmp_path: Path) -> None
     assert hashlib.sha256((files / "results.csv").read_bytes()).hexdigest() in text
     assert "A run that was planned and never started" in text and str(tmp_path) not in text
     assert report([str(folder), "--samples", "100"]) == 0  # again: the report is no run
+
+
+def test_the_verdict_begins_with_how_much_is_missing(tmp_path: Path, capsys: Captured) -> None:
+    """Of 7 runs that the sweep's file knows, 4 are done and 1 is under way; a table beside it knows so, too."""
+    folder = runs(tmp_path / "small")
+    (folder / "half").mkdir()
+    (folder / "half" / "config.yaml").touch()
+    sweep = {"program": "llada", "method": "grid", "parameters": {"seed_everything": {"values": list(range(7))}}}
+    (folder / "small.sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    first = "Unfinished: 4 of 7 runs are done."
+    assert report([str(folder), "--samples", "100"]) == 0
+    assert capsys.readouterr().out.startswith(first)
+    assert f"<p>{first}</p>" in (folder / "report.html").read_text(encoding="utf-8")
+    table = shutil.copy(folder / "report_files" / "results.csv", folder)
+    assert report([str(table), "--samples", "100"]) == 0
+    assert capsys.readouterr().out.startswith(first)
+    assert curves([str(table), "--out", str(tmp_path / "out"), "--samples", "100"]) == 0
+    assert f"\n{first}\n\nThe compute multiplier" in capsys.readouterr().out
+    shutil.rmtree(folder / "half")
+    (folder / "small.sweep.yaml").unlink()
+    assert report([str(folder), "--samples", "100"]) == 0
+    assert "Unfinished" not in capsys.readouterr().out
 
 
 def test_an_unfinished_study_has_a_page_that_says_so(tmp_path: Path, capsys: Captured) -> None:

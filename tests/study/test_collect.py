@@ -138,7 +138,7 @@ def test_runs_that_a_sweep_has_not_begun_are_counted(tmp_path: Path) -> None:
     values = "command: [llada, fit, '${args}']\nparameters: {seed_everything: {values: [0, 1, 2]}}\n"
     copy.write_text(f"method: grid\n{values}")
     _, report = collect([tmp_path])
-    assert report.not_begun == {str(copy): "2 of the 3 runs"}
+    assert report.not_begun == {str(copy): (2, 3)}
     assert report.lines() == [f"not begun: 2 of the 3 runs of {copy}; `llada sweep run` does what is left"]
     copy.write_text("method: random")  # what is wrong with it is told by `llada sweep`
     assert collect([tmp_path])[1].not_begun == {}

@@ -50,6 +50,8 @@ class Source:
     """The command that makes the same fits of the table."""
     collected: Sequence[str] | None = None
     """What was found beside sound results where the table was collected for the report; None: it was given."""
+    unfinished: str | None = None
+    """How many of the study's runs are done, as a sentence; None where all are, or where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,10 @@ def make_report(table: pd.DataFrame, fits: StudyFits | None, convention: Convent
     if fits is not None:
         laws = (optima_table(fits, convention), parameters_table(fits, convention), held_out_table(fits, convention))
         tables = [multipliers_table(fits, name) for name in fits.conventions if fits.reference], list(laws)
+    said = verdict_without_fits(table) if fits is None else verdict(table, fits, convention)
     return Report(
         source=source,
-        verdict=verdict_without_fits(table) if fits is None else verdict(table, fits, convention),
+        verdict=(*([source.unfinished] if source.unfinished else []), *said),
         figures=[] if fits is None else drawings(table, fits, convention),
         headlines=[]
         if fits is None

@@ -257,7 +257,7 @@ def limits(table: pd.DataFrame, fits: StudyFits | None, collected: bool) -> list
     found += [
         "The table does not say how learning rates and batches were chosen, or whether they were tuned for each "
         "objective.",
-        "A run that was planned and never started leaves no result, and is not named here."
+        "A run that was planned and never started leaves no result, and is known here by the file of its sweep alone."
         if collected
         else "The table is all that this page knows: what was left out before it was written is not named here.",
     ]

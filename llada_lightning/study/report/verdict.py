@@ -30,7 +30,8 @@ FEW = 3
 
 
 def verdict(table: pd.DataFrame, fits: StudyFits, convention: Convention) -> tuple[str, ...]:
-    """The sentences, with FLOPs by a convention: three, and one on each other where there are several objectives.
+    """The sentences, with FLOPs by a convention: the answer, what several objectives say of each other, whether methods
+    agree, and what was compared.
 
     Args:
         table: The table that was fitted.
@@ -43,19 +44,18 @@ def verdict(table: pd.DataFrame, fits: StudyFits, convention: Convention) -> tup
     return (
         _answer(found, fits, convention),
         *beside,
-        _agreement(found, fits, convention),
+        *([_agreement(found, fits, convention)] if found else []),
         _compared(table, fits, convention),
     )
 
 
-def verdict_without_fits(table: pd.DataFrame) -> tuple[str, str, str]:
-    """The three sentences of a table that has no finished run with a finite loss."""
+def verdict_without_fits(table: pd.DataFrame) -> tuple[str, ...]:
+    """The sentences of a table that has no finished run with a finite loss."""
     states = table["status"].astype(object).fillna("no status").map(str).value_counts(sort=False)
     names = listed(sorted(set(table["objective"].astype(object).fillna("no objective").map(str))))
     of = ", ".join(f"{count} with status {state}" for state, count in states.items())
     return (
         "No compute multiplier is measured, because no run is finished with a finite loss.",
-        "Nothing is fitted, so there is no method that another one could agree with.",
         f"The table holds {number(len(table), 'result')} of {names}: {of}.",
     )
 
@@ -165,8 +165,6 @@ def _told(estimate: Estimate) -> str:
 
 
 def _agreement(found: Sequence[Headline], fits: StudyFits, convention: Convention) -> str:
-    if not found:
-        return "Methods of fitting are compared by the multipliers that they give, and here they give none."
     measured = [own for own in found if own.read_off]
     common = next((own for own in fits.common if own.convention == convention), None)
     if common and len(found) <= FEW:

@@ -61,11 +61,17 @@ MOST_RUNS = 40
 
 
 def print_study(
-    table: pd.DataFrame, fits: StudyFits, convention: Convention, files: list[str], forecasts: Sequence[Scored] = ()
+    table: pd.DataFrame,
+    fits: StudyFits,
+    convention: Convention,
+    files: list[str],
+    forecasts: Sequence[Scored] = (),
+    unfinished: str | None = None,
 ) -> None:
     """Prints the runs, then their fits by one convention, and forecasts beside what was measured since.
 
-    Variants have their short names, and their settings in full below the tables.
+    Variants have their short names, and their settings in full below the tables. The answer begins with ``unfinished``,
+    a sentence on how much is missing.
     """
     console, variants = people_console(), variant_settings(table)
     forecasts = renamed(list(forecasts), short_names(fits.objectives))
@@ -83,6 +89,8 @@ def print_study(
     for name, settings in variants.items():
         console.print(f"{name}: {settings}\n", highlight=False, soft_wrap=True)
     console.print(f"Intervals are at 95 %; errors: {NOISE_MODELS[fits.noise_model]}.\n", highlight=False)
+    if unfinished is not None:
+        console.print(f"{unfinished}\n", highlight=False)
     for line in headline_lines(fits, convention):
         console.print(line, highlight=False)
     flags = flag_lines(fits, convention)
