@@ -123,11 +123,10 @@ def _collected(source: str, name: str, out: Path) -> Study:
     table, found = collection.table(), collection.report
     if table.empty:
         runs = found.folders + found.wandb_runs
+        said = f"{runs} run{'s' * (runs != 1)}, none has a record yet"
         tables = sorted(path.name for path in Path(source).glob("*.csv")) if Path(source).is_dir() else []
         hint = f", or give a table in it, such as {tables[0]}" if tables else ""
-        raise UserError(
-            f"report: '{shortened(source)}' holds no result ({runs} runs, none has a record yet); finish a run{hint}"
-        )
+        raise UserError(f"report: '{shortened(source)}' holds no result ({said}); finish a run{hint}")
     path = out / BESIDE / "results.csv"
     try:
         write_results(table, path)

@@ -129,6 +129,11 @@ def read_results(path: Path | str) -> pd.DataFrame:
     table, places = _read_csv(path) if path.suffix == ".csv" else _read_parquet(path)
     table = table.assign(**{column: None for column in LATER_COLUMNS if column not in table.columns})
     missing = [column for column in RESULT_COLUMNS if column not in table.columns]
+    if {"run", "val_nats_per_token"} <= set(missing) and {"trunk", "budget"} <= set(table.columns):
+        raise UserError(
+            f"{path}: this is a plan, not results; run it with `llada sweep run`, and give the folder of its runs to "
+            "`llada report`, or the table that `llada collect` writes from it"
+        )
     if missing:
         raise UserError(f"{path}: columns missing: {', '.join(missing)}; `llada collect` writes all of them")
     if table.empty:

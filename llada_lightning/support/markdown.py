@@ -10,8 +10,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llada_lightning.support.printing import visible
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]|~$#!])")
-"""Characters that begin something in Markdown wherever they stand. ``#`` and ``!`` do so at some places only."""
+_SPECIAL = re.compile(r"([\\`*_{}\[\]|~$#])")
+"""Characters that begin something in Markdown wherever they stand; ``#`` does so at some places only.
+
+``!`` begins nothing before an escaped bracket.
+"""
 
 
 def escaped(value: Any) -> Any:

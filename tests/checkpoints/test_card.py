@@ -217,7 +217,7 @@ def test_markup_in_names_is_text(tmp_path: Path) -> None:
     assert main(["convert", str(run), str(tmp_path / "out")]) == 0
     card = card_of(tmp_path / "out")
     assert card.data.model_name is not None and "<script>" in card.data.model_name  # a text of YAML
-    assert "<script>" not in card.text and "&lt;script&gt;\\|\\!\\[x\\](http://y)\\*\\*a\\*\\*" in card.text
+    assert "<script>" not in card.text and "&lt;script&gt;\\|!\\[x\\](http://y)\\*\\*a\\*\\*" in card.text
     assert "| a \\| b |" in card.text and "| x | &lt;b&gt; |" in card.text
     headings = [line for line in card.text.splitlines() if line.startswith("# ")]
     assert len(headings) == 1 and headings[0].endswith("\\# b \\`c\\`")

@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 from rich.table import Table
 
 from helpers.studies import CHINCHILLA, VALLEYS, record, simulated_study, study
+from llada_lightning.compute.shapes import format_count
 from llada_lightning.study.fits import Disagreement, StudyFits, fit_table
 from llada_lightning.study.report import Report, Source, make_report
 from llada_lightning.study.report.facts import (
@@ -28,6 +29,7 @@ from llada_lightning.study.report.figures import Drawing
 from llada_lightning.study.report.page import Grid, html_page, markdown_page
 from llada_lightning.study.report.verdict import listed, verdict, verdict_without_fits
 from llada_lightning.study.results import table_of_records
+from llada_lightning.study.tables.study import notes_by
 
 SOURCE = Source(
     title="A study", created="2025-01-02 03:04 UTC", versions={"llada-lightning": "0.1.0", "numpy": "2.1.0"},
@@ -387,3 +389,35 @@ def test_a_page_without_fits_says_what_there_is() -> None:
             "unfinished: a (status running)", "No multiplier is shown", "No run is finished with a finite loss",
         ):  # fmt: skip
             assert words in text, words
+
+
+def test_one_result_is_told_in_the_singular() -> None:
+    table = table_of_records([record("arm", "107k", 9.7e8, 5.545)])
+    fits = fitted(table, conventions=("6nd",))
+    sentences = verdict(table, fits, "6nd")
+    assert sentences[-1].startswith("Compared is 1 finished result of arm (1 budget, ")
+    drawing = report(table, fits).figures[0]
+    assert re.search(r"for arm to 5\.545 at [\d.e]+ FLOPs, its one budget\.$", drawing.text)
+
+
+def test_limits_tell_the_sizes_of_the_models() -> None:
+    table = study()
+    found = limits(table, fitted(table), collected=False)
+    least, most = (format_count(float(end)) for end in table["params_nonembedding"].agg(["min", "max"]))
+    words = f"Models of this size ({least} to {most} non-embedding parameters) say nothing about large ones."
+    assert words in found
+
+
+def test_the_page_writes_flops_in_one_way_and_escapes_no_exclamation_mark(
+    valleys: tuple[pd.DataFrame, StudyFits], whole: Report
+) -> None:
+    assert re.search(r"\d\.?\d*e\+\d", " ".join(own.words for own in valleys[1].headlines))  # as files have them
+    page = markdown_page(whole, "report_files").partition("## How it was counted")[0]
+    assert not re.search(r"\d\.?\d*e\\?\+\d", page) and "\\!" not in page
+
+
+def test_notes_are_those_of_the_convention_that_is_shown(valleys: tuple[pd.DataFrame, StudyFits]) -> None:
+    notes = ["arm, isoflop, 6nd: no fit", "arm, envelope, total: no fit at 1e+12 FLOPs", "arm: few"]
+    fits = replace(valleys[1], notes=notes)
+    assert notes_by(fits, "6nd") == ["arm, isoflop, 6nd: no fit", "arm: few"]
+    assert notes_by(fits, "total") == ["arm, envelope, total: no fit at 1e12 FLOPs", "arm: few"]

@@ -123,6 +123,13 @@ def test_missing_columns_are_named(tmp_path: Path) -> None:
         read_results(path)
 
 
+def test_a_plan_is_called_a_plan(tmp_path: Path) -> None:
+    path = tmp_path / "plan.csv"
+    path.write_text("objective,shape,budget,tokens,seed,trunk\narm,107k,1e12,1000,0,arm-107k-s0\n", encoding="utf-8")
+    with pytest.raises(UserError, match="this is a plan, not results; run it with `llada sweep run`"):
+        read_results(path)
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 @pytest.mark.parametrize(
     ("column", "value", "words"),

@@ -86,7 +86,9 @@ def _incomplete(runs: pd.DataFrame, planned: Convention) -> list[str]:
     if 2 * times <= len(counts):
         return []
     return [
-        f"budget {budget:.2g} has {count} sizes, most have {most}" for budget, count in counts.items() if count < most
+        f"budget {budget:.2g} has {count} {'size' if count == 1 else 'sizes'}, most have {most}"
+        for budget, count in counts.items()
+        if count < most
     ]
 
 

@@ -27,10 +27,12 @@ from llada_lightning.study.tables.study import (
     held_out_table,
     judged_lines,
     multipliers_table,
+    notes_by,
     optima_table,
     parameters_table,
     runs_table,
 )
+from llada_lightning.study.tables.style import with_short_powers
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,10 @@ def make_report(table: pd.DataFrame, fits: StudyFits | None, convention: Convent
         source=source,
         verdict=(*([source.unfinished] if source.unfinished else []), *said),
         figures=[] if fits is None else drawings(table, fits, convention),
-        headlines=[]
-        if fits is None
-        else list(dict.fromkeys(w for name in fits.conventions for w in fits.answers(name))),
+        headlines=[] if fits is None else _answers(fits),
         multipliers=[own for own in tables[0] if own.row_count],
         fits=[own for own in tables[1] if own.row_count],
-        refused=_refused(fits, source),
+        refused=_refused(fits, convention, source),
         left_out=left_out_table(table),
         flops=flops_counting(table),
         losses=loss_counting(table, fits),
@@ -111,15 +111,21 @@ def make_report(table: pd.DataFrame, fits: StudyFits | None, convention: Convent
     )
 
 
-def _refused(fits: StudyFits | None, source: Source) -> dict[str, list[str]]:
+def _answers(fits: StudyFits) -> list[str]:
+    """What is said in words by every convention, each sentence once."""
+    words = [line for name in fits.conventions for line in fits.answers(name)]
+    return [with_short_powers(line) for line in dict.fromkeys(words)]
+
+
+def _refused(fits: StudyFits | None, convention: Convention, source: Source) -> dict[str, list[str]]:
     """What was refused, left out or doubted, by heading."""
     found: dict[str, list[str]] = {}
     if fits is not None:
         names = list(fits.objectives)
-        notes = gathered(fits.notes, names)
+        notes = gathered(notes_by(fits, convention), names)
         found["No common loss"] = [note for note in notes if note.startswith(NO_COMMON_LOSS)]
-        for convention in fits.conventions:
-            found[f"Multipliers by {CONVENTION_NAMES[convention]}"] = judged_lines(fits, convention)
+        for counted in fits.conventions:
+            found[f"Multipliers by {CONVENTION_NAMES[counted]}"] = judged_lines(fits, counted)
         found["Notes of the fits"] = [note for note in notes if not note.startswith(NO_COMMON_LOSS)]
     found["Found when the runs were collected"] = list(source.collected or [])
     return {heading: lines for heading, lines in found.items() if lines}

@@ -10,6 +10,7 @@ import pandas as pd
 from rich.table import Table
 
 from llada_lightning.compute.flops import CONVENTION_NAMES
+from llada_lightning.compute.shapes import format_count
 from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.records import DONE
 from llada_lightning.study.fits import NOISE_MODELS, StudyFits, named_variants, objective_names, usable_runs
@@ -250,6 +251,8 @@ def limits(table: pd.DataFrame, fits: StudyFits | None, collected: bool) -> list
             "A multiplier holds at the loss, the data, the tokenizer and the sizes that it was measured with. It may "
             "change with the budget, and nothing here is measured beyond the largest one."
         )
+        sizes = span(*(format_count(float(end)) for end in runs["params_nonembedding"].agg(["min", "max"])))
+        found.append(f"Models of this size ({sizes} non-embedding parameters) say nothing about large ones.")
         found.append(
             "The intervals hold the errors of the losses and the spread between runs. They do not hold a choice that "
             "all runs of an objective share, such as a learning rate that suits one objective better."

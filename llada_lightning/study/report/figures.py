@@ -104,5 +104,7 @@ def _ends(fits: StudyFits, convention: Convention) -> str:
     return "; ".join(
         f"{name} from {first.loss:.3f} at {flops_text(first.flops)} FLOPs "
         f"to {last.loss:.3f} at {flops_text(last.flops)}"
+        if last is not first
+        else f"{name} to {first.loss:.3f} at {flops_text(first.flops)} FLOPs, its one budget"
         for name, (first, last) in ends.items()
     )

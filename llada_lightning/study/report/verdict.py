@@ -23,7 +23,7 @@ from llada_lightning.study.fits import (
 )
 from llada_lightning.study.fits.contrast import method_text
 from llada_lightning.study.fits.runs import flops_column
-from llada_lightning.study.tables.style import flops_text, known
+from llada_lightning.study.tables.style import flops_text, known, with_short_powers
 
 FEW = 3
 """Of more objectives than this a sentence tells the least and the largest number."""
@@ -41,12 +41,9 @@ def verdict(table: pd.DataFrame, fits: StudyFits, convention: Convention) -> tup
     found = [own for own in fits.headlines if own.convention == convention]
     own = [own.words for own in fits.contrasts if own.convention == convention]
     beside = [" ".join(own)] if 0 < len(own) < FEW else []
-    return (
-        _answer(found, fits, convention),
-        *beside,
-        *([_agreement(found, fits, convention)] if found else []),
-        _compared(table, fits, convention),
-    )
+    agreement = [_agreement(found, fits, convention)] if found else []
+    said = _answer(found, fits, convention), *beside, *agreement, _compared(table, fits, convention)
+    return tuple(map(with_short_powers, said))
 
 
 def verdict_without_fits(table: pd.DataFrame) -> tuple[str, ...]:
@@ -264,13 +261,14 @@ def _compared(table: pd.DataFrame, fits: StudyFits, convention: Convention) -> s
             if (members := (runs["objective"] == name).to_numpy(bool)).any()
         ]
     else:
-        many = f"{len(runs)} finished results of {len(fits.objectives)} objectives and variants"
+        many = f"{number(len(runs), 'finished result')} of {len(fits.objectives)} objectives and variants"
         parts = [f"{many} ({_range(flops)} FLOPs by {counted}, {_sizes(runs)} parameters)"]
     shared = [words for column, words in _SHARED.items() if runs[column].notna().all() and runs[column].nunique() == 1]
     on = f" on {listed(shared)}" if shared else ""
     what = "validation losses" if fits.yardstick is None else f"exact losses by {fits.yardstick}"
     ways = listed([CONVENTION_NAMES[name] for name in fits.conventions])
-    return f"Compared are {listed(parts)}{on}, by {what} in {UNIT_NAMES[fits.unit]}, with FLOPs counted by {ways}."
+    verb = "is" if len(runs) == 1 else "are"
+    return f"Compared {verb} {listed(parts)}{on}, by {what} in {UNIT_NAMES[fits.unit]}, with FLOPs counted by {ways}."
 
 
 _SHARED = {"data_fingerprint": "the same data", "tokenizer": "one tokenizer", "sequence_length": "one sequence length"}

@@ -46,6 +46,7 @@ from llada_lightning.study.tables.style import (
     known,
     short_shape,
     titled,
+    with_short_powers,
 )
 from llada_lightning.support.printing import people_console
 
@@ -103,8 +104,19 @@ def print_study(
 
 def flag_lines(fits: StudyFits, convention: Convention) -> list[str]:
     """What a reader of fits by a convention has to know, that there is no common loss first."""
-    flags = [*judged_lines(fits, convention), *fits.notes]
+    flags = [*judged_lines(fits, convention), *notes_by(fits, convention)]
     return sorted(flags, key=lambda flag: not flag.startswith(NO_COMMON_LOSS))
+
+
+def notes_by(fits: StudyFits, convention: Convention) -> list[str]:
+    """The notes of the fits, without those on isoFLOP fits and envelopes by other conventions than the one shown."""
+    hidden = [
+        f", {method}, {other}: "
+        for method in ("isoflop", "envelope")
+        for other in fits.conventions
+        if other != convention
+    ]
+    return [with_short_powers(note) for note in fits.notes if not any(part in note for part in hidden)]
 
 
 def judged_lines(fits: StudyFits, convention: Convention) -> list[str]:
@@ -311,7 +323,7 @@ def _legend(entries: Sequence[Multiplier]) -> list[str]:
 
 def headline_lines(fits: StudyFits, convention: Convention) -> list[str]:
     """What several objectives say beside each other, and the headline of each pair, in words."""
-    return [f"{words}\n" for words in fits.answers(convention)]
+    return [f"{with_short_powers(words)}\n" for words in fits.answers(convention)]
 
 
 def withheld_lines(fits: StudyFits, convention: Convention) -> list[str]:

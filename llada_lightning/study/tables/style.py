@@ -42,6 +42,11 @@ def flops_text(value: float, form: str = ".1e") -> str:
     return format(value, form).replace("e+", "e")
 
 
+def with_short_powers(text: str) -> str:
+    """A text whose FLOPs are written as in tables: 3.1e12, not 3.1e+12."""
+    return re.sub(r"(?<=\d)e\+(?=\d)", "e", text)
+
+
 def count_text(value: float) -> str:
     """Parameters or tokens, or the end of an interval of them: 12.5m, ∞."""
     if math.isnan(value):
