@@ -135,7 +135,8 @@ def test_a_convention_that_is_not_counted_is_left_out_with_a_note() -> None:
 def test_fits_json_keeps_its_contract() -> None:
     written = FITS.as_dict()
     assert set(written) == {
-        "settings", "arm", "llada", "joint", "headlines", "compute_multiplier", "multiplier_curve", "held_out",
+        "settings", "arm", "llada", "joint", "headlines", "common", "contrasts",
+        "compute_multiplier", "multiplier_curve", "held_out",
         "disagreements", "notes",
     }  # fmt: skip
     assert set(written["arm"]) == {"parametric", "isoflop", "envelope"}
