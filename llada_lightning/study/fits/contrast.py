@@ -18,6 +18,9 @@ from llada_lightning.study.fits.multiplier import Multiplier, compute_multiplier
 from llada_lightning.study.fits.objective import METHODS, Method, ObjectiveFits
 from llada_lightning.study.fits.runs import BUDGET_TOLERANCE, UNIT_NAMES, Unit
 
+TOLD = 3
+"""Of more budgets than this only the smallest and the largest are told in words."""
+
 
 @dataclass(frozen=True)
 class CommonLoss:
@@ -69,8 +72,9 @@ class Contrast:
                 f"latter reaches with {self.flops:.3g} FLOPs"
             )
         if self.higher:
-            ends = dict([min(self.higher.items()), max(self.higher.items())])
-            by = " and ".join(f"by {estimate_text(own)} at {flops:.3g} FLOPs" for flops, own in ends.items())
+            told = sorted(self.higher.items())
+            told = told if len(told) <= TOLD else [told[0], told[-1]]
+            by = ", ".join(f"by {estimate_text(own)} at {flops:.3g} FLOPs" for flops, own in told)
             found.append(f"at equal FLOPs the loss of the latter is lower {by}, in {UNIT_NAMES[self.unit]}")
         return f"Of {pair} ({CONVENTION_NAMES[self.convention]}), {'; '.join(found)}; read off the measured losses."
 
