@@ -69,10 +69,10 @@ def test_the_summary_counts_what_is_told() -> None:
     assert found["coverage_stderr"] == pytest.approx(0.25)
 
 
-def test_intervals_hold_the_truth_in_a_few_studies_of_each_world() -> None:
-    """Over all worlds: in single ones a few studies tell too little."""
+def test_intervals_hold_the_truth_in_a_study_of_each_world() -> None:
+    """Over all worlds: in single ones a study tells too little."""
     rows = pd.DataFrame([
-        row for name in WORLDS for seed in range(500, 502) for row in calibration.told(name, seed, samples=200)
+        row for name in WORLDS for seed in (500,) for row in calibration.told(name, seed, samples=200)
     ])  # fmt: skip
     shown = rows[rows["told"] & rows["trusted"] & ~rows["beyond"]].groupby("method")["held"].mean()
     assert shown["read-off"] >= 0.85, shown

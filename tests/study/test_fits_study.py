@@ -19,7 +19,7 @@ from llada_lightning.study.results import table_of_records
 from llada_lightning.support.files import strict_json
 
 STUDY, _ = simulated_study(CHINCHILLA, shapes=5, budgets=tuple(np.geomspace(1e17, 1e19, 5)))
-FITS = fit_table(STUDY, samples=200)
+FITS = fit_table(STUDY, samples=100)
 factors = st.floats(1e-2, 1e2)
 
 
@@ -65,18 +65,18 @@ def test_notes_of_one_run_of_each_objective_say_what_is_missing() -> None:
 @given(st.permutations(range(len(STUDY))))
 @settings(max_examples=3, deadline=None)
 def test_the_order_of_rows_changes_nothing(order: list[int]) -> None:
-    assert fit_table(STUDY.iloc[order], samples=200).as_dict() == FITS.as_dict()
+    assert fit_table(STUDY.iloc[order], samples=100).as_dict() == FITS.as_dict()
 
 
 @given(factors)
 @settings(max_examples=4, deadline=None)
 def test_the_unit_of_loss_changes_no_exponent_and_no_multiplier(factor: float) -> None:
     columns = ["val_nats_per_token", "val_stderr"]
-    assert_same(fit_table(STUDY.assign(**{name: STUDY[name] * factor for name in columns}), samples=200), 1e-3)
+    assert_same(fit_table(STUDY.assign(**{name: STUDY[name] * factor for name in columns}), samples=100), 1e-3)
 
 
 def test_bits_per_byte_give_the_same_exponents() -> None:
-    bits = fit_table(STUDY, unit="bits_per_byte", samples=200)
+    bits = fit_table(STUDY, unit="bits_per_byte", samples=100)
     assert_same(bits, 1e-3)
     for own, other in zip(FITS.objectives.values(), bits.objectives.values(), strict=True):
         assert own.parametric and other.parametric
@@ -88,7 +88,7 @@ def test_bits_per_byte_give_the_same_exponents() -> None:
 def test_the_unit_of_data_changes_no_exponent_and_no_multiplier(factor: int) -> None:
     columns = ["tokens", "flops_6nd", "flops_total"]
     scaled = STUDY.assign(**{name: STUDY[name] * factor for name in columns})
-    assert_same(fit_table(scaled, samples=200), 1e-3, by_position=True)
+    assert_same(fit_table(scaled, samples=100), 1e-3, by_position=True)
 
 
 def test_a_study_gives_back_its_laws_and_their_multiplier() -> None:
@@ -111,7 +111,7 @@ def test_without_a_common_loss_there_is_no_multiplier() -> None:
     table = study()
     llada = table["objective"] == "llada"
     table.loc[llada, "val_nats_per_token"] *= 2
-    fits = fit_table(table, samples=200)
+    fits = fit_table(table, samples=100)
     assert fits.compute_multiplier == []
     assert fits.notes[0].startswith("no common loss by 6ND: ")
     assert fits.notes[1].startswith("no common loss by 6ND + attention + head: ")
@@ -119,14 +119,14 @@ def test_without_a_common_loss_there_is_no_multiplier() -> None:
 
 
 def test_one_objective_alone_is_fitted() -> None:
-    fits = fit_table(STUDY[STUDY["objective"] == "arm"], samples=200)
+    fits = fit_table(STUDY[STUDY["objective"] == "arm"], samples=100)
     assert list(fits.objectives) == ["arm"]
     assert fits.compute_multiplier == []
     assert not any("multiplier" in note for note in fits.notes)
 
 
 def test_a_convention_that_is_not_counted_is_left_out_with_a_note() -> None:
-    fits = fit_table(STUDY.assign(flops_total=np.nan), samples=200)
+    fits = fit_table(STUDY.assign(flops_total=np.nan), samples=100)
     assert fits.conventions == ("6nd",)
     assert "not counted by 6ND + attention + head" in fits.notes[0]
     assert set(fits.as_dict()["arm"]["envelope"]) == {"6nd"}
@@ -149,9 +149,9 @@ def test_fits_json_keeps_its_contract() -> None:
     assert set(written["settings"]) >= {
         "unit", "samples", "seed", "huber_delta", "exponent_grid", "interval_percentiles", "noise_model",
     }  # fmt: skip
-    again = fit_table(STUDY, samples=200, seed=0).as_dict()
+    again = fit_table(STUDY, samples=100, seed=0).as_dict()
     assert again == written
-    assert fit_table(STUDY, samples=200, seed=1).as_dict() != written
+    assert fit_table(STUDY, samples=100, seed=1).as_dict() != written
     json.dumps(strict_json(plain(written)), allow_nan=False)
 
 
@@ -183,13 +183,13 @@ def test_the_largest_budget_is_predicted_by_the_methods_whose_model_holds() -> N
 def test_a_budget_that_breaks_the_trend_is_outside() -> None:
     table = STUDY.copy()
     table.loc[table["flops_6nd"] > 9e18, "val_nats_per_token"] *= 0.93
-    held = [entry for entry in fit_table(table, samples=200).held_out if entry.method == "parametric"]
+    held = [entry for entry in fit_table(table, samples=100).held_out if entry.method == "parametric"]
     assert held
     assert not any(entry.inside for entry in held)
 
 
 def test_two_budgets_hold_nothing_out() -> None:
-    assert fit_table(study(budgets=(3e11, 1e12)), samples=200).held_out == []
+    assert fit_table(study(budgets=(3e11, 1e12)), samples=100).held_out == []
 
 
 def test_methods_that_differ_in_their_draws_are_named() -> None:
@@ -206,13 +206,13 @@ def test_methods_that_differ_in_their_draws_are_named() -> None:
 
 def test_an_extra_column_or_index_does_no_harm() -> None:
     odd = STUDY.assign(colour="red").set_index(pd.Index(range(100, 100 + len(STUDY))))
-    assert fit_table(odd, samples=200).as_dict() == FITS.as_dict()
+    assert fit_table(odd, samples=100).as_dict() == FITS.as_dict()
 
 
 def test_held_out_is_the_largest_budget_that_has_enough_shapes() -> None:
     lonely = STUDY[STUDY["objective"] == "arm"].iloc[[-1]]
     larger = lonely.assign(run="lonely", tokens=lonely["tokens"] * 10, flops_6nd=lonely["flops_6nd"] * 10)
-    fits = fit_table(pd.concat([STUDY, larger], ignore_index=True), samples=200, conventions=("6nd",))
+    fits = fit_table(pd.concat([STUDY, larger], ignore_index=True), samples=100, conventions=("6nd",))
     held = [entry for entry in fits.held_out if entry.objective == "arm"]
     assert [entry.flops for entry in held] == pytest.approx([1e19] * 4, rel=1e-3)
     before = [entry for entry in FITS.held_out if (entry.objective, entry.convention) == ("arm", "6nd")]
@@ -222,7 +222,7 @@ def test_held_out_is_the_largest_budget_that_has_enough_shapes() -> None:
 def test_a_law_that_misses_its_own_points_predicts_with_a_wide_interval() -> None:
     bent = {"arm": Chinchilla(2.0, 4e4, 0.6, 2e6, 0.6)}
     held = {
-        e.method: e for e in fit_table(simulated_study(bent, noise=1e-4)[0], samples=200, conventions=("6nd",)).held_out
+        e.method: e for e in fit_table(simulated_study(bent, noise=1e-4)[0], samples=100, conventions=("6nd",)).held_out
     }
     envelope, parametric = held["envelope"], held["parametric"]
     assert envelope.high - envelope.low > 2 * (parametric.high - parametric.low)
