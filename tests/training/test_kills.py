@@ -61,7 +61,9 @@ def test_a_kill_at_each_stage_of_a_save(prepared: Path, tmp_path: Path, extra: t
     for moment, (saved, partial_) in stages.items():
         assert killed(moment, main, fit_arguments("llada", prepared, tmp_path / "killed", *extra)), moment
         by_step = checkpoints_by_step(folder / "checkpoints")
-        assert sorted(by_step) == saved, moment
+        # Beside training a save may appear after the older ones were counted: then one more stays until the next save.
+        older = len(by_step) - len(saved) if extra else 0
+        assert older <= 1 and sorted(by_step)[older:] == saved, moment
         half = [path.stat().st_size for path in (folder / "checkpoints").glob("*.partial")]
         assert len(half) == (partial_ is not None), moment
         if half:
