@@ -127,13 +127,13 @@ def test_two_shapes_of_nearly_one_size_do_not_tell_what_other_sizes_cost() -> No
 def test_results_that_stand_twice_are_counted_once() -> None:
     table, _ = simulated_study(CHINCHILLA)
     doubled = pd.concat([table, table.iloc[[3, 40]]], ignore_index=True)
-    fits = fit_table(doubled, samples=200)
+    fits = fit_table(doubled, samples=100)
     assert "2 rows left out: their results are in the table twice (run, steps, seed)" in fits.notes
-    once = fit_table(table, samples=200).as_dict()
+    once = fit_table(table, samples=100).as_dict()
     assert {**fits.as_dict(), "notes": fits.notes[1:]} == once
     names = table.assign(run="one name for all")  # as tables of others may have it
-    assert not any("twice" in note for note in fit_table(names, samples=200).notes)
-    assert len(fit_table(names, samples=200).held_out) == len(fits.held_out)
+    assert not any("twice" in note for note in fit_table(names, samples=100).notes)
+    assert len(fit_table(names, samples=100).held_out) == len(fits.held_out)
 
 
 # --- what runs started from ------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def forecast(table: Path, out: Path, flops: float) -> int:
 
 
 def curves(table: Path, file: Path, out: Path, *words: str) -> int:
-    return main(["curves", str(table), "--samples", "200", "--forecast", str(file), "--out", str(out), *words])
+    return main(["curves", str(table), "--samples", "100", "--forecast", str(file), "--out", str(out), *words])
 
 
 @pytest.fixture(scope="module")
