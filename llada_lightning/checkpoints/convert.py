@@ -34,7 +34,7 @@ from llada_lightning.data.start_token import with_start_token
 from llada_lightning.data.tokenizers import GENERATION_CONFIG_NAME, TokenizerFiles
 from llada_lightning.objectives import get_objective
 from llada_lightning.support.errors import UserError
-from llada_lightning.support.files import building, write_json
+from llada_lightning.support.files import building, json_bytes, write_json
 
 Target = Literal["llada", "hf-llada", "hf-llama"]
 TARGETS: dict[Target, Layout] = {"llada": OURS, "hf-llada": HF_LLADA, "hf-llama": HF_LLAMA}
@@ -181,7 +181,7 @@ def _with_generation(files: dict[str, bytes], description: Description, to: Targ
     values = hugging_face.llama_generation(description)
     if values is None:
         return files
-    ours = _json(values)
+    ours = json_bytes(values)
     if to == "hf-llama":
         return {GENERATION_CONFIG_NAME: ours, **files}
     return {name: content for name, content in files.items() if (name, content) != (GENERATION_CONFIG_NAME, ours)}
@@ -221,11 +221,7 @@ def _with_tokenizer_config(files: TokenizerFiles, description: Description) -> d
         "clean_up_tokenization_spaces": False,
         **{key: token for key, token in tokens.items() if token is not None},
     }
-    return {**files.files, TOKENIZER_CONFIG_NAME: _json(config)}
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return {**files.files, TOKENIZER_CONFIG_NAME: json_bytes(config)}
 
 
 def bytes_of(text: str) -> int:

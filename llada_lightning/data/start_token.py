@@ -15,6 +15,7 @@ from typing import Any
 
 from llada_lightning.data import ROLES_NAME, TEMPLATE_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.files import json_bytes
 from llada_lightning.support.reading import parse_json
 
 _KEY = "llada_lightning"
@@ -43,7 +44,7 @@ def with_start_token(files: Mapping[str, bytes], token: str, token_id: int, bos_
     if ROLES_NAME in files:
         roles = parse_json(files[ROLES_NAME], ROLES_NAME)
         before |= {"role": roles["bos_token"]} if "bos_token" in roles else {}
-        written[ROLES_NAME] = _json({**roles, "bos_token": token})
+        written[ROLES_NAME] = json_bytes({**roles, "bos_token": token})
     shown, meant = (json.dumps(each, ensure_ascii=False) for each in (token, bos_token))
     templated = TEMPLATE_NAME in files or config.get("chat_template")
     prefix = f"{{% set bos_token = {meant} %}}{{{{ {shown} }}}}" if templated else ""
@@ -53,7 +54,7 @@ def with_start_token(files: Mapping[str, bytes], token: str, token_id: int, bos_
     ours = {"start_token": token, "chat_prefix": prefix, "before": before}
     # Before transformers 5 the type of each token is handed to the model, too, unless the names of its inputs are told.
     config = {"model_input_names": ["input_ids", "attention_mask"], **config, "bos_token": token, "add_bos_token": True}
-    written[TOKENIZER_CONFIG_NAME] = _json({**config, _KEY: ours})
+    written[TOKENIZER_CONFIG_NAME] = json_bytes({**config, _KEY: ours})
     return written
 
 
@@ -69,13 +70,15 @@ def without_start_token(files: Mapping[str, bytes]) -> dict[str, bytes]:
         text, _ = _with_value(files[TOKENIZER_NAME].decode(), "post_processor", before["post_processor"])
         restored[TOKENIZER_NAME] = text.encode()
         if ROLES_NAME in files:
-            restored[ROLES_NAME] = _json(_put(parse_json(files[ROLES_NAME], ROLES_NAME), "bos_token", before, "role"))
+            restored[ROLES_NAME] = json_bytes(
+                _put(parse_json(files[ROLES_NAME], ROLES_NAME), "bos_token", before, "role")
+            )
         if TEMPLATE_NAME in files:
             restored[TEMPLATE_NAME] = files[TEMPLATE_NAME].removeprefix(prefix.encode())
         for key in _CHANGED:
             config = _put(config, key, before, key)
         config = _with_templates(config, lambda template: template.removeprefix(prefix))
-        restored[TOKENIZER_CONFIG_NAME] = _json(config)
+        restored[TOKENIZER_CONFIG_NAME] = json_bytes(config)
     except (UserError, ValueError, LookupError, TypeError, AttributeError):  # damaged, or the key of someone else
         return dict(files)
     return restored
@@ -118,10 +121,6 @@ def _put(values: dict[str, Any], key: str, before: Mapping[str, Any], name: str)
     if name in before:
         return {**values, key: before[name]}
     return {each: value for each, value in values.items() if each != key}
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _with_value(text: str, key: str, value: str | None) -> tuple[str, str | None]:

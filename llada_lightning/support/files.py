@@ -172,6 +172,11 @@ def strict_json(value: Any) -> Any:
     return value
 
 
+def json_bytes(value: Any) -> bytes:
+    """``value`` as indented JSON, as the files of a tokenizer have it: read and written again it has the same bytes."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented, strict JSON, atomically."""
     with written_atomically(path) as temporary:
