@@ -23,7 +23,7 @@ from llada_lightning.records import read_records, read_validation
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import strict_json
 from llada_lightning.support.markdown import markdown_environment, tidied
-from llada_lightning.support.printing import visible
+from llada_lightning.support.printing import counted, visible
 from llada_lightning.support.reading import read_json
 from llada_lightning.support.source import git_commit
 
@@ -371,7 +371,7 @@ def _measured_on(counts: Mapping[str, Any], length: Any) -> str:
     if not (isinstance(sequences, int) and isinstance(documents, int)):
         return ""
     tokens = f" of {length:,} tokens ({sequences * length:,} in all)" if _count(length) else ""
-    return f"{_several(sequences, 'sequence')}{tokens} from {_several(documents, 'document')}"
+    return f"{counted(sequences, 'sequence')}{tokens} from {counted(documents, 'document')}"
 
 
 def _versions(record: Mapping[str, Any]) -> list[Row]:
@@ -413,10 +413,6 @@ def _count(value: Any) -> str | None:
 
 def _number(value: Any) -> str | None:
     return f"{value:.4g}" if _is_number(value) else None
-
-
-def _several(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def _with_unit(text: str | None, unit: str) -> str | None:

@@ -23,6 +23,7 @@ from llada_lightning.evaluation.ranking import Normalisation, candidate_sizes, r
 from llada_lightning.evaluation.requests import Ids, Pair, Score, monte_carlo_stderr
 from llada_lightning.objectives.standard_errors import ratio_and_stderr
 from llada_lightning.support.errors import UserError
+from llada_lightning.support.printing import counted
 
 _ROWS_SHOWN = 40
 _MOST_DECIMALS = 9
@@ -270,7 +271,7 @@ def _print_scores(console: Console, summary: dict[str, Any], results: Sequence[d
         cells = (row["index"], _with_error(row["mean"], row["stderr"]), row["tokens"], row["kind"], row["method"])
         table.add_row(*map(str, cells), f"{row['samples']:,}")
     console.print(table)
-    counts = f"over {_count(summary['requests'], 'request')}, {_count(summary['tokens'], 'token')}{_cut(summary)}"
+    counts = f"over {counted(summary['requests'], 'request')}, {counted(summary['tokens'], 'token')}{_cut(summary)}"
     if summary["requests"] == 1:
         shown = _of_one(summary)
         console.print(f"{_per_token(shown)}{_masks_only(shown)} {counts}; one request has no standard error")
@@ -297,25 +298,25 @@ def _print_choices(console: Console, summary: dict[str, Any], results: Sequence[
     console.print(table)
     if summary["accuracy"] is not None:
         accuracy = _with_error(summary["accuracy"], summary["accuracy_stderr"])
-        console.print(f"accuracy {accuracy} over {_count(summary['answered'], 'question')}{_cut(summary)}")
+        console.print(f"accuracy {accuracy} over {counted(summary['answered'], 'question')}{_cut(summary)}")
     if sampled_on:
         at = f"at {summary['confidence']:g}"
         console.print(
-            f"settled {at}: {summary['settled']:,} of {summary['questions']:,}; {_count(summary['samples'], 'sample')}"
+            f"settled {at}: {summary['settled']:,} of {summary['questions']:,}; {counted(summary['samples'], 'sample')}"
         )
 
 
 def _print_text(console: Console, summary: dict[str, Any]) -> None:
-    context = f", each with {_count(summary['context'], 'token')} of context" if summary["context"] else ""
+    context = f", each with {counted(summary['context'], 'token')} of context" if summary["context"] else ""
     one, spread = summary["documents"] == 1, summary["monte_carlo_stderr"]
     summary = _of_one(summary) if one else summary
     perplexity = _with_error(summary["perplexity"], summary["perplexity"] * summary["stderr"])  # to first order
     console.print(f"{_per_token(summary)}; perplexity {perplexity}{_masks_only(summary) if one else ''}")
-    counts = ", ".join(_count(summary[f"{name}s"], name) for name in ("document", "token", "window"))
+    counts = ", ".join(counted(summary[f"{name}s"], name) for name in ("document", "token", "window"))
     part = "; one document has no standard error" if one else f"; of the error, {spread:.2g} is Monte Carlo"
     if not one and not spread > 0:  # arm; or one sample, which tells no error
         part = "" if spread == 0 else "; one sample tells no Monte Carlo error"
-    console.print(f"{counts} of at most {_count(summary['window'], 'token')}{context}{part}")
+    console.print(f"{counts} of at most {counted(summary['window'], 'token')}{context}{part}")
 
 
 def _of_one(summary: dict[str, Any]) -> dict[str, Any]:
@@ -344,10 +345,6 @@ def _per_token(summary: dict[str, Any]) -> str:
 
 def _cut(summary: dict[str, Any]) -> str:
     return f"; {summary['truncated']:,} with a prompt cut on its left" if summary["truncated"] else ""
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number:,} {name}" if number == 1 else f"{number:,} {name}s"
 
 
 def _with_error(value: float, stderr: float) -> str:

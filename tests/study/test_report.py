@@ -27,9 +27,10 @@ from llada_lightning.study.report.facts import (
 )
 from llada_lightning.study.report.figures import Drawing
 from llada_lightning.study.report.page import Grid, html_page, markdown_page
-from llada_lightning.study.report.verdict import listed, verdict, verdict_without_fits
+from llada_lightning.study.report.verdict import verdict, verdict_without_fits
 from llada_lightning.study.results import table_of_records
 from llada_lightning.study.tables.study import notes_by
+from llada_lightning.support.printing import listed
 
 SOURCE = Source(
     title="A study", created="2025-01-02 03:04 UTC", versions={"llada-lightning": "0.1.0", "numpy": "2.1.0"},

@@ -17,6 +17,7 @@ from llada_lightning.study.fits.least_squares import Estimate
 from llada_lightning.study.fits.multiplier import Multiplier, compute_multipliers
 from llada_lightning.study.fits.objective import METHODS, Method, ObjectiveFits
 from llada_lightning.study.fits.runs import BUDGET_TOLERANCE, UNIT_NAMES, Unit
+from llada_lightning.support.printing import listed
 
 TOLD = 3
 """Of more budgets than this only the smallest and the largest are told in words."""
@@ -38,7 +39,7 @@ class CommonLoss:
         told = [f"{name} needs {estimate_text(own)}" for name, own in self.multipliers.items()]
         return (
             f"At the loss that {self.reference} reaches with {self.reference_flops:.3g} FLOPs "
-            f"({CONVENTION_NAMES[self.convention]}), {' and '.join(filter(None, [', '.join(told[:-1]), told[-1]]))} "
+            f"({CONVENTION_NAMES[self.convention]}), {listed(told)} "
             f"times the compute, {method_text(self.method)}."
         )
 

@@ -15,8 +15,9 @@ from llada_lightning.objectives import OBJECTIVES
 from llada_lightning.records import DONE
 from llada_lightning.study.fits import NOISE_MODELS, StudyFits, named_variants, objective_names, usable_runs
 from llada_lightning.study.fits.runs import base_objective, flops_column
-from llada_lightning.study.report.verdict import FEW, listed, number, span
+from llada_lightning.study.report.verdict import FEW, number, span
 from llada_lightning.study.tables.style import titled
+from llada_lightning.support.printing import listed
 
 MOST_VALUES = 6
 """Of more distinct numbers than this only the least and the largest are told."""

@@ -24,6 +24,7 @@ from llada_lightning.study.fits import (
 from llada_lightning.study.fits.contrast import method_text
 from llada_lightning.study.fits.runs import flops_column
 from llada_lightning.study.tables.style import flops_text, known, with_short_powers
+from llada_lightning.support.printing import listed
 
 FEW = 3
 """Of more objectives than this a sentence tells the least and the largest number."""
@@ -55,11 +56,6 @@ def verdict_without_fits(table: pd.DataFrame) -> tuple[str, ...]:
         "No compute multiplier is measured, because no run is finished with a finite loss.",
         f"The table holds {number(len(table), 'result')} of {names}: {of}.",
     )
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names in a sentence: `a`, `b` and `c`."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def number(count: int, noun: str) -> str:
