@@ -1,6 +1,7 @@
 """The quadratic of one budget of a tuning study, in log rate and log batch, and where it is lowest.
 
-With x = log rate and y = log batch, log loss = c0 + c1 x + c2 y + c3 x^2 + c4 x y + c5 y^2.
+With x = log rate and y = log batch, log loss = c0 + c1 x + c2 y + c3 x^2 + c4 x y + c5 y^2. The curvature (c3, c4, c5)
+is the same for all budgets of an objective (``rules``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from llada_lightning.study.fits.least_squares import Estimate, solver
+from llada_lightning.study.fits.least_squares import Estimate
 from llada_lightning.study.fits.uncertainty import Array
 
 FAR = 0.1
@@ -95,9 +96,9 @@ class Grid:
 
     @property
     def design(self) -> Array:
+        """The terms of the quadratic (n, 6); zeros for those of a batch that was not varied."""
         x, y = self.log_rates - self.log_rates.mean(), self.log_batches - self.log_batches.mean()
-        every = _terms(x, y)
-        return every if np.ptp(self.log_batches) > 0 else every[:, [0, 1, 3]]
+        return _terms(x, y if np.ptp(self.log_batches) > 0 else np.zeros_like(y))
 
 
 def _terms(x: Array, y: Array) -> Array:
@@ -118,7 +119,7 @@ def grid_of(runs: pd.DataFrame, rows: npt.NDArray[np.intp]) -> Grid | str:
         grid = Grid(rows[kept], here.iloc[0], flops, tokens, *chosen, ends, int(np.sum(~kept)))
         counts = [len(np.unique(values.round(9))) for values in chosen[:2]]
         enough = counts[0] >= MIN_VALUES and (counts[1] >= MIN_VALUES or np.ptp(batches) == 0)
-        if enough and np.linalg.matrix_rank(grid.design) == grid.design.shape[1]:
+        if enough and np.linalg.matrix_rank(grid.design) == np.count_nonzero(grid.design.any(axis=0)):
             return grid
     return (
         f"{here['objective'].iloc[0]} at {flops:.2g} FLOPs, {here['shape'].iloc[0]}: {counts[0]} rates and {counts[1]} "
@@ -126,22 +127,24 @@ def grid_of(runs: pd.DataFrame, rows: npt.NDArray[np.intp]) -> Grid | str:
     )
 
 
-def optimum(grid: Grid, weights: Array, errors: Array) -> TuningOptimum:
-    solve = solver(grid.design, weights)
-    theta = solve @ grid.log_losses
-    varied = grid.design.shape[1] == 6
-    drawn = _completed(theta + errors @ solve.T, varied)
-    coefficients = _completed(theta[None], varied)
+def optimum(grid: Grid, coefficients: Array, drawn: Array) -> TuningOptimum:
+    """Where the quadratic of a grid is lowest.
+
+    Args:
+        grid: The runs.
+        coefficients: Of 1, x, y, x^2, x y, y^2 with x and y from the means of the grid (6,).
+        drawn: The same in every draw (samples, 6). NaN: nothing is known of their errors.
+    """
     centre = np.array([grid.log_rates.mean(), grid.log_batches.mean()])
     ends = np.array(grid.ends) - centre[:, None]
     width = np.ptp(ends, axis=1)
     bounds = np.stack([ends[:, 0] - width, ends[:, 1] + width], axis=1)
-    best, lowest = _minimum(coefficients, bounds)
+    best, lowest = _minimum(coefficients[None], bounds)
     drawn_best, drawn_lowest = _minimum(drawn, bounds)
     found = best[0] + centre
     inf = np.where(drawn_best <= bounds[:, 0], -np.inf, np.where(drawn_best >= bounds[:, 1], np.inf, drawn_best))
     opened = np.where(width > 0, inf, drawn_best) + centre
-    unknown = np.isnan(errors).any(axis=1)
+    unknown = np.isnan(drawn).any(axis=1)
     opened[unknown] = np.nan
     drawn_best[unknown] = np.nan
     rate, batch = (Estimate.of(float(np.exp(found[k])), np.exp(opened[:, k])) for k in (0, 1))
@@ -164,19 +167,10 @@ def optimum(grid: Grid, weights: Array, errors: Array) -> TuningOptimum:
         log_rates=grid.log_rates,
         log_batches=grid.log_batches,
         log_losses=grid.log_losses,
-        coefficients=coefficients[0],
+        coefficients=coefficients,
         drawn_log_lr=drawn_best[:, 0] + centre[0],
         drawn_log_batch=drawn_best[:, 1] + centre[1],
     )
-
-
-def _completed(theta: Array, varied: bool) -> Array:
-    """Coefficients (n, 6) of (n, p): those of the batch are zero where it was not varied."""
-    if varied:
-        return theta
-    full = np.zeros((len(theta), 6))
-    full[:, [0, 1, 3]] = theta
-    return full
 
 
 def _minimum(coefficients: Array, bounds: Array) -> tuple[Array, Array]:

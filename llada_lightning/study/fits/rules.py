@@ -1,9 +1,10 @@
 """The learning rate and the batch of lowest loss at each budget of a tuning study, and their laws.
 
 At every budget and shape a quadratic is fitted to the log losses of the grid (``quadratic``), and its minimum is the
-optimum. Two power laws go through the optima, by least squares that weighs each by its own error: the rate by C, 6ND,
-as in Bi et al. 2024 (arXiv:2401.02954, Eq. 1), and the tokens of a global batch by D, as in Li et al. 2025
-(arXiv:2503.04715).
+optimum. The quadratics of an objective are fitted together. Each has its own height and slopes, and all have the same
+curvature, because the few noisy runs of one budget do not determine six coefficients well. Two power laws go through
+the optima, by least squares that weighs each by its own error: the rate by C, 6ND, as in Bi et al. 2024
+(arXiv:2401.02954, Eq. 1), and the tokens of a global batch by D, as in Li et al. 2025 (arXiv:2503.04715).
 
 Errors are drawn as in ``uncertainty``. All runs of a budget share the validation set, so its error is nearly the same
 for all of them and moves no optimum. Where the covariance of the losses is not known, the scatter about the quadratics
@@ -27,9 +28,9 @@ from llada_lightning.study.fits.least_squares import (
     MIN_BUDGETS,
     Estimate,
     PowerLaw,
-    fit_linear,
     linear_spread,
     power_law,
+    solver,
 )
 from llada_lightning.study.fits.quadratic import FAR, MIN_VALUES, Grid, TuningOptimum, grid_of, optimum
 from llada_lightning.study.fits.runs import (
@@ -208,17 +209,21 @@ def _grids(runs: pd.DataFrame, members: npt.NDArray[np.intp]) -> tuple[list[Grid
 
 
 def _pooled(grids: list[Grid], noise: Noise) -> tuple[Array, Array, Noise]:
-    """The quadratics of all budgets as one linear fit: design, log losses and their noise."""
-    design = block_diag(*(grid.design for grid in grids))
-    return (
-        design,
-        np.concatenate([grid.log_losses for grid in grids]),
-        noise.take(np.concatenate([g.rows for g in grids])),
-    )
+    """The quadratics of all budgets as one linear fit: design, log losses and their noise.
+
+    The columns of the design are the height and the slopes of each grid, grid by grid, and then the curvature that all
+    of them share. Those of a batch that was not varied are zero.
+    """
+    planes, curvatures = zip(*(np.split(grid.design, 2, axis=1) for grid in grids), strict=True)
+    design = np.hstack([block_diag(*planes), np.vstack(curvatures)])
+    return design, np.concatenate([g.log_losses for g in grids]), noise.take(np.concatenate([g.rows for g in grids]))
 
 
 def _spread(grids: list[Grid], noise: Noise) -> Spread:
-    return linear_spread(*_pooled(grids, noise)) if grids else UNKNOWN
+    if not grids:
+        return UNKNOWN
+    design, log_losses, pooled = _pooled(grids, noise)
+    return linear_spread(design[:, design.any(axis=0)], log_losses, pooled)
 
 
 def _fit_objective(
@@ -227,10 +232,14 @@ def _fit_objective(
     if not grids:
         return ObjectiveRules(name, [], None, None, UNKNOWN, notes)
     design, log_losses, pooled = _pooled(grids, noise)
-    spread = fit_linear(design, log_losses, pooled, borrowed=borrowed).spread
-    weights = pooled.weights(np.nan_to_num(spread.tau))
-    places = np.split(np.arange(len(log_losses)), np.cumsum([len(grid.rows) for grid in grids])[:-1])
-    optima = [optimum(grid, weights[own], pooled.draws(spread, own)) for grid, own in zip(grids, places, strict=True)]
+    spread = best_known(_spread(grids, noise), borrowed)
+    solve = np.zeros(design.shape[::-1])
+    fitted = design.any(axis=0)
+    solve[fitted] = solver(design[:, fitted], pooled.weights(np.nan_to_num(spread.tau)))
+    theta = solve @ log_losses
+    drawn = theta + pooled.draws(spread) @ solve.T
+    places = [[*range(3 * k, 3 * k + 3), -3, -2, -1] for k in range(len(grids))]
+    optima = [optimum(grid, theta[place], drawn[:, place]) for grid, place in zip(grids, places, strict=True)]
     notes = [*notes, *_notes_of(name, optima)]
     if not spread.known:
         notes.append(f"{name}: no intervals: as many coefficients as runs leave no scatter to judge by; add rates")
@@ -244,8 +253,8 @@ def _fit_objective(
     lr_law = _law([own.flops for own in inside], [own.lr for own in inside], [own.drawn_log_lr for own in inside], seed)
     batch_law = None
     if all(own.batch_varied for own in inside):
-        drawn = [own.drawn_log_batch for own in inside]
-        batch_law = _law([own.tokens for own in inside], [own.batch for own in inside], drawn, seed + 1)
+        drawn_batches = [own.drawn_log_batch for own in inside]
+        batch_law = _law([own.tokens for own in inside], [own.batch for own in inside], drawn_batches, seed + 1)
     for what, law in {"rate": lr_law, "batch": batch_law}.items():
         if law is not None and law.misfit < MISFIT:
             notes.append(f"{name}: the law of the {what} misses its optima (p = {law.misfit:.2g}); do not rely on it")
