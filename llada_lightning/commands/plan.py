@@ -287,7 +287,14 @@ def _fitted(
         return {}
     rules = read_rule_file(path)
     rules.check(path, objectives, stream.vocab_size, stream.sequence_length, tokenizer)
-    return rules.objectives
+    names = {objective: str(rules.name_of(objective)) for objective in objectives}
+    for objective, name in names.items():
+        if name != objective:
+            people_console(stderr=True).print(
+                f"note: the rules of {name} serve for {objective}; --base has to have the settings of that variant",
+                soft_wrap=True, markup=False, highlight=False,
+            )  # fmt: skip
+    return {objective: rules.objectives[name] for objective, name in names.items()}
 
 
 def _machine(options: Namespace, micro_batch: int | None) -> Machine:

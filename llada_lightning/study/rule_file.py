@@ -97,6 +97,11 @@ class RuleFile:
     table_sha256: str
     package: str
 
+    def name_of(self, objective: str) -> str | None:
+        """The name under which the file holds the rules of an objective, or of the only variant of it that it has."""
+        variants = [name for name in self.objectives if name.partition(" [")[0] == objective]
+        return objective if objective in self.objectives else variants[0] if len(variants) == 1 else None
+
     def check(
         self,
         path: str,
@@ -130,7 +135,7 @@ class RuleFile:
                 f"{measured} at sequence length {self.sequence_length}, and the plan has {sequence_length}; give "
                 f"--sequence-length {self.sequence_length}, or tune anew (--tune)"
             )
-        missing = [name for name in objectives if name not in self.objectives]
+        missing = [name for name in objectives if self.name_of(name) is None]
         if missing:
             raise UserError(
                 f"{measured} for {', '.join(self.objectives)}, and not for {', '.join(missing)}; tune it too (--tune), "

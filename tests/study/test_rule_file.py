@@ -91,6 +91,19 @@ def test_rules_that_were_measured_for_something_else_are_refused(
     RULES.check("rules.json", ["arm"], 512, 64)
 
 
+def test_rules_of_the_only_variant_serve_for_its_objective() -> None:
+    easy = "llada [loss_weight=ce]"
+    of_llada = RULES.objectives["llada"]
+    one = replace(RULES, objectives={easy: of_llada})
+    assert one.name_of("llada") == easy and one.name_of("arm") is None
+    one.check("rules.json", ["llada"], 512, 64)
+    two = replace(RULES, objectives={easy: of_llada, "llada [loss_weight=clipped]": of_llada})
+    assert two.name_of("llada") is None
+    with pytest.raises(UserError, match=r"was measured for llada \[loss_weight=ce\], .*, and not for llada"):
+        two.check("rules.json", ["llada"], 512, 64)
+    assert replace(RULES, objectives={**RULES.objectives, easy: of_llada}).name_of("llada") == "llada"
+
+
 def test_rules_of_another_tokenizer_are_refused() -> None:
     own = replace(RULES, tokenizer="1f")
     with pytest.raises(UserError, match="was measured with another tokenizer than that of the plan's data"):
