@@ -67,7 +67,6 @@ class TokenStream:
             )
             for source, manifest in enumerate(manifests)
         ]
-        self._documents: dict[tuple[int, int], int] = {}
         self._readers = [
             ShardReader(folder, split, manifest, sequence_length)
             for folder, manifest in zip(folders, manifests, strict=True)
@@ -102,23 +101,8 @@ class TokenStream:
         document.
         """
         source, item = self.locate(ordinal)
-        begin, passed = self._place(source, 0), []
-        for later in range(item, 0, -1):
-            if (source, later) in self._documents:
-                begin = self._documents[source, later]
-                break
-            passed.append((source, later))
-            ends = (self._readers[source][later - 1] == eos_token_id).nonzero()
-            if len(ends):
-                begin = self._place(source, later - 1) + 1 + int(ends[-1])
-                break
-        # What lies between begins there too: no sequence is looked at twice, however long the documents are.
-        self._documents.update(dict.fromkeys(passed, begin))
-        return begin
-
-    def _place(self, source: int, item: int) -> int:
-        """The position of the first token of a sequence, counted over all sources."""
-        return (sum(order.items for order in self.orders[:source]) + item) * self.sequence_length
+        earlier = sum(order.items for order in self.orders[:source]) * self.sequence_length
+        return earlier + self._readers[source].last_before(item, eos_token_id)
 
 
 @dataclass(eq=False)

@@ -145,7 +145,9 @@ class ShardReader:
         self._ends = list(accumulate(shard.tokens // sequence_length for shard in self._split.shards))
         self._remote = folder.startswith("local:") or "://" in folder
         self._index_name = f"{split}/{INDEX_NAME}"
+        self._length = sequence_length
         self._whole: set[int] = set()
+        self._positions: dict[tuple[int, int], np.ndarray] = {}
         self._dataset = StreamingDataset(
             f"{folder}/{split}", item_loader=TokensLoader(block_size=sequence_length), shuffle=False
         )
@@ -165,6 +167,36 @@ class ShardReader:
         tokens = self._read(item)  # which fetches the shard
         self._check(shard)
         return tokens
+
+    def last_before(self, item: int, token: int) -> int:
+        """Returns how many tokens of the items before an item there are up to the last one that is a given token.
+
+        It is 0 where none is. A shard is looked through once, in one piece: documents may be as long as the split.
+        """
+        number = bisect_right(self._ends, item)
+        before = (item - self._first(number)) * self._length
+        for earlier in range(number, -1, -1):
+            positions = self._positions_in(earlier, token)
+            if earlier == number:
+                positions = positions[: np.searchsorted(positions, before)]
+            if len(positions):
+                return self._first(earlier) * self._length + int(positions[-1]) + 1
+        return 0
+
+    def _first(self, number: int) -> int:
+        """The number of a shard's first item."""
+        return self._ends[number - 1] if number else 0
+
+    def _positions_in(self, number: int, token: int) -> np.ndarray:
+        """The positions of a token in a shard, as far as its items reach."""
+        if (number, token) not in self._positions:
+            items = self._ends[number] - self._first(number)
+            if items:
+                self[self._first(number)]  # which fetches the shard of a remote folder, and compares it
+            path = Path(self._dataset.input_dir.path) / Path(self._split.shards[number].file).name
+            tokens = np.fromfile(path, self._dtype, items * self._length, offset=SHARD_HEADER) if items else np.empty(0)
+            self._positions[number, token] = np.flatnonzero(tokens == token)
+        return self._positions[number, token]
 
     def _read(self, item: int) -> Tensor:
         try:
