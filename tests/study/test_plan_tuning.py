@@ -38,6 +38,23 @@ def test_every_budget_has_a_grid_of_four_rates_and_three_batches_at_the_centre()
         assert (rates[1] * rates[2]) ** 0.5 == pytest.approx(rule, rel=0.01)
 
 
+def test_where_rate_batch_and_shape_are_numbers_one_run_serves_all_budgets() -> None:
+    shapes, recipe = Grid(shapes=("107k",)), Recipe(lr=0.003, batch=8)
+    shared, apart = (
+        plan_study(
+            BUDGETS, STREAM, objectives=["llada"], tuning=TuningGrid(), grid=shapes, recipe=recipe, separate=separate
+        )
+        for separate in (False, True)
+    )
+    assert (len(shared.runs()), len(apart.runs())) == (12, 36)
+    columns = ["budget", "lr", "global_batch", "steps"]
+    first, second = (plan.table()[columns].sort_values(columns, ignore_index=True) for plan in (shared, apart))
+    assert first.equals(second)
+    # One decay of a fifth for each budget, and the rest of the largest run: 0.8 + 0.2 * 7 / 4 of 4e13 instead of 7e13.
+    flops = [plan.totals()["flops_total"] for plan in (shared, apart)]
+    assert flops[0] / flops[1] == pytest.approx((0.8 + 0.2 * 7 / 4) / (7 / 4), rel=0.01)
+
+
 def test_the_shape_is_the_one_that_a_plan_has_in_its_middle() -> None:
     usual = plan_study(BUDGETS, STREAM, objectives=["llada"], grid=Grid(points=3)).table()
     for (_, budget), rows in tuning(objectives=["llada"], overlap=False).table().groupby(["objective", "budget"]):

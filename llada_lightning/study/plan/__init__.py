@@ -268,6 +268,7 @@ def plan_study(
         seeds_at: Where the others are run: at the middle shape of each objective's three smallest budgets, or
             everywhere. Of a tuning study they are run everywhere.
         separate: Whether each budget is a run of its own instead of a branch, with the same rates, batches and warmups.
+            A tuning study has branches only where rate, batch and shapes are numbers, the same at all budgets.
         overlap: Whether the reference's budgets are lowered to where it has the losses of the other objectives.
         multiplier: The FLOPs of the other objectives over the reference's at equal loss; None: as measured.
         tuning: A grid of rates and batches, instead of one rate and batch for each shape.
@@ -296,14 +297,18 @@ def plan_study(
         tuning.check()
     lowered_by = overlap_factor(ordered, objectives, convention, multiplier) if overlap else 1.0
     by_objective = {name: budgets_of(name, ordered, lowered_by) for name in objectives}
+    fixed = recipe.lr is not None and recipe.batch is not None and bool(grid.shapes)
+    separate = separate or (tuning is not None and not fixed)
     trunks: list[Trunk] = []
     for objective in objectives:
         with naming_what_was_lowered(objective, lowered_by):
+            if tuning is not None:
+                own_budgets = by_objective[objective]
+                for shared in [[budget] for budget in own_budgets] if separate else [own_budgets]:
+                    trunks += tuning_trunks(objective, shared, seeds, tuning, grid, stream, recipe, machine, convention)
+                continue
             served: dict[Shape, list[float]] = {}
             for budget in by_objective[objective]:
-                if tuning is not None:
-                    trunks += tuning_trunks(objective, budget, seeds, tuning, grid, stream, recipe, machine, convention)
-                    continue
                 for shape in shapes_at(budget, objective, grid, stream, convention):
                     served.setdefault(shape, []).append(budget)
             cheap = cheap_points(served)
@@ -324,7 +329,7 @@ def plan_study(
         machine=machine,
         trunks=tuple(trunks),
         grid=grid,
-        separate=separate or tuning is not None,
+        separate=separate,
         multiplier=multiplier,
         tuning=tuning,
         lowered_by=lowered_by,

@@ -65,7 +65,7 @@ def centre_scale(name: str, recipe: Recipe) -> float:
 
 def tuning_trunks(
     objective: str,
-    budget: float,
+    budgets: Sequence[float],
     seeds: Sequence[int],
     tuning: TuningGrid,
     grid: Grid,
@@ -74,16 +74,18 @@ def tuning_trunks(
     machine: Machine,
     convention: Convention,
 ) -> Iterator[Trunk]:
-    """The runs of one objective and budget, each a trunk of one branch: by shape, batch, rate and seed.
+    """The runs of one objective at budgets that share them, each a trunk: by shape, batch, rate and seed.
+
+    Several budgets share their runs where the shapes are given, so that they are the same at all of them.
 
     Raises:
         UserError: A run would be below one step, or warmup and decay do not fit.
     """
 
     def planned(shape: Shape, seed: int, how: Recipe) -> Trunk:
-        return plan_trunk(objective, shape, seed, [budget], stream, how, machine, convention)
+        return plan_trunk(objective, shape, seed, budgets, stream, how, machine, convention)
 
-    for shape in shapes_at(budget, objective, grid, stream, convention, least=1):
+    for shape in shapes_at(budgets[0], objective, grid, stream, convention, least=1):
         centre = planned(shape, seeds[0], replace(recipe, lr_scale={objective: centre_scale(objective, recipe)}))
         quantum = machine.devices * (machine.micro_batch or 1)
         for batch in _batches(centre.global_batch // quantum, tuning.batches):
@@ -109,7 +111,7 @@ def tuning_notes(plan: Plan) -> Iterator[str]:
                 "--rules` gives optima without a law, unless these runs extend a study"
             )
         for budget in plan.budgets_of(name):
-            here = [trunk for trunk in own if trunk.branches[0].budget == budget]
+            here = [trunk for trunk in own if any(branch.budget == budget for branch in trunk.branches)]
             rates, batches = {trunk.lr for trunk in here}, {trunk.global_batch for trunk in here}
             if len(rates) < MIN_GRID or len(batches) == MIN_GRID - 1:
                 yield (
