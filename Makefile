@@ -11,8 +11,10 @@ GPU_JOBS ?= 8
 FIGURES ?= runs/benchmarks
 SOURCE ?= data/books.jsonl.xz
 TABLES ?= runs/study
+STUDY2 := tune-arm tune-arm-long tune-llada tune-llada-wide tune-easy tune-block4 tune-block16 tune-uniform rules-arm \
+  rules-llada arm-5e9 arm-2e10 arm-8e10 arm-3e11 llada easy block4 block16 uniform few-tune
 
-.PHONY: help setup setup-dev docs docs-serve quickstart study-cpu study-gpu study-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu gpu-check clean
+.PHONY: help setup setup-dev docs docs-serve quickstart study2-cpu study2-gpu study-cpu study-gpu study-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}' | sed 's|[$$](TABLES)|$(TABLES)|'
@@ -77,7 +79,23 @@ quickstart: setup  ## the compute multiplier of two recipes of llada, at toy siz
 	$(LLADA) curves runs/quickstart/results.csv --convention total --out runs/quickstart
 	$(LLADA) report runs/quickstart/results.csv --convention total
 
-# Sweeps of the study, one after the other: what is done is skipped, and a signal stops the whole.
+# The second study. Its runs are alike on all processors but for rounding; one thread a run makes it the same everywhere.
+study2-cpu study2-gpu: export OMP_NUM_THREADS = 1
+
+study2-cpu: setup  ## the second study from nothing (SOURCE=books.jsonl.xz; two idle cores: hours): runs/study2/report.md
+	$(LLADA) prepare --source $(SOURCE) --out data/study2 --vocab-size 512 --val-fraction 0.15
+	for sweep in $(STUDY2); do $(LLADA) sweep run sweeps/study2-cpu-$$sweep.yaml --jobs $(JOBS) || exit; done
+	$(BIN)/python experiments/study2/policies.py runs/study2-cpu --jobs $(JOBS)
+	for study in tune rules few; do $(LLADA) collect runs/study2-cpu-$$study --out runs/study2/$$study.csv || exit; done
+	$(LLADA) collect runs/study2-cpu --out runs/study2/results.csv
+	$(LLADA) curves runs/study2/results.csv --convention total --out runs/study2
+	$(BIN)/python experiments/study2/report.py runs/study2 --out runs/study2/report.md
+
+study2-gpu: setup  ## the second study on one GPU (SOURCE=books.jsonl.xz), in parts of any length: runs/study2-gpu/report.html
+	$(LLADA) prepare --source $(SOURCE) --out data/study2-gpu --vocab-size 258 --val-fraction 0.15
+	LLADA="$(LLADA)" JOBS=$(GPU_JOBS) experiments/study2/gpu.sh
+
+# Sweeps of the first study, one after the other: what is done is skipped, and a signal stops the whole.
 sweeps = $(foreach sweep,$(2),$(LLADA) sweep run sweeps/study-$(1)-$(sweep).yaml --jobs $(3) &&) true
 
 study-cpu: setup  ## the study's small twin from nothing (SOURCE=books.jsonl.xz; two cores: three and a half hours): $(TABLES)/report.md

@@ -1,0 +1,181 @@
+"""The second study: its report is that of its tables, its sweeps are fits, and its script for a GPU goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from study2 import report
+
+from llada_lightning.commands.main import main
+from llada_lightning.study.fits import Estimate
+from llada_lightning.study.fits.rules import fit_rules
+from llada_lightning.study.results import read_results
+from llada_lightning.study.sweep import fit_arguments, read_sweep, render_command
+
+ROOT = Path(__file__).parents[2]
+STUDY = ROOT / "experiments" / "study2"
+SWEEPS = sorted((ROOT / "sweeps").glob("study2-cpu-*.yaml"))
+
+STUB = """#!/usr/bin/env python3
+# Stands for `llada`: notes its arguments, and writes the files that the next step looks for.
+import pathlib, sys
+words = sys.argv[1:]
+with open("calls.txt", "a") as calls:
+    print(*words, file=calls)
+if words[:2] == ["plan", "--append"]:
+    with open(words[2], "a") as sweep:
+        print("# --append", file=sweep)
+elif "--out" in words:
+    out = pathlib.Path(words[words.index("--out") + 1])
+    if "--rules" in words:
+        (out / "rules.json").touch()
+    elif out.suffix:
+        out.touch()
+"""
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_shows_what_the_fits_say_of_the_tables_that_are_there(tmp_path: Path) -> None:
+    """Of tables of other studies of `arm` and `llada`; what has no table is left out."""
+    sources = {
+        "results": ROOT / "experiments" / "study" / "gpu" / "results",
+        "tune": ROOT / "experiments" / "tuning" / "results",
+    }
+    for name, source in sources.items():
+        for kind in (".csv", ".covariance.csv"):
+            shutil.copy(f"{source}{kind}", tmp_path / f"{name}{kind}")
+    report.write(tmp_path / "report.md", tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    row = re.search(r"^\| `llada` \| (\S+) \| ([\d.]+) \(([\d.]+) to ([\d.]+)\)", text, re.MULTILINE)
+    assert row is not None
+    found = json.loads((sources["results"].parent / "fits.json").read_text())["headlines"]
+    expected = next(own for own in found if own["convention"] == "total")
+    assert float(row[1]) == pytest.approx(expected["reference_flops"], rel=0.01)
+    interval = [expected["read_off"][key] for key in ("value", "low", "high")]
+    assert [float(row[k]) for k in (2, 3, 4)] == pytest.approx(interval, rel=0.05)
+    best = re.search(r"^\| `arm` \| \S+ \| (0\.\d+) \(.*\) \| ([\d.]+) \(.*\) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert best is not None
+    assert [float(best[k]) for k in (1, 2, 3)] == pytest.approx([0.0095, 7.3, 3.896], rel=0.02)
+    assert "## The forecast" not in text and "## Few unique tokens" not in text
+
+
+def test_a_multiplier_that_grows_as_a_power_of_the_own_flops_has_that_exponent() -> None:
+    flops = np.geomspace(1e10, 1e12, 4)  # of arm; m = (m flops)^0.3, so that log m = 0.3 / 0.7 log flops
+    cells = {one: report.Cell(Estimate(own, own, own), np.full(3, own)) for one in flops if (own := one ** (0.3 / 0.7))}
+    assert report.exponent(cells).value == pytest.approx(0.3)
+
+
+def test_of_the_recipes_with_few_tokens_the_best_length_counts() -> None:
+    columns = {"objective": "arm", "val_stderr": 0.01}
+    rows = [
+        {"variant": variant, "unique_tokens": unique, "epochs": epochs, "tokens": unique * epochs, **columns,
+         "val_nats_per_token": loss}
+        for variant, unique, epochs, loss in [
+            (None, 100, 2, 4.4), (None, 100, 8, 4.9), ("dropout=0.2", 100, 2, 4.5), ("dropout=0.2", 100, 8, 4.3),
+            (None, 50, 1, 4.0),
+        ]
+    ]  # fmt: skip
+    (key, (first, second)), *others = report.few(pd.DataFrame(rows)).items()
+    assert key == (100, "arm") and not others  # a run that reads nothing twice does not tell what it was allowed
+    assert (first.recipe, first.best, first.epochs, first.end) == ("dropout=0.2", 4.3, 8, 4.3)
+    assert (second.recipe, second.best, second.epochs, second.end) == ("as in the main grid", 4.4, 2, 4.9)
+
+
+def test_the_rules_of_arm_follow_from_the_committed_tuning_study() -> None:
+    table = read_results(STUDY / "cpu" / "tune.csv")
+    own = fit_rules(table[table["objective"] == "arm"], samples=200).objectives["arm"]
+    committed = json.loads((STUDY / "rules.json").read_text())["objectives"]["arm"]
+    for law, name in ((own.lr_law, "lr"), (own.batch_law, "batch_tokens")):
+        assert law is not None
+        assert [law.a, law.b] == pytest.approx([committed[name]["a"], committed[name]["b"]], rel=0.05, abs=0.05)
+
+
+# --- the study on a GPU ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Path:
+    path = tmp_path / "llada"
+    path.write_text(STUB)
+    path.chmod(0o755)
+    return path
+
+
+def run_gpu_study(folder: Path, *objectives: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "LLADA": str(folder / "llada"), **settings}
+    command = ["bash", str(STUDY / "gpu.sh"), *objectives]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def calls(folder: Path, verb: str) -> list[str]:
+    lines = (folder / "calls.txt").read_text().splitlines()
+    return [line for line in lines if line.startswith(verb)]
+
+
+@pytest.mark.usefixtures("stub")
+def test_the_gpu_study_plans_each_part_once_and_forecasts_before_the_largest_budget(tmp_path: Path) -> None:
+    assert run_gpu_study(tmp_path).returncode == 0
+    whole = (tmp_path / "calls.txt").read_text().splitlines()
+    forecast = next(number for number, line in enumerate(whole) if line.startswith("forecast"))
+    assert [line.startswith("plan --append") for line in whole if line.startswith("plan")] == [False] * 6 + [True] * 3
+    assert all(number > forecast for number, line in enumerate(whole) if line.startswith("plan --append"))
+    assert whole[-1].startswith("report")
+    (tmp_path / "calls.txt").unlink()
+    assert run_gpu_study(tmp_path).returncode == 0
+    assert not calls(tmp_path, "plan") and not calls(tmp_path, "forecast")
+    assert len(calls(tmp_path, "sweep run")) == 9
+
+
+@pytest.mark.usefixtures("stub")
+def test_the_plans_of_the_gpu_study_are_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every `llada plan` of the script but for files that only a study has: at its budgets and with its bases."""
+    assert run_gpu_study(tmp_path, "arm", "easy", "llada", "block4").returncode == 0
+    for line in calls(tmp_path, "plan"):
+        if "--append" not in line:
+            words = re.sub(r"--data \S+|--out \S+|--study \S+|--rule \S+", "", line).split()[1:]
+            words = [str(ROOT / word) if word.startswith("experiments/") else word for word in words]
+            assert main(["plan", *words, "--vocab-size", "258"]) == 0, line
+    capsys.readouterr()
+
+
+@pytest.mark.usefixtures("stub")
+def test_another_objective_is_refused(tmp_path: Path) -> None:
+    done = run_gpu_study(tmp_path, "uniform")
+    assert done.returncode == 2
+    assert done.stderr == "error: no objective 'uniform'; choose from arm, easy, llada and block4\n"
+
+
+# --- the study on two cores ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["few-tune"])
+def test_the_runs_of_a_sweep_that_no_plan_made_are_fits(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = read_sweep(f"sweeps/study2-cpu-{name}.yaml")
+    for point in (sweep.points[0], sweep.points[-1]):
+        assert main([*fit_arguments(render_command(sweep, point)), "--print_config"]) == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert (config["data"]["init_args"]["path"], config["run"]["study"]) == ("data/study2", "study2-cpu-few")
+        assert config["model"]["init_args"]["shape"] == "L1-d64-h2-kv2-ff192"
+
+
+def test_make_runs_every_sweep_once_and_collects_every_table() -> None:
+    shown = subprocess.run(["make", "-n", "study2-cpu"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = re.search(r"for sweep in (.*?);", shown)
+    assert listed is not None
+    assert sorted(f"study2-cpu-{name}" for name in listed[1].split()) == sorted(path.stem for path in SWEEPS)
+    for study in ("tune", "rules", "few"):
+        assert re.search(rf"for study in .*\b{study}\b.*; do .* collect", shown), study
