@@ -261,8 +261,9 @@ def exponent(cells: Mapping[float, Cell]) -> Estimate:
     """
     x = np.log(list(cells))
     values = np.log([cell.estimate.value for cell in cells.values()])
-    drawn = np.log(np.stack([cell.draws for cell in cells.values()], axis=1))
-    y = np.vstack([values, drawn[np.isfinite(drawn).all(axis=1)]])
+    drawn = np.stack([cell.draws for cell in cells.values()], axis=1)
+    closed = ((drawn > 0) & np.isfinite(drawn)).all(axis=1)  # a draw is 0 or infinite where it reaches no such loss
+    y = np.vstack([values, np.log(drawn[closed])])
     slopes = y @ (x - x.mean()) / np.sum((x - x.mean()) ** 2)
     exponents = slopes / (1 + slopes)
     return Estimate.of(float(exponents[0]), exponents[1:])
