@@ -17,7 +17,7 @@ STUDY2 := tune-arm tune-arm-long tune-llada tune-llada-wide tune-easy tune-block
 .PHONY: help setup setup-dev docs docs-serve quickstart study2-cpu study2-gpu study-cpu study-gpu study-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu gpu-check clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}' | sed 's|[$$](TABLES)|$(TABLES)|'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}' | sed 's|[$$](TABLES)|$(TABLES)|'
 
 setup: $(VENV)/.ready  ## the package and what it needs, in .venv, pinned by constraints.txt
 

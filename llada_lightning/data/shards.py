@@ -169,9 +169,10 @@ class ShardReader:
         return tokens
 
     def last_before(self, item: int, token: int) -> int:
-        """Returns how many tokens of the items before an item there are up to the last one that is a given token.
+        """Returns the position behind the last occurrence of a token before an item, and 0 where there is none.
 
-        It is 0 where none is. A shard is looked through once, in one piece: documents may be as long as the split.
+        Positions count the tokens of all items from the first one on. A shard is read once, in one piece, because a
+        document may be as long as the split.
         """
         number = bisect_right(self._ends, item)
         before = (item - self._first(number)) * self._length

@@ -152,8 +152,8 @@ def fit_rules(
     spreads = {name: _spread(found, noise) for name, (found, _) in grids.items()}
     objectives = {}
     for number, (name, (found, few)) in enumerate(grids.items()):
-        borrowed = best_known(*(spread for other, spread in spreads.items() if other != name))
-        objectives[name] = _fit_objective(name, found, few, noise, borrowed, seed + 10 * number)
+        spread = best_known(spreads[name], *(own for other, own in spreads.items() if other != name))
+        objectives[name] = _fit_objective(name, found, few, noise, spread, seed + 10 * number)
     text = {column: next(iter(runs[column].dropna().unique()), None) for column in ("tokenizer", "data_fingerprint")}
     return TuningFits(objectives, vocab_size, sequence_length, **text, notes=notes)
 
@@ -227,12 +227,11 @@ def _spread(grids: list[Grid], noise: Noise) -> Spread:
 
 
 def _fit_objective(
-    name: str, grids: list[Grid], notes: list[str], noise: Noise, borrowed: Spread, seed: int
+    name: str, grids: list[Grid], notes: list[str], noise: Noise, spread: Spread, seed: int
 ) -> ObjectiveRules:
     if not grids:
         return ObjectiveRules(name, [], None, None, UNKNOWN, notes)
     design, log_losses, pooled = _pooled(grids, noise)
-    spread = best_known(_spread(grids, noise), borrowed)
     solve = np.zeros(design.shape[::-1])
     fitted = design.any(axis=0)
     solve[fitted] = solver(design[:, fitted], pooled.weights(np.nan_to_num(spread.tau)))
