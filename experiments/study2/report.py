@@ -30,7 +30,7 @@ from llada_lightning.study.fits import (
     named_variants,
     usable_runs,
 )
-from llada_lightning.study.fits.contrast import estimate_text, method_text
+from llada_lightning.study.fits.contrast import Contrast, estimate_text, method_text
 from llada_lightning.study.fits.rules import ObjectiveRules, fit_rules
 from llada_lightning.study.forecast import Scored, read_forecast, score
 from llada_lightning.study.results import covariance_path, read_covariance, read_results
@@ -49,6 +49,7 @@ NAMES = {
     "uniform": "uniform",
 }
 """The names of the report by those of the fits."""
+FULL_NAMES = {short: full for full, short in NAMES.items()}
 GROWTH_BUDGETS = 3
 """Of `arm`, at which a multiplier has to be measured for its exponent to be told."""
 POLICIES = {"llada": "confidence@1", "easy": "confidence@1", "block 4": "random_order@1"}
@@ -135,19 +136,24 @@ class Study:
     def headline(self, name: str, convention: Convention) -> Headline:
         return next(own for own in self.fits.headlines if NAMES[own.objective] == name and own.convention == convention)
 
+    def contrast(self, name: str, convention: Convention) -> Contrast | None:
+        """An objective and `llada` against each other, read off both without `arm`."""
+        pair = {name, "llada"}
+        found = (own for own in self.fits.contrasts if {NAMES[own.objective], NAMES[own.better]} == pair)
+        return next((own for own in found if own.convention == convention), None)
+
     def over_llada(self, name: str, convention: Convention) -> tuple[float, Estimate] | None:
-        """FLOPs of an objective over those of `llada` at equal loss, read off both without `arm`.
+        """FLOPs of an objective over those of `llada` at equal loss.
 
         Returns:
             The FLOPs of the better one at the largest loss for which the quotient is closed, and the quotient; None
             where there is none.
         """
-        for own in self.fits.contrasts:
-            pair = {NAMES[own.objective], NAMES[own.better]}
-            if pair == {name, "llada"} and own.convention == convention and own.factor and own.flops:
-                inverse = Estimate(1 / own.factor.value, 1 / own.factor.high, 1 / own.factor.low)
-                return own.flops, own.factor if NAMES[own.better] == "llada" else inverse
-        return None
+        own = self.contrast(name, convention)
+        if own is None or own.factor is None or own.flops is None:
+            return None
+        inverse = Estimate(1 / own.factor.value, 1 / own.factor.high, 1 / own.factor.low)
+        return own.flops, own.factor if NAMES[own.better] == "llada" else inverse
 
     def loss_over_llada(self, name: str, convention: Convention) -> tuple[float, Estimate] | None:
         """By how much the best loss of an objective exceeds that of `llada` at the largest budget that both have.
@@ -155,13 +161,12 @@ class Study:
         Returns:
             The FLOPs and the difference in nats per token; None where no budget is shared.
         """
-        for own in self.fits.contrasts:
-            pair = {NAMES[own.objective], NAMES[own.better]}
-            if pair == {name, "llada"} and own.convention == convention and own.higher:
-                flops, found = max(own.higher.items())
-                turned = Estimate(-found.value, -found.high, -found.low)
-                return flops, found if NAMES[own.better] == "llada" else turned
-        return None
+        own = self.contrast(name, convention)
+        if own is None or not own.higher:
+            return None
+        flops, found = max(own.higher.items())
+        turned = Estimate(-found.value, -found.high, -found.low)
+        return flops, found if NAMES[own.better] == "llada" else turned
 
     def growth(self, name: str, convention: Convention) -> Estimate | None:
         """The exponent of the multiplier in the objective's own FLOPs; None where too few budgets tell it."""
@@ -180,8 +185,7 @@ class Study:
         table, policy = self.results, POLICIES[name]
         if policy not in {own for names in yardstick_names(table).values() for own in names}:
             return []
-        full = next(long for long, short in NAMES.items() if short == name)
-        pair = table[named_variants(table)["objective"].isin([full, "arm"]).to_numpy(bool)]
+        pair = table[named_variants(table)["objective"].isin([FULL_NAMES[name], "arm"]).to_numpy(bool)]
         exact, _ = with_yardstick(pair, policy)
         same = pair[pair["run"].isin(exact["run"])]
         covariances = self.covariance("results"), self.covariance("results", policy)
@@ -207,8 +211,9 @@ class Study:
     def tuned_flops(self, name: str) -> float:
         """The largest budget of an objective's tuning study, in total FLOPs."""
         table = usable_runs(self.table("tune"))
-        full = next(long for long, short in NAMES.items() if short == name)
-        return float(table.loc[(named_variants(table)["objective"] == full).to_numpy(bool), "flops_total"].max())
+        return float(
+            table.loc[(named_variants(table)["objective"] == FULL_NAMES[name]).to_numpy(bool), "flops_total"].max()
+        )
 
     def gains(self, name: str) -> list[tuple[float, float, float, Estimate]]:
         """What the tuned rates and batches are worth against the rules that ship with the package.
