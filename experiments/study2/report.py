@@ -33,11 +33,14 @@ from llada_lightning.study.fits import (
 from llada_lightning.study.fits.contrast import Contrast, estimate_text, method_text
 from llada_lightning.study.fits.rules import ObjectiveRules, fit_rules
 from llada_lightning.study.forecast import Scored, read_forecast, score
+from llada_lightning.study.plots.style import write_figure
 from llada_lightning.study.results import covariance_path, read_covariance, read_results
 from llada_lightning.study.tables.style import flops_text
 from llada_lightning.study.yardstick import with_yardstick, yardstick_names
 from llada_lightning.support.files import written_atomically
 from llada_lightning.support.printing import listed
+from outcomes import Few, few, outcomes
+from picture import picture
 
 HERE = Path(__file__).parent
 NAMES = {
@@ -120,6 +123,12 @@ class Study:
         """The multiplier of an objective at FLOPs of `arm`."""
         own = self.cells(convention).get(name, {}).get(flops)
         return own and own.estimate
+
+    def nearest(self, name: str, flops: float) -> tuple[float | None, Estimate | None]:
+        """`arm`'s FLOPs, and the multiplier there, at which the objective's own FLOPs are nearest to a budget."""
+        cells = self.cells("total").get(name, {})
+        at = min(cells, key=lambda own: abs(np.log(own * cells[own].estimate.value / flops)), default=None)
+        return at, at and cells[at].estimate
 
     def common(self, convention: Convention) -> CommonLoss | None:
         """The multipliers at the largest budget of `arm` at which all objectives have one; None where there is none."""
@@ -238,9 +247,17 @@ class Study:
             rows.append((float(own["flops_total"].mean()), float(before.mean()), float(after.mean()), difference))
         return sorted(rows, key=lambda row: row[0])
 
+    # --- few distinct tokens ---
+
+    def few_tuned(self) -> dict[tuple[int, str], list[Few]]:
+        """All recipes at the smallest number of distinct tokens, with the seed that chose among them."""
+        table = usable_runs(self.table("few"))
+        return few(table[table["seed"] == 0])
+
     def few(self) -> dict[tuple[int, str], list[Few]]:
-        """The results with few distinct tokens."""
-        return few(usable_runs(self.table("few")))
+        """The chosen recipes at every number of distinct tokens, with seeds that had no part in the choice."""
+        table = usable_runs(self.table("few"))
+        return few(table[table["seed"] > 0])
 
     # --- the forecast ---
 
@@ -274,46 +291,6 @@ def exponent(cells: Mapping[float, Cell]) -> Estimate:
     return Estimate.of(float(exponents[0]), exponents[1:])
 
 
-# --- few unique tokens ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Few:
-    """What an objective reaches with so many distinct tokens, by one recipe or the best of several."""
-
-    unique: int
-    recipe: str
-    best: float
-    """The loss of the best length, in nats per token."""
-    stderr: float
-    epochs: float
-    """How often the run of the best length reads its tokens."""
-    end: float
-    """The loss of the full length."""
-
-
-def few(table: pd.DataFrame) -> dict[tuple[int, str], list[Few]]:
-    """The recipes of each number of distinct tokens and objective, the best first.
-
-    Args:
-        table: Results of runs of several lengths, each with its own decay. Those that read no token twice are left out,
-            as they do not tell how many tokens they were allowed.
-    """
-    repeated = table[table["epochs"] > 1].assign(variant=table["variant"].fillna(""))
-    found: dict[tuple[int, str], list[Few]] = {}
-    for (unique, objective, variant), own in repeated.groupby(["unique_tokens", "objective", "variant"]):
-        best, end = own.loc[own["val_nats_per_token"].idxmin()], own.loc[own["tokens"].idxmax()]
-        found.setdefault((int(unique), str(objective)), []).append(
-            Few(
-                int(unique),
-                str(variant).replace("optimizer.", "").replace("_", " ").replace(";", ", ") or "as in the main grid",
-                *(float(best[column]) for column in ("val_nats_per_token", "val_stderr", "epochs")),
-                float(end["val_nats_per_token"]),
-            )
-        )
-    return {key: sorted(recipes, key=lambda one: one.best) for key, recipes in sorted(found.items())}
-
-
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
@@ -327,8 +304,12 @@ def write(out: Path, folder: Path) -> None:
     environment.filters |= {name: partial(cell_text, form=form) for name, form in forms.items()}
     environment.filters |= {"flops": count_of_flops, "span": span_text, "sequences": sequences}
     environment.filters["count"] = format_count
-    shown = {"names": NAMES, "policies": POLICIES, "folder": os.path.relpath(folder, out.parent)}
-    text = environment.get_template("study2.md.jinja").render(study=Study(folder), **shown)
+    study = Study(folder)
+    text = environment.get_template("study2.md.jinja").render(
+        study=study, outcomes=list(outcomes(study)), names=NAMES, policies=POLICIES,
+        folder=os.path.relpath(folder, out.parent), design=os.path.relpath(HERE / "README.md", out.parent),
+    )  # fmt: skip
+    write_figure(picture(study.fits, NAMES, "total"), folder, "study2")
     with written_atomically(out) as temporary:
         temporary.write_text(text)
 

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from study2 import report
 
+import outcomes
 from llada_lightning.commands.main import main
 from llada_lightning.study.fits import Estimate
 from llada_lightning.study.fits.rules import fit_rules
@@ -64,9 +65,9 @@ def test_the_report_shows_what_the_fits_say_of_the_tables_that_are_there(tmp_pat
     assert float(row[1]) == pytest.approx(expected["reference_flops"], rel=0.01)
     interval = [expected["read_off"][key] for key in ("value", "low", "high")]
     assert [float(row[k]) for k in (2, 3, 4)] == pytest.approx(interval, rel=0.05)
-    best = re.search(r"^\| `arm` \| \S+ \| (0\.\d+) \(.*\) \| ([\d.]+) \(.*\) \| ([\d.]+) \|$", text, re.MULTILINE)
+    best = re.search(r"^\| `arm` \| \S+ \| (0\.\d+) \(.*\) \| ([\d.]+) \(.*\) \|$", text, re.MULTILINE)
     assert best is not None
-    assert [float(best[k]) for k in (1, 2, 3)] == pytest.approx([0.0095, 7.3, 3.896], rel=0.02)
+    assert [float(best[k]) for k in (1, 2)] == pytest.approx([0.0095, 7.3], rel=0.02)
     assert "## The forecast" not in text and "## Few unique tokens" not in text
 
 
@@ -77,19 +78,44 @@ def test_a_multiplier_that_grows_as_a_power_of_the_own_flops_has_that_exponent()
 
 
 def test_of_the_recipes_with_few_tokens_the_best_length_counts() -> None:
-    columns = {"objective": "arm", "val_stderr": 0.01}
+    columns = ["variant", "unique_tokens", "epochs", "seed", "val_nats_per_token"]
     rows = [
-        {"variant": variant, "unique_tokens": unique, "epochs": epochs, "tokens": unique * epochs, **columns,
-         "val_nats_per_token": loss}
-        for variant, unique, epochs, loss in [
-            (None, 100, 2, 4.4), (None, 100, 8, 4.9), ("dropout=0.2", 100, 2, 4.5), ("dropout=0.2", 100, 8, 4.3),
-            (None, 50, 1, 4.0),
-        ]
+        (None, 100, 2, 1, 4.4), (None, 100, 8, 1, 4.9), ("dropout=0.2", 100, 2, 1, 4.5),
+        ("dropout=0.2", 100, 8, 1, 4.3), ("dropout=0.2", 100, 8, 2, 4.2), ("dropout=0.2", 100, 2, 2, 4.1),
+        (None, 50, 1, 1, 4.0),
     ]  # fmt: skip
-    (key, (first, second)), *others = report.few(pd.DataFrame(rows)).items()
+    table = pd.DataFrame(rows, columns=columns).assign(objective="arm")
+    table["tokens"] = table["unique_tokens"] * table["epochs"]
+    (key, (first, second)), *others = outcomes.few(table).items()
     assert key == (100, "arm") and not others  # a run that reads nothing twice does not tell what it was allowed
-    assert (first.recipe, first.best, first.epochs, first.end) == ("dropout=0.2", 4.3, 8, 4.3)
+    assert (first.recipe, first.epochs) == ("dropout=0.2", 8)
+    assert [first.best, first.apart, first.end] == pytest.approx([4.25, 0.1, 4.25])
     assert (second.recipe, second.best, second.epochs, second.end) == ("as in the main grid", 4.4, 2, 4.9)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(31, 80, "as expected"), (20, 80, "undecided"), (20, 29, "refuted"), (91, np.inf, "refuted")],
+)
+def test_a_hypothesis_is_judged_by_the_interval(low: float, high: float, verdict: str) -> None:
+    assert outcomes.judged(Estimate(low, low, high), 30, 90) == verdict
+    assert outcomes.worst("as expected", verdict) == verdict
+    assert outcomes.judged(None, 30, 90) == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("llada", "verdict"), [((4.0, 4.0), "as expected"), ((4.2, 4.2), "refuted"), ((4.0, 3.8), "refuted")]
+)
+def test_the_crossover_is_where_arm_falls_behind(llada: tuple[float, float], verdict: str) -> None:
+    def recipe(best: float) -> list[outcomes.Few]:
+        return [outcomes.Few("", best, 0.0, 1.0, best)]
+
+    few = {
+        (size, name): recipe(best)
+        for size, own in ((25_000, (4.1, llada[0])), (50_000, (3.9, llada[1])))
+        for name, best in zip(("arm", "llada"), own, strict=True)
+    }
+    assert outcomes.crossover(few).verdict == verdict
 
 
 def test_the_rules_of_arm_follow_from_the_committed_tuning_study() -> None:

@@ -1,0 +1,178 @@
+"""The hypotheses of the second study beside what was measured, in the order of the design (README.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from llada_lightning.compute.shapes import format_count
+from llada_lightning.study.fits import Estimate
+from llada_lightning.support.printing import listed
+
+if TYPE_CHECKING:
+    from report import Study
+
+JUDGED_AT = 2e12
+"""The budget that hypotheses on multipliers are about, in total FLOPs of the objective."""
+FORECAST_ERROR = 0.05
+"""The error of a forecast that was expected, in nats per token."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a hypothesis said, and what came of it."""
+
+    expected: str
+    measured: str
+    verdict: str
+
+
+def judged(found: Estimate | None, low: float, high: float) -> str:
+    """The verdict on an expected range, by the 95 % interval of what was measured."""
+    if found is None:
+        return "not measured"
+    if found.high < low or found.low > high:
+        return "refuted"
+    return "as expected" if low <= found.low and found.high <= high else "undecided"
+
+
+def worst(*verdicts: str) -> str:
+    """The verdict on a hypothesis of several parts."""
+    return max(verdicts, key=("as expected", "not measured", "undecided", "refuted").index)
+
+
+def text(found: Estimate | None, form: str = ".3g") -> str:
+    """A value with its 95 % interval."""
+    if found is None:
+        return "not measured"
+    value, low, high = (f"{number:{form}}" for number in (found.value, found.low, found.high))
+    return f"{value} ({low} to {high})"
+
+
+def outcomes(study: Study) -> Iterator[Outcome]:
+    """The hypotheses one after the other."""
+    flops, multiplier = study.nearest("llada", JUDGED_AT)
+    yield Outcome(
+        "`llada` needs 30 to 90 times `arm`'s FLOPs",
+        f"{text(multiplier)} at {flops:.2g} FLOPs of `arm`" if multiplier else "not measured",
+        judged(multiplier, 30, 90),
+    )
+    easy = quotient(study, "easy")
+    yield Outcome(
+        "`easy` needs 0.45 to 0.8 of `llada`'s FLOPs",
+        text(easy),
+        "refuted" if easy and easy.low < 1 < easy.high else judged(easy, 0.45, 0.8),
+    )
+    four, sixteen = quotient(study, "block 4"), quotient(study, "block 16")
+    yield Outcome(
+        "`block 4` needs at most 0.5 of `llada`'s FLOPs, and `block 16` 0.7 to 1.3",
+        f"{text(four)} and {text(sixteen)}",
+        worst(judged(four, 0, 0.5), judged(sixteen, 0.7, 1.3)),
+    )
+    uniform = quotient(study, "uniform")
+    verdict = "not measured" if uniform is None else "as expected" if uniform.low >= 2 else "refuted"
+    yield Outcome("`uniform` needs more than twice `llada`'s FLOPs", text(uniform), verdict)
+    exponent = study.growth("llada", "total")
+    yield Outcome(
+        "`llada`'s multiplier grows with an exponent of -0.25 to +0.25 in its own FLOPs",
+        text(exponent, "+.2f"),
+        judged(exponent, -0.25, 0.25),
+    )
+    slack = {name: rows[-1][-1] if (rows := study.exact(name)) else None for name in ("llada", "block 4")}
+    yield Outcome(
+        "the exact loss lowers the multiplier of `llada` to 0.75 to 0.95 of that by the bound, and of `block 4` to "
+        "0.55 to 0.85",
+        listed([text(found) for found in slack.values()]),
+        worst(judged(slack["llada"], 0.75, 0.95), judged(slack["block 4"], 0.55, 0.85)),
+    )
+    if study.has("rules.csv"):
+        gains = {name: study.gains(name)[-1][-1] for name in ("llada", "arm")}
+        yield Outcome(
+            "tuning lowers the loss of `llada` by 0.1 nats or more, and that of `arm` by at most 0.1",
+            listed([text(found, "+.3f") for found in gains.values()]),
+            worst(judged(gains["llada"], 0.1, np.inf), judged(gains["arm"], -np.inf, 0.1)),
+        )
+    if study.has("forecast.json"):
+        yield forecast(study)
+    if study.has("few.csv"):
+        yield crossover(study.few())
+
+
+def quotient(study: Study, name: str) -> Estimate | None:
+    """FLOPs of an objective over those of `llada`."""
+    found = study.over_llada(name, "total")
+    return found and found[1]
+
+
+def forecast(study: Study) -> Outcome:
+    """The forecast by the joint law."""
+    joint = [own for own in study.scored() if own.prediction.method == "joint"]
+    errors = [abs(own.prediction.loss - own.observed) for own in joint if own.observed is not None]
+    expected = (
+        "the forecast by L(N, D) errs by less than 0.05 nats for each objective, and its intervals hold the losses"
+    )
+    if not errors:
+        return Outcome(expected, "not measured", "not measured")
+    inside = [own.inside is True for own in joint]
+    measured = f"errors of {min(errors):.3f} to {max(errors):.3f}; {sum(inside)} of {len(inside)} inside"
+    return Outcome(expected, measured, "as expected" if max(errors) < FORECAST_ERROR and all(inside) else "refuted")
+
+
+def crossover(few: Mapping[tuple[int, str], Sequence[Few]]) -> Outcome:
+    """Where `arm` with its best recipe, stopped in time, falls behind `llada` with its own."""
+    best = {key: recipes[0].best for key, recipes in few.items()}
+    sizes = sorted({unique for unique, _ in best})
+    behind = [unique for unique in sizes if best[unique, "llada"] < best[unique, "arm"]]
+    told = f"falls behind at {listed([format_count(unique) for unique in behind])}" if behind else "is ahead everywhere"
+    return Outcome(
+        "with few distinct tokens `arm` stays ahead down to 50 thousand, and falls behind at 25 thousand",
+        f"of {listed([format_count(unique) for unique in sizes])}, `arm` {told}",
+        "as expected" if behind == [25_000] else "refuted",
+    )
+
+
+# --- few distinct tokens ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Few:
+    """What an objective reaches with so many distinct tokens by one recipe, as a mean over seeds."""
+
+    recipe: str
+    best: float
+    """The loss of the best length, in nats per token."""
+    apart: float
+    """How far the seeds lie apart there, from the lowest to the highest loss."""
+    epochs: float
+    """How often a run of the best length reads its tokens."""
+    end: float
+    """The loss of the full length."""
+
+
+def few(table: pd.DataFrame) -> dict[tuple[int, str], list[Few]]:
+    """The recipes of each number of distinct tokens and objective, the best first.
+
+    Args:
+        table: Results of runs of several lengths, each with its own decay. Those that read no token twice are left out,
+            as they do not tell how many tokens they were allowed.
+    """
+    repeated = table[table["epochs"] > 1].assign(variant=table["variant"].fillna(""))
+    found: dict[tuple[int, str], list[Few]] = {}
+    for (unique, objective, variant), own in repeated.groupby(["unique_tokens", "objective", "variant"]):
+        losses = own.groupby("tokens")["val_nats_per_token"].agg(["mean", "min", "max"])
+        best = losses["mean"].idxmin()
+        recipe = str(variant).replace("optimizer.", "").replace("_", " ").replace(";", ", ")
+        found.setdefault((int(unique), str(objective)), []).append(
+            Few(
+                recipe or "as in the main grid",
+                best=float(losses.loc[best, "mean"]),
+                apart=float(losses.loc[best, "max"] - losses.loc[best, "min"]),
+                epochs=float(own.loc[own["tokens"] == best, "epochs"].mean()),
+                end=float(losses["mean"].iloc[-1]),
+            )
+        )
+    return {key: sorted(recipes, key=lambda one: one.best) for key, recipes in sorted(found.items())}
