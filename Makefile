@@ -14,7 +14,7 @@ TABLES ?= runs/study
 STUDY2 := tune-arm tune-arm-long tune-llada tune-llada-wide tune-easy tune-block4 tune-block16 tune-uniform rules-arm \
   rules-llada arm-5e9 arm-2e10 arm-8e10 arm-3e11 llada easy block4 block16 uniform seeds-easy seeds few-tune
 
-.PHONY: help setup setup-dev docs docs-serve quickstart study2-cpu study2-gpu study-cpu study-gpu study-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu gpu-check clean
+.PHONY: help setup setup-dev docs docs-serve quickstart study2-cpu study2-gpu study-cpu study-gpu study-report study2-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}' | sed 's|[$$](TABLES)|$(TABLES)|'
@@ -88,6 +88,7 @@ study2-cpu: setup  ## the second study from nothing (SOURCE=books.jsonl.xz; two 
 	$(BIN)/python experiments/study2/policies.py runs/study2-cpu --jobs $(JOBS)
 	for study in tune rules few; do $(LLADA) collect runs/study2-cpu-$$study --out runs/study2/$$study.csv || exit; done
 	$(LLADA) collect runs/study2-cpu --out runs/study2/results.csv
+	cp experiments/study2/cpu/forecast.json runs/study2/
 	$(LLADA) curves runs/study2/results.csv --convention total --out runs/study2
 	$(BIN)/python experiments/study2/report.py runs/study2 --out runs/study2/report.md
 
@@ -127,6 +128,10 @@ study-report: setup  ## docs/study.md, its figures and fits from the committed t
 	for study in cpu gpu; do \
 	  $(LLADA) curves experiments/study/$$study/results.csv --out experiments/study/$$study || exit; done
 	$(BIN)/python experiments/study/report.py
+
+study2-report: setup  ## docs/study2.md, its figures and fits from the committed tables of the second study
+	$(LLADA) curves experiments/study2/cpu/results.csv --convention total --out experiments/study2/cpu
+	$(BIN)/python experiments/study2/report.py
 
 test: setup-dev  ## lint, types and tests
 	$(MAKE) lint

@@ -96,7 +96,7 @@ def outcomes(study: Study) -> Iterator[Outcome]:
             listed([text(found, "+.3f") for found in gains.values()]),
             worst(judged(gains["llada"], 0.1, np.inf), judged(gains["arm"], -np.inf, 0.1)),
         )
-    if study.has("forecast.json"):
+    if study.forecast:
         yield forecast(study)
     if study.has("few.csv"):
         yield crossover(study.few())

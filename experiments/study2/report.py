@@ -1,4 +1,4 @@
-"""The report of the second study, from its tables: `python experiments/study2/report.py FOLDER --out REPORT.md`.
+"""The report of the second study, from its tables: `python experiments/study2/report.py [FOLDER --out REPORT.md]`.
 
 The words are in `study2.md.jinja`, and every number with an interval comes from here. FOLDER holds what
 `make study2-cpu` collects; a part whose table is not there yet is left out.
@@ -32,7 +32,7 @@ from llada_lightning.study.fits import (
 )
 from llada_lightning.study.fits.contrast import Contrast, estimate_text, method_text
 from llada_lightning.study.fits.rules import ObjectiveRules, fit_rules
-from llada_lightning.study.forecast import Scored, read_forecast, score
+from llada_lightning.study.forecast import Forecast, Scored, read_forecast, score
 from llada_lightning.study.plots.style import write_figure
 from llada_lightning.study.results import covariance_path, read_covariance, read_results
 from llada_lightning.study.tables.style import flops_text
@@ -261,15 +261,18 @@ class Study:
 
     # --- the forecast ---
 
-    def forecast_made(self) -> str:
-        """When the forecast was written, and from how many results."""
-        forecast = read_forecast(self.folder / "forecast.json")
-        return f"{forecast.created}, from {forecast.results['runs']} results"
+    @cached_property
+    def forecast(self) -> Forecast | None:
+        """The forecast that was written before the largest budgets were run; None where it is of other data."""
+        path = self.folder / "forecast.json"
+        forecast = read_forecast(path) if path.exists() else None
+        same = forecast and (self.results["data_fingerprint"] == forecast.data["data_fingerprint"]).all()
+        return forecast if same else None
 
     def scored(self) -> list[Scored]:
-        """The predictions of the forecast that was written before the largest budgets were run, beside the losses."""
-        scored = score(read_forecast(self.folder / "forecast.json"), self.fits, self.results)
-        return [own for own in scored if own.observed is not None]
+        """The predictions of the forecast beside the losses, as far as their budgets are run."""
+        assert self.forecast is not None
+        return [own for own in score(self.forecast, self.fits, self.results) if own.observed is not None]
 
 
 def exponent(cells: Mapping[float, Cell]) -> Estimate:
@@ -340,8 +343,8 @@ def span_text(ends: tuple[float, float] | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the report of the second study.")
-    parser.add_argument("folder", type=Path, help="folder of the tables")
-    parser.add_argument("--out", type=Path, required=True, help="file of the report")
+    parser.add_argument("folder", type=Path, nargs="?", default=HERE / "cpu", help="folder of the tables")
+    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "study2.md", help="file of the report")
     options = parser.parse_args()
     write(options.out, options.folder)
 

@@ -185,17 +185,24 @@ def test_another_objective_is_refused(tmp_path: Path) -> None:
 # --- the study on two cores ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["few-tune"])
+@pytest.mark.parametrize(
+    ("name", "study", "shapes"),
+    [
+        ("few-tune", "study2-cpu-few", ["L1-d64-h2-kv2-ff192", "L1-d64-h2-kv2-ff192"]),
+        ("seeds", "study2-cpu", ["L1-d64-h2-kv2-ff192", "L1-d64-h2-kv2-ff192"]),
+        ("seeds-easy", "study2-cpu", ["107k", "L2-d96-h3-kv3-ff256"]),
+    ],
+)
 def test_the_runs_of_a_sweep_that_no_plan_made_are_fits(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, study: str, shapes: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
     sweep = read_sweep(f"sweeps/study2-cpu-{name}.yaml")
-    for point in (sweep.points[0], sweep.points[-1]):
+    for point, shape in zip((sweep.points[0], sweep.points[-1]), shapes, strict=True):
         assert main([*fit_arguments(render_command(sweep, point)), "--print_config"]) == 0
         config = yaml.safe_load(capsys.readouterr().out)
-        assert (config["data"]["init_args"]["path"], config["run"]["study"]) == ("data/study2", "study2-cpu-few")
-        assert config["model"]["init_args"]["shape"] == "L1-d64-h2-kv2-ff192"
+        assert (config["data"]["init_args"]["path"], config["run"]["study"]) == ("data/study2", study)
+        assert config["model"]["init_args"]["shape"] == shape
 
 
 def test_make_runs_every_sweep_once_and_collects_every_table() -> None:
