@@ -11,6 +11,8 @@ import pandas as pd
 
 from llada_lightning.compute.shapes import format_count
 from llada_lightning.study.fits import Estimate
+from llada_lightning.study.fits.runs import base_objective
+from llada_lightning.study.tables.style import flops_text
 from llada_lightning.support.printing import listed
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class Outcome:
 def judged(found: Estimate | None, low: float, high: float) -> str:
     """The verdict on an expected range, by the 95 % interval of what was measured."""
     if found is None:
-        return "not measured"
+        return "undecided"
     if found.high < low or found.low > high:
         return "refuted"
     return "as expected" if low <= found.low and found.high <= high else "undecided"
@@ -42,13 +44,13 @@ def judged(found: Estimate | None, low: float, high: float) -> str:
 
 def worst(*verdicts: str) -> str:
     """The verdict on a hypothesis of several parts."""
-    return max(verdicts, key=("as expected", "not measured", "undecided", "refuted").index)
+    return max(verdicts, key=("as expected", "undecided", "refuted").index)
 
 
 def text(found: Estimate | None, form: str = ".3g") -> str:
     """A value with its 95 % interval."""
     if found is None:
-        return "not measured"
+        return "no closed interval"
     value, low, high = (f"{number:{form}}" for number in (found.value, found.low, found.high))
     return f"{value} ({low} to {high})"
 
@@ -58,24 +60,24 @@ def outcomes(study: Study) -> Iterator[Outcome]:
     flops, multiplier = study.nearest("llada", JUDGED_AT)
     yield Outcome(
         "`llada` needs 30 to 90 times `arm`'s FLOPs",
-        f"{text(multiplier)} at {flops:.2g} FLOPs of `arm`" if multiplier else "not measured",
+        f"{text(multiplier)} at {flops_text(flops, '.2g')} FLOPs of `arm`" if flops else text(None),
         judged(multiplier, 30, 90),
     )
     easy = quotient(study, "easy")
     yield Outcome(
         "`easy` needs 0.45 to 0.8 of `llada`'s FLOPs",
-        text(easy),
+        beside_llada(study, "easy"),
         "refuted" if easy and easy.low < 1 < easy.high else judged(easy, 0.45, 0.8),
     )
     four, sixteen = quotient(study, "block 4"), quotient(study, "block 16")
     yield Outcome(
         "`block 4` needs at most 0.5 of `llada`'s FLOPs, and `block 16` 0.7 to 1.3",
-        f"{text(four)} and {text(sixteen)}",
+        f"{beside_llada(study, 'block 4')} and {beside_llada(study, 'block 16')}",
         worst(judged(four, 0, 0.5), judged(sixteen, 0.7, 1.3)),
     )
     uniform = quotient(study, "uniform")
-    verdict = "not measured" if uniform is None else "as expected" if uniform.low >= 2 else "refuted"
-    yield Outcome("`uniform` needs more than twice `llada`'s FLOPs", text(uniform), verdict)
+    verdict = "undecided" if uniform is None else "as expected" if uniform.low >= 2 else "refuted"
+    yield Outcome("`uniform` needs more than twice `llada`'s FLOPs", beside_llada(study, "uniform"), verdict)
     exponent = study.growth("llada", "total")
     yield Outcome(
         "`llada`'s multiplier grows with an exponent of -0.25 to +0.25 in its own FLOPs",
@@ -108,6 +110,15 @@ def quotient(study: Study, name: str) -> Estimate | None:
     return found and found[1]
 
 
+def beside_llada(study: Study, name: str) -> str:
+    """The quotient over `llada`; where its interval is open, how far the losses are apart at equal FLOPs."""
+    found, apart = quotient(study, name), study.loss_over_llada(name, "total")
+    if found or apart is None:
+        return text(found)
+    flops, higher = apart
+    return f"{text(None)}; at {flops_text(flops, '.2g')} FLOPs a loss of {text(higher, '+.2f')} over `llada`'s"
+
+
 def forecast(study: Study) -> Outcome:
     """The forecast by the joint law."""
     joint = [own for own in study.scored() if own.prediction.method == "joint"]
@@ -116,7 +127,7 @@ def forecast(study: Study) -> Outcome:
         "the forecast by L(N, D) errs by less than 0.05 nats for each objective, and its intervals hold the losses"
     )
     if not errors:
-        return Outcome(expected, "not measured", "not measured")
+        return Outcome(expected, "its budgets are not run", "undecided")
     inside = [own.inside is True for own in joint]
     measured = f"errors of {min(errors):.3f} to {max(errors):.3f}; {sum(inside)} of {len(inside)} inside"
     return Outcome(expected, measured, "as expected" if max(errors) < FORECAST_ERROR and all(inside) else "refuted")
@@ -131,7 +142,7 @@ def crossover(few: Mapping[tuple[int, str], Sequence[Few]]) -> Outcome:
     return Outcome(
         "with few distinct tokens `arm` stays ahead down to 50 thousand, and falls behind at 25 thousand",
         f"of {listed([format_count(unique) for unique in sizes])}, `arm` {told}",
-        "as expected" if behind == [25_000] else "refuted",
+        "as expected" if [round(unique, -3) for unique in behind] == [25_000] else "refuted",
     )
 
 
@@ -161,6 +172,7 @@ def few(table: pd.DataFrame) -> dict[tuple[int, str], list[Few]]:
             as they do not tell how many tokens they were allowed.
     """
     repeated = table[table["epochs"] > 1].assign(variant=table["variant"].fillna(""))
+    repeated["objective"] = repeated["objective"].map(base_objective)
     found: dict[tuple[int, str], list[Few]] = {}
     for (unique, objective, variant), own in repeated.groupby(["unique_tokens", "objective", "variant"]):
         losses = own.groupby("tokens")["val_nats_per_token"].agg(["mean", "min", "max"])

@@ -22,15 +22,15 @@ from llada_lightning.compute.flops import Convention
 from llada_lightning.compute.shapes import format_count
 from llada_lightning.study.fits import (
     BUDGET_TOLERANCE,
-    CommonLoss,
     Estimate,
     Headline,
+    Multiplier,
     StudyFits,
     fit_table,
     named_variants,
     usable_runs,
 )
-from llada_lightning.study.fits.contrast import Contrast, estimate_text, method_text
+from llada_lightning.study.fits.contrast import Contrast, estimate_text
 from llada_lightning.study.fits.rules import ObjectiveRules, fit_rules
 from llada_lightning.study.forecast import Forecast, Scored, read_forecast, score
 from llada_lightning.study.plots.style import write_figure
@@ -53,6 +53,8 @@ NAMES = {
 }
 """The names of the report by those of the fits."""
 FULL_NAMES = {short: full for full, short in NAMES.items()}
+SMALLEST_P = 0.001
+"""A smaller p-value is not told from zero by the draws."""
 GROWTH_BUDGETS = 3
 """Of `arm`, at which a multiplier has to be measured for its exponent to be told."""
 POLICIES = {"llada": "confidence@1", "easy": "confidence@1", "block 4": "random_order@1"}
@@ -97,15 +99,18 @@ class Study:
         return [NAMES[name] for name in self.fits.compared]
 
     def answer(self) -> str:
-        """The first sentence: what each objective needs at the loss that all of them reach, in total FLOPs."""
-        common = self.common("total")
-        if common is None:
-            return "There is no loss that all objectives reach within their budgets."
-        told = [f"`{NAMES[name]}` needs **{estimate_text(own)}**" for name, own in common.multipliers.items()]
+        """The first sentence: what the objectives need at the loss that most of them reach, in total FLOPs."""
+        cells = self.cells("total")
+        flops = max(self.budgets("total"), key=lambda own: (sum(own in found for found in cells.values()), own))
+        told = [
+            f"`{name}` needs **{estimate_text(cells[name][flops].estimate)}**"
+            for name in self.others
+            if flops in cells.get(name, {})
+        ]
         return (
-            f"For the loss that `arm` reaches with {flops_text(common.reference_flops, '.3g')} FLOPs "
-            f"({self.reference_loss(common.reference_flops):.3f} nats per token), {listed(told)} times as many, "
-            f"{method_text(common.method)}."
+            f"For the loss that `arm` reaches with {flops_text(flops, '.3g')} FLOPs "
+            f"({self.reference_loss(flops):.3f} nats per token), {listed(told)} times as many, read off the measured "
+            "losses."
         )
 
     # --- the compute multiplier ---
@@ -130,10 +135,6 @@ class Study:
         at = min(cells, key=lambda own: abs(np.log(own * cells[own].estimate.value / flops)), default=None)
         return at, at and cells[at].estimate
 
-    def common(self, convention: Convention) -> CommonLoss | None:
-        """The multipliers at the largest budget of `arm` at which all objectives have one; None where there is none."""
-        return next((own for own in self.fits.common if own.convention == convention), None)
-
     def reference_loss(self, flops: float, convention: Convention = "total") -> float:
         """`arm`'s best loss at FLOPs, read off."""
         return self.fits.reference_loss(self.fits.compared[0], convention, flops)
@@ -144,6 +145,27 @@ class Study:
 
     def headline(self, name: str, convention: Convention) -> Headline:
         return next(own for own in self.fits.headlines if NAMES[own.objective] == name and own.convention == convention)
+
+    def methods(self, name: str, flops: float) -> dict[str, Multiplier]:
+        """The multipliers that have an interval at a budget of `arm` by method, in total FLOPs, rejected ones, too."""
+        return {
+            own.method: own
+            for own in self.fits.compute_multiplier
+            if (NAMES[own.objective], own.convention, own.reference_flops) == (name, "total", flops) and own.shown
+        }
+
+    def joint(self, name: str, flops: float) -> str:
+        """The multiplier by the joint law, and the p-value of the tests of that law."""
+        entry = self.methods(name, flops).get("joint")
+        if entry is None:
+            return "–"
+        p = self.fits.joint[entry.objective].rejection
+        return f"{estimate_text(entry.estimate)}, {'p < 0.001' if p < SMALLEST_P else f'p {p:.2g}'}"
+
+    def range(self, name: str, flops: float) -> tuple[float, float]:
+        """The least and the largest value of all methods."""
+        values = [own.multiplier for own in self.methods(name, flops).values()]
+        return min(values), max(values)
 
     def contrast(self, name: str, convention: Convention) -> Contrast | None:
         """An objective and `llada` against each other, read off both without `arm`."""

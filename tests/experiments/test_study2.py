@@ -100,7 +100,7 @@ def test_of_the_recipes_with_few_tokens_the_best_length_counts() -> None:
 def test_a_hypothesis_is_judged_by_the_interval(low: float, high: float, verdict: str) -> None:
     assert outcomes.judged(Estimate(low, low, high), 30, 90) == verdict
     assert outcomes.worst("as expected", verdict) == verdict
-    assert outcomes.judged(None, 30, 90) == "not measured"
+    assert outcomes.judged(None, 30, 90) == "undecided"
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,9 @@ def test_another_objective_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "study", "shapes"),
     [
-        ("few-tune", "study2-cpu-few", ["L1-d64-h2-kv2-ff192", "L1-d64-h2-kv2-ff192"]),
-        ("seeds", "study2-cpu", ["L1-d64-h2-kv2-ff192", "L1-d64-h2-kv2-ff192"]),
+        ("few-arm", "study2-cpu-few", ["L1-d64-h2-kv2-ff192", "L1-d64-h2-kv2-ff192"]),
+        ("few-llada", "study2-cpu-few", ["L1-d64-h2-kv2-ff192", "L1-d64-h2-kv2-ff192"]),
+        ("seeds", "study2-cpu", ["L1-d64-h2-kv2-ff192", "L1-d48-h2-kv2-ff160"]),
         ("seeds-easy", "study2-cpu", ["107k", "L2-d96-h3-kv3-ff256"]),
     ],
 )
