@@ -12,14 +12,13 @@ import pandas as pd
 from llada_lightning.compute.shapes import format_count
 from llada_lightning.study.fits import Estimate
 from llada_lightning.study.fits.runs import base_objective
-from llada_lightning.study.tables.style import flops_text
 from llada_lightning.support.printing import listed
 
 if TYPE_CHECKING:
     from report import Study
 
 JUDGED_AT = 2e12
-"""The budget that hypotheses on multipliers are about, in total FLOPs of the objective."""
+"""The budget that the first hypothesis is about, in total FLOPs of the objective."""
 FORECAST_ERROR = 0.05
 """The error of a forecast that was expected, in nats per token."""
 
@@ -50,41 +49,38 @@ def worst(*verdicts: str) -> str:
 def text(found: Estimate | None, form: str = ".3g") -> str:
     """A value with its 95 % interval."""
     if found is None:
-        return "no closed interval"
+        return "not measured"
     value, low, high = (f"{number:{form}}" for number in (found.value, found.low, found.high))
-    return f"{value} ({low} to {high})"
+    return f"{value} ({low} to {high})".replace("inf", "∞")
 
 
 def outcomes(study: Study) -> Iterator[Outcome]:
     """The hypotheses one after the other."""
-    flops, multiplier = study.nearest("llada", JUDGED_AT)
-    yield Outcome(
-        "`llada` needs 30 to 90 times `arm`'s FLOPs",
-        f"{text(multiplier)} at {flops_text(flops, '.2g')} FLOPs of `arm`" if flops else text(None),
-        judged(multiplier, 30, 90),
-    )
+    at = study.cell("llada", JUDGED_AT)
+    multiplier = at and at.estimate
+    yield Outcome("`llada` needs 30 to 90 times `arm`'s FLOPs at 2e12", text(multiplier), judged(multiplier, 30, 90))
     easy = quotient(study, "easy")
     yield Outcome(
         "`easy` needs 0.45 to 0.8 of `llada`'s FLOPs",
-        beside_llada(study, "easy"),
+        text(easy),
         "refuted" if easy and easy.low < 1 < easy.high else judged(easy, 0.45, 0.8),
     )
     four, sixteen = quotient(study, "block 4"), quotient(study, "block 16")
     yield Outcome(
         "`block 4` needs at most 0.5 of `llada`'s FLOPs, and `block 16` 0.7 to 1.3",
-        f"{beside_llada(study, 'block 4')} and {beside_llada(study, 'block 16')}",
+        listed([text(four), text(sixteen)]),
         worst(judged(four, 0, 0.5), judged(sixteen, 0.7, 1.3)),
     )
     uniform = quotient(study, "uniform")
     verdict = "undecided" if uniform is None else "as expected" if uniform.low >= 2 else "refuted"
-    yield Outcome("`uniform` needs more than twice `llada`'s FLOPs", beside_llada(study, "uniform"), verdict)
-    exponent = study.growth("llada", "total")
+    yield Outcome("`uniform` needs more than twice `llada`'s FLOPs", text(uniform), verdict)
+    exponent = study.growth("llada")
     yield Outcome(
-        "`llada`'s multiplier grows with an exponent of -0.25 to +0.25 in its own FLOPs",
+        "`llada`'s multiplier goes as its FLOPs to a power of -0.25 to +0.25",
         text(exponent, "+.2f"),
         judged(exponent, -0.25, 0.25),
     )
-    slack = {name: rows[-1][-1] if (rows := study.exact(name)) else None for name in ("llada", "block 4")}
+    slack = {name: rows[-1][-1] if (rows := study.exact[name]) else None for name in ("llada", "block 4")}
     yield Outcome(
         "the exact loss lowers the multiplier of `llada` to 0.75 to 0.95 of that by the bound, and of `block 4` to "
         "0.55 to 0.85",
@@ -107,16 +103,7 @@ def outcomes(study: Study) -> Iterator[Outcome]:
 def quotient(study: Study, name: str) -> Estimate | None:
     """FLOPs of an objective over those of `llada`."""
     found = study.over_llada(name, "total")
-    return found and found[1]
-
-
-def beside_llada(study: Study, name: str) -> str:
-    """The quotient over `llada`; where its interval is open, how far the losses are apart at equal FLOPs."""
-    found, apart = quotient(study, name), study.loss_over_llada(name, "total")
-    if found or apart is None:
-        return text(found)
-    flops, higher = apart
-    return f"{text(None)}; at {flops_text(flops, '.2g')} FLOPs a loss of {text(higher, '+.2f')} over `llada`'s"
+    return found and found.estimate
 
 
 def forecast(study: Study) -> Outcome:

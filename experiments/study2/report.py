@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,19 +19,23 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from scipy import stats
 
 from llada_lightning.compute.flops import Convention
-from llada_lightning.compute.shapes import format_count
+from llada_lightning.compute.shapes import format_count, get_shape
 from llada_lightning.study.fits import (
     BUDGET_TOLERANCE,
+    EnvelopePoint,
     Estimate,
-    Headline,
-    Multiplier,
+    LossLine,
+    Method,
     StudyFits,
+    compute_multipliers,
     fit_table,
     named_variants,
     usable_runs,
 )
-from llada_lightning.study.fits.contrast import Contrast, estimate_text
+from llada_lightning.study.fits.contrast import estimate_text
+from llada_lightning.study.fits.envelope import ReadOff
 from llada_lightning.study.fits.rules import ObjectiveRules, fit_rules
+from llada_lightning.study.fits.runs import is_budget
 from llada_lightning.study.forecast import Forecast, Scored, read_forecast, score
 from llada_lightning.study.plots.style import write_figure
 from llada_lightning.study.results import covariance_path, read_covariance, read_results
@@ -55,18 +59,31 @@ NAMES = {
 FULL_NAMES = {short: full for full, short in NAMES.items()}
 SMALLEST_P = 0.001
 """A smaller p-value is not told from zero by the draws."""
-GROWTH_BUDGETS = 3
-"""Of `arm`, at which a multiplier has to be measured for its exponent to be told."""
+LEFT_THE_PLATEAU = 2e12
+"""The total FLOPs from which on the growth of a multiplier is told."""
 POLICIES = {"llada": "confidence@1", "easy": "confidence@1", "block 4": "random_order@1"}
 """The exact yardstick that is measured of an objective."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The read-off multiplier of an objective at one of `arm`'s budgets."""
+    """FLOPs of an objective over those of another one at equal loss, at a budget of the objective."""
 
+    flops: float
+    """The budget."""
     estimate: Estimate
     draws: np.ndarray
+
+    def inverse(self) -> Cell:
+        """The same of the other objective over this one."""
+        with np.errstate(divide="ignore"):
+            drawn = 1 / self.draws
+        return Cell(self.flops, Estimate.of(1 / self.estimate.value, drawn), drawn)
+
+    @property
+    def other_flops(self) -> float:
+        """What the other objective needs for the same loss."""
+        return self.flops / self.estimate.value
 
 
 @dataclass
@@ -99,119 +116,124 @@ class Study:
         return [NAMES[name] for name in self.fits.compared]
 
     def answer(self) -> str:
-        """The first sentence: what the objectives need at the loss that most of them reach, in total FLOPs."""
-        cells = self.cells("total")
-        flops = max(self.budgets("total"), key=lambda own: (sum(own in found for found in cells.values()), own))
+        """What the objectives need at their largest budget, which all but `uniform` share, in total FLOPs."""
+        last = {name: self.cells(name, "total")[-1] for name in self.others}
+        largest = max(cell.flops for cell in last.values())
         told = [
-            f"`{name}` needs **{estimate_text(cells[name][flops].estimate)}**"
-            for name in self.others
-            if flops in cells.get(name, {})
+            f"**{cell.estimate.value:.3g} times** for `{name}` ({cell.estimate.low:.3g} to {cell.estimate.high:.3g})"
+            for name, cell in last.items()
+            if is_budget([cell.flops, largest])
         ]
         return (
-            f"For the loss that `arm` reaches with {flops_text(flops, '.3g')} FLOPs "
-            f"({self.reference_loss(flops):.3f} nats per token), {listed(told)} times as many, read off the measured "
-            "losses."
+            f"With {flops_text(largest, '.1g')} FLOPs a denoiser reaches a loss for which `arm` needs many times less: "
+            f"{listed(told)}."
         )
 
     # --- the compute multiplier ---
 
-    def cells(self, convention: Convention, fits: StudyFits | None = None) -> dict[str, dict[float, Cell]]:
-        """The read-off multipliers by the name of the objective and `arm`'s FLOPs, as far as they are shown."""
-        found: dict[str, dict[float, Cell]] = {}
-        for own in (fits or self.fits).compute_multiplier:
-            if own.method == "read-off" and own.convention == convention and own.shown and own.draws is not None:
-                cells = found.setdefault(NAMES[own.objective], {})
-                cells[own.reference_flops] = Cell(own.estimate, own.draws)
-        return found
+    def cells(
+        self, name: str, convention: Convention, method: Method = "read-off", fits: StudyFits | None = None
+    ) -> list[Cell]:
+        """The multipliers over `arm` at the budgets of an objective."""
+        fits = fits or self.fits
+        full = FULL_NAMES[name]
+        lines = [fits.line(own, method, convention, full) for own in (full, "arm")]
+        return cells(*lines, np.exp(self._joined(full, convention, fits).log_c)) if all(lines) else []
 
-    def cell(self, name: str, flops: float, convention: Convention = "total") -> Estimate | None:
-        """The multiplier of an objective at FLOPs of `arm`."""
-        own = self.cells(convention).get(name, {}).get(flops)
-        return own and own.estimate
+    def _joined(self, full: str, convention: Convention, fits: StudyFits) -> ReadOff:
+        joined = fits.objectives[full].envelope[convention].read_off
+        assert joined is not None
+        return joined
 
-    def nearest(self, name: str, flops: float) -> tuple[float | None, Estimate | None]:
-        """`arm`'s FLOPs, and the multiplier there, at which the objective's own FLOPs are nearest to a budget."""
-        cells = self.cells("total").get(name, {})
-        at = min(cells, key=lambda own: abs(np.log(own * cells[own].estimate.value / flops)), default=None)
-        return at, at and cells[at].estimate
+    def cell(self, name: str, flops: float, convention: Convention = "total") -> Cell | None:
+        """The multiplier over `arm` at a budget in total FLOPs, which may be counted otherwise."""
+        budgets = [cell.flops for cell in self.cells(name, "total")]
+        at = [place for place, own in enumerate(budgets) if is_budget([own, flops])]
+        found = self.cells(name, convention)
+        return found[at[0]] if at and len(found) == len(budgets) else None
 
-    def reference_loss(self, flops: float, convention: Convention = "total") -> float:
-        """`arm`'s best loss at FLOPs, read off."""
-        return self.fits.reference_loss(self.fits.compared[0], convention, flops)
+    def best(self, name: str, place: int = -1) -> EnvelopePoint:
+        """The best shape of a budget."""
+        return self._points(name)[place]
 
-    def budgets(self, convention: Convention) -> list[float]:
-        """`arm`'s FLOPs at which at least one multiplier is measured."""
-        return sorted({flops for cells in self.cells(convention).values() for flops in cells})
+    def tokens(self, run: str) -> float:
+        """The tokens that a run reads."""
+        return float(self.results.loc[self.results["run"] == run, "tokens"].iloc[0])
 
-    def headline(self, name: str, convention: Convention) -> Headline:
-        return next(own for own in self.fits.headlines if NAMES[own.objective] == name and own.convention == convention)
+    def loss(self, name: str, place: int = -1) -> float:
+        """The best loss of a budget as it is read off: less the luck of the best."""
+        return float(np.exp(self._joined(FULL_NAMES[name], "total", self.fits).log_loss[place]))
 
-    def methods(self, name: str, flops: float) -> dict[str, Multiplier]:
-        """The multipliers that have an interval at a budget of `arm` by method, in total FLOPs, rejected ones, too."""
-        return {
-            own.method: own
-            for own in self.fits.compute_multiplier
-            if (NAMES[own.objective], own.convention, own.reference_flops) == (name, "total", flops) and own.shown
-        }
-
-    def joint(self, name: str, flops: float) -> str:
-        """The multiplier by the joint law, and the p-value of the tests of that law."""
-        entry = self.methods(name, flops).get("joint")
-        if entry is None:
+    def joint(self, name: str) -> str:
+        """The multiplier by the joint law at the largest budget, and the p-value of the tests of that law."""
+        found = self.cells(name, "total", "joint")
+        if not found:
             return "–"
-        p = self.fits.joint[entry.objective].rejection
-        return f"{estimate_text(entry.estimate)}, {'p < 0.001' if p < SMALLEST_P else f'p {p:.2g}'}"
+        p = self.fits.joint[FULL_NAMES[name]].rejection
+        return f"{estimate_text(found[-1].estimate)}, {'p < 0.001' if p < SMALLEST_P else f'p {p:.2g}'}"
 
-    def range(self, name: str, flops: float) -> tuple[float, float]:
-        """The least and the largest value of all methods."""
-        values = [own.multiplier for own in self.methods(name, flops).values()]
-        return min(values), max(values)
+    def laws(self, name: str) -> tuple[float, float] | None:
+        """The least and the largest multiplier of the other methods at the largest budget."""
+        methods: tuple[Method, ...] = ("isoflop", "parametric", "envelope")
+        values = [found[-1].estimate.value for own in methods if (found := self.cells(name, "total", own))]
+        return (min(values), max(values)) if values else None
 
-    def contrast(self, name: str, convention: Convention) -> Contrast | None:
-        """An objective and `llada` against each other, read off both without `arm`."""
-        pair = {name, "llada"}
-        found = (own for own in self.fits.contrasts if {NAMES[own.objective], NAMES[own.better]} == pair)
-        return next((own for own in found if own.convention == convention), None)
+    def over_llada(self, name: str, convention: Convention) -> Cell | None:
+        """FLOPs of an objective over `llada`'s for the loss that the worse of the two reaches at its last budget."""
+        lines = [self.fits.line(full, "read-off", convention, "arm") for full in (FULL_NAMES[name], "llada")]
+        ends = [self._joined(full, convention, self.fits) for full in (FULL_NAMES[name], "llada")]
+        assert lines[0] is not None and lines[1] is not None
+        if ends[0].log_loss[-1] > ends[1].log_loss[-1]:
+            return next(iter(cells(*lines, np.exp(ends[0].log_c[-1:]))), None)
+        found = cells(*lines[::-1], np.exp(ends[1].log_c[-1:]))
+        return found[0].inverse() if found else None
 
-    def over_llada(self, name: str, convention: Convention) -> tuple[float, Estimate] | None:
-        """FLOPs of an objective over those of `llada` at equal loss.
+    def loss_over_llada(self, name: str) -> tuple[float, Estimate]:
+        """By how much the mean loss exceeds that of `llada` at the largest budget of the objective.
 
-        Returns:
-            The FLOPs of the better one at the largest loss for which the quotient is closed, and the quotient; None
-            where there is none.
-        """
-        own = self.contrast(name, convention)
-        if own is None or own.factor is None or own.flops is None:
-            return None
-        inverse = Estimate(1 / own.factor.value, 1 / own.factor.high, 1 / own.factor.low)
-        return own.flops, own.factor if NAMES[own.better] == "llada" else inverse
-
-    def loss_over_llada(self, name: str, convention: Convention) -> tuple[float, Estimate] | None:
-        """By how much the best loss of an objective exceeds that of `llada` at the largest budget that both have.
+        Of either it is that of the best shape with several seeds.
 
         Returns:
-            The FLOPs and the difference in nats per token; None where no budget is shared.
+            The total FLOPs, and the difference in nats per token with Welch's 95 % interval over the seeds.
         """
-        own = self.contrast(name, convention)
-        if own is None or not own.higher:
-            return None
-        flops, found = max(own.higher.items())
-        turned = Estimate(-found.value, -found.high, -found.low)
-        return flops, found if NAMES[own.better] == "llada" else turned
+        flops = self.best(name).flops
+        return flops, welch(self.seeds(name, flops), self.seeds("llada", flops))
 
-    def growth(self, name: str, convention: Convention) -> Estimate | None:
-        """The exponent of the multiplier in the objective's own FLOPs; None where too few budgets tell it."""
-        cells = self.cells(convention).get(name, {})
-        return exponent(cells) if len(cells) >= GROWTH_BUDGETS else None
+    def _points(self, name: str) -> list[EnvelopePoint]:
+        return self.fits.objectives[FULL_NAMES[name]].envelope["total"].points
+
+    def one_seed(self, name: str, flops: float) -> bool:
+        """Whether the best shape of a budget was run once."""
+        return any(point.replicates == 1 for point in self._points(name) if is_budget([point.flops, flops]))
+
+    def seeds(self, name: str, flops: float) -> np.ndarray:
+        """The losses of the best shape with several seeds at a budget."""
+        table = self.results[named_variants(self.results)["objective"].eq(FULL_NAMES[name]).to_numpy(bool)]
+        shapes = of_budget(table, flops).groupby("shape")["val_nats_per_token"]
+        several = [own.to_numpy(float) for _, own in shapes if len(own) > 1]
+        return min(several, key=np.mean)
+
+    def growth(self, name: str, convention: Convention = "total") -> Estimate | None:
+        """The exponent of the multiplier in the objective's own FLOPs, from where it has left the plateau on."""
+        kept = [
+            cell
+            for cell, total in zip(self.cells(name, convention), self.cells(name, "total"), strict=True)
+            if total.flops > LEFT_THE_PLATEAU / BUDGET_TOLERANCE
+        ]
+        return exponent(kept) if len(kept) > 1 else None
 
     # --- yardsticks ---
 
-    def exact(self, name: str) -> list[tuple[float, Estimate, Estimate, Estimate]]:
-        """What the exact loss makes of the multiplier of an objective, over the results that have one.
+    @cached_property
+    def exact(self) -> dict[str, list[tuple[float, Estimate, Estimate, Estimate]]]:
+        """What the exact loss makes of the multipliers, by the objectives that have one."""
+        return {name: self._exact(name) for name in POLICIES}
+
+    def _exact(self, name: str) -> list[tuple[float, Estimate, Estimate, Estimate]]:
+        """Over the results that have an exact loss.
 
         Returns:
-            `arm`'s FLOPs, the multiplier by the bound, that by the exact loss, and their quotient, where both are
-            closed.
+            The budgets of the objective, the multiplier by the bound, that by the exact loss, and their quotient.
         """
         table, policy = self.results, POLICIES[name]
         if policy not in {own for names in yardstick_names(table).values() for own in names}:
@@ -221,14 +243,15 @@ class Study:
         same = pair[pair["run"].isin(exact["run"])]
         covariances = self.covariance("results"), self.covariance("results", policy)
         bound, measured = (
-            self.cells("total", fit_table(part, covariance=covariance, conventions=("total",))).get(name, {})
+            self.cells(name, "total", fits=fit_table(part, covariance=covariance, conventions=("total",)))
             for part, covariance in zip((same, exact), covariances, strict=True)
         )
         rows = []
-        for flops in sorted(set(bound) & set(measured)):
-            first, second = bound[flops], measured[flops]
-            ratio = Estimate.of(second.estimate.value / first.estimate.value, second.draws / first.draws)
-            rows.append((flops, first.estimate, second.estimate, ratio))
+        for first, second in zip(bound, measured, strict=True):
+            both = closed(first.draws) & closed(second.draws)
+            drawn = second.draws[both] / first.draws[both]
+            ratio = Estimate.of(second.estimate.value / first.estimate.value, drawn)
+            rows.append((first.flops, first.estimate, second.estimate, ratio))
         return rows
 
     # --- tuning ---
@@ -260,14 +283,29 @@ class Study:
         main = main[main["shape"] == rules["shape"].iloc[0]]
         rows = []
         for _, own in rules.groupby(rules["flops_total"].astype(float).map("{:.0e}".format)):
-            near = np.abs(np.log(main["flops_total"].to_numpy(float) / own["flops_total"].mean())) < np.log(
-                BUDGET_TOLERANCE
-            )
-            before, after = (runs["val_nats_per_token"].to_numpy(float) for runs in (own, main[near]))
-            ends = stats.ttest_ind(before, after, equal_var=False).confidence_interval(0.95)
-            difference = Estimate(float(before.mean() - after.mean()), float(ends.low), float(ends.high))
-            rows.append((float(own["flops_total"].mean()), float(before.mean()), float(after.mean()), difference))
+            same = of_budget(main, own["flops_total"].mean())
+            before, after = (runs["val_nats_per_token"].to_numpy(float) for runs in (own, same))
+            found = welch(before, after)
+            rows.append((float(own["flops_total"].mean()), float(before.mean()), float(after.mean()), found))
         return sorted(rows, key=lambda row: row[0])
+
+    def behind_tuning(self, name: str) -> list[tuple[float, float]]:
+        """By budget how far the main grid is above the best run of the tuning study, at the shape that was tuned.
+
+        Returns:
+            Total FLOPs, and the mean loss in the main grid less the lowest loss of tuning, in nats per token.
+        """
+        tuned, main = (
+            table[named_variants(table)["objective"].eq(FULL_NAMES[name]).to_numpy(bool)]
+            for table in (usable_runs(self.table("tune")), self.results)
+        )
+        rows = []
+        for _, own in tuned.groupby(tuned["flops_total"].astype(float).map("{:.0e}".format)):
+            same = main[main["shape"] == own["shape"].iloc[0]]
+            losses = of_budget(same, own["flops_total"].mean())["val_nats_per_token"]
+            if len(losses):
+                rows.append((float(own["flops_total"].mean()), float(losses.mean() - own["val_nats_per_token"].min())))
+        return sorted(rows)
 
     # --- few distinct tokens ---
 
@@ -296,45 +334,78 @@ class Study:
         assert self.forecast is not None
         return [own for own in score(self.forecast, self.fits, self.results) if own.observed is not None]
 
+    def errors(self, name: str) -> dict[Method, str]:
+        """The errors of the forecast by method; marked where the loss is outside, or a test had failed before."""
+        return {
+            own.prediction.method: f"{own.prediction.loss - own.observed:+.3f}"
+            f"{'' if own.inside else ' †'}{' ‡' if own.prediction.passed is False else ''}"
+            for own in (self.scored() if self.forecast else [])
+            if NAMES[own.prediction.objective] == name and own.observed is not None
+        }
 
-def exponent(cells: Mapping[float, Cell]) -> Estimate:
-    """The exponent of a multiplier in the objective's own FLOPs.
 
-    The log multiplier has a slope b in `arm`'s log FLOPs, which have no error, by least squares. As the objective's
-    FLOPs are the multiplier times those, the exponent in its own FLOPs is b / (1 + b).
+def cells(own: LossLine, other: LossLine, flops: np.ndarray) -> list[Cell]:
+    """FLOPs of an objective over those of another one, at the losses that it reaches at FLOPs of its own."""
+    found = []
+    for entry in compute_multipliers(
+        "", "", "total", "read-off", (other, own), flops
+    ):  # the other's FLOPs over its own
+        if not entry.extrapolated and entry.draws is not None:
+            with np.errstate(divide="ignore"):
+                drawn = 1 / entry.draws
+            found.append(Cell(entry.reference_flops, Estimate.of(1 / entry.multiplier, drawn), drawn))
+    return found
+
+
+def exponent(cells: Sequence[Cell]) -> Estimate:
+    """The exponent of a multiplier in the objective's own FLOPs, by least squares of the logarithms.
 
     Args:
-        cells: The multipliers by `arm`'s FLOPs.
+        cells: The multipliers at two budgets or more.
     """
-    x = np.log(list(cells))
-    values = np.log([cell.estimate.value for cell in cells.values()])
-    drawn = np.stack([cell.draws for cell in cells.values()], axis=1)
-    closed = ((drawn > 0) & np.isfinite(drawn)).all(axis=1)  # a draw is 0 or infinite where it reaches no such loss
-    y = np.vstack([values, np.log(drawn[closed])])
+    x = np.log([cell.flops for cell in cells])
+    values = np.log([cell.estimate.value for cell in cells])
+    drawn = np.stack([cell.draws for cell in cells], axis=1)
+    y = np.vstack([values, np.log(drawn[closed(drawn).all(axis=1)])])
     slopes = y @ (x - x.mean()) / np.sum((x - x.mean()) ** 2)
-    exponents = slopes / (1 + slopes)
-    return Estimate.of(float(exponents[0]), exponents[1:])
+    return Estimate.of(float(slopes[0]), slopes[1:])
+
+
+def of_budget(table: pd.DataFrame, flops: float) -> pd.DataFrame:
+    """The results of a budget in total FLOPs."""
+    return table[np.array([is_budget([own, flops]) for own in table["flops_total"]], bool)]
+
+
+def welch(first: np.ndarray, second: np.ndarray) -> Estimate:
+    """The difference of two means with Welch's 95 % interval."""
+    ends = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    return Estimate(float(first.mean() - second.mean()), float(ends.low), float(ends.high))
+
+
+def closed(draws: np.ndarray) -> np.ndarray:
+    """Which draws of a multiplier reach the loss: the others are 0 or infinite."""
+    return (draws > 0) & np.isfinite(draws)
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def write(out: Path, folder: Path) -> None:
-    """Write the report of the tables in a folder."""
+def write(out: Path, study: Study, figures: Path) -> None:
+    """Write the report of a study, and its figure into a folder."""
     environment = Environment(
         loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
-    forms = {"loss": ".3f", "gap": "+.3f", "signed": "+.2f", "estimate": ".3g"}
+    forms = {"gap": "+.3f", "signed": "+.2f", "estimate": ".3g"}
     environment.filters |= {name: partial(cell_text, form=form) for name, form in forms.items()}
     environment.filters |= {"flops": count_of_flops, "span": span_text, "sequences": sequences}
-    environment.filters["count"] = format_count
-    study = Study(folder)
+    environment.filters |= {"count": format_count, "shape": short_shape}
     text = environment.get_template("study2.md.jinja").render(
-        study=study, outcomes=list(outcomes(study)), names=NAMES, policies=POLICIES,
-        folder=os.path.relpath(folder, out.parent), design=os.path.relpath(HERE / "README.md", out.parent),
+        study=study, outcomes=list(outcomes(study)), policies=POLICIES,
+        folder=os.path.relpath(figures, out.parent), design=os.path.relpath(HERE / "README.md", out.parent),
     )  # fmt: skip
-    write_figure(picture(study.fits, NAMES, "total"), folder, "study2")
+    multipliers = {FULL_NAMES[name]: study.cells(name, "total") for name in study.others}
+    write_figure(picture(study.fits, NAMES, multipliers, "total"), figures, "study2")
     with written_atomically(out) as temporary:
         temporary.write_text(text)
 
@@ -350,6 +421,12 @@ def cell_text(estimate: Estimate | None, form: str) -> str:
 def count_of_flops(value: float | None) -> str:
     """FLOPs, such as 3.2e11; a dash where there are none."""
     return "–" if value is None else flops_text(value, ".3g")
+
+
+def short_shape(name: str) -> str:
+    """Blocks x width."""
+    shape = get_shape(name)
+    return f"{shape.n_layers}x{shape.d_model}"
 
 
 def sequences(estimate: Estimate) -> str:
@@ -368,7 +445,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=HERE / "cpu", help="folder of the tables")
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "study2.md", help="file of the report")
     options = parser.parse_args()
-    write(options.out, options.folder)
+    write(options.out, Study(options.folder), options.folder)
 
 
 if __name__ == "__main__":
