@@ -24,7 +24,6 @@ from scipy import stats
 import figures
 from llada_lightning.compute.flops import Convention
 from llada_lightning.compute.shapes import format_count
-from llada_lightning.study import report as curves_report
 from llada_lightning.study.fits import (
     EnvelopePoint,
     Estimate,
@@ -39,6 +38,7 @@ from llada_lightning.study.fits import (
 )
 from llada_lightning.study.reference import published_isoflop
 from llada_lightning.study.results import covariance_path, read_covariance, read_results
+from llada_lightning.study.tables import study as curves_report
 from llada_lightning.support.files import written_atomically
 from matched import Envelope, Matched, multipliers, shared_budgets, slope_weights
 from read_offs import OBJECTIVES, ReadOffs
