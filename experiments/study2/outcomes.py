@@ -46,12 +46,15 @@ def worst(*verdicts: str) -> str:
     return max(verdicts, key=("as expected", "undecided", "refuted").index)
 
 
-def text(found: Estimate | None, form: str = ".3g") -> str:
-    """A value with its 95 % interval."""
-    if found is None:
-        return "not measured"
+def told(found: Estimate, form: str) -> str:
+    """A value with its 95 % interval in brackets."""
     value, low, high = (f"{number:{form}}" for number in (found.value, found.low, found.high))
     return f"{value} ({low} to {high})".replace("inf", "∞")
+
+
+def text(found: Estimate | None, form: str = ".3g") -> str:
+    """A value with its 95 % interval, if there is one."""
+    return "not measured" if found is None else told(found, form)
 
 
 def outcomes(study: Study) -> Iterator[Outcome]:
@@ -108,7 +111,7 @@ def quotient(study: Study, name: str) -> Estimate | None:
 
 def forecast(study: Study) -> Outcome:
     """The forecast by the joint law."""
-    joint = [own for own in study.scored() if own.prediction.method == "joint"]
+    joint = [own for own in study.scored if own.prediction.method == "joint"]
     errors = [abs(own.prediction.loss - own.observed) for own in joint if own.observed is not None]
     expected = (
         "the forecast by L(N, D) errs by less than 0.05 nats for each objective, and its intervals hold the losses"
@@ -125,10 +128,12 @@ def crossover(few: Mapping[tuple[int, str], Sequence[Few]]) -> Outcome:
     best = {key: recipes[0].best for key, recipes in few.items()}
     sizes = sorted({unique for unique, _ in best})
     behind = [unique for unique in sizes if best[unique, "llada"] < best[unique, "arm"]]
-    told = f"falls behind at {listed([format_count(unique) for unique in behind])}" if behind else "is ahead everywhere"
+    outcome = (
+        f"falls behind at {listed([format_count(unique) for unique in behind])}" if behind else "is ahead everywhere"
+    )
     return Outcome(
         "with few distinct tokens `arm` stays ahead down to 50 thousand, and falls behind at 25 thousand",
-        f"of {listed([format_count(unique) for unique in sizes])}, `arm` {told}",
+        f"of {listed([format_count(unique) for unique in sizes])}, `arm` {outcome}",
         "as expected" if [round(unique, -3) for unique in behind] == [25_000] else "refuted",
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,13 +29,12 @@ from llada_lightning.study.fits import (
     StudyFits,
     compute_multipliers,
     fit_table,
-    named_variants,
     usable_runs,
 )
 from llada_lightning.study.fits.contrast import estimate_text
 from llada_lightning.study.fits.envelope import ReadOff
 from llada_lightning.study.fits.rules import ObjectiveRules, fit_rules
-from llada_lightning.study.fits.runs import is_budget
+from llada_lightning.study.fits.runs import budget_members, is_budget
 from llada_lightning.study.forecast import Forecast, Scored, read_forecast, score
 from llada_lightning.study.plots.style import write_figure
 from llada_lightning.study.results import covariance_path, read_covariance, read_results
@@ -43,7 +42,7 @@ from llada_lightning.study.tables.style import flops_text
 from llada_lightning.study.yardstick import with_yardstick, yardstick_names
 from llada_lightning.support.files import written_atomically
 from llada_lightning.support.printing import listed
-from outcomes import Few, few, outcomes
+from outcomes import Few, few, outcomes, told
 from picture import picture
 
 HERE = Path(__file__).parent
@@ -117,16 +116,16 @@ class Study:
 
     def answer(self) -> str:
         """What the objectives need at their largest budget, which all but `uniform` share, in total FLOPs."""
-        last = {name: self.cells(name, "total")[-1] for name in self.others}
+        last = {name: own[-1] for name, own in self.total.items()}
         largest = max(cell.flops for cell in last.values())
-        told = [
+        factors = [
             f"**{cell.estimate.value:.3g} times** for `{name}` ({cell.estimate.low:.3g} to {cell.estimate.high:.3g})"
             for name, cell in last.items()
             if is_budget([cell.flops, largest])
         ]
         return (
             f"With {flops_text(largest, '.1g')} FLOPs a denoiser reaches a loss for which `arm` needs many times less: "
-            f"{listed(told)}."
+            f"{listed(factors)}."
         )
 
     # --- the compute multiplier ---
@@ -145,24 +144,26 @@ class Study:
         assert joined is not None
         return joined
 
-    def cell(self, name: str, flops: float, convention: Convention = "total") -> Cell | None:
-        """The multiplier over `arm` at a budget in total FLOPs, which may be counted otherwise."""
-        budgets = [cell.flops for cell in self.cells(name, "total")]
-        at = [place for place, own in enumerate(budgets) if is_budget([own, flops])]
-        found = self.cells(name, convention)
-        return found[at[0]] if at and len(found) == len(budgets) else None
+    @cached_property
+    def total(self) -> dict[str, list[Cell]]:
+        """The multipliers of all objectives in total FLOPs, read off."""
+        return {name: self.cells(name, "total") for name in self.others}
 
-    def best(self, name: str, place: int = -1) -> EnvelopePoint:
-        """The best shape of a budget."""
-        return self._points(name)[place]
+    def cell(self, name: str, flops: float) -> Cell | None:
+        """The multiplier over `arm` at a budget, in total FLOPs."""
+        return next((cell for cell in self.total[name] if is_budget([cell.flops, flops])), None)
+
+    def best(self, name: str) -> EnvelopePoint:
+        """The best shape of the largest budget."""
+        return self._points(name)[-1]
 
     def tokens(self, run: str) -> float:
         """The tokens that a run reads."""
         return float(self.results.loc[self.results["run"] == run, "tokens"].iloc[0])
 
-    def loss(self, name: str, place: int = -1) -> float:
-        """The best loss of a budget as it is read off: less the luck of the best."""
-        return float(np.exp(self._joined(FULL_NAMES[name], "total", self.fits).log_loss[place]))
+    def loss(self, name: str) -> float:
+        """The best loss of the largest budget as it is read off: less the luck of the best."""
+        return float(np.exp(self._joined(FULL_NAMES[name], "total", self.fits).log_loss[-1]))
 
     def joint(self, name: str) -> str:
         """The multiplier by the joint law at the largest budget, and the p-value of the tests of that law."""
@@ -208,18 +209,13 @@ class Study:
 
     def seeds(self, name: str, flops: float) -> np.ndarray:
         """The losses of the best shape with several seeds at a budget."""
-        table = self.results[named_variants(self.results)["objective"].eq(FULL_NAMES[name]).to_numpy(bool)]
-        shapes = of_budget(table, flops).groupby("shape")["val_nats_per_token"]
+        shapes = of_budget(runs_of(self.results, name), flops).groupby("shape")["val_nats_per_token"]
         several = [own.to_numpy(float) for _, own in shapes if len(own) > 1]
         return min(several, key=np.mean)
 
-    def growth(self, name: str, convention: Convention = "total") -> Estimate | None:
-        """The exponent of the multiplier in the objective's own FLOPs, from where it has left the plateau on."""
-        kept = [
-            cell
-            for cell, total in zip(self.cells(name, convention), self.cells(name, "total"), strict=True)
-            if total.flops > LEFT_THE_PLATEAU / BUDGET_TOLERANCE
-        ]
+    def growth(self, name: str) -> Estimate | None:
+        """The exponent of the multiplier in the objective's own total FLOPs, from where it has left the plateau on."""
+        kept = [cell for cell in self.total[name] if cell.flops > LEFT_THE_PLATEAU / BUDGET_TOLERANCE]
         return exponent(kept) if len(kept) > 1 else None
 
     # --- yardsticks ---
@@ -238,7 +234,7 @@ class Study:
         table, policy = self.results, POLICIES[name]
         if policy not in {own for names in yardstick_names(table).values() for own in names}:
             return []
-        pair = table[named_variants(table)["objective"].isin([FULL_NAMES[name], "arm"]).to_numpy(bool)]
+        pair = table[table["objective"].isin([FULL_NAMES[name], "arm"])]
         exact, _ = with_yardstick(pair, policy)
         same = pair[pair["run"].isin(exact["run"])]
         covariances = self.covariance("results"), self.covariance("results", policy)
@@ -264,10 +260,12 @@ class Study:
 
     def tuned_flops(self, name: str) -> float:
         """The largest budget of an objective's tuning study, in total FLOPs."""
-        table = usable_runs(self.table("tune"))
-        return float(
-            table.loc[(named_variants(table)["objective"] == FULL_NAMES[name]).to_numpy(bool), "flops_total"].max()
-        )
+        return float(runs_of(self.tuned, name)["flops_total"].max())
+
+    @cached_property
+    def tuned(self) -> pd.DataFrame:
+        """The results of the tuning studies."""
+        return usable_runs(self.table("tune"))
 
     def gains(self, name: str) -> list[tuple[float, float, float, Estimate]]:
         """What the tuned rates and batches are worth against the rules that ship with the package.
@@ -276,18 +274,10 @@ class Study:
             By budget the total FLOPs, the mean loss by the package's rules, that of the main grid at the same shape,
             and the difference with Welch's 95 % interval over seeds.
         """
-        rules, main = (
-            table[(table["objective"] == name) & table["variant"].isna()]
-            for table in (self.table("rules"), self.results)
-        )
-        main = main[main["shape"] == rules["shape"].iloc[0]]
         rows = []
-        for _, own in rules.groupby(rules["flops_total"].astype(float).map("{:.0e}".format)):
-            same = of_budget(main, own["flops_total"].mean())
-            before, after = (runs["val_nats_per_token"].to_numpy(float) for runs in (own, same))
-            found = welch(before, after)
-            rows.append((float(own["flops_total"].mean()), float(before.mean()), float(after.mean()), found))
-        return sorted(rows, key=lambda row: row[0])
+        for flops, before, after in self._beside_main(usable_runs(self.table("rules")), name):
+            rows.append((flops, float(before.mean()), float(after.mean()), welch(before, after)))
+        return rows
 
     def behind_tuning(self, name: str) -> list[tuple[float, float]]:
         """By budget how far the main grid is above the best run of the tuning study, at the shape that was tuned.
@@ -295,17 +285,18 @@ class Study:
         Returns:
             Total FLOPs, and the mean loss in the main grid less the lowest loss of tuning, in nats per token.
         """
-        tuned, main = (
-            table[named_variants(table)["objective"].eq(FULL_NAMES[name]).to_numpy(bool)]
-            for table in (usable_runs(self.table("tune")), self.results)
-        )
-        rows = []
-        for _, own in tuned.groupby(tuned["flops_total"].astype(float).map("{:.0e}".format)):
-            same = main[main["shape"] == own["shape"].iloc[0]]
-            losses = of_budget(same, own["flops_total"].mean())["val_nats_per_token"]
-            if len(losses):
-                rows.append((float(own["flops_total"].mean()), float(losses.mean() - own["val_nats_per_token"].min())))
-        return sorted(rows)
+        pairs = self._beside_main(self.tuned, name)
+        return [(flops, float(after.mean() - before.min())) for flops, before, after in pairs if len(after)]
+
+    def _beside_main(self, table: pd.DataFrame, name: str) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
+        """By budget the total FLOPs, the losses of a table, and those of the main grid at the same shape."""
+        runs, main = runs_of(table, name), runs_of(self.results, name)
+        main = main[main["shape"] == runs["shape"].iloc[0]]
+        for members in budget_members(runs["flops_total"]):
+            own = runs.iloc[members]
+            flops = float(own["flops_total"].mean())
+            losses = (part["val_nats_per_token"].to_numpy(float) for part in (own, of_budget(main, flops)))
+            yield flops, *losses
 
     # --- few distinct tokens ---
 
@@ -329,6 +320,7 @@ class Study:
         same = forecast and (self.results["data_fingerprint"] == forecast.data["data_fingerprint"]).all()
         return forecast if same else None
 
+    @cached_property
     def scored(self) -> list[Scored]:
         """The predictions of the forecast beside the losses, as far as their budgets are run."""
         assert self.forecast is not None
@@ -339,22 +331,20 @@ class Study:
         return {
             own.prediction.method: f"{own.prediction.loss - own.observed:+.3f}"
             f"{'' if own.inside else ' †'}{' ‡' if own.prediction.passed is False else ''}"
-            for own in (self.scored() if self.forecast else [])
+            for own in (self.scored if self.forecast else [])
             if NAMES[own.prediction.objective] == name and own.observed is not None
         }
 
 
 def cells(own: LossLine, other: LossLine, flops: np.ndarray) -> list[Cell]:
     """FLOPs of an objective over those of another one, at the losses that it reaches at FLOPs of its own."""
-    found = []
-    for entry in compute_multipliers(
-        "", "", "total", "read-off", (other, own), flops
-    ):  # the other's FLOPs over its own
-        if not entry.extrapolated and entry.draws is not None:
-            with np.errstate(divide="ignore"):
-                drawn = 1 / entry.draws
-            found.append(Cell(entry.reference_flops, Estimate.of(1 / entry.multiplier, drawn), drawn))
-    return found
+    # As multipliers of the other one over this one, since the losses are those of budgets of this one.
+    entries = compute_multipliers("", "", "total", "read-off", (other, own), flops)
+    return [
+        Cell(entry.reference_flops, entry.estimate, entry.draws).inverse()
+        for entry in entries
+        if not entry.extrapolated and entry.draws is not None
+    ]
 
 
 def exponent(cells: Sequence[Cell]) -> Estimate:
@@ -369,6 +359,11 @@ def exponent(cells: Sequence[Cell]) -> Estimate:
     y = np.vstack([values, np.log(drawn[closed(drawn).all(axis=1)])])
     slopes = y @ (x - x.mean()) / np.sum((x - x.mean()) ** 2)
     return Estimate.of(float(slopes[0]), slopes[1:])
+
+
+def runs_of(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The usable runs of an objective."""
+    return table[table["objective"] == FULL_NAMES[name]]
 
 
 def of_budget(table: pd.DataFrame, flops: float) -> pd.DataFrame:
@@ -404,7 +399,7 @@ def write(out: Path, study: Study, figures: Path) -> None:
         study=study, outcomes=list(outcomes(study)), policies=POLICIES,
         folder=os.path.relpath(figures, out.parent), design=os.path.relpath(HERE / "README.md", out.parent),
     )  # fmt: skip
-    multipliers = {FULL_NAMES[name]: study.cells(name, "total") for name in study.others}
+    multipliers = {FULL_NAMES[name]: own for name, own in study.total.items()}
     write_figure(picture(study.fits, NAMES, multipliers, "total"), figures, "study2")
     with written_atomically(out) as temporary:
         temporary.write_text(text)
@@ -412,10 +407,7 @@ def write(out: Path, study: Study, figures: Path) -> None:
 
 def cell_text(estimate: Estimate | None, form: str) -> str:
     """A value with its 95 % interval in brackets; a dash where there is none."""
-    if estimate is None:
-        return "–"
-    value, low, high = (f"{number:{form}}" for number in (estimate.value, estimate.low, estimate.high))
-    return f"{value} ({low} to {high})".replace("inf", "∞")
+    return "–" if estimate is None else told(estimate, form)
 
 
 def count_of_flops(value: float | None) -> str:
