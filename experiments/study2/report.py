@@ -225,6 +225,10 @@ class Study:
         """What the exact loss makes of the multipliers, by the objectives that have one."""
         return {name: self._exact(name) for name in POLICIES}
 
+    def slack(self) -> str:
+        """The multipliers by the exact loss over those by the bound, at the largest budgets."""
+        return listed([f"{rows[-1][-1].value:.2f} (`{name}`)" for name, rows in self.exact.items() if rows])
+
     def _exact(self, name: str) -> list[tuple[float, Estimate, Estimate, Estimate]]:
         """Over the results that have an exact loss.
 

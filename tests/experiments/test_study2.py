@@ -77,7 +77,7 @@ def test_the_readme_quotes_the_report(committed: report.Study) -> None:
 
 
 def test_the_forecast_is_older_than_what_it_predicts(committed: report.Study) -> None:
-    """It was made of the results without its budgets, by the count of them and by their largest FLOPs."""
+    """It was made of results whose largest budgets are below those that it is about."""
     forecast = committed.forecast
     assert forecast is not None
     assert {own.flops for own in forecast.predictions} == {6.4e11, 8e12}
