@@ -11,7 +11,7 @@ GPU_JOBS ?= 8
 FIGURES ?= runs/benchmarks
 SOURCE ?= data/books.jsonl.xz
 TABLES ?= runs/study
-STUDY2 := tune-arm tune-arm-long tune-llada tune-llada-wide tune-easy tune-block4 tune-block16 tune-uniform rules-arm \
+STUDY2 := tune-arm tune-arm-long tune-llada tune-easy tune-block4 tune-block16 tune-uniform rules-arm \
   rules-llada arm-5e9 arm-2e10 arm-8e10 arm-3e11 llada easy block4 block16 uniform seeds-easy seeds few-arm few-llada few
 
 .PHONY: help setup setup-dev docs docs-serve quickstart study2-cpu study2-gpu study-cpu study-gpu study-report study2-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu gpu-check clean
