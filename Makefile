@@ -11,8 +11,8 @@ GPU_JOBS ?= 8
 FIGURES ?= runs/benchmarks
 SOURCE ?= data/books.jsonl.xz
 TABLES ?= runs/study
-STUDY2 := tune-arm tune-arm-long tune-llada tune-easy tune-block4 tune-block16 tune-uniform rules-arm \
-  rules-llada arm-5e9 arm-2e10 arm-8e10 arm-3e11 llada easy block4 block16 uniform seeds-easy seeds few-arm few-llada few
+STUDY2 := tune-arm tune-arm-long tune-llada tune-easy tune-block4 tune-block16 tune-uniform largest few-arm few-llada few \
+  few-long rules-arm rules-llada arm-5e9 arm-2e10 arm-8e10 arm-3e11 llada easy block4 block16 uniform seeds-easy seeds
 
 .PHONY: help setup setup-dev docs docs-serve quickstart study2-cpu study2-gpu study-cpu study-gpu study-report study2-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu gpu-check clean
 
@@ -86,7 +86,7 @@ study2-cpu: setup  ## the second study from nothing (SOURCE=books.jsonl.xz; two 
 	$(LLADA) prepare --source $(SOURCE) --out data/study2 --vocab-size 512 --val-fraction 0.15
 	for sweep in $(STUDY2); do $(LLADA) sweep run sweeps/study2-cpu-$$sweep.yaml --jobs $(JOBS) || exit; done
 	$(BIN)/python experiments/study2/policies.py runs/study2-cpu --jobs $(JOBS)
-	for study in tune rules few; do $(LLADA) collect runs/study2-cpu-$$study --out runs/study2/$$study.csv || exit; done
+	for study in tune largest few rules; do $(LLADA) collect runs/study2-cpu-$$study --out runs/study2/$$study.csv || exit; done
 	$(LLADA) collect runs/study2-cpu --out runs/study2/results.csv
 	cp experiments/study2/cpu/forecast.json runs/study2/
 	$(LLADA) curves runs/study2/results.csv --convention total --out runs/study2
