@@ -73,14 +73,14 @@ def _append(options: Namespace, argv: list[str]) -> tuple[Plan, dict[str, Path],
     plan, destination = _plan(first, read_base(first.base, vars(first)))
     for words in appended:
         earlier = _append_parser().parse_args(words)
-        plan = extend(plan, earlier.flops, earlier.seeds, earlier.seeds_at)
+        plan = extend(plan, earlier.flops, earlier.seeds, earlier.seeds_at, earlier.shapes)
     before = len(plan.runs())
     if [point.get("config") for point in read_sweep(path).points] != run_values(plan, destination):
         raise UserError(
             f"plan: --append '{shortened(path)}': its commands no longer make its runs: it is of another version, or "
             "the data or files that it names have changed; plan a new study by --out"
         )
-    plan = extend(plan, options.flops, options.seeds, options.seeds_at)
+    plan = extend(plan, options.flops, options.seeds, options.seeds_at, options.shapes)
     commands = [[*_NAME, *words] for words in (made, *appended, argv)]
     files = write_files(
         plan, destination, commands[0], str(path), first.slurm, appended=commands[1:], force=options.force
@@ -115,6 +115,8 @@ def _append_parser() -> CommandParser:
     add("--flops", type=float, nargs="+", default=[], metavar="C", help="new budgets of training FLOPs")
     add("--seeds", type=int, nargs="+", default=[], help="new seeds")
     add("--seeds-at", choices=get_args(SeedsAt), default="cheap", help=_SEEDS_AT)
+    shapes = "shapes that the new budgets and seeds are for, as 4x128 or L2-d64-h2-kv2-ff192 (default: as planned)"
+    add("--shapes", type=str, nargs="+", default=[], metavar="SHAPE", help=shapes)
     add("--force", action="store_true", help=_FORCE)
     add_json(parser)
     return parser

@@ -80,6 +80,40 @@ def test_draws_that_never_get_there_leave_the_end_open() -> None:
     assert entry.low == 0
 
 
+def test_the_inverse_is_the_reference_over_the_objective_at_the_same_loss() -> None:
+    arm, llada = Straight(3.0, 0.1, ERRORS), Straight(3.3, 0.08, 2 * ERRORS[::-1])
+    (entry,) = between(arm, llada, 3e17)
+    own = entry.inverse()
+    assert (own.objective, own.reference) == ("arm", "llada")
+    assert llada.loss(np.array(own.reference_flops)) == pytest.approx(arm.loss(np.array(3e17)))
+    assert own.objective_flops == pytest.approx(3e17)
+    assert [own.multiplier, own.low, own.high] == pytest.approx([1 / entry.multiplier, 1 / entry.high, 1 / entry.low])
+    again = own.inverse()
+    assert again.objective == "llada" and again.estimate.value == pytest.approx(entry.multiplier)
+
+
+def test_the_inverse_of_an_open_end_is_open() -> None:
+    arm, llada = Straight(3.0, 0.1, np.zeros(2000)), Straight(3.0, 0.1, 100 * ERRORS)
+    (entry,) = between(arm, llada, 1e18)
+    assert (entry.inverse().low, entry.inverse().high) == (0, np.inf)
+
+
+def test_at_the_budgets_of_the_objective_its_losses_are_held_equal() -> None:
+    fits = fit_table(simulated_study(VALLEYS, noise=1e-6)[0], samples=200)
+    budgets = [point.flops for point in fits.objectives["llada"].envelope["6nd"].points]
+    for method in ("read-off", "envelope", "isoflop"):
+        found = [
+            e for e in fits.multiplier_at_own_budgets
+            if (e.convention, e.method, e.extrapolated) == ("6nd", method, False)
+        ]  # fmt: skip
+        assert len(found) >= 4
+        for entry in found:
+            assert (entry.objective, entry.reference) == ("llada", "arm")
+            assert min(abs(entry.objective_flops / own - 1) for own in budgets) < 1e-9
+            truth = 1 / true_multiplier(VALLEYS, entry.objective_flops, "arm", "llada")
+            assert entry.multiplier == pytest.approx(truth, rel=0.02), (method, entry)
+
+
 def entries(fits: StudyFits, convention: str = "6nd") -> dict[str, list[Multiplier]]:
     return {
         method: [e for e in fits.compute_multiplier if (e.method, e.convention) == (method, convention)]

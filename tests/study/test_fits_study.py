@@ -136,7 +136,7 @@ def test_fits_json_keeps_its_contract() -> None:
     written = FITS.as_dict()
     assert set(written) == {
         "settings", "arm", "llada", "joint", "headlines", "common", "contrasts",
-        "compute_multiplier", "multiplier_curve", "held_out",
+        "compute_multiplier", "multiplier_curve", "multiplier_at_own_budgets", "held_out",
         "disagreements", "notes",
     }  # fmt: skip
     assert set(written["arm"]) == {"parametric", "isoflop", "envelope"}
@@ -144,7 +144,7 @@ def test_fits_json_keeps_its_contract() -> None:
         assert set(written["arm"][method]) == {"6nd", "total"}
     assert set(written["arm"]["parametric"]["alpha"]) == {"value", "low", "high", "interval"}
     assert set(written["compute_multiplier"][0]) >= {
-        "convention", "method", "arm_flops", "multiplier", "low", "high",
+        "convention", "method", "arm_flops", "objective_flops", "multiplier", "low", "high",
     }  # fmt: skip
     assert set(written["settings"]) >= {
         "unit", "samples", "seed", "huber_delta", "exponent_grid", "interval_percentiles", "noise_model",

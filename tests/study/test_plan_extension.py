@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from helpers.tiny_runs import metrics, timeless
 from llada_lightning.commands.main import main
+from llada_lightning.compute.shapes import shape_name
 from llada_lightning.study.plan import Grid, Plan, Recipe, Stream, TuningGrid, plan_study
 from llada_lightning.study.plan.extension import extend, is_unedited, sealed
 from llada_lightning.study.plan.outputs import Destination, run_config, run_values
@@ -137,6 +138,36 @@ def test_seeds_join_at_cheap_points_and_new_budgets_join_the_seeds_that_are_ever
     assert len(whole.table()) - len(cheap.table()) == len(plan.table())
     grown = extend(whole, [1.6e11], []).table()[len(whole.table()) :]
     assert set(grown["seed"]) == {0, 7}
+
+
+def test_a_new_budget_can_be_for_some_shapes_alone() -> None:
+    before = planned([1e10, 2e10])
+    after = extend(before, [4e10], [], shapes=[SHAPES[2], SHAPES[1]])
+    [*_, second, third] = after.trunks
+    assert after.trunks[:3] == before.trunks and len(after.trunks) == 5
+    assert [shape_name(own.shape) for own in (second, third)] == SHAPES[1:]
+    assert (second.start_step, second.continues) == (before.trunks[1].branches[-1].fork_step, ((1e10, 2e10),))
+    all_of_them = extend(before, [4e10], []).trunks
+    assert (second, third) == all_of_them[4:]
+
+
+def test_a_shape_that_is_new_to_the_plan_can_have_budgets_that_others_have() -> None:
+    wider = "L1-d64-h1-kv1-ff128"
+    after = extend(planned([1e10, 2e10], lr=1e-3, batch=4), [2e10, 4e10], [], shapes=[wider])
+    assert [shape_name(own.shape) for own in after.trunks[3:]] == [wider]
+    assert [branch.budget for branch in after.trunks[3].branches] == [2e10, 4e10]
+    assert after.trunks[3].start_step == 0
+    with pytest.raises(UserError, match=r"--flops 2e[+]10 is in the sweep already"):
+        extend(after, [2e10], [], shapes=[wider])
+
+
+def test_new_seeds_can_be_for_some_shapes_alone() -> None:
+    plan = planned([1e10, 2e10])
+    rows = extend(plan, [], [5, 6], "all", [SHAPES[0]]).table()[len(plan.table()) :]
+    assert set(rows["shape"]) == {SHAPES[0]}
+    assert sorted(zip(rows["seed"], rows["budget"], strict=True)) == [(5, 1e10), (5, 2e10), (6, 1e10), (6, 2e10)]
+    with pytest.raises(UserError, match="--shapes L9-d32-h1-kv1-ff64: the sweep has no run of it"):
+        extend(plan, [], [5], "all", ["L9-d32-h1-kv1-ff64"])
 
 
 def test_separate_runs_are_appended_as_separate_runs() -> None:
@@ -264,6 +295,7 @@ def test_an_appended_file_says_its_commands_and_its_study_goes_on(
     [
         (["--flops", "2e8"], "--flops 2e+08 is in the sweep already"),
         (["--seeds", "0"], "--seeds 0 is in the sweep already"),
+        (["--flops", "4e8", "--shapes", "9x9"], "--shapes 9x9 is no shape that the planner chooses itself"),
         ([], "adds nothing"),
         (["--flops", "4e8", "--lr", "1e-3"], "unrecognized arguments: --lr"),
     ],

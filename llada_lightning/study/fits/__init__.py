@@ -100,6 +100,8 @@ class StudyFits:
     """Each other objective's multipliers at each budget of the reference's envelope, by every convention and method."""
     multiplier_curve: list[Multiplier]
     """The same over a grid between the smallest and the largest of those budgets, for figures."""
+    multiplier_at_own_budgets: list[Multiplier]
+    """The same at the losses that each other objective reaches at the budgets of its own envelope."""
     held_out: list[HeldOut]
     disagreements: list[Disagreement]
     notes: list[str]
@@ -131,17 +133,15 @@ class StudyFits:
         assert name is not None
         return "exact" if self.yardstick else get_objective(base_objective(name)).val_kind
 
-    def reference_loss(self, beside: str, convention: Convention, flops: float) -> float:
-        """The best loss of the reference, read off at FLOPs within its budgets; NaN where it has no such line.
-
-        ``beside`` is the objective that it is compared with.
-        """
-        line = self.line(self.reference, "read-off", convention, beside) if self.reference else None
+    def best_loss(self, name: str | None, convention: Convention, flops: float) -> float:
+        """The best loss of an objective, read off at FLOPs within its budgets; NaN where it has no such line."""
+        line = self.objectives[name].line("read-off", convention) if name else None
         return float(line.loss([flops])[0]) if line else np.nan
 
     def misfit(self, name: str, entry: Multiplier) -> float:
         """p-value of the lack of fit of the line of an objective that a multiplier rests on; NaN without a test."""
-        line = self.line(name, entry.method, entry.convention, entry.objective)
+        beside = entry.reference if entry.objective == self.reference else entry.objective
+        line = self.line(name, entry.method, entry.convention, beside)
         return line.misfit if line else np.nan
 
     def envelopes(self, convention: Convention) -> dict[str, EnvelopeFit]:
@@ -185,6 +185,7 @@ class StudyFits:
             "contrasts",
             "compute_multiplier",
             "multiplier_curve",
+            "multiplier_at_own_budgets",
             "held_out",
             "disagreements",
         )
@@ -261,6 +262,7 @@ def fit_table(
         *(unit, samples, seed, noise.model, counted, objectives, divisor),
         compute_multiplier=[],
         multiplier_curve=[],
+        multiplier_at_own_budgets=[],
         held_out=held_out,
         disagreements=[],
         notes=[],
@@ -270,7 +272,7 @@ def fit_table(
         contrasts=[],
         yardstick=yardstick,
     )
-    at_budgets, curve = (
+    at_budgets, curve, at_own = (
         [replace(entry, named=yardstick) for entry in judged(found, held_out, fits.misfit)]
         for found in _multipliers(fits)
     )
@@ -294,6 +296,7 @@ def fit_table(
         fits,
         compute_multiplier=at_budgets,
         multiplier_curve=[replace(entry, draws=None) for entry in curve],
+        multiplier_at_own_budgets=[entry.inverse() for entry in at_own],
         disagreements=disagreements(objectives.values(), at_budgets),
     )
     notes += study_notes(fits, {name: own for name, (own, _) in members.items()})
@@ -357,20 +360,28 @@ def _seed_of(name: str, names: Sequence[str]) -> int:
     return 10 * list(OBJECTIVES).index(base) + 1000 * own.index(name)
 
 
-def _multipliers(fits: StudyFits) -> tuple[list[Multiplier], list[Multiplier]]:
-    """Each objective against the reference: at the reference's budgets, and over a grid between them."""
+def _multipliers(fits: StudyFits) -> tuple[list[Multiplier], list[Multiplier], list[Multiplier]]:
+    """Each objective against the reference at the reference's budgets, and over a grid between them.
+
+    Then the reference against each objective, at the budgets of the objective.
+    """
     at_budgets: list[Multiplier] = []
     curve: list[Multiplier] = []
+    at_own: list[Multiplier] = []
     reference = fits.reference
     for name, convention, method in itertools.product(fits.compared, fits.conventions, METHODS):
         assert reference is not None
         own, theirs = (fits.line(one, method, convention, name) for one in (name, reference))
         if own and theirs:
-            flops = np.array([point.flops for point in fits.objectives[reference].envelope[convention].points])
+            own_flops, flops = (
+                np.array([point.flops for point in fits.objectives[one].envelope[convention].points])
+                for one in (name, reference)
+            )
             grid = np.geomspace(flops.min(), flops.max(), CURVE_POINTS)
             for found, at in ((at_budgets, flops), (curve, grid)):
                 found += compute_multipliers(name, reference, convention, method, (own, theirs), at)
-    return at_budgets, curve
+            at_own += compute_multipliers(reference, name, convention, method, (theirs, own), own_flops)
+    return at_budgets, curve, at_own
 
 
 def _headlines(fits: StudyFits) -> list[Headline]:

@@ -90,11 +90,27 @@ class Multiplier:
     def estimate(self) -> Estimate:
         return Estimate(self.multiplier, self.low, self.high)
 
+    @property
+    def objective_flops(self) -> float:
+        """What the objective needs for the loss."""
+        return self.reference_flops * self.multiplier
+
+    def inverse(self) -> Multiplier:
+        """FLOPs of the reference over FLOPs of the objective, at the same loss."""
+        with np.errstate(divide="ignore"):
+            value, low, high = 1 / np.array([self.multiplier, self.high, self.low])
+            draws = None if self.draws is None else 1 / self.draws
+        return replace(
+            self, objective=self.reference, reference=self.objective, reference_flops=self.objective_flops,
+            multiplier=float(value), low=float(low), high=float(high), draws=draws,
+        )  # fmt: skip
+
     def as_dict(self) -> dict[str, Any]:
         """The record in ``fits.json``. The FLOPs of the default reference have their older name, too."""
         alias = {f"{REFERENCE}_flops": self.reference_flops} if self.reference == REFERENCE else {}
         found = {name: value for name, value in vars(self).items() if name not in ("named", "draws")}
-        found |= {"yardstick": self.yardstick, "trusted": self.trusted, "interval": self.estimate.interval}
+        found |= {"objective_flops": self.objective_flops, "yardstick": self.yardstick}
+        found |= {"trusted": self.trusted, "interval": self.estimate.interval}
         return found | ({} if self.named is None else {"kind": self.kind}) | alias
 
 

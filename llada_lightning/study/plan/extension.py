@@ -19,7 +19,7 @@ from llada_lightning.compute.shapes import Shape
 from llada_lightning.settings import check_seed
 from llada_lightning.study.plan import Plan, checked_budgets
 from llada_lightning.study.plan.comparison import budgets_of
-from llada_lightning.study.plan.trunk import Branch, SeedsAt, Trunk, cheap_points, plan_trunk, shapes_at
+from llada_lightning.study.plan.trunk import Branch, SeedsAt, Trunk, cheap_points, plan_trunk, planned_shape, shapes_at
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import is_there
 from llada_lightning.support.printing import shortened
@@ -112,7 +112,13 @@ def read_commands(path: Path) -> tuple[list[str], list[list[str]]]:
 # --- plans that grow -------------------------------------------------------------------------------------------------
 
 
-def extend(plan: Plan, budgets: Sequence[float], seeds: Sequence[int], seeds_at: SeedsAt = "cheap") -> Plan:
+def extend(
+    plan: Plan,
+    budgets: Sequence[float],
+    seeds: Sequence[int],
+    seeds_at: SeedsAt = "cheap",
+    shapes: Sequence[str] = (),
+) -> Plan:
     """A plan with further budgets and seeds: the runs of before in their order, and the new ones behind them.
 
     A shape that the plan has keeps its rate, batch and warmup. Its new budgets become runs that start from the fork
@@ -125,6 +131,9 @@ def extend(plan: Plan, budgets: Sequence[float], seeds: Sequence[int], seeds_at:
         seeds: The new seeds.
         seeds_at: Where the new seeds are run: at the middle shape of each objective's three smallest budgets, or at
             all points, those of the new budgets included.
+        shapes: The names of the shapes that the new budgets and seeds are for. Without any, new budgets have the shapes
+            that the plan gives them, and new seeds are for every shape. A shape that is new to the plan may have
+            budgets that the plan has for others.
 
     Raises:
         UserError: A budget or a seed is there already, or does not fit.
@@ -139,7 +148,10 @@ def extend(plan: Plan, budgets: Sequence[float], seeds: Sequence[int], seeds_at:
     old_seeds = list(dict.fromkeys(trunk.seed for trunk in plan.trunks))
     points = {seed: _points(plan, seed) for seed in old_seeds}
     everywhere = [seed for seed in old_seeds if points[seed] == points[old_seeds[0]]]
-    present = [("flops", own) for name in plan.objectives for own in of_each[name] if own in plan.budgets_of(name)]
+    given = tuple(sorted({planned_shape(name) for name in shapes}, key=lambda shape: shape.params_nonembedding))
+    present = [
+        ("flops", own) for name in plan.objectives for own in of_each[name] if own in _budgets_of(plan, name, given)
+    ]
     present += [("seeds", seed) for seed in seeds if seed in old_seeds]
     for option, value in present[:1]:
         raise UserError(f"plan: --{option} {value:g} is in the sweep already; leave it out")
@@ -153,7 +165,7 @@ def extend(plan: Plan, budgets: Sequence[float], seeds: Sequence[int], seeds_at:
     for objective in plan.objectives:
         served: dict[Shape, list[float]] = {}
         for budget in of_each[objective]:
-            for shape in shapes_at(budget, objective, plan.grid, plan.stream, plan.convention):
+            for shape in given or shapes_at(budget, objective, plan.grid, plan.stream, plan.convention):
                 served.setdefault(shape, []).append(budget)
         for shape in sorted(served, key=lambda shape: shape.params_nonembedding):
             for seed in everywhere:
@@ -162,12 +174,22 @@ def extend(plan: Plan, budgets: Sequence[float], seeds: Sequence[int], seeds_at:
         for trunk in plan.trunks:
             if trunk.objective == objective:
                 every.setdefault(trunk.shape, set()).update(branch.budget for branch in trunk.branches)
-        of_seeds = {shape: sorted(own) for shape, own in every.items()}
+        of_seeds = {shape: sorted(own) for shape, own in every.items() if not given or shape in given}
         of_seeds = of_seeds if seeds_at == "all" else cheap_points(of_seeds)
         for shape in sorted(of_seeds, key=lambda shape: shape.params_nonembedding):
             trunks += [_trunk(plan, objective, shape, seed, of_seeds[shape]) for seed in seeds]
+    if not trunks:
+        raise UserError(
+            f"plan: --shapes {shortened(' '.join(shapes))}: the sweep has no run of it; add budgets by --flops"
+        )
     every_budget = {*plan.budgets, *(budget for own in of_each.values() for budget in own)}
     return replace(plan, budgets=tuple(sorted(every_budget)), trunks=(*plan.trunks, *trunks))
+
+
+def _budgets_of(plan: Plan, objective: str, shapes: Sequence[Shape]) -> set[float]:
+    """The budgets of an objective that some shapes have; without shapes, all of its budgets."""
+    own = [trunk for trunk in plan.trunks if trunk.objective == objective and (not shapes or trunk.shape in shapes)]
+    return {branch.budget for trunk in own for branch in trunk.branches}
 
 
 def _points(plan: Plan, seed: int) -> set[tuple[str, Shape, float]]:

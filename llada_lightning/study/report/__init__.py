@@ -92,7 +92,9 @@ def make_report(table: pd.DataFrame, fits: StudyFits | None, convention: Convent
     tables: tuple[list[Table], list[Table]] = ([], [])
     if fits is not None:
         laws = (optima_table(fits, convention), parameters_table(fits, convention), held_out_table(fits, convention))
-        tables = [multipliers_table(fits, name) for name in fits.conventions if fits.reference], list(laws)
+        conventions = fits.conventions if fits.reference else ()
+        multipliers = [multipliers_table(fits, name, own_budgets=own) for name in conventions for own in (False, True)]
+        tables = multipliers, list(laws)
     said = verdict_without_fits(table) if fits is None else verdict(table, fits, convention)
     return Report(
         source=source,

@@ -98,7 +98,7 @@ def _clause(own: Headline, fits: StudyFits) -> str:
     if own.read_off is None or own.reference_flops is None:
         best = [_best_losses(name, own.convention, fits) for name in (own.reference, own.objective)]
         return f"{_lowered(own.words.removesuffix('.'))} ({'; '.join(best)}, in {UNIT_NAMES[fits.unit]})"
-    loss = fits.reference_loss(own.objective, own.convention, own.reference_flops)
+    loss = fits.best_loss(own.reference, own.convention, own.reference_flops)
     return (
         f"read off the measured losses, {own.objective} needs {_told(own.read_off)} times the training FLOPs of "
         f"{own.reference} ({CONVENTION_NAMES[own.convention]}) for the loss of {known(loss, '.3f')} "
@@ -107,8 +107,8 @@ def _clause(own: Headline, fits: StudyFits) -> str:
 
 
 def _common_clause(own: CommonLoss, fits: StudyFits) -> str:
-    name, flops = next(iter(own.multipliers)), flops_text(own.reference_flops, ".3g")
-    loss = known(fits.reference_loss(name, own.convention, own.reference_flops), ".3f")
+    flops = flops_text(own.reference_flops, ".3g")
+    loss = known(fits.best_loss(own.reference, own.convention, own.reference_flops), ".3f")
     told = [f"{name} needs {_told(estimate)}" for name, estimate in own.multipliers.items()]
     return (
         f"for the loss of {loss} {UNIT_NAMES[fits.unit]} that {own.reference} reaches with {flops} FLOPs "

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from llada_lightning.compute.flops import CONVENTION_NAMES, Convention
+from llada_lightning.compute.rules import significant
 from llada_lightning.compute.shapes import format_count
 from llada_lightning.study.fits import (
     METHODS,
@@ -79,7 +80,9 @@ def print_study(
     table, fits = with_short_names(table, fits)
     if fits.yardstick is not None:
         console.print(f"Yardstick: {fits.yardstick}, the exact loss under this decoding policy\n", highlight=False)
-    multipliers = [multiplier_table(fits, convention, name) for name in fits.compared]
+    multipliers = [
+        multiplier_table(fits, convention, name, own_budgets=own) for name in fits.compared for own in (False, True)
+    ]
     laws = (optima_table(fits, convention), parameters_table(fits, convention))
     scored = [forecast_table(forecasts)] if forecasts else []
     tables = (runs_table(table, convention), *laws, *multipliers, held_out_table(fits, convention), *scored)
@@ -253,48 +256,50 @@ def _parameters(own: ObjectiveFits, convention: Convention) -> Iterable[tuple[st
             yield f"{name} of L(N, D)", "parametric", getattr(parametric, name)
 
 
-def multiplier_table(fits: StudyFits, convention: Convention, objective: str) -> Table:
-    """The compute multiplier of an objective at each of the reference's budgets, a column a method."""
-    entries = _shown(fits, convention, [objective])
+def multiplier_table(fits: StudyFits, convention: Convention, objective: str, *, own_budgets: bool = False) -> Table:
+    """The compute multiplier of an objective at each of the reference's budgets, or at its own, a column a method."""
+    entries = _shown(fits, convention, [objective], own_budgets)
     methods = _methods(entries)
+    whose = objective if own_budgets else fits.reference
     printed = titled(
         f"Compute multiplier at equal loss, {objective} over {fits.reference} ({CONVENTION_NAMES[convention]})",
-        *(f"{fits.reference}'s budget", *methods),
+        *(f"{whose}'s budget", *methods),
     )
-    for flops, cells in _multipliers(entries, methods):
+    for flops, cells in _multipliers(entries, methods, own_budgets):
         printed.add_row(flops_text(flops), *cells)
     kinds = f"the losses that are held equal: {fits.kind(objective)} against {fits.kind(fits.reference)}"
     return captioned(printed, "\n".join([kinds, *_legend(entries)]))
 
 
-def multipliers_table(fits: StudyFits, convention: Convention) -> Table:
+def multipliers_table(fits: StudyFits, convention: Convention, *, own_budgets: bool = False) -> Table:
     """As ``multiplier_table``, of all objectives, with the loss that is held equal."""
-    entries = _shown(fits, convention, fits.compared)
+    entries = _shown(fits, convention, fits.compared, own_budgets)
     methods = _methods(entries)
     title = f"Compute multiplier over {fits.reference} at equal loss ({CONVENTION_NAMES[convention]})"
-    columns = ("objective", f"{fits.reference}'s budget", f"its loss ({UNIT_NAMES[fits.unit]})")
-    printed = titled(title, *columns, *methods)
+    whose = "its" if own_budgets else f"{fits.reference}'s"
+    printed = titled(title, "objective", f"{whose} budget", f"its loss ({UNIT_NAMES[fits.unit]})", *methods)
     kinds: dict[str, list[str]] = {}
     for objective in dict.fromkeys(entry.objective for entry in entries):
         kinds.setdefault(fits.kind(objective), []).append(objective)
         own = [entry for entry in entries if entry.objective == objective]
-        for flops, cells in _multipliers(own, methods):
-            held = fits.reference_loss(objective, convention, flops)
+        for flops, cells in _multipliers(own, methods, own_budgets):
+            held = fits.best_loss(objective if own_budgets else fits.reference, convention, flops)
             printed.add_row(objective, flops_text(flops), known(held, ".3f"), *cells)
         printed.add_section()
     legend = []
     for kind, names in kinds.items():
-        whose = ", ".join(names) if len(names) <= 3 else f"{len(names)} objectives"
+        listed_names = ", ".join(names) if len(names) <= 3 else f"{len(names)} objectives"
         theirs = f"{fits.kind(fits.reference)} ({fits.reference})"
-        legend.append(f"the losses that are held equal: {kind} ({whose}) against {theirs}")
-    legend.append(f"its loss: read off {fits.reference}'s best losses, each {MEAN_LOSS}")
+        legend.append(f"the losses that are held equal: {kind} ({listed_names}) against {theirs}")
+    source = "the objective's" if own_budgets else f"{fits.reference}'s"
+    legend.append(f"its loss: read off {source} best losses, each {MEAN_LOSS}")
     return captioned(printed, "\n".join([*legend, *_legend(entries)]))
 
 
-def _shown(fits: StudyFits, convention: Convention, objectives: Sequence[str]) -> list[Multiplier]:
+def _shown(fits: StudyFits, convention: Convention, objectives: Sequence[str], own_budgets: bool) -> list[Multiplier]:
     return [
         entry
-        for entry in fits.compute_multiplier
+        for entry in (fits.multiplier_at_own_budgets if own_budgets else fits.compute_multiplier)
         if entry.objective in objectives and entry.convention == convention and entry.shown
     ]
 
@@ -303,16 +308,24 @@ def _methods(entries: Sequence[Multiplier]) -> list[Method]:
     return [method for method in METHODS if any(entry.method == method for entry in entries)]
 
 
-def _multipliers(entries: Sequence[Multiplier], methods: Sequence[Method]) -> Iterable[tuple[float, list[str]]]:
-    """The multipliers of one objective: for each budget of the reference a cell for each method."""
-    for flops in sorted({entry.reference_flops for entry in entries}):
+def _multipliers(
+    entries: Sequence[Multiplier], methods: Sequence[Method], own_budgets: bool
+) -> Iterable[tuple[float, list[str]]]:
+    """The multipliers of one objective: for each budget of the reference, or of its own, a cell for each method."""
+    budgets = [_budget(entry, own_budgets) for entry in entries]
+    for flops in sorted(set(budgets)):
         cells = dict.fromkeys(methods, "")
-        for entry in entries:
-            if entry.reference_flops == flops:
+        for entry, budget in zip(entries, budgets, strict=True):
+            if budget == flops:
                 marks = DOUBT * (not entry.trusted) + "*" * entry.extrapolated
                 ends = f"{factor_text(entry.low)}–{factor_text(entry.high)}"
                 cells[entry.method] = f"{factor_text(entry.multiplier)}{marks:1}({ends})"
         yield flops, list(cells.values())
+
+
+def _budget(entry: Multiplier, own: bool) -> float:
+    """The budget at which a multiplier is read, the same by all methods."""
+    return significant(entry.objective_flops, 9) if own else entry.reference_flops
 
 
 def _legend(entries: Sequence[Multiplier]) -> list[str]:
@@ -328,16 +341,18 @@ def headline_lines(fits: StudyFits, convention: Convention) -> list[str]:
 
 def withheld_lines(fits: StudyFits, convention: Convention) -> list[str]:
     """Which multipliers are not shown, at which budgets and why: a line for each objective and reason."""
-    reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for entry in fits.compute_multiplier:
-        if entry.convention == convention and entry.withheld:
-            budgets = reasons.setdefault((entry.objective, entry.withheld), {}).setdefault(entry.method, [])
-            budgets.append(flops_text(entry.reference_flops))
     found = []
-    for (objective, reason), methods in reasons.items():
-        where = "; ".join(f"{method} at {', '.join(budgets)}" for method, budgets in methods.items())
-        remedy = " (more budgets around them, or seeds, narrow it)" if reason == OPEN else ""
-        found.append(f"compute multiplier of {objective} not shown, {where}: {reason}{remedy}")
+    for entries, own_budgets in ((fits.compute_multiplier, False), (fits.multiplier_at_own_budgets, True)):
+        reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
+        for entry in entries:
+            if entry.convention == convention and entry.withheld:
+                budgets = reasons.setdefault((entry.objective, entry.withheld), {}).setdefault(entry.method, [])
+                budgets.append(flops_text(_budget(entry, own_budgets)))
+        for (objective, reason), methods in reasons.items():
+            where = "; ".join(f"{method} at {', '.join(budgets)}" for method, budgets in methods.items())
+            whose = f" at {objective}'s budgets" if own_budgets else ""
+            remedy = " (more budgets around them, or seeds, narrow it)" if reason == OPEN else ""
+            found.append(f"compute multiplier of {objective}{whose} not shown, {where}: {reason}{remedy}")
     return found
 
 
@@ -345,7 +360,7 @@ def doubt_lines(fits: StudyFits, convention: Convention) -> list[str]:
     """Why the multipliers of an objective and method are marked, a line for each."""
     doubts = {
         (entry.objective, entry.method): entry.doubt
-        for entry in fits.compute_multiplier
+        for entry in [*fits.multiplier_at_own_budgets, *fits.compute_multiplier]
         if entry.convention == convention and entry.shown and not entry.trusted
     }
     return [
