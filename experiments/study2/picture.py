@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from llada_lightning.compute.flops import Convention
-from llada_lightning.study.fits import StudyFits
+from llada_lightning.study.fits import Multiplier, StudyFits
 from llada_lightning.study.fits.envelope import ReadOff
 from llada_lightning.study.plots.style import (
     INK,
@@ -27,17 +26,16 @@ from llada_lightning.study.plots.style import (
     objective_styles,
 )
 
-if TYPE_CHECKING:
-    from report import Cell
-
 POINTS = 60
 """Of the line between the budgets of an objective."""
+FAR = 1e9
+"""An end of an interval that lies beyond the panel."""
 DODGE = 0.025
 """How far apart the bars of one budget are drawn, in powers of e."""
 
 
 def picture(
-    fits: StudyFits, names: Mapping[str, str], multipliers: Mapping[str, Sequence[Cell]], convention: Convention
+    fits: StudyFits, names: Mapping[str, str], multipliers: Mapping[str, Sequence[Multiplier]], convention: Convention
 ) -> StudyFigure:
     """Two panels: the best loss of each budget, and the multipliers over the reference that are read off these losses.
 
@@ -62,9 +60,12 @@ def picture(
     flops_axis(losses)
     label_plain(losses.yaxis)
     losses.legend(frameon=False, fontsize=9)
-    for place, (name, cells) in enumerate(multipliers.items()):
-        _draw_cells(factors, cells, styles[name], float(np.exp(DODGE * (place - (len(multipliers) - 1) / 2))))
+    for place, (name, entries) in enumerate(multipliers.items()):
+        _draw_multipliers(factors, entries, styles[name], float(np.exp(DODGE * (place - (len(multipliers) - 1) / 2))))
+    ends = [end for entries in multipliers.values() for own in entries for end in (own.low, own.high)]
+    known = [end for end in ends if 0 < end < np.inf]
     factors.set_yscale("log")
+    factors.set_ylim(min(known) / 1.2, max(known) * 1.2)
     factors.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 3, 5), numticks=20))
     factors.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     factors.yaxis.set_minor_formatter(NullFormatter())
@@ -90,11 +91,14 @@ def _draw_losses(axes: Axes, joined: ReadOff, style: Style) -> None:
     axes.plot(grid, joined.loss(grid), color=style.color, linestyle=style.line, linewidth=1.4)
 
 
-def _draw_cells(axes: Axes, cells: Sequence[Cell], style: Style, dodge: float) -> None:
-    """The multipliers of an objective with 95 % intervals; those of one budget stand side by side."""
-    values = [own.estimate.value for own in cells]
-    bars = interval_bars(values, [own.estimate.low for own in cells], [own.estimate.high for own in cells])
+def _draw_multipliers(axes: Axes, entries: Sequence[Multiplier], style: Style, dodge: float) -> None:
+    """The multipliers of an objective with 95 % intervals, which leave the panel where they are open.
+
+    Those of one budget stand side by side.
+    """
+    values = [own.multiplier for own in entries]
+    bars = interval_bars(values, [own.low for own in entries], [min(own.high, FAR) for own in entries])
     axes.errorbar(
-        [own.flops * dodge for own in cells], values, bars, color=style.color, linestyle=style.line, linewidth=1.4,
-        marker=style.marker, markerfacecolor=style.face, markersize=5, capsize=2.5, label=style.label,
+        [own.objective_flops * dodge for own in entries], values, bars, color=style.color, linestyle=style.line,
+        linewidth=1.4, marker=style.marker, markerfacecolor=style.face, markersize=5, capsize=2.5, label=style.label,
     )  # fmt: skip

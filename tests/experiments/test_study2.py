@@ -22,6 +22,7 @@ from llada_lightning.study.fits.rules import fit_rules
 from llada_lightning.study.fits.uncertainty import UNKNOWN
 from llada_lightning.study.results import read_results
 from llada_lightning.study.sweep import fit_arguments, read_sweep, render_command
+from measured import Study, exponent, over
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "experiments" / "study2"
@@ -56,13 +57,13 @@ def numbers(text: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def committed() -> report.Study:
+def committed() -> Study:
     """The committed tables, fitted once for all tests."""
-    return report.Study(STUDY / "cpu")
+    return Study(STUDY / "cpu")
 
 
 @pytest.mark.slow
-def test_the_report_follows_from_the_committed_tables(committed: report.Study, tmp_path: Path) -> None:
+def test_the_report_follows_from_the_committed_tables(committed: Study, tmp_path: Path) -> None:
     """Word for word; numbers to the last digits that another processor's rounding may turn."""
     report.write(tmp_path / "docs" / "study2.md", committed, tmp_path)
     fresh, page = (tmp_path / "docs" / "study2.md").read_text(), (ROOT / "docs" / "study2.md").read_text()
@@ -71,12 +72,12 @@ def test_the_report_follows_from_the_committed_tables(committed: report.Study, t
     assert numbers(fresh) == pytest.approx(numbers(page), rel=0.02, abs=0.002)
 
 
-def test_the_readme_quotes_the_report(committed: report.Study) -> None:
+def test_the_readme_quotes_the_report(committed: Study) -> None:
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert committed.answer() in readme
+    assert report.answer(committed) in readme
 
 
-def test_the_forecast_is_older_than_what_it_predicts(committed: report.Study) -> None:
+def test_the_forecast_is_older_than_what_it_predicts(committed: Study) -> None:
     """It was made of results whose largest budgets are below those that it is about."""
     forecast = committed.forecast
     assert forecast is not None
@@ -100,16 +101,32 @@ def line(multiple: float, exponent: float) -> LossLine:
 def test_a_multiplier_is_read_at_the_budgets_of_the_objective() -> None:
     """A loss that falls as C^-0.05 against one of (C / 40)^-0.05, and one that falls less steeply."""
     flops = np.geomspace(1e11, 1e12, 3)
-    constant = report.cells(line(40.0, 0.05), line(1.0, 0.05), flops)
-    assert [cell.flops for cell in constant] == pytest.approx(list(flops))
-    for cell in constant:
-        assert [cell.estimate.value, cell.estimate.low, cell.other_flops] == pytest.approx(
-            [40, 40, cell.flops / 40], rel=1e-3
+    constant = [over(line(40.0, 0.05), line(1.0, 0.05), own)[0] for own in flops]
+    for entry, own in zip(constant, flops, strict=True):
+        assert [entry.objective_flops, entry.multiplier, entry.low, entry.reference_flops] == pytest.approx(
+            [own, 40, 40, own / 40], rel=1e-3
         )
-        assert cell.inverse().estimate.value == pytest.approx(1 / 40, rel=1e-3)
-    assert report.exponent(constant).value == pytest.approx(0.0, abs=1e-3)
-    growing = report.cells(line(40.0, 0.04), line(1.0, 0.05), flops)  # C_arm = (C / 40)^0.8, so m = C^0.2 40^0.8
-    assert report.exponent(growing).value == pytest.approx(0.2, abs=2e-3)
+    assert exponent(constant).value == pytest.approx(0.0, abs=1e-3)
+    growing = [over(line(40.0, 0.04), line(1.0, 0.05), own)[0] for own in flops]  # C_arm = (C / 40)^0.8
+    assert exponent(growing).value == pytest.approx(0.2, abs=2e-3)
+
+
+def test_the_last_block_of_a_denoiser_computes_a_part_of_what_is_counted(committed: Study) -> None:
+    """`easy` with two blocks of width 64 scores 32.5 % of its positions, and `uniform` all."""
+    assert committed.computed("uniform") == 1.0
+    assert committed.best("easy").shape == "107k"
+    tokens = committed.tokens(committed.best("easy").run)
+    left_out = 6 * (1 - 0.325) * (64 * 64 + 3 * 64 * 192)
+    assert committed.computed("easy") == pytest.approx(1 - left_out * tokens / 8e12, rel=0.002)
+    one_block = committed.computed("llada")
+    copied = committed.computed("block 4")  # whose copy computes keys and values alone
+    assert copied < one_block < committed.computed("easy")
+
+
+def test_without_its_correction_a_best_loss_is_lower(committed: Study) -> None:
+    for name in committed.others:
+        assert committed.best(name).loss <= committed.loss(name)
+        assert committed.uncorrected(name) == pytest.approx(committed.total[name][-1].multiplier, rel=0.3)
 
 
 def test_of_the_recipes_with_few_tokens_the_best_length_counts() -> None:
@@ -123,9 +140,10 @@ def test_of_the_recipes_with_few_tokens_the_best_length_counts() -> None:
     table["tokens"] = table["unique_tokens"] * table["epochs"]
     (key, (first, second)), *others = outcomes.few(table).items()
     assert key == (100, "arm") and not others  # a run that reads nothing twice does not tell what it was allowed
-    assert (first.recipe, first.epochs) == ("dropout=0.2", 8)
-    assert [first.best, first.apart, first.end] == pytest.approx([4.25, 0.1, 4.25])
-    assert (second.recipe, second.best, second.epochs, second.end) == ("as in the main grid", 4.4, 2, 4.9)
+    assert (first.recipe, second.recipe) == ("dropout=0.2", "none of these")
+    assert first.losses == pytest.approx({200: 4.3, 800: 4.25})
+    assert [first.best, first.apart, second.best] == pytest.approx([4.25, 0.1, 4.4])
+    assert first.gains and not second.gains
 
 
 @pytest.mark.parametrize(
@@ -139,14 +157,18 @@ def test_a_hypothesis_is_judged_by_the_interval(low: float, high: float, verdict
 
 
 @pytest.mark.parametrize(
-    ("llada", "verdict"), [((4.0, 4.0), "as expected"), ((4.2, 4.2), "refuted"), ((4.0, 3.8), "refuted")]
+    ("llada", "gains", "verdict"),
+    [
+        ((4.0, 4.0), False, "as expected"),
+        ((4.2, 4.2), False, "refuted"),
+        ((4.2, 4.2), True, "undecided"),
+        ((4.0, 3.8), False, "refuted"),
+    ],
 )
-def test_the_crossover_is_where_arm_falls_behind(llada: tuple[float, float], verdict: str) -> None:
-    def recipe(best: float) -> list[outcomes.Few]:
-        return [outcomes.Few("", best, 0.0, 1.0, best)]
-
+def test_the_crossover_is_where_arm_falls_behind(llada: tuple[float, float], gains: bool, verdict: str) -> None:
+    """Where `llada` is behind, and its longest run is its best, a longer one might have crossed."""
     few = {
-        (size, name): recipe(best)
+        (size, name): [outcomes.Few("", {1: best + 0.1 * gains, 2: best + 0.1 * (not gains)}, 0.0)]
         for size, own in ((25_000, (4.1, llada[0])), (50_000, (3.9, llada[1])))
         for name, best in zip(("arm", "llada"), own, strict=True)
     }
@@ -226,6 +248,8 @@ def test_another_objective_is_refused(tmp_path: Path) -> None:
         ("few-arm", "study2-cpu-few", ["L1-d64-h2-kv2-ff192", "L1-d64-h2-kv2-ff192"]),
         ("few-llada", "study2-cpu-few", ["L1-d64-h2-kv2-ff192", "L1-d64-h2-kv2-ff192"]),
         ("few", "study2-cpu-few", ["L1-d64-h2-kv2-ff192", "L1-d64-h2-kv2-ff192"]),
+        ("few-long", "study2-cpu-few", ["L1-d64-h2-kv2-ff192", "L1-d64-h2-kv2-ff192"]),
+        ("largest", "study2-cpu-largest", ["L1-d64-h2-kv2-ff192", "L1-d64-h2-kv2-ff192"]),
         ("seeds", "study2-cpu", ["L1-d64-h2-kv2-ff192", "L1-d48-h2-kv2-ff160"]),
         ("seeds-easy", "study2-cpu", ["107k", "L2-d96-h3-kv3-ff256"]),
     ],
@@ -243,9 +267,12 @@ def test_the_runs_of_a_sweep_that_no_plan_made_are_fits(
 
 
 def test_make_runs_every_sweep_once_and_collects_every_table() -> None:
-    shown = subprocess.run(["make", "-n", "study2-cpu"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    listed = re.search(r"for sweep in (.*?);", shown)
-    assert listed is not None
-    assert sorted(f"study2-cpu-{name}" for name in listed[1].split()) == sorted(path.stem for path in SWEEPS)
-    for study in ("tune", "rules", "few"):
-        assert re.search(rf"for study in .*\b{study}\b.*; do .* collect", shown), study
+    shown = {
+        target: subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for target in ("study2-cpu", "study2-cpu-more")
+    }
+    names = [name for own in shown.values() for name in re.findall(r"^for sweep in (.*?);", own, re.M)[0].split()]
+    assert sorted(f"study2-cpu-{name}" for name in names) == sorted(path.stem for path in SWEEPS)
+    for own in shown.values():
+        assert re.search(r"^for runs in runs/study2-cpu-\*; do .* collect \$runs --out runs/study2/", own, re.M)
+        assert re.search(r" collect runs/study2-cpu --out runs/study2/results\.csv$", own, re.M)
