@@ -70,13 +70,13 @@ def test_a_study_is_told_in_80_columns(tmp_path: Path, capsys: Captured, monkeyp
     ):  # fmt: skip
         assert words in tables, words
     fits = json.loads((tmp_path / "fits.json").read_text())
-    for name, whose, flops in (
-        ("compute_multiplier", "arm", "reference_flops"),
-        ("multiplier_at_own_budgets", "llada", "objective_flops"),
+    for name, begins, flops in (
+        ("compute_multiplier", "llada over arm (6ND) ", "reference_flops"),
+        ("multiplier_at_own_budgets", "at llada's budgets", "objective_flops"),
     ):
         shown = [e for e in fits[name] if (e["convention"], e["withheld"]) == ("6nd", None)]
         entry = next(e for e in shown if e["method"] == "parametric" and not e["extrapolated"])
-        table = tables.partition(f"\n{whose}'s ")[2].partition("the losses that are held equal")[0]
+        table = tables.partition(begins)[2].partition("the losses that are held equal")[0]
         budget = f"{entry[flops]:.1e}".replace("+", "")
         (row,) = (line for line in table.splitlines() if line.startswith(budget))
         assert f"{entry['multiplier']:.2g} ({entry['low']:.2g}–{entry['high']:.2g})" in row

@@ -260,10 +260,10 @@ def multiplier_table(fits: StudyFits, convention: Convention, objective: str, *,
     """The compute multiplier of an objective at each of the reference's budgets, or at its own, a column a method."""
     entries = _shown(fits, convention, [objective], own_budgets)
     methods = _methods(entries)
-    whose = objective if own_budgets else fits.reference
+    budget, where = ("its budget", f", at {objective}'s budgets") if own_budgets else (f"{fits.reference}'s budget", "")
     printed = titled(
-        f"Compute multiplier at equal loss, {objective} over {fits.reference} ({CONVENTION_NAMES[convention]})",
-        *(f"{whose}'s budget", *methods),
+        f"Compute multiplier at equal loss, {objective} over {fits.reference} ({CONVENTION_NAMES[convention]}){where}",
+        *(budget, *methods),
     )
     for flops, cells in _multipliers(entries, methods, own_budgets):
         printed.add_row(flops_text(flops), *cells)
@@ -275,9 +275,11 @@ def multipliers_table(fits: StudyFits, convention: Convention, *, own_budgets: b
     """As ``multiplier_table``, of all objectives, with the loss that is held equal."""
     entries = _shown(fits, convention, fits.compared, own_budgets)
     methods = _methods(entries)
-    title = f"Compute multiplier over {fits.reference} at equal loss ({CONVENTION_NAMES[convention]})"
-    whose = "its" if own_budgets else f"{fits.reference}'s"
-    printed = titled(title, "objective", f"{whose} budget", f"its loss ({UNIT_NAMES[fits.unit]})", *methods)
+    budget, where = (
+        ("its budget", ", at each objective's budgets") if own_budgets else (f"{fits.reference}'s budget", "")
+    )
+    title = f"Compute multiplier over {fits.reference} at equal loss ({CONVENTION_NAMES[convention]}){where}"
+    printed = titled(title, "objective", budget, f"its loss ({UNIT_NAMES[fits.unit]})", *methods)
     kinds: dict[str, list[str]] = {}
     for objective in dict.fromkeys(entry.objective for entry in entries):
         kinds.setdefault(fits.kind(objective), []).append(objective)
@@ -288,11 +290,11 @@ def multipliers_table(fits: StudyFits, convention: Convention, *, own_budgets: b
         printed.add_section()
     legend = []
     for kind, names in kinds.items():
-        listed_names = ", ".join(names) if len(names) <= 3 else f"{len(names)} objectives"
-        theirs = f"{fits.kind(fits.reference)} ({fits.reference})"
-        legend.append(f"the losses that are held equal: {kind} ({listed_names}) against {theirs}")
-    source = "the objective's" if own_budgets else f"{fits.reference}'s"
-    legend.append(f"its loss: read off {source} best losses, each {MEAN_LOSS}")
+        whose = ", ".join(names) if len(names) <= 3 else f"{len(names)} objectives"
+        other = f"{fits.kind(fits.reference)} ({fits.reference})"
+        legend.append(f"the losses that are held equal: {kind} ({whose}) against {other}")
+    reached = "the objective's" if own_budgets else f"{fits.reference}'s"
+    legend.append(f"its loss: read off {reached} best losses, each {MEAN_LOSS}")
     return captioned(printed, "\n".join([*legend, *_legend(entries)]))
 
 
