@@ -126,8 +126,7 @@ class Study:
         shape = get_shape(run["shape"])
         projection, feed_forward = shape.d_model**2, 3 * shape.d_model * shape.d_ff
         scored = run["flops_head"] / head_flops_per_token(shape, run["vocab_size"]) / run["tokens"]
-        copied = 1 - run[["flops_6nd", "flops_attention", "flops_head"]].sum() / run["flops_total"]
-        copied *= run["flops_total"] / run["flops_6nd"]
+        copied = (run["flops_total"] - run[["flops_6nd", "flops_attention", "flops_head"]].sum()) / run["flops_6nd"]
         left_out = (1 - scored) * (projection + feed_forward) + copied * (2 * projection + feed_forward)
         return float(1 - 6 * left_out * run["tokens"] / run["flops_total"])
 
