@@ -110,6 +110,12 @@ class Study:
         own, arm = (self._uncorrected_line(one) for one in (name, "arm"))
         return over(own, arm, self.best(name).flops)[0].multiplier
 
+    def lowered(self, name: str, by: float) -> float:
+        """The multiplier at the largest budget if the best losses were lower by some nats per token."""
+        joined = self._joined(name)
+        own = replace(joined, log_loss=np.log(np.exp(joined.log_loss) - by)).line()
+        return over(own, self._joined("arm").line(), self.best(name).flops)[0].multiplier
+
     def _uncorrected_line(self, name: str) -> LossLine:
         means = np.log([point.loss for point in self._points(name)])
         return replace(self._joined(name), log_loss=means).line()
@@ -272,21 +278,20 @@ class Study:
                 rows.append((flops, float(main.mean() - tuned.min()), float(best[0] - tuned.min())))
         return rows
 
-    def elsewhere(self) -> list[tuple[str, float, int, float]]:
-        """Other rates and batches at the largest budget.
+    def elsewhere(self) -> dict[str, list[tuple[float, int, float]]]:
+        """Other rates and batches at the largest budget, by objective.
 
         Returns:
-            The objective, the rate, the batch in sequences, and the loss less that of the main grid with the same shape
-            and seed.
+            The rate, the batch in sequences, and the loss less that of the main grid with the same shape and seed.
         """
-        rows = []
-        for _, run in usable_runs(self.table("largest")).iterrows():
+        rows: dict[str, list[tuple[float, int, float]]] = {}
+        for _, run in usable_runs(self.table("largest")).sort_values(["lr", "global_batch_tokens"]).iterrows():
             name = NAMES[run["objective"]]
             main = of_budget(runs_of(self.results, name), run["flops_total"])
             [same] = main.loc[(main["shape"] == run["shape"]) & (main["seed"] == run["seed"]), "val_nats_per_token"]
-            batch = run["global_batch_tokens"] // run["sequence_length"]
-            rows.append((name, float(run["lr"]), int(batch), float(run["val_nats_per_token"] - same)))
-        return sorted(rows)
+            batch = int(run["global_batch_tokens"] // run["sequence_length"])
+            rows.setdefault(name, []).append((float(run["lr"]), batch, float(run["val_nats_per_token"] - same)))
+        return rows
 
     def _beside_main(self, table: pd.DataFrame, name: str) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
         """By budget the total FLOPs, the losses of a table, and those of the main grid at the same shape."""
