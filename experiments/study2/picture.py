@@ -72,7 +72,6 @@ def picture(
     flops_axis(factors)
     factors.set_xlabel(flops_label(convention, "the objective's training FLOPs"), color=INK)
     factors.set_ylabel("times arm's FLOPs for the same loss", color=INK)
-    factors.legend(frameon=False, fontsize=9)
     for axes in (losses, factors):
         dress(axes)
     return figure
@@ -100,5 +99,5 @@ def _draw_multipliers(axes: Axes, entries: Sequence[Multiplier], style: Style, d
     bars = interval_bars(values, [own.low for own in entries], [min(own.high, FAR) for own in entries])
     axes.errorbar(
         [own.objective_flops * dodge for own in entries], values, bars, color=style.color, linestyle=style.line,
-        linewidth=1.4, marker=style.marker, markerfacecolor=style.face, markersize=5, capsize=2.5, label=style.label,
+        linewidth=1.4, marker=style.marker, markerfacecolor=style.face, markersize=5, capsize=2.5,
     )  # fmt: skip

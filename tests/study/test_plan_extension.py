@@ -118,8 +118,18 @@ def test_a_plan_with_lowered_budgets_of_the_reference_lowers_the_new_ones_alike(
     assert grown.budgets_of("llada") == (1e9, 2e9, 4e9)
     assert grown.budgets_of("arm") == (2.5e8, 5e8, 1e9)  # 1e9 is a budget of llada, and new for arm
     assert grown.trunks[: len(plan.trunks)] == plan.trunks
-    with pytest.raises(UserError, match=r"--flops 5e[+]08 is in the sweep already"):
+    with pytest.raises(UserError, match=r"--flops 2e[+]09 is in the sweep already"):
         extend(plan, [2e9], [])
+    between = extend(plan, [5e8], [])  # which is a budget of arm, whose own for it is new
+    assert (between.budgets_of("llada"), between.budgets_of("arm")) == ((5e8, 1e9, 2e9), (1.25e8, 2.5e8, 5e8))
+
+
+def test_a_budget_that_some_objectives_have_joins_the_others() -> None:
+    plan = plan_study([1e9, 2e9], Stream(300, 32), grid=Grid(shapes=SHAPES), objectives=["arm", "llada"])
+    one = extend(plan, [4e9], [], shapes=[SHAPES[0]])
+    both = extend(one, [4e9], [])
+    assert len(one.trunks) == len(plan.trunks) + 2 and len(both.trunks) == len(plan.trunks) + 6
+    assert results(both) == results(extend(plan, [4e9], []))
 
 
 def test_a_tuning_study_is_planned_again() -> None:
@@ -166,8 +176,28 @@ def test_new_seeds_can_be_for_some_shapes_alone() -> None:
     rows = extend(plan, [], [5, 6], "all", [SHAPES[0]]).table()[len(plan.table()) :]
     assert set(rows["shape"]) == {SHAPES[0]}
     assert sorted(zip(rows["seed"], rows["budget"], strict=True)) == [(5, 1e10), (5, 2e10), (6, 1e10), (6, 2e10)]
-    with pytest.raises(UserError, match="--shapes L9-d32-h1-kv1-ff64: the sweep has no run of it"):
+    with pytest.raises(UserError, match="no run for --shapes L9-d32-h1-kv1-ff64, to which --seeds would add"):
         extend(plan, [], [5], "all", ["L9-d32-h1-kv1-ff64"])
+
+
+def test_a_seed_of_some_points_joins_the_others() -> None:
+    plan = planned([1e10, 2e10, 4e10, 8e10])
+    cheap = extend(plan, [], [5])
+    best = extend(cheap, [], [5], "all", [SHAPES[0]])
+    whole = extend(best, [], [5], "all")
+    assert results(whole) == results(extend(plan, [], [5], "all"))
+    assert len(whole.table()) == len(set(whole.table()[["shape", "seed", "budget"]].itertuples(index=False)))
+    for seeds, budgets, shapes in (([5], [], []), ([5], [], [SHAPES[0]]), ([0], [1.6e11], [])):
+        with pytest.raises(UserError, match=f"--seeds {seeds[0]} is in the sweep already"):
+            extend(whole, budgets, seeds, "all", shapes)
+
+
+def test_a_shape_as_the_table_prints_it_is_that_of_the_sweep() -> None:
+    own = ["L1-d32-h1-kv1-ff96", "L2-d32-h1-kv1-ff96", "L2-d32-h1-kv1-ff64", "L3-d32-h1-kv1-ff64"]
+    plan = plan_study([1e10], Stream(512, 64), grid=Grid(shapes=own), objectives=["arm"])
+    assert shape_name(extend(plan, [2e10], [], shapes=["1x32"]).trunks[-1].shape) == own[0]
+    with pytest.raises(UserError, match=f"--shapes 2x32 stands for 2 shapes of the sweep; name one of {own[2]} and"):
+        extend(plan, [2e10], [], shapes=["2x32"])
 
 
 def test_separate_runs_are_appended_as_separate_runs() -> None:

@@ -15,14 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from llada_lightning.compute.shapes import Shape
+from llada_lightning.compute.shapes import Shape, shape_name
 from llada_lightning.settings import check_seed
 from llada_lightning.study.plan import Plan, checked_budgets
 from llada_lightning.study.plan.comparison import budgets_of
 from llada_lightning.study.plan.trunk import Branch, SeedsAt, Trunk, cheap_points, plan_trunk, planned_shape, shapes_at
 from llada_lightning.support.errors import UserError
 from llada_lightning.support.files import is_there
-from llada_lightning.support.printing import shortened
+from llada_lightning.support.printing import listed, shortened
 
 MADE_BY, APPENDED_BY = "# made by: ", "# appended by: "
 _SEAL = re.compile(r"^# sha256: ([0-9a-f]{64}) of this file without this line(?:, ([0-9a-f]{64}) of its table)?$", re.M)
@@ -146,15 +146,9 @@ def extend(
     added = checked_budgets(budgets) if budgets else ()
     of_each = {objective: budgets_of(objective, added, plan.lowered_by) for objective in plan.objectives}
     old_seeds = list(dict.fromkeys(trunk.seed for trunk in plan.trunks))
-    points = {seed: _points(plan, seed) for seed in old_seeds}
+    points = {seed: _points(plan, seed) for seed in (*old_seeds, *seeds)}
     everywhere = [seed for seed in old_seeds if points[seed] == points[old_seeds[0]]]
-    given = tuple(sorted({planned_shape(name) for name in shapes}, key=lambda shape: shape.params_nonembedding))
-    present = [
-        ("flops", own) for name in plan.objectives for own in of_each[name] if own in _budgets_of(plan, name, given)
-    ]
-    present += [("seeds", seed) for seed in seeds if seed in old_seeds]
-    for option, value in present[:1]:
-        raise UserError(f"plan: --{option} {value:g} is in the sweep already; leave it out")
+    given = tuple(sorted({_shape_of(plan, name) for name in shapes}, key=lambda shape: shape.params_nonembedding))
     if len(set(seeds)) < len(seeds):
         raise UserError(f"plan: --seeds {shortened(' '.join(map(str, seeds)))}: give each once")
     for seed in seeds:
@@ -162,14 +156,17 @@ def extend(
     if not added and not seeds:
         raise UserError("plan: --append adds nothing; give --flops, --seeds or both")
     trunks: list[Trunk] = []
+    lacking: set[float] = set()
     for objective in plan.objectives:
         served: dict[Shape, list[float]] = {}
-        for budget in of_each[objective]:
-            for shape in given or shapes_at(budget, objective, plan.grid, plan.stream, plan.convention):
-                served.setdefault(shape, []).append(budget)
+        for budget, own in zip(added, of_each[objective], strict=True):
+            for shape in given or shapes_at(own, objective, plan.grid, plan.stream, plan.convention):
+                served.setdefault(shape, []).append(own)
+                lacking |= {budget for seed in everywhere if (objective, shape, own) not in points[seed]}
         for shape in sorted(served, key=lambda shape: shape.params_nonembedding):
             for seed in everywhere:
-                trunks += _parts(plan, objective, shape, seed, served[shape])
+                if new := [own for own in served[shape] if (objective, shape, own) not in points[seed]]:
+                    trunks += _parts(plan, objective, shape, seed, new)
         every: dict[Shape, set[float]] = {shape: set(own) for shape, own in served.items()}
         for trunk in plan.trunks:
             if trunk.objective == objective:
@@ -177,19 +174,28 @@ def extend(
         of_seeds = {shape: sorted(own) for shape, own in every.items() if not given or shape in given}
         of_seeds = of_seeds if seeds_at == "all" else cheap_points(of_seeds)
         for shape in sorted(of_seeds, key=lambda shape: shape.params_nonembedding):
-            trunks += [_trunk(plan, objective, shape, seed, of_seeds[shape]) for seed in seeds]
+            for seed in seeds:
+                if new := [own for own in of_seeds[shape] if (objective, shape, own) not in points[seed]]:
+                    trunks += _parts(plan, objective, shape, seed, new)
+    of_shapes = f" for --shapes {shortened(' '.join(shapes))}" if shapes else ""
+    present = [f"--flops {budget:g}" for budget in added if budget not in lacking]
+    added_seeds = {trunk.seed for trunk in trunks} - set(everywhere)
+    present += [f"--seeds {seed}" for seed in seeds if points[seed] and seed not in added_seeds]
+    if present:
+        raise UserError(f"plan: {present[0]} is in the sweep already{of_shapes}; leave it out")
     if not trunks:
-        raise UserError(
-            f"plan: --shapes {shortened(' '.join(shapes))}: the sweep has no run of it; add budgets by --flops"
-        )
+        raise UserError(f"plan: the sweep has no run{of_shapes}, to which --seeds would add; add budgets by --flops")
     every_budget = {*plan.budgets, *(budget for own in of_each.values() for budget in own)}
     return replace(plan, budgets=tuple(sorted(every_budget)), trunks=(*plan.trunks, *trunks))
 
 
-def _budgets_of(plan: Plan, objective: str, shapes: Sequence[Shape]) -> set[float]:
-    """The budgets of an objective that some shapes have; without shapes, all of its budgets."""
-    own = [trunk for trunk in plan.trunks if trunk.objective == objective and (not shapes or trunk.shape in shapes)]
-    return {branch.budget for trunk in own for branch in trunk.branches}
+def _shape_of(plan: Plan, name: str) -> Shape:
+    """The shape of a name: one of the plan, where the name is blocks x width as its table prints them, comes first."""
+    own = {trunk.shape for trunk in plan.trunks if f"{trunk.shape.n_layers}x{trunk.shape.d_model}" == name}
+    if len(own) > 1:
+        names = listed(sorted(map(shape_name, own)))
+        raise UserError(f"plan: --shapes {name} stands for {len(own)} shapes of the sweep; name one of {names}")
+    return own.pop() if own else planned_shape(name)
 
 
 def _points(plan: Plan, seed: int) -> set[tuple[str, Shape, float]]:
