@@ -83,13 +83,18 @@ quickstart: setup  ## the compute multiplier of two recipes of llada, at toy siz
 # The second study. Its runs are alike on all processors but for rounding; one thread a run makes it the same everywhere.
 study2-cpu study2-cpu-more study2-gpu: export OMP_NUM_THREADS = 1
 
-study2-cpu: setup  ## the second study from nothing (SOURCE=books.jsonl.xz; two idle cores: four hours): runs/study2/report.md
+.PHONY: source-is-there
+source-is-there:
+	@test -e "$(SOURCE)" || { echo "error: '$(SOURCE)' is not there; name the books: make $(MAKECMDGOALS) SOURCE=books.jsonl.xz" >&2; exit 2; }
+
+study2-cpu: source-is-there setup  ## the second study from nothing (SOURCE=books.jsonl.xz; two idle cores: four hours): runs/study2/report.md
 	$(LLADA) prepare --source $(SOURCE) --out data/study2 --vocab-size 512 --val-fraction 0.15
 	$(call study2_sweeps,$(STUDY2))
 	$(BIN)/python experiments/study2/policies.py runs/study2-cpu --jobs $(JOBS)
 	$(study2_page)
 
 study2-cpu-more: setup  ## after it, what reviewers asked for (two idle cores: half an hour): the same page
+	@test -e data/study2 || { echo "error: data/study2 is not there; begin with make study2-cpu" >&2; exit 2; }
 	$(call study2_sweeps,$(STUDY2_MORE))
 	$(study2_page)
 
@@ -103,14 +108,14 @@ define study2_page
 	$(BIN)/python experiments/study2/report.py runs/study2 --out runs/study2/report.md
 endef
 
-study2-gpu: setup  ## the second study on one GPU (SOURCE=books.jsonl.xz), in parts of any length: runs/study2-gpu/report.html
+study2-gpu: source-is-there setup  ## the second study on one GPU (SOURCE=books.jsonl.xz), in parts of any length: runs/study2-gpu/report.html
 	$(LLADA) prepare --source $(SOURCE) --out data/study2-gpu --vocab-size 258 --val-fraction 0.15
 	LLADA="$(LLADA)" JOBS=$(GPU_JOBS) experiments/study2/gpu.sh
 
 # Sweeps of the first study, one after the other: what is done is skipped, and a signal stops the whole.
 sweeps = $(foreach sweep,$(2),$(LLADA) sweep run sweeps/study-$(1)-$(sweep).yaml --jobs $(3) &&) true
 
-study-cpu: setup  ## the study's small twin from nothing (SOURCE=books.jsonl.xz; two cores: three and a half hours): $(TABLES)/report.md
+study-cpu: source-is-there setup  ## the study's small twin from nothing (SOURCE=books.jsonl.xz; two cores: three and a half hours): $(TABLES)/report.md
 	$(LLADA) prepare --source $(SOURCE) --out data/study --vocab-size 512 --val-fraction 0.15
 	$(call sweeps,cpu,tune-arm tune-llada arm-least arm-low arm llada seeds repeats ablations short,$(JOBS))
 	$(LLADA) collect runs/study-cpu --out $(TABLES)/cpu/results.csv
@@ -123,7 +128,7 @@ study-cpu: setup  ## the study's small twin from nothing (SOURCE=books.jsonl.xz;
 	$(LLADA) curves $(TABLES)/cpu/results.csv --out $(TABLES)/cpu
 	$(BIN)/python experiments/study/report.py --cpu $(TABLES)/cpu --out $(TABLES)/report.md
 
-study-gpu: setup  ## the large study on one GPU (SOURCE=books.jsonl.xz; an H100: about a quarter of an hour): $(TABLES)/report.md
+study-gpu: source-is-there setup  ## the large study on one GPU (SOURCE=books.jsonl.xz; an H100: about a quarter of an hour): $(TABLES)/report.md
 	$(LLADA) prepare --source $(SOURCE) --out data/study-gpu --vocab-size 4096 --val-fraction 0.15
 	$(call sweeps,gpu,tune-arm tune-llada arm-least arm-between arm llada seeds,$(GPU_JOBS))
 	$(LLADA) collect runs/study-gpu --out $(TABLES)/gpu/results.csv

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from llada_lightning.compute.flops import Convention
+from llada_lightning.compute.rules import significant
 from llada_lightning.study.fits import Multiplier, StudyFits
 from llada_lightning.study.fits.envelope import ReadOff
 from llada_lightning.study.plots.style import (
@@ -25,6 +26,7 @@ from llada_lightning.study.plots.style import (
     new_figure,
     objective_styles,
 )
+from llada_lightning.study.tables.style import flops_text
 
 POINTS = 60
 """Of the line between the budgets of an objective."""
@@ -69,7 +71,10 @@ def picture(
     factors.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 3, 5), numticks=20))
     factors.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     factors.yaxis.set_minor_formatter(NullFormatter())
-    flops_axis(factors)
+    budgets = sorted({significant(own.objective_flops, 2) for entries in multipliers.values() for own in entries})
+    factors.set_xscale("log")
+    factors.set_xticks(budgets, [flops_text(own, ".1g") for own in budgets])
+    factors.xaxis.set_minor_formatter(NullFormatter())
     factors.set_xlabel(flops_label(convention, "the objective's training FLOPs"), color=INK)
     factors.set_ylabel("times arm's FLOPs for the same loss", color=INK)
     for axes in (losses, factors):

@@ -44,7 +44,7 @@ def answer(study: Study) -> str:
         factors.append(f"**about {value} times** for `{name}` ({low} to {high})")
     flops = next(iter(last.values())).objective_flops
     return (
-        f"With {flops_text(flops, '.1g')} FLOPs a denoiser reaches a loss for which `arm` needs many times less: "
+        f"At a budget of {flops_text(flops, '.1g')} FLOPs a denoiser needs many times `arm`'s FLOPs for the same loss: "
         f"{listed(factors)}."
     )
 

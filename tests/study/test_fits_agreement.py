@@ -53,12 +53,21 @@ def test_without_a_common_loss_the_headline_says_so() -> None:
 
 def test_without_a_shown_read_off_the_headline_says_why() -> None:
     opened = replace(entry("read-off"), high=np.inf, withheld="its interval is open")
-    found = headline("llada", "arm", "6nd", [opened, entry("joint")], None, None)
+    found = headline("llada", "arm", "6nd", [opened, entry("joint")], [replace(opened, high=2.0)], None, None)
     assert found.words.endswith("is not measured: read off at 1e+18 FLOPs it is about 10, but its interval is open.")
 
 
+def test_without_a_shown_read_off_at_the_references_budgets_the_headline_is_that_at_the_objectives() -> None:
+    opened = replace(entry("read-off"), high=np.inf, withheld="its interval is open")
+    at_own = [entry("read-off", value) for value in (12.0, 11.0)] + [entry("joint", 20.0)]
+    found = headline("llada", "arm", "6nd", [opened], at_own, None, None)
+    assert found.words.startswith("At the loss that llada reaches with 1.2e+19 FLOPs (6ND), it needs 12 (")
+    assert "times the compute of arm, read off" in found.words and "at the budgets of arm nothing is" in found.words
+    assert found.reference_flops == 1e18 and found.read_off is not None and found.read_off.value == 12.0
+
+
 def test_an_interval_that_is_not_known_is_said_to_be_so() -> None:
-    found = headline("llada", "arm", "6nd", [entry("read-off", low=np.nan, high=np.nan)], None, None)
+    found = headline("llada", "arm", "6nd", [entry("read-off", low=np.nan, high=np.nan)], [], None, None)
     assert "needs 10 (its interval is not known) times the compute" in found.words
 
 

@@ -390,5 +390,6 @@ def _headlines(fits: StudyFits) -> list[Headline]:
         assert fits.reference is not None
         missing = no_common_loss(name, fits.reference, convention, fits.objectives, fits.compute_multiplier)
         pair = (name, fits.reference, convention)
-        found.append(headline(*pair, fits.compute_multiplier, fits.joint.get(name), missing))
+        both = (fits.compute_multiplier, fits.multiplier_at_own_budgets)
+        found.append(headline(*pair, *both, fits.joint.get(name), missing))
     return found

@@ -165,7 +165,7 @@ class Headline:
     convention: Convention
     words: str
     reference_flops: float | None = None
-    """The reference's largest budget at which a multiplier is measured."""
+    """The reference's FLOPs for the loss that is held equal: its largest budget at which a multiplier is measured."""
     read_off: Estimate | None = None
     joint: Estimate | None = None
     """That by the joint law at the same budget; None where it has none that is relied on."""
@@ -184,18 +184,37 @@ def headline(
     reference: str,
     convention: Convention,
     multipliers: Sequence[Multiplier],
+    at_own_budgets: Sequence[Multiplier],
     joint: JointFit | None,
     missing: str | None,
 ) -> Headline:
     """The read-off of a pair with the joint law and the spread of the methods.
 
-    ``missing`` is the note that the pair has no common loss, if it has none.
+    It is that at the reference's largest budget that has one, and else that at the objective's, alone.
+
+    Args:
+        objective, reference, convention: The pair, and how FLOPs are counted.
+        multipliers: The multipliers at the budgets of the reference.
+        at_own_budgets: Those at the budgets of the objectives.
+        joint: The joint law of the pair, if it has one.
+        missing: The note that the pair has no common loss, if it has none.
     """
     names = (objective, reference, convention)
     own = [entry for entry in multipliers if entry.point[:3] == names and entry.shown]
     measured = [entry for entry in own if entry.method == "read-off"]
     counted = CONVENTION_NAMES[convention]
     if not measured:
+        shown = [entry for entry in at_own_budgets if entry.point[:3] == names and entry.shown]
+        if at_own := [entry for entry in shown if entry.method == "read-off"]:
+            last = max(at_own, key=lambda entry: entry.objective_flops)
+            words = (
+                f"At the loss that {objective} reaches with {last.objective_flops:.3g} FLOPs ({counted}), it needs "
+                f"{estimate_text(last.estimate)} times the compute of {reference}, read off the measured losses "
+                f"({_kinds(last)}); at the budgets of {reference} nothing is measured."
+            )
+            return Headline(
+                *names, words, last.reference_flops, last.estimate, None, (last.multiplier, last.multiplier)
+            )
         why = _why(names, multipliers, missing)
         return Headline(*names, f"The compute multiplier of {objective} over {reference} is not measured: {why}.")
     best = max(measured, key=lambda entry: entry.reference_flops)

@@ -391,7 +391,8 @@ def held_out_table(fits: StudyFits, convention: Convention) -> Table:
                 f"{entry.relative_error:+.1%}",
                 _INSIDE[entry.inside],
             )
-    return printed
+    unknown = any(entry.inside is None for entry in fits.held_out if entry.convention == convention)
+    return captioned(printed, "inside ?: the interval is too wide to tell anything" if unknown else "")
 
 
 def forecast_table(forecasts: Iterable[Scored]) -> Table:
