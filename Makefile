@@ -18,7 +18,7 @@ STUDY2_MORE := largest few-long
 .PHONY: help setup setup-dev docs docs-serve quickstart study2-cpu study2-cpu-more study2-gpu study-cpu study-gpu study-report study2-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu gpu-check clean
 
 help:  ## this list
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}' | sed 's|[$$](TABLES)|$(TABLES)|'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}' | sed 's|[$$](TABLES)|$(TABLES)|'
 
 setup: $(VENV)/.ready  ## the package and what it needs, in .venv, pinned by constraints.txt
 
@@ -83,11 +83,12 @@ quickstart: setup  ## the compute multiplier of two recipes of llada, at toy siz
 # The second study. Its runs are alike on all processors but for rounding; one thread a run makes it the same everywhere.
 study2-cpu study2-cpu-more study2-gpu: export OMP_NUM_THREADS = 1
 
-.PHONY: source-is-there
-source-is-there:
-	@test -e "$(SOURCE)" || { echo "error: '$(SOURCE)' is not there; name the books: make $(MAKECMDGOALS) SOURCE=books.jsonl.xz" >&2; exit 2; }
+# Of other sources `llada prepare` says itself what is wrong with them.
+source_is_there = @test "$(SOURCE)" != data/books.jsonl.xz -o -e "$(SOURCE)" \
+  || { echo "error: '$(SOURCE)' is not there; name the books: make $@ SOURCE=books.jsonl.xz" >&2; exit 2; }
 
-study2-cpu: source-is-there setup  ## the second study from nothing (SOURCE=books.jsonl.xz; two idle cores: four hours): runs/study2/report.md
+study2-cpu: setup  ## the second study from nothing (SOURCE=books.jsonl.xz; two idle cores: four hours): runs/study2/report.md
+	$(source_is_there)
 	$(LLADA) prepare --source $(SOURCE) --out data/study2 --vocab-size 512 --val-fraction 0.15
 	$(call study2_sweeps,$(STUDY2))
 	$(BIN)/python experiments/study2/policies.py runs/study2-cpu --jobs $(JOBS)
@@ -108,14 +109,16 @@ define study2_page
 	$(BIN)/python experiments/study2/report.py runs/study2 --out runs/study2/report.md
 endef
 
-study2-gpu: source-is-there setup  ## the second study on one GPU (SOURCE=books.jsonl.xz), in parts of any length: runs/study2-gpu/report.html
+study2-gpu: setup  ## the second study on one GPU (SOURCE=books.jsonl.xz), in parts of any length: runs/study2-gpu/report.html
+	$(source_is_there)
 	$(LLADA) prepare --source $(SOURCE) --out data/study2-gpu --vocab-size 258 --val-fraction 0.15
 	LLADA="$(LLADA)" JOBS=$(GPU_JOBS) experiments/study2/gpu.sh
 
 # Sweeps of the first study, one after the other: what is done is skipped, and a signal stops the whole.
 sweeps = $(foreach sweep,$(2),$(LLADA) sweep run sweeps/study-$(1)-$(sweep).yaml --jobs $(3) &&) true
 
-study-cpu: source-is-there setup  ## the study's small twin from nothing (SOURCE=books.jsonl.xz; two cores: three and a half hours): $(TABLES)/report.md
+study-cpu: setup  ## the study's small twin from nothing (SOURCE=books.jsonl.xz; two cores: three and a half hours): $(TABLES)/report.md
+	$(source_is_there)
 	$(LLADA) prepare --source $(SOURCE) --out data/study --vocab-size 512 --val-fraction 0.15
 	$(call sweeps,cpu,tune-arm tune-llada arm-least arm-low arm llada seeds repeats ablations short,$(JOBS))
 	$(LLADA) collect runs/study-cpu --out $(TABLES)/cpu/results.csv
@@ -128,7 +131,8 @@ study-cpu: source-is-there setup  ## the study's small twin from nothing (SOURCE
 	$(LLADA) curves $(TABLES)/cpu/results.csv --out $(TABLES)/cpu
 	$(BIN)/python experiments/study/report.py --cpu $(TABLES)/cpu --out $(TABLES)/report.md
 
-study-gpu: source-is-there setup  ## the large study on one GPU (SOURCE=books.jsonl.xz; an H100: about a quarter of an hour): $(TABLES)/report.md
+study-gpu: setup  ## the large study on one GPU (SOURCE=books.jsonl.xz; an H100: about a quarter of an hour): $(TABLES)/report.md
+	$(source_is_there)
 	$(LLADA) prepare --source $(SOURCE) --out data/study-gpu --vocab-size 4096 --val-fraction 0.15
 	$(call sweeps,gpu,tune-arm tune-llada arm-least arm-between arm llada seeds,$(GPU_JOBS))
 	$(LLADA) collect runs/study-gpu --out $(TABLES)/gpu/results.csv
