@@ -252,17 +252,15 @@ class Study:
         """The results of the tuning studies."""
         return usable_runs(self.table("tune"))
 
-    def gains(self, name: str) -> list[tuple[float, float, float, Estimate]]:
+    def gains(self, name: str) -> list[tuple[float, Estimate]]:
         """What the tuned rates and batches are worth against the rules that ship with the package.
 
         Returns:
-            By budget the total FLOPs, the mean loss by the package's rules, that of the main grid at the same shape,
-            and the difference with Welch's 95 % interval over seeds.
+            By budget the total FLOPs, and the mean loss by the package's rules less that of the main grid at the same
+            shape, in nats per token, with Welch's 95 % interval over seeds.
         """
-        rows = []
-        for flops, before, after in self._beside_main(usable_runs(self.table("rules")), name):
-            rows.append((flops, float(before.mean()), float(after.mean()), welch(before, after)))
-        return rows
+        beside = self._beside_main(usable_runs(self.table("rules")), name)
+        return [(flops, welch(by_rules, main)) for flops, by_rules, main in beside]
 
     def behind_tuning(self, name: str) -> list[tuple[float, float, float]]:
         """By budget how far the main grid is above the best run of the tuning study.

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ from helpers.studies import CHINCHILLA, VALLEYS, Chinchilla, simulated_study, st
 from helpers.tuning_studies import BOWLS, tuning_study
 from llada_lightning.commands.curves import main as curves
 from llada_lightning.commands.main import main
+from llada_lightning.study.fits import fit_table
+from llada_lightning.study.fits.held_out import HeldOut
 from llada_lightning.study.results import write_results
+from llada_lightning.study.tables.study import held_out_table
 from llada_lightning.support.errors import UserError
 
 Captured = pytest.CaptureFixture[str]
@@ -116,6 +120,15 @@ def test_a_held_out_budget_outside_of_its_interval_marks_its_method(tmp_path: Pa
         for objective in ("arm", "llada"):
             held_out = f"{objective}'s largest budget, held out, is outside of its interval"
             assert (held_out in (entry["doubt"] or "")) is ((entry["method"], objective) in missed)
+
+
+def test_no_prediction_is_printed_whose_interval_tells_nothing() -> None:
+    """A law that a few budgets do not fix predicts anything: a number for it would be read as one."""
+    known = HeldOut("arm", "6nd", "isoflop", 1e12, 2.0, 2.1, 1.9, 2.3, 0.05, True)
+    unknown = replace(known, method="parametric", predicted=2e-5, low=0.0, relative_error=-1.0, inside=None)
+    columns = held_out_table(replace(fit_table(study(), samples=100), held_out=[known, unknown]), "6nd").columns
+    cells = {str(column.header): list(column.cells) for column in columns}
+    assert (cells["predicted"], cells["error"], cells["inside"]) == (["2.100", "?"], ["+5.0%", ""], ["yes", "?"])
 
 
 def test_budgets_without_a_common_loss_are_told_first(tmp_path: Path, capsys: Captured) -> None:

@@ -188,6 +188,19 @@ def test_an_extrapolated_multiplier_is_dashed_and_hollow(full: Study) -> None:
     assert all(np.isfinite(axes.get_ylim()))
 
 
+def test_a_panel_without_a_multiplier_says_so(full: Study) -> None:
+    """By one convention the objective reaches the reference's losses, by the other it does not."""
+    by_6nd, by_total = (
+        Multiplier(name, "arm", convention, "read-off", 1e17, 2.0, 1.5, 3.0, False)
+        for name, convention in (("llada", "6nd"), ("easy", "total"))
+    )
+    entries = [by_6nd, replace(by_6nd, convention="total"), by_total]
+    fits = replace(full[1], compute_multiplier=entries, multiplier_curve=[])
+    fits = replace(fits, objectives={**fits.objectives, "easy": fits.objectives["llada"]})
+    texts = [[text.get_text() for text in axes.texts] for axes in compute_multiplier(fits).axes]
+    assert texts.count(["no multiplier\nby this count"]) == 1
+
+
 def test_a_multiplier_whose_interval_is_not_known_has_no_bar(full: Study) -> None:
     fits = full[1]
     unknown = [replace(entry, low=np.nan, high=np.nan) for entry in fits.compute_multiplier]

@@ -165,7 +165,11 @@ class Headline:
     convention: Convention
     words: str
     reference_flops: float | None = None
-    """The reference's FLOPs for the loss that is held equal: its largest budget at which a multiplier is measured."""
+    """The reference's FLOPs for the loss that is held equal.
+
+    They are the largest of its budgets at which a multiplier is measured. If there is none, they are what it needs for
+    the loss that the objective reaches with the largest budget of its own at which one is.
+    """
     read_off: Estimate | None = None
     joint: Estimate | None = None
     """That by the joint law at the same budget; None where it has none that is relied on."""

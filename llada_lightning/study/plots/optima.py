@@ -179,7 +179,8 @@ def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None
 
     Points are at the reference's budgets, with 95 % intervals; lines and bands go between, dashed and without a band's
     fill where one of the two reaches the loss only outside of the budgets of its fit. What is not to be relied on (a
-    fit that is rejected, or fails its held-out test) is grey and hollow. One row an objective, one panel a convention.
+    fit that is rejected, or fails its held-out test) is grey and hollow. One row an objective, one panel a convention;
+    a panel without a multiplier says so.
 
     Args:
         fits: The fits of a study with the reference and another objective.
@@ -201,7 +202,11 @@ def compute_multiplier(fits: StudyFits, conventions: Sequence[Convention] | None
     for panels, name in zip(rows, names, strict=True):
         own = [entry for entry in shown if entry.objective == name]
         for panel, convention in zip(panels, drawn, strict=True):
-            shifts = _shifts([entry for entry in own if entry.convention == convention])
+            here = [entry for entry in own if entry.convention == convention]
+            if not here:
+                where = {"transform": panel.transAxes, "ha": "center", "va": "center"}
+                panel.text(0.5, 0.5, "no multiplier\nby this count", color=INK, fontsize=9, **where)
+            shifts = _shifts(here)
             for method, style in METHODS.items():
                 curve, points = (
                     _of(kept, name, convention, method) for kept in (fits.multiplier_curve, fits.compute_multiplier)

@@ -384,15 +384,16 @@ def held_out_table(fits: StudyFits, convention: Convention) -> Table:
     )
     for entry in fits.held_out:
         if entry.convention == convention:
+            told = entry.inside is not None
             printed.add_row(
                 *(entry.objective, entry.method, flops_text(entry.flops), f"{entry.observed:.3f}"),
-                f"{entry.predicted:.3f}",
+                f"{entry.predicted:.3f}" if told else "?",
                 interval_text(Estimate(entry.predicted, entry.low, entry.high), ".3f"),
-                f"{entry.relative_error:+.1%}",
+                f"{entry.relative_error:+.1%}" if told else "",
                 _INSIDE[entry.inside],
             )
     unknown = any(entry.inside is None for entry in fits.held_out if entry.convention == convention)
-    return captioned(printed, "inside ?: the interval is too wide to tell anything" if unknown else "")
+    return captioned(printed, "?: the interval is too wide to tell anything" if unknown else "")
 
 
 def forecast_table(forecasts: Iterable[Scored]) -> Table:
