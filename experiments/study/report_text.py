@@ -24,8 +24,7 @@ def markdown(table: Table) -> str:
 
 
 def short_shape(name: str) -> str:
-    shape = get_shape(name)
-    return f"{shape.n_layers}x{shape.d_model}"
+    return get_shape(name).depth_by_width
 
 
 def flops(value: float) -> str:

@@ -100,8 +100,7 @@ def count_of_flops(value: float | None) -> str:
 
 def short_shape(name: str) -> str:
     """Blocks x width."""
-    shape = get_shape(name)
-    return f"{shape.n_layers}x{shape.d_model}"
+    return get_shape(name).depth_by_width
 
 
 def sequences(estimate: Estimate) -> str:

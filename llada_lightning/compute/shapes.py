@@ -78,6 +78,11 @@ class Shape:
         return self.d_model // self.n_heads
 
     @property
+    def depth_by_width(self) -> str:
+        """Blocks x width, as tables print a shape: ``2x64``."""
+        return f"{self.n_layers}x{self.d_model}"
+
+    @property
     def params_nonembedding(self) -> int:
         """N: every parameter but the embedding and the output head (paper, Table 5 and B.2)."""
         kv_width = self.n_kv_heads * self.head_dim

@@ -74,7 +74,7 @@ def test_ratios_and_shapes_replace_the_grid() -> None:
 def test_a_shape_is_taken_as_the_table_prints_it() -> None:
     chosen = plan_study([1e18], Stream(50_257, 1024))
     shapes = list(dict.fromkeys(trunk.shape for trunk in chosen.trunks))
-    assert [planned_shape(f"{shape.n_layers}x{shape.d_model}") for shape in shapes] == shapes
+    assert [planned_shape(shape.depth_by_width) for shape in shapes] == shapes
     assert planned_shape("22x2048") == get_shape("arm-1b")
     printed = plan_study([1e12], STREAM, grid=Grid(shapes=["2x64", "4x64", "4x128"]))
     assert printed.trunks == plan_study([1e12], STREAM, grid=Grid(shapes=["107k", "214k", "853k"])).trunks

@@ -191,7 +191,7 @@ def extend(
 
 def _shape_of(plan: Plan, name: str) -> Shape:
     """The shape of a name: one of the plan, where the name is blocks x width as its table prints them, comes first."""
-    own = {trunk.shape for trunk in plan.trunks if f"{trunk.shape.n_layers}x{trunk.shape.d_model}" == name}
+    own = {trunk.shape for trunk in plan.trunks if trunk.shape.depth_by_width == name}
     if len(own) > 1:
         names = listed(sorted(map(shape_name, own)))
         raise UserError(f"plan: --shapes {name} stands for {len(own)} shapes of the sweep; name one of {names}")

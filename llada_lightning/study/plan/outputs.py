@@ -52,7 +52,7 @@ def _about_seeds(plan: Plan, seeds: list[int]) -> str:
     if len({sum(len(trunk.branches) for trunk in own) for own in trunks.values()}) == 1:
         return f"each of these with the seeds {', '.join(map(str, seeds))}"
     points = [
-        f"{trunk.objective} {trunk.shape.n_layers}x{trunk.shape.d_model} at "
+        f"{trunk.objective} {trunk.shape.depth_by_width} at "
         + ", ".join(f"{branch.budget:.3g}" for branch in trunk.branches)
         for trunk in trunks[seeds[1]]
     ]
@@ -81,7 +81,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     shape, ratio = get_shape(row["shape"]), row["tokens_per_param"]
     return [
         format_count(row["params_nonembedding"]),
-        f"{shape.n_layers}x{shape.d_model}",
+        shape.depth_by_width,
         format_count(row["tokens"]),
         f"{ratio:.3g}" if ratio < 999.5 else f"{ratio:.0f}",
         str(row["steps"]),
