@@ -13,7 +13,7 @@ SOURCE ?= data/books.jsonl.xz
 TABLES ?= runs/study
 STUDY2 := tune-arm tune-arm-long tune-llada tune-easy tune-block4 tune-block16 tune-uniform rules-arm rules-llada \
   arm-5e9 arm-2e10 arm-8e10 arm-3e11 llada easy block4 block16 uniform seeds-easy seeds few-arm few-llada few
-STUDY2_MORE := largest few-long
+STUDY2_MORE := largest warmup few-long
 
 .PHONY: help setup setup-dev docs docs-serve quickstart study2-cpu study2-cpu-more study2-gpu study-cpu study-gpu study-report study2-report paper-rehearsal test test-lowest test-slow lint format notebooks bench bench-gpu gpu-check clean
 
@@ -94,7 +94,7 @@ study2-cpu: setup  ## the second study from nothing (SOURCE=books.jsonl.xz; two 
 	$(BIN)/python experiments/study2/policies.py runs/study2-cpu --jobs $(JOBS)
 	$(study2_page)
 
-study2-cpu-more: setup  ## after it, what reviewers asked for (two idle cores: half an hour): the same page
+study2-cpu-more: setup  ## after it, what reviewers asked for (two idle cores: 35 minutes): the same page
 	@test -e data/study2 || { echo "error: data/study2 is not there; begin with make study2-cpu" >&2; exit 2; }
 	$(call study2_sweeps,$(STUDY2_MORE))
 	$(study2_page)

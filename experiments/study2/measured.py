@@ -283,13 +283,33 @@ class Study:
             The rate, the batch in sequences, and the loss less that of the main grid with the same shape and seed.
         """
         rows: dict[str, list[tuple[float, int, float]]] = {}
-        for _, run in usable_runs(self.table("largest")).sort_values(["lr", "global_batch_tokens"]).iterrows():
-            name = NAMES[run["objective"]]
-            main = of_budget(runs_of(self.results, name), run["flops_total"])
-            [same] = main.loc[(main["shape"] == run["shape"]) & (main["seed"] == run["seed"]), "val_nats_per_token"]
+        for _, run in self._over_main("largest").sort_values(["lr", "global_batch_tokens"]).iterrows():
             batch = int(run["global_batch_tokens"] // run["sequence_length"])
-            rows.setdefault(name, []).append((float(run["lr"]), batch, float(run["val_nats_per_token"] - same)))
+            rows.setdefault(NAMES[run["objective"]], []).append((float(run["lr"]), batch, float(run["above"])))
         return rows
+
+    def half_warmup(self) -> dict[str, list[tuple[float, list[float]]]]:
+        """The main grid's rate and batch with half of its warmup, by objective.
+
+        Returns:
+            By budget the total FLOPs and, seed by seed, the loss less that of the main grid with the same shape.
+        """
+        rows: dict[str, list[tuple[float, list[float]]]] = {}
+        for name, runs in self._over_main("warmup").sort_values("seed").groupby("objective"):
+            for members in budget_members(runs["flops_total"]):
+                own = runs.iloc[np.sort(members)]
+                rows.setdefault(NAMES[name], []).append((float(own["flops_total"].mean()), list(own["above"])))
+        return rows
+
+    def _over_main(self, name: str) -> pd.DataFrame:
+        """The runs of a table that the main grid has, too, with the same budget, shape and seed.
+
+        Their column ``above`` has their loss less that of the main grid.
+        """
+        runs = usable_runs(self.table(name))
+        runs = runs.merge(self.results, on=["objective", "shape", "seed"], suffixes=("", "_main"))
+        runs = runs[[is_budget(pair) for pair in runs[["flops_total", "flops_total_main"]].to_numpy()]]
+        return runs.assign(above=runs["val_nats_per_token"] - runs["val_nats_per_token_main"])
 
     def _beside_main(self, table: pd.DataFrame, name: str) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
         """By budget the total FLOPs, the losses of a table, and those of the main grid at the same shape."""

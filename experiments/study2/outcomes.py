@@ -108,7 +108,7 @@ def forecast(study: Study) -> Outcome:
     if not errors:
         return Outcome(expected, "its budgets are not run", "undecided")
     inside = [own.inside is True for own in joint]
-    measured = f"errors of {min(errors):.3f} to {max(errors):.3f}; {sum(inside)} of {len(inside)} inside"
+    measured = f"errors of {min(errors):.3f} to {max(errors):.3f} (joint law); {sum(inside)} of {len(inside)} inside"
     return Outcome(expected, measured, "as expected" if max(errors) < FORECAST_ERROR and all(inside) else "refuted")
 
 
@@ -126,7 +126,7 @@ def crossover(few: Mapping[tuple[int, str], Sequence[Few]]) -> Outcome:
     expected = [round(unique, -3) for unique in behind] == [25_000]
     return Outcome(
         "with few distinct tokens `arm` stays ahead down to 50 thousand, and falls behind at 25 thousand",
-        f"of {listed([format_count(unique) for unique in sizes])}, `arm` {outcome}{still}",
+        f"of {listed([format_count(unique) for unique in sizes])}, `arm` {outcome}, by `llada`'s bound{still}",
         "as expected" if expected else "undecided" if min(sizes) in open_ones else "refuted",
     )
 

@@ -123,6 +123,15 @@ def test_the_last_block_of_a_denoiser_computes_a_part_of_what_is_counted(committ
     assert copied < one_block < committed.computed("easy")
 
 
+def test_half_of_the_warmup_is_beside_the_main_grid_by_seed(committed: Study) -> None:
+    """`llada` ends where it does with the whole one; of `easy` the main grid has one seed at the largest budget."""
+    found = committed.half_warmup()
+    assert [[len(gaps) for _, gaps in own] for own in (found["llada"], found["easy"])] == [[2] * 4, [2, 2, 2, 1]]
+    assert [flops for flops, _ in found["llada"]] == pytest.approx([1e12, 2e12, 4e12, 8e12], rel=1e-3)
+    assert found["llada"][0][1] == pytest.approx([4.535930 - 4.564114, 5.072940 - 4.719003], abs=1e-5)
+    assert max(abs(gap) for _, gaps in found["llada"][2:] for gap in gaps) < 0.011
+
+
 def test_without_its_correction_a_best_loss_is_lower(committed: Study) -> None:
     for name in committed.others:
         assert committed.best(name).loss <= committed.loss(name)
@@ -250,6 +259,7 @@ def test_another_objective_is_refused(tmp_path: Path) -> None:
         ("few", "study2-cpu-few", ["L1-d64-h2-kv2-ff192", "L1-d64-h2-kv2-ff192"]),
         ("few-long", "study2-cpu-few", ["L1-d64-h2-kv2-ff192", "L1-d64-h2-kv2-ff192"]),
         ("largest", "study2-cpu-largest", ["L1-d64-h2-kv2-ff192", "L1-d64-h2-kv2-ff192"]),
+        ("warmup", "study2-cpu-warmup", ["L1-d64-h2-kv2-ff192", "L1-d64-h2-kv2-ff192"]),
         ("seeds", "study2-cpu", ["L1-d64-h2-kv2-ff192", "L1-d48-h2-kv2-ff160"]),
         ("seeds-easy", "study2-cpu", ["107k", "L2-d96-h3-kv3-ff256"]),
     ],
