@@ -60,11 +60,9 @@ def write(out: Path, study: Study, figures: Path) -> None:
     environment.filters |= {"flops": count_of_flops, "span": span_text, "sequences": sequences}
     environment.filters |= {"count": format_count, "shape": short_shape, "named": named, "names": names}
     last = at_the_largest_budget(study)
-    largest = next(iter(last.values())).objective_flops
     text = environment.get_template("study2.md.jinja").render(
         study=study, answer=answer(study), outcomes=list(outcomes(study)), policies=POLICIES, joint=joint_text,
-        largest=largest, uncorrected={name: study.uncorrected(name) for name in last},
-        computed={name: study.computed(name) for name in last},
+        largest=next(iter(last.values())).objective_flops, computed={name: study.computed(name) for name in last},
         folder=os.path.relpath(figures, out.parent), design=os.path.relpath(HERE / "README.md", out.parent),
     )  # fmt: skip
     multipliers = {FULL_NAMES[name]: own for name, own in study.total.items()}
