@@ -87,7 +87,7 @@ study2-cpu study2-cpu-more study2-gpu: export OMP_NUM_THREADS = 1
 source_is_there = @test "$(SOURCE)" != data/books.jsonl.xz -o -e "$(SOURCE)" \
   || { echo "error: '$(SOURCE)' is not there; name the books: make $@ SOURCE=books.jsonl.xz" >&2; exit 2; }
 
-study2-cpu: setup  ## the second study from nothing (SOURCE=books.jsonl.xz; two idle cores: four hours): runs/study2/report.md
+study2-cpu: setup  ## the second study from nothing (SOURCE=books.jsonl.xz; two idle cores: 3 h 40 min): runs/study2/report.md
 	$(source_is_there)
 	$(LLADA) prepare --source $(SOURCE) --out data/study2 --vocab-size 512 --val-fraction 0.15
 	$(call study2_sweeps,$(STUDY2))
